@@ -1,0 +1,54 @@
+# Everything runs from .venv, which any target makes when it is not there or when what it was made from has changed.
+PYTHON ?= python3
+OUTPUT ?= runs/demo
+SEEDS ?= 0 1 2
+# Without a GPU the CUDA kernels would be compiled for nothing: the tests compile them by themselves.
+export DIFFDOCTOR_BUILD ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo auto || echo cpu)
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo demo-seeds test lint format bench gpu wheel clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+$(STAMP): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools torch
+	$(BIN)/python -m pip install -q -c constraints.txt cmake ninja pybind11 numpy
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $(STAMP)
+
+install: $(STAMP)  ## Make .venv and install into it
+
+demo: $(STAMP)  ## Diagnose and treat a small real pipeline; writes runs/demo/report.html
+	$(BIN)/diffdoctor demo --output $(OUTPUT)
+
+demo-seeds: $(STAMP)  ## The demo for several seeds (SEEDS="0 1 2"), one after another, and a table
+	for seed in $(SEEDS); do $(BIN)/diffdoctor demo --output runs/demo-seed-$$seed --seed $$seed --bar false || exit $$?; done
+	$(BIN)/python -m diffdoctor.demo.table $(foreach seed,$(SEEDS),runs/demo-seed-$(seed))
+
+test: $(STAMP)  ## Run the tests
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)  ## Check style: ruff and clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' | xargs -r $(BIN)/clang-format --dry-run -Werror
+
+format: $(STAMP)  ## Rewrite to the house style
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' | xargs -r $(BIN)/clang-format -i
+
+bench: $(STAMP)  ## Time the operations against PyTorch on this machine
+	$(BIN)/python -m benchmarks.run
+
+wheel: $(STAMP)  ## Build an sdist and a wheel from it into dist/
+	$(BIN)/python -m pip install -q -c constraints.txt build
+	$(BIN)/python -m build
+
+clean:  ## Remove builds (keeps .venv and runs/)
+	rm -rf build dist *.egg-info diffdoctor/_native*.so diffdoctor/_build_info.json

@@ -1,0 +1,181 @@
+"""The setuptools commands that build the native module with CMake.
+
+DIFFDOCTOR_BUILD says what is wanted: `auto` (what this machine can build, never failing), `cpu`, `cuda` (both must
+succeed, the latter with nvcc) or `none`. What was built and what was left out, with the reason, is written to
+`diffdoctor/_build_info.json`, which `diffdoctor env` shows: pip hides the output of a build.
+"""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CHOICES = ("auto", "cpu", "cuda", "none")
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+INFO = "_build_info.json"
+
+
+class BuildError(SystemExit):
+    """Ends the build with one sentence instead of a traceback."""
+
+    def __init__(self, sentence):
+        super().__init__(f"diffdoctor: {sentence}")
+
+
+def requested():
+    value = os.environ.get("DIFFDOCTOR_BUILD", "").strip().lower() or "auto"
+    if value not in CHOICES:
+        raise BuildError(f"DIFFDOCTOR_BUILD must be one of {', '.join(CHOICES)}, got {value!r}")
+    return value
+
+
+def find_compiler():
+    """The C++ compiler that CMake will take, or None."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++", "cl"):
+        if name and shutil.which(name.split()[0]):
+            return name
+    return None
+
+
+def find_nvcc():
+    """The path of nvcc, or None: CUDACXX, CUDA_HOME or CUDA_PATH, PATH, then /usr/local/cuda."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes if home), "nvcc"]
+    for candidate in [*candidates, "/usr/local/cuda/bin/nvcc"]:
+        found = shutil.which(candidate) if candidate else None
+        if found:
+            return found
+    return None
+
+
+def cuda_architectures(nvcc):
+    """CMAKE_CUDA_ARCHITECTURES: the user's, or our list trimmed to what nvcc knows, with PTX of the newest."""
+    chosen = os.environ.get("CMAKE_CUDA_ARCHITECTURES")
+    if chosen:
+        return chosen
+    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = {int(number) for number in re.findall(r"compute_(\d+)\b", listing)}
+    usable = [arch for arch in ARCHITECTURES if arch in known] if known else [80]
+    return ";".join([*(f"{arch}-real" for arch in usable), f"{usable[-1]}-virtual"])
+
+
+def _version_line(command, pattern):
+    try:
+        output = subprocess.run([*command.split(), "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return command
+    found = re.search(pattern, output)
+    return found.group(0) if found else command
+
+
+class BuildNative(build_ext):
+    """Configures and builds CMakeLists.txt once, with as much as DIFFDOCTOR_BUILD and the machine allow."""
+
+    def build_extension(self, ext):
+        mode = requested()
+        info = {"requested": mode, "built": [], "left_out": {}}
+        try:
+            self._build(ext, mode, info)
+        except BuildError:
+            raise
+        except Exception as error:
+            if mode != "auto":
+                raise BuildError(f"the native module did not build: {error}") from None
+            info["left_out"]["cpu"] = info["left_out"]["cuda"] = f"the native module did not build: {error}"
+        target = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (target.parent / INFO).write_text(json.dumps(info, indent=2) + "\n")
+        for name, reason in info["left_out"].items():
+            print(f"diffdoctor: {name} was left out: {reason}", file=sys.stderr)
+
+    def _build(self, ext, mode, info):
+        compiler = find_compiler()
+        if compiler is None:
+            reason = "no C++ compiler was found (looked at CXX and for c++, g++, clang++, cl on PATH)"
+            if mode != "auto":
+                raise BuildError(f"DIFFDOCTOR_BUILD={mode} needs a C++ compiler: {reason}")
+            info["left_out"].update(cpu=reason, cuda=reason)
+            return
+        info["compiler"] = _version_line(compiler, r".+")
+        nvcc = find_nvcc() if mode in ("auto", "cuda") else None
+        if mode == "cuda" and nvcc is None:
+            raise BuildError(
+                "DIFFDOCTOR_BUILD=cuda needs nvcc, which was not found (looked at CUDACXX, CUDA_HOME, CUDA_PATH, PATH and "
+                "/usr/local/cuda): install the CUDA toolkit or set CUDA_HOME, or use DIFFDOCTOR_BUILD=auto"
+            )
+        if nvcc is not None and list((ROOT / "csrc" / "cuda").glob("*.cu")):
+            architectures = cuda_architectures(nvcc)
+            try:
+                self._cmake(ext, "cuda", [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"])
+            except RuntimeError as error:
+                if mode == "cuda":
+                    raise BuildError(f"the CUDA build failed: {error}") from None
+                info["left_out"]["cuda"] = f"the CUDA build failed: {error}"
+            else:
+                info["built"] = ["cpu", "cuda"]
+                info["cuda_architectures"] = architectures
+                info["nvcc"] = _version_line(nvcc, r"V[\d.]+")
+                return
+        elif mode == "cpu":
+            info["left_out"]["cuda"] = "DIFFDOCTOR_BUILD=cpu was asked for"
+        else:
+            info["left_out"]["cuda"] = "nvcc was not found (looked at CUDACXX, CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda)"
+        self._cmake(ext, "cpu", [])
+        info["built"] = ["cpu"]
+
+    def _cmake(self, ext, kind, options):
+        import pybind11
+
+        source = ROOT
+        target = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = pathlib.Path(self.build_temp).resolve() / kind
+        build.mkdir(parents=True, exist_ok=True)
+        generator = ["-G", "Ninja"] if shutil.which("ninja") and os.name != "nt" else []
+        configure = [
+            "cmake", "-S", str(source), "-B", str(build), *generator,
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DDIFFDOCTOR_CUDA={'ON' if kind == 'cuda' else 'OFF'}",
+            f"-DDIFFDOCTOR_OUTPUT_DIR={target.parent}",
+            *options,
+        ]  # fmt: skip
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
+        self._run(configure)
+        self._run(["cmake", "--build", str(build), "--config", "Release", "--parallel", jobs])
+
+    @staticmethod
+    def _run(command):
+        try:
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        except OSError as error:
+            raise RuntimeError(f"{command[0]} could not be started: {error}") from None
+        sys.stdout.write(done.stdout)
+        if done.returncode:
+            with tempfile.NamedTemporaryFile(
+                "w", prefix="diffdoctor-build-", suffix=".log", delete=False, encoding="utf-8"
+            ) as log:
+                log.write(done.stdout)
+            errors = [line.strip() for line in done.stdout.splitlines() if re.search(r"\berror\b", line, re.I)]
+            raise RuntimeError(f"{errors[0] if errors else 'see the log'} (whole output in {log.name})")
+
+
+class BuildPython(build_py):
+    """Writes the build information of an installation without a native module."""
+
+    def run(self):
+        super().run()
+        if requested() == "none":
+            reason = "DIFFDOCTOR_BUILD=none was asked for"
+            info = {"requested": "none", "built": [], "left_out": {"cpu": reason, "cuda": reason}}
+            folder = ROOT / "diffdoctor" if self.editable_mode else pathlib.Path(self.build_lib) / "diffdoctor"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / INFO).write_text(json.dumps(info, indent=2) + "\n")

@@ -1,0 +1,38 @@
+"""Diagnose image diffusion models pixel by pixel, then treat them where they are broken.
+
+The operations any training loop can call: `weighted_loss`, `modulate_gradient`, `GradientModulator`, `artifact_loss`,
+with `Target`, `Packed`, `LossStats` and the helpers beside them. The stages live in `diffdoctor.detector`,
+`diffdoctor.treat` and `diffdoctor.evaluate` and need `pip install 'diffdoctor[stages]'`.
+"""
+
+import importlib
+import pathlib
+
+# In a checkout the Triton kernels lie beside the package, in kernels/, and are imported as diffdoctor.kernels.
+# Extending __path__ (rather than sys.path) keeps the top-level name `kernels` free for the Hugging Face package.
+_checkout = pathlib.Path(__file__).resolve().parent.parent
+if (_checkout / "CMakeLists.txt").is_file() and (_checkout / "kernels").is_dir():
+    __path__.append(str(_checkout))
+del _checkout
+
+from diffdoctor import ops as _ops  # noqa: E402
+from diffdoctor.backends import backends  # noqa: E402
+from diffdoctor.ops import *  # noqa: E402, F403
+from diffdoctor.version import __version__  # noqa: E402
+
+_LAZY = {"guide": "diffdoctor.treat.guide"}
+_STAGES = ("demo", "detector", "evaluate", "treat")
+
+__all__ = [*_ops.__all__, "__version__", "backends", *_LAZY]  # noqa: PLE0604
+
+
+def __getattr__(name):
+    if name in _STAGES:
+        return importlib.import_module(f"diffdoctor.{name}")
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'diffdoctor' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *_STAGES, *_LAZY})
