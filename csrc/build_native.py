@@ -114,7 +114,9 @@ class BuildNative(build_ext):
         if nvcc is not None and list((ROOT / "csrc" / "cuda").glob("*.cu")):
             architectures = cuda_architectures(nvcc)
             try:
-                self._cmake(ext, "cuda", [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"])
+                self._cmake(
+                    ext, "cuda", [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
+                )
             except RuntimeError as error:
                 if mode == "cuda":
                     raise BuildError(f"the CUDA build failed: {error}") from None
@@ -127,7 +129,9 @@ class BuildNative(build_ext):
         elif mode == "cpu":
             info["left_out"]["cuda"] = "DIFFDOCTOR_BUILD=cpu was asked for"
         else:
-            info["left_out"]["cuda"] = "nvcc was not found (looked at CUDACXX, CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda)"
+            info["left_out"]["cuda"] = (
+                "nvcc was not found (looked at CUDACXX, CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda)"
+            )
         self._cmake(ext, "cpu", [])
         info["built"] = ["cpu"]
 
@@ -155,7 +159,9 @@ class BuildNative(build_ext):
     @staticmethod
     def _run(command):
         try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            )
         except OSError as error:
             raise RuntimeError(f"{command[0]} could not be started: {error}") from None
         sys.stdout.write(done.stdout)

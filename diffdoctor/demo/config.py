@@ -1,0 +1,32 @@
+"""The demo's options; light to import, so that `diffdoctor demo --help` is quick."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class DemoConfig:
+    """Options of `diffdoctor demo`.
+
+    Args:
+        output: folder for everything that the demo makes; an interrupted demo given the same folder goes on.
+        seed: of the damage, the training runs and the evaluation's latents.
+        pictures: how many pictures the treated and the untreated pipeline draw for the measures.
+        base_steps: training steps of the diffusion pipeline (batch 64).
+        detector_steps: training steps of the detector (batch 64).
+        treat_steps: steps of the treatment (batch 32).
+        shuffled_control: also treat with the maps shuffled across the batch (half a minute more).
+        overwrite: start again where the folder holds a demo made with other options.
+        threads: CPU threads; 0 leaves the choice to PyTorch.
+        strict: end with exit code 1 when a figure misses the bar of docs/demo.md.
+    """
+
+    output: str = "runs/demo"
+    seed: int = 0
+    pictures: int = 2000
+    base_steps: int = 1500
+    detector_steps: int = 500
+    treat_steps: int = 100
+    shuffled_control: bool = False
+    overwrite: bool = False
+    threads: int = 0
+    strict: bool = False

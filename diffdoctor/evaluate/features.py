@@ -1,0 +1,81 @@
+"""Distances and spreads in the feature space of a network: FID, within-class variance."""
+
+import torch
+
+
+def extract_features(network, pictures, *, batch_size=256):
+    """The features of pictures, in batches and without gradient.
+
+    Args:
+        network: a callable from float pictures (B, 3, H, W) in [0, 1] to features (B, D).
+        pictures: uint8 (N, 3, H, W), or float in [0, 1].
+        batch_size: pictures at a time.
+
+    Returns:
+        float64 (N, D) on the CPU.
+    """
+    rows = []
+    with torch.no_grad():
+        for batch in pictures.split(batch_size):
+            batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch
+            rows.append(network(batch).double().cpu())
+    return torch.cat(rows)
+
+
+class _GivenFeatures(torch.nn.Module):
+    """Hands features that are already there to torchmetrics, which expects to compute them itself."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.num_features = size
+
+    def forward(self, features):
+        return features
+
+
+def frechet_distance(real, generated) -> float:
+    """The Fréchet distance of two sets of features (the FID when they are Inception's).
+
+    ‖μ_r − μ_g‖² + tr(Σ_r + Σ_g − 2(Σ_r Σ_g)^½), computed by torchmetrics. It is biased upwards for small sets: compare
+    only distances of sets of the same size, beside a floor (two halves of the real data).
+
+    Args:
+        real, generated: (N, D) and (M, D), N and M at least 2.
+
+    Returns:
+        The distance, in squared feature units.
+
+    Raises:
+        ValueError: if the features do not have the same D, or either set has fewer than two rows.
+    """
+    if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
+        raise ValueError(
+            f"real and generated must be (N, D) and (M, D), got {tuple(real.shape)} and {tuple(generated.shape)}"
+        )
+    if min(len(real), len(generated)) < 2:
+        raise ValueError(f"real and generated must have at least 2 rows each, got {len(real)} and {len(generated)}")
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=_GivenFeatures(real.shape[1]))
+    metric.set_dtype(torch.float64)
+    metric.update(real.double(), real=True)
+    metric.update(generated.double(), real=False)
+    return float(metric.compute())
+
+
+def within_class_variance(features, labels) -> float:
+    """The mean over classes of the total variance (trace of the covariance) of the features inside a class.
+
+    A model that has collapsed draws the same picture for each prompt: few artifacts, no variance.
+
+    Args:
+        features: (N, D).
+        labels: (N,) integers; classes with fewer than two rows are left out.
+
+    Returns:
+        The variance, in squared feature units; 0.0 when no class has two rows.
+    """
+    spreads = [
+        features[labels == label].var(dim=0).sum() for label in labels.unique() if int((labels == label).sum()) > 1
+    ]
+    return float(torch.stack(spreads).mean()) if spreads else 0.0
