@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHOICES = ("auto", "cpu", "cuda", "none")
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 INFO = "_build_info.json"
+NOT_FOUND = "was not found (looked at CUDACXX, CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda)"
 
 
 class BuildError(SystemExit):
@@ -108,8 +109,8 @@ class BuildNative(build_ext):
         nvcc = find_nvcc() if mode in ("auto", "cuda") else None
         if mode == "cuda" and nvcc is None:
             raise BuildError(
-                "DIFFDOCTOR_BUILD=cuda needs nvcc, which was not found (looked at CUDACXX, CUDA_HOME, CUDA_PATH, PATH and "
-                "/usr/local/cuda): install the CUDA toolkit or set CUDA_HOME, or use DIFFDOCTOR_BUILD=auto"
+                f"DIFFDOCTOR_BUILD=cuda needs nvcc, which {NOT_FOUND}: install the CUDA toolkit or set CUDA_HOME, "
+                "or use DIFFDOCTOR_BUILD=auto"
             )
         if nvcc is not None and list((ROOT / "csrc" / "cuda").glob("*.cu")):
             architectures = cuda_architectures(nvcc)
@@ -129,9 +130,7 @@ class BuildNative(build_ext):
         elif mode == "cpu":
             info["left_out"]["cuda"] = "DIFFDOCTOR_BUILD=cpu was asked for"
         else:
-            info["left_out"]["cuda"] = (
-                "nvcc was not found (looked at CUDACXX, CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda)"
-            )
+            info["left_out"]["cuda"] = f"nvcc {NOT_FOUND}"
         self._cmake(ext, "cpu", [])
         info["built"] = ["cpu"]
 

@@ -1,7 +1,7 @@
 """The command line: `diffdoctor COMMAND [options]`.
 
-A command is a dataclass of options and a function that takes it; both are imported only when the command is run, so that
-`diffdoctor env` works where the extras are missing.
+A command is a dataclass of options and a function that takes it; both are imported only when the command is run, so
+that a missing extra stops only the commands that need it.
 """
 
 import contextlib

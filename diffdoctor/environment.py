@@ -1,0 +1,73 @@
+"""`diffdoctor env`: what is installed, what was built, what serves which operation, and why not the rest."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from dataclasses import dataclass
+
+from diffdoctor.version import __version__
+
+PACKAGES = (
+    "torch", "triton", "numpy", "diffusers", "transformers", "accelerate", "peft", "xformers", "kernels",
+    "webdataset", "pyarrow", "torchmetrics", "pycocotools", "scikit-learn",
+)  # fmt: skip
+VARIABLES = ("DIFFDOCTOR_BACKEND", "DIFFDOCTOR_BUILD", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+
+
+@dataclass
+class EnvConfig:
+    """Options of `diffdoctor env`.
+
+    Args:
+        json: print one JSON object instead of text, for a bug report or a script.
+    """
+
+    json: bool = False
+
+
+def collect() -> dict:
+    """Everything that `diffdoctor env` shows, as nested dictionaries of strings, numbers, lists and None."""
+    import torch
+
+    from diffdoctor.backends import describe
+
+    cuda = torch.cuda.is_available()
+    return {
+        "diffdoctor": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "torch": {
+            "cuda": torch.version.cuda,
+            "threads": torch.get_num_threads(),
+            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        },
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        **describe(),
+    }
+
+
+def _version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _lines(value, indent=0):
+    pad = "  " * indent
+    for key, item in value.items():
+        if isinstance(item, dict):
+            yield f"{pad}{key}:" if item else f"{pad}{key}: none"
+            yield from _lines(item, indent + 1)
+        elif isinstance(item, (list, tuple)):
+            yield f"{pad}{key}: {', '.join(map(str, item)) or 'none'}"
+        else:
+            yield f"{pad}{key}: {'not installed' if item is None and indent else item}"
+
+
+def run_env(config: EnvConfig) -> None:
+    """Print what `collect` found."""
+    found = collect()
+    print(json.dumps(found, indent=2) if config.json else "\n".join(_lines(found)))

@@ -1,0 +1,40 @@
+import json
+import os
+
+import pytest
+
+from diffdoctor._io import atomic_dir, atomic_path, atomic_write_json, atomic_write_text
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "metrics.json"
+    atomic_write_json(path, {"rate": 0.5})
+    with pytest.raises(ValueError, match="JSON"):
+        atomic_write_json(path, {"rate": float("nan")})
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {"rate": 0.5}
+    assert os.listdir(tmp_path) == ["metrics.json"]
+
+
+def test_files_get_the_permissions_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        atomic_write_text(tmp_path / "a", "x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_failed_folder_leaves_the_old_one(tmp_path):
+    with atomic_dir(tmp_path / "stage") as folder:
+        (folder / "a").write_text("old")
+    with pytest.raises(RuntimeError), atomic_dir(tmp_path / "stage") as folder:
+        (folder / "a").write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "stage" / "a").read_text() == "old"
+    with atomic_dir(tmp_path / "stage") as folder:
+        (folder / "b").write_text("new")
+    assert os.listdir(tmp_path / "stage") == ["b"]
+    assert os.listdir(tmp_path) == ["stage"]

@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from diffdoctor.evaluate.rates import paired_bootstrap, wilson_interval
+
+
+@pytest.mark.parametrize(("count", "total"), [(0, 10), (10, 10), (3, 100), (702, 2000), (1, 1)])
+def test_wilson_interval_equals_scipys(count, total):
+    expected = binomtest(count, total).proportion_ci(method="wilson")
+    assert wilson_interval(count, total) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_wilson_interval_of_nothing_knows_nothing():
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_wilson_interval_refuses_more_than_all():
+    with pytest.raises(ValueError, match="count must be between 0 and total = 5, got 6"):
+        wilson_interval(6, 5)
+
+
+def test_paired_bootstrap_respects_the_pairing():
+    rng = np.random.default_rng(0)
+    before = rng.random(2000) < 0.35
+    cured = before & (rng.random(2000) < 0.1)
+    change = paired_bootstrap(before, cured)
+    assert change["ratio"] == pytest.approx(cured.sum() / before.sum())
+    assert change["difference"] == pytest.approx(cured.mean() - before.mean())
+    low, high = change["ratio_interval"]
+    assert low < change["ratio"] < high
+    # Identical flags: paired resampling sees no change at all, an unpaired one would.
+    assert paired_bootstrap(before, before)["difference_interval"] == [0.0, 0.0]
+
+
+def test_paired_bootstrap_equals_resampling_pictures():
+    rng = np.random.default_rng(1)
+    before, after = rng.random(400) < 0.4, rng.random(400) < 0.1
+    rows = rng.integers(0, 400, size=(4000, 400))
+    expected = np.percentile(after[rows].mean(1) - before[rows].mean(1), [2.5, 97.5])
+    assert paired_bootstrap(before, after)["difference_interval"] == pytest.approx(expected, abs=0.01)
+
+
+def test_paired_bootstrap_has_no_ratio_when_nothing_was_flagged():
+    change = paired_bootstrap([False] * 20, [True] * 2 + [False] * 18)
+    assert change["ratio"] is None
+    assert change["difference"] == pytest.approx(0.1)
+
+
+def test_paired_bootstrap_refuses_unpaired_input():
+    with pytest.raises(ValueError, match=r"before and after must be \(N,\)"):
+        paired_bootstrap([True, False], [True])
