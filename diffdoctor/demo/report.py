@@ -90,8 +90,8 @@ def write_report(path, *, metrics, settings, comparison, before, after, sheet, d
     )
     report.text(
         "A small Stable Diffusion pipeline was trained on handwritten digits of which half had been damaged, and "
-        "learnt to draw the damage. A detector that marks damaged pixels then steered the tuning of a LoRA. The treatment saw "
-        "no clean originals of the damaged pictures."
+        "learnt to draw the damage. A detector that marks damaged pixels then steered the tuning of a LoRA. The "
+        "treatment saw no clean originals of the damaged pictures."
     )
     report.heading("The worst pictures before, and the same after")
     report.image(
