@@ -1,0 +1,145 @@
+"""Which backend serves a call, and why not another."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+
+import torch
+
+#: Fastest first. `reference` serves everything and comes last.
+NAMES = ("cuda", "triton", "cpu", "reference")
+OPS = ("weighted_loss", "modulate_gradient", "artifact_loss")
+
+_MODULES = {"cuda": "diffdoctor.ops._cuda", "triton": "diffdoctor.ops._triton", "cpu": "diffdoctor.ops._cpu"}
+_BY_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_SERVES = {"cpu": "CPU tensors", "triton": "CUDA tensors", "cuda": "CUDA tensors"}
+_loaded: dict[str, object] = {}
+_missing: dict[str, str] = {}
+_chosen: dict[str, object] = {}
+_warned: set[str] = set()
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend asked for by name cannot serve the call; the message says why."""
+
+
+def _load(name: str):
+    """The backend's module, or None with the reason kept in `_missing`."""
+    if name in _loaded:
+        return _loaded[name]
+    if name in _missing:
+        return None
+    try:
+        module = importlib.import_module(_MODULES[name])
+        reason = module.unavailable()
+    except ImportError as error:
+        reason = str(error)
+    if reason is not None:
+        _missing[name] = reason
+        return None
+    _loaded[name] = module
+    return module
+
+
+def why_not(name: str) -> str | None:
+    """Why the named backend cannot be used on this machine, or None where it can."""
+    return None if name == "reference" or _load(name) is not None else _missing[name]
+
+
+def requested(backend: str | None) -> str | None:
+    """The backend asked for by the argument, else by DIFFDOCTOR_BACKEND, else None."""
+    name = backend if backend is not None else os.environ.get("DIFFDOCTOR_BACKEND") or None
+    if name is None or name in NAMES:
+        return name
+    source = "backend" if backend is not None else "DIFFDOCTOR_BACKEND"
+    if not isinstance(name, str):
+        raise TypeError(f"{source} must be None or one of {', '.join(NAMES)}, got {type(name).__name__}")
+    raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")
+
+
+def for_device(device_type: str):
+    """The fastest usable backend module for a device type; None means the reference."""
+    try:
+        return _chosen[device_type]
+    except KeyError:
+        pass
+    module = next((m for m in map(_load, _BY_DEVICE.get(device_type, ())) if m is not None), None)
+    _chosen[device_type] = module
+    return module
+
+
+def pick(name: str | None, op: str, device_type: str):
+    """The module that serves `op` on tensors of `device_type`, or None for the reference.
+
+    Raises `BackendUnavailable` where a backend asked for by name cannot serve.
+    """
+    if name == "reference":
+        return None
+    if name is None:
+        module = for_device(device_type)
+        if module is None and device_type == "cuda" and op not in _warned:
+            _warned.add(op)
+            reasons = "; ".join(f"{n}: {_missing.get(n, 'not usable')}" for n in _BY_DEVICE["cuda"])
+            warnings.warn(f"diffdoctor.{op} on a CUDA tensor is served by the slow reference ({reasons})", stacklevel=4)
+        return module
+    module = _load(name)
+    if module is None:
+        raise BackendUnavailable(f"backend {name!r} cannot be used here: {_missing[name]}")
+    if name not in _BY_DEVICE.get(device_type, ()):
+        raise BackendUnavailable(f"backend {name!r} serves {_SERVES[name]}, got a tensor on {device_type}")
+    return module
+
+
+def backends() -> dict[str, str | None]:
+    """Each backend's name with None where it can be used here, else the reason why not."""
+    return {name: why_not(name) for name in NAMES}
+
+
+def describe() -> dict:
+    """What `diffdoctor env` prints: versions, the devices, the backends, and what serves each op and dtype."""
+    import platform
+
+    import numpy
+
+    from diffdoctor import native
+    from diffdoctor.version import __version__
+
+    versions = {
+        "diffdoctor": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "triton": _version_of("triton"),
+        "diffusers": _version_of("diffusers"),
+        "transformers": _version_of("transformers"),
+        "peft": _version_of("peft"),
+        "xformers": _version_of("xformers"),
+    }
+    devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    if torch.cuda.is_available():
+        devices["cuda"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    usable = backends()
+    serves = {}
+    for device, names in {**_BY_DEVICE}.items():
+        if device == "cuda" and "cuda" not in devices:
+            continue
+        serves[device] = dict.fromkeys(OPS, next((n for n in names if usable[n] is None), "reference"))
+    return {
+        "versions": versions,
+        "devices": devices,
+        "backends": usable,
+        "serves": serves,
+        "dtypes": ["float32", "bfloat16", "float16", "float64"],
+        "native": native.describe(),
+    }
+
+
+def _version_of(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
