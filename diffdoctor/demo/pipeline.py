@@ -1,0 +1,303 @@
+"""A small but real text-to-image pipeline: diffusers and transformers classes throughout, trained here from nothing.
+
+`build_pipeline` makes the untrained pipeline, `train_autoencoder` and `train_base` train its two halves on
+(pictures, prompts), and the result is saved with `save_pretrained` and loaded with `DiffusionPipeline.from_pretrained`
+like any other. It draws 16 x 16 RGB pictures from 8 x 8 latents with 1.0 M denoiser parameters, so that the whole demo
+fits a few CPU minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from diffdoctor.ops import Target, weighted_loss
+
+_BYTE_COUNT = 256
+
+
+def build_tokenizer(texts: Sequence[str], *, max_length: int = 8):
+    """A `CLIPTokenizer` whose byte-pair merges were learnt from texts; any other text still encodes, byte by byte.
+
+    Args:
+        texts: strings to learn whole words from.
+        max_length: tokens per prompt, start and end included.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = normalizers.Lowercase()
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if len(alphabet) != _BYTE_COUNT:
+        raise RuntimeError(f"tokenizers: a byte alphabet of {_BYTE_COUNT} symbols was expected, got {len(alphabet)}")
+    learner.train_from_iterator(
+        sorted(set(texts)),
+        trainers.BpeTrainer(vocab_size=2048, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False),
+    )
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    pieces = [*alphabet, *(symbol + "</w>" for symbol in alphabet), *(left + right for left, right in merges)]
+    pieces = list(dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"]))
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+
+
+def build_pipeline(prompts: Sequence[str], *, picture_size: int = 16, seed: int = 0):
+    """An untrained `StableDiffusionPipeline` for pictures of picture_size x picture_size pixels.
+
+    Denoiser `UNet2DConditionModel` (32, 64); `AutoencoderKL` (16, 32) with 4 latent channels at half the picture's
+    size; a frozen two-layer CLIP text encoder with random weights (distinct prompts get distinct embeddings, which is
+    all a closed set of prompts needs); DDIM with v-prediction, zero terminal SNR and trailing timesteps.
+
+    Args:
+        prompts: every prompt that the pipeline will be trained on; the tokenizer learns its words from them.
+        picture_size: side in pixels, a multiple of 4.
+        seed: of the initial weights; the global random state is left as it was.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    if picture_size < 8 or picture_size % 4:
+        raise ValueError(f"picture_size: a multiple of 4, at least 8, was expected, got {picture_size}")
+    tokenizer = build_tokenizer(prompts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=tokenizer.model_max_length,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                # CLIP's own 0.02 leaves the prompts of a random encoder almost parallel
+                initializer_factor=8.0,
+            )
+        )
+        unet = UNet2DConditionModel(
+            sample_size=picture_size // 2,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(32, 64),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=64,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        )
+        vae = AutoencoderKL(
+            in_channels=3,
+            out_channels=3,
+            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+            up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=8,
+            sample_size=picture_size,
+            scaling_factor=1.0,
+        )
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder.eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@dataclass
+class Trained:
+    """What a training function returns: the loss of every step and the seconds it took."""
+
+    losses: list[float]
+    seconds: float
+
+
+def train_autoencoder(
+    pipeline,
+    pictures: np.ndarray,
+    *,
+    steps: int = 500,
+    batch_size: int = 64,
+    learning_rate: float = 4e-3,
+    kl_weight: float = 1e-4,
+    seed: int = 0,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Trained:
+    """Train pipeline.vae on pictures in place, and give its latents zero mean and unit deviation.
+
+    Latent statistics are folded into the 1 x 1 convolutions beside the latents, because `StableDiffusionPipeline`
+    knows a scaling factor only, no shift.
+
+    Args:
+        pictures: uint8 (N, H, W, 3).
+        steps, batch_size, learning_rate: AdamW with warm-up and cosine decay; learning_rate is the peak.
+        kl_weight: of the KL term, per latent element, beside a mean absolute error over [-1, 1].
+        seed: of the batches and the latent noise.
+        on_step: called with (step, loss), for a progress bar.
+    """
+    images = _as_images(pictures)
+    vae = pipeline.vae.train()
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss_of_step(step: int) -> torch.Tensor:
+        batch = images[torch.randint(len(images), (batch_size,), generator=generator)]
+        posterior = vae.encode(batch).latent_dist
+        decoded = vae.decode(posterior.sample(generator)).sample
+        kl = posterior.kl() / posterior.mean[0].numel()
+        return F.l1_loss(decoded, batch) + kl_weight * kl.mean()
+
+    trained = _fit(list(vae.parameters()), loss_of_step, steps, learning_rate, on_step)
+    vae.eval().requires_grad_(False)
+    _fold_latent_statistics(vae, encode_latents(pipeline, pictures))
+    return trained
+
+
+def train_base(
+    pipeline,
+    pictures: np.ndarray,
+    prompts: Sequence[str],
+    *,
+    steps: int = 1500,
+    batch_size: int = 64,
+    learning_rate: float = 2e-3,
+    ema_decay: float = 0.99,
+    seed: int = 0,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Trained:
+    """Train pipeline.unet on (pictures, prompts) in place with the velocity loss.
+
+    Args:
+        pictures: uint8 (N, H, W, 3); `train_autoencoder` comes first.
+        prompts: N strings.
+        steps, batch_size, learning_rate: AdamW with warm-up and cosine decay; learning_rate is the peak.
+        ema_decay: of the running average of the weights, which is what stays in the pipeline; 0 switches it off.
+        seed: of batches, timesteps and noise.
+        on_step: called with (step, loss), for a progress bar.
+    """
+    if len(pictures) != len(prompts):
+        raise ValueError(f"prompts: one per picture ({len(pictures)}) was expected, got {len(prompts)}")
+    latents = encode_latents(pipeline, pictures)
+    names = sorted(set(prompts))
+    embeddings = _embed(pipeline, names)
+    rows = torch.tensor([names.index(prompt) for prompt in prompts])
+    alphas_cumprod = pipeline.scheduler.alphas_cumprod
+    unet = pipeline.unet.train()
+    generator = torch.Generator().manual_seed(seed)
+    average = [parameter.detach().clone() for parameter in unet.parameters()] if ema_decay > 0 else []
+
+    def loss_of_step(step: int) -> torch.Tensor:
+        index = torch.randint(len(latents), (batch_size,), generator=generator)
+        noise = torch.randn(batch_size, *latents.shape[1:], generator=generator)
+        timesteps = torch.randint(len(alphas_cumprod), (batch_size,), generator=generator)
+        noisy = pipeline.scheduler.add_noise(latents[index], noise, timesteps)
+        prediction = unet(noisy, timesteps, embeddings[rows[index]]).sample
+        return weighted_loss(prediction, Target.velocity(latents[index], noise, alphas_cumprod[timesteps]))
+
+    def after_step(step: int) -> None:
+        if average:
+            decay = min(ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(average, [p.detach() for p in unet.parameters()], 1 - decay)
+
+    trained = _fit(list(unet.parameters()), loss_of_step, steps, learning_rate, on_step, after_step)
+    with torch.no_grad():
+        for parameter, value in zip(unet.parameters(), average):
+            parameter.copy_(value)
+    unet.eval().requires_grad_(False)
+    return trained
+
+
+@torch.no_grad()
+def encode_latents(pipeline, pictures: np.ndarray, batch_size: int = 256) -> torch.Tensor:
+    """The autoencoder's mean latents of uint8 pictures (N, H, W, 3), scaled as the denoiser sees them: (N, 4, h, w)."""
+    images = _as_images(pictures)
+    parts = [pipeline.vae.encode(part).latent_dist.mean for part in images.split(batch_size)]
+    return torch.cat(parts) * pipeline.vae.config.scaling_factor
+
+
+def _as_images(pictures: np.ndarray) -> torch.Tensor:
+    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
+        raise ValueError(f"pictures: uint8 (N, H, W, 3) was expected, got {pictures.dtype} {pictures.shape}")
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def _embed(pipeline, prompts: Sequence[str]) -> torch.Tensor:
+    tokenizer = pipeline.tokenizer
+    tokens = tokenizer(
+        list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    return pipeline.text_encoder(tokens.input_ids)[0]
+
+
+def _fit(parameters, loss_of_step, steps, learning_rate, on_step, after_step=None) -> Trained:
+    started = time.perf_counter()
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-2)
+    warm_up = max(1, min(50, steps // 10))
+
+    def factor(step: int) -> float:
+        if step < warm_up:
+            return (step + 1) / warm_up
+        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    losses = []
+    for step in range(steps):
+        loss = loss_of_step(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if after_step is not None:
+            after_step(step)
+        losses.append(loss.item())
+        if on_step is not None:
+            on_step(step, losses[-1])
+    return Trained(losses, time.perf_counter() - started)
+
+
+@torch.no_grad()
+def _fold_latent_statistics(vae, latents: torch.Tensor) -> None:
+    mean = latents.mean((0, 2, 3))
+    scale = 1 / latents.std((0, 2, 3)).clamp_min(1e-3)
+    channels = len(mean)
+    quant, post_quant = vae.quant_conv, vae.post_quant_conv
+    # rows 0..channels-1 of quant_conv give the posterior's mean, the rest its log-variance
+    quant.weight[:channels] *= scale[:, None, None, None]
+    quant.bias[:channels] = (quant.bias[:channels] - mean) * scale
+    quant.bias[channels:] += 2 * scale.log()
+    post_quant.bias += (post_quant.weight[:, :, 0, 0] * mean).sum(1)
+    post_quant.weight /= scale[None, :, None, None]
