@@ -1,0 +1,215 @@
+"""What a training step sees: which pictures, freshly damaged or mildly changed, as a function of (seed, step, place)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from diffdoctor.detector.inject import NoVisibleDamage, benign, inject
+
+
+class DetectorData(Protocol):
+    """A set of labelled pictures: `len(data)`, and `data[i]` as a dict.
+
+    The dict holds `picture` (H, W, 3) uint8 and `mask` (H, W) float32 in [0, 1], and may hold `category`, `generator`,
+    `prompt`, `label` (real, injected, human, pseudo) and `round`.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+class ArrayData:
+    """A set in memory.
+
+    Args:
+        pictures: (N, H, W, 3) uint8, or a sequence of (H, W, 3) uint8.
+        masks: (N, H, W) in [0, 1] float or uint8 0..255, or a sequence of such; None: all pictures are clean.
+        **fields: further columns of length N, such as category=[...], prompt=[...].
+    """
+
+    def __init__(self, pictures, masks=None, **fields: Sequence):
+        self.pictures, self.masks, self.fields = pictures, masks, fields
+        for name, column in {"masks": masks, **fields}.items():
+            if column is not None and len(column) != len(pictures):
+                raise ValueError(f"{name}: expected one entry for each of {len(pictures)} pictures, got {len(column)}")
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        picture = np.asarray(self.pictures[index])
+        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+            raise ValueError(f"pictures: expected (H, W, 3) uint8, got {picture.shape} {picture.dtype} at {index}")
+        mask = np.zeros(picture.shape[:2], np.float32) if self.masks is None else as_mask(self.masks[index])
+        if mask.shape != picture.shape[:2]:
+            raise ValueError(f"masks: expected {picture.shape[:2]}, got {mask.shape} at {index}")
+        return {"picture": picture, "mask": mask, **{name: column[index] for name, column in self.fields.items()}}
+
+
+def as_mask(mask) -> np.ndarray:
+    """A mask (H, W), uint8 0..255, bool or float in [0, 1], as float32."""
+    mask = np.asarray(mask)
+    return mask.astype(np.float32) / 255.0 if mask.dtype == np.uint8 else mask.astype(np.float32)
+
+
+@dataclasses.dataclass
+class AugmentConfig:
+    """What happens to a picture before it is trained on; each share is a probability in [0, 1].
+
+    Attributes:
+        inject_share: a clean picture gets fresh damage.
+        kinds: kinds of damage to draw from (`damage_kinds()`); None takes all.
+        strength: range of the fresh damage's strength, within (0, 1].
+        area: range of its region's size, share of the picture.
+        visible: smallest mean change of the changed pixels, of 1.
+        benign_share: a clean picture that got no damage is mildly changed all over (resampled, recompressed, ...).
+        shrink_share: a clean picture is shrunk to 40..90 % and padded, so that small correct things are negatives
+            (the paper's dynamic augmentation).
+        flip_share: picture and mask are mirrored left to right. Leave it at 0 for lettering and digits.
+        shift: largest translation of picture and mask in each direction, share of the side; the border is held.
+        exposure: largest relative change of brightness; 0.1 multiplies by 0.9..1.1.
+        noise: largest standard deviation of Gaussian noise, of 1.
+    """
+
+    inject_share: float = 0.5
+    kinds: tuple[str, ...] | None = None
+    strength: tuple[float, float] = (0.5, 1.0)
+    area: tuple[float, float] = (0.01, 0.33)
+    visible: float = 0.12
+    benign_share: float = 0.3
+    shrink_share: float = 0.1
+    flip_share: float = 0.0
+    shift: float = 0.05
+    exposure: float = 0.1
+    noise: float = 0.01
+
+    def __post_init__(self):
+        for name in ("inject_share", "benign_share", "shrink_share", "flip_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a probability in [0, 1], got {getattr(self, name)!r}")
+        for name in ("shift", "exposure", "noise"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a share in [0, 1), got {getattr(self, name)!r}")
+
+    @classmethod
+    def none(cls) -> AugmentConfig:
+        """No augmentation at all."""
+        return cls(inject_share=0.0, benign_share=0.0, shrink_share=0.0, shift=0.0, exposure=0.0, noise=0.0)
+
+
+def augment(
+    picture: np.ndarray, mask: np.ndarray, config: AugmentConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Apply `AugmentConfig` to one picture (H, W, 3) uint8 and its mask (H, W) float32; returns new ones."""
+    if not mask.any():
+        if rng.uniform() < config.shrink_share:
+            picture = shrink_and_pad(picture, rng)
+        if rng.uniform() < config.inject_share:
+            try:
+                damaged = inject(picture, rng, config.kinds, config.strength, config.area, visible=config.visible)
+                picture, mask = damaged.picture, damaged.mask
+            except NoVisibleDamage:
+                pass
+        elif rng.uniform() < config.benign_share:
+            picture = benign(picture, rng).picture
+    if rng.uniform() < config.flip_share:
+        picture, mask = picture[:, ::-1], mask[:, ::-1]
+    if config.shift:
+        picture, mask = _shift(picture, mask, config.shift, rng)
+    if config.exposure or config.noise:
+        values = picture.astype(np.float32) * (1 + config.exposure * rng.uniform(-1, 1))
+        values += 255 * config.noise * rng.uniform() * rng.standard_normal(picture.shape, dtype=np.float32)
+        picture = np.rint(np.clip(values, 0, 255)).astype(np.uint8)
+    return picture, mask
+
+
+def shrink_and_pad(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Shrink a picture to 40..90 % and pad it back to its size at a random place by its mean border colour."""
+    from PIL import Image
+
+    height, width = picture.shape[:2]
+    scale = rng.uniform(0.4, 0.9)
+    h, w = max(1, round(height * scale)), max(1, round(width * scale))
+    small = np.asarray(Image.fromarray(picture).resize((w, h), Image.Resampling.BOX))
+    border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+    result = np.empty_like(picture)
+    result[:] = np.rint(border.mean(axis=0)).astype(np.uint8)
+    y, x = rng.integers(height - h + 1), rng.integers(width - w + 1)
+    result[y : y + h, x : x + w] = small
+    return result
+
+
+def _shift(picture: np.ndarray, mask: np.ndarray, share: float, rng: np.random.Generator):
+    height, width = mask.shape
+    dy, dx = (int(np.rint(rng.uniform(-share, share) * side)) for side in (height, width))
+    rows = np.clip(np.arange(height) + dy, 0, height - 1)
+    columns = np.clip(np.arange(width) + dx, 0, width - 1)
+    return picture[rows][:, columns], mask[rows][:, columns]
+
+
+class StepSamples:
+    """The samples of every training step: place i of step s is a function of (seed, s, i) alone.
+
+    It is a map-style torch dataset whose index is (step, place), so that workers and processes change nothing.
+
+    Args:
+        data: the labelled pictures.
+        batch_size: pictures in a step, over all processes.
+        seed: of all draws.
+        config: augmentation.
+        weights: (N,) sampling weights, as `balance.sampling_weights` gives them; None: shuffled passes over the data.
+        size: side in pixels that every picture is resized to (squares); None: pictures keep their size and must agree.
+    """
+
+    def __init__(self, data: DetectorData, batch_size: int, seed: int, config: AugmentConfig, weights=None, size=None):
+        if not len(data):
+            raise ValueError("data: expected at least one picture, got none")
+        self.data, self.batch_size, self.seed, self.config, self.size = data, batch_size, seed, config, size
+        self.cumulative = None
+        if weights is not None:
+            weights = np.asarray(weights, np.float64)
+            if weights.shape != (len(data),) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum():
+                raise ValueError(f"weights: expected {len(data)} finite weights >= 0 with a positive sum")
+            self.cumulative = np.cumsum(weights / weights.sum())
+        self._pass = (-1, None)
+
+    def index_of(self, step: int, place: int) -> int:
+        """Which picture of the data stands at this place of this step."""
+        if self.cumulative is not None:
+            draw = np.random.default_rng([self.seed, 1, step, place]).uniform()
+            return int(min(np.searchsorted(self.cumulative, draw, side="right"), len(self.data) - 1))
+        number, offset = divmod(step * self.batch_size + place, len(self.data))
+        if self._pass[0] != number:
+            self._pass = (number, np.random.default_rng([self.seed, 2, number]).permutation(len(self.data)))
+        return int(self._pass[1][offset])
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: tuple[int, int]):
+        """(picture (3, H, W) uint8, mask (1, H, W) float32) tensors of (step, place)."""
+        import torch
+
+        step, place = key
+        sample = self.data[self.index_of(step, place)]
+        picture, mask = sample["picture"], as_mask(sample["mask"])
+        if self.size is not None and picture.shape[:2] != (self.size, self.size):
+            picture, mask = resize_pair(picture, mask, self.size)
+        rng = np.random.default_rng([self.seed, 3, step, place])
+        picture, mask = augment(picture, mask, self.config, rng)
+        picture = np.ascontiguousarray(picture.transpose(2, 0, 1))
+        return torch.from_numpy(picture), torch.from_numpy(np.ascontiguousarray(mask[None], dtype=np.float32))
+
+
+def resize_pair(picture: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Picture (H, W, 3) uint8 and mask (H, W) float32 at size x size pixels, antialiased."""
+    from PIL import Image
+
+    picture = np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR))
+    mask = np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.BILINEAR))
+    return picture, np.clip(mask, 0, 1)

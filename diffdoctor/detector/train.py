@@ -1,0 +1,318 @@
+"""Training a detector: Accelerate, deterministic samples, EMA, checkpoints that resume to the same bits on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from diffdoctor._errors import UserError, missing_extra
+from diffdoctor._progress import progress as progress_bar
+from diffdoctor.detector.checkpoint import Checkpoints
+from diffdoctor.detector.losses import detector_loss
+from diffdoctor.detector.samples import AugmentConfig, DetectorData, StepSamples
+
+
+@dataclasses.dataclass
+class DetectorTrainingConfig:
+    """Options of `train_detector`.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: pictures in a step, over all processes and accumulated parts.
+        accumulate: parts that a process' share of the batch is computed in, to save memory.
+        learning_rate: AdamW's peak rate.
+        warmup: steps of linear warm-up; afterwards the rate falls along a cosine to 0.
+        weight_decay: AdamW's, on weights of two or more dimensions.
+        betas: AdamW's.
+        max_grad_norm: the gradient is clipped to this norm; 0 leaves it.
+        mse, bce, dice: weights of the losses, see `losses.detector_loss`.
+        ema_decay: decay a step of the averaged weights, which are the result; 0: the last weights are.
+        precision: "fp32", or "bf16" for autocast.
+        size: side in pixels that training pictures are resized to; None: they must agree in size.
+        augment: what happens to the pictures, see `AugmentConfig`.
+        balance: sample categories evenly, and damaged and clean pictures evenly within each, where the data say
+            their category.
+        seed: of the samples and the noise.
+        workers: processes that prepare samples; 0: the training process does.
+        checkpoint_every: steps between checkpoints, where there is an output folder; 0: none.
+        keep_checkpoints: how many of the last checkpoints to keep.
+        validate_every: steps between validations, where there are validation data; 0: only at the end.
+        tensorboard: write the curves as TensorBoard events to the output folder's `logs`.
+    """
+
+    steps: int = 500
+    batch_size: int = 64
+    accumulate: int = 1
+    learning_rate: float = 3e-3
+    warmup: int = 50
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 1.0
+    mse: float = 1.0
+    bce: float = 0.0
+    dice: float = 0.0
+    ema_decay: float = 0.99
+    precision: str = "fp32"
+    size: int | None = None
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    balance: bool = False
+    seed: int = 0
+    workers: int = 0
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    validate_every: int = 0
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "max_grad_norm", "mse", "bce", "dice", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)}")
+        if not self.mse + self.bce + self.dice > 0:
+            raise ValueError("mse, bce, dice: expected at least one weight above 0")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate: expected > 0, got {self.learning_rate}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: expected within [0, 1), got {self.ema_decay}")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision: expected fp32 or bf16, got {self.precision!r}")
+        if isinstance(self.augment, dict):
+            self.augment = AugmentConfig(**self.augment)
+
+
+@dataclasses.dataclass
+class TrainedDetector:
+    """What `train_detector` returns.
+
+    Attributes:
+        detector: the trained network, in evaluation mode.
+        history: one dict a step: step, loss, learning_rate, grad_norm.
+        validations: one dict a validation: step and the measures of `evaluate.detector.quick_measures`.
+    """
+
+    detector: nn.Module
+    history: list[dict]
+    validations: list[dict]
+
+
+def train_detector(
+    config: DetectorTrainingConfig,
+    data: DetectorData,
+    *,
+    detector: nn.Module | None = None,
+    validation: DetectorData | None = None,
+    output_dir: str | Path | None = None,
+    progress: bool = True,
+) -> TrainedDetector:
+    """Train a detector on labelled pictures; clean ones are damaged afresh as `config.augment` says.
+
+    Started with `accelerate launch` it runs in several processes, which share each batch. With fp32 and without dropout
+    the losses do not depend on the number of processes. Run again with the same output folder, it goes on from the last
+    complete checkpoint, on the CPU to the same bits as without the interruption.
+
+    Args:
+        config: the options.
+        data: the labelled pictures, see `DetectorData` (`ArrayData`, `ShardData`).
+        detector: the network to train in place: any module from images (B, 3, H, W) in [0, 1] to logits (B, 1, h, w).
+            None: a fresh `ArtifactDetector.tiny()`, its weights drawn from `config.seed`.
+        validation: labelled pictures that are measured during training.
+        output_dir: where checkpoints, `detector` and `best` go; None writes nothing.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: the loss is not finite; the output folder holds another run's checkpoints.
+    """
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise missing_extra("accelerate", "stages") from None
+    accelerator = Accelerator()
+    parts = accelerator.num_processes * config.accumulate
+    if config.batch_size % parts:
+        raise UserError(f"batch_size: expected a multiple of processes x accumulate = {parts}, got {config.batch_size}")
+    # Nothing here may depend on, or disturb, the caller's random state.
+    with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        if detector is None:
+            from diffdoctor.detector.segformer import ArtifactDetector
+
+            detector = ArtifactDetector.tiny()
+        run = _Run(config, data, detector, validation, output_dir, accelerator)
+        return run.train(progress)
+
+
+class _Run:
+    """One training run: the state that a checkpoint holds, and the loop over it."""
+
+    def __init__(self, config, data, detector, validation, output_dir, accelerator):
+        self.config, self.detector, self.validation, self.accelerator = config, detector, validation, accelerator
+        detector.to(accelerator.device).train()
+        self.optimizer = torch.optim.AdamW(_parameter_groups(detector, config.weight_decay), config.learning_rate, config.betas)
+        self.model = accelerator.prepare(detector) if accelerator.num_processes > 1 else detector
+        self.ema = [p.detach().clone() for p in detector.parameters()] if config.ema_decay else None
+        self.step = 0
+        self.history: list[dict] = []
+        self.validations: list[dict] = []
+        weights = None
+        if config.balance:
+            from diffdoctor.detector.balance import sampling_weights
+
+            weights = sampling_weights(data)
+        self.samples = StepSamples(data, config.batch_size, config.seed, config.augment, weights, config.size)
+        self.output_dir = Path(output_dir) if output_dir is not None else None
+        self.checkpoints = None
+        if self.output_dir is not None:
+            described = dataclasses.asdict(config) | {"pictures": len(data), "detector": type(detector).__name__}
+            self.checkpoints = Checkpoints(self.output_dir / "checkpoints", described, config.keep_checkpoints)
+        self.writer = None
+
+    def train(self, progress: bool) -> TrainedDetector:
+        config = self.config
+        if self.checkpoints is not None:
+            self.checkpoints.load(self)
+        if config.tensorboard and self.output_dir is not None and self.accelerator.is_main_process:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(self.output_dir / "logs", purge_step=self.step)
+        enabled = progress and self.accelerator.is_main_process
+        with progress_bar(config.steps, desc="detector", unit="step", enabled=enabled) as bar:
+            bar.update(self.step)
+            for batch in self._batches():
+                self._train_step(batch)
+                bar.set_postfix(loss=self.history[-1]["loss"], **(self.validations[-1] if self.validations else {}))
+                bar.update(1)
+                self._after_step()
+        if self.validation is not None and (not self.validations or self.validations[-1]["step"] != self.step):
+            self._validate()
+        self._use_ema()
+        self.detector.eval()
+        if self.output_dir is not None and self.accelerator.is_main_process:
+            self.detector.save_pretrained(self.output_dir / "detector")
+        if self.writer is not None:
+            self.writer.close()
+        self.accelerator.wait_for_everyone()
+        return TrainedDetector(self.detector, self.history, self.validations)
+
+    def _batches(self):
+        """Lists of (pictures, masks) parts, one list a step, of this process' share of the batch."""
+        config, accelerator = self.config, self.accelerator
+        share = config.batch_size // accelerator.num_processes
+        size = share // config.accumulate
+        first = accelerator.process_index * share
+        plan = [
+            [(step, place) for place in range(first + part * size, first + (part + 1) * size)]
+            for step in range(self.step, config.steps)
+            for part in range(config.accumulate)
+        ]
+        loader = torch.utils.data.DataLoader(
+            self.samples,
+            batch_sampler=plan,
+            num_workers=config.workers,
+            pin_memory=accelerator.device.type == "cuda",
+            generator=torch.Generator().manual_seed(0),
+        )
+        parts = []
+        for part in loader:
+            parts.append(part)
+            if len(parts) == config.accumulate:
+                yield parts
+                parts = []
+
+    def _train_step(self, parts) -> None:
+        config, accelerator = self.config, self.accelerator
+        device = accelerator.device
+        rate = config.learning_rate * _schedule(self.step, config.warmup, config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        # Dropout draws from the step's own seed, so that a resumed run draws the same.
+        key = np.random.SeedSequence([config.seed, 4, self.step, accelerator.process_index])
+        torch.manual_seed(int(key.generate_state(1)[0]))
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=device)
+        for index, (pictures, masks) in enumerate(parts):
+            images = pictures.to(device, non_blocking=True).float() / 255.0
+            masks = masks.to(device, non_blocking=True)
+            last = index == len(parts) - 1
+            sync = self.model.no_sync() if accelerator.num_processes > 1 and not last else contextlib.nullcontext()
+            with sync:
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    logits = self.model(images)
+                loss = detector_loss(logits, masks, mse=config.mse, bce=config.bce, dice=config.dice) / len(parts)
+                loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.detector.parameters(), config.max_grad_norm or math.inf)
+        if accelerator.num_processes > 1:
+            total = accelerator.reduce(total, "mean")
+        loss = total.item()
+        if not math.isfinite(loss):
+            raise UserError(f"the loss became {loss} at step {self.step}: lower learning_rate = {config.learning_rate}")
+        self.optimizer.step()
+        if self.ema is not None:
+            decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(self.ema, [p.detach() for p in self.detector.parameters()], 1 - decay)
+        self.step += 1
+        self.history.append({"step": self.step, "loss": loss, "learning_rate": rate, "grad_norm": norm.item()})
+
+    def _after_step(self) -> None:
+        config = self.config
+        if self.writer is not None:
+            for name in ("loss", "learning_rate", "grad_norm"):
+                self.writer.add_scalar(f"train/{name}", self.history[-1][name], self.step)
+        if self.validation is not None and config.validate_every and self.step % config.validate_every == 0:
+            self._validate()
+        if self.checkpoints is not None and config.checkpoint_every and self.step % config.checkpoint_every == 0:
+            if self.accelerator.is_main_process:
+                self.checkpoints.save(self)
+            self.accelerator.wait_for_everyone()
+
+    def _validate(self) -> None:
+        from diffdoctor.evaluate.detector import quick_measures
+
+        trained = [p.detach().clone() for p in self.detector.parameters()]
+        self._use_ema()
+        self.detector.eval()
+        measures = {"step": self.step, **quick_measures(self.detector, self.validation)}
+        best = max((v["map50"] for v in self.validations), default=-math.inf)
+        self.validations.append(measures)
+        main = self.accelerator.is_main_process
+        if main and self.output_dir is not None and measures["map50"] > best:
+            self.detector.save_pretrained(self.output_dir / "best")
+        if self.writer is not None:
+            for name, value in measures.items():
+                if name != "step":
+                    self.writer.add_scalar(f"validation/{name}", value, self.step)
+        _assign(self.detector, trained)
+        self.detector.train()
+
+    def _use_ema(self) -> None:
+        if self.ema is not None:
+            _assign(self.detector, self.ema)
+
+
+@torch.no_grad()
+def _assign(module: nn.Module, values: list[torch.Tensor]) -> None:
+    for parameter, value in zip(module.parameters(), values, strict=True):
+        parameter.copy_(value)
+
+
+def _schedule(step: int, warmup: int, steps: int) -> float:
+    """Share of the peak rate: linear over `warmup` steps, then a cosine to 0 at `steps`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,168 @@
+"""Measures of confidence maps against masks, pixel by pixel, and the flagged rule."""
+
+from __future__ import annotations
+
+import numpy as np
+
+FLAG_CONFIDENCE = 0.5
+FLAG_SHARE = 0.02
+
+
+def _maps(name: str, maps) -> np.ndarray:
+    """(N, H, W), (N, 1, H, W) arrays or tensors to (N, H, W) float64; refuses what is not in [0, 1]."""
+    if hasattr(maps, "detach"):
+        maps = maps.detach().float().cpu().numpy()
+    maps = np.asarray(maps)
+    if maps.ndim == 4 and maps.shape[1] == 1:
+        maps = maps[:, 0]
+    if maps.ndim != 3:
+        raise ValueError(f"{name}: expected shape (N, H, W) or (N, 1, H, W), got {maps.shape}")
+    maps = maps.astype(np.float64) / (255.0 if maps.dtype == np.uint8 else 1.0)
+    # Written so that NaN fails too.
+    if not np.all((maps >= 0) & (maps <= 1)):
+        raise ValueError(f"{name}: expected values in [0, 1] (or uint8), got values outside or NaN")
+    return maps
+
+
+def maps_pair(confidence, mask) -> tuple[np.ndarray, np.ndarray]:
+    """Check confidence maps and masks and bring both to (N, H, W) float64 in [0, 1]."""
+    confidence, mask = _maps("confidence", confidence), _maps("mask", mask)
+    if confidence.shape != mask.shape:
+        raise ValueError(f"mask: expected the confidence maps' shape {confidence.shape}, got {mask.shape}")
+    return confidence, mask
+
+
+def flagged_share(confidence):
+    """Share of a picture's pixels at confidence >= 0.5.
+
+    Args:
+        confidence: (B, 1, H, W) or (B, H, W) in [0, 1], tensor or array.
+
+    Returns:
+        (B,) of the same library (fp32 tensor on the same device, or float64 array).
+    """
+    if hasattr(confidence, "detach"):
+        import torch
+
+        return (confidence >= FLAG_CONFIDENCE).flatten(1).to(torch.float32).mean(dim=1)
+    confidence = np.asarray(confidence)
+    return (confidence >= FLAG_CONFIDENCE).reshape(confidence.shape[0], -1).mean(axis=1)
+
+
+def flagged(confidence):
+    """Whether a picture counts as damaged: at least 2 % of its pixels have a confidence of at least 0.5.
+
+    Args and return as `flagged_share`, (B,) bool.
+    """
+    if confidence.ndim not in (3, 4):
+        raise ValueError(f"confidence: expected shape (B, H, W) or (B, 1, H, W), got {tuple(confidence.shape)}")
+    return flagged_share(confidence) >= FLAG_SHARE
+
+
+def picture_counts(confidence, mask, threshold: float = 0.5) -> np.ndarray:
+    """True positives, false positives and false negatives per picture, in pixels: (N, 3) int64.
+
+    Confidence and mask count as artifact from `threshold` and 0.5 on.
+    """
+    confidence, mask = maps_pair(confidence, mask)
+    found, true = confidence >= threshold, mask >= 0.5
+    return np.stack([(a & b).sum(axis=(1, 2)) for a, b in ((found, true), (found, ~true), (~found, true))], axis=1)
+
+
+def from_counts(counts: np.ndarray) -> dict[str, float]:
+    """IoU, F1, precision and recall of the artifact class over a set, from `picture_counts`; 0/0 counts as NaN."""
+    tp, fp, fn = (float(c) for c in np.asarray(counts).sum(axis=0))
+
+    def ratio(a, b):
+        return a / b if b else float("nan")
+
+    return {
+        "iou": ratio(tp, tp + fp + fn),
+        "f1": ratio(2 * tp, 2 * tp + fp + fn),
+        "precision": ratio(tp, tp + fp),
+        "recall": ratio(tp, tp + fn),
+    }
+
+
+def average_precision(confidence, mask) -> float:
+    """Area under the pixel precision-recall curve (AUPRC), as scikit-learn's step-wise `average_precision_score`.
+
+    Ties share a threshold. NaN where no pixel is an artifact.
+    """
+    confidence, mask = maps_pair(confidence, mask)
+    return average_precision_of(confidence.ravel(), mask.ravel() >= 0.5)
+
+
+def average_precision_of(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Step-wise average precision of scores (n,) for labels (n,) bool; NaN without a positive."""
+    positives = int(labels.sum())
+    if not positives:
+        return float("nan")
+    order = np.argsort(-scores, kind="stable")
+    scores, labels = scores[order], labels[order]
+    last = np.append(np.flatnonzero(np.diff(scores)), scores.size - 1)
+    hits = np.cumsum(labels)[last]
+    recall = np.concatenate([[0.0], hits / positives])
+    return float(np.sum(np.diff(recall) * hits / (last + 1)))
+
+
+def auroc_of(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Area under the ROC curve of scores (n,) for labels (n,) bool, ties counting half; NaN with one class only."""
+    scores, labels = np.asarray(scores, np.float64), np.asarray(labels, bool)
+    positives, negatives = int(labels.sum()), int((~labels).sum())
+    if not positives or not negatives:
+        return float("nan")
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return float((ranks[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def map_distances(confidence, mask, eps: float = 1e-7) -> dict[str, np.ndarray]:
+    """How far soft maps lie from soft masks, per picture.
+
+    Returns:
+        Arrays (N,): `mse`, the mean squared difference; and, NaN where the mask is empty (they compare distributions or
+        patterns), `kld` = sum q log(eps + q / (p + eps)) with p, q the maps divided by their sums, `cc` (Pearson's
+        correlation) and `sim` = sum min(p, q). Definitions: Bylinskii et al., arXiv 1604.03605, as RichHF-18K uses them.
+    """
+    confidence, mask = maps_pair(confidence, mask)
+    p, q = confidence.reshape(len(confidence), -1), mask.reshape(len(mask), -1)
+    result = {"mse": ((p - q) ** 2).mean(axis=1)}
+    total_p, total_q = p.sum(axis=1, keepdims=True), q.sum(axis=1, keepdims=True)
+    filled = total_q[:, 0] > 0
+    share_p, share_q = p / np.maximum(total_p, eps), q / np.maximum(total_q, eps)
+    result["kld"] = np.where(filled, (share_q * np.log(eps + share_q / (share_p + eps))).sum(axis=1), np.nan)
+    result["sim"] = np.where(filled, np.minimum(share_p, share_q).sum(axis=1), np.nan)
+    centred_p, centred_q = p - p.mean(axis=1, keepdims=True), q - q.mean(axis=1, keepdims=True)
+    norm = np.sqrt((centred_p**2).sum(axis=1) * (centred_q**2).sum(axis=1))
+    correlation = np.divide((centred_p * centred_q).sum(axis=1), norm, out=np.zeros(len(p)), where=norm > 0)
+    result["cc"] = np.where(filled, correlation, np.nan)
+    return result
+
+
+def pixel_measures(confidence, mask) -> dict[str, float]:
+    """All pixel measures over a set: iou, f1, precision, recall, auprc, mse, mse_empty, mse_nonempty, kld, cc, sim.
+
+    Args:
+        confidence: (N, H, W) or (N, 1, H, W) in [0, 1] (or uint8), the detector's maps.
+        mask: the truth, of the same shape.
+
+    Returns:
+        Numbers; NaN where the set has no picture of the kind a measure is about.
+    """
+    confidence, mask = maps_pair(confidence, mask)
+    distances = map_distances(confidence, mask)
+    empty = ~(mask > 0).any(axis=(1, 2))
+
+    def mean(values):
+        values = values[~np.isnan(values)]
+        return float(values.mean()) if values.size else float("nan")
+
+    return {
+        **from_counts(picture_counts(confidence, mask)),
+        "auprc": average_precision(confidence, mask),
+        "mse": mean(distances["mse"]),
+        "mse_empty": mean(distances["mse"][empty]),
+        "mse_nonempty": mean(distances["mse"][~empty]),
+        **{name: mean(distances[name]) for name in ("kld", "cc", "sim")},
+    }
