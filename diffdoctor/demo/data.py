@@ -1,4 +1,4 @@
-"""The demo's pictures: scikit-learn's real handwritten digits, half of them damaged, split for detector, judge, measures.
+"""The demo's pictures: scikit-learn's real handwritten digits, half of them damaged, split for detector and judge.
 
 Nothing is downloaded. Of a damaged picture only the damaged version is kept: its clean original enters neither the base
 pipeline nor the treatment, and not the detector or the judge either.
@@ -16,7 +16,16 @@ from diffdoctor._errors import UserError, missing_extra
 SIDE = 16
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # Kinds of damage that can be seen at 16 pixels. The last one is kept from the detector.
-KINDS = ("swirl", "glyph_scramble", "strip_shift", "phase_scramble", "texture_noise", "tint", "watermark", "patch_permutation")
+KINDS = (
+    "swirl",
+    "glyph_scramble",
+    "strip_shift",
+    "phase_scramble",
+    "texture_noise",
+    "tint",
+    "watermark",
+    "patch_permutation",
+)
 HIDDEN_KIND = "patch_permutation"
 DETECTOR_KINDS = tuple(kind for kind in KINDS if kind != HIDDEN_KIND)
 STRENGTH = (0.6, 1.0)

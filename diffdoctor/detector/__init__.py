@@ -20,7 +20,7 @@ _PUBLIC = {
 }
 # `inject` is left out: the module of that name must stay importable as an attribute of the package.
 
-__all__ = sorted(_PUBLIC)
+__all__ = [*_PUBLIC]  # noqa: PLE0604
 
 
 def __getattr__(name):

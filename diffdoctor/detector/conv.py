@@ -36,7 +36,9 @@ class ConvDetector(Detector):
 
     kind = "conv"
 
-    def __init__(self, channels: tuple[int, ...] = (32, 64, 96), *, preprocess: PreprocessConfig | None = None, **fields):
+    def __init__(
+        self, channels: tuple[int, ...] = (32, 64, 96), *, preprocess: PreprocessConfig | None = None, **fields
+    ):
         if preprocess is not None and fields:
             raise TypeError("preprocess: expected either a PreprocessConfig or its fields by name, got both")
         channels = tuple(channels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def _cells(region: Region, rng: np.random.Generator, low: int, high: int) -> lis
 
 
 def _other_colour(picture: np.ndarray, region: Region, rng: np.random.Generator) -> np.ndarray:
-    """A colour of the picture that stands out from the region: one of 16 drawn pixels, the one farthest from its mean."""
+    """A colour of the picture that stands out from the region: of 16 drawn pixels the one farthest from its mean."""
     mean = np.average(picture.reshape(-1, 3), axis=0, weights=region.alpha.reshape(-1))
     pixels = picture.reshape(-1, 3)[rng.integers(picture.shape[0] * picture.shape[1], size=16)]
     colour = pixels[np.abs(pixels - mean).sum(axis=1).argmax()]
@@ -62,14 +63,16 @@ def _other_colour(picture: np.ndarray, region: Region, rng: np.random.Generator)
     return colour.astype(np.float32)
 
 
-def _strokes(region: Region, rng: np.random.Generator, shape: tuple[int, int], count: int, thickness: float) -> np.ndarray:
+def _strokes(
+    region: Region, rng: np.random.Generator, shape: tuple[int, int], count: int, thickness: float
+) -> np.ndarray:
     """(H, W) coverage in [0, 1] of random bent strokes inside the region's box."""
     y0, y1, x0, x1 = region.box
     ys, xs = np.mgrid[0 : shape[0], 0 : shape[1]].astype(np.float32)
     coverage = np.zeros(shape, np.float32)
     for _ in range(count):
         points = rng.uniform((y0, x0), (y1 - 1, x1 - 1), size=(3, 2))
-        for (ay, ax), (by, bx) in zip(points[:-1], points[1:], strict=True):
+        for (ay, ax), (by, bx) in itertools.pairwise(points):
             dy, dx = by - ay, bx - ax
             t = np.clip(((ys - ay) * dy + (xs - ax) * dx) / max(dy * dy + dx * dx, 1e-6), 0, 1)
             distance = np.hypot(ys - ay - t * dy, xs - ax - t * dx)

@@ -199,9 +199,7 @@ def mask_of_change(changed: np.ndarray) -> np.ndarray:
 
 
 def draw_region(picture: np.ndarray, rng: np.random.Generator, low: float, high: float) -> Region:
-    """Draw a place and a shape (ellipse, box or blob) of low..high of the picture, more often where there is content."""
-    from scipy import ndimage
-
+    """Draw a place, more often on content, and a shape (ellipse, box, blob) of low..high of the picture."""
     height, width = picture.shape[:2]
     share = np.exp(rng.uniform(np.log(low), np.log(high)))
     radius = float(np.sqrt(max(share * height * width, 16.0) / np.pi))

@@ -1,4 +1,4 @@
-"""What a training step sees: which pictures, freshly damaged or mildly changed, as a function of (seed, step, place)."""
+"""What a training step sees: which pictures, freshly damaged or not, as a function of (seed, step, place)."""
 
 from __future__ import annotations
 
@@ -173,7 +173,12 @@ class StepSamples:
         self.cumulative = None
         if weights is not None:
             weights = np.asarray(weights, np.float64)
-            if weights.shape != (len(data),) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum():
+            if (
+                weights.shape != (len(data),)
+                or not np.isfinite(weights).all()
+                or weights.min() < 0
+                or not weights.sum()
+            ):
                 raise ValueError(f"weights: expected {len(data)} finite weights >= 0 with a positive sum")
             self.cumulative = np.cumsum(weights / weights.sum())
         self._pass = (-1, None)

@@ -163,8 +163,8 @@ class ArtifactDetector(Detector):
 
     def config_dict(self) -> dict:
         config = self.segformer.config.to_diff_dict()
-        keep = {k: v for k, v in config.items() if k not in ("architectures", "transformers_version", "dtype", "id2label", "label2id")}
-        return {"segformer": keep, "head_norm": self.head_norm}
+        left_out = ("architectures", "transformers_version", "dtype", "id2label", "label2id")
+        return {"segformer": {k: v for k, v in config.items() if k not in left_out}, "head_norm": self.head_norm}
 
     @classmethod
     def from_config(cls, config: dict, preprocess: PreprocessConfig) -> ArtifactDetector:

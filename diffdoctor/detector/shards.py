@@ -28,7 +28,10 @@ MANIFEST = "manifest.parquet"
 MAX_MEMBER_BYTES = 256 * 2**20
 MAX_PIXELS = 2**27
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*")
-_COLUMNS = ("key", "shard", "label", "category", "generator", "prompt", "round", "height", "width", "mask_mean", "mask_max")
+_COLUMNS = (
+    *("key", "shard", "label", "category", "generator", "prompt", "round"),
+    *("height", "width", "mask_mean", "mask_max"),
+)
 _OFFSETS = ("picture_offset", "picture_size", "mask_offset", "mask_size", "json_offset", "json_size")
 
 
@@ -62,8 +65,8 @@ def write_shards(
     """Write labelled pictures as tar shards and a manifest; the folder appears when all is written.
 
     Args:
-        samples: dicts with `picture` (H, W, 3) uint8 and `mask` (H, W) float in [0, 1] or uint8 (absent: clean), and any
-            of `key` (a unique name of letters, digits, _ and -), `prompt`, `category`, `generator`, `label` (real,
+        samples: dicts with `picture` (H, W, 3) uint8 and `mask` (H, W) float in [0, 1] or uint8 (absent: clean), and
+            any of `key` (a unique name of letters, digits, _ and -), `prompt`, `category`, `generator`, `label` (real,
             injected, human, pseudo), `round`, and further JSON values, which come back as they are.
         folder: where to; an existing folder is replaced.
         shard_size: pictures in a shard.
@@ -99,7 +102,7 @@ class _Writer:
         if self.count % self.shard_size == 0:
             self.close()
             self.name = f"shard-{self.count // self.shard_size:06d}.tar"
-            self.tar = tarfile.open(self.folder / self.name, "w", format=tarfile.USTAR_FORMAT)
+            self.tar = tarfile.open(self.folder / self.name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         picture, mask, meta = _checked(sample, self.count)
         key = meta["key"]
         if key in self.keys:

@@ -155,7 +155,8 @@ class _Run:
     def __init__(self, config, data, detector, validation, output_dir, accelerator):
         self.config, self.detector, self.validation, self.accelerator = config, detector, validation, accelerator
         detector.to(accelerator.device).train()
-        self.optimizer = torch.optim.AdamW(_parameter_groups(detector, config.weight_decay), config.learning_rate, config.betas)
+        groups = _parameter_groups(detector, config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, config.learning_rate, config.betas)
         self.model = accelerator.prepare(detector) if accelerator.num_processes > 1 else detector
         self.ema = [p.detach().clone() for p in detector.parameters()] if config.ema_decay else None
         self.step = 0

@@ -51,7 +51,7 @@ def components(confidence: np.ndarray, threshold: float = 0.5) -> list[Component
     square = np.ones((3, 3), bool)
     found = np.pad(confidence >= threshold, 2)
     closed = ndimage.binary_closing(found, square)[2:-2, 2:-2]
-    labels, count = ndimage.label(closed, square)
+    labels, _ = ndimage.label(closed, square)
     smallest = max(MIN_SHARE * confidence.size, MIN_PIXELS)
     result = []
     for index, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
@@ -148,5 +148,5 @@ def _annotation(image_id: int, component: Component) -> dict:
 
 
 def mean_average_precision(confidence, mask) -> float:
-    """mAP@0.5 of the confidence maps' components against the masks' (see `ComponentAP`); NaN without a damaged picture."""
+    """mAP@0.5 of the confidence maps' components against the masks' (see `ComponentAP`); NaN without damage."""
     return ComponentAP(confidence, mask).map50

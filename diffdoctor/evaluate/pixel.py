@@ -123,7 +123,7 @@ def map_distances(confidence, mask, eps: float = 1e-7) -> dict[str, np.ndarray]:
     Returns:
         Arrays (N,): `mse`, the mean squared difference; and, NaN where the mask is empty (they compare distributions or
         patterns), `kld` = sum q log(eps + q / (p + eps)) with p, q the maps divided by their sums, `cc` (Pearson's
-        correlation) and `sim` = sum min(p, q). Definitions: Bylinskii et al., arXiv 1604.03605, as RichHF-18K uses them.
+        correlation) and `sim` = sum min(p, q). Definitions: Bylinskii et al., arXiv 1604.03605, used by RichHF-18K.
     """
     confidence, mask = maps_pair(confidence, mask)
     p, q = confidence.reshape(len(confidence), -1), mask.reshape(len(mask), -1)
