@@ -57,7 +57,7 @@ struct Map {
 // One number per sample in the accumulation type: data[b * stride] where data is set, else value.
 struct PerSample {
     const void* data;
-    int64_t stride; // 0 or 1
+    int64_t stride; // any; 0 where one number serves all
     double value;
 };
 

@@ -97,7 +97,8 @@ class PerSample:
 
     @property
     def stride(self) -> int:
-        return 0 if self.data is None or self.data.shape[0] == 1 else 1
+        """Elements from one sample's number to the next; 0 where one number serves all."""
+        return 0 if self.data is None or self.data.shape[0] == 1 else self.data.stride(0)
 
 
 @dataclass(slots=True)
@@ -225,7 +226,7 @@ def make_plan(
         size, columns = [1], [[0] for _ in columns]
 
     padded = [pad_dims(column, 0) for column in columns]
-    full = [(strides[0], *column) for strides, column in zip(operands, padded)]
+    full = [(strides[0], *column) for strides, column in zip(operands, padded[: len(operands)], strict=True)]
     count = 1
     dense = [0] * len(size)
     for d in range(len(size) - 1, -1, -1):
@@ -278,5 +279,7 @@ class ArtifactProblem:
     method: str  # a key of ARTIFACT_METHODS
     reduction: str  # a key of REDUCTIONS
     loss: Tensor  # () for mean and sum, (B,) for sample; acc_dtype
-    kept: Tensor | None = None  # (B, h, w) contiguous, acc_dtype: gradient of the picture's un-normalised sum; None: not wanted
+    kept: Tensor | None = (
+        None  # (B, h, w) contiguous, acc_dtype: gradient of the picture's un-normalised sum; None: not wanted
+    )
     factor: Tensor | None = None  # (B,), acc_dtype: gradient of logits = g_b * factor[b] * kept[b]

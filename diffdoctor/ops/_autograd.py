@@ -1,0 +1,195 @@
+"""autograd for eager calls: straight to a backend, without the dispatcher's price of 10 to 20 microseconds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from diffdoctor.ops._lowering import WRITE_GRAD, WRITE_LOSS, ArtifactProblem, PerSample, Problem
+
+_peek = torch._C._functorch.peek_interpreter_stack
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+
+
+def refuse_functorch(op: str) -> None:
+    """Raise under torch.func transforms, whose wrapped tensors no kernel can read."""
+    if _peek() is not None:
+        raise RuntimeError(
+            f"diffdoctor.{op} does not support torch.func transforms (vmap, grad, jvp, is_grads_batched): "
+            'call diffdoctor.reference, or pass reduction="sample" for per-sample losses'
+        )
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Identity on a gradient that was asked for with create_graph=True; raises when differentiated."""
+
+    @staticmethod
+    def forward(ctx, grad, anchor, op):
+        ctx.op = op
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(
+            f"diffdoctor.{ctx.op} has no second derivative (its gradient is computed in the forward pass); "
+            f"diffdoctor.reference.{ctx.op} in plain PyTorch has one"
+        )
+
+
+def forbid_second_derivative(grad: Tensor, op: str) -> Tensor:
+    anchor = torch.empty(0, requires_grad=True)
+    return _NoSecondDerivative.apply(grad, anchor, op)
+
+
+class _GuardReference(torch.autograd.Function):
+    """Identity in front of the reference, so that it refuses second derivatives as the other backends do."""
+
+    @staticmethod
+    def forward(ctx, x, op):
+        ctx.op = op
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (forbid_second_derivative(grad, ctx.op) if torch.is_grad_enabled() else grad), None
+
+
+def guard_reference(x: Tensor, op: str) -> Tensor:
+    return _GuardReference.apply(x, op) if x.requires_grad and torch.is_grad_enabled() else x
+
+
+class WeightedLoss(torch.autograd.Function):
+    """Keeps the finished gradient for g = 1; for fp16 keeps the inputs and computes it in backward, rounded once.
+
+    A normalised fp16 gradient would be lost: at 4.8M elements most of it is below the smallest subnormal until the
+    loss scale multiplies it.
+    """
+
+    @staticmethod
+    def forward(ctx, model_pred, problem, module, runs):
+        ctx.module, ctx.runs = module, runs
+        ctx.recompute = model_pred.dtype == torch.float16
+        if ctx.recompute:
+            module.weighted_loss(problem)
+            ctx.save_for_backward(*_tensors(problem))
+            ctx.problem = _without_tensors(problem)
+        else:
+            problem.work |= WRITE_GRAD
+            problem.grad = torch.empty_like(model_pred)
+            module.weighted_loss(problem)
+            ctx.save_for_backward(problem.grad)
+            problem.grad = None
+        return problem.loss
+
+    @staticmethod
+    def backward(ctx, g):
+        refuse_functorch("weighted_loss")
+        if ctx.recompute:
+            problem = _with_tensors(ctx.problem, ctx.saved_tensors)
+            problem.work = WRITE_GRAD
+            problem.grad = torch.empty_like(problem.pred)
+            problem.grad_output = PerSample(data=g.reshape(1) if g.ndim == 0 else g)
+            ctx.module.weighted_loss(problem)
+            grad = problem.grad
+        else:
+            grad = scale_kept(ctx.module, ctx.saved_tensors[0], g, ctx.runs)
+        if torch.is_grad_enabled():
+            grad = forbid_second_derivative(grad, "weighted_loss")
+        return grad, None, None, None
+
+
+def scale_kept(module, kept: Tensor, g: Tensor, runs) -> Tensor:
+    """kept * g, in place unless the graph is kept for another backward."""
+    if runs is None and g.ndim != 0:
+        acc = kept.to(g.dtype) * g.reshape(-1, *(1,) * (kept.ndim - 1))
+        return acc.to(kept.dtype)
+    out = torch.empty_like(kept) if _graph_is_kept() else kept
+    batch, count = runs if g.ndim != 0 else (1, kept.numel())
+    module.scale_gradient(kept, g, out, batch, count)
+    return out
+
+
+def _per_samples(problem: Problem) -> tuple[PerSample, ...]:
+    return (problem.pred_scale, *problem.coefs, problem.huber_c, problem.weight, problem.z)
+
+
+def _tensors(problem: Problem) -> tuple[Tensor | None, ...]:
+    per_sample = (entry.data for entry in _per_samples(problem))
+    return (problem.pred, *problem.terms, problem.confidence, problem.mask, problem.weighting, *per_sample)
+
+
+def _without_tensors(problem: Problem) -> Problem:
+    """A copy that holds no tensor: those must go through save_for_backward."""
+    bare = [PerSample(entry.value) for entry in _per_samples(problem)]
+    terms = len(problem.terms)
+    return dataclasses.replace(
+        problem,
+        pred=None,
+        terms=(None,) * terms,
+        confidence=None,
+        mask=None,
+        weighting=None,
+        pred_scale=bare[0],
+        coefs=tuple(bare[1 : 1 + terms]),
+        huber_c=bare[-3],
+        weight=bare[-2],
+        z=bare[-1],
+        loss=None,
+        sums=None,
+    )
+
+
+def _with_tensors(problem: Problem, tensors) -> Problem:
+    terms = len(problem.terms)
+    per_sample = [
+        PerSample(entry.value, data) for entry, data in zip(_per_samples(problem), tensors[4 + terms :], strict=True)
+    ]
+    return dataclasses.replace(
+        problem,
+        pred=tensors[0],
+        terms=tuple(tensors[1 : 1 + terms]),
+        confidence=tensors[1 + terms],
+        mask=tensors[2 + terms],
+        weighting=tensors[3 + terms],
+        pred_scale=per_sample[0],
+        coefs=tuple(per_sample[1 : 1 + terms]),
+        huber_c=per_sample[-3],
+        weight=per_sample[-2],
+        z=per_sample[-1],
+    )
+
+
+class ArtifactLoss(torch.autograd.Function):
+    """Keeps one gradient of the logits' size in the accumulation type, and one factor per picture."""
+
+    @staticmethod
+    def forward(ctx, logits, problem: ArtifactProblem, module):
+        acc = problem.loss.dtype
+        problem.kept = torch.empty(problem.logits.shape, dtype=acc, device=logits.device)
+        problem.factor = torch.empty(problem.logits.shape[0], dtype=acc, device=logits.device)
+        module.artifact_loss(problem)
+        ctx.module, ctx.shape, ctx.dtype = module, logits.shape, logits.dtype
+        ctx.save_for_backward(problem.kept, problem.factor)
+        return problem.loss
+
+    @staticmethod
+    def backward(ctx, g):
+        refuse_functorch("artifact_loss")
+        kept, factor = ctx.saved_tensors
+        grad = torch.empty(ctx.shape, dtype=ctx.dtype, device=kept.device)
+        ctx.module.artifact_loss_backward(kept, factor, g, grad.view(kept.shape))
+        if torch.is_grad_enabled():
+            grad = forbid_second_derivative(grad, "artifact_loss")
+        return grad, None, None
+
+
+__all__ = [
+    "WRITE_LOSS",
+    "ArtifactLoss",
+    "WeightedLoss",
+    "forbid_second_derivative",
+    "guard_reference",
+    "refuse_functorch",
+]

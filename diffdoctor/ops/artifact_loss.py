@@ -1,0 +1,98 @@
+"""The public `artifact_loss`: how much artifact a detector still sees in a picture."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffdoctor import backends, reference
+from diffdoctor.ops import _checks as checks
+from diffdoctor.ops._autograd import ArtifactLoss, guard_reference, refuse_functorch
+from diffdoctor.ops._lowering import ARTIFACT_METHODS, ArtifactProblem
+from diffdoctor.ops._prepare import round_to_fp32
+
+
+def artifact_loss(
+    logits: Tensor,
+    *,
+    size: tuple[int, int] | None = None,
+    threshold: float = 0.1,
+    method: str = "threshold",
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """The treatment's loss: a detector's logits, up-sampled, through a sigmoid, reduced to one number per picture.
+
+    "threshold": the mean confidence of the pixels above `threshold`, sum(c [c > t]) / (count + 1e-5), the form of the
+    DiffDoctor paper's code; "mean", "sum" and "max" of the confidence likewise. The up-sampled map is never stored.
+
+    Args:
+        logits: (B, 1, h, w) or (B, h, w), fp32, bf16, fp16 or fp64; any strides.
+        size: (H, W) of the picture, reached bilinearly (align_corners=False); None leaves the logits' size.
+        threshold: confidence up to it does not count; in [0, 1], rounded to fp32. Used by "threshold" only.
+        method: threshold | mean | sum | max (equal maxima share the gradient).
+        reduction: over pictures: "mean" -> (), "sample" -> (B,), "sum" -> ().
+        backend: cuda | triton | cpu | reference; None takes the fastest (or DIFFDOCTOR_BACKEND).
+
+    Returns:
+        The loss, fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: a shape, name or number that cannot be.
+        RuntimeError: the backend asked for cannot serve; torch.func transforms; a second derivative.
+    """
+    height, width = check_arguments(logits, size, threshold, method, reduction)
+    if torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter):
+        from diffdoctor.ops import _library
+
+        return _library.artifact_loss(logits, height, width, threshold, method, reduction, backend)
+    refuse_functorch("artifact_loss")
+    module = backends.pick(backends.requested(backend), "artifact_loss", logits.device.type)
+    if logits.shape[0] == 0 or module is None:
+        x = guard_reference(logits, "artifact_loss")
+        if logits.shape[0] == 0:  # no picture: 0, not the NaN of an empty mean
+            x = x.flatten(1).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+            return x.sum(1) if reduction == "sample" else x.sum()
+        return reference.artifact_loss(x, size=(height, width), threshold=threshold, method=method, reduction=reduction)
+    problem = make_problem(logits, height, width, threshold, method, reduction)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return ArtifactLoss.apply(logits, problem, module)
+    module.artifact_loss(problem)
+    return problem.loss
+
+
+def check_arguments(logits, size, threshold, method, reduction) -> tuple[int, int]:
+    """Every check of artifact_loss; returns the up-sampled size."""
+    if not isinstance(logits, Tensor):
+        raise checks.kind_error("logits", "a tensor", logits)
+    checks.check_dtype("logits", logits, checks.FLOATS)
+    if logits.ndim not in (3, 4) or (logits.ndim == 4 and logits.shape[1] != 1):
+        raise ValueError(f"logits must have shape (B, 1, h, w) or (B, h, w), got {tuple(logits.shape)}")
+    checks.check_number("threshold", threshold, 0.0, 1.0)
+    checks.check_choice("method", method, tuple(ARTIFACT_METHODS))
+    checks.check_choice("reduction", reduction, checks.REDUCTIONS)
+    height, width = logits.shape[-2:]
+    if height == 0 or width == 0:
+        raise ValueError(f"logits must have at least one pixel, got shape {tuple(logits.shape)}")
+    if size is None:
+        return height, width
+    if not isinstance(size, (tuple, list, torch.Size)) or not all(type(n) is int for n in size):
+        raise TypeError(f"size must be a pair of ints (height, width) or None, got {size!r}")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size must be a pair of positive ints (height, width), got {tuple(size)}")
+    return size[0], size[1]
+
+
+def make_problem(logits: Tensor, height: int, width: int, threshold: float, method: str, reduction: str):
+    """The problem of checked arguments, its loss allocated."""
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    x = logits.detach()
+    return ArtifactProblem(
+        logits=x[:, 0] if x.ndim == 4 else x,
+        size=(height, width),
+        threshold=round_to_fp32(threshold),
+        method=method,
+        reduction=reduction,
+        loss=torch.empty((logits.shape[0],) if reduction == "sample" else (), dtype=acc, device=logits.device),
+    )

@@ -1,0 +1,186 @@
+"""The public `modulate_gradient` and `GradientModulator`: identity forward, a map on the gradient backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffdoctor import backends, reference
+from diffdoctor.ops import _checks as checks
+from diffdoctor.ops._autograd import forbid_second_derivative, refuse_functorch
+from diffdoctor.ops._lowering import WRITE_GRAD, Options, PerSample, Problem
+from diffdoctor.ops._prepare import Prepared, make_options, prepare
+
+_ONE = PerSample()
+_CACHE_LIMIT = 256
+_cache: dict[tuple, Prepared] = {}
+
+
+def modulate_gradient(
+    x: Tensor,
+    confidence: Tensor,
+    *,
+    artifact_grad: float,
+    clean_grad: float = 1.0,
+    threshold: float = 0.0,
+    gamma: float = 1.0,
+    interpolation: str = "area",
+    layout=None,
+) -> Tensor:
+    """x unchanged; its gradient is multiplied where the picture is broken.
+
+    The factor is clean_grad + (artifact_grad - clean_grad) * u with u as in `weighted_loss`, resampled to x's grid.
+    Put on the latents between denoising steps it lets the gradient through where the map says so.
+
+    Args:
+        x: (B, C, H, W), (B, C, T, H, W) or tokens (B, N, D); fp32, bf16, fp16 or fp64.
+        confidence: a map as `weighted_loss` takes it, of any size.
+        artifact_grad: factor where confidence is 1.
+        clean_grad: factor where confidence is 0.
+        threshold: confidence below it counts as 0; in [0, 1].
+        gamma: exponent of the confidence; positive.
+        interpolation: area | bilinear | nearest | nearest-exact.
+        layout: `Packed` where x holds packed tokens.
+
+    Returns:
+        A view of x.
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: a shape, device or number that cannot be; a map that requires a gradient.
+        RuntimeError: in backward, for a second derivative.
+    """
+    modulator = GradientModulator(
+        artifact_grad=artifact_grad,
+        clean_grad=clean_grad,
+        threshold=threshold,
+        gamma=gamma,
+        interpolation=interpolation,
+        layout=layout,
+    )
+    checks.check_pred("x", x, layout)
+    checks.check_map("confidence", confidence, x, layout)
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        from diffdoctor.ops import _library
+
+        return _library.modulate_gradient(x, confidence, modulator)
+    modulator.set(confidence)
+    return modulator(x)
+
+
+class GradientModulator:
+    """`modulate_gradient` for a map that is known only after the picture is finished.
+
+    Call it on the latents between denoising steps, run the detector on the decoded picture, hand over the map with
+    `set`, then call backward. One map serves every tensor it was called on; `set` may be called again before another
+    backward.
+
+    Args: as `modulate_gradient`, by name.
+
+    Raises:
+        TypeError, ValueError: as `modulate_gradient`.
+        RuntimeError: in backward, where no map was set.
+
+    Example:
+        >>> modulator = diffdoctor.GradientModulator(artifact_grad=1.0, clean_grad=0.2)
+        >>> latents = modulator(latents)          # in the sampling loop
+        >>> modulator.set(detector.confidence(decode(latents)).detach())
+        >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        *,
+        artifact_grad: float,
+        clean_grad: float = 1.0,
+        threshold: float = 0.0,
+        gamma: float = 1.0,
+        interpolation: str = "area",
+        layout=None,
+    ):
+        checks.check_choice("interpolation", interpolation, checks.INTERPOLATIONS)
+        # A residual that is the incoming gradient itself (no target, half an l2 loss, summed) makes the gradient of
+        # weighted_loss equal m times it: one kernel serves both ops.
+        self._options = make_options(
+            1.0, 1.0, artifact_grad, clean_grad, threshold, gamma, {"l2": 0.5}, reduction="sum"
+        )
+        if layout is not None and not isinstance(layout, checks.Packed):
+            raise checks.kind_error("layout", "None or a diffdoctor.Packed", layout)
+        self.interpolation, self.layout = interpolation, layout
+        self.confidence: Tensor | None = None
+
+    def set(self, confidence: Tensor | None) -> None:
+        """The map that the next backward uses; None takes it away, so that a forgotten `set` raises.
+
+        Its shapes and dtypes are those of `weighted_loss`; a gradient it carries is cut off.
+        """
+        if confidence is not None:
+            if not isinstance(confidence, Tensor):
+                raise checks.kind_error("confidence", "a tensor or None", confidence)
+            checks.check_dtype("confidence", confidence, checks.MAPS)
+            confidence = confidence.detach()
+        self.confidence = confidence
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x unchanged, its gradient modulated in backward."""
+        refuse_functorch("modulate_gradient")
+        checks.check_pred("x", x, self.layout)
+        return _Modulate.apply(x, self)
+
+
+class _Modulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, modulator):
+        ctx.modulator = modulator
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_functorch("modulate_gradient")
+        modulator = ctx.modulator
+        confidence = modulator.confidence
+        if confidence is None:
+            raise RuntimeError("GradientModulator has no map: call modulator.set(confidence) before backward")
+        checks.check_map("confidence", confidence, grad, modulator.layout)
+        if not torch.is_grad_enabled():
+            return scaled(grad, confidence, modulator._options, modulator.interpolation, modulator.layout), None
+        with torch.no_grad():
+            result = scaled(grad, confidence, modulator._options, modulator.interpolation, modulator.layout)
+        return forbid_second_derivative(result, "modulate_gradient"), None
+
+
+def scaled(grad: Tensor, confidence: Tensor, options: Options, interpolation: str, layout) -> Tensor:
+    """grad times the modulation, as a new tensor."""
+    if grad.numel() == 0:
+        return grad
+    module = backends.pick(backends.requested(None), "modulate_gradient", grad.device.type)
+    if module is None:
+        probe = grad.detach().requires_grad_()
+        with torch.enable_grad():
+            out = reference.modulate_gradient(
+                probe,
+                confidence,
+                artifact_grad=options.artifact_grad,
+                clean_grad=options.clean_grad,
+                threshold=options.threshold,
+                gamma=options.gamma,
+                interpolation=interpolation,
+                layout=layout,
+            )
+        return torch.autograd.grad(out, probe, grad)[0]
+    key = (
+        grad.shape, grad.stride(), grad.dtype, confidence.shape, confidence.stride(), confidence.dtype, options,
+        interpolation, layout,
+    )  # fmt: skip
+    prepared = _cache.get(key)
+    if prepared is None:
+        prepared = prepare(grad, (), confidence, None, None, interpolation, layout, options)
+        if len(_cache) >= _CACHE_LIMIT:
+            _cache.clear()
+        _cache[key] = prepared
+    problem = Problem(
+        prepared.plan, WRITE_GRAD, grad, (), confidence, None, None, _ONE, (), _ONE, _ONE, _ONE, _ONE,
+        grad=torch.empty_like(grad),
+    )  # fmt: skip
+    module.weighted_loss(problem)
+    return problem.grad

@@ -1,0 +1,127 @@
+"""Per-sample weights and thresholds that trainers compute from timesteps; all on the device, without a sync."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+_SCHEDULES = ("constant", "exponential", "snr")
+
+
+def _gather(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
+    for name, value in (("timesteps", timesteps), ("alphas_cumprod", alphas_cumprod)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if timesteps.is_floating_point() or timesteps.dtype == torch.bool:
+        raise TypeError(f"timesteps must be integers that index alphas_cumprod, got {timesteps.dtype}")
+    if alphas_cumprod.ndim != 1:
+        raise ValueError(f"alphas_cumprod must have shape (steps,), got {tuple(alphas_cumprod.shape)}")
+    # Moving the table is one small copy; schedulers keep it on the CPU.
+    return alphas_cumprod.to(timesteps.device, torch.float32, non_blocking=True)[timesteps]
+
+
+def snr_weights(
+    timesteps: Tensor, alphas_cumprod: Tensor, gamma: float = 5.0, prediction_type: str = "epsilon"
+) -> Tensor:
+    """Min-SNR loss weights (Hang et al., 2023), (B,) fp32: finite at SNR 0 and at SNR infinity.
+
+    With snr = a / (1 - a): "epsilon" min(snr, gamma) / snr, "v_prediction" min(snr, gamma) / (snr + 1),
+    "sample" min(snr, gamma). At a = 0 the epsilon weight is its limit 1; at a = 1 epsilon and v_prediction are 0 (their
+    limit) and sample is gamma.
+
+    Args:
+        timesteps: (B,) integers.
+        alphas_cumprod: (steps,), the scheduler's table.
+        gamma: the SNR above which a step counts less; positive, `inf` for none.
+        prediction_type: what the model predicts: epsilon | sample | v_prediction.
+
+    Raises:
+        TypeError: timesteps that are not integers, arguments that are not tensors.
+        ValueError: an unknown prediction_type, a gamma that is not positive, a table that is not 1-D.
+    """
+    if prediction_type not in _PREDICTION_TYPES:
+        raise ValueError(f"prediction_type must be one of {_PREDICTION_TYPES}, got {prediction_type!r}")
+    if not gamma > 0:
+        raise ValueError(f"gamma must be positive, got {gamma}")
+    a = _gather(alphas_cumprod, timesteps)
+    # min(a / (1 - a), gamma) * (1 - a) = min(a, gamma (1 - a)): no division by what may be 0.
+    noise = 1 - a
+    capped = a if math.isinf(gamma) else torch.minimum(a, gamma * noise)
+    if prediction_type == "v_prediction":
+        return capped
+    if prediction_type == "epsilon":
+        return torch.where(a > 0, capped / torch.where(a > 0, a, 1.0), torch.ones_like(a))
+    limit = gamma if not math.isinf(gamma) else torch.finfo(torch.float32).max
+    return torch.where(noise > 0, capped / torch.where(noise > 0, noise, 1.0), torch.full_like(a, limit))
+
+
+def prior_preservation_weights(batch_size: int, prior_loss_weight: float = 1.0, device=None) -> Tensor:
+    """Weights (2, ..., 2, 2 l, ..., 2 l) that make one mean of a batch equal instance loss + l * prior loss.
+
+    The first half of the batch are the instance pictures, the second half the class pictures, as the DreamBooth
+    scripts stack them. Pass it as `weighting`, multiplied by any other per-sample weights.
+
+    Args:
+        batch_size: of the stacked batch; even.
+        prior_loss_weight: l.
+        device: where the (batch_size,) fp32 tensor is made.
+
+    Raises:
+        TypeError: a batch_size that is not an int.
+        ValueError: a batch_size that is odd or negative.
+    """
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool):
+        raise TypeError(f"batch_size must be an int, got {type(batch_size).__name__}")
+    if batch_size < 0 or batch_size % 2:
+        raise ValueError(f"batch_size must be even (instance and class halves), got {batch_size}")
+    weights = torch.full((batch_size,), 2.0, device=device)
+    weights[batch_size // 2 :] = 2.0 * prior_loss_weight
+    return weights
+
+
+def huber_schedule(
+    timesteps: Tensor,
+    huber_c: float = 0.1,
+    schedule: str = "snr",
+    *,
+    alphas_cumprod: Tensor | None = None,
+    num_train_timesteps: int = 1000,
+    huber_scale: float = 1.0,
+) -> Tensor:
+    """The Huber threshold of each sample's timestep, (B,) fp32, to be passed as `huber_c`.
+
+    "constant": huber_c * huber_scale. "exponential": huber_c ** (t / num_train_timesteps) * huber_scale, from 1 at the
+    clean end to huber_c. "snr": (1 - huber_c) / (1 + s)^2 + huber_c with s = sqrt((1 - a) / a); finite at a = 0, where
+    it is huber_c. huber_scale does not act on "snr" (Everaert et al.'s scheduled Huber as kohya's trainer has it).
+
+    Args:
+        timesteps: (B,); integers for "snr", any numbers else.
+        huber_c: the threshold at the noisy end; positive.
+        schedule: constant | exponential | snr.
+        alphas_cumprod: (steps,), the scheduler's table; "snr" needs it.
+        num_train_timesteps: of the scheduler.
+        huber_scale: factor of constant and exponential.
+
+    Raises:
+        TypeError: arguments that are not tensors, timesteps that are not integers for "snr".
+        ValueError: an unknown schedule, a huber_c that is not positive, "snr" without alphas_cumprod.
+    """
+    if schedule not in _SCHEDULES:
+        raise ValueError(f"schedule must be one of {_SCHEDULES}, got {schedule!r}")
+    if not huber_c > 0:
+        raise ValueError(f"huber_c must be positive, got {huber_c}")
+    if not isinstance(timesteps, Tensor):
+        raise TypeError(f"timesteps must be a tensor, got {type(timesteps).__name__}")
+    if schedule == "constant":
+        return torch.full(timesteps.shape, huber_c * huber_scale, dtype=torch.float32, device=timesteps.device)
+    if schedule == "exponential":
+        return torch.exp(timesteps.float() * (math.log(huber_c) / num_train_timesteps)) * huber_scale
+    if alphas_cumprod is None:
+        raise ValueError('alphas_cumprod must be given for schedule "snr", got None')
+    a = _gather(alphas_cumprod, timesteps)
+    # 1 / (1 + s) = sqrt(a) / (sqrt(a) + sqrt(1 - a)), which is 0 at a = 0.
+    signal = a.sqrt()
+    return (1 - huber_c) * (signal / (signal + (1 - a).sqrt())).square() + huber_c

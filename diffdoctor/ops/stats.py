@@ -1,0 +1,50 @@
+"""What `return_stats=True` adds to a weighted loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class LossStats:
+    """Detached tensors on the loss's device; reading one on a GPU is what synchronises.
+
+    An element is counted where its spatial weight and its weighting are not 0.
+
+    Attributes:
+        numerator: (B,), the sum of weighting * spatial weight * element loss, before any division.
+        weight_sum: (B,), the sum of the spatial weight over all elements. With reduction="sum" and
+            normalizer=weight_sum.sum() (over all ranks and accumulation steps) the result is one global weighted mean.
+        loss_artifact: (), mean element loss weighted by the artifact level u; 0 where nothing is flagged.
+        loss_clean: (), likewise weighted by 1 - u.
+        artifact_share: (), mean of u over all elements: 0 says that the map did nothing.
+        nonfinite: (), int64, how many counted elements have a loss that is not finite.
+    """
+
+    numerator: Tensor
+    weight_sum: Tensor
+    loss_artifact: Tensor
+    loss_clean: Tensor
+    artifact_share: Tensor
+    nonfinite: Tensor
+
+    @classmethod
+    def from_sums(cls, sums: Tensor, count: int) -> LossStats:
+        """From the per-sample sums (B, 8) that every backend fills, with `count` elements in a sample."""
+        total = sums.sum(0)
+        return cls(
+            numerator=sums[:, 0],
+            weight_sum=sums[:, 1],
+            loss_artifact=_ratio(total[2], total[3]),
+            loss_clean=_ratio(total[4], total[5]),
+            artifact_share=total[6] / max(count * sums.shape[0], 1),
+            nonfinite=total[7].to(torch.int64),
+        )
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    empty = denominator == 0
+    return torch.where(empty, torch.zeros_like(numerator), numerator / torch.where(empty, 1.0, denominator))

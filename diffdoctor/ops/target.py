@@ -1,0 +1,93 @@
+"""Targets that are built inside the kernel from what a trainer already has, so that they never exist in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffdoctor.ops._lowering import MAX_TERMS
+
+
+class Target:
+    """The residual d = pred_scale * model_pred - sum_i coefs[i] * terms[i], built in the kernel.
+
+    Use the named constructors; this one is for schemes they do not cover.
+
+    Args:
+        terms: one or two tensors of model_pred's shape, each fp32, bf16, fp16 or fp64 (its own dtype is fine).
+        coefs: as many factors, each a float or a (B,) tensor.
+        pred_scale: factor of model_pred, a float or a (B,) tensor.
+
+    Raises:
+        TypeError: terms that are not tensors, factors that are neither a number nor a tensor.
+        ValueError: no terms, more than two, another number of coefs, a factor tensor that is not 1-D.
+    """
+
+    __slots__ = ("coefs", "pred_scale", "terms")
+
+    def __init__(self, terms, coefs, pred_scale=1.0):
+        self.terms, self.coefs, self.pred_scale = tuple(terms), tuple(coefs), pred_scale
+        for term in self.terms:
+            if not isinstance(term, Tensor):
+                raise TypeError(f"a Target's term must be a tensor, got {type(term).__name__}")
+        if not 1 <= len(self.terms) <= MAX_TERMS or len(self.coefs) != len(self.terms):
+            raise ValueError(
+                f"a Target takes 1 to {MAX_TERMS} terms and as many coefs, got {len(self.terms)} and {len(self.coefs)}"
+            )
+        for name, value in (*(("coefs", coef) for coef in self.coefs), ("pred_scale", pred_scale)):
+            _check_factor(name, value)
+
+    def __repr__(self):
+        return f"Target({len(self.terms)} terms of shape {tuple(self.terms[0].shape)})"
+
+    @classmethod
+    def epsilon(cls, noise: Tensor) -> Target:
+        """The noise that was added."""
+        return cls((noise,), (1.0,))
+
+    @classmethod
+    def sample(cls, latents: Tensor) -> Target:
+        """The clean latents (x0)."""
+        return cls((latents,), (1.0,))
+
+    @classmethod
+    def velocity(cls, latents: Tensor, noise: Tensor, alphas_cumprod) -> Target:
+        """v = sqrt(a) * noise - sqrt(1 - a) * latents (Salimans & Ho, 2022).
+
+        Args:
+            latents: the clean latents.
+            noise: the noise that was added.
+            alphas_cumprod: a, gathered at the timesteps: a (B,) tensor on latents' device, or a float.
+        """
+        _check_factor("alphas_cumprod", alphas_cumprod)
+        if isinstance(alphas_cumprod, Tensor):
+            a = alphas_cumprod if alphas_cumprod.dtype == torch.float64 else alphas_cumprod.float()
+            return cls((noise, latents), (a.sqrt(), -(1 - a).sqrt()))
+        return cls((noise, latents), (alphas_cumprod**0.5, -((1 - alphas_cumprod) ** 0.5)))
+
+    @classmethod
+    def flow(cls, latents: Tensor, noise: Tensor, reversed: bool = False) -> Target:
+        """Rectified flow: noise - latents, or latents - noise where `reversed` (Lumina 2, Z-Image, HiDream)."""
+        sign = -1.0 if reversed else 1.0
+        return cls((noise, latents), (sign, -sign))
+
+    @classmethod
+    def preconditioned(cls, latents: Tensor, noisy_latents: Tensor, scale, skip) -> Target:
+        """d = scale * model_pred + skip * noisy_latents - latents: the x0 loss of a preconditioned model.
+
+        SD3 and flow models: scale = -sigma, skip = 1. EDM with an epsilon model: the same; with a v model:
+        scale = -sigma / sqrt(sigma^2 + 1), skip = 1 / (sigma^2 + 1). Each a float or a (B,) tensor.
+        """
+        _check_factor("scale", scale)
+        _check_factor("skip", skip)
+        return cls((noisy_latents, latents), (-skip, 1.0), scale)
+
+
+def _check_factor(name: str, value) -> None:
+    if isinstance(value, Tensor):
+        if value.ndim > 1:
+            raise ValueError(f"{name} must be a number or a tensor of shape (B,), got shape {tuple(value.shape)}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+    elif not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number or a tensor of shape (B,), got {type(value).__name__}")

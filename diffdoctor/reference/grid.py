@@ -1,0 +1,72 @@
+"""The logical grid (B, C, T, H, W) that predictions, targets, maps and weightings are brought to."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def to_grid(x: Tensor, layout=None) -> Tensor:
+    """A (B, C, H, W), (B, C, T, H, W) or token (B, N, D) tensor as a (B, C, T, H, W) view.
+
+    Tokens are unpacked by `layout`; without one they are a row of N positions with D channels.
+    """
+    if x.ndim == 3:
+        if layout is None:
+            return x.transpose(1, 2)[:, :, None, None]
+        x = layout.unpack(x)
+    return x[:, :, None] if x.ndim == 4 else x
+
+
+def map_to_grid(values: Tensor, size: tuple[int, int, int], interpolation: str, dtype: torch.dtype) -> Tensor:
+    """A map as floats of `dtype`, resampled to (B or 1, 1, T, H, W); T may stay 1 where one map serves all frames.
+
+    `values` is (B, H', W'), (B, 1, H', W') or (B, 1, T', H', W'), or (B, N) for tokens; uint8 is divided by 255.
+    """
+    scale = 255 if values.dtype == torch.uint8 else 1
+    values = values.to(dtype) / scale
+    if values.ndim == 2:
+        values = values[:, None]  # one row of N positions
+    if values.ndim == 3:
+        values = values[:, None]
+    if values.ndim == 4:
+        values = values[:, :, None]
+    return resample(values, size, interpolation)
+
+
+def resample(values: Tensor, size: tuple[int, int, int], interpolation: str) -> Tensor:
+    """`torch.nn.functional.interpolate` in space, and in time where the map has frames."""
+    if tuple(values.shape[2:]) == tuple(size):
+        return values
+    if values.shape[2] == 1 and tuple(values.shape[3:]) == tuple(size[1:]):
+        return values
+    if interpolation in ("nearest", "nearest-exact"):
+        # Written out because interpolate's own rounding of ties differs between its 1-, 2- and 3-D forms in fp64.
+        offset = 0.0 if interpolation == "nearest" else 0.5
+        for dim, out in zip((2, 3, 4), size, strict=True):
+            index = nearest_index(values.shape[dim], out, offset).to(values.device)
+            values = values.index_select(dim, index)
+        return values
+    if values.shape[2] == 1:
+        plane = F.interpolate(values[:, :, 0], size=size[1:], mode=interpolation)
+        return plane[:, :, None]
+    mode = "trilinear" if interpolation == "bilinear" else interpolation
+    return F.interpolate(values, size=size, mode=mode)
+
+
+def nearest_index(size_in: int, size_out: int, offset: float) -> Tensor:
+    """floor((i + offset) * in / out) in fp32, as ATen computes it for images."""
+    scale = torch.tensor(size_in, dtype=torch.float32) / torch.tensor(size_out, dtype=torch.float32)
+    index = torch.floor((torch.arange(size_out, dtype=torch.float32) + offset) * scale)
+    return index.long().clamp(max=size_in - 1)
+
+
+def artifact_level(confidence: Tensor, threshold: float, gamma: float) -> Tensor:
+    """u = c ** gamma where c >= threshold (rounded to fp32), else 0."""
+    threshold = torch.tensor(threshold, dtype=torch.float32).item()
+    above = confidence >= threshold
+    level = confidence if gamma == 1.0 else confidence.pow(gamma)
+    return torch.where(above, level, torch.zeros_like(level))

@@ -1,0 +1,109 @@
+"""The definition of `diffdoctor.weighted_loss`; docs/ops.md derives it."""
+
+import torch
+from torch import Tensor
+
+from diffdoctor.reference.grid import accumulation_dtype, artifact_level, map_to_grid, to_grid
+from diffdoctor.reference.losses import element_loss
+from diffdoctor.reference.modulate_gradient import scale_gradient
+
+
+def weighted_loss(
+    model_pred: Tensor,
+    target,
+    confidence: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    weighting: Tensor | None = None,
+    artifact_weight: float = 2.0,
+    clean_weight: float = 1.0,
+    artifact_grad: float = 1.0,
+    clean_grad: float = 1.0,
+    threshold: float = 0.0,
+    gamma: float = 1.0,
+    interpolation: str = "area",
+    loss_type="l2",
+    huber_c=0.1,
+    normalize: str | None = None,
+    normalizer=None,
+    reduction: str = "mean",
+    layout=None,
+):
+    """Returns the loss and the sums behind `LossStats`, (B, 8) in the accumulation type.
+
+    Arguments are those of the public function and are not checked again. A target that is not a tensor has `terms`,
+    `coefs` and `pred_scale`. The columns of the sums: numerator, weight, artifact loss, artifact weight, clean loss,
+    clean weight, artifact level over all elements, count of non-finite losses.
+    """
+    dtype = accumulation_dtype(model_pred.dtype)
+    pred = to_grid(model_pred, layout).to(dtype)
+    shape, size = pred.shape, tuple(pred.shape[2:])
+
+    def per_sample(value) -> Tensor:
+        if not isinstance(value, Tensor):
+            return pred.new_full((1, 1, 1, 1, 1), value)
+        return value.to(dtype).reshape(-1, 1, 1, 1, 1)
+
+    one = pred.new_ones(())
+    c = one * 0 if confidence is None else map_to_grid(confidence, size, interpolation, dtype)
+    k = one if mask is None else map_to_grid(mask, size, interpolation, dtype)
+    u = artifact_level(c, threshold, gamma) if confidence is not None else c
+    omega = k * (clean_weight + (artifact_weight - clean_weight) * u)
+    m = clean_grad + (artifact_grad - clean_grad) * u
+    v = one if weighting is None else weighting_to_grid(weighting, model_pred, layout).to(dtype)
+
+    pred = scale_gradient(pred, m)
+    if isinstance(target, Tensor):
+        d = pred - to_grid(target, layout).to(dtype)
+    else:
+        d = per_sample(target.pred_scale) * pred
+        for coef, term in zip(target.coefs, target.terms, strict=True):
+            d = d - per_sample(coef) * to_grid(term, layout).to(dtype)
+
+    selected = ((omega != 0) & (v != 0)).expand(shape)
+    zero = torch.zeros_like(d)
+    loss = element_loss(loss_type, torch.where(selected, d, zero), per_sample(huber_c))
+    weighted = torch.where(selected, v * omega * loss, zero)
+    numerator = weighted.sum((1, 2, 3, 4))
+
+    omega, u = omega.expand(shape), u.expand(shape)
+    if normalizer is not None:
+        z = per_sample(normalizer).reshape(-1)
+    elif normalize == "sample":
+        z = omega.mean((1, 2, 3, 4))
+    elif normalize == "batch":
+        z = omega.mean()
+    else:
+        z = one
+    count = pred[0].numel()
+    share = torch.where(z == 0, torch.zeros_like(numerator), numerator / torch.where(z == 0, one, z))
+    if reduction != "sum":
+        share = share / count
+    result = {"mean": share.mean, "sum": share.sum, "sample": lambda: share}[reduction]()
+
+    with torch.no_grad():
+        loss = loss.detach()
+        sums = [
+            weighted,
+            omega,
+            torch.where(selected & (u != 0), u * loss, zero),
+            torch.where(selected, u, zero),
+            torch.where(selected & (u != 1), (1 - u) * loss, zero),
+            torch.where(selected, 1 - u, zero),
+            u,
+            ~torch.isfinite(weighted),
+        ]
+        sums = torch.stack([column.detach().sum((1, 2, 3, 4), dtype=dtype) for column in sums], dim=1)
+    return result, sums
+
+
+def weighting_to_grid(weighting: Tensor, model_pred: Tensor, layout=None) -> Tensor:
+    """A (B,) or (1,) weighting per sample, any other broadcast from the right to model_pred's (unpacked) shape."""
+    if weighting.ndim == 1:
+        return weighting.reshape(-1, 1, 1, 1, 1)
+    tokens = model_pred.ndim == 3 and layout is None
+    rank = model_pred.ndim if model_pred.ndim != 3 or tokens else 4
+    weighting = weighting.reshape((1,) * (rank - weighting.ndim) + tuple(weighting.shape))
+    if tokens:
+        return weighting.transpose(1, 2)[:, :, None, None]
+    return weighting[:, :, None] if rank == 4 else weighting
