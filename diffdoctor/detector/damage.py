@@ -292,7 +292,7 @@ def _recompress(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _mild_blur(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _blur(picture, rng.uniform(0.2, 0.6))
+    return _blur(picture, rng.uniform(0.3, 0.6))
 
 
 def _exposure(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
