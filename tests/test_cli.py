@@ -1,0 +1,135 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from diffdoctor import cli
+from diffdoctor.demo.config import DemoConfig
+from diffdoctor.demo.stages import Stages
+
+
+@pytest.fixture
+def demo_options(monkeypatch):
+    """Runs `diffdoctor demo` up to its options, which are collected here."""
+    seen = []
+    command = cli.Command("summary", "diffdoctor.demo.config:DemoConfig", "collect:run")
+    load = cli._load
+    monkeypatch.setitem(cli.COMMANDS, "demo", command)
+    monkeypatch.setattr(cli, "_load", lambda path: seen.append if path == "collect:run" else load(path))
+    return seen
+
+
+def test_options_come_from_the_command_line(demo_options):
+    assert cli.main(["demo", "--output", "somewhere", "--seed", "7"]) == 0
+    assert demo_options == [DemoConfig(output="somewhere", seed=7)]
+
+
+def test_options_come_from_a_file_and_the_command_line_wins(demo_options, tmp_path):
+    path = tmp_path / "demo.yaml"
+    path.write_text(yaml.safe_dump({"seed": 3, "pictures": 50}))
+    assert cli.main(["demo", "--config", str(path), "--pictures", "60"]) == 0
+    assert demo_options == [DemoConfig(seed=3, pictures=60)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["demo", "--sede", "1"], "sede"),
+        (["demo", "--seed", "many"], "seed"),
+        (["demo", "--config", "no-such-file.yaml"], "no-such-file.yaml"),
+        (["treatment"], "unknown command 'treatment'"),
+    ],
+    ids=["unknown-option", "wrong-type", "no-such-config", "unknown-command"],
+)
+def test_bad_input_is_one_line_and_exit_code_2(argv, words, capsys):
+    assert cli.main(argv) == 2
+    errors = capsys.readouterr().err
+    assert words in errors
+    assert errors.count("\n") == 1
+    assert errors.startswith("diffdoctor")
+
+
+def test_help_names_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["demo", "--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, field in DemoConfig.__dataclass_fields__.items():
+        assert f"--{name}" in text
+        assert f"default: {'null' if field.default is None else str(field.default).lower()}" in text.lower()
+
+
+def test_usage_lists_the_commands(capsys):
+    assert cli.main([]) == 2
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in cli.COMMANDS)
+
+
+def test_env_runs_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "diffdoctor", "env"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "weighted_loss" in done.stdout
+    assert "torch" in done.stdout
+
+
+def test_a_missing_extra_says_what_to_install(tmp_path):
+    # A module that cannot be imported stands in for one that is not installed.
+    (tmp_path / "jsonargparse.py").write_text("raise ModuleNotFoundError('no', name='jsonargparse')")
+    done = subprocess.run(
+        [sys.executable, "-m", "diffdoctor", "demo"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "pip install 'diffdoctor[stages]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert cli.main(["demo", "--output", str(tmp_path / "file")]) == 2
+    errors = capsys.readouterr().err
+    assert "cannot be written" in errors
+    assert errors.count("\n") == 1
+
+
+class TestStages:
+    def test_a_finished_stage_is_not_made_again(self, tmp_path):
+        calls = []
+
+        def make(folder):
+            calls.append(folder)
+            (folder / "result").write_text("done")
+
+        for _ in range(2):
+            folder = Stages(tmp_path, {"seed": 0}).run("one", make)
+            assert (folder / "result").read_text() == "done"
+        assert len(calls) == 1
+
+    def test_a_half_written_stage_is_made_again(self, tmp_path):
+        def fails(folder):
+            (folder / "result").write_text("half")
+            raise KeyboardInterrupt
+
+        stages = Stages(tmp_path, {"seed": 0})
+        with pytest.raises(KeyboardInterrupt):
+            stages.run("one", fails)
+        # What kill -9 leaves: a temporary folder, and a stage without its record.
+        (tmp_path / "stages" / ".one.killed.tmp").mkdir()
+        (tmp_path / "stages" / "one").mkdir()
+        (tmp_path / "stages" / "one" / "result").write_text("half")
+        stages = Stages(tmp_path, {"seed": 0})
+        folder = stages.run("one", lambda folder: (folder / "result").write_text("whole"))
+        assert (folder / "result").read_text() == "whole"
+        assert sorted(os.listdir(tmp_path / "stages")) == ["one"]
+
+    def test_other_settings_are_refused_unless_overwritten(self, tmp_path):
+        Stages(tmp_path, {"seed": 0}).run("one", lambda folder: None)
+        with pytest.raises(ValueError, match="another seed: choose another folder"):
+            Stages(tmp_path, {"seed": 1})
+        assert Stages(tmp_path, {"seed": 0}).done("one")
+        assert not Stages(tmp_path, {"seed": 1}, overwrite=True).done("one")
