@@ -107,14 +107,14 @@ class ArtifactDetector(Detector):
 
     @classmethod
     def tiny(cls, **options) -> ArtifactDetector:
-        """A fresh small detector (0.3 M parameters) for small pictures and tests; options as for the class."""
+        """A fresh small detector (0.15 M parameters) for small pictures and tests; options as for the class."""
         config = {
-            "depths": (1, 1, 2, 1),
-            "hidden_sizes": (32, 48, 64, 64),
+            "depths": (1, 1, 1, 1),
+            "hidden_sizes": (24, 32, 48, 64),
             "num_attention_heads": (1, 2, 2, 2),
             "sr_ratios": (4, 2, 1, 1),
             "mlp_ratios": (2, 2, 2, 2),
-            "decoder_hidden_size": 64,
+            "decoder_hidden_size": 48,
             "drop_path_rate": 0.0,
             "classifier_dropout_prob": 0.0,
         }
