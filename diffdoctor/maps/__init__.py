@@ -1,0 +1,31 @@
+"""Confidence maps for a training set: read, checked, and kept on their pictures through crop and flip.
+
+A map that is not cropped with its picture is silently wrong, so picture and map are never moved separately here:
+`PairedTransform` draws one placement for both, and `attach_map` lets a map ride through somebody else's transforms as a
+fourth band of the picture. docs/trainers.md shows both in real trainers.
+"""
+
+from diffdoctor.maps.check import MapReport, MapWarning, check_maps
+from diffdoctor.maps.dataset import MapDataset, StepBatches, collate
+from diffdoctor.maps.files import Record, find_map, read_folder, read_map, read_picture, write_map
+from diffdoctor.maps.geometry import PairedTransform, Placement, aspect_buckets, attach_map, detach_map
+
+__all__ = [
+    "MapDataset",
+    "MapReport",
+    "MapWarning",
+    "PairedTransform",
+    "Placement",
+    "Record",
+    "StepBatches",
+    "aspect_buckets",
+    "attach_map",
+    "check_maps",
+    "collate",
+    "detach_map",
+    "find_map",
+    "read_folder",
+    "read_map",
+    "read_picture",
+    "write_map",
+]

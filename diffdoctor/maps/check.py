@@ -1,0 +1,131 @@
+"""Do a set's maps look like maps? All zero, all one and inverted ones train without an error, and wrongly."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from diffdoctor.maps.files import read_map
+
+_HALF_STEP = 0.5 / 255  # below this an 8-bit map is zero
+
+
+class MapWarning(UserWarning):
+    """A training set's maps are probably not what their user thinks they are."""
+
+
+@dataclass
+class MapReport:
+    """What `check_maps` found.
+
+    Attributes:
+        count: maps looked at.
+        missing: pictures without a map.
+        zero, one, constant: maps that are 0 everywhere, 1 everywhere, or another single value.
+        mean: mean confidence over all maps, in [0, 1].
+        broken_share: share of all maps' area at confidence >= 0.5.
+        warnings: one sentence for each thing that looks wrong.
+    """
+
+    count: int = 0
+    missing: int = 0
+    zero: int = 0
+    one: int = 0
+    constant: int = 0
+    mean: float = 0.0
+    broken_share: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, stacklevel: int = 2) -> None:
+        """Emit each sentence as a `MapWarning`."""
+        for sentence in self.warnings:
+            warnings.warn(sentence, MapWarning, stacklevel=stacklevel + 1)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.count} maps ({self.missing} pictures without): mean confidence {self.mean:.3f}, "
+            f"{self.broken_share:.1%} of the area at 0.5 or more; {self.zero} all zero, {self.one} all one, "
+            f"{self.constant} constant"
+        ]
+        return "\n".join([*lines, *(f"warning: {sentence}" for sentence in self.warnings)])
+
+
+def check_maps(maps: Iterable | torch.Tensor) -> MapReport:
+    """Look at a set's confidence maps and say what cannot be right.
+
+    It warns when every map is all zero (the loss is then the plain one), when maps are all one or otherwise constant,
+    when most of the area of most maps is broken (an inverted map: confidence is 1 where the picture is *broken*), when
+    many pictures share one map, and when pictures have none.
+
+    Args:
+        maps: maps as `read_map` takes them (files, arrays), None for a picture without one, or a tensor (B, 1, H, W)
+            or (B, H, W): uint8, bool or float in [0, 1].
+
+    Raises:
+        ValueError: a map with values outside [0, 1], naming it.
+    """
+    if isinstance(maps, torch.Tensor):
+        maps = _rows(maps)
+    report = MapReport()
+    means, areas, shares, contents = [], [], [], Counter()
+    for each in maps:
+        if each is None:
+            report.missing += 1
+            continue
+        values = read_map(each)
+        low, high = float(values.min()), float(values.max())
+        means.append(float(values.mean()))
+        share = float((values >= 0.5).mean())
+        areas.append(share)
+        report.count += 1
+        if high < _HALF_STEP:
+            report.zero += 1
+        elif low > 1 - _HALF_STEP:
+            report.one += 1
+        elif high - low < _HALF_STEP:
+            report.constant += 1
+        else:
+            shares.append(share)
+            contents[hashlib.sha1(np.ascontiguousarray(values).tobytes()).digest()] += 1
+    if report.count:
+        report.mean, report.broken_share = float(np.mean(means)), float(np.mean(areas))
+    report.warnings = _sentences(report, shares, contents)
+    return report
+
+
+def _rows(maps: torch.Tensor) -> list[np.ndarray]:
+    if maps.ndim not in (3, 4) or (maps.ndim == 4 and maps.shape[1] != 1):
+        raise ValueError(f"maps: expected (B, 1, H, W) or (B, H, W), got {tuple(maps.shape)}")
+    maps = maps.detach().cpu()
+    maps = maps.float() if maps.is_floating_point() else maps
+    return list(maps.reshape(len(maps), *maps.shape[-2:]).numpy())
+
+
+def _sentences(report: MapReport, shares: list[float], contents: Counter) -> list[str]:
+    count, found = report.count, []
+    if report.missing:
+        found.append(f"{report.missing} of {report.missing + count} pictures have no map: they count as clean")
+    if not count:
+        return found
+    if report.zero == count:
+        found.append(f"all {count} maps are zero everywhere: the loss will be the one without maps")
+    if report.one:
+        found.append(f"{report.one} of {count} maps are one everywhere: the whole picture counts as broken")
+    if report.constant:
+        found.append(f"{report.constant} of {count} maps have the same value everywhere: they say nothing about place")
+    # An artifact that fills more than half of most damaged pictures is rare.
+    if shares and np.median(shares) > 0.5:
+        found.append(
+            f"half of the maps that show a place are broken over {np.median(shares):.0%} of it or more: inverted? "
+            "(confidence is 1 where the picture is broken, 0 where it is clean)"
+        )
+    most = max(contents.values(), default=0)
+    if most > 1 and most > count / 2:
+        found.append(f"{most} of {count} maps are the same: are they paired with their own pictures?")
+    return found

@@ -1,0 +1,157 @@
+"""A training set of pictures with their maps, and batches that depend on the seed and the step alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from diffdoctor.maps.check import check_maps
+from diffdoctor.maps.files import Record, read_picture
+from diffdoctor.maps.geometry import PairedTransform
+
+_CHECKED = 256  # maps looked at when a set is opened
+
+
+class MapDataset(Dataset):
+    """Pictures with captions and confidence maps, placed alike.
+
+    Args:
+        records: `read_folder(...)`'s result, or any sequence of `Record`.
+        transform: the placement.
+        seed: of crops and flips: item (epoch, i) is a function of (seed, epoch, i), whatever the worker.
+        missing: what a picture without a map is: "zeros" (clean everywhere) or "error".
+        check: look at up to 256 maps, evenly spaced, and emit a `MapWarning` for what cannot be right.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        transform: PairedTransform,
+        *,
+        seed: int = 0,
+        missing: str = "zeros",
+        check: bool = True,
+    ):
+        if not len(records):
+            raise ValueError("records: expected at least one, got none")
+        if missing not in ("zeros", "error"):
+            raise ValueError(f"missing: expected 'zeros' or 'error', got {missing!r}")
+        self.records, self.transform, self.seed = list(records), transform, seed
+        if missing == "error":
+            for record in self.records:
+                if record.confidence is None:
+                    raise ValueError(f"records: expected a map for every picture, {_name(record)} has none")
+        if check:
+            step = max(1, -(-len(self.records) // _CHECKED))
+            check_maps(record.confidence for record in self.records[::step]).warn()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        """What `PairedTransform` returns, and `caption`; `key` is an index, or (epoch, index)."""
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        record = self.records[index]
+        rng = np.random.default_rng([self.seed, epoch, index])
+        sample = self.transform(record.picture, record.confidence, rng)
+        return {**sample, "caption": record.caption}
+
+    def bucket_of(self, index: int) -> int:
+        """Index of the picture's bucket; reads no more than the picture's header where it is a file."""
+        if len(self.transform.buckets) == 1:
+            return 0
+        return self.transform.bucket(*_picture_size(self.records[index].picture))
+
+
+class StepBatches(Sampler):
+    """Batches of (epoch, index) keys in which all pictures have one size; use it as a `batch_sampler`.
+
+    Batch k is a function of (seed, k): a run that resumes with `start=k` sees what it would have seen.
+
+    Args:
+        data: the set.
+        batch_size: pictures of a batch; the last one of a bucket and epoch may be smaller.
+        batches: how many batches in all.
+        start: the first batch that is given.
+        seed: of the shuffles.
+        drop_last: leave out a bucket's incomplete batches (it must have a complete one).
+    """
+
+    def __init__(
+        self,
+        data: MapDataset,
+        batch_size: int,
+        batches: int,
+        *,
+        start: int = 0,
+        seed: int = 0,
+        drop_last: bool = False,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected >= 1, got {batch_size}")
+        # Accelerate reads these names from a batch sampler.
+        self.batch_size, self.drop_last = batch_size, drop_last
+        self.seed, self.start, self.batches = seed, start, batches
+        buckets: dict[int, list[int]] = {}
+        for index in range(len(data)):
+            buckets.setdefault(data.bucket_of(index), []).append(index)
+        self._buckets = [np.asarray(indices) for _, indices in sorted(buckets.items())]
+        self._per_epoch = sum(self._batches_of(len(indices)) for indices in self._buckets)
+        if not self._per_epoch:
+            raise ValueError(f"batch_size: no bucket has {batch_size} pictures and drop_last leaves out the others")
+
+    def _batches_of(self, count: int) -> int:
+        return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
+
+    def __len__(self) -> int:
+        return max(0, self.batches - self.start)
+
+    def _epoch(self, epoch: int) -> list[list[tuple[int, int]]]:
+        rng = np.random.default_rng([self.seed, epoch])
+        batches = []
+        for indices in self._buckets:
+            order = rng.permutation(indices)
+            for number in range(self._batches_of(len(indices))):
+                chosen = order[number * self.batch_size : (number + 1) * self.batch_size]
+                batches.append([(epoch, int(index)) for index in chosen])
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        current, batches = -1, []
+        for number in range(self.start, self.batches):
+            epoch, offset = divmod(number, self._per_epoch)
+            if epoch != current:
+                current, batches = epoch, self._epoch(epoch)
+            yield batches[offset]
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Stack what `MapDataset` gives: tensors on a new first axis, `caption` as a list."""
+    stacked: dict[str, Any] = {}
+    for name, value in samples[0].items():
+        column = [sample[name] for sample in samples]
+        if isinstance(value, torch.Tensor):
+            stacked[name] = torch.stack(column)
+        else:
+            stacked[name] = torch.tensor(column) if isinstance(value, bool) else column
+    return stacked
+
+
+def _picture_size(picture) -> tuple[int, int]:
+    if isinstance(picture, (str, os.PathLike)):
+        from PIL import Image
+
+        with Image.open(picture) as image:
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # Orientation: a quarter turn
+            return (image.width, image.height) if turned else (image.height, image.width)
+    image = read_picture(picture)
+    return image.height, image.width
+
+
+def _name(record: Record) -> str:
+    return str(record.picture) if isinstance(record.picture, (str, os.PathLike)) else "one picture"

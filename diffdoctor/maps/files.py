@@ -1,0 +1,181 @@
+"""Pictures, captions and maps on the disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffdoctor._errors import UserError
+from diffdoctor._io import atomic_path
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MAP_ENDING = ".mask.png"  # the ending that maps have in shards too
+METADATA_NAME = "metadata.jsonl"
+_CAPTION_FIELDS = ("text", "caption", "prompt")
+_MODES_OF_ONE_BAND = {"1": 1.0, "L": 255.0, "I;16": 65535.0, "I": 65535.0}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One training picture.
+
+    Attributes:
+        picture: a file, a PIL picture or a uint8 array (H, W, 3).
+        confidence: its map: a file, an array (uint8 0..255, bool, or float in [0, 1]) of shape (H', W') in
+            the picture's proportions; None where there is no map.
+        caption: the prompt that belongs to it.
+    """
+
+    picture: Any
+    confidence: Any = None
+    caption: str = ""
+
+
+def find_map(picture, maps=None, root=None) -> Path | None:
+    """The map file of a picture, or None.
+
+    Args:
+        picture: the picture's file, such as `set/cat.jpg`.
+        maps: the folder of maps; None looks beside the picture.
+        root: folder that `maps` mirrors, so that `root/a/cat.jpg` has its map in `maps/a`; None: the picture's folder.
+
+    Returns:
+        The first that exists of `cat.mask.png`, and in a folder of maps also of `cat.png` and `cat.npy`.
+    """
+    picture = Path(picture)
+    if maps is None:
+        candidates = [picture.with_name(picture.stem + MAP_ENDING)]
+    else:
+        folder = Path(maps) / (picture.parent.relative_to(root) if root is not None else "")
+        candidates = [folder / (picture.stem + ending) for ending in (MAP_ENDING, ".png", ".npy")]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def read_picture(picture):
+    """A picture (file, PIL picture or uint8 (H, W, 3) array) as a PIL picture in mode RGB, upright.
+
+    A camera's rotation flag is carried out, since what the detector saw was upright as well.
+    """
+    from PIL import Image, ImageOps
+
+    if isinstance(picture, np.ndarray):
+        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+            raise ValueError(f"picture: expected (H, W, 3) uint8, got {picture.shape} {picture.dtype}")
+        return Image.fromarray(picture)
+    if isinstance(picture, Image.Image):
+        return ImageOps.exif_transpose(picture).convert("RGB")
+    with Image.open(picture) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def read_map(confidence) -> np.ndarray:
+    """A confidence map as float32 (H, W) in [0, 1].
+
+    Args:
+        confidence: a PNG of one band (8 or 16 bits; or three equal bands), an `.npy` file, or an array: uint8 0..255,
+            bool, or floats in [0, 1]; shape (H, W), (H, W, 1) or (1, H, W).
+
+    Raises:
+        TypeError: an array of another dtype.
+        ValueError: a coloured or transparent picture (a heat map is not a map), other shapes, values outside [0, 1].
+    """
+    name = "confidence" if not isinstance(confidence, (str, Path)) else str(confidence)
+    if isinstance(confidence, (str, Path)):
+        path = Path(confidence)
+        confidence = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _read_bands(path)
+    values = np.asarray(confidence)
+    if values.ndim == 3 and 1 in (values.shape[0], values.shape[2]):
+        values = values[0] if values.shape[0] == 1 else values[:, :, 0]
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"{name}: expected a map of shape (H, W), got {tuple(np.shape(confidence))}")
+    if values.dtype == np.uint8:
+        return values.astype(np.float32) / 255.0
+    if values.dtype == np.bool_:
+        return values.astype(np.float32)
+    if not np.issubdtype(values.dtype, np.floating):
+        raise TypeError(f"{name}: expected uint8, bool or floating-point values, got {values.dtype}")
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0.0 and high <= 1.0):
+        hint = "; give 0..255 as uint8" if high > 1.0 else ""
+        raise ValueError(f"{name}: expected values in [0, 1], got {low:g}..{high:g}{hint}")
+    return values.astype(np.float32)
+
+
+def _read_bands(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image = image.convert("RGB") if image.mode == "P" else image
+        if image.mode in _MODES_OF_ONE_BAND:
+            return np.asarray(image).astype(np.float32) / _MODES_OF_ONE_BAND[image.mode]
+        bands = np.asarray(image)
+    if bands.ndim == 3 and bands.shape[2] == 3 and (bands == bands[:, :, :1]).all():
+        return bands[:, :, 0]
+    raise ValueError(f"{path}: expected a grey picture (0 clean .. 255 artifact), got mode {image.mode} with colours")
+
+
+def write_map(path, confidence) -> None:
+    """Write a map (see `read_map` for what it may be) as an 8-bit grey PNG, whole or not at all."""
+    from PIL import Image
+
+    values = np.rint(read_map(confidence) * 255.0).astype(np.uint8)
+    with atomic_path(path) as temporary:
+        Image.fromarray(values).save(temporary, format="PNG", optimize=True)
+
+
+def read_folder(folder, maps=None, *, caption: str = "") -> list[Record]:
+    """The pictures of a folder and its subfolders, each with its caption and its map.
+
+    Args:
+        folder: of pictures. Captions stand in `metadata.jsonl` (`file_name` and `text`, `caption` or `prompt`), or
+            beside each picture in a `.txt` file.
+        maps: folder of the maps, mirroring `folder`; None looks beside each picture for `<stem>.mask.png`.
+        caption: for pictures that have none.
+
+    Returns:
+        Records in the order of their paths; the map of a picture that has none is None.
+
+    Raises:
+        UserError: no folder, or no picture in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: expected a folder of pictures, there is none")
+    if maps is not None and not Path(maps).is_dir():
+        raise UserError(f"{maps}: expected a folder of maps, there is none")
+    captions = _read_metadata(folder / METADATA_NAME)
+    records = []
+    for path in sorted(folder.rglob("*")):
+        is_map = path.name.endswith(MAP_ENDING) or (maps is not None and Path(maps).resolve() in path.resolve().parents)
+        if path.suffix.lower() not in PICTURE_SUFFIXES or is_map or not path.is_file():
+            continue
+        text = captions.get(path.relative_to(folder).as_posix())
+        if text is None:
+            beside = path.with_suffix(".txt")
+            text = beside.read_text(encoding="utf-8").strip() if beside.is_file() else caption
+        records.append(Record(path, find_map(path, maps, folder), text))
+    if not records:
+        raise UserError(f"{folder}: expected pictures ({', '.join(PICTURE_SUFFIXES)}), found none")
+    return records
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    captions = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name = row["file_name"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: expected a JSON object with a file_name ({error})") from None
+        text = next((row[field] for field in _CAPTION_FIELDS if field in row), None)
+        if text is not None:
+            captions[name] = text
+    return captions
