@@ -293,6 +293,7 @@ def _groups(path: Path, strict: bool, counts: SkipCounts) -> Iterator[tuple[str,
     current, members = None, {}
     try:
         with tarfile.open(path, "r:") as tar:
+            ended = _has_end_mark(path)
             for info in tar:
                 # The list that tarfile keeps of its members would grow with the shard.
                 tar.members = []
@@ -309,12 +310,22 @@ def _groups(path: Path, strict: bool, counts: SkipCounts) -> Iterator[tuple[str,
                 if len(data) != info.size:
                     raise tarfile.ReadError("unexpected end of data")
                 members[extension.lower()] = data
+            if not ended:
+                # tarfile takes a missing end for an end.
+                raise tarfile.ReadError("no end mark")
     except (tarfile.TarError, OSError, ValueError) as error:
         # The group being read may lack members: it is left out with the rest of the shard.
         counts.add("a shard cut short or not a tar file", f"{path.name} ({error})", strict)
         return
     if current is not None:
         yield current, members
+
+
+def _has_end_mark(path: Path) -> bool:
+    """Whether the archive ends in two blocks of zeros, as all complete ones do."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 2 * tarfile.BLOCKSIZE))
+        return file.read() == bytes(2 * tarfile.BLOCKSIZE)
 
 
 def _fault(info: tarfile.TarInfo) -> str | None:

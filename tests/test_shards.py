@@ -1,0 +1,235 @@
+"""Shards: what is written comes back; broken and hostile archives are left out, counted, and write nothing."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from diffdoctor._errors import UserError
+from diffdoctor.detector import shards
+from diffdoctor.detector.shards import ShardData, SkipCounts, read_manifest, read_shards, write_shards
+
+pytest.importorskip("pyarrow")
+pytest.importorskip("PIL")
+
+
+def samples_of(count, size=(12, 17), seed=0):
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        mask = rng.uniform(size=size).astype(np.float32) * (i % 2)
+        yield {
+            "picture": rng.integers(0, 256, (*size, 3), dtype=np.uint8),
+            "mask": mask,
+            "prompt": f"a picture of ünïcode № {i}",
+            "category": ("cat", "dog")[i % 2],
+            "generator": "test",
+            "label": ("real", "injected")[i % 2],
+            "round": i // 3,
+            "extra": {"seed": i, "list": [1, 2]},
+        }
+
+
+@pytest.mark.parametrize("picture_type", ["png", "webp", "jpg"])
+def test_what_is_written_comes_back(tmp_path, picture_type):
+    originals = list(samples_of(7))
+    assert write_shards(originals, tmp_path / "set", shard_size=3, picture_type=picture_type) == 7
+    assert sorted(p.name for p in (tmp_path / "set").iterdir()) == [
+        "manifest.parquet",
+        *(f"shard-{i:06d}.tar" for i in range(3)),
+    ]
+    stream, data = list(read_shards(tmp_path / "set", strict=True)), ShardData(tmp_path / "set")
+    assert len(stream) == len(data) == 7
+    for i in (6, 0, 3, 1, 2, 5, 4):
+        for got in (stream[i], data[i]):
+            if picture_type != "jpg":
+                assert np.array_equal(got["picture"], originals[i]["picture"])
+            assert got["picture"].shape == (12, 17, 3)
+            assert np.abs(got["mask"] - originals[i]["mask"]).max() <= 0.5 / 255 + 1e-6
+            for name in ("prompt", "category", "generator", "label", "round", "extra"):
+                assert got[name] == originals[i][name]
+
+
+def test_webdataset_reads_them_too(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    originals = list(samples_of(5))
+    write_shards(originals, tmp_path / "set", shard_size=5)
+    url = str(tmp_path / "set" / "shard-000000.tar")
+    read = list(webdataset.WebDataset(url, shardshuffle=False).decode("rgb8"))
+    assert len(read) == 5
+    for got, original in zip(read, originals, strict=True):
+        assert np.array_equal(got["png"], original["picture"])
+        assert got["json"]["prompt"] == original["prompt"]
+
+
+def test_the_manifest_has_a_row_for_each_picture(tmp_path):
+    write_shards(samples_of(6), tmp_path / "set", shard_size=4)
+    rows = read_manifest(tmp_path / "set")
+    assert rows["shard"] == ["shard-000000.tar"] * 4 + ["shard-000001.tar"] * 2
+    assert rows["category"] == ["cat", "dog"] * 3
+    assert [m > 0 for m in rows["mask_max"]] == [False, True] * 3
+    assert set(rows["height"]) == {12}
+
+
+def test_parts_share_the_shards_without_overlap(tmp_path):
+    write_shards(samples_of(10), tmp_path / "set", shard_size=2)
+    keys = [[s["key"] for s in read_shards(tmp_path / "set", part=(i, 3))] for i in range(3)]
+    assert sorted(sum(keys, [])) == [f"{i:09d}" for i in range(10)]
+
+
+def test_a_failed_writer_leaves_the_old_set_and_nothing_else(tmp_path):
+    write_shards(samples_of(2), tmp_path / "set")
+
+    def failing():
+        yield from samples_of(1)
+        raise RuntimeError("the power went")
+
+    with pytest.raises(RuntimeError, match="power"):
+        write_shards(failing(), tmp_path / "set")
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+    assert len(list(read_shards(tmp_path / "set", strict=True))) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"picture": np.zeros((4, 4, 3))}, "picture: expected .H, W, 3. uint8"),
+        ({"mask": np.zeros((4, 5))}, "mask: expected"),
+        ({"mask": np.full((12, 17), 1.2)}, r"mask: expected values in \[0, 1\]"),
+        ({"key": "../../etc/passwd"}, "key: expected"),
+        ({"label": "guess"}, "label: expected"),
+    ],
+)
+def test_bad_samples_are_refused(tmp_path, change, match):
+    sample = {**next(iter(samples_of(1))), **change}
+    with pytest.raises(ValueError, match=match):
+        write_shards([sample], tmp_path / "set")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_key_twice_is_refused(tmp_path):
+    sample = {**next(iter(samples_of(1))), "key": "same"}
+    with pytest.raises(ValueError, match="same"):
+        write_shards([sample, sample], tmp_path / "set")
+
+
+def members_of(key, **changes):
+    """A good sample's members {name: bytes}, with changes: extension with dots as __, None leaves it out."""
+    picture = np.full((20, 20, 3), 7, np.uint8)
+    members = {
+        f"{key}.png": shards.encode_picture(picture, "png"),
+        f"{key}.mask.png": shards.encode_mask(np.zeros((20, 20), np.uint8)),
+        f"{key}.json": json.dumps({"label": "injected"}).encode(),
+    }
+    for extension, data in changes.items():
+        name = f"{key}.{extension.replace('__', '.')}"
+        members = {k: v for k, v in members.items() if k != name} | ({name: data} if data is not None else {})
+    return members
+
+
+def write_tar(path, entries):
+    """entries: (TarInfo or name, bytes) in order."""
+    with tarfile.open(path, "w") as tar:
+        for info, data in entries:
+            if isinstance(info, str):
+                info = tarfile.TarInfo(info)
+                info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def special(name, kind, link=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info, b""
+
+
+GOOD = [*members_of("first").items()], [*members_of("last").items()]
+FAULTS = {
+    "absolute path": ([("/tmp/evil.png", b"x")], "absolute"),
+    "parent path": ([("../evil.png", b"x")], "'..'"),
+    "windows path": ([("..\\evil.png", b"x")], "'..'"),
+    "symbolic link": ([special("evil.png", tarfile.SYMTYPE, "/etc/passwd")], "not a plain file"),
+    "hard link": ([special("evil.png", tarfile.LNKTYPE, "first.png")], "not a plain file"),
+    "device": ([special("evil.png", tarfile.CHRTYPE)], "not a plain file"),
+    "folder": ([special("evil", tarfile.DIRTYPE)], "not a plain file"),
+    "no extension": ([("README", b"x")], "key.extension"),
+    "nested name": ([("a/b.png", b"x")], "key.extension"),
+    "broken picture": (list(members_of("bad", png=b"not a picture").items()), "broken picture"),
+    "cut picture": (list(members_of("bad", png=GOOD[0][0][1][:40]).items()), "broken picture"),
+    "no picture": (list(members_of("bad", png=None).items()), "without a picture"),
+    "no mask": (list(members_of("bad", mask__png=None).items()), "without a mask"),
+    "broken mask": (list(members_of("bad", mask__png=b"x").items()), "broken mask"),
+    "broken json": (list(members_of("bad", json=b"{").items()), "broken JSON"),
+    "deep json": (list(members_of("bad", json=b"[" * 100_000).items()), "broken JSON"),
+    "json list": (list(members_of("bad", json=b"[]").items()), "broken JSON"),
+    "key twice": (list(members_of("first").items()), "key twice"),
+    "mask of another size": (
+        list(members_of("bad", mask__png=shards.encode_mask(np.zeros((4, 4), np.uint8))).items()),
+        "another size",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_broken_or_hostile_is_left_out_and_counted(tmp_path, fault):
+    entries, reason = FAULTS[fault]
+    # A bad key between the good ones; "key twice" needs another sample in between to be a second group.
+    between = list(members_of("middle").items())
+    write_tar(tmp_path / "shard-000000.tar", [*GOOD[0], *between, *entries, *GOOD[1]])
+    before = sorted(tmp_path.rglob("*"))
+    counts = SkipCounts()
+    keys = [s["key"] for s in read_shards(tmp_path, counts=counts)]
+    assert keys == ["first", "middle", "last"]
+    assert counts.total == 1
+    assert reason in next(iter(counts.reasons))
+    with pytest.raises(UserError, match=r"shard-000000\.tar"):
+        list(read_shards(tmp_path, strict=True))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_real_picture_needs_no_mask(tmp_path):
+    members = members_of("photo", mask__png=None, json=b'{"label": "real"}')
+    write_tar(tmp_path / "a.tar", members.items())
+    (sample,) = read_shards(tmp_path, strict=True)
+    assert sample["mask"].shape == (20, 20)
+    assert not sample["mask"].any()
+
+
+def test_a_shard_cut_short_gives_its_whole_samples(tmp_path):
+    write_shards(samples_of(6), tmp_path / "set", shard_size=6)
+    path = tmp_path / "set" / "shard-000000.tar"
+    whole = path.read_bytes()
+    rows = shards.read_manifest(tmp_path / "set")
+    end = rows["json_offset"][-1] + rows["json_size"][-1]
+    for length in (0, 100, 700, 512 * 5, 512 * 5 + 7, end // 2, end - 1, end):
+        path.write_bytes(whole[:length])
+        counts = SkipCounts()
+        keys = [s["key"] for s in read_shards(path, counts=counts)]
+        assert keys == [f"{i:09d}" for i in range(len(keys))]
+        assert len(keys) < 6
+        assert length < end or len(keys) == 5
+        assert counts.total == 1
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_PIXELS", 300)
+    write_tar(tmp_path / "a.tar", members_of("big").items())
+    counts = SkipCounts()
+    assert list(read_shards(tmp_path, counts=counts)) == []
+    assert counts.reasons == {"a broken picture": 1}
+    monkeypatch.setattr(shards, "MAX_MEMBER_BYTES", 10)
+    counts = SkipCounts()
+    list(read_shards(tmp_path, counts=counts))
+    assert "more than 10 bytes" in next(iter(counts.reasons))
+
+
+def test_a_manifest_that_does_not_fit_is_named(tmp_path):
+    write_shards(samples_of(3), tmp_path / "set", shard_size=2)
+    (tmp_path / "set" / "shard-000001.tar").unlink()
+    with pytest.raises(UserError, match="shard-000001"):
+        ShardData(tmp_path / "set")
+    (tmp_path / "set" / "manifest.parquet").write_bytes(b"no")
+    with pytest.raises(UserError, match="manifest"):
+        ShardData(tmp_path / "set")
+    with pytest.raises(UserError, match="no such folder"):
+        list(read_shards(tmp_path / "elsewhere"))
