@@ -1,0 +1,1 @@
+"""Benchmarks of diffdoctor's operations against the PyTorch that trainers write; see docs/benchmarks.md."""

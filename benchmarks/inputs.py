@@ -1,0 +1,114 @@
+"""The tensors of a case: shapes and dtypes of real training, values from a fixed seed."""
+
+import torch
+import torch.nn.functional as F
+
+
+def generator(device, seed=0):
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def normal(shape, dtype, device, seed):
+    return torch.randn(shape, generator=generator(device, seed), device=device, dtype=torch.float32).to(dtype)
+
+
+def soft_map(batch, height, width, device, seed=7):
+    """A soft map (B, 1, H, W) in [0, 1]: blobs over a quarter of the picture or so, exactly 0 elsewhere."""
+    coarse = torch.rand((batch, 1, 8, 8), generator=generator(device, seed), device=device)
+    smooth = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
+    return ((smooth - 0.55) * 5.0).clamp(0.0, 1.0)
+
+
+def alphas_cumprod(device):
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, device=device) ** 2
+    return torch.cumprod(1.0 - betas, 0)
+
+
+def timesteps(batch, device):
+    return torch.linspace(40, 960, batch, device=device).long()
+
+
+def pixels(case, factor=8):
+    return tuple(side * factor for side in case.shape[-2:])
+
+
+def pair(case, device):
+    tensors = {
+        "model_pred": normal(case.shape, case.dtype, device, 1),
+        "target": normal(case.shape, case.dtype, device, 2),
+    }
+    size = {"none": None, "grid": case.shape[-2:], "pixel": pixels(case)}[case.map]
+    if size is not None:
+        tensors["confidence"] = soft_map(case.shape[0], *size, device)
+    return tensors
+
+
+def min_snr(case, device):
+    return pair(case, device) | {
+        "timesteps": timesteps(case.shape[0], device),
+        "alphas_cumprod": alphas_cumprod(device),
+    }
+
+
+def kohya(case, device):
+    batch = case.shape[0]
+    return {
+        "model_pred": normal(case.shape, case.dtype, device, 1),
+        "target": normal(case.shape, case.dtype, device, 2),
+        "alpha_mask": soft_map(batch, *pixels(case), device)[:, 0],
+        "timesteps": timesteps(batch, device),
+        "alphas_cumprod": alphas_cumprod(device),
+        "loss_weights": torch.linspace(0.5, 1.0, batch, device=device),
+    }
+
+
+def onetrainer(case, device):
+    return {
+        "model_pred": normal(case.shape, case.dtype, device, 1),
+        "target": normal(case.shape, case.dtype, device, 2),
+        "prior": normal(case.shape, case.dtype, device, 3),
+        "mask": soft_map(case.shape[0], *case.shape[-2:], device),
+        "loss_weights": torch.linspace(0.5, 1.0, case.shape[0], device=device),
+    }
+
+
+def _flow_triple(case, device):
+    """Latents and noise for a prediction in tokens (B, h·w, 4C) or in latents' own shape."""
+    shape = case.shape
+    if len(shape) == 3:
+        side = 2 * int(shape[1] ** 0.5)
+        latents = (shape[0], shape[2] // 4, side, side)
+    else:
+        latents = shape
+    return {
+        "model_pred": normal(shape, case.dtype, device, 1),
+        "latents": normal(latents, case.dtype, device, 2),
+        "noise": normal(latents, case.dtype, device, 3),
+    }
+
+
+def flow(case, device):
+    tensors = _flow_triple(case, device)
+    tensors["weighting"] = torch.linspace(0.5, 1.5, case.shape[0], device=device)
+    if case.map == "grid":
+        tensors["confidence"] = soft_map(case.shape[0], *tensors["latents"].shape[-2:], device)
+    return tensors
+
+
+def simpletuner(case, device):
+    mask = soft_map(case.shape[0], *pixels(case), device)
+    return _flow_triple(case, device) | {
+        "timesteps": timesteps(case.shape[0], device).float(),
+        "conditioning": (mask * 2.0 - 1.0).expand(-1, 3, -1, -1).contiguous(),
+    }
+
+
+def logits(case, device):
+    return {"logits": 2.0 * normal(case.shape, case.dtype, device, 1) - 1.0}
+
+
+def modulation(case, device):
+    return {
+        "x": normal(case.shape, case.dtype, device, 1),
+        "confidence": soft_map(case.shape[0], *pixels(case), device),
+    }
