@@ -1,0 +1,143 @@
+"""Every option of a treatment; light to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass
+class TreatConfig:
+    """Options of `treat`.
+
+    Args:
+        method: draft_k (graph through the last grad_steps steps), draft_lv (one step from a re-noised result), drtune
+            (spaced steps, denoiser input detached), full (every step) or weighted (no sampling: the offline term
+            alone).
+        steps: optimisation steps.
+        batch_size: pictures sampled per step, over all processes.
+        sampling_steps: denoising steps of a roll-out.
+        grad_steps: denoising steps that carry a gradient in draft_k and drtune; 0: a quarter of sampling_steps.
+        guidance_scale: of classifier-free guidance (or FLUX's embedded guidance); the same here as in evaluation.
+        cfg_grad: both, or cond to keep the negative prediction out of the graph.
+        height: of the sampled pictures, in pixels; 0: the pipeline's own.
+        width: as height.
+        learning_rate: peak of AdamW, after warm-up, before cosine decay.
+        warmup_steps: steps of linear warm-up.
+        final_learning_rate: where the cosine decay ends, as a share of learning_rate.
+        weight_decay: of AdamW.
+        max_grad_norm: gradients are clipped to this norm; 0: not.
+        rank: of the LoRA.
+        alpha: of the LoRA, whose update is alpha / rank times the product of its factors; 0: alpha = rank.
+        lora_targets: groups of modules: attention, convolution (U-Nets), feed_forward (transformers).
+        ema_decay: running average of the LoRA weights, which is then what is measured and saved; 0: none.
+        artifact_grad: the gradient's factor where the confidence is 1.
+        clean_grad: the gradient's factor where the confidence is 0.
+        modulate: output (once per graph step, at the denoiser's output), latents (between steps, which compounds over
+            the graph steps) or none.
+        artifact_threshold: confidences above it enter the threshold loss, in [0, 1].
+        artifact_method: threshold, mean, sum or max: how a confidence map becomes a loss.
+        replay_area: a picture is replayed when at least this share of its pixels has a confidence of at least
+            replay_confidence; 0: every picture is.
+        replay_confidence: see replay_area, in [0, 1].
+        offline_weight: of the denoising loss on the pipeline's own training pairs; 0: none.
+        offline_batch_size: pairs per step, over all processes; 0: batch_size.
+        offline_confidence: pixels of a training picture at or above this confidence are masked out of the offline term.
+        offline_dilation: the mask grows by this many pixels.
+        map_source: detector; uniform (control: one constant in place of every map: no pixel is masked and the artifact
+            loss has no gradient); shuffled (control: every picture gets the map and the gradient of another one).
+        evaluate_every: steps between measurements on the fixed pictures; 0: only before and after.
+        evaluate_pictures: how many fixed pictures.
+        patience: stop after this many measurements without a better one; 0: never.
+        good_enough: stop when the flagged area is at most this share of what it was before; 0: never.
+        min_sharpness: collapse guard: stop when the sharpness falls below this share of what it was before.
+        min_diversity: collapse guard, likewise for the spread of the pictures of one prompt.
+        max_skipped: stop with an error after this many steps in a row with a loss or gradient that is not finite.
+        checkpoint_every: steps between checkpoints in the output folder; 0: only when interrupted.
+        gradient_checkpointing: recompute the denoiser's and the VAE's activations in backward.
+        merge_rollout: sample with the LoRA merged into a copy of the weights: quicker, at the cost of that copy.
+        precision: fp32, or bf16 for autocast over the denoiser (VAE, detector and losses stay in fp32).
+        attention_backend: handed to the denoiser's set_attention_backend; empty: left as it is.
+        strict: refuse prompts beyond the token limit instead of cutting them with a warning.
+        seed: of everything random.
+    """
+
+    method: str = "draft_k"
+    steps: int = 100
+    batch_size: int = 32
+    sampling_steps: int = 10
+    grad_steps: int = 0
+    guidance_scale: float = 1.0
+    cfg_grad: str = "both"
+    height: int = 0
+    width: int = 0
+    learning_rate: float = 5e-4
+    warmup_steps: int = 5
+    final_learning_rate: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    rank: int = 16
+    alpha: float = 0.0
+    lora_targets: tuple[str, ...] = ("attention", "convolution")
+    ema_decay: float = 0.0
+    artifact_grad: float = 1.0
+    clean_grad: float = 0.2
+    modulate: str = "output"
+    artifact_threshold: float = 0.1
+    artifact_method: str = "threshold"
+    replay_area: float = 0.005
+    replay_confidence: float = 0.3
+    offline_weight: float = 2.0
+    offline_batch_size: int = 0
+    offline_confidence: float = 0.5
+    offline_dilation: int = 1
+    map_source: str = "detector"
+    evaluate_every: int = 20
+    evaluate_pictures: int = 64
+    patience: int = 0
+    good_enough: float = 0.0
+    min_sharpness: float = 0.5
+    min_diversity: float = 0.5
+    max_skipped: int = 10
+    checkpoint_every: int = 50
+    gradient_checkpointing: bool = False
+    merge_rollout: bool = True
+    precision: str = "fp32"
+    attention_backend: str = ""
+    strict: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        self.lora_targets = tuple(self.lora_targets)
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: one of {', '.join(allowed)} was expected, got {getattr(self, name)!r}")
+        for field in fields(self):
+            low, high = _BOUNDS.get(field.name, (0, None) if field.type in ("int", "float") else (None, None))
+            value = getattr(self, field.name)
+            if low is not None and (value < low or (high is not None and value > high) or value != value):
+                wanted = f"at least {low}" if high is None else f"in [{low}, {high}]"
+                raise ValueError(f"{field.name}: {wanted} was expected, got {value!r}")
+
+
+_CHOICES = {
+    "method": ("draft_k", "draft_lv", "drtune", "full", "weighted"),
+    "cfg_grad": ("both", "cond"),
+    "modulate": ("output", "latents", "none"),
+    "artifact_method": ("threshold", "mean", "sum", "max"),
+    "map_source": ("detector", "uniform", "shuffled"),
+    "precision": ("fp32", "bf16"),
+}
+_BOUNDS = {
+    "steps": (1, None),
+    "batch_size": (1, None),
+    "sampling_steps": (1, None),
+    "rank": (1, None),
+    "evaluate_pictures": (2, None),
+    "ema_decay": (0, 1),
+    "final_learning_rate": (0, 1),
+    "artifact_threshold": (0, 1),
+    "replay_area": (0, 1),
+    "replay_confidence": (0, 1),
+    "offline_confidence": (0, 1),
+    "max_skipped": (1, None),
+}

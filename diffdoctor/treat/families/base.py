@@ -1,0 +1,184 @@
+"""What the treatment needs to know of a kind of pipeline: how to encode prompts, denoise, decode and encode.
+
+A family works on latents (B, C, h, w) throughout; one whose denoiser takes packed tokens packs and unpacks inside
+`denoise`, so that roll-out, replay and confidence maps never see the packing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from diffdoctor._errors import UserError
+
+
+@dataclass
+class Conditioning:
+    """Prompt embeddings of N prompts, by the denoiser's own argument names.
+
+    Attributes:
+        positive: name -> (N, ...).
+        negative: name -> (N, ...) for classifier-free guidance, or None where none is used.
+    """
+
+    positive: dict[str, torch.Tensor]
+    negative: dict[str, torch.Tensor] | None = None
+
+    def rows(self, index: torch.Tensor) -> Conditioning:
+        """The conditioning of the prompts at index (M,)."""
+
+        def select(values):
+            return None if values is None else {k: v.index_select(0, index.to(v.device)) for k, v in values.items()}
+
+        return Conditioning(select(self.positive), select(self.negative))
+
+    def to(self, device: torch.device) -> Conditioning:
+        """The same on another device."""
+
+        def move(values):
+            return None if values is None else {name: value.to(device) for name, value in values.items()}
+
+        return Conditioning(move(self.positive), move(self.negative))
+
+
+class Family:
+    """One kind of diffusers pipeline. Subclasses fill in the class attributes, `encode_prompts` and `denoise`.
+
+    Args:
+        pipeline: a loaded pipeline whose class is named in `pipeline_classes`.
+    """
+
+    pipeline_classes: tuple[str, ...] = ()
+    """Names of the diffusers classes that this family serves."""
+    denoiser_name = "unet"
+    """The pipeline's component that LoRA is added to."""
+    embedded_guidance = False
+    """Whether guidance_scale is an input of the denoiser rather than a second, negative prediction."""
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+        "convolution": ("conv", "conv1", "conv2", "conv_shortcut", "conv_in", "conv_out"),
+    }
+    """Group name -> ends of module names."""
+
+    def __init__(self, pipeline):
+        self.pipeline = pipeline
+        self.autocast_dtype: torch.dtype | None = None
+
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        return getattr(self.pipeline, self.denoiser_name)
+
+    @property
+    def vae(self) -> torch.nn.Module:
+        return self.pipeline.vae
+
+    @property
+    def text_encoders(self) -> list[torch.nn.Module]:
+        found = (getattr(self.pipeline, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
+        return [encoder for encoder in found if encoder is not None]
+
+    def uses_negative(self, guidance_scale: float) -> bool:
+        """Whether a negative prediction is needed at this guidance scale."""
+        return guidance_scale > 1 and not self.embedded_guidance
+
+    def encode_prompts(
+        self, prompts: Sequence[str], *, guidance_scale: float, height: int, width: int, device: torch.device
+    ) -> Conditioning:
+        """Embeddings of prompts, without gradient, for pictures of height x width pixels."""
+        raise NotImplementedError
+
+    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The denoiser's output (B, C, h, w) for scaled latents (B, C, h, w) and timesteps (B,)."""
+        raise NotImplementedError
+
+    def run_denoiser(self, latents, timesteps, inputs) -> torch.Tensor:
+        """`denoise` under autocast where `autocast_dtype` is set; the result has the latents' dtype."""
+        if self.autocast_dtype is None:
+            return self.denoise(latents, timesteps, inputs)
+        with torch.autocast(latents.device.type, dtype=self.autocast_dtype):
+            return self.denoise(latents, timesteps, inputs).to(latents.dtype)
+
+    def predict(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float,
+        cfg_grad: str = "both",
+    ) -> torch.Tensor:
+        """The guided prediction (B, C, h, w), as the pipeline's own call makes it.
+
+        Args:
+            latents: (B, C, h, w), already through the scheduler's `scale_model_input`.
+            timestep: 0-dim, the step's time.
+            conditioning: of B prompts.
+            guidance_scale: negative + guidance_scale * (positive - negative) where the family uses a negative.
+            cfg_grad: "both", or "cond" to keep the negative prediction out of the graph.
+        """
+        timesteps = timestep.expand(len(latents))
+        if not self.uses_negative(guidance_scale):
+            return self.run_denoiser(latents, timesteps, conditioning.positive)
+        positive, negative = conditioning.positive, conditioning.negative
+        if cfg_grad == "cond" and torch.is_grad_enabled():
+            with torch.no_grad():
+                without = self.run_denoiser(latents, timesteps, negative)
+            along = self.run_denoiser(latents, timesteps, positive)
+        else:
+            inputs = {name: torch.cat([negative[name], positive[name]]) for name in positive}
+            both = self.run_denoiser(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), inputs)
+            without, along = both.chunk(2)
+        return without + guidance_scale * (along - without)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of a picture of height x width pixels."""
+        scale = self.pipeline.vae_scale_factor
+        return self.vae.config.latent_channels, height // scale, width // scale
+
+    def picture_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width in pixels, the pipeline's own default where None.
+
+        Raises:
+            UserError: if the size is not a multiple of what the pipeline needs.
+        """
+        own = self.default_size()
+        height, width = height or own[0], width or own[1]
+        multiple = self.size_multiple()
+        if height % multiple or width % multiple:
+            raise UserError(f"height, width: multiples of {multiple} pixels were expected, got {height} x {width}")
+        return height, width
+
+    def default_size(self) -> tuple[int, int]:
+        """The pipeline's own picture size in pixels."""
+        size = self.denoiser.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.pipeline.vae_scale_factor, width * self.pipeline.vae_scale_factor
+
+    def size_multiple(self) -> int:
+        """Height and width are multiples of this many pixels."""
+        return max(self.pipeline.vae_scale_factor, 1)
+
+    def timestep_options(self, steps: int, height: int, width: int) -> dict:
+        """Keyword arguments of the scheduler's `set_timesteps` beside the device."""
+        return {"num_inference_steps": steps}
+
+    def latent_affine(self) -> tuple[float, float]:
+        """(scale, shift) with latents = scale * (encoded - shift)."""
+        return float(self.vae.config.scaling_factor), 0.0
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures (B, 3, H, W), black at 0 and white at 1, not clamped, of latents (B, C, h, w); differentiable."""
+        scale, shift = self.latent_affine()
+        dtype = next(self.vae.parameters()).dtype
+        decoded = self.vae.decode((latents / scale + shift).to(dtype), return_dict=False)[0]
+        return decoded / 2 + 0.5
+
+    @torch.no_grad()
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1]: the posterior's mode."""
+        scale, shift = self.latent_affine()
+        dtype = next(self.vae.parameters()).dtype
+        encoded = self.vae.encode((pictures * 2 - 1).to(dtype)).latent_dist.mode()
+        return (encoded - shift) * scale

@@ -1,0 +1,25 @@
+"""Stable Diffusion 1.x and 2.x: a U-Net with cross attention, one CLIP text encoder."""
+
+from __future__ import annotations
+
+import torch
+
+from diffdoctor.treat.families.base import Conditioning, Family
+
+
+class StableDiffusionFamily(Family):
+    """Serves `StableDiffusionPipeline`."""
+
+    pipeline_classes = ("StableDiffusionPipeline",)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts, *, guidance_scale, height, width, device) -> Conditioning:
+        negative = self.uses_negative(guidance_scale)
+        embeds, negative_embeds = self.pipeline.encode_prompt(list(prompts), device, 1, negative)
+        return Conditioning(
+            {"encoder_hidden_states": embeds},
+            {"encoder_hidden_states": negative_embeds} if negative else None,
+        )
+
+    def denoise(self, latents, timesteps, inputs):
+        return self.denoiser(latents, timesteps, return_dict=False, **inputs)[0]

@@ -1,0 +1,115 @@
+"""Is the treatment working, and is the model still whole? Measured on fixed pictures during the treatment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+from diffdoctor.treat.config import TreatConfig
+
+FLAG_CONFIDENCE = 0.5
+
+
+@dataclass
+class Measurement:
+    """The fixed pictures at one step.
+
+    Attributes:
+        step: optimisation steps done.
+        flagged_area: mean share of a picture's pixels at a confidence of 0.5 or more.
+        mean_confidence: over all pixels.
+        flagged_rate: share of the pictures with at least 2 % of their pixels at 0.5 or more.
+        sharpness: mean absolute Laplacian of the grey pictures.
+        diversity: mean deviation of a pixel over the pictures of one prompt.
+    """
+
+    step: int
+    flagged_area: float
+    mean_confidence: float
+    flagged_rate: float
+    sharpness: float
+    diversity: float
+
+    @property
+    def score(self) -> float:
+        """What is minimised: flagged area plus mean confidence."""
+        return self.flagged_area + self.mean_confidence
+
+
+def measure(pictures: torch.Tensor, confidence: torch.Tensor, groups: Sequence[int], step: int) -> Measurement:
+    """Measure pictures (B, 3, H, W) in [0, 1] with maps (B, 1, H, W); groups (B,) say which share a prompt."""
+    area = (confidence >= FLAG_CONFIDENCE).flatten(1).float().mean(1)
+    grey = pictures.float().mean(1, keepdim=True)
+    kernel = grey.new_tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).view(1, 1, 3, 3)
+    return Measurement(
+        step=step,
+        flagged_area=float(area.mean()),
+        mean_confidence=float(confidence.float().mean()),
+        flagged_rate=float((area >= 0.02).float().mean()),
+        sharpness=float(F.conv2d(grey, kernel).abs().mean()),
+        diversity=_diversity(grey, groups),
+    )
+
+
+def _diversity(grey: torch.Tensor, groups: Sequence[int]) -> float:
+    by_group: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        by_group.setdefault(int(group), []).append(row)
+    shared = [rows for rows in by_group.values() if len(rows) > 1] or [list(range(len(grey)))]
+    return float(torch.stack([grey[rows].std(0).mean() for rows in shared]).mean())
+
+
+class Monitor:
+    """Keeps the best weights and says when to stop.
+
+    Attributes:
+        measurements: so far, the first of the untreated model.
+        best: the best measurement of a model that is whole.
+        best_state: its weights; None stands for the untreated model.
+    """
+
+    def __init__(self, config: TreatConfig):
+        self.config = config
+        self.measurements: list[Measurement] = []
+        self.best: Measurement | None = None
+        self.best_state: dict[str, torch.Tensor] | None = None
+
+    def add(self, measurement: Measurement, state) -> str | None:
+        """Record a measurement; state() gives the weights. Returns why to stop, or None."""
+        self.measurements.append(measurement)
+        before = self.measurements[0]
+        collapse = self._collapse(before, measurement)
+        if collapse:
+            return collapse
+        if self.best is None or measurement.score < self.best.score:
+            self.best, self.best_state = measurement, state()
+        if self.config.good_enough and measurement.flagged_area <= self.config.good_enough * before.flagged_area:
+            return f"flagged area at {measurement.flagged_area:.4f}, good enough"
+        later = [m for m in self.measurements if m.step > self.best.step]
+        if self.config.patience and len(later) >= self.config.patience:
+            return f"no better measurement since step {self.best.step}"
+        return None
+
+    def _collapse(self, before: Measurement, now: Measurement) -> str | None:
+        for name, share in (("sharpness", self.config.min_sharpness), ("diversity", self.config.min_diversity)):
+            was, value = getattr(before, name), getattr(now, name)
+            if not value >= share * was:
+                return f"collapse: {name} fell from {was:.4g} to {value:.4g}"
+        return None
+
+    def state_dict(self) -> dict:
+        """For a checkpoint."""
+        return {
+            "measurements": [asdict(m) for m in self.measurements],
+            "best": None if self.best is None else asdict(self.best),
+            "best_state": self.best_state,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up what `state_dict` gave."""
+        self.measurements = [Measurement(**m) for m in state["measurements"]]
+        self.best = None if state["best"] is None else Measurement(**state["best"])
+        self.best_state = state["best_state"]

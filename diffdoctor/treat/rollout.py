@@ -1,0 +1,156 @@
+"""Full sampling without a graph, and the replay of chosen steps of chosen pictures with one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from diffdoctor.treat.families import Conditioning, Family
+from diffdoctor.treat.schedulers import Sampler
+
+
+@dataclass
+class Guidance:
+    """Classifier-free guidance: the scale, and whether the negative prediction carries a gradient ("both", "cond")."""
+
+    scale: float = 1.0
+    cfg_grad: str = "both"
+
+
+@dataclass
+class Rollout:
+    """B pictures' way through the sampler, as far as a replay needs it.
+
+    Attributes:
+        latents: before step i, (B, C, h, w), for every stored step i; without a graph.
+        states: the scheduler's state before step i.
+        generator_states: of the B pictures' generators before step i, for stochastic schedulers.
+        final: (B, C, h, w), after the last step.
+        conditioning: of the B prompts.
+        generators: the B pictures' generators, as the roll-out left them.
+    """
+
+    latents: dict[int, torch.Tensor]
+    states: dict[int, dict]
+    generator_states: dict[int, list[torch.Tensor]]
+    final: torch.Tensor
+    conditioning: Conditioning
+    generators: list[torch.Generator]
+
+    def generators_at(self, step: int, index: Sequence[int]) -> list[torch.Generator] | None:
+        """New generators of the pictures at index, as they were before this step."""
+        if step not in self.generator_states:
+            return None
+        states = self.generator_states[step]
+        return [_generator_from(states[i]) for i in index]
+
+
+def picture_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One generator on the CPU per picture, so that a picture depends on its own seed alone, on any device."""
+    return [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
+
+
+def initial_latents(
+    family: Family, sampler: Sampler, generators: Sequence[torch.Generator], height: int, width: int, device, dtype
+) -> torch.Tensor:
+    """First latents (B, C, h, w): what the pipeline's own call draws from the same generators."""
+    shape = family.latent_shape(height, width)
+    noise = torch.stack([torch.randn(shape, generator=generator, dtype=dtype) for generator in generators])
+    return noise.to(device) * sampler.initial_scale
+
+
+@torch.no_grad()
+def roll_out(
+    family: Family,
+    sampler: Sampler,
+    conditioning: Conditioning,
+    latents: torch.Tensor,
+    generators: list[torch.Generator],
+    guidance: Guidance,
+    *,
+    keep: Sequence[int] = (),
+    chunk: int = 0,
+) -> Rollout:
+    """Sample without a graph.
+
+    Args:
+        conditioning: of B prompts.
+        latents: (B, C, h, w), from `initial_latents`.
+        generators: B, for stochastic schedulers; advanced as the pipeline's own call would.
+        keep: the steps before which latents and states are stored for a replay.
+        chunk: pictures per call of the denoiser; 0 takes all at once.
+    """
+    kept = set(keep)
+    stored, states, generator_states = {}, {}, {}
+    sampler.restore(None)
+    for step in range(len(sampler)):
+        if step in kept:
+            stored[step], states[step] = latents, sampler.state()
+            if sampler.stochastic:
+                generator_states[step] = [generator.get_state() for generator in generators]
+        model_input = sampler.scale_input(latents, step)
+        prediction = _predict_in_chunks(family, sampler, model_input, step, conditioning, guidance, chunk)
+        latents = sampler.step(prediction, step, latents, generators)
+    return Rollout(stored, states, generator_states, latents, conditioning, generators)
+
+
+def replay(
+    family: Family,
+    sampler: Sampler,
+    rollout: Rollout,
+    index: torch.Tensor,
+    guidance: Guidance,
+    *,
+    first: int,
+    graph_steps: Sequence[int] | None = None,
+    detach_input: bool = False,
+    modulate_output: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    modulate_latents: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Repeat the steps from `first` on, with a graph, for the pictures at index (M,): final latents (M, C, h, w).
+
+    Args:
+        first: a step that the roll-out kept.
+        graph_steps: the steps whose prediction carries a gradient; None: all from `first` on.
+        detach_input: cut the graph at the denoiser's input, so that a gradient passes along the latents' linear path
+            alone.
+        modulate_output: applied to each prediction that carries a gradient.
+        modulate_latents: applied to the latents after each step that carries a gradient.
+    """
+    chosen = range(first, len(sampler)) if graph_steps is None else graph_steps
+    conditioning = rollout.conditioning.rows(index)
+    latents = rollout.latents[first].index_select(0, index.to(rollout.final.device))
+    generators = rollout.generators_at(first, index.tolist())
+    sampler.restore(rollout.states[first], index)
+    for step in range(first, len(sampler)):
+        with_graph = step in chosen
+        model_input = sampler.scale_input(latents.detach() if detach_input or not with_graph else latents, step)
+        with torch.set_grad_enabled(with_graph and torch.is_grad_enabled()):
+            prediction = family.predict(
+                model_input, sampler.timesteps[step], conditioning, guidance.scale, guidance.cfg_grad
+            )
+        if with_graph and modulate_output is not None:
+            prediction = modulate_output(prediction)
+        latents = sampler.step(prediction, step, latents, generators)
+        if with_graph and modulate_latents is not None:
+            latents = modulate_latents(latents)
+    return latents
+
+
+def _predict_in_chunks(family, sampler, model_input, step, conditioning, guidance, chunk) -> torch.Tensor:
+    timestep = sampler.timesteps[step]
+    if not chunk or chunk >= len(model_input):
+        return family.predict(model_input, timestep, conditioning, guidance.scale)
+    parts = []
+    for rows in torch.arange(len(model_input)).split(chunk):
+        part = model_input[rows[0] : rows[-1] + 1]
+        parts.append(family.predict(part, timestep, conditioning.rows(rows), guidance.scale))
+    return torch.cat(parts)
+
+
+def _generator_from(state: torch.Tensor) -> torch.Generator:
+    generator = torch.Generator("cpu")
+    generator.set_state(state)
+    return generator

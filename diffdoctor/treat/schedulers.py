@@ -1,0 +1,206 @@
+"""Sampling that can be stopped, stored and taken up again: a private copy of a pipeline's scheduler with its state."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from diffdoctor._errors import UserError
+from diffdoctor.ops import Target
+
+logger = logging.getLogger(__name__)
+
+_DISCRETE = ("DDIMScheduler", "DDPMScheduler")
+_SIGMA = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+_FLOW = ("FlowMatchEulerDiscreteScheduler",)
+_DPM = ("DPMSolverMultistepScheduler",)
+_SUPPORTED = (*_DISCRETE, *_SIGMA, *_FLOW, *_DPM)
+_STOCHASTIC = ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
+_NEAREST = {
+    "PNDMScheduler": "DDIMScheduler",
+    "LMSDiscreteScheduler": "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler": "EulerDiscreteScheduler",
+    "KDPM2DiscreteScheduler": "EulerDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler": "EulerAncestralDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler": "FlowMatchEulerDiscreteScheduler",
+    "LCMScheduler": "DDIMScheduler",
+    "TCDScheduler": "DDIMScheduler",
+    "DPMSolverSinglestepScheduler": "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler": "DPMSolverMultistepScheduler",
+    "DEISMultistepScheduler": "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler": "DPMSolverMultistepScheduler",
+}
+# What changes from step to step; everything else is fixed by set_timesteps.
+_STATE = ("_step_index", "model_outputs", "lower_order_nums")
+
+
+class Sampler:
+    """The sampling steps of one pipeline's scheduler, as pure a function of (state, step) as the scheduler allows.
+
+    The pipeline's own scheduler is never touched. `clip_sample` and `thresholding` are switched off with a notice: they
+    zero the gradient where they clip.
+
+    Args:
+        scheduler: DDIM (eta 0), DDPM, Euler, Euler ancestral, FlowMatchEuler or DPM++ 2M.
+        device: where the timesteps live.
+        timestep_options: of `set_timesteps`, from `Family.timestep_options`.
+
+    Raises:
+        UserError: for another scheduler, naming the nearest that works.
+    """
+
+    def __init__(self, scheduler, *, device: torch.device, timestep_options: dict):
+        self.kind = type(scheduler).__name__
+        _check_supported(scheduler)
+        clipping = [name for name in ("clip_sample", "thresholding") if scheduler.config.get(name)]
+        if clipping:
+            logger.warning("%s: %s switched off for the treatment", self.kind, " and ".join(clipping))
+        self.scheduler = type(scheduler).from_config(scheduler.config, **dict.fromkeys(clipping, False))
+        self.scheduler.set_timesteps(device=device, **timestep_options)
+        self.timesteps = self.scheduler.timesteps
+        self.stochastic = self.kind in _STOCHASTIC
+        self._fresh = self.state()
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def is_flow(self) -> bool:
+        return self.kind in _FLOW
+
+    @property
+    def initial_scale(self) -> float:
+        """Deviation of the first latents: they are this times standard normal noise."""
+        return float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+
+    def state(self) -> dict:
+        """A copy of what the scheduler carries from one step to the next; tensors are shared, never written."""
+        values = {name: getattr(self.scheduler, name) for name in _STATE if hasattr(self.scheduler, name)}
+        return {name: list(value) if isinstance(value, list) else value for name, value in values.items()}
+
+    def restore(self, state: dict | None, index: torch.Tensor | None = None) -> None:
+        """Take up a stored state (None: before the first step), for the pictures at index (M,) alone where given."""
+        for name, value in (self._fresh if state is None else state).items():
+            if isinstance(value, list):
+                value = [v if v is None or index is None else v[index] for v in value]
+            setattr(self.scheduler, name, value)
+
+    def scale_input(self, latents: torch.Tensor, step: int) -> torch.Tensor:
+        """The denoiser's input at this step."""
+        if not hasattr(self.scheduler, "scale_model_input"):
+            return latents
+        self._at(step)
+        return self.scheduler.scale_model_input(latents, self.timesteps[step])
+
+    def step(
+        self,
+        prediction: torch.Tensor,
+        step: int,
+        latents: torch.Tensor,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """The next latents; generators, one per picture, are drawn from by the stochastic schedulers alone."""
+        self._at(step)
+        options = {"generator": list(generators)} if self.stochastic else {}
+        return self.scheduler.step(prediction, self.timesteps[step], latents, return_dict=False, **options)[0]
+
+    def denoised(self, prediction: torch.Tensor, step: int, latents: torch.Tensor) -> torch.Tensor:
+        """The clean latents that the prediction at this step implies."""
+        alpha, sigma = self._alpha_sigma(step)
+        if self.is_flow:
+            return latents - sigma * prediction
+        if self.kind in _SIGMA:
+            # these schedulers keep latents at clean + s * noise; the denoiser sees them divided by sqrt(1 + s^2)
+            latents = latents * alpha
+        kind = self.scheduler.config.prediction_type
+        if kind == "epsilon":
+            # at zero terminal SNR an epsilon prediction says nothing of the picture
+            return (latents - sigma * prediction) / max(alpha, 1e-4)
+        return prediction if kind == "sample" else alpha * latents - sigma * prediction
+
+    def renoised(self, clean: torch.Tensor, noise: torch.Tensor, step: int) -> torch.Tensor:
+        """Clean latents brought back to the noise level before this step."""
+        alpha, sigma = self._alpha_sigma(step)
+        if self.kind in _SIGMA:
+            return clean + (sigma / alpha) * noise
+        return alpha * clean + sigma * noise
+
+    def training_pair(
+        self, latents: torch.Tensor, noise: torch.Tensor, uniform: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Target]:
+        """(denoiser input, timesteps (B,), target) at random times: the pipeline's own training objective.
+
+        Times are uniform over the training timesteps, for flow matching logit-normal and shifted as the sampler's are.
+
+        Args:
+            latents, noise: (B, C, h, w).
+            uniform: (B,) in [0, 1): where in the distribution of times each picture lies.
+        """
+        if self.is_flow:
+            logit_normal = torch.sigmoid(torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)))
+            sigmas = self._shifted(logit_normal).to(latents.device, latents.dtype)
+            view = sigmas.view(-1, 1, 1, 1)
+            timesteps = sigmas * self.scheduler.config.num_train_timesteps
+            return (1 - view) * latents + view * noise, timesteps, Target.flow(latents, noise)
+        alphas_cumprod = self.scheduler.alphas_cumprod.to(latents.device)
+        timesteps = (uniform * len(alphas_cumprod)).long().to(latents.device)
+        chosen = alphas_cumprod[timesteps].to(torch.float32)
+        view = chosen.to(latents.dtype).view(-1, 1, 1, 1)
+        noisy = view.sqrt() * latents + (1 - view).sqrt() * noise
+        kind = self.scheduler.config.prediction_type
+        if kind == "epsilon":
+            target = Target.epsilon(noise)
+        elif kind == "sample":
+            target = Target.sample(latents)
+        else:
+            target = Target.velocity(latents, noise, chosen)
+        return noisy, timesteps, target
+
+    def _at(self, step: int) -> None:
+        if hasattr(self.scheduler, "_step_index"):
+            self.scheduler._step_index = step
+
+    def _alpha_sigma(self, step: int) -> tuple[float, float]:
+        if self.kind in _DISCRETE:
+            alpha_cumprod = float(self.scheduler.alphas_cumprod[int(self.timesteps[step])])
+            return alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
+        sigma = float(self.scheduler.sigmas[step])
+        if self.is_flow:
+            return 1 - sigma, sigma
+        alpha = (1 + sigma**2) ** -0.5
+        return alpha, sigma * alpha
+
+    def _shifted(self, uniform: torch.Tensor) -> torch.Tensor:
+        # reads the shift off the sampler's own first sigma ratio, which holds the dynamic shift too
+        config = self.scheduler.config
+        shift = self._flow_shift if config.get("use_dynamic_shifting") else float(config.shift)
+        return shift * uniform / (1 + (shift - 1) * uniform)
+
+    @property
+    def _flow_shift(self) -> float:
+        count = len(self.timesteps)
+        if count < 2:
+            return 1.0
+        # sigmas before the shift are evenly spaced from 1 to 1 / count; the last one is far from both ends of the map
+        last = float(self.scheduler.sigmas[count - 1])
+        before = 1 / count
+        return last * (1 - before) / (before * (1 - last))
+
+
+def _check_supported(scheduler) -> None:
+    kind = type(scheduler).__name__
+    if kind not in _SUPPORTED:
+        nearest = _NEAREST.get(kind, "DDIMScheduler")
+        raise UserError(
+            f"{kind}: its steps cannot be replayed yet; the nearest that can is {nearest}: "
+            f"pipeline.scheduler = diffusers.{nearest}.from_config(pipeline.scheduler.config)"
+        )
+    if kind in _DPM:
+        config = scheduler.config
+        if config.algorithm_type != "dpmsolver++" or config.solver_order > 2 or config.get("use_flow_sigmas"):
+            raise UserError(
+                f"{kind}: algorithm_type 'dpmsolver++' of order 1 or 2 without use_flow_sigmas was expected, "
+                f"got {config.algorithm_type!r} of order {config.solver_order}"
+            )
