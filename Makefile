@@ -28,7 +28,7 @@ demo: $(STAMP)  ## Diagnose and treat a small real pipeline; writes runs/demo/re
 	$(BIN)/diffdoctor demo --output $(OUTPUT)
 
 demo-seeds: $(STAMP)  ## The demo for several seeds (SEEDS="0 1 2"), one after another, and a table
-	for seed in $(SEEDS); do $(BIN)/diffdoctor demo --output runs/demo-seed-$$seed --seed $$seed --bar false || exit $$?; done
+	for seed in $(SEEDS); do $(BIN)/diffdoctor demo --output runs/demo-seed-$$seed --seed $$seed || exit $$?; done
 	$(BIN)/python -m diffdoctor.demo.table $(foreach seed,$(SEEDS),runs/demo-seed-$(seed))
 
 test: $(STAMP)  ## Run the tests

@@ -111,7 +111,7 @@ def _run(name, command, argv):
     parser = _parser(name, command, config_class)
     with contextlib.suppress(BrokenPipeError):
         options = parser.parse_args(argv)
-        values = {key: value for key, value in vars(parser.instantiate_classes(options)).items() if key != "config"}
+        values = {key: value for key, value in vars(parser.instantiate(options)).items() if key != "config"}
         return _load(command.run)(config_class(**values)) or 0
     return 0
 

@@ -70,7 +70,9 @@ def write_pictures(folder, before, after, comparison):
     return sheet
 
 
-def write_report(path, *, metrics, settings, comparison, before, after, sheet, detector_history, treat_history):
+def write_report(
+    path, *, metrics, settings, comparison, before, after, sheet, detector_history, treat_history, measurements
+):
     """Write the page.
 
     Args:
@@ -80,7 +82,7 @@ def write_report(path, *, metrics, settings, comparison, before, after, sheet, d
         comparison: `diffdoctor.evaluate.model.Comparison` of the untreated and the treated pipeline.
         before, after: uint8 (N, 3, H, W), what the two drew.
         sheet: the before/after sheet of `write_pictures`.
-        detector_history, treat_history: {name: [value per recorded step]}, with the step numbers under "step".
+        detector_history, treat_history, measurements: {name: [value per recorded step]}, with the steps under "step".
     """
     rate = metrics["artifact_rate"]["judge"]
     report = Report("diffdoctor demo: handwritten digits, before and after treatment")
@@ -114,10 +116,14 @@ def write_report(path, *, metrics, settings, comparison, before, after, sheet, d
     ]
     report.table(["figure", "value", "must be", ""], rows)
     report.heading("Curves")
-    for title, history in (("detector", detector_history), ("treatment", treat_history)):
+    for title, history in (
+        ("The detector's training.", detector_history),
+        ("The treatment's steps.", treat_history),
+        ("Fixed pictures, measured during the treatment by the detector.", measurements),
+    ):
         figure = _curves(history)
         if figure is not None:
-            report.figure(figure, f"Training of the {title}.")
+            report.figure(figure, title)
     report.heading("Time")
     report.table(["stage", "seconds"], [[name, (f"{s:.1f}", "number")] for name, s in metrics["stage_seconds"].items()])
     report.heading("Settings")

@@ -24,7 +24,7 @@ from diffdoctor.version import __version__
 
 SAMPLING = {"num_inference_steps": 10, "guidance_scale": 1.0}
 CLASSIFIER_STEPS = 600
-AUTOENCODER_STEPS = 500
+AUTOENCODER_STEPS = 1000
 # The seeds of the measured pictures' first latents; the treatment draws its own from the run's seed.
 EVALUATION_SEED = 1_000_000
 
@@ -109,19 +109,34 @@ class Demo:
         folder = self.stages.run(name, make)
         return load_detector(folder / "detector").eval(), json.loads((folder / "history.json").read_text())
 
-    def treated(self, name, base, detector, data, **changes):
-        """A treatment's LoRA folder and its history; `changes` make the controls."""
+    def treated(self, name, base, detector, data, map_source="detector"):
+        """A treatment's LoRA folder and its history; another `map_source` makes a control."""
         from diffusers import DiffusionPipeline
 
-        from diffdoctor.demo.treatment import treat_demo
+        from diffdoctor.treat import TreatConfig, treat
 
         def make(folder):
-            pipeline = DiffusionPipeline.from_pretrained(base)
-            treat_demo(pipeline, detector, data.training, folder, steps=self.config.treat_steps, seed=self.config.seed,
-                       **changes)  # fmt: skip
+            prompts = [demo_data.prompt_of(digit) for digit in range(10)]
+            pairs = data.training
+            config = TreatConfig(
+                steps=self.config.treat_steps,
+                seed=self.config.seed,
+                map_source=map_source,
+                sampling_steps=SAMPLING["num_inference_steps"],
+                guidance_scale=SAMPLING["guidance_scale"],
+                checkpoint_every=0,
+            )
+            result = treat(
+                DiffusionPipeline.from_pretrained(base), detector, prompts, config,
+                offline=(pairs.pictures, [demo_data.prompt_of(int(digit)) for digit in pairs.digits]),
+            )  # fmt: skip
+            result.save_lora(folder / "lora")
+            measured = [dataclasses.asdict(measurement) for measurement in result.measurements]
+            record = {"history": result.history, "measurements": measured, "best_step": result.best_step}
+            atomic_write_json(folder / "treatment.json", record)
 
         folder = self.stages.run(name, make)
-        return folder / "lora", json.loads((folder / "history.json").read_text())
+        return folder / "lora", json.loads((folder / "treatment.json").read_text())
 
     def pictures(self, name, base, lora=None):
         """What the pipeline, with a LoRA or without, draws of the measured prompts and seeds: uint8 (N, 3, 16, 16)."""
@@ -194,7 +209,7 @@ def run_demo(config: DemoConfig) -> int:
         print("The judge cannot be trusted with this seed, so nothing is measured by it.", file=sys.stderr)
         return 1
     base = demo.base(data)
-    lora, history = demo.treated("treatment", base, detector, data)
+    lora, record = demo.treated("treatment", base, detector, data)
     control, _ = demo.treated("control", base, detector, data, map_source="uniform")
     before, after = demo.pictures("before", base), demo.pictures("after", base, lora)
     controls = {"uniform_map": demo.pictures("after_control", base, control)}
@@ -222,7 +237,8 @@ def run_demo(config: DemoConfig) -> int:
     write_report(
         demo.output / "report.html",
         metrics=metrics, settings=demo.settings, comparison=comparison, before=before, after=after, sheet=sheet,
-        detector_history=_columns(detector_history), treat_history=_columns(history),
+        detector_history=_columns(detector_history), treat_history=_columns(record["history"]),
+        measurements=_columns(record["measurements"]),
     )  # fmt: skip
     atomic_write_json(demo.output / "metrics.json", metrics)
     return _summary(demo.output, metrics, config.strict)
