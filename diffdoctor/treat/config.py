@@ -21,6 +21,7 @@ class TreatConfig:
         cfg_grad: both, or cond to keep the negative prediction out of the graph.
         height: of the sampled pictures, in pixels; 0: the pipeline's own.
         width: as height.
+        max_sequence_length: of T5 prompts (SD3, FLUX), in tokens; 0: the pipeline's own.
         learning_rate: peak of AdamW, after warm-up, before cosine decay.
         warmup_steps: steps of linear warm-up.
         final_learning_rate: where the cosine decay ends, as a share of learning_rate.
@@ -70,6 +71,7 @@ class TreatConfig:
     cfg_grad: str = "both"
     height: int = 0
     width: int = 0
+    max_sequence_length: int = 0
     learning_rate: float = 5e-4
     warmup_steps: int = 5
     final_learning_rate: float = 0.1

@@ -67,7 +67,7 @@ class Monitor:
 
     Attributes:
         measurements: so far, the first of the untreated model.
-        best: the best measurement of a model that is whole.
+        best: the best measurement of a model that is whole; for the controls the last one.
         best_state: its weights; None stands for the untreated model.
     """
 
@@ -84,7 +84,9 @@ class Monitor:
         collapse = self._collapse(before, measurement)
         if collapse:
             return collapse
-        if self.best is None or measurement.score < self.best.score:
+        # a control must not be chosen by the diagnosis that it is there to do without
+        is_control = self.config.map_source != "detector"
+        if self.best is None or is_control or measurement.score < self.best.score:
             self.best, self.best_state = measurement, state()
         if self.config.good_enough and measurement.flagged_area <= self.config.good_enough * before.flagged_area:
             return f"flagged area at {measurement.flagged_area:.4f}, good enough"

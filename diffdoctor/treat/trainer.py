@@ -108,6 +108,7 @@ class _Treatment:
         pipeline.to(device)
         self.detector = detector.to(device).eval().requires_grad_(False)
         self.prompts = check_prompts(pipeline, prompts, strict=config.strict)
+        family.max_sequence_length = config.max_sequence_length or None
         self.height, self.width = family.picture_size(config.height, config.width)
         self.guidance = Guidance(config.guidance_scale, config.cfg_grad)
         options = family.timestep_options(config.sampling_steps, self.height, self.width)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from diffdoctor._errors import UserError
 from diffdoctor.treat.families.base import Conditioning, Family
+from diffdoctor.treat.families.flux import FluxFamily
+from diffdoctor.treat.families.sdxl import SDXLFamily
 from diffdoctor.treat.families.stable_diffusion import StableDiffusionFamily
+from diffdoctor.treat.families.stable_diffusion_3 import StableDiffusion3Family
 
-_FAMILIES: list[type[Family]] = [StableDiffusionFamily]
+_FAMILIES: list[type[Family]] = [StableDiffusionFamily, SDXLFamily, StableDiffusion3Family, FluxFamily]
 
 __all__ = ["Conditioning", "Family", "family_of", "register_family"]
 

@@ -66,6 +66,7 @@ class Family:
     def __init__(self, pipeline):
         self.pipeline = pipeline
         self.autocast_dtype: torch.dtype | None = None
+        self.max_sequence_length: int | None = None
 
     @property
     def denoiser(self) -> torch.nn.Module:
@@ -143,7 +144,7 @@ class Family:
         Raises:
             UserError: if the size is not a multiple of what the pipeline needs.
         """
-        own = self.default_size()
+        own = self.default_size() if not (height and width) else (0, 0)
         height, width = height or own[0], width or own[1]
         multiple = self.size_multiple()
         if height % multiple or width % multiple:
@@ -164,7 +165,11 @@ class Family:
         """Keyword arguments of the scheduler's `set_timesteps` beside the device."""
         return {"num_inference_steps": steps}
 
-    def latent_affine(self) -> tuple[float, float]:
+    def sequence_options(self) -> dict:
+        """Keyword arguments of `encode_prompt` that set the long text encoder's length in tokens."""
+        return {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
+
+    def latent_affine(self) -> tuple[float | torch.Tensor, float | torch.Tensor]:
         """(scale, shift) with latents = scale * (encoded - shift)."""
         return float(self.vae.config.scaling_factor), 0.0
 
@@ -182,3 +187,13 @@ class Family:
         dtype = next(self.vae.parameters()).dtype
         encoded = self.vae.encode((pictures * 2 - 1).to(dtype)).latent_dist.mode()
         return (encoded - shift) * scale
+
+
+def dynamic_shift(config, tokens: int, *, max_shift: float) -> float:
+    """The shift parameter mu of flow matching schedulers, linear in the number of picture tokens.
+
+    The constants are diffusers' own (`calculate_shift` of its pipelines) where the scheduler's config has none.
+    """
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, top = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
+    return base + (tokens - low) * (top - base) / (high - low)

@@ -1,0 +1,92 @@
+"""FLUX: a transformer on packed tokens, flow matching, guidance as an input (dev) or not at all (schnell)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from diffdoctor.treat.families.base import Conditioning, Family, dynamic_shift
+from diffdoctor.treat.families.stable_diffusion_3 import TRANSFORMER_TARGETS
+
+PATCH = 2
+
+
+class FluxFamily(Family):
+    """Serves `FluxPipeline`. Latents are unpacked everywhere but inside `denoise`."""
+
+    pipeline_classes = ("FluxPipeline",)
+    denoiser_name = "transformer"
+    embedded_guidance = True
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attention": TRANSFORMER_TARGETS["attention"],
+        "feed_forward": (*TRANSFORMER_TARGETS["feed_forward"], "proj_mlp", "proj_out"),
+    }
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts, *, guidance_scale, height, width, device) -> Conditioning:
+        prompts = list(prompts)
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            prompt=prompts, prompt_2=None, device=device, **self.sequence_options()
+        )
+        inputs = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+        if self.denoiser.config.guidance_embeds:
+            inputs["guidance"] = torch.full((len(prompts),), guidance_scale, dtype=torch.float32, device=device)
+        return Conditioning(inputs)
+
+    def denoise(self, latents, timesteps, inputs):
+        height, width = latents.shape[2] // PATCH, latents.shape[3] // PATCH
+        tokens = self.denoiser(
+            hidden_states=pack(latents),
+            timestep=timesteps.to(latents.dtype) / 1000,
+            txt_ids=latents.new_zeros(inputs["encoder_hidden_states"].shape[1], 3),
+            img_ids=_grid_ids(height, width, latents),
+            return_dict=False,
+            **inputs,
+        )[0]
+        return unpack(tokens, height, width)
+
+    def latent_shape(self, height, width):
+        scale = self.pipeline.vae_scale_factor
+        return self.denoiser.config.in_channels // PATCH**2, height // scale, width // scale
+
+    def default_size(self):
+        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+        return side, side
+
+    def size_multiple(self) -> int:
+        return self.pipeline.vae_scale_factor * PATCH
+
+    def timestep_options(self, steps, height, width):
+        _, h, w = self.latent_shape(height, width)
+        config = self.pipeline.scheduler.config
+        options = {"mu": dynamic_shift(config, (h // PATCH) * (w // PATCH), max_shift=1.15)}
+        if config.get("use_flow_sigmas"):
+            return {**options, "num_inference_steps": steps}
+        return {**options, "sigmas": np.linspace(1.0, 1 / steps, steps)}
+
+    def latent_affine(self):
+        return float(self.vae.config.scaling_factor), float(self.vae.config.shift_factor or 0.0)
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, h, w) as tokens (B, h/2 * w/2, C * 4), ordered (C, row, column) within a token."""
+    batch, channels, height, width = latents.shape
+    patches = latents.view(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH**2)
+
+
+def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The inverse of `pack`; height and width count tokens."""
+    batch, _, size = tokens.shape
+    channels = size // PATCH**2
+    patches = tokens.view(batch, height, width, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(batch, channels, height * PATCH, width * PATCH)
+
+
+def _grid_ids(height: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    ids = like.new_zeros(height, width, 3)
+    ids[..., 1] = torch.arange(height, device=like.device)[:, None]
+    ids[..., 2] = torch.arange(width, device=like.device)[None, :]
+    return ids.view(height * width, 3)
