@@ -24,7 +24,7 @@ def _git(*arguments) -> str | None:
 
 @functools.cache
 def commit() -> dict:
-    """{"commit": the hash or None outside git, "dirty": whether the code differs from it (results and docs do not count)}"""
+    """{"commit": the hash or None outside git, "dirty": whether the code differs from it (docs do not count)}"""
     changed = _git("status", "--porcelain", "--", "diffdoctor", "kernels", "csrc", "benchmarks/*.py", "CMakeLists.txt")
     return {"commit": _git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
 

@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--small", action="store_true", help="tiny shapes: a smoke run, whose figures mean nothing")
     command.add_argument("--sides", action="store_true", help="print every side, with p50, p80 and the copy")
     command.add_argument("--output", type=pathlib.Path, help="JSON-lines file to append to (default: by machine)")
+    command.add_argument("--commit", help="what to write into the rows where the checkout has no .git")
     command.add_argument("--plots", type=pathlib.Path, default=pathlib.Path("runs/bench"), help="folder for the PNGs")
     command.add_argument("--no-plots", action="store_true", help="draw nothing")
     return command
@@ -69,6 +70,8 @@ def run(options) -> list[dict]:
         "time": stamp.isoformat(),
         **machine.context(device),
     }
+    if options.commit:
+        context["commit"] = options.commit
     rows = []
 
     def keep(more):
