@@ -10,98 +10,98 @@ namespace diffdoctor {
 
 template <typename acc_t>
 DD_HD acc_t sign_of(acc_t d) {
-    return d > 0 ? acc_t(1) : (d < 0 ? acc_t(-1) : d * acc_t(0)); // keeps NaN
+  return d > 0 ? acc_t(1) : (d < 0 ? acc_t(-1) : d * acc_t(0));  // keeps NaN
 }
 
 template <typename acc_t>
 DD_HD void l2_loss(acc_t d, acc_t& loss, acc_t& slope) {
-    loss = d * d;
-    slope = 2 * d;
+  loss = d * d;
+  slope = 2 * d;
 }
 
 template <typename acc_t>
 DD_HD void l1_loss(acc_t d, acc_t& loss, acc_t& slope) {
-    loss = std::fabs(d);
-    slope = sign_of(d);
+  loss = std::fabs(d);
+  slope = sign_of(d);
 }
 
 template <typename acc_t>
 DD_HD void huber_loss(acc_t d, acc_t c, acc_t& loss, acc_t& slope) {
-    const acc_t a = std::fabs(d);
-    const bool inner = a <= c;
-    loss = inner ? acc_t(0.5) * d * d : c * (a - acc_t(0.5) * c);
-    slope = inner ? d : c * sign_of(d);
+  const acc_t a = std::fabs(d);
+  const bool inner = a <= c;
+  loss = inner ? acc_t(0.5) * d * d : c * (a - acc_t(0.5) * c);
+  slope = inner ? d : c * sign_of(d);
 }
 
 template <typename acc_t>
 DD_HD void smooth_l1_loss(acc_t d, acc_t c, acc_t& loss, acc_t& slope) {
-    const acc_t a = std::fabs(d);
-    const bool inner = a < c; // c = 0 is l1
-    const acc_t safe = inner ? c : acc_t(1);
-    loss = inner ? acc_t(0.5) * d * d / safe : a - acc_t(0.5) * c;
-    slope = inner ? d / safe : sign_of(d);
+  const acc_t a = std::fabs(d);
+  const bool inner = a < c;  // c = 0 is l1
+  const acc_t safe = inner ? c : acc_t(1);
+  loss = inner ? acc_t(0.5) * d * d / safe : a - acc_t(0.5) * c;
+  slope = inner ? d / safe : sign_of(d);
 }
 
 // sqrt(d^2 + c^2) - c without its cancellation. c = 0 is |d|.
 template <typename acc_t>
 DD_HD void pseudo_huber_loss(acc_t d, acc_t c, acc_t& loss, acc_t& slope) {
-    const acc_t root = std::sqrt(d * d + c * c);
-    const bool zero = root == 0;
-    const acc_t divisor = zero ? acc_t(1) : root;
-    const bool straight = c == 0;
-    loss = straight ? std::fabs(d) : d * d / (divisor + c);
-    slope = straight ? sign_of(d) : d / divisor;
+  const acc_t root = std::sqrt(d * d + c * c);
+  const bool zero = root == 0;
+  const acc_t divisor = zero ? acc_t(1) : root;
+  const bool straight = c == 0;
+  loss = straight ? std::fabs(d) : d * d / (divisor + c);
+  slope = straight ? sign_of(d) : d / divisor;
 }
 
 // log(cosh(d)): log1p(2 sinh^2(d/2)) near 0, |d| + log1p(e^(-2|d|)) - ln 2 elsewhere.
 template <typename acc_t>
 DD_HD void log_cosh_loss(acc_t d, acc_t& loss, acc_t& slope) {
-    const acc_t a = std::fabs(d);
-    if (a < 1) {
-        const acc_t s = std::sinh(a / 2);
-        loss = std::log1p(2 * s * s);
-    } else {
-        loss = a + std::log1p(std::exp(-2 * a)) - acc_t(0.693147180559945309417);
-    }
-    slope = std::tanh(d);
+  const acc_t a = std::fabs(d);
+  if (a < 1) {
+    const acc_t s = std::sinh(a / 2);
+    loss = std::log1p(2 * s * s);
+  } else {
+    loss = a + std::log1p(std::exp(-2 * a)) - acc_t(0.693147180559945309417);
+  }
+  slope = std::tanh(d);
 }
 
 // The weighted sum of the named losses. A kind whose strength is 0 is not evaluated; the branches are uniform.
 template <typename acc_t>
 DD_HD void element_loss(const double* strength, acc_t d, acc_t c, acc_t& loss, acc_t& slope) {
-    acc_t total = 0, total_slope = 0, l, s;
-    if (strength[kL2] != 0) {
-        l2_loss(d, l, s);
-        total += acc_t(strength[kL2]) * l;
-        total_slope += acc_t(strength[kL2]) * s;
-    }
-    if (strength[kL1] != 0) {
-        l1_loss(d, l, s);
-        total += acc_t(strength[kL1]) * l;
-        total_slope += acc_t(strength[kL1]) * s;
-    }
-    if (strength[kHuber] != 0) {
-        huber_loss(d, c, l, s);
-        total += acc_t(strength[kHuber]) * l;
-        total_slope += acc_t(strength[kHuber]) * s;
-    }
-    if (strength[kSmoothL1] != 0) {
-        smooth_l1_loss(d, c, l, s);
-        total += acc_t(strength[kSmoothL1]) * l;
-        total_slope += acc_t(strength[kSmoothL1]) * s;
-    }
-    if (strength[kPseudoHuber] != 0) {
-        pseudo_huber_loss(d, c, l, s);
-        total += acc_t(strength[kPseudoHuber]) * l;
-        total_slope += acc_t(strength[kPseudoHuber]) * s;
-    }
-    if (strength[kLogCosh] != 0) {
-        log_cosh_loss(d, l, s);
-        total += acc_t(strength[kLogCosh]) * l;
-        total_slope += acc_t(strength[kLogCosh]) * s;
-    }
-    loss = total;
-    slope = total_slope;
+  acc_t total = 0, total_slope = 0, l, s;
+  if (strength[kL2] != 0) {
+    l2_loss(d, l, s);
+    total += acc_t(strength[kL2]) * l;
+    total_slope += acc_t(strength[kL2]) * s;
+  }
+  if (strength[kL1] != 0) {
+    l1_loss(d, l, s);
+    total += acc_t(strength[kL1]) * l;
+    total_slope += acc_t(strength[kL1]) * s;
+  }
+  if (strength[kHuber] != 0) {
+    huber_loss(d, c, l, s);
+    total += acc_t(strength[kHuber]) * l;
+    total_slope += acc_t(strength[kHuber]) * s;
+  }
+  if (strength[kSmoothL1] != 0) {
+    smooth_l1_loss(d, c, l, s);
+    total += acc_t(strength[kSmoothL1]) * l;
+    total_slope += acc_t(strength[kSmoothL1]) * s;
+  }
+  if (strength[kPseudoHuber] != 0) {
+    pseudo_huber_loss(d, c, l, s);
+    total += acc_t(strength[kPseudoHuber]) * l;
+    total_slope += acc_t(strength[kPseudoHuber]) * s;
+  }
+  if (strength[kLogCosh] != 0) {
+    log_cosh_loss(d, l, s);
+    total += acc_t(strength[kLogCosh]) * l;
+    total_slope += acc_t(strength[kLogCosh]) * s;
+  }
+  loss = total;
+  slope = total_slope;
 }
 
-} // namespace diffdoctor
+}  // namespace diffdoctor

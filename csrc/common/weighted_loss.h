@@ -14,50 +14,50 @@ namespace diffdoctor {
 // u = c^gamma where c >= threshold, else 0. A NaN confidence counts as clean.
 template <typename acc_t>
 DD_HD acc_t artifact_level(const WeightedLossParams& p, acc_t c) {
-    if (!(c >= acc_t(p.threshold))) return 0;
-    return p.gamma == 1 ? c : std::pow(c, acc_t(p.gamma));
+  if (!(c >= acc_t(p.threshold))) return 0;
+  return p.gamma == 1 ? c : std::pow(c, acc_t(p.gamma));
 }
 
 // omega without the mask: clean_weight + (artifact_weight - clean_weight) * u.
 template <typename acc_t>
 DD_HD acc_t spatial_weight(const WeightedLossParams& p, acc_t u) {
-    return acc_t(p.clean_weight) + acc_t(p.artifact_weight - p.clean_weight) * u;
+  return acc_t(p.clean_weight) + acc_t(p.artifact_weight - p.clean_weight) * u;
 }
 
 template <typename acc_t>
 DD_HD acc_t gradient_weight(const WeightedLossParams& p, acc_t u) {
-    return acc_t(p.clean_grad) + acc_t(p.artifact_grad - p.clean_grad) * u;
+  return acc_t(p.clean_grad) + acc_t(p.artifact_grad - p.clean_grad) * u;
 }
 
 // E: what the reduction divides the gradient by.
 template <typename acc_t>
 DD_HD acc_t reduction_divisor(const WeightedLossParams& p) {
-    if (p.reduction == kMean) return acc_t(p.batch) * acc_t(p.count);
-    return p.reduction == kSample ? acc_t(p.count) : acc_t(1);
+  if (p.reduction == kMean) return acc_t(p.batch) * acc_t(p.count);
+  return p.reduction == kSample ? acc_t(p.count) : acc_t(1);
 }
 
 // Factor of the gradient that is the same for a whole sample: g * v * pred_scale / (Z * E); 0 for a sample left out.
 template <typename acc_t>
 DD_HD acc_t sample_gradient_scale(const WeightedLossParams& p, int64_t b) {
-    const acc_t z = load_per_sample<acc_t>(p.z, b);
-    const acc_t v = load_per_sample<acc_t>(p.weight, b);
-    if (z == 0 || v == 0) return 0;
-    return load_per_sample<acc_t>(p.grad_output, b) * v * load_per_sample<acc_t>(p.pred_scale, b) / z /
-           reduction_divisor<acc_t>(p);
+  const acc_t z = load_per_sample<acc_t>(p.z, b);
+  const acc_t v = load_per_sample<acc_t>(p.weight, b);
+  if (z == 0 || v == 0) return 0;
+  return load_per_sample<acc_t>(p.grad_output, b) * v * load_per_sample<acc_t>(p.pred_scale, b) / z /
+         reduction_divisor<acc_t>(p);
 }
 
 // A sample's share of the result from its numerator: numerator / (Z * n), or numerator / Z for a sum.
 template <typename acc_t>
 DD_HD acc_t sample_loss(const WeightedLossParams& p, int64_t b, acc_t numerator) {
-    const acc_t z = load_per_sample<acc_t>(p.z, b);
-    if (z == 0) return 0;
-    return p.reduction == kSum ? numerator / z : numerator / z / acc_t(p.count);
+  const acc_t z = load_per_sample<acc_t>(p.z, b);
+  if (z == 0) return 0;
+  return p.reduction == kSum ? numerator / z : numerator / z / acc_t(p.count);
 }
 
 // False where the whole sample is left out, forward and backward: its v or its Z is 0.
 template <typename acc_t>
 DD_HD bool sample_selected(const WeightedLossParams& p, int64_t b) {
-    return load_per_sample<acc_t>(p.weight, b) != 0;
+  return load_per_sample<acc_t>(p.weight, b) != 0;
 }
 
-} // namespace diffdoctor
+}  // namespace diffdoctor

@@ -1,0 +1,2 @@
+#define DD_CPU_ISA generic
+#include "cpu/kernels.h"
