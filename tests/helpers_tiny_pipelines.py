@@ -24,7 +24,8 @@ def t5_tokenizer(texts=PROMPTS, max_length=32):
         trainers.UnigramTrainer(vocab_size=96, special_tokens=special, unk_token="<unk>", show_progress=False),
     )
     pieces = [(piece, 0.0) for piece in special]
-    pieces += [(piece, -float(rank)) for rank, piece in enumerate(learner.get_vocab()) if piece not in special]
+    # get_vocab has a random order of its own
+    pieces += [(piece, -float(rank)) for rank, piece in enumerate(sorted(learner.get_vocab())) if piece not in special]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=max_length)
 
 
