@@ -1,0 +1,317 @@
+"""weighted_loss in one pass: loss, gradient of model_pred and statistics, with the maps resampled in the kernel.
+
+A sample's elements form a box of three axes: *outer* and *inner* dims, along which the maps vary, and *free* dims
+between them, along which they do not (channels). A program owns a tile of outer × inner positions, works out their
+weights once and walks the free dims; without maps everything is free. Which dims those are, and in which order, follows
+model_pred's memory, so that neighbouring lanes read neighbouring elements in every layout.
+
+Compiled per: dtypes, which operands are there and whether each map has the grid's size, plain l2 or a mixture, what is
+written, tile shape. Sizes, strides, options, the interpolation and the losses of a mixture are run-time values.
+Sums are per program, then per sample in program order, then over samples: the same bits for the same call.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import arrives_last, as_scalar, column_sum, to_storage
+from .element_loss import element_loss
+from .resample import ABSENT, SAME, map_value, resampled
+
+MEAN = tl.constexpr(0)
+SAMPLE = tl.constexpr(1)
+
+
+# Bits of `given` and `strided`: per-sample numbers that come as tensors, and those with an entry for each sample.
+PRED_SCALE, COEF0, COEF1, HUBER_C, WEIGHT, Z, GRAD_OUTPUT = (tl.constexpr(k) for k in range(7))
+
+
+@triton.jit
+def decode(linear, sizes, strides, BEGIN: tl.constexpr, END: tl.constexpr):
+    """Σ index_d · stride_d over dims BEGIN ≤ d < END of a linear index, the last dim running fastest."""
+    offset = tl.zeros_like(linear)
+    rest = linear
+    for k in tl.static_range(END - BEGIN):
+        if k == END - BEGIN - 1:
+            offset += rest * strides[BEGIN]
+        else:
+            offset += rest % sizes[END - 1 - k] * strides[END - 1 - k]
+            rest = rest // sizes[END - 1 - k]
+    return offset
+
+
+@triton.jit
+def _spot_offset(outer, inner, sizes, strides, N_OUTER: tl.constexpr, N_FREE: tl.constexpr, N_INNER: tl.constexpr):
+    """Offset of outer × inner positions; dims stand as (outer, free, inner)."""
+    return decode(outer, sizes, strides, 0, N_OUTER) + decode(
+        inner, sizes, strides, N_OUTER + N_FREE, N_OUTER + N_FREE + N_INNER)  # fmt: skip
+
+
+@triton.jit
+def _number(pointers, given, strided, value, b, K: tl.constexpr, ACC: tl.constexpr):
+    """Per-sample number K of sample b: from its tensor where one is given, else the value."""
+    step = (strided >> K) & 1
+    return tl.load(pointers[K] + b * step, mask=((given >> K) & 1) != 0, other=as_scalar(value, ACC))
+
+
+@triton.jit
+def _map(ptr, b, batch_stride, strides, axes, mode, default, outer, inner, inside, sizes, coords, map_grid,
+         KIND: tl.constexpr, N_OUTER: tl.constexpr, N_FREE: tl.constexpr, N_INNER: tl.constexpr, ACC: tl.constexpr):
+    """A map on a tile of outer × inner positions; `default` where there is none."""
+    if KIND == ABSENT:
+        value = tl.zeros_like(outer + inner).to(ACC) + default
+    elif KIND == SAME:
+        offset = _spot_offset(outer, inner, sizes, strides, N_OUTER, N_FREE, N_INNER)
+        value = map_value(ptr + b * batch_stride, offset, inside, ACC)
+    else:
+        t = _spot_offset(outer, inner, sizes, coords[0], N_OUTER, N_FREE, N_INNER)
+        y = _spot_offset(outer, inner, sizes, coords[1], N_OUTER, N_FREE, N_INNER)
+        x = _spot_offset(outer, inner, sizes, coords[2], N_OUTER, N_FREE, N_INNER)
+        value = resampled(ptr + b * batch_stride, inside, t, y, x, axes, map_grid, mode, ACC)
+    return value
+
+
+@triton.jit
+def _artifact_level(c, threshold, gamma):
+    """u = c^γ where c ≥ threshold, else 0; a NaN counts as clean."""
+    u = tl.where(c >= threshold, c, 0.0)
+    if gamma != 1:
+        u = tl.where(u > 0, tl.exp2(gamma * tl.log2(u)), 0.0)
+    return u
+
+
+@triton.jit
+def _spatial(confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mask_strides,
+             confidence_axes, mask_axes, mode, threshold, gamma, clean_weight, artifact_weight,
+             outer, inner, inside, sizes, coords, map_grid,
+             CONFIDENCE: tl.constexpr, MASK: tl.constexpr,
+             N_OUTER: tl.constexpr, N_FREE: tl.constexpr, N_INNER: tl.constexpr, ACC: tl.constexpr):
+    """u and ω on a tile of outer × inner positions."""
+    c = _map(confidence_ptr, b, batch_strides[5], confidence_strides, confidence_axes, mode, 0.0, outer, inner, inside,
+             sizes, coords, map_grid, CONFIDENCE, N_OUTER, N_FREE, N_INNER, ACC)  # fmt: skip
+    k = _map(mask_ptr, b, batch_strides[6], mask_strides, mask_axes, mode, 1.0, outer, inner, inside,
+             sizes, coords, map_grid, MASK, N_OUTER, N_FREE, N_INNER, ACC)  # fmt: skip
+    u = c
+    if CONFIDENCE != ABSENT:
+        u = _artifact_level(c, threshold, gamma)
+    return u, k * (clean_weight + (artifact_weight - clean_weight) * u)
+
+
+@triton.jit
+def _read(ptr, spots, free, present, sizes, strides, N_OUTER: tl.constexpr, N_FREE: tl.constexpr, ACC: tl.constexpr):
+    offset = spots + decode(free, sizes, strides, N_OUTER, N_OUTER + N_FREE)
+    return tl.load(ptr + offset, mask=present, other=0.0).to(ACC)
+
+
+@triton.jit
+def _total(tile):
+    """Sum over a whole tile."""
+    return tl.sum(tl.ravel(tile), 0)
+
+
+@triton.jit(do_not_specialize=["batch", "programs", "walks", "steps", "inner_blocks", "given", "strided", "mode",
+                               "reduction"])
+def weighted_loss_kernel(
+    pred_ptr, grad_ptr, term0_ptr, term1_ptr, weighting_ptr, confidence_ptr, mask_ptr,
+    loss_ptr,  # () or (batch,) in ACC
+    sums_ptr,  # (batch, 8) in ACC: the columns of csrc/common/params.h
+    partial_ptr,  # (batch, programs, COLUMNS) and (batch,) in ACC
+    counter_ptr,  # (batch + 1) int32 zeros
+    number_ptrs,  # per-sample numbers in ACC, in the order of PRED_SCALE ...
+    batch, n_outer, n_free, n_inner, programs, walks, steps, inner_blocks,
+    sizes, pred_strides, grad_strides, term0_strides, term1_strides, weighting_strides,  # one entry per dim
+    confidence_strides, mask_strides, coords,
+    batch_strides,  # pred, grad, term0, term1, weighting, confidence, mask
+    confidence_axes, mask_axes,  # see resample.py
+    map_grid, mode, reduction, given, strided,
+    pred_scale: tl.float64, coef0: tl.float64, coef1: tl.float64, huber_c: tl.float64, weight: tl.float64,
+    z: tl.float64, grad_output: tl.float64,
+    l2: tl.float64, l1: tl.float64, huber: tl.float64, smooth_l1: tl.float64, pseudo_huber: tl.float64,
+    log_cosh: tl.float64,
+    clean_weight: tl.float64, artifact_weight: tl.float64, clean_grad: tl.float64, artifact_grad: tl.float64,
+    threshold: tl.float64, gamma: tl.float64,
+    LOSS: tl.constexpr, GRAD: tl.constexpr, SUMS: tl.constexpr, PLAIN: tl.constexpr, CONFIDENCE: tl.constexpr, MASK: tl.constexpr,
+    N_OUTER: tl.constexpr, N_FREE: tl.constexpr, N_INNER: tl.constexpr,
+    BLOCK_OUTER: tl.constexpr, BLOCK_FREE: tl.constexpr, BLOCK_INNER: tl.constexpr, BLOCK_PARTIAL: tl.constexpr,
+    ACC: tl.constexpr, IDX: tl.constexpr, ROUND_BF16: tl.constexpr,
+):  # fmt: skip
+    b = (tl.program_id(0) // programs).to(tl.int64)
+    program = tl.program_id(0) % programs
+    spot = program // walks
+    outer = ((spot // inner_blocks).to(IDX) * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER))[:, None, None]
+    inner = ((spot % inner_blocks).to(IDX) * BLOCK_INNER + tl.arange(0, BLOCK_INNER))[None, None, :]
+    inside = (outer < n_outer) & (inner < n_inner)
+
+    u, omega = _spatial(
+        confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mask_strides, confidence_axes, mask_axes, mode,
+        as_scalar(as_scalar(threshold, tl.float32), ACC), as_scalar(gamma, ACC), as_scalar(clean_weight, ACC),
+        as_scalar(artifact_weight, ACC), outer, inner, inside, sizes, coords, map_grid,
+        CONFIDENCE, MASK, N_OUTER, N_FREE, N_INNER, ACC)  # fmt: skip
+    s = _number(number_ptrs, given, strided, pred_scale, b, PRED_SCALE, ACC)
+    c = _number(number_ptrs, given, strided, huber_c, b, HUBER_C, ACC)
+    # Tiles, not scalars: the interpreter cannot spread the result of a scalar comparison over a tile.
+    v = tl.zeros_like(omega) + _number(number_ptrs, given, strided, weight, b, WEIGHT, ACC)
+    divisor = _number(number_ptrs, given, strided, z, b, Z, ACC)
+    strength = (as_scalar(l2, ACC), as_scalar(l1, ACC), as_scalar(huber, ACC), as_scalar(smooth_l1, ACC),
+                as_scalar(pseudo_huber, ACC), as_scalar(log_cosh, ACC))  # fmt: skip
+    n = as_scalar(n_outer, ACC) * as_scalar(n_free, ACC) * as_scalar(n_inner, ACC)
+    chosen = inside & (omega != 0) & (v != 0)
+    v_omega = v * omega
+    if GRAD:
+        g = _number(number_ptrs, given, strided, grad_output, b, GRAD_OUTPUT, ACC)
+        if reduction == MEAN:
+            g = g * v * s / divisor / (n * batch)
+        elif reduction == SAMPLE:
+            g = g * v * s / divisor / n
+        else:
+            g = g * v * s / divisor
+        m = as_scalar(clean_grad, ACC) + (as_scalar(artifact_grad, ACC) - as_scalar(clean_grad, ACC)) * u
+        moved = chosen & (m != 0) & (tl.zeros_like(omega) + divisor != 0)
+        slope_factor = omega * m * g
+        grad_spots = _spot_offset(outer, inner, sizes, grad_strides, N_OUTER, N_FREE, N_INNER)
+
+    pred_spots = _spot_offset(outer, inner, sizes, pred_strides, N_OUTER, N_FREE, N_INNER)
+    if term0_ptr is not None:
+        coef0_b = _number(number_ptrs, given, strided, coef0, b, COEF0, ACC)
+        term0_spots = _spot_offset(outer, inner, sizes, term0_strides, N_OUTER, N_FREE, N_INNER)
+    if term1_ptr is not None:
+        coef1_b = _number(number_ptrs, given, strided, coef1, b, COEF1, ACC)
+        term1_spots = _spot_offset(outer, inner, sizes, term1_strides, N_OUTER, N_FREE, N_INNER)
+    if weighting_ptr is not None:
+        weighting_spots = _spot_offset(outer, inner, sizes, weighting_strides, N_OUTER, N_FREE, N_INNER)
+
+    total = tl.zeros([BLOCK_OUTER, BLOCK_FREE, BLOCK_INNER], ACC)
+    if SUMS:
+        artifact_loss, artifact_share = tl.zeros_like(total), tl.zeros_like(total)
+        clean_loss, clean_share, nonfinite = tl.zeros_like(total), tl.zeros_like(total), tl.zeros_like(total)
+    first = (program % walks).to(IDX) * steps * BLOCK_FREE
+    for step in range(steps):
+        free = (first + step * BLOCK_FREE + tl.arange(0, BLOCK_FREE))[None, :, None]
+        present = inside & (free < n_free)
+        d = s * _read(pred_ptr + b * batch_strides[0], pred_spots, free, present, sizes, pred_strides,
+                      N_OUTER, N_FREE, ACC)  # fmt: skip
+        if term0_ptr is not None:
+            d -= coef0_b * _read(term0_ptr + b * batch_strides[2], term0_spots, free, present, sizes, term0_strides,
+                                 N_OUTER, N_FREE, ACC)  # fmt: skip
+        if term1_ptr is not None:
+            d -= coef1_b * _read(term1_ptr + b * batch_strides[3], term1_spots, free, present, sizes, term1_strides,
+                                 N_OUTER, N_FREE, ACC)  # fmt: skip
+        loss, slope = element_loss(d, c, strength, PLAIN, ACC)
+        selected = chosen & present
+        weighted = v_omega * loss
+        if weighting_ptr is not None:
+            factor = _read(weighting_ptr + b * batch_strides[4], weighting_spots, free, present, sizes,
+                           weighting_strides, N_OUTER, N_FREE, ACC)  # fmt: skip
+            selected = selected & (factor != 0)
+            weighted *= factor
+            slope *= factor
+        if GRAD:
+            grad = to_storage(
+                tl.where(moved & selected, slope_factor * slope, 0.0), grad_ptr.dtype.element_ty, ROUND_BF16)  # fmt: skip
+            offset = grad_spots + decode(free, sizes, grad_strides, N_OUTER, N_OUTER + N_FREE)
+            tl.store(grad_ptr + b * batch_strides[1] + offset, grad, mask=present)
+        weighted = tl.where(selected, weighted, 0.0)
+        total += weighted
+        if SUMS:
+            artifact_loss += tl.where(selected & (u != 0), u * loss, 0.0)
+            artifact_share += tl.where(selected, u, 0.0)
+            clean_loss += tl.where(selected & (u != 1), (1.0 - u) * loss, 0.0)
+            clean_share += tl.where(selected, 1.0 - u, 0.0)
+            nonfinite += tl.where(tl.abs(weighted) < float("inf"), 0.0, 1.0)
+
+    if LOSS or SUMS:
+        COLUMNS: tl.constexpr = 8 if SUMS else 1
+        own_ptr = partial_ptr + (b * programs + program) * COLUMNS
+        tl.store(own_ptr, _total(total))
+        if SUMS:
+            seen = tl.minimum(n_free - first, steps * BLOCK_FREE).to(ACC)
+            tl.store(own_ptr + 1, _total(tl.where(inside, omega, 0.0)) * seen)
+            tl.store(own_ptr + 2, _total(artifact_loss))
+            tl.store(own_ptr + 3, _total(artifact_share))
+            tl.store(own_ptr + 4, _total(clean_loss))
+            tl.store(own_ptr + 5, _total(clean_share))
+            tl.store(own_ptr + 6, _total(tl.where(inside, u, 0.0)) * seen)
+            tl.store(own_ptr + 7, _total(nonfinite))
+        if arrives_last(counter_ptr + b, programs):
+            if SUMS:
+                for column in tl.static_range(8):
+                    tl.store(sums_ptr + b * 8 + column,
+                             column_sum(own_ptr + column - program * COLUMNS, programs, COLUMNS, ACC, BLOCK_PARTIAL))  # fmt: skip
+            if LOSS:
+                numerator = column_sum(own_ptr - program * COLUMNS, programs, COLUMNS, ACC, BLOCK_PARTIAL)
+                share = tl.where(divisor == 0, 0.0, numerator / divisor)
+                _finish_loss(share, n, loss_ptr, partial_ptr + batch.to(tl.int64) * programs * COLUMNS, counter_ptr,
+                             b, batch, reduction, ACC, BLOCK_PARTIAL)  # fmt: skip
+
+
+@triton.jit
+def _finish_loss(share, n, loss_ptr, shares_ptr, counter_ptr, b, batch, reduction,
+                 ACC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """A sample's loss; over samples in the last one to come here."""
+    if reduction == SAMPLE:
+        tl.store(loss_ptr + b, share / n)
+    else:
+        if reduction == MEAN:
+            share = share / n
+        tl.store(shares_ptr + b, share)
+        if arrives_last(counter_ptr + batch, batch):
+            loss = column_sum(shares_ptr, batch, 1, ACC, BLOCK)
+            if reduction == MEAN:
+                loss = loss / batch
+            tl.store(loss_ptr, loss)
+
+
+@triton.jit(do_not_specialize=["batch", "programs", "inner_blocks", "mode"])
+def weight_mean_kernel(
+    confidence_ptr, mask_ptr,
+    out_ptr,  # (batch,) or (1,) in ACC: the mean of ω over each sample, or over the batch
+    partial_ptr,  # (batch, programs) and (batch,) in ACC
+    counter_ptr,  # (batch + 1) int32 zeros
+    batch, n_outer, n_inner, programs, inner_blocks,
+    sizes, confidence_strides, mask_strides, coords, batch_strides, confidence_axes, mask_axes, map_grid, mode,
+    clean_weight: tl.float64, artifact_weight: tl.float64, threshold: tl.float64, gamma: tl.float64,
+    PER_SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr, MASK: tl.constexpr,
+    N_OUTER: tl.constexpr, N_FREE: tl.constexpr, N_INNER: tl.constexpr,
+    BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr, BLOCK_PARTIAL: tl.constexpr,
+    ACC: tl.constexpr, IDX: tl.constexpr,
+):  # fmt: skip
+    """The spatial weight's mean, what `normalize` divides by: the maps alone are read."""
+    b = (tl.program_id(0) // programs).to(tl.int64)
+    program = tl.program_id(0) % programs
+    outer = ((program // inner_blocks).to(IDX) * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER))[:, None, None]
+    inner = ((program % inner_blocks).to(IDX) * BLOCK_INNER + tl.arange(0, BLOCK_INNER))[None, None, :]
+    inside = (outer < n_outer) & (inner < n_inner)
+    _, omega = _spatial(
+        confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mask_strides, confidence_axes, mask_axes, mode,
+        as_scalar(as_scalar(threshold, tl.float32), ACC), as_scalar(gamma, ACC), as_scalar(clean_weight, ACC),
+        as_scalar(artifact_weight, ACC), outer, inner, inside, sizes, coords, map_grid,
+        CONFIDENCE, MASK, N_OUTER, N_FREE, N_INNER, ACC)  # fmt: skip
+    tl.store(partial_ptr + b * programs + program, _total(tl.where(inside, omega, 0.0)))
+    if arrives_last(counter_ptr + b, programs):
+        mean = column_sum(partial_ptr + b * programs, programs, 1, ACC, BLOCK_PARTIAL)
+        mean = mean / as_scalar(n_outer, ACC) / as_scalar(n_inner, ACC)
+        if PER_SAMPLE:
+            tl.store(out_ptr + b, mean)
+        else:
+            means_ptr = partial_ptr + batch.to(tl.int64) * programs
+            tl.store(means_ptr + b, mean)
+            if arrives_last(counter_ptr + batch, batch):
+                tl.store(out_ptr, column_sum(means_ptr, batch, 1, ACC, BLOCK_PARTIAL) / batch)
+
+
+@triton.jit(do_not_specialize=["programs", "steps", "g_stride"])
+def scale_gradient_kernel(
+    grad_ptr, out_ptr,  # (batch, count), the same tensor when IN_PLACE
+    g_ptr,  # one number (g_stride 0) or (batch,) in ACC
+    count, programs, steps, g_stride,
+    IN_PLACE: tl.constexpr, BLOCK: tl.constexpr, ROUND_BF16: tl.constexpr,
+):  # fmt: skip
+    """grad · g for the kept gradient of g = 1; in place nothing is touched where g is 1."""
+    b = (tl.program_id(0) // programs).to(tl.int64)
+    g = tl.load(g_ptr + b * g_stride)
+    if (g != 1) | (not IN_PLACE):
+        first = (tl.program_id(0) % programs).to(tl.int64) * steps * BLOCK
+        for step in range(steps):
+            offs = first + step * BLOCK + tl.arange(0, BLOCK)
+            grad = tl.load(grad_ptr + b * count + offs, mask=offs < count, other=0.0).to(g.dtype) * g
+            tl.store(out_ptr + b * count + offs, to_storage(grad, out_ptr.dtype.element_ty, ROUND_BF16),
+                     mask=offs < count)  # fmt: skip
