@@ -24,7 +24,7 @@ def artifact_loss(
     c = torch.sigmoid(x).flatten(1)
     if method == "threshold":
         above = c > torch.tensor(threshold, dtype=torch.float32).item()
-        value = torch.where(above, c, torch.zeros_like(c)).sum(1) / (above.sum(1) + 1e-5)
+        value = torch.where(above, c, torch.zeros_like(c)).sum(1) / (above.sum(1, dtype=dtype) + 1e-5)
     else:
         value = {"mean": c.mean, "sum": c.sum, "max": c.amax}[method](1)
     return {"mean": value.mean, "sum": value.sum, "sample": lambda: value}[reduction]()

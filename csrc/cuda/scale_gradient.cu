@@ -1,0 +1,91 @@
+// A kept gradient times what arrives in backward: one number per sample, read on the device. Serves weighted_loss,
+// whose kept gradient may be scaled in place, and artifact_loss, which keeps fp32 and has a factor of its own.
+#include <cuda_runtime.h>
+
+#include "launch.cuh"
+#include "launches.h"
+#include "tiling.h"
+#include "vector.cuh"
+
+namespace diffdoctor::cuda {
+namespace {
+
+constexpr int kVectorsPerThread = 4;
+
+struct Scaling {
+  const void* in;
+  void* out;
+  int64_t count;  // elements of a sample
+  int64_t blocks_per_sample;
+  const void* factor;  // (B), or null
+  const void* g;
+  int64_t g_stride;
+};
+
+template <int32_t kInDtype, int32_t kOutDtype, bool kVector>
+__global__ void __launch_bounds__(kThreads) scale_gradient_kernel(const __grid_constant__ Scaling s) {
+  using acc_t = std::conditional_t<kInDtype == kFloat64, double, float>;
+  constexpr int N = kVector ? vector_width(kOutDtype) : 1;
+  const int64_t b = blockIdx.x / s.blocks_per_sample;
+  acc_t scale = static_cast<const acc_t*>(s.g)[b * s.g_stride];
+  if (s.factor != nullptr) scale *= static_cast<const acc_t*>(s.factor)[b];
+  if (s.in == s.out && scale == 1) return;
+  const int64_t first = ((blockIdx.x - b * s.blocks_per_sample) * kThreads * kVectorsPerThread + threadIdx.x) * N;
+#pragma unroll
+  for (int k = 0; k < kVectorsPerThread; ++k) {
+    const int64_t i = first + static_cast<int64_t>(k) * kThreads * N;
+    if (i >= s.count) break;
+    acc_t value[N];
+    Packed<kOutDtype, N> packed;
+    unpack<acc_t, N>(load_raw<acc_t, N>(s.in, kInDtype, b * s.count + i), 0, kInDtype, value);
+#pragma unroll
+    for (int j = 0; j < N; ++j) value[j] *= scale;
+    pack<kOutDtype, acc_t, N>(value, 0, packed);
+    store_packed<kOutDtype, N>(s.out, b * s.count + i, packed);
+  }
+}
+
+template <int32_t kInDtype, int32_t kOutDtype>
+const char* launch_for(Scaling s, int64_t batch, void* stream) {
+  const int width = vector_width(kOutDtype);
+  const bool aligned = reinterpret_cast<uintptr_t>(s.in) % 16 == 0 && reinterpret_cast<uintptr_t>(s.out) % 16 == 0;
+  const bool vector = aligned && s.count % width == 0;
+  s.blocks_per_sample = ceil_div(s.count, kThreads * kVectorsPerThread * (vector ? width : 1));
+  const int64_t blocks = batch * s.blocks_per_sample;
+  return vector ? launch(scale_gradient_kernel<kInDtype, kOutDtype, true>, blocks, stream, s)
+                : launch(scale_gradient_kernel<kInDtype, kOutDtype, false>, blocks, stream, s);
+}
+
+}  // namespace
+
+const char* launch_scale_gradient(const void* grad, void* out, int32_t dtype, int64_t batch, int64_t count,
+                                  const void* g, int64_t g_stride, void* stream) {
+  const Scaling s{grad, out, count, 0, nullptr, g, g_stride};
+  switch (dtype) {
+    case kFloat32:
+      return launch_for<kFloat32, kFloat32>(s, batch, stream);
+    case kBFloat16:
+      return launch_for<kBFloat16, kBFloat16>(s, batch, stream);
+    case kFloat16:
+      return launch_for<kFloat16, kFloat16>(s, batch, stream);
+    default:
+      return launch_for<kFloat64, kFloat64>(s, batch, stream);
+  }
+}
+
+const char* launch_artifact_loss_backward(const void* kept, const void* factor, const void* g, int64_t g_stride,
+                                          void* out, int32_t dtype, int64_t batch, int64_t count, void* stream) {
+  const Scaling s{kept, out, count, 0, factor, g, g_stride};
+  switch (dtype) {
+    case kFloat32:
+      return launch_for<kFloat32, kFloat32>(s, batch, stream);
+    case kBFloat16:
+      return launch_for<kFloat32, kBFloat16>(s, batch, stream);
+    case kFloat16:
+      return launch_for<kFloat32, kFloat16>(s, batch, stream);
+    default:
+      return launch_for<kFloat64, kFloat64>(s, batch, stream);
+  }
+}
+
+}  // namespace diffdoctor::cuda

@@ -1,0 +1,176 @@
+// N consecutive elements of a dtype known at run time, loaded and stored 16 bytes at a time where N elements fill them.
+// Loading and converting are two steps, so that a thread can have several loads under way.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "../common/dtype.h"
+#include "../common/params.h"
+
+namespace diffdoctor::cuda {
+
+// The bits of N elements, at most as wide as acc_t each.
+template <typename acc_t, int N>
+struct Raw {
+  uint32_t word[N * sizeof(acc_t) < 8 ? 2 : N * sizeof(acc_t) / 4];
+};
+
+DD_HD double words_to_double(uint32_t low, uint32_t high) {
+  const uint64_t bits = static_cast<uint64_t>(high) << 32 | low;
+  double value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+template <int kBytes>
+__device__ __forceinline__ void load_bytes(const void* source, uint32_t* word) {
+  if constexpr (kBytes >= 16) {
+#pragma unroll
+    for (int k = 0; k < kBytes / 16; ++k) {
+      const uint4 four = __ldg(static_cast<const uint4*>(source) + k);
+      word[4 * k] = four.x;
+      word[4 * k + 1] = four.y;
+      word[4 * k + 2] = four.z;
+      word[4 * k + 3] = four.w;
+    }
+  } else if constexpr (kBytes == 8) {
+    const uint2 two = __ldg(static_cast<const uint2*>(source));
+    word[0] = two.x;
+    word[1] = two.y;
+  } else if constexpr (kBytes == 4) {
+    word[0] = __ldg(static_cast<const uint32_t*>(source));
+  } else {
+    word[0] = __ldg(static_cast<const uint16_t*>(source));
+  }
+}
+
+template <int kBytes>
+__device__ __forceinline__ void store_bytes(void* target, const uint32_t* word) {
+  if constexpr (kBytes >= 16) {
+#pragma unroll
+    for (int k = 0; k < kBytes / 16; ++k) {
+      static_cast<uint4*>(target)[k] = uint4{word[4 * k], word[4 * k + 1], word[4 * k + 2], word[4 * k + 3]};
+    }
+  } else if constexpr (kBytes == 8) {
+    *static_cast<uint2*>(target) = uint2{word[0], word[1]};
+  } else if constexpr (kBytes == 4) {
+    *static_cast<uint32_t*>(target) = word[0];
+  } else {
+    *static_cast<uint16_t*>(target) = static_cast<uint16_t>(word[0]);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ const void* element_address(const void* data, int64_t index) {
+  return static_cast<const T*>(data) + index;
+}
+
+template <typename acc_t, int N>
+__device__ __forceinline__ Raw<acc_t, N> load_raw(const void* data, int32_t dtype, int64_t index) {
+  Raw<acc_t, N> raw;
+  if (dtype == kFloat32) {
+    load_bytes<4 * N>(element_address<float>(data, index), raw.word);
+  } else if (dtype != kFloat64) {
+    load_bytes<2 * N>(element_address<uint16_t>(data, index), raw.word);
+  } else if constexpr (sizeof(acc_t) == 8) {
+    load_bytes<8 * N>(element_address<double>(data, index), raw.word);
+  } else {  // a double beside a narrower prediction: rounded to acc_t here, unpacked as float
+    uint32_t wide[2 * N];
+    load_bytes<8 * N>(element_address<double>(data, index), wide);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      raw.word[j] = float_to_bits(static_cast<float>(words_to_double(wide[2 * j], wide[2 * j + 1])));
+    }
+  }
+  return raw;
+}
+
+// Elements [first, first + N) of `raw`; first is a compile-time constant once the caller's loop is unrolled.
+template <typename acc_t, int N, int kWidth>
+__device__ __forceinline__ void unpack(const Raw<acc_t, kWidth>& raw, int first, int32_t dtype, acc_t (&value)[N]) {
+  const uint32_t* word = raw.word;
+  if (dtype == kBFloat16) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const uint32_t pair = word[(first + j) / 2];
+      value[j] = bits_to_float((first + j) % 2 ? pair & 0xffff0000u : pair << 16);
+    }
+  } else if (dtype == kFloat16) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      value[j] = float16_to_float(static_cast<uint16_t>(word[(first + j) / 2] >> ((first + j) % 2 * 16)));
+    }
+  } else if (sizeof(acc_t) == 4 || dtype == kFloat32) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) value[j] = bits_to_float(word[first + j]);
+  } else if constexpr (sizeof(acc_t) == 8) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) value[j] = words_to_double(word[2 * (first + j)], word[2 * (first + j) + 1]);
+  }
+}
+
+// kWidth rounded elements on their way to memory.
+template <int32_t kDtype, int kWidth>
+struct Packed {
+  static constexpr int kBytes = kWidth * (kDtype == kFloat64 ? 8 : kDtype == kFloat32 ? 4 : 2);
+  uint32_t word[kBytes < 4 ? 1 : kBytes / 4];
+};
+
+template <int32_t kDtype, typename acc_t, int N, int kWidth>
+__device__ __forceinline__ void pack(const acc_t (&value)[N], int first, Packed<kDtype, kWidth>& packed) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const int at = first + j;
+    if constexpr (kDtype == kFloat32) {
+      packed.word[at] = float_to_bits(value[j]);
+    } else if constexpr (kDtype == kFloat64) {
+      uint64_t bits;
+      memcpy(&bits, &value[j], sizeof(bits));
+      packed.word[2 * at] = static_cast<uint32_t>(bits);
+      packed.word[2 * at + 1] = static_cast<uint32_t>(bits >> 32);
+    } else {
+      const float narrow = static_cast<float>(value[j]);
+      const uint32_t bits = kDtype == kBFloat16 ? float_to_bfloat16(narrow) : float_to_float16(narrow);
+      packed.word[at / 2] = at % 2 ? packed.word[at / 2] | bits << 16 : bits;
+    }
+  }
+}
+
+template <int32_t kDtype, int kWidth>
+__device__ __forceinline__ void store_packed(void* data, int64_t index, const Packed<kDtype, kWidth>& packed) {
+  constexpr int kBytes = Packed<kDtype, kWidth>::kBytes;
+  store_bytes<kBytes>(static_cast<char*>(data) + index * (kBytes / kWidth), packed.word);
+}
+
+// N consecutive values from shared memory, at a multiple of N from a 16-byte boundary.
+template <typename acc_t, int N>
+__device__ __forceinline__ void load_shared(const acc_t* source, acc_t (&value)[N]) {
+  if constexpr (N == 1) {
+    value[0] = source[0];
+  } else {
+#pragma unroll
+    for (int k = 0; k < N * static_cast<int>(sizeof(acc_t)) / 16; ++k) {
+      const uint4 four = reinterpret_cast<const uint4*>(source)[k];
+      memcpy(&value[k * 16 / sizeof(acc_t)], &four, sizeof(four));
+    }
+  }
+}
+
+DD_HD int64_t dtype_bytes(int32_t dtype) {
+  switch (dtype) {
+    case kFloat64:
+      return 8;
+    case kFloat32:
+      return 4;
+    case kBFloat16:
+    case kFloat16:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
+}  // namespace diffdoctor::cuda

@@ -1,0 +1,354 @@
+// weighted_loss: the loss, its gradient and the sums behind LossStats in one launch.
+#include <cuda_runtime.h>
+
+#include "element.cuh"
+#include "launch.cuh"
+#include "launches.h"
+#include "reduce.cuh"
+#include "spatial.cuh"
+#include "tiling.h"
+#include "vector.cuh"
+
+namespace diffdoctor::cuda {
+namespace {
+
+// Vectors that a thread loads before it computes on the first. Two blocks of 256 threads with 128 registers keep more
+// bytes under way than three with 80 registers and one vector.
+constexpr int kUnroll = 2;
+constexpr int kBlocksPerMultiprocessor = 2;
+
+template <int32_t kPredDtype, bool kVectorised>
+struct Config {
+  static constexpr int32_t kDtype = kPredDtype;
+  static constexpr bool kVector = kVectorised;
+  using acc_t = std::conditional_t<kPredDtype == kFloat64, double, float>;
+  static constexpr int kWidth = kVectorised ? vector_width(kPredDtype) : 1;
+  static constexpr int kStep = kWidth < 16 / sizeof(acc_t) ? kWidth : 16 / sizeof(acc_t);
+  static constexpr int kPositions = tile_positions(kPredDtype);
+};
+
+// The factors of one position, in shared memory. Zero means left out.
+template <typename acc_t>
+struct Factors {
+  acc_t loss;   // v_b * v * omega
+  acc_t slope;  // v * omega * m
+  acc_t level;  // u; where the sums are wanted
+
+  __device__ __forceinline__ Factors(const Position<acc_t>& at, const Sample<acc_t>& sample) {
+    const bool selected = sample.selected && at.omega != 0 && at.weighting != 0;
+    loss = selected ? sample.v * at.weighting * at.omega : acc_t(0);
+    slope = selected && at.m != 0 ? at.weighting * at.omega * at.m : acc_t(0);
+    level = at.u;
+  }
+};
+
+// The columns of `sums`, in the order of the partial sums: first those that are added up over elements, then those that
+// the positions alone decide.
+enum ElementSum { kNumerator, kArtifactLoss, kCleanLoss, kNonfinite, kElementSums };
+enum PositionSum { kWeight, kArtifactWeight, kCleanWeight, kArtifact, kPositionSums };
+constexpr int kColumns = kElementSums + kPositionSums;
+
+template <typename acc_t>
+__device__ __forceinline__ void add_position(const Position<acc_t>& at, const Factors<acc_t>& factors, acc_t elements,
+                                             acc_t (&sums)[kPositionSums]) {
+  sums[kWeight] += elements * at.omega;
+  sums[kArtifact] += elements * at.u;
+  if (factors.loss == 0) return;
+  sums[kArtifactWeight] += elements * at.u;
+  sums[kCleanWeight] += elements * (1 - at.u);
+}
+
+// kWidth consecutive elements on their way through a thread, which computes on kStep of them at a time.
+template <typename C>
+struct Unit {
+  using acc_t = typename C::acc_t;
+  int64_t grad_at, second_term_at;
+  int s, q, r;  // position in the tile; its place within `inner` and within `free * inner`
+  Raw<acc_t, C::kWidth> pred, term;
+};
+
+// Registers are short: the second term, which few targets have, is loaded when its turn comes.
+template <typename C>
+__device__ __forceinline__ Raw<typename C::acc_t, C::kWidth> load_term(const WeightedLossParams& p, int k, int64_t at) {
+  return load_raw<typename C::acc_t, C::kWidth>(p.term[k].data, p.term[k].dtype, at);
+}
+
+template <typename C>
+__device__ __forceinline__ void load_unit(const WeightedLossParams& p, const Tiling& t, const Tile& tile, int64_t b,
+                                          int index, Unit<C>& unit) {
+  using acc_t = typename C::acc_t;
+  int64_t i;
+  if (t.outers_per_tile == 0) {
+    const unsigned per_run = static_cast<unsigned>(tile.positions + C::kWidth - 1) / C::kWidth;
+    const unsigned f = static_cast<unsigned>(index) / per_run;
+    unit.s = static_cast<int>(static_cast<unsigned>(index) - f * per_run) * C::kWidth;
+    unit.q = unit.r = 0;
+    i = tile.first + (tile.free_begin + static_cast<int64_t>(f)) * t.inner + unit.s;
+  } else {
+    const unsigned inner = static_cast<unsigned>(t.inner), row = static_cast<unsigned>(t.free) * inner;
+    const unsigned e = static_cast<unsigned>(index) * C::kWidth;
+    const unsigned o = e / row;
+    unit.r = static_cast<int>(e - o * row);
+    unit.q = static_cast<int>(static_cast<unsigned>(unit.r) % inner);
+    unit.s = static_cast<int>(o * inner) + unit.q;
+    i = tile.first + e;
+  }
+  int64_t pred_at = i, term_at = i;
+  unit.grad_at = unit.second_term_at = i;
+  if (!C::kVector && !p.contiguous) {
+    pred_at = term_at = unit.grad_at = unit.second_term_at = 0;
+    decode(p, t.narrow != 0, i, [&](int d, int64_t at) {
+      pred_at += at * p.pred.stride[d];
+      term_at += at * p.term[0].stride[d];
+      unit.grad_at += at * p.grad.stride[d];
+      unit.second_term_at += at * p.term[1].stride[d];
+    });
+  }
+  unit.grad_at += b * p.grad.batch_stride;
+  unit.second_term_at += b * p.term[1].batch_stride;
+  unit.pred = load_raw<acc_t, C::kWidth>(p.pred.data, C::kDtype, b * p.pred.batch_stride + pred_at);
+  if (p.num_terms > 0) unit.term = load_term<C>(p, 0, b * p.term[0].batch_stride + term_at);
+}
+
+// Where the factors of consecutive elements stand in shared memory.
+struct Walk {
+  int s, q, r, inner, row;
+
+  __device__ __forceinline__ void advance() {
+    ++s, ++q, ++r;
+    if (q == inner) q = 0, s -= inner;  // the next f: the same positions again ...
+    if (r == row) r = 0, s += inner;    // ... unless it is the next o
+  }
+};
+
+template <typename acc_t, int N>
+__device__ __forceinline__ void load_factor(bool rows, const acc_t* shared, Walk walk, acc_t (&value)[N]) {
+  if (rows) {
+    load_shared<acc_t, N>(shared + walk.s, value);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    value[j] = shared[walk.s];
+    walk.advance();
+  }
+}
+
+template <typename acc_t, int N>
+__device__ __forceinline__ void add_level_sums(const acc_t (&factor)[N], const acc_t (&level)[N],
+                                               const acc_t (&loss)[N], acc_t (&sums)[kElementSums]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    if (factor[j] == 0) continue;
+    if (level[j] != 0) sums[kArtifactLoss] += level[j] * loss[j];
+    if (level[j] != 1) sums[kCleanLoss] += (1 - level[j]) * loss[j];
+    // Finite minus itself is 0; infinity and NaN give NaN.
+    const acc_t term = factor[j] * loss[j];
+    sums[kNonfinite] += term - term == 0 ? acc_t(0) : acc_t(1);
+  }
+}
+
+template <typename C>
+__device__ __forceinline__ void compute_unit(const WeightedLossParams& p, const Tiling& t,
+                                             const Sample<typename C::acc_t>& sample,
+                                             const Factors<typename C::acc_t>& uniform,
+                                             const typename C::acc_t (&shared)[3][C::kPositions], const Unit<C>& unit,
+                                             typename C::acc_t (&sums)[kElementSums]) {
+  using acc_t = typename C::acc_t;
+  constexpr int N = C::kStep;
+  const bool rows = t.outers_per_tile == 0;
+  Walk walk{unit.s, unit.q, unit.r, static_cast<int>(t.inner), static_cast<int>(t.free * t.inner)};
+  Packed<C::kDtype, C::kWidth> packed;
+  Raw<acc_t, C::kWidth> second_term;
+  if (p.num_terms > 1) second_term = load_term<C>(p, 1, unit.second_term_at);
+#pragma unroll
+  for (int step = 0; step < C::kWidth; step += N) {
+    acc_t d[N], value[N], loss[N], slope[N];
+    unpack<acc_t, N>(unit.pred, step, C::kDtype, d);
+#pragma unroll
+    for (int j = 0; j < N; ++j) d[j] *= sample.pred_scale;
+    if (p.num_terms > 0) {
+      unpack<acc_t, N>(unit.term, step, p.term[0].dtype, value);
+#pragma unroll
+      for (int j = 0; j < N; ++j) d[j] -= sample.coef[0] * value[j];
+    }
+    if (p.num_terms > 1) {
+      unpack<acc_t, N>(second_term, step, p.term[1].dtype, value);
+#pragma unroll
+      for (int j = 0; j < N; ++j) d[j] -= sample.coef[1] * value[j];
+    }
+    element_losses<acc_t, N>(p, sample, d, loss, slope);
+    if (p.work & (kWriteLoss | kWriteSums)) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) value[j] = uniform.loss;
+      if (t.spatial) load_factor<acc_t, N>(rows, shared[0], walk, value);
+      acc_t sum = 0;
+#pragma unroll
+      for (int j = 0; j < N; ++j) sum += value[j] != 0 ? value[j] * loss[j] : acc_t(0);
+      sums[kNumerator] += sum;
+      if (p.work & kWriteSums) {
+        acc_t level[N];
+#pragma unroll
+        for (int j = 0; j < N; ++j) level[j] = uniform.level;
+        if (t.spatial) load_factor<acc_t, N>(rows, shared[2], walk, level);
+        add_level_sums<acc_t, N>(value, level, loss, sums);
+      }
+    }
+    if (p.work & kWriteGrad) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) value[j] = uniform.slope;
+      if (t.spatial) load_factor<acc_t, N>(rows, shared[1], walk, value);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        slope[j] = value[j] == 0 || sample.dead ? acc_t(0) : value[j] * slope[j] * sample.gradient_scale;
+      }
+      pack<C::kDtype, acc_t, N>(slope, step, packed);
+    }
+    if (C::kWidth > N) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) walk.advance();
+    }
+  }
+  if (p.work & kWriteGrad) store_packed<C::kDtype, C::kWidth>(p.grad.data, unit.grad_at, packed);
+}
+
+template <typename C>
+__device__ __forceinline__ void finish(const WeightedLossParams& p, const Tiling& t,
+                                       const typename C::acc_t* partials) {
+  using acc_t = typename C::acc_t;
+  const bool sums_wanted = (p.work & kWriteSums) != 0;
+  const auto emit = [&](int64_t b, const double (&sums)[kColumns], double& total) {
+    if (sums_wanted) {
+      constexpr int kPlace[kColumns] = {kSumNumerator, kSumArtifactLoss,   kSumCleanLoss,   kSumNonfinite,
+                                        kSumWeight,    kSumArtifactWeight, kSumCleanWeight, kSumArtifact};
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        static_cast<acc_t*>(p.sums)[b * kSums + kPlace[c]] = static_cast<acc_t>(sums[c]);
+      }
+    }
+    const acc_t loss = sample_loss<acc_t>(p, b, static_cast<acc_t>(sums[kNumerator]));
+    if (p.reduction == kSample) {
+      if (p.work & kWriteLoss) static_cast<acc_t*>(p.loss)[b] = loss;
+    } else {
+      total += static_cast<double>(loss);
+    }
+  };
+  const double total = reduce_samples<kColumns>(partials, sums_wanted ? kColumns : 1, p.batch, t.tiles, emit);
+  if (threadIdx.x == 0 && (p.work & kWriteLoss) && p.reduction != kSample) {
+    *static_cast<acc_t*>(p.loss) =
+        static_cast<acc_t>(p.reduction == kMean ? total / static_cast<double>(p.batch) : total);
+  }
+}
+
+// One block for each tile.
+template <typename C>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    weighted_loss_kernel(const __grid_constant__ WeightedLossParams p, const __grid_constant__ Tiling t,
+                         void* workspace) {
+  using acc_t = typename C::acc_t;
+  alignas(16) __shared__ acc_t shared[3][C::kPositions];
+  const int64_t b = blockIdx.x / t.tiles;
+  const Tile tile(t, blockIdx.x - b * t.tiles);
+  const int frees = tile.free_end - tile.free_begin;
+  const Sample<acc_t> sample(p, b);
+  const bool sums_wanted = (p.work & kWriteSums) != 0;
+  const int columns = sums_wanted ? kColumns : 1;
+  acc_t* partials = workspace_body<acc_t>(workspace);
+
+  // What holds everywhere when no map or weighting says otherwise.
+  const Position<acc_t> everywhere = position_without_maps<acc_t>(p);
+  const Factors<acc_t> uniform(everywhere, sample);
+  if (t.spatial || sums_wanted) {
+    acc_t sums[kPositionSums] = {};
+    for (int s = threadIdx.x; t.spatial && s < tile.positions; s += kThreads) {
+      const Position<acc_t> position = position_of<acc_t>(p, t.narrow != 0, b, tile.element(t, s));
+      const Factors<acc_t> factors(position, sample);
+      shared[0][s] = factors.loss;
+      shared[1][s] = factors.slope;
+      if (sums_wanted) {
+        shared[2][s] = factors.level;
+        add_position(position, factors, static_cast<acc_t>(frees), sums);
+      }
+    }
+    if (!t.spatial && threadIdx.x == 0) {
+      add_position(everywhere, uniform, static_cast<acc_t>(tile.positions) * static_cast<acc_t>(frees), sums);
+    }
+    if (sums_wanted) store_block_sums<kPositionSums>(sums, partials, columns, kElementSums);
+    __syncthreads();
+  }
+  acc_t sums[kElementSums] = {};
+
+  const int units = t.outers_per_tile == 0 ? frees * ((tile.positions + C::kWidth - 1) / C::kWidth)
+                                           : tile.positions * frees / C::kWidth;
+  for (int first = threadIdx.x; first < units; first += kUnroll * kThreads) {
+    Unit<C> unit[kUnroll];
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k) {
+      if (first + k * kThreads < units) load_unit<C>(p, t, tile, b, first + k * kThreads, unit[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k) {
+      if (first + k * kThreads < units) compute_unit<C>(p, t, sample, uniform, shared, unit[k], sums);
+    }
+  }
+
+  if (!(p.work & (kWriteLoss | kWriteSums))) return;
+  store_block_sums<kElementSums>(sums, partials, columns, 0);
+  if (is_last_block(workspace)) finish<C>(p, t, partials);
+}
+
+bool is_aligned(const Operand& operand, int64_t batch) {
+  return reinterpret_cast<uintptr_t>(operand.data) % 16 == 0 &&
+         (batch == 1 || operand.batch_stride * dtype_bytes(operand.dtype) % 16 == 0);
+}
+
+bool can_vectorise(const WeightedLossParams& p, const Tiling& t, int width) {
+  bool aligned = p.contiguous && tiles_are_aligned(p, t, width) && is_aligned(p.pred, p.batch);
+  if (p.work & kWriteGrad) aligned = aligned && is_aligned(p.grad, p.batch);
+  for (int k = 0; k < p.num_terms; ++k) aligned = aligned && is_aligned(p.term[k], p.batch);
+  return aligned;
+}
+
+template <int32_t kDtype>
+const char* launch_for(const WeightedLossParams& p, void* workspace, void* stream) {
+  const int width = vector_width(kDtype);
+  const Tiling t = make_tiling(p, true);
+  const int64_t blocks = p.batch * t.tiles;
+  return can_vectorise(p, t, width)
+             ? launch(weighted_loss_kernel<Config<kDtype, true>>, blocks, stream, p, t, workspace)
+             : launch(weighted_loss_kernel<Config<kDtype, false>>, blocks, stream, p, t, workspace);
+}
+
+}  // namespace
+
+const char* device_problem() {
+  int devices = 0;
+  cudaError_t error = cudaGetDeviceCount(&devices);
+  cudaFuncAttributes attributes;
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, weighted_loss_kernel<Config<kFloat32, true>>);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
+int64_t weighted_loss_workspace(const WeightedLossParams& p) {
+  if (!(p.work & (kWriteLoss | kWriteSums))) return 0;
+  const int64_t columns = p.work & kWriteSums ? kColumns : 1;
+  const int64_t bytes = p.pred_dtype == kFloat64 ? 8 : 4;
+  return sizeof(WorkspaceHead) + p.batch * make_tiling(p, true).tiles * columns * bytes;
+}
+
+const char* launch_weighted_loss(const WeightedLossParams& p, void* workspace, void* stream) {
+  switch (p.pred_dtype) {
+    case kFloat32:
+      return launch_for<kFloat32>(p, workspace, stream);
+    case kBFloat16:
+      return launch_for<kBFloat16>(p, workspace, stream);
+    case kFloat16:
+      return launch_for<kFloat16>(p, workspace, stream);
+    default:
+      return launch_for<kFloat64>(p, workspace, stream);
+  }
+}
+
+}  // namespace diffdoctor::cuda
