@@ -45,6 +45,10 @@ inline void half_run_store(const float* in, int64_t n, uint16_t* out) {
   for (; i < n; ++i) out[i] = float_to_float16(in[i]);
 }
 
+// The accumulation type's own code.
+template <typename acc_t>
+constexpr int32_t kAccDtype = sizeof(acc_t) == sizeof(double) ? kFloat64 : kFloat32;
+
 // n elements from data[offset], `stride` apart, as acc_t.
 template <typename acc_t>
 void load_run(const void* data, int32_t dtype, int64_t offset, int64_t stride, int64_t n, acc_t* out) {

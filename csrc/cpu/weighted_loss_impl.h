@@ -27,11 +27,12 @@ template <typename acc_t>
 struct Call {
   const WeightedLossParams& p;
   Tiling tiling;
-  bool has_maps, l2_only, pred_run, grad_run, term_run[kMaxTerms], plain_target;
+  bool has_maps, modulated, l2_only, pred_run, grad_run, term_run[kMaxTerms], plain_target;
   acc_t clean_weight, clean_grad;
 
   explicit Call(const WeightedLossParams& params) : p(params), tiling(make_tiling(params)) {
     has_maps = p.confidence.mode != kAbsent || p.mask.mode != kAbsent;
+    modulated = modulates(p);
     l2_only = true;
     for (int k = kL1; k < kLossKinds; ++k) l2_only = l2_only && p.strength[k] == 0;
     pred_run = block_is_run(p, tiling, p.pred.stride);
@@ -89,39 +90,39 @@ struct BlockWeights {
 template <typename acc_t>
 BlockWeights<acc_t> block_weights(const Call<acc_t>& call, const Place& at, Buffers<acc_t>& buf) {
   const WeightedLossParams& p = call.p;
+  const acc_t *omega = buf.maps.omega, *modulated = call.modulated ? buf.maps.modulated : omega;
   if (!p.weighting.present) {
     if (!call.has_maps) return {nullptr, nullptr};
-    return {buf.maps.omega, buf.maps.modulated};
+    return {omega, modulated};
   }
   load_block(call, at, p.weighting, false, buf.v);
   const acc_t* v = buf.v;
-  if (!call.has_maps) {
+  const acc_t plain = call.clean_weight, m = call.clean_grad;
+  if (!call.has_maps)
     for (int64_t i = 0; i < at.count; ++i) {
-      buf.weight[i] = v[i] == 0 ? acc_t(0) : v[i] * call.clean_weight;
-      buf.modulated[i] = buf.weight[i] == 0 || call.clean_grad == 0 ? acc_t(0) : buf.weight[i] * call.clean_grad;
+      buf.weight[i] = v[i] == 0 || plain == 0 ? acc_t(0) : v[i] * plain;
+      buf.modulated[i] = buf.weight[i] == 0 || m == 0 ? acc_t(0) : buf.weight[i] * m;
     }
-  } else {
-    const acc_t *omega = buf.maps.omega, *modulated = buf.maps.modulated;
+  else
     for (int64_t i = 0; i < at.count; ++i) {
       buf.weight[i] = omega[i] == 0 || v[i] == 0 ? acc_t(0) : omega[i] * v[i];
       buf.modulated[i] = modulated[i] == 0 || v[i] == 0 ? acc_t(0) : modulated[i] * v[i];
     }
-  }
-  return {buf.weight, buf.modulated};
+  return {buf.weight, call.modulated ? buf.modulated : buf.weight};
 }
 
 template <typename pred_t, typename term_t, typename acc_t>
 acc_t run_l2(const pred_t* pred, const term_t* target, const BlockWeights<acc_t>& w, const Sample<acc_t>& s,
              acc_t loss_scale, acc_t grad_scale, int64_t n, pred_t* grad) {
-  if (w.weight)
-    return grad ? l2_chunk<true, true>(pred, target, w.weight, w.modulated, s.pred_scale, loss_scale, grad_scale, n,
-                                       grad)
-                : l2_chunk<true, false>(pred, target, w.weight, w.modulated, s.pred_scale, loss_scale, grad_scale, n,
-                                        grad);
-  return grad
-             ? l2_chunk<false, true>(pred, target, w.weight, w.modulated, s.pred_scale, loss_scale, grad_scale, n, grad)
-             : l2_chunk<false, false>(pred, target, w.weight, w.modulated, s.pred_scale, loss_scale, grad_scale, n,
-                                      grad);
+  const auto run = [&](auto chunk) {
+    return chunk(pred, target, w.weight, w.modulated, s.pred_scale, loss_scale, grad_scale, n, grad);
+  };
+  if (!grad)
+    return w.weight ? run(l2_chunk<true, false, false, pred_t, term_t, acc_t>)
+                    : run(l2_chunk<false, false, false, pred_t, term_t, acc_t>);
+  if (!w.weight) return run(l2_chunk<false, false, true, pred_t, term_t, acc_t>);
+  return w.modulated == w.weight ? run(l2_chunk<true, false, true, pred_t, term_t, acc_t>)
+                                 : run(l2_chunk<true, true, true, pred_t, term_t, acc_t>);
 }
 
 // l2 read from and written to bf16 memory. False where the block does not lie that way.
@@ -155,7 +156,7 @@ inline bool direct_bfloat16(const Call<double>&, const Place&, const BlockWeight
 // A pointer to a block that lies in memory as a run of acc_t, else the block gathered into `buffer`.
 template <typename acc_t>
 const acc_t* block_values(const Call<acc_t>& call, const Place& at, const Operand& x, bool run, acc_t* buffer) {
-  if (run && x.dtype == (sizeof(acc_t) == sizeof(double) ? kFloat64 : kFloat32))
+  if (run && x.dtype == kAccDtype<acc_t>)
     return static_cast<const acc_t*>(x.data) + block_offset(call.tiling, at, x.batch_stride, x.stride);
   load_block(call, at, x, run, buffer);
   return buffer;
@@ -180,7 +181,7 @@ double process_l2(const Call<acc_t>& call, const Place& at, const Sample<acc_t>&
     build_target(call, at, s, buf);
   if (!write_grad) return run_l2<acc_t, acc_t, acc_t>(pred, target, w, s, loss_scale, grad_scale, at.count, nullptr);
   const Operand& grad = p.grad;
-  const bool in_place = call.grad_run && grad.dtype == (sizeof(acc_t) == sizeof(double) ? kFloat64 : kFloat32);
+  const bool in_place = call.grad_run && grad.dtype == kAccDtype<acc_t>;
   acc_t* out = buf.grad;
   if (in_place) out = static_cast<acc_t*>(grad.data) + block_offset(call.tiling, at, grad.batch_stride, grad.stride);
   total = run_l2(pred, target, w, s, loss_scale, grad_scale, at.count, out);
