@@ -266,6 +266,8 @@ def test_map_files_of_every_depth_agree_and_colours_are_refused(tmp_path):
     Image.fromarray(level > 0.5).save(tmp_path / "bit.png")
     for name, limit in (("l", 0.51 / 255), ("i16", 0.51 / 65535), ("rgb", 0.51 / 255), ("bit", 0.5)):
         assert abs(read_map(tmp_path / f"{name}.png") - level).max() <= limit
+        with Image.open(tmp_path / f"{name}.png") as opened:
+            assert (read_map(opened) == read_map(tmp_path / f"{name}.png")).all()
     heat = np.zeros((8, 8, 3), np.uint8)
     heat[..., 0] = 255
     Image.fromarray(heat).save(tmp_path / "heat.png")
@@ -363,24 +365,37 @@ def test_items_depend_on_seed_epoch_and_index_alone():
     assert not torch.equal(first[0, 1]["pixel_values"], MapDataset(records(), transform, seed=4)[0, 1]["pixel_values"])
 
 
-@pytest.mark.parametrize("drop_last", [False, True])
-def test_batches_have_one_size_and_cover_the_set(drop_last):
-    data = MapDataset(records(14), PairedTransform(buckets=[(16, 16), (16, 32), (32, 16)]))
-    batches = list(StepBatches(data, 2, 40, seed=1, drop_last=drop_last))
+@pytest.mark.parametrize("last", ["fill", "short", "drop"])
+def test_batches_have_one_size_and_cover_the_set(last):
+    data = MapDataset(records(14), PairedTransform(buckets=[(16, 16), (16, 32), (32, 16)]))  # buckets of 5, 5, 4
+    batches = list(StepBatches(data, 2, 40, seed=1, last=last))
     for batch in batches:
         assert len({data.bucket_of(index) for _, index in batch}) == 1
-        assert len(batch) == 2 or not drop_last
+        assert len(batch) == 2 or last == "short"
     first = [index for batch in batches for epoch, index in batch if epoch == 0]
-    assert len(first) == len(set(first))
-    assert drop_last or sorted(first) == list(range(14))
+    assert len(first) == {"fill": 16, "short": 14, "drop": 12}[last]
+    assert len(set(first)) == {"fill": 14, "short": 14, "drop": 12}[last]
+    assert max(epoch for batch in batches for epoch, _ in batch) >= 4
 
 
-def test_batches_resume_where_they_stopped():
+def test_batches_resume_where_they_stopped_and_processes_share_them_out():
     data = MapDataset(records(9), PairedTransform(16))
-    whole = list(StepBatches(data, 4, 23, seed=5))
-    assert whole[9:] == list(StepBatches(data, 4, 23, start=9, seed=5))
-    assert len(StepBatches(data, 4, 23, start=9)) == 14
-    assert whole != list(StepBatches(data, 4, 23, seed=6))
+    whole = list(StepBatches(data, 4, 24, seed=5))
+    assert whole[9:] == list(StepBatches(data, 4, 24, start=9, seed=5))
+    assert len(StepBatches(data, 4, 24, start=9)) == 15
+    assert whole != list(StepBatches(data, 4, 24, seed=6))
+    shares = [list(StepBatches(data, 4, 8, seed=5, process_index=rank, num_processes=3)) for rank in range(3)]
+    assert [batch for batches in zip(*shares, strict=True) for batch in batches] == whole
+
+
+def test_batch_options_are_checked():
+    data = MapDataset(records(3), PairedTransform(16))
+    with pytest.raises(ValueError, match="no bucket has 4 pictures"):
+        StepBatches(data, 4, 1, last="drop")
+    with pytest.raises(ValueError, match="last: expected"):
+        StepBatches(data, 4, 1, last="pad")
+    with pytest.raises(ValueError, match=r"process_index: expected 0\.\.1, got 2"):
+        StepBatches(data, 4, 1, process_index=2, num_processes=2)
 
 
 def test_loader_with_workers_equals_the_loader_without():

@@ -71,15 +71,18 @@ class MapDataset(Dataset):
 class StepBatches(Sampler):
     """Batches of (epoch, index) keys in which all pictures have one size; use it as a `batch_sampler`.
 
-    Batch k is a function of (seed, k): a run that resumes with `start=k` sees what it would have seen.
+    Batch k is a function of (seed, k): a run that resumes with `start=k` sees what it would have seen, and processes
+    share out the same sequence. Do not let Accelerate shard it a second time.
 
     Args:
         data: the set.
-        batch_size: pictures of a batch; the last one of a bucket and epoch may be smaller.
-        batches: how many batches in all.
-        start: the first batch that is given.
+        batch_size: pictures of a batch.
+        batches: this process's number of batches from the beginning of the run to its end.
+        start: the first of them that is given.
         seed: of the shuffles.
-        drop_last: leave out a bucket's incomplete batches (it must have a complete one).
+        last: a bucket's incomplete batch of an epoch is filled up with pictures of the bucket ("fill"), given as it
+            is ("short": processes then have unequal batches) or left out ("drop").
+        process_index, num_processes: this process gets the batches process_index, process_index + num_processes, ...
     """
 
     def __init__(
@@ -90,23 +93,29 @@ class StepBatches(Sampler):
         *,
         start: int = 0,
         seed: int = 0,
-        drop_last: bool = False,
+        last: str = "fill",
+        process_index: int = 0,
+        num_processes: int = 1,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size: expected >= 1, got {batch_size}")
-        # Accelerate reads these names from a batch sampler.
-        self.batch_size, self.drop_last = batch_size, drop_last
-        self.seed, self.start, self.batches = seed, start, batches
+        if last not in ("fill", "short", "drop"):
+            raise ValueError(f"last: expected 'fill', 'short' or 'drop', got {last!r}")
+        if not 0 <= process_index < num_processes:
+            raise ValueError(f"process_index: expected 0..{num_processes - 1}, got {process_index}")
+        self.batch_size, self.last, self.seed = batch_size, last, seed
+        self.start, self.batches = start, batches
+        self.process_index, self.num_processes = process_index, num_processes
         buckets: dict[int, list[int]] = {}
         for index in range(len(data)):
             buckets.setdefault(data.bucket_of(index), []).append(index)
         self._buckets = [np.asarray(indices) for _, indices in sorted(buckets.items())]
         self._per_epoch = sum(self._batches_of(len(indices)) for indices in self._buckets)
         if not self._per_epoch:
-            raise ValueError(f"batch_size: no bucket has {batch_size} pictures and drop_last leaves out the others")
+            raise ValueError(f"batch_size: no bucket has {batch_size} pictures, and last='drop' leaves out the others")
 
     def _batches_of(self, count: int) -> int:
-        return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
+        return count // self.batch_size if self.last == "drop" else -(-count // self.batch_size)
 
     def __len__(self) -> int:
         return max(0, self.batches - self.start)
@@ -116,7 +125,10 @@ class StepBatches(Sampler):
         batches = []
         for indices in self._buckets:
             order = rng.permutation(indices)
-            for number in range(self._batches_of(len(indices))):
+            count = self._batches_of(len(indices))
+            if self.last == "fill":
+                order = np.resize(order, count * self.batch_size)  # repeats from its beginning
+            for number in range(count):
                 chosen = order[number * self.batch_size : (number + 1) * self.batch_size]
                 batches.append([(epoch, int(index)) for index in chosen])
         return [batches[i] for i in rng.permutation(len(batches))]
@@ -124,7 +136,7 @@ class StepBatches(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         current, batches = -1, []
         for number in range(self.start, self.batches):
-            epoch, offset = divmod(number, self._per_epoch)
+            epoch, offset = divmod(number * self.num_processes + self.process_index, self._per_epoch)
             if epoch != current:
                 current, batches = epoch, self._epoch(epoch)
             yield batches[offset]

@@ -76,8 +76,8 @@ def read_map(confidence) -> np.ndarray:
     """A confidence map as float32 (H, W) in [0, 1].
 
     Args:
-        confidence: a PNG of one band (8 or 16 bits; or three equal bands), an `.npy` file, or an array: uint8 0..255,
-            bool, or floats in [0, 1]; shape (H, W), (H, W, 1) or (1, H, W).
+        confidence: a PNG of one band (8 or 16 bits; or three equal bands), such a picture in PIL, an `.npy` file,
+            or an array: uint8 0..255, bool, or floats in [0, 1]; shape (H, W), (H, W, 1) or (1, H, W).
 
     Raises:
         TypeError: an array of another dtype.
@@ -86,7 +86,9 @@ def read_map(confidence) -> np.ndarray:
     name = "confidence" if not isinstance(confidence, (str, Path)) else str(confidence)
     if isinstance(confidence, (str, Path)):
         path = Path(confidence)
-        confidence = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _read_bands(path)
+        confidence = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _open_bands(path)
+    elif hasattr(confidence, "getbands"):  # a PIL picture, without importing PIL to ask
+        confidence = _bands(confidence, name)
     values = np.asarray(confidence)
     if values.ndim == 3 and 1 in (values.shape[0], values.shape[2]):
         values = values[0] if values.shape[0] == 1 else values[:, :, 0]
@@ -105,17 +107,21 @@ def read_map(confidence) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def _read_bands(path: Path) -> np.ndarray:
+def _open_bands(path: Path) -> np.ndarray:
     from PIL import Image
 
     with Image.open(path) as image:
-        image = image.convert("RGB") if image.mode == "P" else image
-        if image.mode in _MODES_OF_ONE_BAND:
-            return np.asarray(image).astype(np.float32) / _MODES_OF_ONE_BAND[image.mode]
-        bands = np.asarray(image)
+        return _bands(image, str(path))
+
+
+def _bands(image, name: str) -> np.ndarray:
+    image = image.convert("RGB") if image.mode == "P" else image
+    if image.mode in _MODES_OF_ONE_BAND:
+        return np.asarray(image).astype(np.float32) / _MODES_OF_ONE_BAND[image.mode]
+    bands = np.asarray(image)
     if bands.ndim == 3 and bands.shape[2] == 3 and (bands == bands[:, :, :1]).all():
         return bands[:, :, 0]
-    raise ValueError(f"{path}: expected a grey picture (0 clean .. 255 artifact), got mode {image.mode} with colours")
+    raise ValueError(f"{name}: expected a grey picture (0 clean .. 255 artifact), got mode {image.mode} with colours")
 
 
 def write_map(path, confidence) -> None:
