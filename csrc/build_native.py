@@ -68,6 +68,11 @@ def cuda_architectures(nvcc):
     return ";".join([*(f"{arch}-real" for arch in usable), f"{usable[-1]}-virtual"])
 
 
+def write_info(folder, info):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / INFO).write_text(json.dumps(info, indent=2) + "\n")
+
+
 def _version_line(command, pattern):
     try:
         output = subprocess.run([*command.split(), "--version"], capture_output=True, text=True).stdout
@@ -91,9 +96,10 @@ class BuildNative(build_ext):
             if mode != "auto":
                 raise BuildError(f"the native module did not build: {error}") from None
             info["left_out"]["cpu"] = info["left_out"]["cuda"] = f"the native module did not build: {error}"
-        target = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (target.parent / INFO).write_text(json.dumps(info, indent=2) + "\n")
+        write_info(pathlib.Path(self.get_ext_fullpath(ext.name)).parent, info)
+        if self.editable_mode or self.inplace:
+            # setuptools copies the module back into the checkout, and nothing else.
+            write_info(ROOT / "diffdoctor", info)
         for name, reason in info["left_out"].items():
             print(f"diffdoctor: {name} was left out: {reason}", file=sys.stderr)
 
@@ -181,6 +187,4 @@ class BuildPython(build_py):
         if requested() == "none":
             reason = "DIFFDOCTOR_BUILD=none was asked for"
             info = {"requested": "none", "built": [], "left_out": {"cpu": reason, "cuda": reason}}
-            folder = ROOT / "diffdoctor" if self.editable_mode else pathlib.Path(self.build_lib) / "diffdoctor"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / INFO).write_text(json.dumps(info, indent=2) + "\n")
+            write_info(ROOT / "diffdoctor" if self.editable_mode else pathlib.Path(self.build_lib) / "diffdoctor", info)

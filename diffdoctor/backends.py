@@ -98,48 +98,17 @@ def backends() -> dict[str, str | None]:
 
 
 def describe() -> dict:
-    """What `diffdoctor env` prints: versions, the devices, the backends, and what serves each op and dtype."""
-    import platform
-
-    import numpy
-
+    """What `diffdoctor env` says of the backends: which can be used, which serves each op by device, the build."""
     from diffdoctor import native
-    from diffdoctor.version import __version__
 
-    versions = {
-        "diffdoctor": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "triton": _version_of("triton"),
-        "diffusers": _version_of("diffusers"),
-        "transformers": _version_of("transformers"),
-        "peft": _version_of("peft"),
-        "xformers": _version_of("xformers"),
-    }
-    devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
-    if torch.cuda.is_available():
-        devices["cuda"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     usable = backends()
-    serves = {}
-    for device, names in {**_BY_DEVICE}.items():
-        if device == "cuda" and "cuda" not in devices:
-            continue
-        serves[device] = dict.fromkeys(OPS, next((n for n in names if usable[n] is None), "reference"))
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {
-        "versions": versions,
-        "devices": devices,
-        "backends": usable,
-        "serves": serves,
+        "backends": {name: reason or "usable" for name, reason in usable.items()},
+        "serves": {
+            device: dict.fromkeys(OPS, next((n for n in _BY_DEVICE[device] if usable[n] is None), "reference"))
+            for device in devices
+        },
         "dtypes": ["float32", "bfloat16", "float16", "float64"],
         "native": native.describe(),
     }
-
-
-def _version_of(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

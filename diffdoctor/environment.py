@@ -37,9 +37,9 @@ def collect() -> dict:
         "diffdoctor": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) or "not installed" for name in PACKAGES},
         "torch": {
-            "cuda": torch.version.cuda,
+            "cuda": torch.version.cuda or "not built in",
             "threads": torch.get_num_threads(),
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         },
@@ -64,7 +64,7 @@ def _lines(value, indent=0):
         elif isinstance(item, (list, tuple)):
             yield f"{pad}{key}: {', '.join(map(str, item)) or 'none'}"
         else:
-            yield f"{pad}{key}: {'not installed' if item is None and indent else item}"
+            yield f"{pad}{key}: {item}"
 
 
 def run_env(config: EnvConfig) -> None:

@@ -16,10 +16,15 @@ def load():
     global _module, _reason, _tried
     if not _tried:
         _tried = True
+        info = build_info()
+        left_out = info.get("left_out", {}).get("cpu")
+        if info.get("built") == []:
+            # A module that lies here is left over from an earlier build.
+            _reason = left_out
+            return None
         try:
             _module = importlib.import_module("diffdoctor._native")
         except ImportError as error:
-            left_out = build_info().get("left_out", {}).get("cpu")
             _reason = left_out or (
                 f"the compiled module is not there ({error}); DIFFDOCTOR_BUILD=none installs go without it"
             )
@@ -44,9 +49,9 @@ def build_info() -> dict:
 def describe() -> dict:
     """For `diffdoctor env`: whether the module loads, its instruction set, and the build's own account."""
     module = load()
-    return {
-        "loaded": module is not None,
-        "reason": _reason,
-        "instruction_set": module.instruction_set() if module is not None else None,
-        "build": build_info(),
-    }
+    account = {"loaded": module is not None}
+    if module is None:
+        account["reason"] = _reason
+    else:
+        account["instruction_set"] = module.instruction_set()
+    return {**account, "build": build_info()}
