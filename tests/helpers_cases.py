@@ -22,8 +22,9 @@ from diffdoctor.ops._lowering import (
     Problem,
 )
 from diffdoctor.ops._prepare import prepare
+from diffdoctor.ops._problem import make_problem, per_sample
 from diffdoctor.ops.artifact_loss import make_problem as make_artifact_problem
-from diffdoctor.ops.weighted_loss import check_arguments, make_problem, per_sample
+from diffdoctor.ops.weighted_loss import check_arguments
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 

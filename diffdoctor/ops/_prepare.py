@@ -21,7 +21,20 @@ class Prepared:
     grad_runs: tuple[int, int] | None  # (batch, count): the gradient's memory is `batch` dense runs; None: it is not
 
 
+CACHE_LIMIT = 1024
+
+
+def remember(cache: dict, key, prepared: Prepared) -> Prepared:
+    """Put a plan into a cache that starts anew when it is full."""
+    if len(cache) >= CACHE_LIMIT:
+        cache.clear()
+    cache[key] = prepared
+    return prepared
+
+
 def round_to_fp32(value: float) -> float:
+    if torch.compiler.is_compiling():  # Dynamo cannot trace ctypes; the operator rounds when it runs
+        return value
     return ctypes.c_float(value).value
 
 

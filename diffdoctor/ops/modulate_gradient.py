@@ -9,10 +9,9 @@ from diffdoctor import backends, reference
 from diffdoctor.ops import _checks as checks
 from diffdoctor.ops._autograd import forbid_second_derivative, refuse_functorch
 from diffdoctor.ops._lowering import WRITE_GRAD, Options, PerSample, Problem
-from diffdoctor.ops._prepare import Prepared, make_options, prepare
+from diffdoctor.ops._prepare import Prepared, make_options, prepare, remember
 
 _ONE = PerSample()
-_CACHE_LIMIT = 256
 _cache: dict[tuple, Prepared] = {}
 
 
@@ -175,9 +174,7 @@ def scaled(grad: Tensor, confidence: Tensor, options: Options, interpolation: st
     prepared = _cache.get(key)
     if prepared is None:
         prepared = prepare(grad, (), confidence, None, None, interpolation, layout, options)
-        if len(_cache) >= _CACHE_LIMIT:
-            _cache.clear()
-        _cache[key] = prepared
+        remember(_cache, key, prepared)
     problem = Problem(
         prepared.plan, WRITE_GRAD, grad, (), confidence, None, None, _ONE, (), _ONE, _ONE, _ONE, _ONE,
         grad=torch.empty_like(grad),

@@ -8,13 +8,12 @@ from torch import Tensor
 from diffdoctor import backends, reference
 from diffdoctor.ops import _checks as checks
 from diffdoctor.ops._autograd import WeightedLoss, guard_reference, refuse_functorch
-from diffdoctor.ops._lowering import SUMS, WRITE_LOSS, WRITE_SUMS, PerSample, Problem
-from diffdoctor.ops._prepare import Prepared, make_options, prepare
+from diffdoctor.ops._lowering import SUMS
+from diffdoctor.ops._prepare import Prepared, make_options, prepare, remember
+from diffdoctor.ops._problem import add_divisor, allocate, make_problem, meta, target_meta
 from diffdoctor.ops.stats import LossStats
 from diffdoctor.ops.target import Target
 
-ONE = PerSample()
-_CACHE_LIMIT = 1024
 _cache: dict[tuple, Prepared] = {}
 
 
@@ -121,8 +120,8 @@ def weighted_loss(
     )  # fmt: skip
     losses = (loss_type if type(loss_type) is not dict else tuple(loss_type.items()), normalize, reduction, layout)
     key = (
-        *_meta(model_pred), torch.is_grad_enabled(), _target_meta(target), _meta(confidence), _meta(mask),
-        _meta(weighting), _meta(huber_c), _meta(normalizer), maps, losses
+        *meta(model_pred), torch.is_grad_enabled(), target_meta(target), meta(confidence), meta(mask),
+        meta(weighting), meta(huber_c), meta(normalizer), maps, losses
     )  # fmt: skip
     try:
         prepared = _cache.get(key)
@@ -155,23 +154,6 @@ def weighted_loss(
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _meta(x):
-    """What a plan depends on in an argument: a tensor's metadata, or the argument itself."""
-    if isinstance(x, Tensor):
-        return (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
-    return x
-
-
-def _target_meta(target):
-    if type(target) is not Target:
-        return _meta(target)
-    return (
-        *(_meta(term) for term in target.terms),
-        *(_meta(coef) for coef in target.coefs),
-        _meta(target.pred_scale),
-    )
 
 
 def check_arguments(
@@ -212,60 +194,7 @@ def _check_and_prepare(
     )  # fmt: skip
     terms = (target,) if isinstance(target, Tensor) else target.terms
     prepared = prepare(model_pred, terms, confidence, mask, weighting, maps[-1], layout, options)
-    if len(_cache) >= _CACHE_LIMIT:
-        _cache.clear()
-    _cache[key] = prepared
-    return prepared
-
-
-def per_sample(value, dtype: torch.dtype) -> PerSample:
-    """A number or a tensor as the kernels take it."""
-    if isinstance(value, Tensor):
-        return PerSample(0.0, value.reshape(-1).to(dtype))
-    return ONE if value == 1.0 else PerSample(float(value))
-
-
-def make_problem(prepared: Prepared, model_pred, target, confidence, mask, weighting, huber_c) -> Problem:
-    """The problem without its divisor and its outputs."""
-    plan = prepared.plan
-    acc = plan.acc_dtype
-    if isinstance(target, Tensor):
-        terms, coefs, pred_scale = (target,), (ONE,), ONE
-    else:
-        terms = target.terms
-        coefs = tuple(per_sample(coef, acc) for coef in target.coefs)
-        pred_scale = per_sample(target.pred_scale, acc)
-    weight = ONE
-    if prepared.weighting_per_sample:
-        weight, weighting = per_sample(weighting, acc), None
-    return Problem(
-        plan, WRITE_LOSS, model_pred, terms, confidence, mask, weighting, pred_scale, coefs,
-        per_sample(huber_c, acc), weight, ONE, ONE,
-    )  # fmt: skip
-
-
-def add_divisor(module, problem: Problem, normalize, normalizer) -> None:
-    """Z: given, or the mean spatial weight, which costs one pass over the maps alone."""
-    plan = problem.plan
-    if normalizer is not None:
-        problem.z = per_sample(normalizer, plan.acc_dtype)
-    elif normalize is not None:
-        if problem.confidence is None and problem.mask is None:
-            problem.z = PerSample(plan.options.clean_weight)
-            return
-        length = plan.batch if normalize == "sample" else 1
-        out = torch.empty(length, dtype=plan.acc_dtype, device=problem.pred.device)
-        module.weight_mean(problem, out)
-        problem.z = PerSample(0.0, out)
-
-
-def allocate(problem: Problem, reduction: str, return_stats: bool) -> None:
-    plan, device = problem.plan, problem.pred.device
-    shape = (plan.batch,) if reduction == "sample" else ()
-    problem.loss = torch.empty(shape, dtype=plan.acc_dtype, device=device)
-    if return_stats:
-        problem.work |= WRITE_SUMS
-        problem.sums = torch.empty(plan.batch, SUMS, dtype=plan.acc_dtype, device=device)
+    return remember(_cache, key, prepared)
 
 
 def _empty(model_pred: Tensor, reduction: str, return_stats: bool):
