@@ -47,19 +47,18 @@ def log_cosh(d, ACC: tl.constexpr):
     near = a < 1.0
     square = tl.where(near, d * d, 0.0)
     # Σ a^(2k) / (2k + 2)! and / (2k + 1)!: to 1e-9 and 1e-18 at a = 1.
-    TERMS: tl.constexpr = 10 if ACC == tl.float64 else 6
+    TERMS: tl.constexpr = 10 if tl.float64 == ACC else 6
     even = tl.zeros_like(square)
     odd = tl.zeros_like(square)
     for k in tl.static_range(TERMS):
-        n: tl.constexpr = 2 * (TERMS - 1 - k)
-        even = 1.0 + even * square * (1.0 / ((n + 3) * (n + 4)))
-        odd = 1.0 + odd * square * (1.0 / ((n + 2) * (n + 3)))
+        even = 1.0 + even * square * (1.0 / ((2 * (TERMS - k) + 1) * (2 * (TERMS - k) + 2)))
+        odd = 1.0 + odd * square * (1.0 / (2 * (TERMS - k) * (2 * (TERMS - k) + 1)))
     excess = 0.5 * square * even
     decay = tl.exp(-2.0 * a)
     y = tl.where(near, excess, decay)
     # log1p(y) = 2 artanh(s), s = y / (2 + y) ≤ 0.214.
     s = y / (2.0 + y)
-    SERIES: tl.constexpr = 13 if ACC == tl.float64 else 7
+    SERIES: tl.constexpr = 13 if tl.float64 == ACC else 7
     artanh = tl.zeros_like(s)
     for k in tl.static_range(SERIES):
         artanh = artanh * (s * s) + 1.0 / (2 * (SERIES - 1 - k) + 1)

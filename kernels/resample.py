@@ -56,7 +56,10 @@ def _area(ptr, mask, t, y, x, axes, grid, ACC: tl.constexpr):
             row = (t0 + i) * axes[3] + (y0 + j) * axes[4]
             inside = mask & (t0 + i < t1) & (y0 + j < y1)
             for k in range(axes[8]):
-                total += map_value(ptr, row + (x0 + k) * axes[5], inside & (x0 + k < x1), ACC)
+                value = tl.load(ptr + (row + (x0 + k) * axes[5]), mask=inside & (x0 + k < x1), other=0).to(ACC)
+                if ptr.dtype.element_ty == tl.uint8:
+                    value = value / 255.0
+                total += value
     return total / (t1 - t0).to(ACC) / (y1 - y0).to(ACC) / (x1 - x0).to(ACC)
 
 

@@ -26,24 +26,24 @@ PRED_SCALE, COEF0, COEF1, HUBER_C, WEIGHT, Z, GRAD_OUTPUT = (tl.constexpr(k) for
 
 
 @triton.jit
-def decode(linear, sizes, strides, BEGIN: tl.constexpr, END: tl.constexpr):
-    """Σ index_d · stride_d over dims BEGIN ≤ d < END of a linear index, the last dim running fastest."""
+def decode(linear, sizes, strides):
+    """Σ index_d · stride_d of a linear index over `sizes`, the last dim running fastest; one stride: already merged."""
+    N: tl.constexpr = len(strides)
     offset = tl.zeros_like(linear)
     rest = linear
-    for k in tl.static_range(END - BEGIN):
-        if k == END - BEGIN - 1:
-            offset += rest * strides[BEGIN]
+    for k in tl.static_range(N):
+        if k == N - 1:
+            offset += rest * strides[0]
         else:
-            offset += rest % sizes[END - 1 - k] * strides[END - 1 - k]
-            rest = rest // sizes[END - 1 - k]
+            offset += rest % sizes[N - 1 - k] * strides[N - 1 - k]
+            rest = rest // sizes[N - 1 - k]
     return offset
 
 
 @triton.jit
-def _spot_offset(outer, inner, sizes, strides, N_OUTER: tl.constexpr, N_FREE: tl.constexpr, N_INNER: tl.constexpr):
-    """Offset of outer × inner positions; dims stand as (outer, free, inner)."""
-    return decode(outer, sizes, strides, 0, N_OUTER) + decode(
-        inner, sizes, strides, N_OUTER + N_FREE, N_OUTER + N_FREE + N_INNER)  # fmt: skip
+def _spot_offset(outer, inner, sizes, strides):
+    """Offset of outer × inner positions; sizes and strides stand as (outer dims, free dims, inner dims)."""
+    return decode(outer, sizes[0], strides[0]) + decode(inner, sizes[2], strides[2])
 
 
 @triton.jit
@@ -55,17 +55,17 @@ def _number(pointers, given, strided, value, b, K: tl.constexpr, ACC: tl.constex
 
 @triton.jit
 def _map(ptr, b, batch_stride, strides, axes, mode, default, outer, inner, inside, sizes, coords, map_grid,
-         KIND: tl.constexpr, N_OUTER: tl.constexpr, N_FREE: tl.constexpr, N_INNER: tl.constexpr, ACC: tl.constexpr):
+         KIND: tl.constexpr, ACC: tl.constexpr):
     """A map on a tile of outer × inner positions; `default` where there is none."""
     if KIND == ABSENT:
         value = tl.zeros_like(outer + inner).to(ACC) + default
     elif KIND == SAME:
-        offset = _spot_offset(outer, inner, sizes, strides, N_OUTER, N_FREE, N_INNER)
+        offset = _spot_offset(outer, inner, sizes, strides)
         value = map_value(ptr + b * batch_stride, offset, inside, ACC)
     else:
-        t = _spot_offset(outer, inner, sizes, coords[0], N_OUTER, N_FREE, N_INNER)
-        y = _spot_offset(outer, inner, sizes, coords[1], N_OUTER, N_FREE, N_INNER)
-        x = _spot_offset(outer, inner, sizes, coords[2], N_OUTER, N_FREE, N_INNER)
+        t = _spot_offset(outer, inner, sizes, coords[0])
+        y = _spot_offset(outer, inner, sizes, coords[1])
+        x = _spot_offset(outer, inner, sizes, coords[2])
         value = resampled(ptr + b * batch_stride, inside, t, y, x, axes, map_grid, mode, ACC)
     return value
 
@@ -83,13 +83,12 @@ def _artifact_level(c, threshold, gamma):
 def _spatial(confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mask_strides,
              confidence_axes, mask_axes, mode, threshold, gamma, clean_weight, artifact_weight,
              outer, inner, inside, sizes, coords, map_grid,
-             CONFIDENCE: tl.constexpr, MASK: tl.constexpr,
-             N_OUTER: tl.constexpr, N_FREE: tl.constexpr, N_INNER: tl.constexpr, ACC: tl.constexpr):
+             CONFIDENCE: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr):
     """u and ω on a tile of outer × inner positions."""
     c = _map(confidence_ptr, b, batch_strides[5], confidence_strides, confidence_axes, mode, 0.0, outer, inner, inside,
-             sizes, coords, map_grid, CONFIDENCE, N_OUTER, N_FREE, N_INNER, ACC)  # fmt: skip
+             sizes, coords, map_grid, CONFIDENCE, ACC)  # fmt: skip
     k = _map(mask_ptr, b, batch_strides[6], mask_strides, mask_axes, mode, 1.0, outer, inner, inside,
-             sizes, coords, map_grid, MASK, N_OUTER, N_FREE, N_INNER, ACC)  # fmt: skip
+             sizes, coords, map_grid, MASK, ACC)  # fmt: skip
     u = c
     if CONFIDENCE != ABSENT:
         u = _artifact_level(c, threshold, gamma)
@@ -97,8 +96,8 @@ def _spatial(confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mas
 
 
 @triton.jit
-def _read(ptr, spots, free, present, sizes, strides, N_OUTER: tl.constexpr, N_FREE: tl.constexpr, ACC: tl.constexpr):
-    offset = spots + decode(free, sizes, strides, N_OUTER, N_OUTER + N_FREE)
+def _read(ptr, spots, free, present, sizes, strides, ACC: tl.constexpr):
+    offset = spots + decode(free, sizes[1], strides[1])
     return tl.load(ptr + offset, mask=present, other=0.0).to(ACC)
 
 
@@ -118,7 +117,7 @@ def weighted_loss_kernel(
     counter_ptr,  # (batch + 1) int32 zeros
     number_ptrs,  # per-sample numbers in ACC, in the order of PRED_SCALE ...
     batch, n_outer, n_free, n_inner, programs, walks, steps, inner_blocks,
-    sizes, pred_strides, grad_strides, term0_strides, term1_strides, weighting_strides,  # one entry per dim
+    sizes, pred_strides, grad_strides, term0_strides, term1_strides, weighting_strides,  # (outer, free, inner)
     confidence_strides, mask_strides, coords,
     batch_strides,  # pred, grad, term0, term1, weighting, confidence, mask
     confidence_axes, mask_axes,  # see resample.py
@@ -130,7 +129,6 @@ def weighted_loss_kernel(
     clean_weight: tl.float64, artifact_weight: tl.float64, clean_grad: tl.float64, artifact_grad: tl.float64,
     threshold: tl.float64, gamma: tl.float64,
     LOSS: tl.constexpr, GRAD: tl.constexpr, SUMS: tl.constexpr, PLAIN: tl.constexpr, CONFIDENCE: tl.constexpr, MASK: tl.constexpr,
-    N_OUTER: tl.constexpr, N_FREE: tl.constexpr, N_INNER: tl.constexpr,
     BLOCK_OUTER: tl.constexpr, BLOCK_FREE: tl.constexpr, BLOCK_INNER: tl.constexpr, BLOCK_PARTIAL: tl.constexpr,
     ACC: tl.constexpr, IDX: tl.constexpr, ROUND_BF16: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +143,7 @@ def weighted_loss_kernel(
         confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mask_strides, confidence_axes, mask_axes, mode,
         as_scalar(as_scalar(threshold, tl.float32), ACC), as_scalar(gamma, ACC), as_scalar(clean_weight, ACC),
         as_scalar(artifact_weight, ACC), outer, inner, inside, sizes, coords, map_grid,
-        CONFIDENCE, MASK, N_OUTER, N_FREE, N_INNER, ACC)  # fmt: skip
+        CONFIDENCE, MASK, ACC)  # fmt: skip
     s = _number(number_ptrs, given, strided, pred_scale, b, PRED_SCALE, ACC)
     c = _number(number_ptrs, given, strided, huber_c, b, HUBER_C, ACC)
     # Tiles, not scalars: the interpreter cannot spread the result of a scalar comparison over a tile.
@@ -157,27 +155,25 @@ def weighted_loss_kernel(
     chosen = inside & (omega != 0) & (v != 0)
     v_omega = v * omega
     if GRAD:
-        g = _number(number_ptrs, given, strided, grad_output, b, GRAD_OUTPUT, ACC)
+        g = _number(number_ptrs, given, strided, grad_output, b, GRAD_OUTPUT, ACC) * v * s / divisor
         if reduction == MEAN:
-            g = g * v * s / divisor / (n * batch)
+            g = g / (n * batch)
         elif reduction == SAMPLE:
-            g = g * v * s / divisor / n
-        else:
-            g = g * v * s / divisor
+            g = g / n
         m = as_scalar(clean_grad, ACC) + (as_scalar(artifact_grad, ACC) - as_scalar(clean_grad, ACC)) * u
         moved = chosen & (m != 0) & (tl.zeros_like(omega) + divisor != 0)
         slope_factor = omega * m * g
-        grad_spots = _spot_offset(outer, inner, sizes, grad_strides, N_OUTER, N_FREE, N_INNER)
+        grad_spots = _spot_offset(outer, inner, sizes, grad_strides)
 
-    pred_spots = _spot_offset(outer, inner, sizes, pred_strides, N_OUTER, N_FREE, N_INNER)
+    pred_spots = _spot_offset(outer, inner, sizes, pred_strides)
     if term0_ptr is not None:
         coef0_b = _number(number_ptrs, given, strided, coef0, b, COEF0, ACC)
-        term0_spots = _spot_offset(outer, inner, sizes, term0_strides, N_OUTER, N_FREE, N_INNER)
+        term0_spots = _spot_offset(outer, inner, sizes, term0_strides)
     if term1_ptr is not None:
         coef1_b = _number(number_ptrs, given, strided, coef1, b, COEF1, ACC)
-        term1_spots = _spot_offset(outer, inner, sizes, term1_strides, N_OUTER, N_FREE, N_INNER)
+        term1_spots = _spot_offset(outer, inner, sizes, term1_strides)
     if weighting_ptr is not None:
-        weighting_spots = _spot_offset(outer, inner, sizes, weighting_strides, N_OUTER, N_FREE, N_INNER)
+        weighting_spots = _spot_offset(outer, inner, sizes, weighting_strides)
 
     total = tl.zeros([BLOCK_OUTER, BLOCK_FREE, BLOCK_INNER], ACC)
     if SUMS:
@@ -187,27 +183,24 @@ def weighted_loss_kernel(
     for step in range(steps):
         free = (first + step * BLOCK_FREE + tl.arange(0, BLOCK_FREE))[None, :, None]
         present = inside & (free < n_free)
-        d = s * _read(pred_ptr + b * batch_strides[0], pred_spots, free, present, sizes, pred_strides,
-                      N_OUTER, N_FREE, ACC)  # fmt: skip
+        d = s * _read(pred_ptr + b * batch_strides[0], pred_spots, free, present, sizes, pred_strides, ACC)  # fmt: skip
         if term0_ptr is not None:
-            d -= coef0_b * _read(term0_ptr + b * batch_strides[2], term0_spots, free, present, sizes, term0_strides,
-                                 N_OUTER, N_FREE, ACC)  # fmt: skip
+            d -= coef0_b * _read(term0_ptr + b * batch_strides[2], term0_spots, free, present, sizes, term0_strides, ACC)  # fmt: skip
         if term1_ptr is not None:
-            d -= coef1_b * _read(term1_ptr + b * batch_strides[3], term1_spots, free, present, sizes, term1_strides,
-                                 N_OUTER, N_FREE, ACC)  # fmt: skip
+            d -= coef1_b * _read(term1_ptr + b * batch_strides[3], term1_spots, free, present, sizes, term1_strides, ACC)  # fmt: skip
         loss, slope = element_loss(d, c, strength, PLAIN, ACC)
         selected = chosen & present
         weighted = v_omega * loss
         if weighting_ptr is not None:
             factor = _read(weighting_ptr + b * batch_strides[4], weighting_spots, free, present, sizes,
-                           weighting_strides, N_OUTER, N_FREE, ACC)  # fmt: skip
+                           weighting_strides, ACC)  # fmt: skip
             selected = selected & (factor != 0)
             weighted *= factor
             slope *= factor
         if GRAD:
             grad = to_storage(
                 tl.where(moved & selected, slope_factor * slope, 0.0), grad_ptr.dtype.element_ty, ROUND_BF16)  # fmt: skip
-            offset = grad_spots + decode(free, sizes, grad_strides, N_OUTER, N_OUTER + N_FREE)
+            offset = grad_spots + decode(free, sizes[1], grad_strides[1])
             tl.store(grad_ptr + b * batch_strides[1] + offset, grad, mask=present)
         weighted = tl.where(selected, weighted, 0.0)
         total += weighted
@@ -270,7 +263,6 @@ def weight_mean_kernel(
     sizes, confidence_strides, mask_strides, coords, batch_strides, confidence_axes, mask_axes, map_grid, mode,
     clean_weight: tl.float64, artifact_weight: tl.float64, threshold: tl.float64, gamma: tl.float64,
     PER_SAMPLE: tl.constexpr, CONFIDENCE: tl.constexpr, MASK: tl.constexpr,
-    N_OUTER: tl.constexpr, N_FREE: tl.constexpr, N_INNER: tl.constexpr,
     BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr, BLOCK_PARTIAL: tl.constexpr,
     ACC: tl.constexpr, IDX: tl.constexpr,
 ):  # fmt: skip
@@ -284,7 +276,7 @@ def weight_mean_kernel(
         confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mask_strides, confidence_axes, mask_axes, mode,
         as_scalar(as_scalar(threshold, tl.float32), ACC), as_scalar(gamma, ACC), as_scalar(clean_weight, ACC),
         as_scalar(artifact_weight, ACC), outer, inner, inside, sizes, coords, map_grid,
-        CONFIDENCE, MASK, N_OUTER, N_FREE, N_INNER, ACC)  # fmt: skip
+        CONFIDENCE, MASK, ACC)  # fmt: skip
     tl.store(partial_ptr + b * programs + program, _total(tl.where(inside, omega, 0.0)))
     if arrives_last(counter_ptr + b, programs):
         mean = column_sum(partial_ptr + b * programs, programs, 1, ACC, BLOCK_PARTIAL)

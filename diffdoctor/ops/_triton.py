@@ -64,9 +64,8 @@ def unsupported(op: str, problem) -> str | None:
 class Box:
     """How a plan's elements are cut into tiles: see kernels/weighted_loss.py."""
 
-    dims: tuple[int, ...]  # indices into the plan's six, in use: outer, free, inner
-    split: tuple[int, int, int]  # how many of them are outer, free, inner
-    count: tuple[int, int, int]  # elements of each
+    groups: tuple[tuple[int, ...], ...]  # which of the plan's six dims are outer, free, inner
+    count: tuple[int, int, int]  # elements of each group
     block: tuple[int, int, int]
     inner_blocks: int
     spots: int  # tiles of outer × inner positions
@@ -85,8 +84,8 @@ def make_box(plan: Plan) -> Box:
     begin, end = _longest_run([all(_constant(plan, map_plan, d) for map_plan in maps) for d in dims], plan, dims)
     if not maps and len(dims) > 1:
         end -= 1
-    split = (begin, end - begin, len(dims) - end)
-    count = tuple(_product(plan.size[d] for d in group) for group in (dims[:begin], dims[begin:end], dims[end:]))
+    groups = (dims[:begin], dims[begin:end], dims[end:])
+    count = tuple(_product(plan.size[d] for d in group) for group in groups)
     n_outer, n_free, n_inner = count
     tile = 256 if plan.batch * plan.count <= 1 << 18 else 1024
     inner = _block(n_inner, tile)
@@ -97,7 +96,7 @@ def make_box(plan: Plan) -> Box:
     free_blocks = -(-n_free // free)
     walks = min(free_blocks, max(1, (1024 if maps else 4096) // (spots * plan.batch)))
     steps = -(-free_blocks // walks)
-    return Box(dims, split, count, (outer, free, inner), inner_blocks, spots, -(-free_blocks // steps), steps)
+    return Box(groups, count, (outer, free, inner), inner_blocks, spots, -(-free_blocks // steps), steps)
 
 
 def _constant(plan: Plan, map_plan: MapPlan, d: int) -> bool:
@@ -126,15 +125,24 @@ def _product(sizes) -> int:
 
 
 def _block(n: int, limit: int) -> int:
-    """The largest power of two up to `limit` that pads n by at most a quarter, else the one that pads it least."""
-    best, best_padded = 1, n
-    size = 2
-    while size <= limit and size < 2 * n:
-        padded = -(-n // size) * size
-        if padded <= 1.25 * n or padded <= best_padded:
-            best, best_padded = size, padded
+    """A power of two up to `limit`: n rounded up where n is small, else the largest that pads n by at most a quarter."""
+    size = 1
+    while size < min(n, limit):
         size *= 2
-    return best
+    while size > 64 and -(-n // size) * size > 1.25 * n:
+        size //= 2
+    return size
+
+
+def _grouped(plan: Plan, box: Box, strides) -> tuple[tuple[int, ...], ...]:
+    """Strides of the plan's six dims by group; one stride where the group's dims advance evenly."""
+    grouped = []
+    for group in box.groups:
+        steps = tuple(strides[d] for d in group) or (0,)
+        if all(strides[a] == strides[b] * plan.size[b] for a, b in zip(group, group[1:], strict=False)):
+            steps = steps[-1:]
+        grouped.append(steps)
+    return tuple(grouped)
 
 
 def _index_type(plan: Plan):
@@ -178,34 +186,33 @@ class Prepared:
         modes = [m.mode for m in (plan.confidence, plan.mask) if m is not None and m.mode != "same"]
         options = plan.options
 
-        def over_dims(strides):
-            return None if strides is None else tuple(strides[1 + d] for d in box.dims)
-
         def map_strides(map_plan):
-            return over_dims(map_plan.strides) if map_plan is not None and map_plan.mode == "same" else None
+            return _grouped(plan, box, map_plan.strides[1:]) if _kind(map_plan) == _SAME else None
 
         terms = [*plan.term_strides, None, None][:2]
         operands = (plan.pred_strides, plan.grad_strides, *terms, plan.weighting_strides)
         maps = (plan.confidence, plan.mask)
         batch_strides = [0 if strides is None else strides[0] for strides in operands]
         batch_strides += [0 if map_plan is None else map_plan.strides[0] for map_plan in maps]
-        sizes = tuple(plan.size[d] for d in box.dims)
-        coords = tuple(tuple(axis[d] for d in box.dims) for axis in plan.coord)
+        sizes = tuple(tuple(plan.size[d] for d in group) or (1,) for group in box.groups)
         resamples = _RESAMPLED in kinds
         map_part = dict(
             sizes=sizes, confidence_strides=map_strides(plan.confidence), mask_strides=map_strides(plan.mask),
-            coords=coords if resamples else None, batch_strides=tuple(batch_strides),
+            coords=tuple(_grouped(plan, box, axis) for axis in plan.coord) if resamples else None, batch_strides=tuple(batch_strides),
             confidence_axes=_axes(plan, plan.confidence), mask_axes=_axes(plan, plan.mask),
             map_grid=plan.grid if resamples else None, mode=MAP_MODES[modes[0]] if modes else 0,
             clean_weight=options.clean_weight, artifact_weight=options.artifact_weight,
             threshold=options.threshold, gamma=options.gamma,
-            CONFIDENCE=kinds[0], MASK=kinds[1], N_OUTER=box.split[0], N_FREE=box.split[1], N_INNER=box.split[2],
+            CONFIDENCE=kinds[0], MASK=kinds[1],
             BLOCK_PARTIAL=_BLOCK_PARTIAL, ACC=_ACC[plan.acc_dtype], IDX=_index_type(plan), num_warps=4,
         )  # fmt: skip
         strength = dict(zip(LOSS_KINDS, options.strength, strict=True))
         names = ("pred_strides", "grad_strides", "term0_strides", "term1_strides", "weighting_strides")
         self.loss_arguments = dict(
-            map_part, **strength, **{name: over_dims(strides) for name, strides in zip(names, operands, strict=True)},
+            map_part, **strength, **{
+                name: None if strides is None else _grouped(plan, box, strides[1:])
+                for name, strides in zip(names, operands, strict=True)
+            },
             batch=plan.batch, n_outer=box.count[0], n_free=box.count[1], n_inner=box.count[2],
             programs=box.programs, walks=box.walks, steps=box.steps, inner_blocks=box.inner_blocks,
             reduction=REDUCTIONS[options.reduction],
