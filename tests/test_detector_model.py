@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+
 from diffdoctor._errors import UserError
 from diffdoctor.detector import ArtifactDetector, ConvDetector, PreprocessConfig, load_detector
 
@@ -192,7 +193,7 @@ def test_the_published_layout_loads_and_gives_transformers_own_output(tmp_path):
     pixels = detector.preprocess(images)
     assert pixels.shape == (2, 3, 96, 96)
     logits = detector(images)
-    assert logits.std() > 0.1
+    assert logits.std() > 0.02
     assert torch.equal(logits, model(pixel_values=pixels).logits)
     detector.confidence(images).sum().backward()
     assert images.grad.abs().max() > 0
@@ -221,7 +222,9 @@ def test_a_key_that_does_not_fit_is_named(tmp_path, fault):
     else:
         state[key] = torch.zeros(3, 3)
     torch.save(state, tmp_path / "state.bin")
-    with pytest.raises(UserError, match=r"extra\.weight" if fault == "unexpected" else r"1\.(mlp\.)?(dense2|fc2|.*mlp)"):
+    with pytest.raises(
+        UserError, match=r"extra\.weight" if fault == "unexpected" else r"1\.(mlp\.)?(dense2|fc2|.*mlp)"
+    ):
         ArtifactDetector.from_official(tmp_path / "state.bin")
 
 

@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from diffdoctor.detector.inject import (
     CHANGE_EPS,
     Injected,
@@ -12,8 +15,6 @@ from diffdoctor.detector.inject import (
     inject,
     mask_of_change,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 KINDS = damage_kinds()
 

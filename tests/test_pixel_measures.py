@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from diffdoctor.evaluate.components import ComponentAP, components, mean_average_precision
 from diffdoctor.evaluate.detector import evaluate_maps
 from diffdoctor.evaluate.pixel import (
@@ -26,7 +27,7 @@ def random_maps(count=12, side=24, seed=0, clean=4):
     masks, maps = np.zeros((2, count, side, side), np.float32)
     for i in range(count):
         for _ in range(rng.integers(1, 3)):
-            y, x, r = rng.uniform(4, side - 4, 2).tolist() + [rng.uniform(2, 5)]
+            y, x, r = *rng.uniform(4, side - 4, 2), rng.uniform(2, 5)
             if i >= clean:
                 masks[i] = np.maximum(masks[i], np.hypot(ys - y, xs - x) < r)
             dy, dx = rng.normal(0, 1.2, 2)

@@ -6,6 +6,7 @@ import tarfile
 
 import numpy as np
 import pytest
+
 from diffdoctor._errors import UserError
 from diffdoctor.detector import shards
 from diffdoctor.detector.shards import ShardData, SkipCounts, read_manifest, read_shards, write_shards
@@ -74,7 +75,7 @@ def test_the_manifest_has_a_row_for_each_picture(tmp_path):
 def test_parts_share_the_shards_without_overlap(tmp_path):
     write_shards(samples_of(10), tmp_path / "set", shard_size=2)
     keys = [[s["key"] for s in read_shards(tmp_path / "set", part=(i, 3))] for i in range(3)]
-    assert sorted(sum(keys, [])) == [f"{i:09d}" for i in range(10)]
+    assert sorted(key for part in keys for key in part) == [f"{i:09d}" for i in range(10)]
 
 
 def test_a_failed_writer_leaves_the_old_set_and_nothing_else(tmp_path):

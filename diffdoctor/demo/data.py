@@ -145,14 +145,14 @@ def make_demo_data(seed: int = 0) -> DemoData:
     return DemoData(pictures, masks, digits, kinds, splits)
 
 
-def detector_training_config(seed: int = 0, **changes):
+def detector_training_config(seed: int = 0, *, steps: int = 300, **changes):
     """The settings with which the demo trains its detector (the tiny `ArtifactDetector`)."""
-    return _training_config(seed, DETECTOR_KINDS, **{"steps": 500, "batch_size": 64, "learning_rate": 3e-3, **changes})
+    return _training_config(seed, DETECTOR_KINDS, steps=steps, **changes)
 
 
-def judge_training_config(seed: int = 0, **changes):
+def judge_training_config(seed: int = 0, *, steps: int = 400, **changes):
     """The settings with which the demo trains its judge (`ConvDetector`): another seed, all kinds of damage."""
-    return _training_config(seed + 1000, KINDS, **{"steps": 500, "batch_size": 64, "learning_rate": 3e-3, **changes})
+    return _training_config(seed + 1000, KINDS, steps=steps, **changes)
 
 
 def _training_config(seed, kinds, **options):
@@ -171,7 +171,8 @@ def _training_config(seed, kinds, **options):
         exposure=0.1,
         noise=0.02,
     )
-    return DetectorTrainingConfig(**{"bce": 1.0, "mse": 0.0, "seed": seed, "augment": augment, **options})
+    settings = {"batch_size": 64, "learning_rate": 3e-3, "bce": 1.0, "mse": 0.0, "seed": seed, "augment": augment}
+    return DetectorTrainingConfig(**(settings | options))
 
 
 def train_demo_detector(data: DemoData, seed: int = 0, *, output_dir: str | Path | None = None, progress: bool = True):

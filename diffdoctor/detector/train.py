@@ -134,7 +134,8 @@ def train_detector(
         from accelerate import Accelerator
     except ImportError:
         raise missing_extra("accelerate", "stages") from None
-    accelerator = Accelerator()
+    # Without cpu=True, Accelerate takes several processes on a machine without accelerators for single ones.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     parts = accelerator.num_processes * config.accumulate
     if config.batch_size % parts:
         raise UserError(f"batch_size: expected a multiple of processes x accumulate = {parts}, got {config.batch_size}")

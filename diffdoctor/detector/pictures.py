@@ -1,0 +1,138 @@
+"""Pictures from files, folders, globs and shards, one at a time and in a fixed order; and a run's records."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import platform
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from diffdoctor._errors import UserError, missing_extra
+from diffdoctor._io import atomic_write_text
+from diffdoctor.detector.shards import SkipCounts, decode, read_shards
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where pictures come from: one picture file, or one shard of many.
+
+    Attributes:
+        path: the file.
+        name: what it is called in results: its path below the folder it was found in, without the suffix.
+        category: the folder's name right above the picture, "" for one named on the command line.
+    """
+
+    path: Path
+    name: str
+    category: str = ""
+
+    @property
+    def is_shard(self) -> bool:
+        return self.path.suffix == ".tar"
+
+
+def find_sources(places: Sequence[str | Path]) -> list[Source]:
+    """Picture files and shards that are named, lie in a named folder (searched to its depths) or match a pattern.
+
+    Raises:
+        UserError: a place that does not exist or holds neither pictures nor shards; two pictures of one name.
+    """
+    found: list[Source] = []
+    for place in places:
+        path = Path(place)
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in (*SUFFIXES, ".tar") and p.is_file())
+            if not inside:
+                raise UserError(f"{place}: no pictures ({', '.join(SUFFIXES)}) and no .tar shards in this folder")
+            for file in inside:
+                relative = file.relative_to(path)
+                category = relative.parent.name if file.suffix != ".tar" else ""
+                found.append(Source(file, str(relative.with_suffix("")), category))
+        elif path.is_file():
+            found.append(Source(path, path.stem))
+        else:
+            matches = sorted(glob.glob(str(place), recursive=True))
+            if not matches:
+                raise UserError(f"{place}: no such file, folder or pattern")
+            found += [Source(Path(match), Path(match).stem) for match in matches if Path(match).is_file()]
+    names: dict[str, Path] = {}
+    for source in found:
+        if source.name in names:
+            raise UserError(f"{source.path}: has the same name as {names[source.name]}; give the folder above them")
+        names[source.name] = source.path
+    return found
+
+
+def read_source(source: Source, *, strict: bool = False, counts: SkipCounts | None = None) -> Iterator[dict]:
+    """The pictures of a source: dicts with `picture` (H, W, 3) uint8, `name`, and what a shard says besides.
+
+    A picture that cannot be read is left out and counted, or stops the run with `strict`.
+    """
+    counts = SkipCounts() if counts is None else counts
+    if source.is_shard:
+        for sample in read_shards(source.path, strict=strict, counts=counts):
+            yield {**sample, "name": f"{source.name}/{sample['key']}"}
+        return
+    try:
+        picture = decode(source.path.read_bytes(), "RGB")
+    except (OSError, ValueError):
+        counts.add("a broken picture", str(source.path), strict)
+        return
+    yield {"picture": picture, "name": source.name, "category": source.category}
+
+
+def shrink_to(picture: np.ndarray, longest: int | None) -> np.ndarray:
+    """A picture (H, W, 3) uint8 whose longest side is at most `longest` pixels, antialiased; None leaves it."""
+    from PIL import Image
+
+    if longest is None or max(picture.shape[:2]) <= longest:
+        return picture
+    scale = longest / max(picture.shape[:2])
+    size = tuple(max(1, round(side * scale)) for side in picture.shape[1::-1])
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
+
+
+def write_config(folder: Path, config) -> None:
+    """What a run was asked, as `config.yaml`."""
+    try:
+        import yaml
+    except ImportError:
+        raise missing_extra("pyyaml", "stages") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(folder / "config.yaml", yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def versions() -> dict[str, str]:
+    """What a run was made with, for its metrics.json."""
+    result = {"python": platform.python_version()}
+    for name in ("diffdoctor", "torch", "numpy", "scipy", "transformers", "accelerate", "pillow"):
+        try:
+            result[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return result
+
+
+def finite(value):
+    """JSON has no NaN: numbers that are not finite become null, in nested lists and dicts."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
