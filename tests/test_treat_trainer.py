@@ -87,8 +87,9 @@ def test_every_family_by_every_method(name, method, scale):
 @pytest.mark.parametrize("method", ["draft_k", "drtune"])
 def test_treatment_lowers_the_detectors_confidence(method):
     result = run(
-        detector=BrightDetector(), method=method, steps=20, batch_size=4, learning_rate=2e-2, rank=4, evaluate_pictures=8, offline_weight=0.0,
-        max_grad_norm=0.0, min_diversity=0.0, min_sharpness=0.0, modulate="none",
+        detector=BrightDetector(), method=method, steps=20, batch_size=4, learning_rate=2e-2, rank=4,
+        evaluate_pictures=8, offline_weight=0.0, max_grad_norm=0.0, min_diversity=0.0, min_sharpness=0.0,
+        modulate="none",
     )  # fmt: skip
     first, last = result.measurements[0], result.measurements[-1]
     assert last.mean_confidence < 0.85 * first.mean_confidence
@@ -196,8 +197,10 @@ def test_too_many_skipped_steps_end_the_treatment():
 
 
 def test_collapse_is_noticed_and_good_weights_kept():
-    result = run(detector=BrightDetector(), steps=60, learning_rate=3.0, evaluate_every=2, max_grad_norm=0.0, offline_weight=0.0,
-                 evaluate_pictures=9, warmup_steps=0, max_skipped=100)  # fmt: skip
+    result = run(
+        detector=BrightDetector(), steps=60, learning_rate=3.0, evaluate_every=2, max_grad_norm=0.0,
+        offline_weight=0.0, evaluate_pictures=9, warmup_steps=0, max_skipped=100,
+    )  # fmt: skip
     assert result.stopped.startswith("collapse")
     assert len(result.history) < 60
     first = result.measurements[0]

@@ -8,6 +8,8 @@ _PUBLIC = {
     "TreatConfig": "config",
     "TreatResult": "trainer",
     "treat": "trainer",
+    "guide": "guide",
+    "GuideLog": "guide",
     "save_lora": "lora",
 }
 

@@ -59,9 +59,26 @@ class Sampler:
             logger.warning("%s: %s switched off for the treatment", self.kind, " and ".join(clipping))
         self.scheduler = type(scheduler).from_config(scheduler.config, **dict.fromkeys(clipping, False))
         self.scheduler.set_timesteps(device=device, **timestep_options)
-        self.timesteps = self.scheduler.timesteps
         self.stochastic = self.kind in _STOCHASTIC
         self._fresh = self.state()
+
+    @classmethod
+    def around(cls, scheduler) -> Sampler:
+        """A sampler that reads the formulas of a scheduler in use, without a copy; its `step` is not for calling.
+
+        Raises:
+            UserError: as the constructor.
+        """
+        sampler = cls.__new__(cls)
+        sampler.kind = type(scheduler).__name__
+        _check_supported(scheduler)
+        sampler.scheduler = scheduler
+        sampler.stochastic = sampler.kind in _STOCHASTIC
+        return sampler
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        return self.scheduler.timesteps
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -119,6 +136,19 @@ class Sampler:
             # at zero terminal SNR an epsilon prediction says nothing of the picture
             return (latents - sigma * prediction) / max(alpha, 1e-4)
         return prediction if kind == "sample" else alpha * latents - sigma * prediction
+
+    def prediction_for(
+        self, clean: torch.Tensor, prediction: torch.Tensor, step: int, latents: torch.Tensor
+    ) -> torch.Tensor:
+        """The prediction that would imply these clean latents instead."""
+        change = clean - self.denoised(prediction, step, latents)
+        alpha, sigma = self._alpha_sigma(step)
+        if self.is_flow:
+            return prediction - change / sigma
+        kind = self.scheduler.config.prediction_type
+        if kind == "sample":
+            return prediction + change
+        return prediction - change * ((max(alpha, 1e-4) if kind == "epsilon" else 1.0) / sigma)
 
     def renoised(self, clean: torch.Tensor, noise: torch.Tensor, step: int) -> torch.Tensor:
         """Clean latents brought back to the noise level before this step."""

@@ -138,6 +138,14 @@ class Family:
         scale = self.pipeline.vae_scale_factor
         return self.vae.config.latent_channels, height // scale, width // scale
 
+    def from_pipeline(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Latents as the pipeline's own loop holds them, for pictures of height x width pixels, as (B, C, h, w)."""
+        return latents
+
+    def to_pipeline(self, latents: torch.Tensor) -> torch.Tensor:
+        """The inverse of `from_pipeline`."""
+        return latents
+
     def picture_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels, the pipeline's own default where None.
 

@@ -47,6 +47,13 @@ class FluxFamily(Family):
         )[0]
         return unpack(tokens, height, width)
 
+    def from_pipeline(self, latents, height, width):
+        _, h, w = self.latent_shape(height, width)
+        return unpack(latents, h // PATCH, w // PATCH)
+
+    def to_pipeline(self, latents):
+        return pack(latents)
+
     def latent_shape(self, height, width):
         scale = self.pipeline.vae_scale_factor
         return self.denoiser.config.in_channels // PATCH**2, height // scale, width // scale
