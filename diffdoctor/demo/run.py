@@ -196,6 +196,7 @@ def run_demo(config: DemoConfig) -> int:
         torch.set_num_threads(config.threads)
     # Denormal weights and activations slow small networks down: up to twice in the detector's steps.
     torch.set_flush_denormal(True)
+    _quieten()
     demo = Demo(config)
     data = demo.data()
     classifier = demo.classifier(data)
@@ -242,6 +243,16 @@ def run_demo(config: DemoConfig) -> int:
     )  # fmt: skip
     atomic_write_json(demo.output / "metrics.json", metrics)
     return _summary(demo.output, metrics, config.strict)
+
+
+def _quieten():
+    """Silence the loaders' own bars and notices, which would bury the demo's progress."""
+    import diffusers
+    import transformers
+
+    for module in (diffusers, transformers):
+        module.utils.logging.set_verbosity_error()
+        module.utils.logging.disable_progress_bar()
 
 
 def _summary(output, metrics, strict):
