@@ -120,8 +120,10 @@ def weighted_loss(
     )  # fmt: skip
     losses = (loss_type if type(loss_type) is not dict else tuple(loss_type.items()), normalize, reduction, layout)
     key = (
-        *meta(model_pred), torch.is_grad_enabled(), target_meta(target), meta(confidence), meta(mask),
-        meta(weighting), meta(huber_c), meta(normalizer), maps, losses
+        *meta(model_pred), torch.is_grad_enabled(), target_meta(target),
+        None if confidence is None else meta(confidence), None if mask is None else meta(mask),
+        None if weighting is None else meta(weighting), meta(huber_c), None if normalizer is None else meta(normalizer),
+        maps, losses,
     )  # fmt: skip
     try:
         prepared = _cache.get(key)
