@@ -26,24 +26,28 @@ PRED_SCALE, COEF0, COEF1, HUBER_C, WEIGHT, Z, GRAD_OUTPUT = (tl.constexpr(k) for
 
 
 @triton.jit
-def decode(linear, sizes, strides):
-    """Σ index_d · stride_d of a linear index over `sizes`, the last dim running fastest; one stride: already merged."""
+def decode(linear, sizes, strides, UNIT: tl.constexpr):
+    """Σ index_d · stride_d of a linear index over `sizes`, the last dim running fastest; one stride: already merged.
+
+    Strides are counted in UNITs: the compiler itself notices multiples of 16 only, and vectors need no more than 4 or 8.
+    """
     N: tl.constexpr = len(strides)
-    offset = tl.zeros_like(linear)
-    rest = linear
-    for k in tl.static_range(N):
-        if k == N - 1:
-            offset += rest * strides[0]
-        else:
-            offset += rest % sizes[N - 1 - k] * strides[N - 1 - k]
+    if N == 1:
+        offset = linear * (strides[0] * UNIT)
+    else:
+        offset = linear % sizes[N - 1] * (strides[N - 1] * UNIT)
+        rest = linear // sizes[N - 1]
+        for k in tl.static_range(1, N - 1):
+            offset += rest % sizes[N - 1 - k] * (strides[N - 1 - k] * UNIT)
             rest = rest // sizes[N - 1 - k]
+        offset += rest * (strides[0] * UNIT)
     return offset
 
 
 @triton.jit
-def _spot_offset(outer, inner, sizes, strides):
-    """Offset of outer × inner positions; sizes and strides stand as (outer dims, free dims, inner dims)."""
-    return decode(outer, sizes[0], strides[0]) + decode(inner, sizes[2], strides[2])
+def _spot_offset(outer, inner, sizes, strides, UNITS: tl.constexpr = (1, 1, 1)):
+    """Offset of outer × inner positions; sizes, strides and UNITS stand as (outer dims, free dims, inner dims)."""
+    return decode(outer, sizes[0], strides[0], UNITS[0]) + decode(inner, sizes[2], strides[2], UNITS[2])
 
 
 @triton.jit
@@ -96,8 +100,8 @@ def _spatial(confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mas
 
 
 @triton.jit
-def _read(ptr, spots, free, present, sizes, strides, ACC: tl.constexpr):
-    offset = spots + decode(free, sizes[1], strides[1])
+def _read(ptr, spots, free, present, sizes, strides, ACC: tl.constexpr, UNITS: tl.constexpr = (1, 1, 1)):
+    offset = spots + decode(free, sizes[1], strides[1], UNITS[1])
     return tl.load(ptr + offset, mask=present, other=0.0).to(ACC)
 
 
@@ -116,7 +120,7 @@ def weighted_loss_kernel(
     partial_ptr,  # (batch, programs, COLUMNS) and (batch,) in ACC
     counter_ptr,  # (batch + 1) int32 zeros
     number_ptrs,  # per-sample numbers in ACC, in the order of PRED_SCALE ...
-    batch, n_outer, n_free, n_inner, programs, walks, steps, inner_blocks,
+    batch, outer_count, free_count, inner_count, programs, walks, steps, inner_blocks,
     sizes, pred_strides, grad_strides, term0_strides, term1_strides, weighting_strides,  # (outer, free, inner)
     confidence_strides, mask_strides, coords,
     batch_strides,  # pred, grad, term0, term1, weighting, confidence, mask
@@ -130,11 +134,14 @@ def weighted_loss_kernel(
     threshold: tl.float64, gamma: tl.float64,
     LOSS: tl.constexpr, GRAD: tl.constexpr, SUMS: tl.constexpr, PLAIN: tl.constexpr, CONFIDENCE: tl.constexpr, MASK: tl.constexpr,
     BLOCK_OUTER: tl.constexpr, BLOCK_FREE: tl.constexpr, BLOCK_INNER: tl.constexpr, BLOCK_PARTIAL: tl.constexpr,
+    COUNT_UNITS: tl.constexpr,  # powers of two that divide the counts, so that masks split no vector
+    PRED_UNITS: tl.constexpr, GRAD_UNITS: tl.constexpr, TERM0_UNITS: tl.constexpr, TERM1_UNITS: tl.constexpr,
     ACC: tl.constexpr, IDX: tl.constexpr, ROUND_BF16: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
     spot = program // walks
+    n_outer, n_free, n_inner = outer_count * COUNT_UNITS[0], free_count * COUNT_UNITS[1], inner_count * COUNT_UNITS[2]
     outer = ((spot // inner_blocks).to(IDX) * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER))[:, None, None]
     inner = ((spot % inner_blocks).to(IDX) * BLOCK_INNER + tl.arange(0, BLOCK_INNER))[None, None, :]
     inside = (outer < n_outer) & (inner < n_inner)
@@ -163,15 +170,15 @@ def weighted_loss_kernel(
         m = as_scalar(clean_grad, ACC) + (as_scalar(artifact_grad, ACC) - as_scalar(clean_grad, ACC)) * u
         moved = chosen & (m != 0) & (tl.zeros_like(omega) + divisor != 0)
         slope_factor = omega * m * g
-        grad_spots = _spot_offset(outer, inner, sizes, grad_strides)
+        grad_spots = _spot_offset(outer, inner, sizes, grad_strides, GRAD_UNITS)
 
-    pred_spots = _spot_offset(outer, inner, sizes, pred_strides)
+    pred_spots = _spot_offset(outer, inner, sizes, pred_strides, PRED_UNITS)
     if term0_ptr is not None:
         coef0_b = _number(number_ptrs, given, strided, coef0, b, COEF0, ACC)
-        term0_spots = _spot_offset(outer, inner, sizes, term0_strides)
+        term0_spots = _spot_offset(outer, inner, sizes, term0_strides, TERM0_UNITS)
     if term1_ptr is not None:
         coef1_b = _number(number_ptrs, given, strided, coef1, b, COEF1, ACC)
-        term1_spots = _spot_offset(outer, inner, sizes, term1_strides)
+        term1_spots = _spot_offset(outer, inner, sizes, term1_strides, TERM1_UNITS)
     if weighting_ptr is not None:
         weighting_spots = _spot_offset(outer, inner, sizes, weighting_strides)
 
@@ -183,11 +190,14 @@ def weighted_loss_kernel(
     for step in range(steps):
         free = (first + step * BLOCK_FREE + tl.arange(0, BLOCK_FREE))[None, :, None]
         present = inside & (free < n_free)
-        d = s * _read(pred_ptr + b * batch_strides[0], pred_spots, free, present, sizes, pred_strides, ACC)  # fmt: skip
+        d = s * _read(pred_ptr + b * batch_strides[0], pred_spots, free, present, sizes, pred_strides, ACC,
+                      PRED_UNITS)  # fmt: skip
         if term0_ptr is not None:
-            d -= coef0_b * _read(term0_ptr + b * batch_strides[2], term0_spots, free, present, sizes, term0_strides, ACC)  # fmt: skip
+            d -= coef0_b * _read(term0_ptr + b * batch_strides[2], term0_spots, free, present, sizes, term0_strides, ACC,
+                      TERM0_UNITS)  # fmt: skip
         if term1_ptr is not None:
-            d -= coef1_b * _read(term1_ptr + b * batch_strides[3], term1_spots, free, present, sizes, term1_strides, ACC)  # fmt: skip
+            d -= coef1_b * _read(term1_ptr + b * batch_strides[3], term1_spots, free, present, sizes, term1_strides, ACC,
+                      TERM1_UNITS)  # fmt: skip
         loss, slope = element_loss(d, c, strength, PLAIN, ACC)
         selected = chosen & present
         weighted = v_omega * loss
@@ -200,7 +210,7 @@ def weighted_loss_kernel(
         if GRAD:
             grad = to_storage(
                 tl.where(moved & selected, slope_factor * slope, 0.0), grad_ptr.dtype.element_ty, ROUND_BF16)  # fmt: skip
-            offset = grad_spots + decode(free, sizes[1], grad_strides[1])
+            offset = grad_spots + decode(free, sizes[1], grad_strides[1], GRAD_UNITS[1])
             tl.store(grad_ptr + b * batch_strides[1] + offset, grad, mask=present)
         weighted = tl.where(selected, weighted, 0.0)
         total += weighted

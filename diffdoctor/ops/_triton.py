@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from functools import cache
+from math import gcd
 
 import torch
 import triton
@@ -145,6 +146,14 @@ def _grouped(plan: Plan, box: Box, strides) -> tuple[tuple[int, ...], ...]:
     return tuple(grouped)
 
 
+def _in_units(groups: tuple[tuple[int, ...], ...] | None):
+    """(groups divided by their units, the units): per group the power of two up to 16 that divides all of it."""
+    if groups is None:
+        return None, (1, 1, 1)
+    units = tuple(gcd(16, *group) for group in groups)
+    return tuple(tuple(n // unit for n in group) for group, unit in zip(groups, units, strict=True)), units
+
+
 def _index_type(plan: Plan):
     """int32 where every offset within a sample, and every product of the resampling, stays far from 2³¹."""
     operands = [plan.pred_strides, plan.grad_strides, *plan.term_strides]
@@ -207,18 +216,22 @@ class Prepared:
             BLOCK_PARTIAL=_BLOCK_PARTIAL, ACC=_ACC[plan.acc_dtype], IDX=_index_type(plan), num_warps=4,
         )  # fmt: skip
         strength = dict(zip(LOSS_KINDS, options.strength, strict=True))
-        names = ("pred_strides", "grad_strides", "term0_strides", "term1_strides", "weighting_strides")
+        data = {}
+        for name, strides in zip(("pred", "grad", "term0", "term1"), operands, strict=False):
+            grouped = None if strides is None else _grouped(plan, box, strides[1:])
+            data[f"{name}_strides"], data[f"{name.upper()}_UNITS"] = _in_units(grouped)
+        weighting = plan.weighting_strides
+        counts, count_units = _in_units(tuple((n,) for n in box.count))
         self.loss_arguments = dict(
-            map_part, **strength, **{
-                name: None if strides is None else _grouped(plan, box, strides[1:])
-                for name, strides in zip(names, operands, strict=True)
-            },
-            batch=plan.batch, n_outer=box.count[0], n_free=box.count[1], n_inner=box.count[2],
+            map_part, **strength, **data,
+            weighting_strides=None if weighting is None else _grouped(plan, box, weighting[1:]), batch=plan.batch,
+            outer_count=counts[0][0], free_count=counts[1][0], inner_count=counts[2][0], COUNT_UNITS=count_units,
             programs=box.programs, walks=box.walks, steps=box.steps, inner_blocks=box.inner_blocks,
             reduction=REDUCTIONS[options.reduction],
             clean_grad=options.clean_grad, artifact_grad=options.artifact_grad,
             PLAIN=tuple(options.strength[1:]) == _PLAIN_L2,
-            BLOCK_OUTER=box.block[0], BLOCK_FREE=box.block[1], BLOCK_INNER=box.block[2], ROUND_BF16=_INTERPRETS,
+            BLOCK_OUTER=box.block[0], BLOCK_FREE=box.block[1], BLOCK_INNER=box.block[2],
+            ROUND_BF16=_INTERPRETS,
         )  # fmt: skip
         # The weights' mean walks no free positions, so its tiles may be as large as the maps allow.
         inner = _block(box.count[2], 1024)
