@@ -121,8 +121,7 @@ def write_report(
         ("The treatment's steps.", treat_history),
         ("Fixed pictures, measured during the treatment by the detector.", measurements),
     ):
-        figure = _curves(history)
-        if figure is not None:
+        for figure in _curves(history):
             report.figure(figure, title)
     report.heading("Time")
     report.table(["stage", "seconds"], [[name, (f"{s:.1f}", "number")] for name, s in metrics["stage_seconds"].items()])
@@ -168,16 +167,15 @@ def _measure_rows(metrics):
 
 
 def _curves(history):
-    names = [name for name, values in history.items() if name != "step" and len(values) > 1]
-    if not names:
-        return None
-    figure, axes = new_figure(len(names), width=3.6, height=2.8)
-    for axis, name in zip(axes, names, strict=True):
-        steps = history.get("step")
-        if steps is None or len(steps) != len(history[name]):
-            steps = range(len(history[name]))
-        axis.plot(steps, history[name], linewidth=1)
-        axis.set_title(name)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-    return figure
+    """Figures of three curves each; what is a schedule rather than a measurement is left out."""
+    names = [name for name, values in history.items() if name not in ("step", "learning_rate") and len(values) > 1]
+    for start in range(0, len(names), 3):
+        figure, axes = new_figure(3, width=3.8, height=2.6)
+        for axis, name in zip(axes, names[start : start + 3], strict=False):
+            axis.plot(history.get("step", range(len(history[name]))), history[name], linewidth=1)
+            axis.set_title(name.replace("_", " "), fontsize=10)
+            axis.set_xlabel("step")
+            axis.grid(alpha=0.3)
+        for axis in axes[len(names) - start :]:
+            axis.set_visible(False)
+        yield figure
