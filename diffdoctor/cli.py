@@ -40,6 +40,11 @@ COMMANDS = {
         "diffdoctor.demo.config:DemoConfig",
         "diffdoctor.demo.run:run_demo",
     ),
+    "treat": Command(
+        "tune a LoRA of a diffusers pipeline so that a detector finds fewer artifacts",
+        "diffdoctor.treat.command:TreatCommandConfig",
+        "diffdoctor.treat.command:run_treat",
+    ),
     "env": Command(
         "show versions, what was found and which backend serves what",
         "diffdoctor.environment:EnvConfig",

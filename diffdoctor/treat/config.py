@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from diffdoctor._errors import UserError
+
 
 @dataclass
 class TreatConfig:
@@ -60,6 +62,9 @@ class TreatConfig:
         attention_backend: handed to the denoiser's set_attention_backend; empty: left as it is.
         strict: refuse prompts beyond the token limit instead of cutting them with a warning.
         seed: of everything random.
+
+    Raises:
+        UserError: an option out of its range (a `ValueError`).
     """
 
     method: str = "draft_k"
@@ -112,13 +117,13 @@ class TreatConfig:
         self.lora_targets = tuple(self.lora_targets)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: one of {', '.join(allowed)} was expected, got {getattr(self, name)!r}")
+                raise UserError(f"{name}: one of {', '.join(allowed)} was expected, got {getattr(self, name)!r}")
         for field in fields(self):
             low, high = _BOUNDS.get(field.name, (0, None) if field.type in ("int", "float") else (None, None))
             value = getattr(self, field.name)
             if low is not None and (value < low or (high is not None and value > high) or value != value):
                 wanted = f"at least {low}" if high is None else f"in [{low}, {high}]"
-                raise ValueError(f"{field.name}: {wanted} was expected, got {value!r}")
+                raise UserError(f"{field.name}: {wanted} was expected, got {value!r}")
 
 
 _CHOICES = {

@@ -1,0 +1,134 @@
+"""`diffdoctor treat`: a treatment of a pipeline on disk, by a detector on disk."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from diffdoctor._errors import UserError, missing_extra
+from diffdoctor._io import atomic_write_text
+from diffdoctor.treat.config import TreatConfig
+
+
+@dataclass
+class TreatCommandConfig(TreatConfig):
+    """Options of `diffdoctor treat`, beside those of `TreatConfig`.
+
+    Args:
+        pipeline: folder of a diffusers pipeline, or its id on the Hugging Face hub.
+        detector: folder of a detector, or its id on the hub.
+        prompts: text file with one prompt per line; blank lines are left out.
+        offline: folder of shards with the pipeline's own training pictures and prompts; empty only with
+            offline_weight 0.
+        output: folder for lora/, treat.json, config.yaml and checkpoints; the same call goes on where it stopped.
+        scheduler: class of a diffusers scheduler to use in place of the pipeline's own; empty: its own.
+    """
+
+    pipeline: str = ""
+    detector: str = ""
+    prompts: str = ""
+    offline: str = ""
+    output: str = ""
+    scheduler: str = ""
+
+
+_OWN = ("pipeline", "detector", "prompts", "offline", "output", "scheduler")
+
+
+def run_treat(config: TreatCommandConfig) -> int:
+    """Load everything, treat, and say where the LoRA is.
+
+    Raises:
+        UserError: what is missing or cannot be read, in one line.
+    """
+    for name in ("pipeline", "detector", "prompts", "output"):
+        if not getattr(config, name):
+            raise UserError(f"--{name}: is needed")
+    try:
+        import diffusers
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise missing_extra(error.name or "diffusers", "stages") from None
+    from diffdoctor.detector import load_detector
+    from diffdoctor.treat.trainer import treat
+
+    prompts = read_prompts(config.prompts)
+    offline = _read_offline(config.offline) if config.offline else None
+    detector = load_detector(config.detector)
+    pipeline = load_pipeline(config.pipeline)
+    if config.scheduler:
+        scheduler = getattr(diffusers, config.scheduler, None)
+        if scheduler is None or not hasattr(scheduler, "from_config"):
+            raise UserError(
+                f"--scheduler: a diffusers scheduler such as DDIMScheduler was expected: {config.scheduler}"
+            )
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    output = Path(config.output)
+    _write_settings(config, output)
+    options = {f.name: getattr(config, f.name) for f in fields(TreatConfig)}
+    result = treat(pipeline, detector, prompts, TreatConfig(**options), offline=offline, output_dir=output)
+    first, best = result.measurements[0], next(m for m in result.measurements if m.step == result.best_step)
+    if result.stopped:
+        print(f"stopped after {len(result.history)} steps: {result.stopped}")
+    print(
+        f"flagged area {first.flagged_area:.4f} -> {best.flagged_area:.4f}, "
+        f"mean confidence {first.mean_confidence:.4f} -> {best.mean_confidence:.4f} (step {result.best_step})"
+    )
+    print(f"pipeline.load_lora_weights({str(result.lora_dir)!r})")
+    return 0
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 text file that are not blank.
+
+    Raises:
+        UserError: if the file cannot be read or holds no prompt.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path}: cannot be read ({error})") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts {path}: holds no prompt; one per line was expected")
+    return prompts
+
+
+def load_pipeline(source: str):
+    """A diffusers pipeline from a folder or a hub id.
+
+    Raises:
+        UserError: if there is none or it cannot be loaded.
+    """
+    from diffusers import DiffusionPipeline
+
+    looks_local = source.startswith((".", "/", "~")) or os.sep + os.sep in source or source.count("/") != 1
+    if looks_local and not Path(source).expanduser().is_dir():
+        raise UserError(f"--pipeline {source}: no such folder")
+    try:
+        return DiffusionPipeline.from_pretrained(source)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--pipeline {source}: cannot be loaded ({reason})") from error
+
+
+def _read_offline(folder: str):
+    from diffdoctor.detector.shards import read_shards
+
+    samples = [(sample["picture"], sample["prompt"]) for sample in read_shards(folder)]
+    if not samples:
+        raise UserError(f"--offline {folder}: no pictures there")
+    return [picture for picture, _ in samples], [prompt for _, prompt in samples]
+
+
+def _write_settings(config: TreatCommandConfig, output: Path) -> None:
+    import yaml
+
+    from diffdoctor.version import __version__
+
+    settings = {"diffdoctor": __version__, **asdict(config), "lora_targets": list(config.lora_targets)}
+    try:
+        atomic_write_text(output / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror}); choose another folder") from None
