@@ -30,7 +30,7 @@ def pybind11_include() -> str:
 
 
 def build(arch: str, output: pathlib.Path) -> None:
-    """Compile csrc/ for compute capability `arch` (90) into the module `output`. Raises RuntimeError with nvcc's errors."""
+    """Compile csrc/ for compute capability `arch` (90) into the module `output`. Raises RuntimeError as nvcc does."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("nvcc was found neither on PATH nor in /usr/local/cuda")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import formulas, inputs
@@ -145,12 +146,14 @@ def _fused_onetrainer(t, backend):
 def _fused_simpletuner(t, backend):
     import diffdoctor
 
+    # The picture's red channel holds the mask as [-1, 1]: shrunk first, so that little is shifted and scaled.
+    mask = F.interpolate(t["conditioning"][:, :1], size=t["latents"].shape[-2:], mode="area") / 2.0 + 0.5
     s = t["timesteps"] / 1000.0
     c = 0.9 / (1.0 + ((1.0 - s) / (s + 1e-4)).sqrt()) ** 2 + 0.1
     return diffdoctor.weighted_loss(
         t["model_pred"],
         diffdoctor.Target.flow(t["latents"], t["noise"]),
-        mask=t["conditioning"][:, :1] * 0.5 + 0.5,
+        mask=mask,
         loss_type={"pseudo_huber": 2.0},
         huber_c=c,
         backend=backend,

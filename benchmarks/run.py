@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import logging
 import os
 import pathlib
 import re
@@ -110,6 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 1 where one of diffdoctor's sides gave a wrong result or failed; 2 for bad arguments."""
     options = parser().parse_args(arguments)
     torch.set_num_threads(options.threads or machine.cores())
+    # Some trainers' formulas break the graph, which torch.compile tells in many lines each time.
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda needs a CUDA device, and torch sees none", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Compile what the Triton backend launches, without a GPU: `python -m benchmarks.static_triton ARCH` prints JSON.
+"""Compile what Triton launches, without a GPU: `python -m benchmarks.static_triton ARCH [CASE/DTYPE…]` prints JSON.
 
 A driver that only names a target stands in for the GPU's, every launch is turned into a compilation, and the cases are
 run on CPU tensors through the backend's own glue: what is described is what a GPU would run, launch by launch. This
@@ -66,7 +66,7 @@ def launched(case: Case, launches: list) -> list:
     launches.clear()
     module = backend_module("triton")
     side = Side("triton", lambda **tensors: case.fused(tensors, None), True)
-    with mock.patch("diffdoctor.backends.pick", return_value=module):
+    with mock.patch.dict("diffdoctor.backends._chosen", {"cpu": module}):
         call = Call(case, case.inputs(case, torch.device("cpu")), side)
         launches.clear()  # Call has run one forward
         result = call.forward()
@@ -108,7 +108,7 @@ def report(arch: int, names: tuple[str, ...] = NAMES) -> list[dict]:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    rows = report(int(sys.argv[1]))
+    rows = report(int(sys.argv[1]), tuple(sys.argv[2:]) or NAMES)
     json.dump(rows, sys.stdout)
 
 

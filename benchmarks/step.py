@@ -35,7 +35,7 @@ def _unet(small):
         in_channels=4,
         out_channels=4,
         layers_per_block=1,
-        block_out_channels=(32, 32) if small else (64, 128),
+        block_out_channels=(32, 32) if small else (32, 64),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=64,
@@ -96,7 +96,9 @@ class Training:
 
     def __init__(self, step: Step, loss: Callable, device: torch.device, dtype: torch.dtype, small: bool):
         torch.manual_seed(0)
-        self.model = step.build(small).to(device, dtype)
+        self.model = step.build(small).to(device)
+        if dtype != torch.float32:
+            self.model = self.model.to(dtype)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.step, self.loss = step, loss
         batch = step.shape[0]
@@ -115,6 +117,7 @@ class Training:
 
     def gradients(self):
         """All parameters' gradients of one step, in fp64, end to end; nothing is updated."""
+        torch.manual_seed(1)  # a model may drop labels at random while it trains
         self.forward().backward()
         flat = torch.cat([p.grad.double().flatten() for p in self.model.parameters() if p.grad is not None])
         self.optimizer.zero_grad(set_to_none=True)

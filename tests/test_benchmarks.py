@@ -1,8 +1,12 @@
 """The benchmarks themselves: honest inputs, a gate that refuses, a history that compares, GPU parts that fail apart."""
 
 import dataclasses
+import importlib.util
 import json
 import math
+import pathlib
+import subprocess
+import sys
 import time
 
 import pytest
@@ -14,6 +18,7 @@ from benchmarks import (
     formulas,
     gate,
     gpu,
+    gpu_build,
     history,
     launches,
     measure,
@@ -430,6 +435,30 @@ def test_sass_is_counted_by_kind_and_width():
     assert found["instructions"] == 6
     assert found["access"] == {"LDG.128": 1, "LDG.16": 1, "STG.128": 1, "STL.32": 1}
     assert found["kinds"]["global"] == 3
+
+
+def test_triton_launches_once_forward_and_once_backward():
+    pytest.importorskip("triton")
+    if sass.find_tool("cuobjdump") is None:
+        pytest.skip("cuobjdump is missing")
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.static_triton", "90", "latents/fp32", "sd15/bf16"],
+        cwd=static_report.ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(done.stdout)
+    parts = [(row["case"], row["part"]) for row in rows]
+    assert sorted(parts) == sorted((case, part) for case in ("latents", "sd15") for part in ("forward", "backward"))
+    assert all(0 < row["registers"] <= 255 and row["local"] == 0 for row in rows)
+    wide = next(row for row in rows if row["case"] == "latents" and row["part"] == "forward")
+    assert {"LDG.128", "STG.128"} <= set(wide["access"])
+
+
+def test_pybind11_comes_from_torch_where_its_package_is_missing(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pybind11" else found(name))
+    assert (pathlib.Path(gpu_build.pybind11_include()) / "pybind11" / "pybind11.h").exists()
+    assert "torch" in gpu_build.pybind11_include()
 
 
 def test_the_static_report_names_what_it_could_not_get(monkeypatch):
