@@ -167,7 +167,7 @@ def expected(inputs: dict, upcast: bool = False) -> dict:
     pred = kwargs.pop("model_pred").detach()
     pred = (pred.double() if upcast else pred.clone()).requires_grad_()
     g = cotangent(inputs)
-    loss, sums = reference.weighted_loss(pred, **kwargs)
+    loss, sums = reference.weighted_loss(pred, **kwargs, return_sums=True)
     loss.backward(g.to(loss.dtype))
     return {"loss": loss.detach(), "grad": pred.grad, "sums": sums}
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffdoctor import backends, reference
+from diffdoctor import reference
+from diffdoctor.backends import pick, requested
 from diffdoctor.ops._autograd import forbid_second_derivative
 from diffdoctor.ops._lowering import LOSS_KINDS, SUMS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, PerSample
 from diffdoctor.ops._prepare import Prepared, make_options, prepare, remember
@@ -85,7 +86,7 @@ def weighted_loss(
         [options.artifact_weight, options.clean_weight, options.artifact_grad, options.clean_grad, options.threshold,
          options.gamma],
         list(options.strength), interpolation, mode, reduction, _pack_layout(layout),
-        backends.requested(backend) or "", want_grad, return_stats,
+        requested(backend) or "", want_grad, return_stats,
     )  # fmt: skip
     if not return_stats:
         return loss
@@ -120,7 +121,7 @@ def _public_arguments(
 def _run(model_pred, arguments: dict, backend: str, work: int, g: Tensor | None = None):
     """(loss, grad, sums) of one call, whatever of it `work` asks for; works on no graph."""
     model_pred = model_pred.detach()
-    module = backends.pick(backend or None, "weighted_loss", model_pred.device.type)
+    module = pick(backend or None, "weighted_loss", model_pred.device.type)
     if module is None or model_pred.numel() == 0:
         return _run_reference(model_pred, arguments, work, g)
     options = {name: arguments[name] for name in arguments if name not in ("target", "confidence", "mask", "weighting")}
@@ -157,7 +158,7 @@ def _run_reference(model_pred, arguments, work, g):
         loss = torch.zeros((batch,) if arguments["reduction"] == "sample" else (), dtype=acc, device=pred.device)
         return loss, torch.zeros_like(pred), torch.zeros(batch, SUMS, dtype=acc, device=pred.device)
     with torch.enable_grad():
-        loss, sums = reference.weighted_loss(pred, **arguments)
+        loss, sums = reference.weighted_loss(pred, **arguments, return_sums=True)
     grad = None
     if work & WRITE_GRAD:
         (grad,) = torch.autograd.grad(loss, pred, torch.ones_like(loss) if g is None else g)
@@ -307,7 +308,7 @@ torch.library.register_autograd(
 def artifact_loss(logits, height, width, threshold, method, reduction, backend):
     """The public function on traced tensors."""
     want_grad = torch.is_grad_enabled() and logits.requires_grad
-    name = backends.requested(backend) or ""
+    name = requested(backend) or ""
     return torch.ops.diffdoctor.artifact_loss(
         logits, height, width, float(threshold), method, reduction, name, want_grad
     )[0]
@@ -319,7 +320,7 @@ def _artifact_impl(logits, height, width, threshold, method, reduction, backend,
 
     acc, batch = _acc(logits.dtype), logits.shape[0]
     logits = logits.detach()
-    module = backends.pick(backend or None, "artifact_loss", logits.device.type)
+    module = pick(backend or None, "artifact_loss", logits.device.type)
     shape = (batch, *logits.shape[-2:]) if want_grad else (0,)
     kept = torch.empty(shape, dtype=acc, device=logits.device)
     factor = torch.ones(batch if want_grad else 0, dtype=acc, device=logits.device)
@@ -353,7 +354,7 @@ def _artifact_fake(logits, height, width, threshold, method, reduction, backend,
 @torch.library.impl(_library, "artifact_loss_grad", "CompositeExplicitAutograd")
 def _artifact_grad_impl(kept, factor, g, logits, backend):
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    module = backends.pick(backend or None, "artifact_loss", logits.device.type)
+    module = pick(backend or None, "artifact_loss", logits.device.type)
     if module is None or kept.numel() == 0:
         scale = (factor * g).reshape(-1, 1, 1)
         return grad.copy_((kept * scale).reshape(grad.shape))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffdoctor import backends, reference
+from diffdoctor import reference
+from diffdoctor.backends import pick, requested
 from diffdoctor.ops import _checks as checks
 from diffdoctor.ops._autograd import ArtifactLoss, guard_reference, refuse_functorch
 from diffdoctor.ops._lowering import ARTIFACT_METHODS, ArtifactProblem
@@ -48,7 +49,7 @@ def artifact_loss(
 
         return _library.artifact_loss(logits, height, width, threshold, method, reduction, backend)
     refuse_functorch("artifact_loss")
-    module = backends.pick(backends.requested(backend), "artifact_loss", logits.device.type)
+    module = pick(requested(backend), "artifact_loss", logits.device.type)
     if logits.shape[0] == 0 or module is None:
         x = guard_reference(logits, "artifact_loss")
         if logits.shape[0] == 0:  # no picture: 0, not the NaN of an empty mean

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffdoctor import backends, reference
+from diffdoctor import reference
+from diffdoctor.backends import pick, requested
 from diffdoctor.ops import _checks as checks
 from diffdoctor.ops._autograd import forbid_second_derivative, refuse_functorch
 from diffdoctor.ops._lowering import WRITE_GRAD, Options, PerSample, Problem
@@ -152,7 +153,7 @@ def scaled(grad: Tensor, confidence: Tensor, options: Options, interpolation: st
     """grad times the modulation, as a new tensor."""
     if grad.numel() == 0:
         return grad
-    module = backends.pick(backends.requested(None), "modulate_gradient", grad.device.type)
+    module = pick(requested(None), "modulate_gradient", grad.device.type)
     if module is None:
         probe = grad.detach().requires_grad_()
         with torch.enable_grad():

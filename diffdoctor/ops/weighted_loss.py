@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffdoctor import backends, reference
+from diffdoctor import reference
+from diffdoctor.backends import pick, requested
 from diffdoctor.ops import _checks as checks
 from diffdoctor.ops._autograd import WeightedLoss, guard_reference, refuse_functorch
 from diffdoctor.ops._lowering import SUMS
@@ -136,7 +137,7 @@ def weighted_loss(
         )  # fmt: skip
     if type(return_stats) is not bool:
         raise checks.kind_error("return_stats", "a bool", return_stats)
-    module = backends.pick(backends.requested(backend), "weighted_loss", model_pred.device.type)
+    module = pick(requested(backend), "weighted_loss", model_pred.device.type)
     if prepared.plan is None:
         return _empty(model_pred, reduction, return_stats)
     if module is None:
@@ -215,10 +216,11 @@ def _run_reference(
     return_stats,
 ):  # fmt: skip
     artifact_weight, clean_weight, artifact_grad, clean_grad, threshold, gamma, interpolation = maps
-    loss, sums = reference.weighted_loss(
+    result = reference.weighted_loss(
         guard_reference(model_pred, "weighted_loss"), target, confidence, mask=mask, weighting=weighting,
         artifact_weight=artifact_weight, clean_weight=clean_weight, artifact_grad=artifact_grad,
         clean_grad=clean_grad, threshold=threshold, gamma=gamma, interpolation=interpolation, loss_type=loss_type,
         huber_c=huber_c, normalize=normalize, normalizer=normalizer, reduction=reduction, layout=layout,
+        return_sums=return_stats,
     )  # fmt: skip
-    return (loss, LossStats.from_sums(sums, model_pred[0].numel())) if return_stats else loss
+    return (result[0], LossStats.from_sums(result[1], model_pred[0].numel())) if return_stats else result

@@ -28,8 +28,9 @@ def weighted_loss(
     normalizer=None,
     reduction: str = "mean",
     layout=None,
+    return_sums: bool = False,
 ):
-    """Returns the loss and the sums behind `LossStats`, (B, 8) in the accumulation type.
+    """The loss, or with `return_sums` (loss, sums): the (B, 8) sums behind `LossStats` in the accumulation type.
 
     Arguments are those of the public function and are not checked again. A target that is not a tensor has `terms`,
     `coefs` and `pred_scale`. The columns of the sums: numerator, weight, artifact loss, artifact weight, clean loss,
@@ -60,41 +61,45 @@ def weighted_loss(
         for coef, term in zip(target.coefs, target.terms, strict=True):
             d = d - per_sample(coef) * to_grid(term, layout).to(dtype)
 
-    selected = ((omega != 0) & (v != 0)).expand(shape)
-    zero = torch.zeros_like(d)
-    loss = element_loss(loss_type, torch.where(selected, d, zero), per_sample(huber_c))
-    weighted = torch.where(selected, v * omega * loss, zero)
-    numerator = weighted.sum((1, 2, 3, 4))
-
-    omega, u = omega.expand(shape), u.expand(shape)
     if normalizer is not None:
-        z = per_sample(normalizer).reshape(-1)
+        z = per_sample(normalizer)
     elif normalize == "sample":
-        z = omega.mean((1, 2, 3, 4))
+        z = omega.expand(shape).mean((1, 2, 3, 4), keepdim=True)
     elif normalize == "batch":
-        z = omega.mean()
+        z = omega.expand(shape).mean()
     else:
         z = one
-    count = pred[0].numel()
-    share = torch.where(z == 0, torch.zeros_like(numerator), numerator / torch.where(z == 0, one, z))
-    if reduction != "sum":
-        share = share / count
-    result = {"mean": share.mean, "sum": share.sum, "sample": lambda: share}[reduction]()
 
+    # Left out by selection, not by multiplication with 0, which would let a NaN through.
+    selected = ((omega != 0) & (v != 0)).expand(shape)
+    counted = selected & (z != 0)
+    zero = torch.zeros_like(d)
+    loss = element_loss(loss_type, torch.where(counted, d, zero), per_sample(huber_c))
+    share = torch.where(counted, v * omega * loss / z, zero).sum((1, 2, 3, 4))
+    if reduction != "sum":
+        share = share / pred[0].numel()
+    result = {"mean": share.mean, "sum": share.sum, "sample": lambda: share}[reduction]()
+    if not return_sums:
+        return result
     with torch.no_grad():
-        loss = loss.detach()
-        sums = [
-            weighted,
-            omega,
-            torch.where(selected & (u != 0), u * loss, zero),
-            torch.where(selected, u, zero),
-            torch.where(selected & (u != 1), (1 - u) * loss, zero),
-            torch.where(selected, 1 - u, zero),
-            u,
-            ~torch.isfinite(weighted),
-        ]
-        sums = torch.stack([column.detach().sum((1, 2, 3, 4), dtype=dtype) for column in sums], dim=1)
-    return result, sums
+        loss = element_loss(loss_type, torch.where(selected, d, zero), per_sample(huber_c))
+        return result, _sums(selected, v * omega * loss, omega.expand(shape), u.expand(shape), loss)
+
+
+def _sums(selected: Tensor, weighted: Tensor, omega: Tensor, u: Tensor, loss: Tensor) -> Tensor:
+    """The columns of LossStats; every argument has the grid's shape."""
+    zero = torch.zeros_like(loss)
+    columns = [
+        torch.where(selected, weighted, zero),
+        omega,
+        torch.where(selected & (u != 0), u * loss, zero),
+        torch.where(selected, u, zero),
+        torch.where(selected & (u != 1), (1 - u) * loss, zero),
+        torch.where(selected, 1 - u, zero),
+        u,
+        selected & ~torch.isfinite(weighted),
+    ]
+    return torch.stack([column.sum((1, 2, 3, 4), dtype=loss.dtype) for column in columns], dim=1)
 
 
 def weighting_to_grid(weighting: Tensor, model_pred: Tensor, layout=None) -> Tensor:
