@@ -7,12 +7,13 @@ latents with a graph; their losses are averaged. `weighted` samples nothing and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from diffdoctor.treat.families import Family
+from diffdoctor.treat.processes import seed_of
 from diffdoctor.treat.rollout import Guidance, Rollout, replay
 from diffdoctor.treat.schedulers import Sampler
 
@@ -28,7 +29,8 @@ class Replay:
         index: (M,) the pictures to replay.
         modulate: "output", "latents" or None: where `modulator` acts.
         modulator: on a prediction or on latents (M, C, h, w).
-        generator: of the method's own random choices.
+        generator: of the method's own random choices, the same on every process.
+        seeds: of the M pictures, for random choices of their own.
     """
 
     family: Family
@@ -39,6 +41,7 @@ class Replay:
     modulate: str | None
     modulator: Callable[[torch.Tensor], torch.Tensor] | None
     generator: torch.Generator
+    seeds: Sequence[int]
 
     def run(self, **options) -> torch.Tensor:
         """`replay` with this batch and this modulation."""
@@ -106,11 +109,12 @@ def draft_lv(batch: Replay, grad_steps: int, repeats: int = 2) -> list[torch.Ten
     last = len(sampler) - 1
     clean = rollout.final.index_select(0, batch.index.to(rollout.final.device))
     finals = []
-    for _ in range(repeats):
-        noise = torch.randn(clean.shape, generator=batch.generator, dtype=clean.dtype).to(clean.device)
+    for repeat in range(repeats):
+        generators = [torch.Generator().manual_seed(seed_of(seed, repeat)) for seed in batch.seeds]
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=g, dtype=clean.dtype) for g in generators])
         # the noised latents have no history: a multistep scheduler takes this step at first order
         fresh = Rollout(
-            latents={last: sampler.renoised(clean, noise, last)},
+            latents={last: sampler.renoised(clean, noise.to(clean.device), last)},
             states={last: None},
             generator_states=rollout.generator_states,
             final=clean,
@@ -118,10 +122,7 @@ def draft_lv(batch: Replay, grad_steps: int, repeats: int = 2) -> list[torch.Ten
             generators=rollout.generators,
         )
         everything = torch.arange(len(clean))
-        one = Replay(
-            batch.family, sampler, fresh, batch.guidance, everything, batch.modulate, batch.modulator, batch.generator
-        )
-        finals.append(one.run(first=last))
+        finals.append(replace(batch, rollout=fresh, index=everything).run(first=last))
     return finals
 
 

@@ -70,6 +70,7 @@ def artifact_term(
     *,
     total: int,
     generator: torch.Generator,
+    seeds: Sequence[int],
 ) -> tuple[float, int]:
     """Replay the diagnosed pictures and run backward; returns the loss and how many were replayed.
 
@@ -79,6 +80,8 @@ def artifact_term(
 
     Args:
         confidence: (B, 1, H, W), the roll-out's diagnosis.
+        generator: of the method's random choices, the same on every process.
+        seeds: of the B pictures.
     """
     chosen = pictures_to_replay(confidence, config)
     if len(chosen) == 0:
@@ -91,7 +94,8 @@ def artifact_term(
     if config.modulate != "none":
         modulator = GradientModulator(artifact_grad=config.artifact_grad, clean_grad=config.clean_grad)
         modulator.set(confidence[chosen if partners is None else partners])
-    batch = Replay(family, sampler, rollout, guidance, chosen, config.modulate, modulator, generator)
+    own_seeds = [seeds[i] for i in chosen.tolist()]
+    batch = Replay(family, sampler, rollout, guidance, chosen, config.modulate, modulator, generator, own_seeds)
     finals = FINAL_LATENTS[config.method](batch, config.grad_steps)
     loss = 0.0
     for latents in finals:

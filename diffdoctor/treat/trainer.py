@@ -243,7 +243,7 @@ class _Treatment:
             return 0.0, 0
         rollout = self._sample(rows, seeds, kept_steps(config.method, config.grad_steps, len(self.sampler)))
         _, confidence = diagnose(self.family, self.detector, rollout.final, self.chunk)
-        generator = torch.Generator().manual_seed(seed_of(config.seed, _METHOD, step, self.processes.rank))
+        generator = torch.Generator().manual_seed(seed_of(config.seed, _METHOD, step))
         return artifact_term(
             self.family,
             self.sampler,
@@ -254,6 +254,7 @@ class _Treatment:
             config,
             total=config.batch_size,
             generator=generator,
+            seeds=seeds,
         )
 
     def _offline(self, step: int) -> float:
