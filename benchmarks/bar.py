@@ -69,8 +69,19 @@ def checks(rows: list[dict]) -> list[Check]:
             for side in own_sides(group):
                 got = group[side].get(share)
                 found.append(_at_least(f"{name}: {side}, share of a copy's speed", CUDA_COPY_SHARE, got, _percent))
+        if case == "sd15" and row["device"] == "cuda":
+            found.extend(_launches(group, side, name) for side in own_sides(group))
     found.extend(_overhead(groups))
     return found
+
+
+def _launches(group, side, name):
+    """One forward, one backward, and autograd's own fill of the gradient that backward starts from."""
+    launches, waits = (group[side].get(what) for what in ("launches", "waits"))
+    what, asked = f"{name}: {side}, launches (one is autograd's) and waits", "≤ 3 and 0"
+    if launches is None:
+        return Check(what, asked, "not measured", None)
+    return Check(what, asked, f"{launches} and {waits}", launches <= 3 and waits == 0)
 
 
 def _overhead(groups):

@@ -53,13 +53,14 @@ def small(backend: str | None = None) -> dict:
     checked, wrong = 0, []
     for case in map(shrunken, cases("cuda")):
         tensors = case.inputs(case, DEVICE)
-        want = gate.expected(case, tensors)
+        # On the CPU: under compute-sanitizer every kernel costs, and these are not what is looked at.
+        want = gate.expected(case, {name: x.cpu() for name, x in tensors.items()})
         for name in own_backends(case.op, DEVICE):
             if backend not in (None, name):
                 continue
             try:
                 got = gate.run(case, tensors, lambda case=case, name=name, **given: case.fused(given, name))
-                reason = gate.check(case, got, want, ours=True)["reason"]
+                reason = gate.check(case, [x.cpu() for x in got], want, ours=True)["reason"]
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
             checked += 1

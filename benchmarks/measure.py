@@ -74,12 +74,20 @@ def _gated(case, tensors, device, sides):
             if row["reason"] is None:
                 call = Call(case, tensors, side)
                 call()
-                row.update(memory.forward_and_backward(call.forward, call.backward, device))
-                row.update(_operations(call, device))
+                row.update(_beside(memory.forward_and_backward, call.forward, call.backward, device))
+                row.update(_beside(_operations, call, device))
                 calls[side.name] = call
         except Exception as error:
             row["reason"] = first_line(error)
     return rows, calls
+
+
+def _beside(describe, *arguments) -> dict:
+    """What stands beside the speed; where it cannot be had the row has no such figure, but keeps its speed."""
+    try:
+        return describe(*arguments)
+    except Exception as error:
+        return {f"no{describe.__name__}": first_line(error)}
 
 
 def _operations(call, device):
@@ -113,6 +121,10 @@ def _add_graphs(rows, calls):
         if name.endswith("-kernel"):
             continue
         row = rows[f"{name}+graph"] = {"ours": rows[name]["ours"], "reason": None}
+        if rows[name].get("waits"):
+            # An attempt would leave the allocator in the state of a capture that never ended.
+            row["reason"] = f"cannot be captured: it waits for the device {rows[name]['waits']} times"
+            continue
         try:
             calls[f"{name}+graph"] = captured(call)
         except Exception as error:

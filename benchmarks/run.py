@@ -101,6 +101,8 @@ def run(options) -> list[dict]:
         except Exception as error:
             found = [measure.failed(case, device, error)]
         keep(found)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         print(f"[{number}/{len(cases)}] {case.key}: {time.monotonic() - start:.1f} s", file=sys.stderr)
     if not options.no_step and not options.cases and not options.tags:
         keep(step.rows(device, small=options.small, deadline=deadline))
@@ -133,7 +135,12 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.no_plots:
         for path in plot.draw(rows, options.plots):
             print(f"wrote {path}")
-    return int(any(row.get("ours") and row.get("reason") for row in rows))
+    refused = [row for row in rows if row.get("ours") and row.get("reason")]
+    if refused:
+        first = refused[0]
+        print(f"{len(refused)} of diffdoctor's sides have no speed, the first: {first['case']} {first['dtype']} "
+              f"{first['backend']}: {first['reason']}")  # fmt: skip
+    return int(bool(refused))
 
 
 if __name__ == "__main__":

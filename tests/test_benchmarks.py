@@ -368,6 +368,24 @@ def test_a_training_step_has_the_same_gradients_with_either_loss(monkeypatch):
     assert "plain-dit-latent" in step.text(rows)
 
 
+def test_a_side_that_waits_is_not_captured():
+    rows = {"eager": {"ours": False, "waits": 2, "reason": None}}
+    calls = {"eager": None, "cpu-kernel": None}
+    measure._add_graphs(rows, calls)
+    assert rows["eager+graph"]["reason"] == "cannot be captured: it waits for the device 2 times"
+    assert set(calls) == {"eager", "cpu-kernel"}
+
+
+def test_a_failed_side_figure_leaves_the_speed(monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no profiler")
+
+    monkeypatch.setattr(memory, "forward_and_backward", broken)
+    rows = measure.measure(tiny(), CPU, seconds=0.02, compiled=False, backends=("reference",))
+    assert all(row["p50_us"] > 0 for row in rows)
+    assert all("peak_bytes" not in row for row in rows)
+
+
 def test_a_step_with_other_gradients_is_not_timed(monkeypatch):
     monkeypatch.setitem(step.OWN, "cpu", ("reference",))
     monkeypatch.setattr(step, "_fused", lambda backend: lambda p, t, c: 1.001 * formulas.confidence_mse(p, t, c))
