@@ -22,14 +22,13 @@ KINDS = (
     "strip_shift",
     "phase_scramble",
     "texture_noise",
-    "tint",
-    "watermark",
+    "pixelate",
     "patch_permutation",
 )
 HIDDEN_KIND = "patch_permutation"
 DETECTOR_KINDS = tuple(kind for kind in KINDS if kind != HIDDEN_KIND)
 STRENGTH = (0.6, 1.0)
-AREA = (0.08, 0.3)
+AREA = (0.15, 0.35)
 VISIBLE = 0.2
 # Shares of the pictures for the detector, the judge, and the last fifth that neither they nor the pipeline see.
 SPLITS = (("detector", 0.4), ("judge", 0.4), ("heldout", 0.2))
@@ -145,12 +144,12 @@ def make_demo_data(seed: int = 0) -> DemoData:
     return DemoData(pictures, masks, digits, kinds, splits)
 
 
-def detector_training_config(seed: int = 0, *, steps: int = 300, **changes):
+def detector_training_config(seed: int = 0, *, steps: int = 400, **changes):
     """The settings with which the demo trains its detector (the tiny `ArtifactDetector`)."""
     return _training_config(seed, DETECTOR_KINDS, steps=steps, **changes)
 
 
-def judge_training_config(seed: int = 0, *, steps: int = 400, **changes):
+def judge_training_config(seed: int = 0, *, steps: int = 600, **changes):
     """The settings with which the demo trains its judge (`ConvDetector`): another seed, all kinds of damage."""
     return _training_config(seed + 1000, KINDS, steps=steps, **changes)
 
@@ -160,7 +159,8 @@ def _training_config(seed, kinds, **options):
     from diffdoctor.detector.train import DetectorTrainingConfig
 
     augment = AugmentConfig(
-        inject_share=0.5,
+        # Half of the stored pictures are damaged already: 5 of 8 samples are in all.
+        inject_share=0.25,
         kinds=tuple(kinds),
         strength=STRENGTH,
         area=AREA,
@@ -170,6 +170,7 @@ def _training_config(seed, kinds, **options):
         shift=0.07,
         exposure=0.1,
         noise=0.02,
+        blur=0.9,
     )
     settings = {"batch_size": 64, "learning_rate": 3e-3, "bce": 1.0, "mse": 0.0, "seed": seed, "augment": augment}
     return DetectorTrainingConfig(**(settings | options))

@@ -189,7 +189,7 @@ def texture_noise(picture: np.ndarray, region: Region, rng: np.random.Generator,
     """A stray fine texture laid over the region, grey or coloured."""
     height, width = picture.shape[:2]
     channels = 3 if rng.uniform() < 0.3 else 1
-    noise = _smooth_noise(rng, (height, width, channels), rng.uniform(0.0, 0.04) * region.radius)
+    noise = _smooth_noise(rng, (height, width, channels), rng.uniform(0.02, 0.2) * region.radius)
     spread = max(float(noise.std()), 1e-6)
     return np.clip(picture + (0.2 + 0.25 * strength) * noise / spread, 0, 1)
 
@@ -204,7 +204,7 @@ def over_smooth(picture: np.ndarray, region: Region, rng: np.random.Generator, s
 def strip_shift(picture: np.ndarray, region: Region, rng: np.random.Generator, strength: float) -> np.ndarray:
     """Strips of the region slide against each other."""
     ys, xs = _grid(picture)
-    thickness = max(1, round(region.radius * rng.uniform(0.15, 0.4)))
+    thickness = max(1, round(region.radius * rng.uniform(0.25, 0.5)))
     along_rows = rng.uniform() < 0.5
     line = (ys if along_rows else xs).astype(int) // thickness
     reach = max(2.0, (0.4 + 0.8 * strength) * region.radius)

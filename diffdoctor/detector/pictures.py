@@ -48,6 +48,9 @@ def find_sources(places: Sequence[str | Path]) -> list[Source]:
         path = Path(place)
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in (*SUFFIXES, ".tar") and p.is_file())
+            # Pictures beside shards are about the shards, such as the contact sheet.
+            of_shards = {p.parent for p in inside if p.suffix == ".tar"}
+            inside = [p for p in inside if p.suffix == ".tar" or p.parent not in of_shards]
             if not inside:
                 raise UserError(f"{place}: no pictures ({', '.join(SUFFIXES)}) and no .tar shards in this folder")
             for file in inside:

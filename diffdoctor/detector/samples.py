@@ -51,6 +51,37 @@ class ArrayData:
         return {"picture": picture, "mask": mask, **{name: column[index] for name, column in self.fields.items()}}
 
 
+class JoinedData:
+    """Several sets as one, or a part of them.
+
+    Args:
+        parts: sets; what all of them hold as columns (keys, categories, mask_max) is joined too.
+        chosen: (n,) indices into the joined set; None: all.
+    """
+
+    def __init__(self, parts: Sequence[DetectorData], chosen: np.ndarray | None = None):
+        self.parts = list(parts)
+        self.ends = np.cumsum([len(part) for part in self.parts])
+        total = int(self.ends[-1]) if len(self.ends) else 0
+        self.chosen = np.arange(total) if chosen is None else np.asarray(chosen)
+        for name in ("keys", "categories", "mask_max"):
+            if self.parts and all(hasattr(part, name) for part in self.parts):
+                column = np.concatenate([np.asarray(getattr(part, name)) for part in self.parts])
+                setattr(self, name, column[self.chosen])
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        place = int(self.chosen[index])
+        part = int(np.searchsorted(self.ends, place, side="right"))
+        return self.parts[part][place - int(self.ends[part - 1] if part else 0)]
+
+    def where(self, chosen: np.ndarray) -> JoinedData:
+        """The pictures that a boolean mask or an index array (N,) chooses."""
+        return JoinedData(self.parts, self.chosen[chosen])
+
+
 def as_mask(mask) -> np.ndarray:
     """A mask (H, W), uint8 0..255, bool or float in [0, 1], as float32."""
     mask = np.asarray(mask)
@@ -74,6 +105,8 @@ class AugmentConfig:
         shift: largest translation of picture and mask in each direction, share of the side; the border is held.
         exposure: largest relative change of brightness; 0.1 multiplies by 0.9..1.1.
         noise: largest standard deviation of Gaussian noise, of 1.
+        blur: largest standard deviation of the Gaussian blur that half of the pictures get, damaged ones too, in
+            pixels. What a model draws is softer than the damage it learnt; without blur a detector overlooks it.
     """
 
     inject_share: float = 0.5
@@ -87,11 +120,14 @@ class AugmentConfig:
     shift: float = 0.05
     exposure: float = 0.1
     noise: float = 0.01
+    blur: float = 0.0
 
     def __post_init__(self):
         for name in ("inject_share", "benign_share", "shrink_share", "flip_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a probability in [0, 1], got {getattr(self, name)!r}")
+        if not self.blur >= 0:
+            raise ValueError(f"blur: expected >= 0 pixels, got {self.blur!r}")
         for name in ("shift", "exposure", "noise"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a share in [0, 1), got {getattr(self, name)!r}")
@@ -121,6 +157,8 @@ def augment(
         picture, mask = picture[:, ::-1], mask[:, ::-1]
     if config.shift:
         picture, mask = _shift(picture, mask, config.shift, rng)
+    if config.blur and rng.uniform() < 0.5:
+        picture = _blur(picture, rng.uniform(0.3, 1.0) * config.blur)
     if config.exposure or config.noise:
         values = picture.astype(np.float32) * (1 + config.exposure * rng.uniform(-1, 1))
         values += 255 * config.noise * rng.uniform() * rng.standard_normal(picture.shape, dtype=np.float32)
@@ -142,6 +180,13 @@ def shrink_and_pad(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     y, x = rng.integers(height - h + 1), rng.integers(width - w + 1)
     result[y : y + h, x : x + w] = small
     return result
+
+
+def _blur(picture: np.ndarray, sigma: float) -> np.ndarray:
+    from scipy import ndimage
+
+    soft = ndimage.gaussian_filter(picture.astype(np.float32), (sigma, sigma, 0), mode="nearest", truncate=3.0)
+    return np.rint(soft).astype(np.uint8)
 
 
 def _shift(picture: np.ndarray, mask: np.ndarray, share: float, rng: np.random.Generator):

@@ -155,6 +155,23 @@ class ArtifactDetector(Detector):
         load_exactly(detector, detector.from_file_keys(state), path)
         return detector
 
+    def load_encoder(self, source: str | Path) -> None:
+        """Take the encoder's weights from a SegFormer of transformers, such as the ImageNet-trained `nvidia/mit-b2`.
+
+        Args:
+            source: a folder or a hub id of a model of the same size.
+
+        Raises:
+            UserError: it cannot be loaded, or is of another size.
+        """
+        from transformers import SegformerModel
+
+        try:
+            encoder = SegformerModel.from_pretrained(str(source))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{source}: no SegFormer encoder that can be loaded ({error})") from error
+        load_exactly(self.segformer.segformer, encoder.state_dict(), source)
+
     def train(self, mode: bool = True) -> ArtifactDetector:
         super().train(mode)
         if self.head_norm == "batch":

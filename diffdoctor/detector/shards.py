@@ -119,8 +119,8 @@ class _Writer:
                 "shard": self.name,
                 "height": picture.shape[0],
                 "width": picture.shape[1],
-                "mask_mean": float(mask.mean()),
-                "mask_max": float(mask.max()),
+                "mask_mean": float(mask.mean()) / 255.0,
+                "mask_max": float(mask.max()) / 255.0,
                 **{f"{part}_offset": place[0] for part, place in places.items()},
                 **{f"{part}_size": place[1] for part, place in places.items()},
             }

@@ -1,0 +1,107 @@
+"""`diffdoctor train-detector`: labelled shards in, a trained detector out."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from diffdoctor._errors import UserError
+from diffdoctor._io import atomic_write_json
+from diffdoctor.detector.base import Detector, load_detector
+from diffdoctor.detector.pictures import finite, versions, write_config
+from diffdoctor.detector.samples import JoinedData
+from diffdoctor.detector.shards import ShardData
+from diffdoctor.detector.train import DetectorTrainingConfig, train_detector
+
+ARCHITECTURES = ("tiny", "b0", "b1", "b2", "b3", "b4", "b5", "conv")
+
+
+@dataclasses.dataclass
+class TrainDetectorConfig:
+    """Options of `diffdoctor train-detector`.
+
+    Attributes:
+        data: folders of shards with a manifest, as `diffdoctor inject` makes them; joined.
+        output: the folder to make: detector, best, checkpoints, config.yaml, metrics.json. Run again with the same
+            options, it goes on from the last checkpoint.
+        validation: folders of shards to measure on during training; none: `validation_share` is held out.
+        validation_share: share of the data that is held out where no validation folders are given; all versions of one
+            picture stay on the same side.
+        architecture: tiny, b0 ... b5 (SegFormer) or conv.
+        initial: a detector's folder or hub id to go on from, instead of a fresh network.
+        encoder: a folder or hub id of transformers' SegFormer weights for the encoder, such as nvidia/mit-b2.
+        min_side: pictures whose short side is smaller are enlarged to it before the network, in pixels.
+        training: the training itself, see `DetectorTrainingConfig`.
+    """
+
+    data: list[str]
+    output: str
+    validation: list[str] = dataclasses.field(default_factory=list)
+    validation_share: float = 0.1
+    architecture: str = "tiny"
+    initial: str | None = None
+    encoder: str | None = None
+    min_side: int = 64
+    training: DetectorTrainingConfig = dataclasses.field(
+        default_factory=lambda: DetectorTrainingConfig(checkpoint_every=100, validate_every=100)
+    )
+
+
+def run_train_detector(config: TrainDetectorConfig) -> dict:
+    """Run `diffdoctor train-detector`; returns what metrics.json holds."""
+    output = Path(config.output)
+    data, validation = _data(config)
+    detector = _network(config)
+    write_config(output, config)
+    result = train_detector(config.training, data, detector=detector, validation=validation, output_dir=output)
+    metrics = {
+        "steps": len(result.history),
+        "loss": result.history[-1]["loss"],
+        "pictures": len(data),
+        "validation_pictures": len(validation) if validation is not None else 0,
+        "validation": result.validations,
+        "parameters": sum(p.numel() for p in result.detector.parameters()),
+        "versions": versions(),
+    }
+    atomic_write_json(output / "metrics.json", finite(metrics))
+    return metrics
+
+
+def _data(config: TrainDetectorConfig):
+    if not config.data:
+        raise UserError("data: expected at least one folder of shards")
+    data = JoinedData([ShardData(folder) for folder in config.data])
+    if config.validation:
+        return data, JoinedData([ShardData(folder) for folder in config.validation])
+    if not 0 <= config.validation_share < 1:
+        raise UserError(f"validation_share: expected within [0, 1), got {config.validation_share}")
+    # `inject` names its pictures "<number>-<version>": one number's versions must not straddle the split.
+    groups = np.array([key.split("-")[0] for key in data.keys])
+    names = np.unique(groups)
+    held = names[np.random.default_rng([config.training.seed, 5]).permutation(len(names))]
+    held = held[: round(config.validation_share * len(names))]
+    inside = np.isin(groups, held)
+    if inside.all():
+        raise UserError("validation_share: leaves no picture for training")
+    return data.where(~inside), data.where(inside) if inside.any() else None
+
+
+def _network(config: TrainDetectorConfig) -> Detector:
+    import torch
+
+    if config.initial is not None:
+        return load_detector(config.initial)
+    if config.architecture not in ARCHITECTURES:
+        raise UserError(f"architecture: expected one of {', '.join(ARCHITECTURES)}, got {config.architecture!r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        if config.architecture == "conv":
+            from diffdoctor.detector.conv import ConvDetector
+
+            return ConvDetector(min_side=config.min_side)
+        from diffdoctor.detector.segformer import ArtifactDetector
+
+        detector = ArtifactDetector.of_size(config.architecture, min_side=config.min_side)
+        if config.encoder is not None:
+            detector.load_encoder(config.encoder)
+        return detector
