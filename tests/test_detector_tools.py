@@ -240,3 +240,37 @@ def test_diagnose_tiles_large_pictures(tmp_path, detector):
     options = {"gallery": 0, "overlays": False}
     run_diagnose(DiagnoseConfig([str(tmp_path / "large")], str(detector), str(tmp_path / "out"), tile=64, **options))
     assert np.asarray(Image.open(tmp_path / "out" / "maps" / "cats" / "00.png")).shape == (150, 110)
+
+
+def test_evaluate_detector_writes_measures_and_a_report(pictures, tmp_path, detector):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("pycocotools")
+    from diffdoctor.evaluate.detector_report import EvaluateDetectorConfig, run_evaluate_detector
+
+    injected(pictures, tmp_path / "data", damaged=2)
+    config = EvaluateDetectorConfig(str(detector), [str(tmp_path / "data")], str(tmp_path / "out"), bootstrap=20)
+    result = run_evaluate_detector(config)
+    assert result == json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert result["overall"]["pictures"] == 24
+    assert set(result["per_category"]) == {"cats", "dogs"}
+    assert result["per_category"]["cats"]["damaged"] == 8
+    assert [entry["pictures"] for entry in result["categories"]] == [4, 4]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Worst misses" in page
+    assert "Per category" in page
+    assert page.count("data:image/png;base64,") >= 3
+    with pytest.raises(UserError, match="manifest"):
+        run_evaluate_detector(EvaluateDetectorConfig(str(detector), [str(pictures)], str(tmp_path / "other")))
+
+
+def test_curves_of_a_calibrated_detector_lie_on_the_diagonal():
+    from diffdoctor.evaluate.detector_report import curves
+
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(size=(40, 50, 50))
+    result = curves(confidence, rng.uniform(size=confidence.shape) < confidence)
+    assert result["expected_calibration_error"] < 0.01
+    assert result["recall"][-1] == 1
+    assert result["precision"][-1] == pytest.approx(0.5, abs=0.01)
+    assert np.all(np.diff(result["recall"]) >= 0)
+    assert curves(confidence, np.ones_like(confidence))["expected_calibration_error"] == pytest.approx(0.5, abs=0.01)
