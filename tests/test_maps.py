@@ -18,6 +18,7 @@ from diffdoctor.maps import (
     MapWarning,
     PairedTransform,
     Record,
+    ShardRecords,
     StepBatches,
     aspect_buckets,
     attach_map,
@@ -240,6 +241,42 @@ def test_folder_errors_name_the_path(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n{"text": 1}\n', encoding="utf-8")
     with pytest.raises(UserError, match="line 2: expected a JSON object with a file_name"):
         read_folder(tmp_path)
+
+
+def test_what_diagnose_writes_is_found_and_fits(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from diffdoctor.detector import ArtifactDetector
+    from diffdoctor.detector.diagnosing import DiagnoseConfig, run_diagnose
+
+    ArtifactDetector.tiny().save_pretrained(tmp_path / "detector")
+    (tmp_path / "set" / "more").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)).save(tmp_path / "set" / "a.png")
+    Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)).save(tmp_path / "set/more/b.jpg", exif=exif)
+    places = {"detector": str(tmp_path / "detector"), "output": str(tmp_path / "diagnosis")}
+    run_diagnose(DiagnoseConfig([str(tmp_path / "set")], **places, gallery=0, overlays=False))
+    found = read_folder(tmp_path / "set", tmp_path / "diagnosis" / "maps")
+    assert [read_map(record.confidence).shape for record in found] == [(32, 48), (48, 32)]
+    for sample in MapDataset(found, PairedTransform(16), missing="error", check=False):
+        assert sample["has_map"]
+
+
+def test_shards_are_a_training_set(tmp_path):
+    pytest.importorskip("pyarrow")
+    from diffdoctor.detector.shards import write_shards
+
+    pairs = [marked_pair(24, 24, i, i, 9, 8) for i in range(4)]
+    samples = ({"picture": p, "mask": m, "prompt": f"picture {i}"} for i, (p, m) in enumerate(pairs))
+    write_shards(samples, tmp_path / "shards")
+    data = MapDataset(ShardRecords(tmp_path / "shards"), PairedTransform(24, resample="bilinear"))
+    assert len(data) == 4
+    for i in range(4):
+        sample = data[i]
+        assert sample["caption"] == f"picture {i}"
+        assert ((sample["pixel_values"][:1] + 1) / 2 - sample["confidence"]).abs().max() <= 1.01 / 255
 
 
 @pytest.mark.parametrize(

@@ -222,18 +222,18 @@ def encode_mask(mask: np.ndarray) -> bytes:
 
 
 def decode(data: bytes, mode: str) -> np.ndarray:
-    """A picture's bytes as uint8 (H, W, 3) for mode "RGB" or (H, W) for "L".
+    """A picture's bytes as uint8 (H, W, 3) for mode "RGB" or (H, W) for "L", turned upright as its camera flagged it.
 
     Raises:
         ValueError: not a PNG, JPEG or WebP picture, broken, or too large.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-            return np.asarray(image.convert(mode))
+            return np.asarray(ImageOps.exif_transpose(image).convert(mode))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from error
 

@@ -21,7 +21,7 @@ class MapDataset(Dataset):
     """Pictures with captions and confidence maps, placed alike.
 
     Args:
-        records: `read_folder(...)`'s result, or any sequence of `Record`.
+        records: `read_folder(...)`'s result, `ShardRecords(...)`, or any sequence of `Record`.
         transform: the placement.
         seed: of crops and flips: item (epoch, i) is a function of (seed, epoch, i), whatever the worker.
         missing: what a picture without a map is: "zeros" (clean everywhere) or "error".
@@ -41,14 +41,14 @@ class MapDataset(Dataset):
             raise ValueError("records: expected at least one, got none")
         if missing not in ("zeros", "error"):
             raise ValueError(f"missing: expected 'zeros' or 'error', got {missing!r}")
-        self.records, self.transform, self.seed = list(records), transform, seed
+        self.records, self.transform, self.seed = records, transform, seed
         if missing == "error":
             for record in self.records:
                 if record.confidence is None:
                     raise ValueError(f"records: expected a map for every picture, {_name(record)} has none")
         if check:
             step = max(1, -(-len(self.records) // _CHECKED))
-            check_maps(record.confidence for record in self.records[::step]).warn()
+            check_maps(self.records[index].confidence for index in range(0, len(records), step)).warn()
 
     def __len__(self) -> int:
         return len(self.records)

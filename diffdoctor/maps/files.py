@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,26 @@ def write_map(path, confidence) -> None:
     values = np.rint(read_map(confidence) * 255.0).astype(np.uint8)
     with atomic_path(path) as temporary:
         Image.fromarray(values).save(temporary, format="PNG", optimize=True)
+
+
+class ShardRecords(Sequence):
+    """The pictures of shards with a manifest as records, read one by one when they are asked for.
+
+    Args:
+        folder: what `diffdoctor.detector.shards.write_shards` wrote; the masks are the confidence maps.
+    """
+
+    def __init__(self, folder):
+        from diffdoctor.detector.shards import ShardData
+
+        self.data = ShardData(folder)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Record:
+        sample = self.data[index]
+        return Record(sample["picture"], sample["mask"], sample.get("prompt", ""))
 
 
 def read_folder(folder, maps=None, *, caption: str = "") -> list[Record]:
