@@ -17,9 +17,8 @@ def to_storage(x, dtype: tl.constexpr, ROUND_BF16: tl.constexpr):
     if ROUND_BF16 and dtype == tl.bfloat16:
         single = x.to(tl.float32)
         bits = single.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        single = tl.where(single == single, rounded.to(tl.uint32).to(tl.float32, bitcast=True), single)
-        return single.to(dtype)
+        upper = tl.where(single == single, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+        return upper.to(tl.uint16).to(dtype, bitcast=True)
     return x.to(dtype)
 
 
