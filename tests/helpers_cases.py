@@ -241,8 +241,9 @@ def _move(value, device):
     return value
 
 
-# The rounding of one store, relative to the largest gradient; fp32 is the bound.
-_GRAD_TOLERANCE = {F32: 3e-5, BF16: 2**-8, F16: 2**-10, F64: 1e-12}
+# Relative to the largest gradient: one unit in the last place, which two fp32 values on either side of a tie differ by
+# when they are stored; fp32 has the bound of the design.
+_GRAD_TOLERANCE = {F32: 3e-5, BF16: 2**-7, F16: 2**-10, F64: 1e-12}
 
 
 def check(problem: Problem, want: dict) -> None:
