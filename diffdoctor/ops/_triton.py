@@ -36,6 +36,8 @@ _INTERPRETS = interprets(weighted.weighted_loss_kernel)
 _ABSENT, _SAME, _RESAMPLED = 0, 1, 2  # kernels/resample.py
 _PLAIN_L2 = (0.0,) * 5
 _BLOCK_PARTIAL = 512
+# Said aloud because Triton 3.10 changes the default; where a rounding must not depend on it the kernels use fma.
+_LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
 _SCALE_BLOCK = 2048
 
 
@@ -213,7 +215,7 @@ class Prepared:
             clean_weight=options.clean_weight, artifact_weight=options.artifact_weight,
             threshold=options.threshold, gamma=options.gamma,
             CONFIDENCE=kinds[0], MASK=kinds[1],
-            BLOCK_PARTIAL=_BLOCK_PARTIAL, ACC=_ACC[plan.acc_dtype], IDX=_index_type(plan), num_warps=4,
+            BLOCK_PARTIAL=_BLOCK_PARTIAL, ACC=_ACC[plan.acc_dtype], IDX=_index_type(plan), **_LAUNCH,
         )  # fmt: skip
         strength = dict(zip(LOSS_KINDS, options.strength, strict=True))
         data = {}
@@ -338,7 +340,7 @@ def scale_gradient(grad: Tensor, grad_output: Tensor, out: Tensor, batch: int, c
         programs = -(-blocks // steps)
         weighted.scale_gradient_kernel[(batch * programs,)](
             grad, out, grad_output, count, programs, steps, grad_output.stride(0) if grad_output.ndim else 0,
-            IN_PLACE=out.data_ptr() == grad.data_ptr(), BLOCK=_SCALE_BLOCK, ROUND_BF16=_INTERPRETS, num_warps=4,
+            IN_PLACE=out.data_ptr() == grad.data_ptr(), BLOCK=_SCALE_BLOCK, ROUND_BF16=_INTERPRETS, **_LAUNCH,
         )  # fmt: skip
 
 
@@ -373,7 +375,7 @@ def artifact_arguments(problem: ArtifactProblem, gathers: bool) -> dict:
         h=h, w=w, out_h=out_h, out_w=out_w, stride_b=stride_b, stride_y=stride_y, stride_x=stride_x,
         scale_y=_ratio(h, out_h, acc), scale_x=_ratio(w, out_w, acc), tau=problem.threshold,
         window_y=window_y, window_x=window_x, slack=slack,
-        GATHER=gathers, ACC=_ACC[acc], BLOCK=artifact.BLOCK, num_warps=4,
+        GATHER=gathers, ACC=_ACC[acc], BLOCK=artifact.BLOCK, **_LAUNCH,
     )  # fmt: skip
 
 
@@ -389,5 +391,5 @@ def artifact_loss_backward(kept: Tensor, factor: Tensor, grad_output: Tensor, ou
     with on_device(kept):
         artifact.artifact_scale_kernel[(batch * n_tiles,)](
             kept, factor, grad_output, out, h * w, n_tiles, grad_output.stride(0) if grad_output.ndim else 0,
-            BLOCK=_SCALE_BLOCK, ROUND_BF16=_INTERPRETS, num_warps=4,
+            BLOCK=_SCALE_BLOCK, ROUND_BF16=_INTERPRETS, **_LAUNCH,
         )  # fmt: skip
