@@ -74,20 +74,20 @@ def _gated(case, tensors, device, sides):
             if row["reason"] is None:
                 call = Call(case, tensors, side)
                 call()
-                row.update(_beside(memory.forward_and_backward, call.forward, call.backward, device))
-                row.update(_beside(_operations, call, device))
+                row.update(_beside("memory", memory.forward_and_backward, call.forward, call.backward, device))
+                row.update(_beside("operations", _operations, call, device))
                 calls[side.name] = call
         except Exception as error:
             row["reason"] = first_line(error)
     return rows, calls
 
 
-def _beside(describe, *arguments) -> dict:
+def _beside(what, describe, *arguments) -> dict:
     """What stands beside the speed; where it cannot be had the row has no such figure, but keeps its speed."""
     try:
         return describe(*arguments)
     except Exception as error:
-        return {f"no{describe.__name__}": first_line(error)}
+        return {f"{what}_error": first_line(error)}
 
 
 def _operations(call, device):

@@ -384,6 +384,7 @@ def test_a_failed_side_figure_leaves_the_speed(monkeypatch):
     rows = measure.measure(tiny(), CPU, seconds=0.02, compiled=False, backends=("reference",))
     assert all(row["p50_us"] > 0 for row in rows)
     assert all("peak_bytes" not in row for row in rows)
+    assert rows[0]["memory_error"] == "RuntimeError: no profiler"
 
 
 def test_a_step_with_other_gradients_is_not_timed(monkeypatch):
@@ -430,6 +431,48 @@ def test_gpu_commands_end_at_their_limit_with_what_they_said(tmp_path):
     late = gpu.Context(tmp_path, time.monotonic(), None, {})
     with pytest.raises(gpu.PartError, match="lack of time"):
         late.run(["true"], 5)
+
+
+class Scripted(gpu.Context):
+    """A machine with a GPU whose commands answer from a list of (word of the command, output or error)."""
+
+    def __init__(self, folder, *answers):
+        super().__init__(folder, time.monotonic() + 60, None, {}, {"machine": {"gpu_capability": "9.0"}})
+        self.answers, self.said = answers, []
+
+    def run(self, command, limit, **environment):
+        self.said.append(command)
+        answer = next(answer for word, answer in self.answers if word in command)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_the_gpu_build_falls_back_to_nvcc_alone(tmp_path):
+    broken = gpu.PartError("exit code 1: no pyproject")
+    context = Scripted(tmp_path, ("setup.py", broken), ("benchmarks.gpu_build", ""), ("-c", '{"cuda": null}'))
+    found = gpu.part_build(context)
+    assert found["how"] == "nvcc alone"
+    assert context.said[-2][-2:] == ["benchmarks.gpu_build", "90"]
+    unusable = Scripted(tmp_path, ("setup.py", broken), ("benchmarks.gpu_build", ""), ("-c", '{"cuda": "old driver"}'))
+    with pytest.raises(gpu.PartError, match="old driver"):
+        gpu.part_build(unusable)
+
+
+def test_only_test_files_with_the_gpu_mark_are_run_there(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_marked.py").write_text("@pytest.mark.gpu\ndef test(): pass\n")
+    (tmp_path / "tests" / "test_other.py").write_text("import diffusers\n")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    context = Scripted(tmp_path, ("pytest", "3 passed"))
+    assert gpu.part_tests(context) == {"summary": "3 passed", "files": ["test_marked.py"]}
+    assert context.said[0][-1] == "tests/test_marked.py"
+
+
+def test_one_backend_without_counters_leaves_the_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
+    context = Scripted(tmp_path, ("cuda", gpu.PartError("exit code 9")), ("triton", '"ID","Metric"\nnoise\n'))
+    assert gpu.part_ncu(context) == {"cuda": "no counters: exit code 9", "triton": ['"ID","Metric"']}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
