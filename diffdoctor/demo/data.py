@@ -146,15 +146,15 @@ def make_demo_data(seed: int = 0) -> DemoData:
 
 def detector_training_config(seed: int = 0, *, steps: int = 400, **changes):
     """The settings with which the demo trains its detector (the tiny `ArtifactDetector`)."""
-    return _training_config(seed, DETECTOR_KINDS, steps=steps, **changes)
+    return _training_config(seed, DETECTOR_KINDS, blur=0.5, steps=steps, **changes)
 
 
 def judge_training_config(seed: int = 0, *, steps: int = 600, **changes):
     """The settings with which the demo trains its judge (`ConvDetector`): another seed, all kinds of damage."""
-    return _training_config(seed + 1000, KINDS, steps=steps, **changes)
+    return _training_config(seed + 1000, KINDS, blur=0.9, steps=steps, **changes)
 
 
-def _training_config(seed, kinds, **options):
+def _training_config(seed, kinds, blur, **options):
     from diffdoctor.detector.samples import AugmentConfig
     from diffdoctor.detector.train import DetectorTrainingConfig
 
@@ -165,12 +165,12 @@ def _training_config(seed, kinds, **options):
         strength=STRENGTH,
         area=AREA,
         visible=VISIBLE,
-        benign_share=0.5,
+        benign_share=0.8,
         shrink_share=0.05,
         shift=0.07,
         exposure=0.1,
         noise=0.02,
-        blur=0.9,
+        blur=blur,
     )
     settings = {"batch_size": 64, "learning_rate": 3e-3, "bce": 1.0, "mse": 0.0, "seed": seed, "augment": augment}
     return DetectorTrainingConfig(**(settings | options))

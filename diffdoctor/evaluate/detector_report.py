@@ -87,8 +87,9 @@ def write_report(path: Path, result: dict, found: Diagnosed, picture, examples: 
     overall = result["overall"]
     report = Report("Detector")
     report.lead(
-        f"mAP@0.5 {_number(overall['map50'])}, IoU {_number(overall['iou'])}; {_percent(overall['false_positive_rate'])} "
-        f"of the clean pictures are flagged, {_percent(overall['hit_rate'])} of the damaged ones."
+        f"mAP@0.5 {_number(overall['map50'])}, IoU {_number(overall['iou'])}; "
+        f"{_percent(overall['false_positive_rate'])} of the clean pictures are flagged, "
+        f"{_percent(overall['hit_rate'])} of the damaged ones."
     )
     report.heading("Measures")
     names = [name for name in overall if not name.endswith("_interval")]
