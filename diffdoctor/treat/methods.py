@@ -1,13 +1,13 @@
 """How much of the sampling carries a gradient: `draft_k`, `draft_lv`, `drtune`, `full`.
 
-Each method names the steps that the roll-out has to keep and makes, for the flagged pictures, one or several final
-latents with a graph; their losses are averaged. `weighted` samples nothing and has no entry here.
+Each method yields, for the pictures to replay, one or several final latents with a graph; their losses are averaged,
+and one graph is used up before the next is made. `weighted` samples nothing and has no entry here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from diffdoctor.treat.processes import seed_of
 from diffdoctor.treat.rollout import Guidance, Rollout, replay
 from diffdoctor.treat.schedulers import Sampler
 
+LV_REPEATS = 2
 METHODS = ("draft_k", "draft_lv", "drtune", "full", "weighted")
 
 
@@ -75,18 +76,18 @@ def kept_steps(method: str, grad_steps: int, steps: int) -> tuple[int, ...]:
     return (steps - graph_step_count(method, grad_steps, steps),)
 
 
-def draft_k(batch: Replay, grad_steps: int) -> list[torch.Tensor]:
+def draft_k(batch: Replay, grad_steps: int) -> Iterator[torch.Tensor]:
     """The graph runs through the last grad_steps steps (DRaFT-K, arXiv 2309.17400)."""
     steps = len(batch.sampler)
-    return [batch.run(first=steps - graph_step_count("draft_k", grad_steps, steps))]
+    yield batch.run(first=steps - graph_step_count("draft_k", grad_steps, steps))
 
 
-def full(batch: Replay, grad_steps: int) -> list[torch.Tensor]:
+def full(batch: Replay, grad_steps: int) -> Iterator[torch.Tensor]:
     """The graph runs through every step."""
-    return [batch.run(first=0)]
+    yield batch.run(first=0)
 
 
-def drtune(batch: Replay, grad_steps: int) -> list[torch.Tensor]:
+def drtune(batch: Replay, grad_steps: int) -> Iterator[torch.Tensor]:
     """Evenly spaced steps with a random offset carry a gradient; the denoiser's input is detached (arXiv 2405.00760).
 
     What reaches a step's prediction comes down the latents' linear path alone, so early steps are taught without the
@@ -97,19 +98,18 @@ def drtune(batch: Replay, grad_steps: int) -> list[torch.Tensor]:
     stride = steps / count
     offset = float(torch.rand((), generator=batch.generator)) * stride
     chosen = {min(int(offset + i * stride), steps - 1) for i in range(count)}
-    return [batch.run(first=0, graph_steps=sorted(chosen), detach_input=True)]
+    yield batch.run(first=0, graph_steps=sorted(chosen), detach_input=True)
 
 
-def draft_lv(batch: Replay, grad_steps: int, repeats: int = 2) -> list[torch.Tensor]:
-    """The final latents are noised `repeats` times to the last step's level; each last step carries a gradient.
+def draft_lv(batch: Replay, grad_steps: int) -> Iterator[torch.Tensor]:
+    """The final latents are noised `LV_REPEATS` times to the last step's level; each last step carries a gradient.
 
     The low-variance form of DRaFT with one step (arXiv 2309.17400, section 3.3).
     """
     sampler, rollout = batch.sampler, batch.rollout
     last = len(sampler) - 1
     clean = rollout.final.index_select(0, batch.index.to(rollout.final.device))
-    finals = []
-    for repeat in range(repeats):
+    for repeat in range(LV_REPEATS):
         generators = [torch.Generator().manual_seed(seed_of(seed, repeat)) for seed in batch.seeds]
         noise = torch.stack([torch.randn(clean.shape[1:], generator=g, dtype=clean.dtype) for g in generators])
         # the noised latents have no history: a multistep scheduler takes this step at first order
@@ -122,11 +122,10 @@ def draft_lv(batch: Replay, grad_steps: int, repeats: int = 2) -> list[torch.Ten
             generators=rollout.generators,
         )
         everything = torch.arange(len(clean))
-        finals.append(replace(batch, rollout=fresh, index=everything).run(first=last))
-    return finals
+        yield replace(batch, rollout=fresh, index=everything).run(first=last)
 
 
-FINAL_LATENTS: dict[str, Callable[[Replay, int], list[torch.Tensor]]] = {
+FINAL_LATENTS: dict[str, Callable[[Replay, int], Iterator[torch.Tensor]]] = {
     "draft_k": draft_k,
     "draft_lv": draft_lv,
     "drtune": drtune,

@@ -13,7 +13,7 @@ from diffdoctor._errors import UserError
 from diffdoctor.ops import GradientModulator, artifact_loss, weighted_loss
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Conditioning, Family
-from diffdoctor.treat.methods import FINAL_LATENTS, Replay
+from diffdoctor.treat.methods import FINAL_LATENTS, LV_REPEATS, Replay
 from diffdoctor.treat.rollout import Guidance, Rollout
 from diffdoctor.treat.schedulers import Sampler
 
@@ -96,18 +96,18 @@ def artifact_term(
         modulator.set(confidence[chosen if partners is None else partners])
     own_seeds = [seeds[i] for i in chosen.tolist()]
     batch = Replay(family, sampler, rollout, guidance, chosen, config.modulate, modulator, generator, own_seeds)
-    finals = FINAL_LATENTS[config.method](batch, config.grad_steps)
+    share = total * (LV_REPEATS if config.method == "draft_lv" else 1)
     loss = 0.0
-    for latents in finals:
+    for latents in FINAL_LATENTS[config.method](batch, config.grad_steps):
         pictures = family.decode(latents)
         if partners is None:
-            term = picture_loss(detector, pictures, config).sum() / (total * len(finals))
-            term.backward(retain_graph=False)
+            term = picture_loss(detector, pictures, config).sum() / share
+            term.backward()
             loss += float(term.detach())
         else:
             gradient, value = _partners_gradient(family, detector, rollout.final[partners], config)
-            pictures.backward(gradient.to(pictures.dtype) / (total * len(finals)))
-            loss += value / (total * len(finals))
+            pictures.backward(gradient.to(pictures.dtype) / share)
+            loss += value / share
     return loss, len(chosen)
 
 
