@@ -24,7 +24,7 @@ class Command:
     Attributes:
         summary: one line for the list of commands.
         config: "module:Dataclass" of the options.
-        run: "module:function" that takes the dataclass and returns None or an exit code.
+        run: "module:function" that takes the dataclass; an int that it returns is the exit code.
         positional: the options that are given without a name.
     """
 
@@ -45,6 +45,30 @@ COMMANDS = {
         "diffdoctor.treat.command:TreatCommandConfig",
         "diffdoctor.treat.command:run_treat",
     ),
+    "inject": Command(
+        "damage clean pictures: labelled shards with exact masks",
+        "diffdoctor.detector.injecting:InjectConfig",
+        "diffdoctor.detector.injecting:run_inject",
+        ("pictures",),
+    ),
+    "train-detector": Command(
+        "train a detector on labelled shards",
+        "diffdoctor.detector.training:TrainDetectorConfig",
+        "diffdoctor.detector.training:run_train_detector",
+        ("data",),
+    ),
+    "diagnose": Command(
+        "write a confidence map of every picture, and a gallery of the worst",
+        "diffdoctor.detector.diagnosing:DiagnoseConfig",
+        "diffdoctor.detector.diagnosing:run_diagnose",
+        ("pictures",),
+    ),
+    "evaluate detector": Command(
+        "measure a detector on labelled shards",
+        "diffdoctor.evaluate.detector_report:EvaluateDetectorConfig",
+        "diffdoctor.evaluate.detector_report:run_evaluate_detector",
+        ("data",),
+    ),
     "env": Command(
         "show versions, what was found and which backend serves what",
         "diffdoctor.environment:EnvConfig",
@@ -62,7 +86,8 @@ def main(argv=None) -> int:
     if argv[0] == "--version":
         print(f"diffdoctor {__version__}")
         return 0
-    name, rest = argv[0], argv[1:]
+    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    name, rest = " ".join(argv[:words]), argv[words:]
     if name not in COMMANDS:
         return _fail(f"unknown command {name!r}: expected one of {', '.join(sorted(COMMANDS))}")
     # Nothing that a command needs is downloaded behind the user's back, and stray notices would bury the progress.
@@ -117,7 +142,8 @@ def _run(name, command, argv):
     with contextlib.suppress(BrokenPipeError):
         options = parser.parse_args(argv)
         values = {key: value for key, value in vars(parser.instantiate(options)).items() if key != "config"}
-        return _load(command.run)(config_class(**values)) or 0
+        result = _load(command.run)(config_class(**values))
+        return result if isinstance(result, int) else 0
     return 0
 
 
@@ -134,8 +160,7 @@ def _parser(name, command, config_class):
     parser = Parser(prog=f"diffdoctor {name}", description=command.summary, default_env=False)
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file that holds any of these options")
     for positional in command.positional:
-        field = config_class.__dataclass_fields__[positional]
-        parser.add_argument(positional, type=field.type, nargs="+")
+        parser.add_argument(positional, type=str, nargs="+")
     parser.add_class_arguments(config_class, skip=set(command.positional))
     return parser
 

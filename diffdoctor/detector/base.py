@@ -274,7 +274,7 @@ def _find_folder(source: str | Path) -> Path:
     except ImportError:
         raise UserError(f"{source}: no such folder (hub ids need `pip install 'diffdoctor[stages]'`)") from None
     except Exception as error:  # the hub client raises its own, httpx's and requests' classes
-        raise UserError(f"{source}: no such folder, and the hub gave no such detector ({error})") from error
+        raise UserError(f"{source}: no such folder, and the hub gave no detector ({type(error).__name__})") from error
 
 
 def _tile_starts(length: int, tile: int, overlap: float) -> list[int]:

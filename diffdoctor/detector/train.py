@@ -281,7 +281,7 @@ class _Run:
         trained = [p.detach().clone() for p in self.detector.parameters()]
         self._use_ema()
         self.detector.eval()
-        measures = {"step": self.step, **quick_measures(self.detector, self.validation)}
+        measures = {"step": self.step, **quick_measures(self.detector, self.validation, size=self.config.size)}
         best = max((v["map50"] for v in self.validations), default=-math.inf)
         self.validations.append(measures)
         main = self.accelerator.is_main_process

@@ -79,9 +79,9 @@ def diagnose_data(detector, data, *, batch_size: int = 64, size: int | None = No
     return Diagnosed(np.concatenate(maps), np.concatenate(masks), categories, generators)
 
 
-def quick_measures(detector, data) -> dict[str, float]:
+def quick_measures(detector, data, *, size: int | None = None) -> dict[str, float]:
     """iou, map50, false_positive_rate and hit_rate of a detector on a small set, for watching a training run."""
-    found = diagnose_data(detector, data)
+    found = diagnose_data(detector, data, size=size)
     damaged = (found.masks >= 0.5).any(axis=(1, 2))
     flags = flagged_share(found.confidence) >= FLAG_SHARE
     return {
