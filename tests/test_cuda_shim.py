@@ -6,7 +6,6 @@ import torch
 from helpers_cuda_shim import build_module
 
 from diffdoctor.ops import _cuda
-from diffdoctor.ops._lowering import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
 
 
 @pytest.fixture(scope="module")

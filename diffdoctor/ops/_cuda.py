@@ -16,7 +16,7 @@ _nothing = contextlib.nullcontext()
 _MIN_WORKSPACE = 1 << 16
 # Per device and stream: launches on one stream never overlap, so they may share partial sums and the block counter.
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}
-_unavailable: str | None | bool = False  # False: not yet known
+_unavailable: str | bool | None = False  # False: not yet known
 
 
 def unavailable() -> str | None:
