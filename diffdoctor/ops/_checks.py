@@ -37,7 +37,8 @@ def check_number(name: str, value, low: float = -math.inf, high: float = math.in
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise kind_error(name, "a number", value)
     value = float(value)
-    if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+    # Comparisons, not math.isfinite: Dynamo traces them on symbolic floats too.
+    if not -math.inf < value < math.inf or not low <= value <= high or (open_low and value == low):
         bounds = "finite"
         if low > -math.inf or high < math.inf:
             bounds = (

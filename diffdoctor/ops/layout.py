@@ -31,11 +31,13 @@ class Packed:
     order: str = "c ph pw"
 
     def __post_init__(self):
-        for name in ("height", "width", "patch_size"):
+        for name in ("patch_size", "height", "width"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if value < 1 or value % self.patch_size:
+            if value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+            if value % self.patch_size:
                 raise ValueError(f"{name} must be a positive multiple of patch_size {self.patch_size}, got {value}")
         if not isinstance(self.order, str):
             raise TypeError(f"order must be one of {ORDERS}, got {type(self.order).__name__}")

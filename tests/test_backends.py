@@ -1,0 +1,122 @@
+"""Which backend serves a call, and why not another."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import diffdoctor
+from diffdoctor import native
+from diffdoctor.backends import NAMES, OPS, BackendUnavailable, describe, for_device, pick, why_not
+
+HAS_CPU = why_not("cpu") is None
+needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="no compiled module")
+
+
+def run(script, **env):
+    return subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **env}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_every_backend_is_usable_or_says_why_not():
+    found = diffdoctor.backends()
+    assert tuple(found) == NAMES
+    assert found["reference"] is None
+    assert all(reason is None or (isinstance(reason, str) and len(reason) > 8) for reason in found.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without CUDA")
+def test_without_a_gpu_the_gpu_backends_say_so():
+    x = torch.ones(1, 1, 2, 2)
+    for name in ("cuda", "triton"):
+        with pytest.raises(BackendUnavailable, match=f"'{name}' cannot be used here: .+"):
+            diffdoctor.weighted_loss(x, x, backend=name)
+
+
+@needs_cpu
+def test_a_cpu_tensor_goes_to_the_compiled_module():
+    assert for_device("cpu").__name__ == "diffdoctor.ops._cpu"
+    assert pick(None, "weighted_loss", "cpu") is for_device("cpu")
+    assert pick("reference", "weighted_loss", "cpu") is None
+
+
+@needs_cpu
+def test_a_backend_refuses_a_tensor_on_another_device():
+    with pytest.raises(BackendUnavailable, match="serves CPU tensors, got a tensor on cuda"):
+        pick("cpu", "weighted_loss", "cuda")
+
+
+def test_a_cuda_tensor_on_the_reference_warns_once(monkeypatch):
+    from diffdoctor import backends as _function  # noqa: F401  the public function hides the module's name
+
+    module = sys.modules["diffdoctor.backends"]
+    monkeypatch.setattr(module, "_chosen", {"cuda": None})
+    monkeypatch.setattr(module, "_warned", set())
+    with pytest.warns(UserWarning, match="served by the slow reference"):
+        assert pick(None, "weighted_loss", "cuda") is None
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pick(None, "weighted_loss", "cuda") is None
+
+
+def test_environment_variable(monkeypatch):
+    x, y = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)
+    monkeypatch.setenv("DIFFDOCTOR_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match=r"DIFFDOCTOR_BACKEND must be one of .* got 'nonsense'"):
+        diffdoctor.weighted_loss(x, y)
+    monkeypatch.setenv("DIFFDOCTOR_BACKEND", "reference")
+    leaf = x.clone().requires_grad_()
+    assert "WeightedLoss" not in type(diffdoctor.weighted_loss(leaf, y).grad_fn).__name__
+    monkeypatch.delenv("DIFFDOCTOR_BACKEND")
+    if HAS_CPU:
+        assert "WeightedLoss" in type(diffdoctor.weighted_loss(leaf, y).grad_fn).__name__
+
+
+def test_description_has_what_env_prints():
+    found = describe()
+    assert set(found["backends"]) == set(NAMES)
+    assert set(found["serves"]["cpu"]) == set(OPS)
+    assert found["serves"]["cpu"]["weighted_loss"] == ("cpu" if HAS_CPU else "reference")
+    if HAS_CPU:
+        assert found["native"]["instruction_set"] in ("generic", "avx2", "avx512")
+
+
+def test_import_is_light_and_touches_no_device():
+    done = run(
+        "import sys, torch, diffdoctor\n"
+        "names = {'triton', 'diffusers', 'transformers', 'PIL', 'matplotlib', 'diffdoctor._native'}\n"
+        "heavy = names & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_the_compiled_module_the_reference_serves():
+    done = run(
+        "import sys\n"
+        "sys.modules['diffdoctor._native'] = None\n"
+        "import torch, diffdoctor\n"
+        "x = torch.randn(1, 2, 4, 4, requires_grad=True)\n"
+        "loss = diffdoctor.weighted_loss(x, torch.zeros(1, 2, 4, 4))\n"
+        "loss.backward()\n"
+        "torch.testing.assert_close(x.grad, 2 * x.detach() / x.numel())\n"
+        "assert diffdoctor.backends()['cpu']\n"
+        "try:\n"
+        "    diffdoctor.weighted_loss(x, torch.zeros(1, 2, 4, 4), backend='cpu')\n"
+        "except RuntimeError as error:\n"
+        "    print(error)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "backend 'cpu' cannot be used here" in done.stdout
+
+
+def test_native_module_remembers_its_reason():
+    module, reason = native.load(), native.reason()
+    assert (module is None) == (reason is not None)
+    assert native.load() is module

@@ -1,0 +1,79 @@
+"""snr_weights, prior_preservation_weights, huber_schedule."""
+
+import math
+
+import pytest
+import torch
+
+from diffdoctor import huber_schedule, prior_preservation_weights, snr_weights
+
+ACP = torch.cat([torch.tensor([1.0]), torch.linspace(0.999, 0.0, 100)])  # SNR infinity, then down to SNR 0
+T = torch.arange(101)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("gamma", [0.5, 5.0, math.inf])
+def test_snr_weights_are_the_formula_and_finite_at_both_ends(kind, gamma):
+    got = snr_weights(T, ACP, gamma, kind)
+    assert torch.isfinite(got).all()
+    assert got.dtype == torch.float32
+    a = ACP.double()[1:-1]
+    snr = a / (1 - a)
+    capped = snr.clamp(max=gamma)
+    want = {"epsilon": capped / snr, "sample": capped, "v_prediction": capped / (snr + 1)}[kind]
+    torch.testing.assert_close(got[1:-1].double(), want, rtol=2e-5, atol=1e-7)
+    at_zero = {"epsilon": 1.0, "sample": 0.0, "v_prediction": 0.0}[kind]
+    assert got[-1] == at_zero
+
+
+def test_snr_weights_agree_with_diffusers():
+    training_utils = pytest.importorskip("diffusers.training_utils")
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    t = torch.tensor([0, 10, 500, 999])
+    snr = training_utils.compute_snr(scheduler, t)
+    want = torch.minimum(snr, torch.full_like(snr, 5.0)) / snr
+    torch.testing.assert_close(snr_weights(t, scheduler.alphas_cumprod), want, rtol=2e-4, atol=0)
+
+
+def test_prior_preservation_weights():
+    assert prior_preservation_weights(6, 0.5).tolist() == [2, 2, 2, 1, 1, 1]
+    assert prior_preservation_weights(0).shape == (0,)
+    with pytest.raises(ValueError, match="must be even"):
+        prior_preservation_weights(3)
+    with pytest.raises(TypeError, match="must be an int"):
+        prior_preservation_weights(4.0)
+
+
+def test_huber_schedules():
+    t = torch.tensor([0, 500, 1000])
+    torch.testing.assert_close(huber_schedule(t, 0.1, "constant", huber_scale=2.0), torch.full((3,), 0.2))
+    torch.testing.assert_close(huber_schedule(t, 0.1, "exponential"), torch.tensor([1.0, 0.1**0.5, 0.1]))
+    got = huber_schedule(T, 0.1, "snr", alphas_cumprod=ACP)
+    assert torch.isfinite(got).all()
+    assert got[-1] == pytest.approx(0.1)
+    assert got[0] == pytest.approx(1.0)
+    a = ACP.double()[1:-1]
+    want = 0.9 / (1 + ((1 - a) / a).sqrt()) ** 2 + 0.1
+    torch.testing.assert_close(got[1:-1].double(), want, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (TypeError, "timesteps must be integers", lambda: snr_weights(T.float(), ACP)),
+        (TypeError, "alphas_cumprod must be a tensor", lambda: snr_weights(T, [1.0])),
+        (ValueError, r"alphas_cumprod must have shape \(steps,\)", lambda: snr_weights(T, ACP[None])),
+        (ValueError, "prediction_type must be one of", lambda: snr_weights(T, ACP, 5.0, "eps")),
+        (ValueError, "gamma must be positive", lambda: snr_weights(T, ACP, 0.0)),
+        (ValueError, "schedule must be one of", lambda: huber_schedule(T, 0.1, "linear")),
+        (ValueError, "huber_c must be positive", lambda: huber_schedule(T, 0.0)),
+        (ValueError, "alphas_cumprod must be given", lambda: huber_schedule(T, 0.1, "snr")),
+        (TypeError, "timesteps must be a tensor", lambda: huber_schedule(3, 0.1, "constant")),
+    ],
+    ids=range(9),
+)
+def test_bad_argument(error, message, call):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,125 @@
+"""Target, Packed: what they mean, and what they refuse."""
+
+import pytest
+import torch
+
+import diffdoctor
+from diffdoctor import Packed, Target
+from diffdoctor.backends import why_not
+
+HAS_CPU = why_not("cpu") is None
+BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not HAS_CPU, reason="no compiled module"))]
+SHAPE = (3, 4, 6, 6)
+
+
+@pytest.fixture
+def tensors():
+    g = torch.Generator().manual_seed(1)
+    return {name: torch.randn(SHAPE, generator=g) for name in ("pred", "latents", "noise", "noisy")} | {
+        "a": torch.rand(3, generator=g) * 0.9 + 0.05,
+        "sigma": torch.rand(3, generator=g) + 0.1,
+    }
+
+
+def column(v):
+    return v.view(-1, 1, 1, 1)
+
+
+TARGETS = {
+    "epsilon": lambda t: (Target.epsilon(t["noise"]), lambda x: x - t["noise"]),
+    "sample": lambda t: (Target.sample(t["latents"]), lambda x: x - t["latents"]),
+    "velocity": lambda t: (
+        Target.velocity(t["latents"], t["noise"], t["a"]),
+        lambda x: x - (column(t["a"].sqrt()) * t["noise"] - column((1 - t["a"]).sqrt()) * t["latents"]),
+    ),
+    "velocity one step": lambda t: (
+        Target.velocity(t["latents"], t["noise"], 0.25),
+        lambda x: x - (0.5 * t["noise"] - 0.75**0.5 * t["latents"]),
+    ),
+    "flow": lambda t: (Target.flow(t["latents"], t["noise"]), lambda x: x - (t["noise"] - t["latents"])),
+    "flow reversed": lambda t: (
+        Target.flow(t["latents"], t["noise"], reversed=True),
+        lambda x: x - (t["latents"] - t["noise"]),
+    ),
+    "preconditioned": lambda t: (
+        Target.preconditioned(t["latents"], t["noisy"], -t["sigma"], 1 / (t["sigma"] ** 2 + 1)),
+        lambda x: column(-t["sigma"]) * x + t["noisy"] / column(t["sigma"] ** 2 + 1) - t["latents"],
+    ),
+    "own": lambda t: (
+        Target((t["noise"], t["noisy"]), (t["a"], -2.0), pred_scale=3.0),
+        lambda x: 3.0 * x - column(t["a"]) * t["noise"] + 2.0 * t["noisy"],
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", TARGETS)
+def test_residual(tensors, name, backend):
+    target, residual = TARGETS[name](tensors)
+    x, y = tensors["pred"].clone().requires_grad_(), tensors["pred"].clone().requires_grad_()
+    want = (residual(x) ** 2).mean()
+    got = diffdoctor.weighted_loss(y, target, backend=backend)
+    torch.testing.assert_close(got, want, rtol=3e-6, atol=3e-6)
+    want.backward()
+    got.backward()
+    torch.testing.assert_close(y.grad, x.grad, rtol=0, atol=3e-5 * x.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_target_in_fp32_is_sharper_than_one_built_in_bf16(backend):
+    latents, noise = torch.randn(SHAPE).bfloat16(), torch.randn(SHAPE).bfloat16()
+    pred = torch.randn(SHAPE)
+    exact = ((pred.double() - (noise.double() - latents.double())) ** 2).mean()
+    ours = diffdoctor.weighted_loss(pred, Target.flow(latents, noise), backend=backend)
+    trainers = diffdoctor.weighted_loss(pred, noise - latents, backend=backend)
+    assert abs(ours - exact) < 1e-6 * exact
+    assert abs(trainers - exact) < 1e-3 * exact
+
+
+@pytest.mark.parametrize("order", ["c ph pw", "ph pw c"])
+@pytest.mark.parametrize("patch", [1, 2, 3])
+def test_packing_is_a_bijection_in_the_named_order(order, patch):
+    layout = Packed(6, 12, patch, order)
+    latents = torch.arange(2 * 5 * 6 * 12.0).reshape(2, 5, 6, 12)
+    tokens = layout.pack(latents)
+    assert tokens.shape == (2, layout.tokens, 5 * patch * patch)
+    assert torch.equal(layout.unpack(tokens), latents)
+    token = tokens[1, 12 // patch]  # the first token of the second row of tokens
+    patch_pixels = latents[1, :, patch : 2 * patch, :patch]
+    want = patch_pixels if order == "c ph pw" else patch_pixels.permute(1, 2, 0)
+    assert torch.equal(token, want.reshape(-1))
+
+
+def test_packing_is_diffusers_flux_order():
+    flux = pytest.importorskip("diffusers.pipelines.flux.pipeline_flux")
+    latents = torch.randn(2, 4, 6, 8)
+    assert torch.equal(Packed(6, 8).pack(latents), flux.FluxPipeline._pack_latents(latents, 2, 4, 6, 8))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "make"),
+    [
+        (TypeError, "height must be an int, got float", lambda: Packed(4.0, 4)),
+        (ValueError, "width must be a positive multiple of patch_size 2, got 5", lambda: Packed(4, 5)),
+        (ValueError, "order must be one of", lambda: Packed(4, 4, 2, "pw ph c")),
+        (TypeError, "order must be one of", lambda: Packed(4, 4, 2, 7)),
+        (TypeError, "a Target's term must be a tensor, got float", lambda: Target.epsilon(1.0)),
+        (ValueError, "1 to 2 terms", lambda: Target((), ())),
+        (ValueError, "1 to 2 terms", lambda: Target((torch.ones(1),) * 3, (1.0,) * 3)),
+        (ValueError, "as many coefs", lambda: Target((torch.ones(1),), (1.0, 2.0))),
+        (TypeError, "scale must be a number or a tensor",
+         lambda: Target.preconditioned(torch.ones(1), torch.ones(1), "1", 1)),
+        (ValueError, r"alphas_cumprod must be .* \(B,\), got shape \(2, 1\)",
+         lambda: Target.velocity(torch.ones(1), torch.ones(1), torch.ones(2, 1))),
+        (TypeError, "floating-point", lambda: Target.velocity(torch.ones(1), torch.ones(1), torch.ones(2).long())),
+    ],
+    ids=["height", "width", "order", "order kind", "term", "none", "three", "coefs", "scale", "alphas", "alphas dtype"],
+)  # fmt: skip
+def test_bad_argument(error, message, make):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_packed_patch_size_zero_is_refused():
+    with pytest.raises(ValueError, match="patch_size"):
+        Packed(4, 4, 0)
