@@ -45,9 +45,9 @@ def decode(linear, sizes, strides, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _spot_offset(outer, inner, sizes, strides, UNITS: tl.constexpr = (1, 1, 1)):
-    """Offset of outer × inner positions; sizes, strides and UNITS stand as (outer dims, free dims, inner dims)."""
-    return decode(outer, sizes[0], strides[0], UNITS[0]) + decode(inner, sizes[2], strides[2], UNITS[2])
+def _spot_offset(outer, inner, sizes, strides, OUTER_UNIT: tl.constexpr, INNER_UNIT: tl.constexpr):
+    """Offset of outer × inner positions; sizes and strides stand as (outer dims, free dims, inner dims)."""
+    return decode(outer, sizes[0], strides[0], OUTER_UNIT) + decode(inner, sizes[2], strides[2], INNER_UNIT)
 
 
 @triton.jit
@@ -64,12 +64,12 @@ def _map(ptr, b, batch_stride, strides, axes, mode, default, outer, inner, insid
     if KIND == ABSENT:
         value = tl.zeros_like(outer + inner).to(ACC) + default
     elif KIND == SAME:
-        offset = _spot_offset(outer, inner, sizes, strides)
+        offset = _spot_offset(outer, inner, sizes, strides, 1, 1)
         value = map_value(ptr + b * batch_stride, offset, inside, ACC)
     else:
-        t = _spot_offset(outer, inner, sizes, coords[0])
-        y = _spot_offset(outer, inner, sizes, coords[1])
-        x = _spot_offset(outer, inner, sizes, coords[2])
+        t = _spot_offset(outer, inner, sizes, coords[0], 1, 1)
+        y = _spot_offset(outer, inner, sizes, coords[1], 1, 1)
+        x = _spot_offset(outer, inner, sizes, coords[2], 1, 1)
         value = resampled(ptr + b * batch_stride, inside, t, y, x, axes, map_grid, mode, ACC)
     return value
 
@@ -100,8 +100,8 @@ def _spatial(confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mas
 
 
 @triton.jit
-def _read(ptr, spots, free, present, sizes, strides, ACC: tl.constexpr, UNITS: tl.constexpr = (1, 1, 1)):
-    offset = spots + decode(free, sizes[1], strides[1], UNITS[1])
+def _read(ptr, spots, free, present, sizes, strides, ACC: tl.constexpr, UNIT: tl.constexpr):
+    offset = spots + decode(free, sizes[1], strides[1], UNIT)
     return tl.load(ptr + offset, mask=present, other=0.0).to(ACC)
 
 
@@ -170,17 +170,17 @@ def weighted_loss_kernel(
         m = as_scalar(clean_grad, ACC) + (as_scalar(artifact_grad, ACC) - as_scalar(clean_grad, ACC)) * u
         moved = chosen & (m != 0) & (tl.zeros_like(omega) + divisor != 0)
         slope_factor = omega * m * g
-        grad_spots = _spot_offset(outer, inner, sizes, grad_strides, GRAD_UNITS)
+        grad_spots = _spot_offset(outer, inner, sizes, grad_strides, GRAD_UNITS[0], GRAD_UNITS[2])
 
-    pred_spots = _spot_offset(outer, inner, sizes, pred_strides, PRED_UNITS)
+    pred_spots = _spot_offset(outer, inner, sizes, pred_strides, PRED_UNITS[0], PRED_UNITS[2])
     if term0_ptr is not None:
         coef0_b = _number(number_ptrs, given, strided, coef0, b, COEF0, ACC)
-        term0_spots = _spot_offset(outer, inner, sizes, term0_strides, TERM0_UNITS)
+        term0_spots = _spot_offset(outer, inner, sizes, term0_strides, TERM0_UNITS[0], TERM0_UNITS[2])
     if term1_ptr is not None:
         coef1_b = _number(number_ptrs, given, strided, coef1, b, COEF1, ACC)
-        term1_spots = _spot_offset(outer, inner, sizes, term1_strides, TERM1_UNITS)
+        term1_spots = _spot_offset(outer, inner, sizes, term1_strides, TERM1_UNITS[0], TERM1_UNITS[2])
     if weighting_ptr is not None:
-        weighting_spots = _spot_offset(outer, inner, sizes, weighting_strides)
+        weighting_spots = _spot_offset(outer, inner, sizes, weighting_strides, 1, 1)
 
     total = tl.zeros([BLOCK_OUTER, BLOCK_FREE, BLOCK_INNER], ACC)
     if SUMS:
@@ -191,19 +191,19 @@ def weighted_loss_kernel(
         free = (first + step * BLOCK_FREE + tl.arange(0, BLOCK_FREE))[None, :, None]
         present = inside & (free < n_free)
         d = s * _read(pred_ptr + b * batch_strides[0], pred_spots, free, present, sizes, pred_strides, ACC,
-                      PRED_UNITS)  # fmt: skip
+                      PRED_UNITS[1])  # fmt: skip
         if term0_ptr is not None:
             d -= coef0_b * _read(term0_ptr + b * batch_strides[2], term0_spots, free, present, sizes, term0_strides, ACC,
-                      TERM0_UNITS)  # fmt: skip
+                      TERM0_UNITS[1])  # fmt: skip
         if term1_ptr is not None:
             d -= coef1_b * _read(term1_ptr + b * batch_strides[3], term1_spots, free, present, sizes, term1_strides, ACC,
-                      TERM1_UNITS)  # fmt: skip
+                      TERM1_UNITS[1])  # fmt: skip
         loss, slope = element_loss(d, c, strength, PLAIN, ACC)
         selected = chosen & present
         weighted = v_omega * loss
         if weighting_ptr is not None:
             factor = _read(weighting_ptr + b * batch_strides[4], weighting_spots, free, present, sizes,
-                           weighting_strides, ACC)  # fmt: skip
+                           weighting_strides, ACC, 1)  # fmt: skip
             selected = selected & (factor != 0)
             weighted *= factor
             slope *= factor

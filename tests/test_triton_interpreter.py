@@ -17,11 +17,23 @@ HERE = Path(__file__).parent
 
 def test_in_the_interpreter():
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", HERE / "triton_interpreted.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--no-header",
+            "-rs",
+            HERE / "triton_interpreted.py",
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=HERE.parent,
         capture_output=True,
         text=True,
     )
+    if "cannot loop with NumPy" in done.stdout:
+        pytest.skip(done.stdout.split("SKIPPED")[1].strip().splitlines()[0])
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
