@@ -29,6 +29,7 @@ from diffdoctor.maps import (
     read_folder,
     read_map,
     write_map,
+    write_metadata,
 )
 
 BUCKETS = [(32, 32), (24, 40), (40, 24), (16, 48)]
@@ -231,6 +232,28 @@ def test_folder_of_pictures_captions_and_maps(tmp_path):
     assert find_map(folder / "a.png") == folder / "a.mask.png"
     assert read_map(maps / "more" / "c.npy").mean() == 0.5
     assert abs(read_map(folder / "a.mask.png") - 0.25).max() <= 0.5 / 255
+
+
+def test_metadata_names_each_map_and_keeps_captions(tmp_path):
+    picture = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "b").mkdir()
+    for name in ("a", "b/c"):
+        picture.save(tmp_path / f"{name}.png")
+        write_map(tmp_path / "maps" / f"{name}.png", np.zeros((8, 8), bool))
+    (tmp_path / "a.txt").write_text("ein Bär", encoding="utf-8")
+    expected = [
+        {"file_name": "a.png", "confidence_file_name": "maps/a.png", "text": "ein Bär"},
+        {"file_name": "b/c.png", "confidence_file_name": "maps/b/c.png", "text": ""},
+    ]
+    for _ in range(2):  # the second time the captions come from the file itself
+        assert write_metadata(tmp_path, tmp_path / "maps") == 2
+        lines = (tmp_path / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in lines] == expected
+    with pytest.raises(UserError, match="expected a folder inside"):
+        write_metadata(tmp_path / "maps", tmp_path / "b")
+    picture.save(tmp_path / "d.png")
+    with pytest.raises(UserError, match=r"d\.png: expected a map"):
+        write_metadata(tmp_path, tmp_path / "maps")
 
 
 def test_folder_errors_name_the_path(tmp_path):

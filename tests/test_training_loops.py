@@ -3,8 +3,12 @@
 docs/trainers.md names each test here beside the lines that it holds to their word.
 """
 
+import ast
 import os
+import re
 import tempfile
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -291,3 +295,15 @@ def test_lora_gets_the_gradient_and_the_base_none():
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
     assert all("lora" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def test_the_page_names_tests_that_exist_and_shows_code_that_parses():
+    text = (Path(__file__).resolve().parent.parent / "docs" / "trainers.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_[a-z_]*)…?`", text))
+    assert len(named) >= 9
+    assert not {name for name in named if not any(known.startswith(name) for known in globals())}
+    blocks = re.findall(r"^ *```python\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 15
+    for block in blocks:
+        # Lines that belong inside somebody's function: dedented, they are a function's body.
+        ast.parse("def lines():\n" + textwrap.indent(textwrap.dedent(block), "    "))

@@ -7,7 +7,16 @@ fourth band of the picture. docs/trainers.md shows both in real trainers.
 
 from diffdoctor.maps.check import MapReport, MapWarning, check_maps
 from diffdoctor.maps.dataset import MapDataset, StepBatches, collate
-from diffdoctor.maps.files import Record, ShardRecords, find_map, read_folder, read_map, read_picture, write_map
+from diffdoctor.maps.files import (
+    Record,
+    ShardRecords,
+    find_map,
+    read_folder,
+    read_map,
+    read_picture,
+    write_map,
+    write_metadata,
+)
 from diffdoctor.maps.geometry import PairedTransform, Placement, aspect_buckets, attach_map, detach_map
 
 __all__ = [
@@ -29,4 +38,5 @@ __all__ = [
     "read_map",
     "read_picture",
     "write_map",
+    "write_metadata",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from diffdoctor._errors import UserError
-from diffdoctor._io import atomic_path
+from diffdoctor._io import atomic_path, atomic_write_text
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAP_ENDING = ".mask.png"  # the ending that maps have in shards too
@@ -188,6 +188,33 @@ def read_folder(folder, maps=None, *, caption: str = "") -> list[Record]:
     if not records:
         raise UserError(f"{folder}: expected pictures ({', '.join(PICTURE_SUFFIXES)}), found none")
     return records
+
+
+def write_metadata(folder, maps) -> int:
+    """Write `folder/metadata.jsonl`, with which Hugging Face's `imagefolder` gives the columns image, text, confidence.
+
+    Args:
+        folder: of pictures with captions, as `read_folder` reads them.
+        maps: folder of the maps, inside `folder`.
+
+    Returns:
+        The number of pictures.
+
+    Raises:
+        UserError: maps outside the folder, which the loader would not find; a picture without a map.
+    """
+    folder, maps = Path(folder).resolve(), Path(maps).resolve()
+    if folder not in maps.parents:
+        raise UserError(f"{maps}: expected a folder inside {folder}, move or copy the maps there")
+    rows = []
+    for record in read_folder(folder, maps):
+        if record.confidence is None:
+            raise UserError(f"{record.picture}: expected a map in {maps}, there is none")
+        names = {"file_name": record.picture, "confidence_file_name": record.confidence}
+        rows.append({name: path.relative_to(folder).as_posix() for name, path in names.items()})
+        rows[-1]["text"] = record.caption
+    atomic_write_text(folder / METADATA_NAME, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return len(rows)
 
 
 def _read_metadata(path: Path) -> dict[str, str]:
