@@ -21,7 +21,7 @@ from diffdoctor.ops import *  # noqa: E402, F403
 from diffdoctor.version import __version__  # noqa: E402
 
 _LAZY = {"guide": "diffdoctor.treat.guide"}
-_STAGES = ("demo", "detector", "evaluate", "treat")
+_STAGES = ("demo", "detector", "evaluate", "maps", "treat")
 
 __all__ = [*_ops.__all__, "__version__", "backends", *_LAZY]  # noqa: PLE0604
 
