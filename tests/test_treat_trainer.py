@@ -209,6 +209,23 @@ def test_collapse_is_noticed_and_good_weights_kept():
     assert best.sharpness >= 0.5 * first.sharpness
 
 
+def test_a_monitor_that_sees_more_artifacts_stops_the_treatment():
+    class DarkDetector(BrightDetector):
+        def forward(self, pictures):
+            return -super().forward(pictures)
+
+    options = {"steps": 30, "learning_rate": 5e-2, "evaluate_every": 3, "offline_weight": 0.0, "max_grad_norm": 0.0,
+               "min_diversity": 0.0, "min_sharpness": 0.0, "modulate": "none"}  # fmt: skip
+    pipeline = tiny_pipeline("sd", prediction_type="v_prediction")
+    result = treat(
+        pipeline, BrightDetector(), PROMPTS, small(**options), monitor=DarkDetector(), progress=False
+    )  # fmt: skip
+    assert result.stopped.startswith("reward hacking")
+    assert len(result.history) < 30
+    best = next(m for m in result.measurements if m.step == result.best_step)
+    assert best.monitor_area <= 1.25 * result.measurements[0].monitor_area + 1e-3
+
+
 def test_uniform_maps_leave_the_offline_term_alone():
     result = run(map_source="uniform", steps=2)
     assert [row["artifact_loss"] for row in result.history] == [0.0, 0.0]

@@ -18,6 +18,7 @@ class TreatCommandConfig(TreatConfig):
     Args:
         pipeline: folder of a diffusers pipeline, or its id on the Hugging Face hub.
         detector: folder of a detector, or its id on the hub.
+        monitor: a second detector that watches for reward hacking; empty: none. Never the judge of the evaluation.
         prompts: text file with one prompt per line; blank lines are left out.
         offline: folder of shards with the pipeline's own training pictures and prompts; empty only with
             offline_weight 0.
@@ -27,13 +28,11 @@ class TreatCommandConfig(TreatConfig):
 
     pipeline: str = ""
     detector: str = ""
+    monitor: str = ""
     prompts: str = ""
     offline: str = ""
     output: str = ""
     scheduler: str = ""
-
-
-_OWN = ("pipeline", "detector", "prompts", "offline", "output", "scheduler")
 
 
 def run_treat(config: TreatCommandConfig) -> int:
@@ -56,6 +55,7 @@ def run_treat(config: TreatCommandConfig) -> int:
     prompts = read_prompts(config.prompts)
     offline = _read_offline(config.offline) if config.offline else None
     detector = load_detector(config.detector)
+    monitor = load_detector(config.monitor) if config.monitor else None
     pipeline = load_pipeline(config.pipeline)
     if config.scheduler:
         scheduler = getattr(diffusers, config.scheduler, None)
@@ -67,7 +67,9 @@ def run_treat(config: TreatCommandConfig) -> int:
     output = Path(config.output)
     _write_settings(config, output)
     options = {f.name: getattr(config, f.name) for f in fields(TreatConfig)}
-    result = treat(pipeline, detector, prompts, TreatConfig(**options), offline=offline, output_dir=output)
+    result = treat(
+        pipeline, detector, prompts, TreatConfig(**options), offline=offline, monitor=monitor, output_dir=output
+    )
     first, best = result.measurements[0], next(m for m in result.measurements if m.step == result.best_step)
     if result.stopped:
         print(f"stopped after {len(result.history)} steps: {result.stopped}")

@@ -24,6 +24,7 @@ class Measurement:
         flagged_rate: share of the pictures with at least 2 % of their pixels at 0.5 or more.
         sharpness: mean absolute Laplacian of the grey pictures.
         diversity: mean deviation of a pixel over the pictures of one prompt.
+        monitor_area: flagged area by the second detector, None where there is none.
     """
 
     step: int
@@ -32,6 +33,7 @@ class Measurement:
     flagged_rate: float
     sharpness: float
     diversity: float
+    monitor_area: float | None = None
 
     @property
     def score(self) -> float:
@@ -39,8 +41,18 @@ class Measurement:
         return self.flagged_area + self.mean_confidence
 
 
-def measure(pictures: torch.Tensor, confidence: torch.Tensor, groups: Sequence[int], step: int) -> Measurement:
-    """Measure pictures (B, 3, H, W) in [0, 1] with maps (B, 1, H, W); groups (B,) say which share a prompt."""
+def measure(
+    pictures: torch.Tensor,
+    confidence: torch.Tensor,
+    groups: Sequence[int],
+    step: int,
+    second: torch.Tensor | None = None,
+) -> Measurement:
+    """Measure pictures (B, 3, H, W) in [0, 1] with maps (B, 1, H, W); groups (B,) say which share a prompt.
+
+    Args:
+        second: the second detector's maps.
+    """
     area = (confidence >= FLAG_CONFIDENCE).flatten(1).float().mean(1)
     grey = pictures.float().mean(1, keepdim=True)
     kernel = grey.new_tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).view(1, 1, 3, 3)
@@ -51,6 +63,7 @@ def measure(pictures: torch.Tensor, confidence: torch.Tensor, groups: Sequence[i
         flagged_rate=float((area >= 0.02).float().mean()),
         sharpness=float(F.conv2d(grey, kernel).abs().mean()),
         diversity=_diversity(grey, groups),
+        monitor_area=None if second is None else float((second >= FLAG_CONFIDENCE).float().mean()),
     )
 
 
@@ -81,9 +94,9 @@ class Monitor:
         """Record a measurement; state() gives the weights. Returns why to stop, or None."""
         self.measurements.append(measurement)
         before = self.measurements[0]
-        collapse = self._collapse(before, measurement)
-        if collapse:
-            return collapse
+        fault = self._collapse(before, measurement) or self._hacking(before, measurement)
+        if fault:
+            return fault
         # a control must not be chosen by the diagnosis that it is there to do without
         is_control = self.config.map_source != "detector"
         if self.best is None or is_control or measurement.score < self.best.score:
@@ -100,6 +113,17 @@ class Monitor:
             was, value = getattr(before, name), getattr(now, name)
             if not value >= share * was:
                 return f"collapse: {name} fell from {was:.4g} to {value:.4g}"
+        return None
+
+    def _hacking(self, before: Measurement, now: Measurement) -> str | None:
+        if now.monitor_area is None:
+            return None
+        # one part in a thousand of the pixels is noise in a few dozen pictures
+        if now.flagged_area < before.flagged_area and now.monitor_area > 1.25 * before.monitor_area + 1e-3:
+            return (
+                f"reward hacking: flagged area fell from {before.flagged_area:.4f} to {now.flagged_area:.4f}, but by "
+                f"the monitor it rose from {before.monitor_area:.4f} to {now.monitor_area:.4f}"
+            )
         return None
 
     def state_dict(self) -> dict:

@@ -69,6 +69,7 @@ def treat(
     config: TreatConfig | None = None,
     *,
     offline=None,
+    monitor: torch.nn.Module | None = None,
     output_dir: str | Path | None = None,
     progress: bool = True,
 ) -> TreatResult:
@@ -86,6 +87,8 @@ def treat(
         config: options; defaults when None.
         offline: (pictures uint8 (N, H, W, 3), prompts), or a sequence of dicts with "picture" and "prompt"; needed when
             offline_weight > 0 or method is "weighted".
+        monitor: a second detector, never the one that judges the result: when it finds more artifacts than before while
+            `detector` finds fewer, the treatment stops.
         output_dir: for `lora/`, `treat.json` and checkpoints, from which the same call goes on after an interruption.
         progress: show a bar, or plain lines where there is no terminal.
 
@@ -96,17 +99,19 @@ def treat(
         UserError: a pipeline or scheduler that is not served, no prompts, missing offline pairs, checkpoints of another
             treatment, or `max_skipped` steps in a row whose loss or gradient was not finite.
     """
-    return _Treatment(pipeline, detector, prompts, config or TreatConfig(), offline, output_dir).run(progress)
+    treatment = _Treatment(pipeline, detector, prompts, config or TreatConfig(), offline, monitor, output_dir)
+    return treatment.run(progress)
 
 
 class _Treatment:
-    def __init__(self, pipeline, detector, prompts, config: TreatConfig, offline, output_dir):
+    def __init__(self, pipeline, detector, prompts, config: TreatConfig, offline, second, output_dir):
         self.config = config
         self.family = family = family_of(pipeline)
         self.processes = Processes()
         self.device = device = self.processes.device
         pipeline.to(device)
         self.detector = detector.to(device).eval().requires_grad_(False)
+        self.second = None if second is None else second.to(device).eval().requires_grad_(False)
         self.prompts = check_prompts(pipeline, prompts, strict=config.strict)
         family.max_sequence_length = config.max_sequence_length or None
         self.height, self.width = family.picture_size(config.height, config.width)
@@ -300,7 +305,11 @@ class _Treatment:
             for places in torch.arange(len(rows)).split(self.chunk)
         ]
         pictures, confidence = diagnose(self.family, self.detector, torch.cat(finals), self.chunk)
-        measurement = measure(pictures, confidence, rows.tolist(), self.step)
+        second = None
+        if self.second is not None:
+            with torch.no_grad():
+                second = torch.cat([self.second.confidence(part) for part in pictures.split(self.chunk)])
+        measurement = measure(pictures, confidence, rows.tolist(), self.step, second)
         stopped = self.monitor.add(measurement, lambda: lora_state(self.family))
         self._put(trained)
         return stopped
