@@ -211,7 +211,7 @@ def part_static(context: Context) -> dict:
     with contextlib.suppress(PartError):
         command += ["--arch", context.arch()]
     try:
-        context.run(command, 120)
+        context.run(command, 240)
     except PartError:
         if not report.exists():
             raise

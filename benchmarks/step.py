@@ -193,12 +193,15 @@ def _describe(step, device, backend, dtype):
 def rows(device: torch.device, small: bool = False, deadline: float | None = None, seconds: float = 12.0) -> list[dict]:
     """Rows for every step that can be built here; for one that cannot, a row with the reason (no diffusers, say)."""
     found = []
-    for step in CUDA_STEPS if device.type == "cuda" else STEPS:
+    steps = CUDA_STEPS if device.type == "cuda" else STEPS
+    for number, step in enumerate(steps):
         left = float("inf") if deadline is None else deadline - time.monotonic()
         try:
             if left <= 0:
                 raise TimeoutError("left out for lack of time")
-            found.extend(measure(step, device, small, min(seconds, left, 0.5 if small else seconds)))
+            # A third of a step's share: models are built and their gradients compared besides.
+            share = left / (len(steps) - number) / 3
+            found.extend(measure(step, device, small, min(share, 0.5 if small else seconds)))
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             dtype = "bf16" if device.type == "cuda" else "fp32"
