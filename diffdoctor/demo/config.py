@@ -11,9 +11,12 @@ class DemoConfig:
         output: folder for everything that the demo makes; an interrupted demo given the same folder goes on.
         seed: of the damage, the training runs and the evaluation's latents.
         pictures: how many pictures the treated and the untreated pipeline draw for the measures.
-        base_steps: training steps of the diffusion pipeline (batch 64).
-        detector_steps: training steps of the detector (batch 64).
-        treat_steps: steps of the treatment (batch 32).
+        classifier_steps: training steps of the digit classifier (batch 64).
+        detector_steps: of the detector (batch 64).
+        judge_steps: of the judge (batch 64).
+        autoencoder_steps: of the pipeline's autoencoder (batch 16).
+        base_steps: of the pipeline's denoiser (batch 64).
+        treat_steps: of the treatment (batch 32).
         shuffled_control: also treat with the maps shuffled across the batch (half a minute more).
         overwrite: start again where the folder holds a demo made with other options.
         threads: CPU threads; 0 leaves the choice to PyTorch.
@@ -23,8 +26,11 @@ class DemoConfig:
     output: str = "runs/demo"
     seed: int = 0
     pictures: int = 2000
+    classifier_steps: int = 800
+    detector_steps: int = 400
+    judge_steps: int = 600
+    autoencoder_steps: int = 1000
     base_steps: int = 1500
-    detector_steps: int = 500
     treat_steps: int = 100
     shuffled_control: bool = False
     overwrite: bool = False

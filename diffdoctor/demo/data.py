@@ -176,26 +176,24 @@ def _training_config(seed, kinds, blur, **options):
     return DetectorTrainingConfig(**(settings | options))
 
 
-def train_demo_detector(data: DemoData, seed: int = 0, *, output_dir: str | Path | None = None, progress: bool = True):
-    """Train the demo's detector on its 40 %; returns `TrainedDetector`."""
+def train_demo_detector(data: DemoData, config, *, progress: bool = True):
+    """Train the demo's detector on its 40 % by `detector_training_config()`; returns `TrainedDetector`."""
     from diffdoctor.detector.train import train_detector
 
-    config = detector_training_config(seed)
-    return train_detector(config, data.split("detector"), output_dir=output_dir, progress=progress)
+    return train_detector(config, data.split("detector"), progress=progress)
 
 
-def train_demo_judge(data: DemoData, seed: int = 0, *, output_dir: str | Path | None = None, progress: bool = True):
-    """Train the demo's judge, another architecture on another 40 %; returns `TrainedDetector`."""
+def train_demo_judge(data: DemoData, config, *, progress: bool = True):
+    """Train the demo's judge, another architecture on another 40 %, by `judge_training_config()`."""
     import torch
 
     from diffdoctor.detector.conv import ConvDetector
     from diffdoctor.detector.train import train_detector
 
-    config = judge_training_config(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         judge = ConvDetector((16, 32, 64))
-    return train_detector(config, data.split("judge"), detector=judge, output_dir=output_dir, progress=progress)
+    return train_detector(config, data.split("judge"), detector=judge, progress=progress)
 
 
 def write_demo_data(data: DemoData, folder: str | Path) -> None:

@@ -23,8 +23,6 @@ from diffdoctor.evaluate.pixel import flagged, pixel_measures
 from diffdoctor.version import __version__
 
 SAMPLING = {"num_inference_steps": 10, "guidance_scale": 1.0}
-CLASSIFIER_STEPS = 800
-AUTOENCODER_STEPS = 1000
 # The seeds of the measured pictures' first latents; the treatment draws its own from the run's seed.
 EVALUATION_SEED = 1_000_000
 
@@ -62,11 +60,11 @@ class Demo:
             clean, digits = demo_data.clean_digits()
             known = torch.from_numpy(data.splits != "heldout")
             pictures = torch.cat([_as_tensor(clean)[known], _as_tensor(data.pictures)[known]])
-            with progress(CLASSIFIER_STEPS, desc="classifier") as bar:
+            with progress(self.config.classifier_steps, desc="classifier") as bar:
                 trained = train_classifier(
                     pictures,
                     torch.from_numpy(digits)[known].repeat(2),
-                    steps=CLASSIFIER_STEPS,
+                    steps=self.config.classifier_steps,
                     seed=self.config.seed,
                     on_step=_reporter(bar),
                 )
@@ -85,9 +83,13 @@ class Demo:
             known = data.training
             prompts = [demo_data.prompt_of(int(digit)) for digit in known.digits]
             pipeline = build_pipeline(prompts, seed=self.config.seed)
-            with progress(AUTOENCODER_STEPS, desc="autoencoder") as bar:
+            with progress(self.config.autoencoder_steps, desc="autoencoder") as bar:
                 first = train_autoencoder(
-                    pipeline, known.pictures, steps=AUTOENCODER_STEPS, seed=self.config.seed, on_step=_reporter(bar)
+                    pipeline,
+                    known.pictures,
+                    steps=self.config.autoencoder_steps,
+                    seed=self.config.seed,
+                    on_step=_reporter(bar),
                 )
             with progress(self.config.base_steps, desc="pipeline") as bar:
                 second = train_base(
@@ -99,11 +101,11 @@ class Demo:
 
         return self.stages.run("pipeline", make) / "pipeline"
 
-    def trained(self, name, train, data):
-        """A detector that `train(data, seed)` makes, and its training's history."""
+    def trained(self, name, train, data, config):
+        """A detector that `train(data, config)` makes, and its training's history."""
 
         def make(folder):
-            result = train(data, self.config.seed)
+            result = train(data, config)
             result.detector.save_pretrained(folder / "detector")
             atomic_write_json(folder / "history.json", result.history)
 
@@ -201,8 +203,10 @@ def run_demo(config: DemoConfig) -> int:
     demo = Demo(config)
     data = demo.data()
     classifier = demo.classifier(data)
-    detector, detector_history = demo.trained("detector", demo_data.train_demo_detector, data)
-    judge, _ = demo.trained("judge", demo_data.train_demo_judge, data)
+    options = demo_data.detector_training_config(config.seed, steps=config.detector_steps)
+    detector, detector_history = demo.trained("detector", demo_data.train_demo_detector, data, options)
+    options = demo_data.judge_training_config(config.seed, steps=config.judge_steps)
+    judge, _ = demo.trained("judge", demo_data.train_demo_judge, data, options)
     metrics = measure_detectors(detector, judge, data.split("heldout"))
     failed = [check for check in judge_is_calibrated(metrics) if not check.holds]
     if failed:
