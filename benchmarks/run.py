@@ -134,7 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
     steps = [row for row in rows if row["op"] == step.OP]
     if steps:
         print("\n" + step.text(steps))
-    print("\n" + bar.text([row for row in rows if row["op"] != step.OP]))
+    if not options.small:
+        print("\n" + bar.text([row for row in rows if row["op"] != step.OP]))
     if options.output is not None:
         print(f"\n{len(rows)} rows were appended to {options.output}")
     if not options.no_plots:
