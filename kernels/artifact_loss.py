@@ -24,7 +24,7 @@ _EPSILON = tl.constexpr(1e-5)
 
 @triton.jit
 def _taps(position, size, scale, ACC: tl.constexpr):
-    """Taps of an up-sampled position (align_corners=False), the upper one's share, and the pixel whose cell it lies in."""
+    """Lower and upper tap of an up-sampled position (align_corners=False), the upper one's share, and its cell."""
     centre = position.to(ACC) + 0.5
     src = tl.maximum(tl.fma(centre, tl.zeros_like(centre) + scale, tl.zeros_like(centre) - 0.5), 0.0)
     lower = tl.minimum(src.to(tl.int32), size - 1)
@@ -60,7 +60,7 @@ def _row(row_ptr, j, w, stride_x, inside, ACC: tl.constexpr):
 @triton.jit
 def _visit(logits_ptr, index, inside, h, w, out_h, out_w, stride_y, stride_x, scale_y, scale_x, tau, peak,
            window_y, window_x, slack,
-           METHOD: tl.constexpr, VALUE: tl.constexpr, GATHER: tl.constexpr, ACC: tl.constexpr):
+           METHOD: tl.constexpr, VALUE: tl.constexpr, GATHER: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """Per logit: the pooled confidence and weight of its cell (for `max` the peak and its ties), and its gradient."""
     i = index // w
     j = index % w
@@ -119,8 +119,8 @@ def _pool_sample(partial_ptr, n_tiles, METHOD: tl.constexpr, ACC: tl.constexpr, 
         highest = tl.full([BLOCK], -1.0, ACC)
         for start in range(0, n_tiles, BLOCK):
             offs = start + tl.arange(0, BLOCK)
-            highest = tl.maximum(
-                highest, tl.load(partial_ptr + 2 * offs, mask=offs < n_tiles, other=-1.0, cache_modifier=".cg"))
+            peaks = tl.load(partial_ptr + 2 * offs, mask=offs < n_tiles, other=-1.0, cache_modifier=".cg")
+            highest = tl.maximum(highest, peaks)
         value = tl.max(highest, 0)
         ties = tl.zeros([BLOCK], ACC)
         for start in range(0, n_tiles, BLOCK):
@@ -134,8 +134,10 @@ def _pool_sample(partial_ptr, n_tiles, METHOD: tl.constexpr, ACC: tl.constexpr, 
     return value, weight
 
 
-@triton.jit(do_not_specialize=["batch", "n_tiles", "h", "w", "out_h", "out_w", "stride_b", "stride_y",
-                               "window_y", "window_x", "slack"])
+_SHAPE = ["batch", "n_tiles", "h", "w", "out_h", "out_w", "stride_b", "stride_y", "window_y", "window_x", "slack"]
+
+
+@triton.jit(do_not_specialize=_SHAPE)
 def artifact_loss_kernel(
     logits_ptr,  # (batch, h, w), any strides
     kept_ptr,  # (batch, h, w) in ACC, written when GATHER
@@ -192,8 +194,7 @@ def artifact_loss_kernel(
             tl.store(loss_ptr, loss)
 
 
-@triton.jit(do_not_specialize=["n_tiles", "h", "w", "out_h", "out_w", "stride_b", "stride_y",
-                               "window_y", "window_x", "slack"])
+@triton.jit(do_not_specialize=_SHAPE[1:])
 def artifact_peak_kernel(
     logits_ptr,  # (batch, h, w), any strides
     kept_ptr,  # (batch, h, w) in ACC

@@ -48,4 +48,3 @@ def column_sum(partial_ptr, count, stride, ACC: tl.constexpr, BLOCK: tl.constexp
 def interprets(kernel):
     """Whether `kernel` runs in Triton's interpreter (TRITON_INTERPRET=1 when its file was imported)."""
     return isinstance(kernel, InterpretedFunction)
-

@@ -20,7 +20,6 @@ from .resample import ABSENT, SAME, map_value, resampled
 MEAN = tl.constexpr(0)
 SAMPLE = tl.constexpr(1)
 
-
 # Bits of `given` and `strided`: per-sample numbers that come as tensors, and those with an entry for each sample.
 PRED_SCALE, COEF0, COEF1, HUBER_C, WEIGHT, Z, GRAD_OUTPUT = (tl.constexpr(k) for k in range(7))
 
@@ -29,7 +28,7 @@ PRED_SCALE, COEF0, COEF1, HUBER_C, WEIGHT, Z, GRAD_OUTPUT = (tl.constexpr(k) for
 def decode(linear, sizes, strides, UNIT: tl.constexpr):
     """Σ index_d · stride_d of a linear index over `sizes`, the last dim running fastest; one stride: already merged.
 
-    Strides are counted in UNITs: the compiler itself notices multiples of 16 only, and vectors need no more than 4 or 8.
+    Strides are counted in UNITs: the compiler itself notices multiples of 16 only, vectors need less.
     """
     N: tl.constexpr = len(strides)
     if N == 1:
@@ -59,7 +58,7 @@ def _number(pointers, given, strided, value, b, K: tl.constexpr, ACC: tl.constex
 
 @triton.jit
 def _map(ptr, b, batch_stride, strides, axes, mode, default, outer, inner, inside, sizes, coords, map_grid,
-         KIND: tl.constexpr, ACC: tl.constexpr):
+         KIND: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """A map on a tile of outer × inner positions; `default` where there is none."""
     if KIND == ABSENT:
         value = tl.zeros_like(outer + inner).to(ACC) + default
@@ -87,7 +86,7 @@ def _artifact_level(c, threshold, gamma):
 def _spatial(confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mask_strides,
              confidence_axes, mask_axes, mode, threshold, gamma, clean_weight, artifact_weight,
              outer, inner, inside, sizes, coords, map_grid,
-             CONFIDENCE: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr):
+             CONFIDENCE: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """u and ω on a tile of outer × inner positions."""
     c = _map(confidence_ptr, b, batch_strides[5], confidence_strides, confidence_axes, mode, 0.0, outer, inner, inside,
              sizes, coords, map_grid, CONFIDENCE, ACC)  # fmt: skip
@@ -111,8 +110,27 @@ def _total(tile):
     return tl.sum(tl.ravel(tile), 0)
 
 
-@triton.jit(do_not_specialize=["batch", "programs", "walks", "steps", "inner_blocks", "given", "strided", "mode",
-                               "reduction"])
+@triton.jit
+def _finish_loss(share, n, loss_ptr, shares_ptr, counter_ptr, b, batch, reduction,
+                 ACC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """A sample's loss; over samples in the last one to come here."""
+    if reduction == SAMPLE:
+        tl.store(loss_ptr + b, share / n)
+    else:
+        if reduction == MEAN:
+            share = share / n
+        tl.store(shares_ptr + b, share)
+        if arrives_last(counter_ptr + batch, batch):
+            loss = column_sum(shares_ptr, batch, 1, ACC, BLOCK)
+            if reduction == MEAN:
+                loss = loss / batch
+            tl.store(loss_ptr, loss)
+
+
+_NOT_SPECIALIZED = ["batch", "programs", "walks", "steps", "inner_blocks", "given", "strided", "mode", "reduction"]
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def weighted_loss_kernel(
     pred_ptr, grad_ptr, term0_ptr, term1_ptr, weighting_ptr, confidence_ptr, mask_ptr,
     loss_ptr,  # () or (batch,) in ACC
@@ -132,7 +150,8 @@ def weighted_loss_kernel(
     log_cosh: tl.float64,
     clean_weight: tl.float64, artifact_weight: tl.float64, clean_grad: tl.float64, artifact_grad: tl.float64,
     threshold: tl.float64, gamma: tl.float64,
-    LOSS: tl.constexpr, GRAD: tl.constexpr, SUMS: tl.constexpr, PLAIN: tl.constexpr, CONFIDENCE: tl.constexpr, MASK: tl.constexpr,
+    LOSS: tl.constexpr, GRAD: tl.constexpr, SUMS: tl.constexpr, PLAIN: tl.constexpr,
+    CONFIDENCE: tl.constexpr, MASK: tl.constexpr,
     BLOCK_OUTER: tl.constexpr, BLOCK_FREE: tl.constexpr, BLOCK_INNER: tl.constexpr, BLOCK_PARTIAL: tl.constexpr,
     COUNT_UNITS: tl.constexpr,  # powers of two that divide the counts, so that masks split no vector
     PRED_UNITS: tl.constexpr, GRAD_UNITS: tl.constexpr, TERM0_UNITS: tl.constexpr, TERM1_UNITS: tl.constexpr,
@@ -190,14 +209,17 @@ def weighted_loss_kernel(
     for step in range(steps):
         free = (first + step * BLOCK_FREE + tl.arange(0, BLOCK_FREE))[None, :, None]
         present = inside & (free < n_free)
-        d = s * _read(pred_ptr + b * batch_strides[0], pred_spots, free, present, sizes, pred_strides, ACC,
-                      PRED_UNITS[1])  # fmt: skip
+        d = s * _read(
+            pred_ptr + b * batch_strides[0], pred_spots, free, present, sizes, pred_strides, ACC,
+            PRED_UNITS[1])  # fmt: skip
         if term0_ptr is not None:
-            d -= coef0_b * _read(term0_ptr + b * batch_strides[2], term0_spots, free, present, sizes, term0_strides, ACC,
-                      TERM0_UNITS[1])  # fmt: skip
+            d -= coef0_b * _read(
+                term0_ptr + b * batch_strides[2], term0_spots, free, present, sizes, term0_strides, ACC,
+                TERM0_UNITS[1])  # fmt: skip
         if term1_ptr is not None:
-            d -= coef1_b * _read(term1_ptr + b * batch_strides[3], term1_spots, free, present, sizes, term1_strides, ACC,
-                      TERM1_UNITS[1])  # fmt: skip
+            d -= coef1_b * _read(
+                term1_ptr + b * batch_strides[3], term1_spots, free, present, sizes, term1_strides, ACC,
+                TERM1_UNITS[1])  # fmt: skip
         loss, slope = element_loss(d, c, strength, PLAIN, ACC)
         selected = chosen & present
         weighted = v_omega * loss
@@ -208,8 +230,8 @@ def weighted_loss_kernel(
             weighted *= factor
             slope *= factor
         if GRAD:
-            grad = to_storage(
-                tl.where(moved & selected, slope_factor * slope, 0.0), grad_ptr.dtype.element_ty, ROUND_BF16)  # fmt: skip
+            grad = tl.where(moved & selected, slope_factor * slope, 0.0)
+            grad = to_storage(grad, grad_ptr.dtype.element_ty, ROUND_BF16)
             offset = grad_spots + decode(free, sizes[1], grad_strides[1], GRAD_UNITS[1])
             tl.store(grad_ptr + b * batch_strides[1] + offset, grad, mask=present)
         weighted = tl.where(selected, weighted, 0.0)
@@ -223,7 +245,8 @@ def weighted_loss_kernel(
 
     if LOSS or SUMS:
         COLUMNS: tl.constexpr = 8 if SUMS else 1
-        own_ptr = partial_ptr + (b * programs + program) * COLUMNS
+        rows_ptr = partial_ptr + b * programs * COLUMNS
+        own_ptr = rows_ptr + program * COLUMNS
         tl.store(own_ptr, _total(total))
         if SUMS:
             seen = tl.minimum(n_free - first, steps * BLOCK_FREE).to(ACC)
@@ -237,30 +260,13 @@ def weighted_loss_kernel(
         if arrives_last(counter_ptr + b, programs):
             if SUMS:
                 for column in tl.static_range(8):
-                    tl.store(sums_ptr + b * 8 + column,
-                             column_sum(own_ptr + column - program * COLUMNS, programs, COLUMNS, ACC, BLOCK_PARTIAL))  # fmt: skip
+                    sum_of_column = column_sum(rows_ptr + column, programs, COLUMNS, ACC, BLOCK_PARTIAL)
+                    tl.store(sums_ptr + b * 8 + column, sum_of_column)
             if LOSS:
-                numerator = column_sum(own_ptr - program * COLUMNS, programs, COLUMNS, ACC, BLOCK_PARTIAL)
+                numerator = column_sum(rows_ptr, programs, COLUMNS, ACC, BLOCK_PARTIAL)
                 share = tl.where(divisor == 0, 0.0, numerator / divisor)
-                _finish_loss(share, n, loss_ptr, partial_ptr + batch.to(tl.int64) * programs * COLUMNS, counter_ptr,
-                             b, batch, reduction, ACC, BLOCK_PARTIAL)  # fmt: skip
-
-
-@triton.jit
-def _finish_loss(share, n, loss_ptr, shares_ptr, counter_ptr, b, batch, reduction,
-                 ACC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """A sample's loss; over samples in the last one to come here."""
-    if reduction == SAMPLE:
-        tl.store(loss_ptr + b, share / n)
-    else:
-        if reduction == MEAN:
-            share = share / n
-        tl.store(shares_ptr + b, share)
-        if arrives_last(counter_ptr + batch, batch):
-            loss = column_sum(shares_ptr, batch, 1, ACC, BLOCK)
-            if reduction == MEAN:
-                loss = loss / batch
-            tl.store(loss_ptr, loss)
+                shares_ptr = partial_ptr + batch.to(tl.int64) * programs * COLUMNS
+                _finish_loss(share, n, loss_ptr, shares_ptr, counter_ptr, b, batch, reduction, ACC, BLOCK_PARTIAL)
 
 
 @triton.jit(do_not_specialize=["batch", "programs", "inner_blocks", "mode"])

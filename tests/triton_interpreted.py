@@ -19,6 +19,7 @@ from diffdoctor.kernels.element_loss import element_loss
 from diffdoctor.kernels.weighted_loss import decode
 from diffdoctor.ops import _triton
 from diffdoctor.ops._lowering import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
+from diffdoctor.ops._triton_plan import index_type, make_box
 
 
 @triton.jit
@@ -137,7 +138,7 @@ def test_the_same_bits_twice_and_counters_left_at_zero(monkeypatch):
     case = cases.Case("many-programs", shape=(2, 3, 33, 31), confidence=((2, 33, 31), torch.float32))
     inputs = cases.build(case)
     problem = cases.lower(inputs)
-    assert _triton.make_box(problem.plan).programs > 4
+    assert make_box(problem.plan).programs > 4
     _triton.weighted_loss(problem)
     first = outputs(problem)
     assert not kept.any()
@@ -263,6 +264,6 @@ def test_offsets_beyond_two_to_the_31():
 def test_the_index_type_follows_the_reach():
     inputs = cases.build(cases.Case("small", confidence=((2, 50, 70), torch.float32)))
     plan = cases.lower(inputs).plan
-    assert _triton._index_type(plan) is tl.int32
+    assert index_type(plan) is tl.int32
     wide = dataclasses.replace(plan, pred_strides=(0, *(2**30 for _ in plan.size)))
-    assert _triton._index_type(wide) is tl.int64
+    assert index_type(wide) is tl.int64
