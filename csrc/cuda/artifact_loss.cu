@@ -183,7 +183,7 @@ __device__ __forceinline__ void finish(const ArtifactLossParams& p, const Groupi
 // maxima: null in the first pass; in the second, which only the largest confidence needs, what the first found. Both
 // are this one kernel, so that a pixel's confidence has the same bits in both.
 template <int32_t kDtype>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     artifact_loss_kernel(const __grid_constant__ ArtifactLossParams p, const __grid_constant__ Grouping g,
                          bool second_pass, void* workspace) {
   using acc_t = std::conditional_t<kDtype == kFloat64, double, float>;
