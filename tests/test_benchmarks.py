@@ -19,6 +19,7 @@ from benchmarks import (
     gate,
     gpu,
     gpu_build,
+    gpu_probe,
     history,
     launches,
     measure,
@@ -473,6 +474,22 @@ def test_one_backend_without_counters_leaves_the_other(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
     context = Scripted(tmp_path, ("cuda", gpu.PartError("exit code 9")), ("triton", '"ID","Metric"\nnoise\n'))
     assert gpu.part_ncu(context) == {"cuda": "no counters: exit code 9", "triton": ['"ID","Metric"']}
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_small_gpu_check_counts_what_is_wrong(monkeypatch, wrong):
+    """On the CPU and the reference: what it does with a GPU's results, not what a GPU gives."""
+    monkeypatch.setattr(gpu_probe, "DEVICE", CPU)
+    monkeypatch.setattr(gpu_probe, "own_backends", lambda op, device: ("reference",))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    if wrong:
+        monkeypatch.setattr(
+            registry, "_fused_pair", lambda t, backend: 2.0 * formulas.mse(t["model_pred"], t["target"])
+        )
+    found = gpu_probe.small("reference")
+    assert found["checked"] == len(registry.cases("cuda"))
+    assert bool(found["wrong"]) == wrong
+    assert all("wrong result" in line for line in found["wrong"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
