@@ -252,7 +252,7 @@ def test_a_smoke_run_writes_rows_with_their_surroundings(tmp_path, capsys):
 
 def test_a_run_ends_with_1_where_our_side_is_refused(tmp_path):
     arguments = ["--small", "--cases", "^latents/fp32", "--backends", "cuda", "--no-compile", "--no-plots"]
-    assert run.main([*arguments, "--seconds", "0.02", "--output", str(tmp_path / "rows.jsonl")]) == 1
+    assert run.main([*arguments, "--threads", "1", "--seconds", "0.02", "--output", str(tmp_path / "rows.jsonl")]) == 1
 
 
 @pytest.mark.parametrize("arguments", [["--cases", "nothing-like-it"], ["--tags", "fast"]])
