@@ -230,8 +230,9 @@ def _move(value, device):
     if device is None or value is None:
         return value
     if isinstance(value, torch.Tensor):  # strides survive the copy
-        out = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-        return out.copy_(value)
+        once = value[tuple(slice(0, 1) if step == 0 else slice(None) for step in value.stride())]
+        out = torch.empty_strided(once.shape, once.stride(), dtype=value.dtype, device=device)
+        return out.copy_(once).expand(value.shape)
     if isinstance(value, Target):
         return Target(
             tuple(_move(term, device) for term in value.terms),

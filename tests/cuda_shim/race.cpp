@@ -158,8 +158,8 @@ void artifact_loss(int64_t batch, int64_t side, int32_t method) {
 }  // namespace
 
 int main() {
-  weighted_loss(1, 2, 512, 1);  // two tiles
-  weighted_loss(2, 1, 19, 3);
+  weighted_loss(1, 2, 512, 1);
+  weighted_loss(2, 1, 19, 3);  // two blocks
   artifact_loss(1, 17, kThreshold);
   artifact_loss(1, 17, kMethodMax);
   if (failures == 0) std::printf("all equal\n");
