@@ -28,6 +28,8 @@ class TreatConfig:
         warmup_steps: steps of linear warm-up.
         final_learning_rate: where the cosine decay ends, as a share of learning_rate.
         weight_decay: of AdamW.
+        adam_epsilon: of AdamW. A parameter whose gradient is small beside it moves in proportion to its gradient; with
+            AdamW's usual 1e-8 even the noise of a cured model's offline term moves every weight by a full step.
         max_grad_norm: gradients are clipped to this norm; 0: not.
         rank: of the LoRA.
         alpha: of the LoRA, whose update is alpha / rank times the product of its factors; 0: alpha = rank.
@@ -81,6 +83,7 @@ class TreatConfig:
     warmup_steps: int = 5
     final_learning_rate: float = 0.1
     weight_decay: float = 0.0
+    adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     rank: int = 16
     alpha: float = 0.0

@@ -144,7 +144,11 @@ class _Treatment:
         if config.precision == "bf16":
             family.autocast_dtype = torch.bfloat16
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99)
+            self.parameters,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            betas=(0.9, 0.99),
+            eps=config.adam_epsilon,
         )
         self.average = [p.detach().clone() for p in self.parameters] if config.ema_decay else []
         self.monitor = Monitor(config)
