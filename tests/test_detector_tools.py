@@ -274,3 +274,35 @@ def test_curves_of_a_calibrated_detector_lie_on_the_diagonal():
     assert result["precision"][-1] == pytest.approx(0.5, abs=0.01)
     assert np.all(np.diff(result["recall"]) >= 0)
     assert curves(confidence, np.ones_like(confidence))["expected_calibration_error"] == pytest.approx(0.5, abs=0.01)
+
+
+PROCESSES = """
+import sys
+from diffdoctor.detector.diagnosing import DiagnoseConfig, run_diagnose
+run_diagnose(DiagnoseConfig([sys.argv[1]], sys.argv[2], sys.argv[3], batch_size=2))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_diagnosis(pictures, tmp_path, detector):
+    whole, shared, script = tmp_path / "whole", tmp_path / "shared", tmp_path / "script.py"
+    run_diagnose(DiagnoseConfig([str(pictures)], str(detector), str(whole), batch_size=2))
+    script.write_text(PROCESSES)
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    subprocess.run(
+        [*command, str(pictures), str(detector), str(shared)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert len([p for p in (shared / "records").iterdir() if p.stat().st_size]) == 2
+    records = [
+        [json.loads(line) for line in (folder / "diagnosis.jsonl").read_text().splitlines()]
+        for folder in (whole, shared)
+    ]
+    assert [r["name"] for r in records[0]] == [r["name"] for r in records[1]]
+    # Batches are cut differently, which moves the last digits of a float.
+    for one, two in zip(*records, strict=True):
+        assert one["mean"] == pytest.approx(two["mean"], abs=1e-5)

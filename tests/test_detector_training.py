@@ -15,8 +15,9 @@ from diffdoctor._errors import UserError
 from diffdoctor.detector import ArtifactDetector, ConvDetector, DetectorTrainingConfig, load_detector, train_detector
 from diffdoctor.detector.balance import category_statistics, sampling_weights
 from diffdoctor.detector.losses import detector_loss
-from diffdoctor.detector.samples import ArrayData, AugmentConfig, StepSamples, augment, shrink_and_pad
+from diffdoctor.detector.samples import ArrayData, AugmentConfig, JoinedData, StepSamples, augment, shrink_and_pad
 from diffdoctor.detector.shards import ShardData, write_shards
+from diffdoctor.evaluate.detector import quick_measures
 
 pytest.importorskip("accelerate")
 pytest.importorskip("pycocotools")
@@ -313,6 +314,39 @@ def test_balanced_weights_even_out_categories_and_damage():
     samples = StepSamples(data, 8, 0, AugmentConfig.none(), weights)
     drawn = np.bincount([samples.index_of(*divmod(i, 8)) for i in range(4000)], minlength=10) / 4000
     np.testing.assert_allclose(drawn, weights, atol=0.03)
+
+
+def things(hands, count, damaged, seed):
+    """Rings ("hands") or squares on dark ground, the first `damaged` of them grained; the mask is the whole thing."""
+    rng = np.random.default_rng(seed)
+    ys, xs = np.mgrid[0:16, 0:16]
+    pictures, masks = np.zeros((count, 16, 16, 3)), np.zeros((count, 16, 16), np.float32)
+    for index in range(count):
+        y, x, r = *rng.uniform(5, 11, 2), rng.uniform(3, 4.5)
+        distance = np.hypot(ys - y, xs - x) if hands else np.maximum(abs(ys - y), abs(xs - x))
+        light = 0.2 + 0.5 * np.clip(r - distance, 0, 1) * ((distance > r - 2.2) if hands else 1)
+        pictures[index] = light[..., None] + rng.normal(0, 0.02, (16, 16, 3))
+        if index < damaged:
+            masks[index] = distance < r
+            pictures[index] += masks[index][..., None] * rng.normal(0, 0.15, (16, 16, 1))
+    pictures = np.rint(np.clip(pictures, 0, 1) * 255).astype(np.uint8)
+    return ArrayData(pictures, masks, category=["hand" if hands else "square"] * count)
+
+
+def test_balance_takes_away_the_shortcut_that_hands_are_always_broken():
+    # 190 of 200 hands are damaged, 10 of 200 squares: without balance, to find hands is nearly as good.
+    train = JoinedData([things(True, 200, 190, 0), things(False, 200, 10, 1)])
+    shifted = dataclasses.replace(AugmentConfig.none(), shift=0.15, exposure=0.1)
+    rates = {}
+    for balance in (False, True):
+        config = quick(steps=300, batch_size=16, learning_rate=5e-3, bce=1, mse=0, dice=0, ema_decay=0.9)
+        config = dataclasses.replace(config, balance=balance, augment=shifted)
+        detector = train_detector(config, train, detector=fresh(), progress=False).detector
+        clean = quick_measures(detector, things(True, 100, 0, 2))["false_positive_rate"]
+        rates[balance] = clean, quick_measures(detector, things(True, 100, 100, 3))["hit_rate"]
+    assert rates[False][0] > 0.5
+    assert rates[True][0] <= 0.5 * rates[False][0]
+    assert rates[True][1] > 0.9
 
 
 def test_category_statistics_name_the_abnormal():

@@ -234,3 +234,19 @@ def test_a_manifest_that_does_not_fit_is_named(tmp_path):
         ShardData(tmp_path / "set")
     with pytest.raises(UserError, match="no such folder"):
         list(read_shards(tmp_path / "elsewhere"))
+
+
+def test_memory_does_not_grow_with_the_set(tmp_path):
+    import tracemalloc
+
+    peaks = {}
+    for count in (150, 600):
+        write_shards(samples_of(count), tmp_path / str(count), shard_size=count)
+        list(read_shards(tmp_path / str(count), part=(0, 2)))
+        tracemalloc.start()
+        read = sum(1 for _ in read_shards(tmp_path / str(count), strict=True))
+        peaks[count] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert read == count
+    # What grows is the set of keys that were seen, about 100 bytes each.
+    assert peaks[600] - peaks[150] < 450 * 300

@@ -57,6 +57,17 @@ def _rename(key: str, source: int) -> str:
     return key
 
 
+class _Fp32Conv2d(nn.Conv2d):
+    """A convolution that bf16 does not reach."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+            bias = None if self.bias is None else self.bias.to(wide.dtype)
+            result = nn.functional.conv2d(wide, self.weight.to(wide.dtype), bias, self.stride, self.padding)
+            return result.to(x.dtype)
+
+
 class ArtifactDetector(Detector):
     """SegFormer (arXiv 2105.15203) with one output channel: where is this picture broken?
 
@@ -93,6 +104,12 @@ class ArtifactDetector(Detector):
             channels = config.decoder_hidden_size
             groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels // g >= 4)
             self.segformer.decode_head.batch_norm = nn.GroupNorm(groups, channels)
+        for module in self.segformer.modules():
+            # In bf16 with kernel = stride = 4 and fewer than 32 channels, torch 2.13's CPU convolution (oneDNN on
+            # processors with AMX) is wrong by more than its own size. Only the tiny configuration has such layers.
+            narrow = isinstance(module, nn.Conv2d) and module.groups == 1 and module.in_channels < 32
+            if narrow and module.kernel_size == module.stride == (4, 4):
+                module.__class__ = _Fp32Conv2d
         self.train(False)
 
     @classmethod
@@ -179,7 +196,16 @@ class ArtifactDetector(Detector):
         return self
 
     def network(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.segformer(pixel_values=pixel_values).logits
+        stages = getattr(self.segformer.segformer, "stages", None)
+        if stages is None:  # transformers 4
+            return self.segformer(pixel_values=pixel_values).logits
+        # The same computation; transformers' own forward collects the stages' outputs by hooks that it installs under
+        # a lock, which torch.compile cannot trace.
+        outputs = []
+        for stage in stages:
+            pixel_values = stage(pixel_values)
+            outputs.append(pixel_values)
+        return self.segformer.decode_head(outputs)
 
     def config_dict(self) -> dict:
         config = self.segformer.config.to_diff_dict()
