@@ -35,8 +35,11 @@ def _taps(position, size, scale, ACC: tl.constexpr):
 
 @triton.jit
 def _blend(low, high, share):
-    """low·(1 − share) + high·share, its rounding spelled out: `max` finds its peak again by equality."""
-    return tl.fma(high, share, low * (1.0 - share))
+    """low·(1 − share) + high·share, its rounding spelled out: `max` finds its peak again by equality.
+
+    A share of 0 is low itself: an infinite neighbour does not reach a map that is not enlarged.
+    """
+    return tl.where(share == 0, low, tl.fma(high, share, low * (1.0 - share)))
 
 
 @triton.jit
@@ -100,7 +103,7 @@ def _visit(logits_ptr, index, inside, h, w, out_h, out_w, stride_y, stride_x, sc
                 owned = owned_y & chosen & (owner_x == j)
                 if METHOD == _MAX:
                     weight = tl.where(owned, tl.where(c > pooled, 1.0, weight + (c == pooled).to(ACC)), weight)
-                    pooled = tl.where(owned, tl.maximum(pooled, c), pooled)
+                    pooled = tl.where(owned & ((c > pooled) | (c != c)), c, pooled)
                 else:
                     pooled += tl.where(owned, c, 0.0)
                     weight += tl.where(owned, 1.0, 0.0)
@@ -113,6 +116,12 @@ def _visit(logits_ptr, index, inside, h, w, out_h, out_w, stride_y, stride_x, sc
 
 
 @triton.jit
+def _highest(values):
+    """The maximum of a block, NaN where there is one (tl.max passes NaN by)."""
+    return tl.where(tl.sum(tl.where(values != values, 1.0, 0.0), 0) > 0, float("nan"), tl.max(values, 0))
+
+
+@triton.jit
 def _pool_sample(partial_ptr, n_tiles, METHOD: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """A picture's loss and its weight (the ties of `max`) from the partial results of its programs."""
     if METHOD == _MAX:
@@ -120,8 +129,8 @@ def _pool_sample(partial_ptr, n_tiles, METHOD: tl.constexpr, ACC: tl.constexpr, 
         for start in range(0, n_tiles, BLOCK):
             offs = start + tl.arange(0, BLOCK)
             peaks = tl.load(partial_ptr + 2 * offs, mask=offs < n_tiles, other=-1.0, cache_modifier=".cg")
-            highest = tl.maximum(highest, peaks)
-        value = tl.max(highest, 0)
+            highest = tl.where((peaks > highest) | (peaks != peaks), peaks, highest)
+        value = _highest(highest)
         ties = tl.zeros([BLOCK], ACC)
         for start in range(0, n_tiles, BLOCK):
             offs = start + tl.arange(0, BLOCK)
@@ -164,7 +173,7 @@ def artifact_loss_kernel(
     pictures_ptr = partial_ptr + batch.to(tl.int64) * n_tiles * 2
     partial_ptr += b * n_tiles * 2
     if METHOD == _MAX:
-        value = tl.max(pooled, 0)
+        value = _highest(pooled)
         tl.store(partial_ptr + 2 * tile, value)
         tl.store(partial_ptr + 2 * tile + 1, tl.sum(tl.where(pooled == value, weight, 0.0), 0))
     else:

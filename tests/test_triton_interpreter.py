@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-def test_in_the_interpreter():
+@pytest.mark.parametrize("part", ["weighted_loss_equals", "not weighted_loss_equals"])
+def test_in_the_interpreter(part):
     done = subprocess.run(
         [
             sys.executable,
@@ -26,6 +27,8 @@ def test_in_the_interpreter():
             "no:cacheprovider",
             "--no-header",
             "-rs",
+            "-k",
+            part,
             HERE / "triton_interpreted.py",
         ],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

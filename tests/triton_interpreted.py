@@ -96,7 +96,7 @@ def test_weighted_loss_equals_the_reference(case):
         cases.check(problem, want)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(case=search.cases(max_side=9))
 def test_any_weighted_loss_equals_the_reference(case):
     inputs = cases.build(case)
@@ -130,6 +130,18 @@ def test_artifact_loss_without_a_gradient_visits_each_pixel_once(method):
     _triton.artifact_loss(problem)
     want, _ = cases.expected_artifact(case, logits, torch.ones(2))
     torch.testing.assert_close(problem.loss, want, rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("method", ["threshold", "mean", "max"])
+def test_a_nan_logit_does_to_the_loss_what_it_does_to_the_reference(method):
+    case = cases.ArtifactCase(method, shape=(2, 13, 12), size=(13, 12), method=method, reduction="sample")
+    logits = cases.build_artifact(case)
+    logits[0, 2, 3] = float("nan")
+    problem = cases.lower_artifact(case, logits)
+    _triton.artifact_loss(problem)
+    want, _ = cases.expected_artifact(case, logits, torch.ones(2))
+    assert torch.isnan(want).any() == (method != "threshold")
+    torch.testing.assert_close(problem.loss, want, rtol=3e-6, atol=0, equal_nan=True)
 
 
 def test_the_same_bits_twice_and_counters_left_at_zero(monkeypatch):
