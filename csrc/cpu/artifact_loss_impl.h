@@ -2,35 +2,15 @@
 // up-sampled map live in a buffer one row high; the map itself is never stored.
 #pragma once
 
-#include <cmath>
-
 #include "common/resample.h"
 #include "cpu/convert.h"
 #include "cpu/parallel.h"
+#include "cpu/vector_math.h"
 
 namespace diffdoctor {
 namespace {
 
 constexpr int64_t kBands = 16;  // horizontal bands of a picture that may run on different threads
-
-// e^x for x <= 0 in fp32 to 2 ulp, in plain arithmetic so that it vectorises: 2^k times a polynomial on |r| <= ln2/2.
-inline float exp_nonpositive(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  const float k = x * 1.44269504f;
-  const int32_t whole = static_cast<int32_t>(k - 0.5f);
-  const float n = static_cast<float>(whole);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float q = 1.0f / 5040.0f;
-  q = q * r + 1.0f / 720.0f;
-  q = q * r + 1.0f / 120.0f;
-  q = q * r + 1.0f / 24.0f;
-  q = q * r + 1.0f / 6.0f;
-  q = q * r + 0.5f;
-  q = q * r + 1.0f;
-  q = q * r + 1.0f;
-  return q * bits_to_float(static_cast<uint32_t>(whole + 127) << 23);
-}
-inline double exp_nonpositive(double x) { return std::exp(x); }
 
 template <typename acc_t>
 acc_t sigmoid(acc_t x) {

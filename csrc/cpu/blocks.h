@@ -35,8 +35,14 @@ inline Tiling make_tiling(const WeightedLossParams& p) {
   t.inner = 1;
   t.split = kMaxDims - 1;
   while (t.split > 0 && t.inner * p.size[t.split] <= kChunk) t.inner *= p.size[t.split--];
+  // Where a map is resampled, it should be once for a position: no blocks along a dim it does not know, and smaller
+  // blocks rather than free steps on several threads.
+  const bool resampled = p.confidence.mode > kSame || p.mask.mode > kSame;
+  if (resampled && t.split < kMaxDims - 1 && !map_moves(p.confidence, p, t.split) && !map_moves(p.mask, p, t.split))
+    t.inner /= p.size[++t.split];
   const int64_t size = p.size[t.split];
   int64_t most = kChunk / t.inner;
+  if (resampled && p.batch * p.count < 64 * kChunk * 16) most = most / 4;
   most = most < 1 ? 1 : most;
   t.ranges = (size + most - 1) / most;
   t.range = (size + t.ranges - 1) / t.ranges;
@@ -54,8 +60,8 @@ inline Tiling make_tiling(const WeightedLossParams& p) {
     }
   }
   // Enough work items for many threads; the number must not depend on how many there are.
-  const int64_t whole = p.batch * t.map_steps * t.ranges;
-  t.groups = whole >= 64 ? 1 : (64 + whole - 1) / whole;
+  const int64_t whole = p.batch * t.map_steps * t.ranges, enough = resampled ? 8 : 64;
+  t.groups = whole >= enough ? 1 : (enough + whole - 1) / whole;
   t.groups = t.groups < t.free_steps ? t.groups : t.free_steps;
   t.items = t.map_steps * t.ranges * t.groups;
   return t;
@@ -128,29 +134,66 @@ int64_t scatter(const WeightedLossParams& p, const Tiling& t, const Place& at, v
   return done;
 }
 
-// Area average of one grid position with the element type known, in row-major order like resample.h's.
+// Area averages of n neighbours along x with the element type known: every window in row-major order like resample.h's.
 template <typename acc_t, typename map_t, typename load_t>
-acc_t area_window(const Map& map, const int64_t* grid, int64_t b, int64_t t, int64_t y, int64_t x, load_t load) {
-  const int64_t t0 = area_begin(t, map.in_size[0], grid[0]), t1 = area_end(t, map.in_size[0], grid[0]);
-  const int64_t y0 = area_begin(y, map.in_size[1], grid[1]), y1 = area_end(y, map.in_size[1], grid[1]);
-  const int64_t x0 = area_begin(x, map.in_size[2], grid[2]), x1 = area_end(x, map.in_size[2], grid[2]);
-  acc_t sum = 0;
-  for (int64_t i = t0; i < t1; ++i)
-    for (int64_t j = y0; j < y1; ++j) {
+void area_run(const Map& map, const int64_t* grid, int64_t b, const int64_t* at, int64_t n, acc_t* out, load_t load) {
+  const int64_t t0 = area_begin(at[0], map.in_size[0], grid[0]), t1 = area_end(at[0], map.in_size[0], grid[0]);
+  const int64_t y0 = area_begin(at[1], map.in_size[1], grid[1]), y1 = area_end(at[1], map.in_size[1], grid[1]);
+  const int64_t step = map.in_stride[2];
+  int64_t begin[kChunk];
+  int32_t width[kChunk];
+  for (int64_t i = 0; i < n; ++i) {
+    begin[i] = area_begin(at[2] + i, map.in_size[2], grid[2]);
+    width[i] = static_cast<int32_t>(area_end(at[2] + i, map.in_size[2], grid[2]) - begin[i]);
+    out[i] = 0;
+  }
+  for (int64_t j = t0; j < t1; ++j)
+    for (int64_t k = y0; k < y1; ++k) {
       const map_t* row =
-          static_cast<const map_t*>(map.data) + b * map.batch_stride + i * map.in_stride[0] + j * map.in_stride[1];
-      for (int64_t k = x0; k < x1; ++k) sum += load(row[k * map.in_stride[2]]);
+          static_cast<const map_t*>(map.data) + b * map.batch_stride + j * map.in_stride[0] + k * map.in_stride[1];
+      for (int64_t i = 0; i < n; ++i) {
+        const map_t* from = row + begin[i] * step;
+        acc_t sum = out[i];
+        for (int32_t x = 0; x < width[i]; ++x) sum += load(from[x * step]);
+        out[i] = sum;
+      }
     }
-  return sum / static_cast<acc_t>(t1 - t0) / static_cast<acc_t>(y1 - y0) / static_cast<acc_t>(x1 - x0);
+  const acc_t frames = static_cast<acc_t>(t1 - t0), rows = static_cast<acc_t>(y1 - y0);
+  for (int64_t i = 0; i < n; ++i) out[i] = out[i] / frames / rows / static_cast<acc_t>(width[i]);
 }
 
 template <typename acc_t>
-acc_t resampled(const Map& map, const int64_t* grid, int64_t b, const int64_t* c) {
-  if (map.mode == kArea && map.dtype == kFloat32)
-    return area_window<acc_t, float>(map, grid, b, c[0], c[1], c[2], [](float v) { return acc_t(v); });
-  if (map.mode == kArea && map.dtype == kUInt8)
-    return area_window<acc_t, uint8_t>(map, grid, b, c[0], c[1], c[2], [](uint8_t v) { return acc_t(v) / acc_t(255); });
-  return resampled_value<acc_t>(map, grid, b, c[0], c[1], c[2]);
+void area_run(const Map& map, const int64_t* grid, int64_t b, const int64_t* at, int64_t n, acc_t* out) {
+  switch (map.dtype) {
+    case kFloat32:
+      return area_run<acc_t, float>(map, grid, b, at, n, out, [](float v) { return acc_t(v); });
+    case kBFloat16:
+      return area_run<acc_t, uint16_t>(map, grid, b, at, n, out,
+                                       [](uint16_t v) { return acc_t(bfloat16_to_float(v)); });
+    case kFloat16:
+      return area_run<acc_t, uint16_t>(map, grid, b, at, n, out, [](uint16_t v) { return acc_t(half_to_float(v)); });
+    case kFloat64:
+      return area_run<acc_t, double>(map, grid, b, at, n, out, [](double v) { return acc_t(v); });
+    case kUInt8: {
+      acc_t levels[256];  // a division for each level instead of one for each pixel
+      for (int k = 0; k < 256; ++k) levels[k] = acc_t(k) / acc_t(255);
+      return area_run<acc_t, uint8_t>(map, grid, b, at, n, out, [&levels](uint8_t v) { return levels[v]; });
+    }
+    default:
+      return area_run<acc_t, uint8_t>(map, grid, b, at, n, out, [](uint8_t v) { return acc_t(v != 0); });
+  }
+}
+
+// n grid positions along the innermost dim, whose coordinates advance by `step`.
+template <typename acc_t>
+void resampled_run(const Map& map, const int64_t* grid, int64_t b, const int64_t* at, const int64_t* step, int64_t n,
+                   acc_t* out) {
+  if (map.mode == kArea && n >= 8 && step[0] == 0 && step[1] == 0 && step[2] == 1) {
+    area_run(map, grid, b, at, n, out);
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = resampled_value<acc_t>(map, grid, b, at[0] + i * step[0], at[1] + i * step[1], at[2] + i * step[2]);
 }
 
 // Like gather, for a map that is resampled. coord: grid position of the block's corner.
@@ -158,19 +201,21 @@ template <typename acc_t>
 int64_t gather_resampled(const WeightedLossParams& p, const Tiling& t, const Place& at, const Map& map,
                          const int64_t* coord, int d, acc_t* out) {
   const int64_t steps = block_steps(p, t, at, d);
-  const bool fixed = p.coord[0][d] == 0 && p.coord[1][d] == 0 && p.coord[2][d] == 0;
+  const int64_t step[3] = {p.coord[0][d], p.coord[1][d], p.coord[2][d]};
+  const bool fixed = step[0] == 0 && step[1] == 0 && step[2] == 0;
+  if (d == kMaxDims - 1) {
+    resampled_run(map, p.grid, at.b, coord, step, fixed ? 1 : steps, out);
+    for (int64_t i = 1; fixed && i < steps; ++i) out[i] = out[0];
+    return steps;
+  }
   int64_t inner = 1;
   int64_t c[3] = {coord[0], coord[1], coord[2]};
   for (int64_t i = 0; i < steps; ++i) {
-    if (i > 0 && fixed) {
+    if (i > 0 && fixed)
       memcpy(out + i * inner, out, inner * sizeof(acc_t));
-      continue;
-    }
-    if (d == kMaxDims - 1)
-      out[i] = resampled<acc_t>(map, p.grid, at.b, c);
     else
       inner = gather_resampled(p, t, at, map, c, d + 1, out + i * inner);
-    for (int axis = 0; axis < 3; ++axis) c[axis] += p.coord[axis][d];
+    for (int axis = 0; axis < 3; ++axis) c[axis] += step[axis];
   }
   return inner * steps;
 }

@@ -4,6 +4,7 @@
 
 #include "common/losses.h"
 #include "cpu/blocks.h"
+#include "cpu/vector_math.h"
 
 namespace diffdoctor {
 namespace {
@@ -120,14 +121,7 @@ void mixture(const WeightedLossParams& p, const acc_t* d, acc_t c, int64_t n, ac
   add_loss(p.strength[kSmoothL1], d, n, loss, slope, [c](acc_t x, acc_t& l, acc_t& s) { smooth_l1_loss(x, c, l, s); });
   add_loss(p.strength[kPseudoHuber], d, n, loss, slope,
            [c](acc_t x, acc_t& l, acc_t& s) { pseudo_huber_loss(x, c, l, s); });
-  if (p.strength[kLogCosh] == 0) return;
-  const acc_t s = acc_t(p.strength[kLogCosh]);
-  for (int64_t i = 0; i < n; ++i) {
-    acc_t l, k;
-    log_cosh_loss(d[i], l, k);
-    loss[i] += s * l;
-    slope[i] += s * k;
-  }
+  add_loss(p.strength[kLogCosh], d, n, loss, slope, [](acc_t x, acc_t& l, acc_t& s) { log_cosh_run(x, l, s); });
 }
 
 // Adds a block's share of the sums behind LossStats.

@@ -26,6 +26,14 @@ inline void from_acc(float value, float* out) { *out = value; }
 inline void from_acc(double value, double* out) { *out = value; }
 inline void from_acc(float value, bfloat16* out) { out->bits = float_to_bfloat16(value); }
 
+inline float half_to_float(uint16_t bits) {
+#if defined(__F16C__)
+  return _cvtsh_ss(bits);
+#else
+  return float16_to_float(bits);
+#endif
+}
+
 inline void half_run(const uint16_t* in, int64_t n, float* out) {
   int64_t i = 0;
 #if defined(__F16C__)
