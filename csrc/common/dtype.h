@@ -29,9 +29,13 @@ DD_HD uint32_t float_to_bits(float value) {
 DD_HD float bfloat16_to_float(uint16_t bits) { return bits_to_float(static_cast<uint32_t>(bits) << 16); }
 
 DD_HD uint16_t float_to_bfloat16(float value) {
+#if defined(__CUDA_ARCH__)
+  return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+#else
   const uint32_t bits = float_to_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
+#endif
 }
 
 DD_HD float float16_to_float(uint16_t bits) {
