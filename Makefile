@@ -46,6 +46,9 @@ format: $(STAMP)  ## Rewrite to the house style
 bench: $(STAMP)  ## Time the operations against PyTorch on this machine
 	$(BIN)/python -m benchmarks.run
 
+gpu:  ## On a GPU: build, test, benchmark, sanitize; needs Python with torch and Triton, and nvcc; writes runs/gpu
+	$(PYTHON) -m benchmarks.gpu --output runs/gpu
+
 wheel: $(STAMP)  ## Build an sdist and a wheel from it into dist/
 	$(BIN)/python -m pip install -q -c constraints.txt build
 	$(BIN)/python -m build

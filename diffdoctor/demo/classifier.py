@@ -37,7 +37,7 @@ def _shifted(images, generator):
 
 
 def _occluded(images, generator):
-    """Cover a rectangle in half of the pictures: with another picture's part, with shuffled pixels, or with noise.
+    """Cover a rectangle in each picture: with another picture's part, with shuffled pixels, or with noise.
 
     A classifier that has not met damage spreads its features over every kind of it; the spread within a class would
     then fall as damage is cured, and tell nothing about a collapse.
@@ -51,7 +51,7 @@ def _occluded(images, generator):
         h, w = torch.randint(height // 3, 2 * height // 3, (2,), generator=generator).tolist()
         top = int(torch.randint(0, height - h + 1, (), generator=generator))
         left = int(torch.randint(0, width - w + 1, (), generator=generator))
-        place = slice(i * count // 6, (i + 1) * count // 6), slice(None), slice(top, top + h), slice(left, left + w)
+        place = slice(i * count // 3, (i + 1) * count // 3), slice(None), slice(top, top + h), slice(left, left + w)
         images[place] = cover[place]
     return images
 

@@ -17,6 +17,7 @@ class DemoConfig:
         autoencoder_steps: of the pipeline's autoencoder (batch 16).
         base_steps: of the pipeline's denoiser (batch 64).
         treat_steps: of the treatment (batch 32).
+        treat_learning_rate: of the treatment; a higher one cures more and narrows the model more.
         shuffled_control: also treat with the maps shuffled across the batch (half a minute more).
         overwrite: start again where the folder holds a demo made with other options.
         threads: CPU threads; 0 leaves the choice to PyTorch.
@@ -31,7 +32,8 @@ class DemoConfig:
     judge_steps: int = 600
     autoencoder_steps: int = 1000
     base_steps: int = 1500
-    treat_steps: int = 100
+    treat_steps: int = 80
+    treat_learning_rate: float = 3.5e-4
     shuffled_control: bool = False
     overwrite: bool = False
     threads: int = 0

@@ -28,7 +28,7 @@ KINDS = (
 HIDDEN_KIND = "patch_permutation"
 DETECTOR_KINDS = tuple(kind for kind in KINDS if kind != HIDDEN_KIND)
 STRENGTH = (0.6, 1.0)
-AREA = (0.15, 0.35)
+AREA = (0.1, 0.28)
 VISIBLE = 0.2
 # Shares of the pictures for the detector, the judge, and the last fifth that neither they nor the pipeline see.
 SPLITS = (("detector", 0.4), ("judge", 0.4), ("heldout", 0.2))

@@ -123,6 +123,7 @@ class Demo:
             pairs = data.training
             config = TreatConfig(
                 steps=self.config.treat_steps,
+                learning_rate=self.config.treat_learning_rate,
                 seed=self.config.seed,
                 map_source=map_source,
                 sampling_steps=SAMPLING["num_inference_steps"],
