@@ -12,6 +12,12 @@ def as_scalar(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def divide(a, b):
+    """a / b rounded as IEEE asks; Triton's own fp32 division may be 2 ulp off, enough to move an index or miss a 1."""
+    return tl.div_rn(a, b) if a.dtype == tl.float32 else a / b
+
+
+@triton.jit
 def to_storage(x, dtype: tl.constexpr, ROUND_BF16: tl.constexpr):
     """x in a tensor's dtype, rounded to nearest even; the interpreter's own bf16 conversion truncates."""
     if ROUND_BF16 and dtype == tl.bfloat16:

@@ -7,7 +7,7 @@ area window along each; `grid` the grid's sizes. Positions come in an index type
 import triton
 import triton.language as tl
 
-from .common import as_scalar
+from .common import as_scalar, divide
 
 ABSENT = tl.constexpr(0)
 SAME = tl.constexpr(1)
@@ -22,14 +22,14 @@ def map_value(ptr, offset, mask, ACC: tl.constexpr):
     """A map's element as a number: uint8 is a level of 0..255, bool is 0 or 1."""
     value = tl.load(ptr + offset, mask=mask, other=0)
     if ptr.dtype.element_ty == tl.uint8:
-        return value.to(ACC) / 255.0
+        return divide(value.to(ACC), tl.zeros_like(value).to(ACC) + 255.0)
     return value.to(ACC)
 
 
 @triton.jit
 def _nearest(position, size, out, shift):
     """ATen computes nearest indices in fp32 for every dtype."""
-    scale = as_scalar(size, tl.float32) / as_scalar(out, tl.float32)
+    scale = divide(as_scalar(size, tl.float32), as_scalar(out, tl.float32))
     index = tl.floor((position.to(tl.float32) + shift) * scale).to(position.dtype)
     return tl.minimum(index, size - 1)
 
@@ -37,7 +37,7 @@ def _nearest(position, size, out, shift):
 @triton.jit
 def _linear(position, size, out, ACC: tl.constexpr):
     """Two neighbours and the second one's share."""
-    scale = as_scalar(size, ACC) / as_scalar(out, ACC)
+    scale = divide(as_scalar(size, ACC), as_scalar(out, ACC))
     source = tl.maximum(scale * (position.to(ACC) + 0.5) - 0.5, 0.0)
     first = tl.minimum(source.to(position.dtype), size - 1)
     share = tl.minimum(tl.maximum(source - first.to(ACC), 0.0), 1.0)
@@ -58,9 +58,9 @@ def _area(ptr, mask, t, y, x, axes, grid, ACC: tl.constexpr):
             for k in range(axes[8]):
                 value = tl.load(ptr + (row + (x0 + k) * axes[5]), mask=inside & (x0 + k < x1), other=0).to(ACC)
                 if ptr.dtype.element_ty == tl.uint8:
-                    value = value / 255.0
+                    value = divide(value, tl.zeros_like(value) + 255.0)
                 total += value
-    return total / (t1 - t0).to(ACC) / (y1 - y0).to(ACC) / (x1 - x0).to(ACC)
+    return divide(divide(divide(total, (t1 - t0).to(ACC)), (y1 - y0).to(ACC)), (x1 - x0).to(ACC))
 
 
 @triton.jit
