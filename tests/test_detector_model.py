@@ -126,6 +126,23 @@ def test_bf16_stays_close_to_fp32(detector):
     assert (got - expected).abs().max() < 0.05
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["segformer", "conv"])
+def test_torch_compile_takes_it_as_one_graph(name):
+    detector = make(name)
+    images = torch.rand(2, 3, 16, 16, requires_grad=True)
+
+    def confidence(x):
+        return detector.confidence(x, value_range=(-1, 1))
+
+    # "aot_eager" traces forward and backward as inductor would and leaves out the minutes of code generation.
+    compiled = torch.compile(confidence, fullgraph=True, backend="aot_eager")
+    got, expected = compiled(images), confidence(images)
+    torch.testing.assert_close(got, expected)
+    gradients = [torch.autograd.grad(out.sum(), images)[0] for out in (got, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
 def test_files_bring_back_the_same_bits_and_class(detector, tmp_path):
     images = torch.rand(2, 3, 16, 16)
     detector.preprocess_config.min_side = 32

@@ -37,6 +37,10 @@ class Checkpoints:
 
     def save(self, run) -> None:
         """Write the state of a `train._Run`; it appears under its name only when it is complete."""
+        if self.folder.is_dir():
+            # What a kill left behind half-written; only one process writes here.
+            for left in self.folder.glob(".step-*"):
+                shutil.rmtree(left, ignore_errors=True)
         with atomic_dir(self.folder / f"step-{run.step:08d}") as temporary:
             torch.save(
                 {

@@ -207,13 +207,7 @@ class _Run:
         """Lists of (pictures, masks) parts, one list a step, of this process' share of the batch."""
         config, accelerator = self.config, self.accelerator
         share = config.batch_size // accelerator.num_processes
-        size = share // config.accumulate
-        first = accelerator.process_index * share
-        plan = [
-            [(step, place) for place in range(first + part * size, first + (part + 1) * size)]
-            for step in range(self.step, config.steps)
-            for part in range(config.accumulate)
-        ]
+        plan = _Plan(self.step, config.steps, accelerator.process_index * share, share, config.accumulate)
         loader = torch.utils.data.DataLoader(
             self.samples,
             batch_sampler=plan,
@@ -297,6 +291,23 @@ class _Run:
     def _use_ema(self) -> None:
         if self.ema is not None:
             _assign(self.detector, self.ema)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The (step, place) keys of a process' share of every step, in `parts` lists a step; made as they are asked for."""
+
+    start: int
+    stop: int
+    first: int
+    share: int
+    parts: int
+
+    def __iter__(self):
+        size = self.share // self.parts
+        for step in range(self.start, self.stop):
+            for begin in range(self.first, self.first + self.share, size):
+                yield [(step, place) for place in range(begin, begin + size)]
 
 
 @torch.no_grad()
