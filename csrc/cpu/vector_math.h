@@ -30,11 +30,27 @@ inline float exp_nonpositive(float x) {
 
 inline double exp_nonpositive(double x) { return std::exp(x); }
 
-// log cosh d and tanh d within 3e-7 relative: polynomials in d^2 for |d| < 1, through e^(-2|d|) beyond.
+// log cosh and tanh of a >= 1 through e = e^(-2a).
+inline void log_cosh_far(float a, float& loss, float& slope) {
+  const float e = exp_nonpositive(-2 * a);
+  // log1p(e) / e for e <= e^-2
+  float tail = -0.119623844f;
+  tail = tail * e + 0.193346178f;
+  tail = tail * e + -0.24954998f;
+  tail = tail * e + 0.333319369f;
+  tail = tail * e + -0.49999984f;
+  tail = tail * e + 1.0f;
+  loss = a - 0.693147181f + tail * e;
+  slope = (1 - e) / (1 + e);
+}
+
+// log cosh d and tanh d within 3e-7 relative: polynomials in d^2 up to |d| = 1, and what is added beyond. A choice
+// between the two would put branches into the loop.
 inline void log_cosh_run(float d, float& loss, float& slope) {
   const float a = d < 0 ? -d : d;
-  const bool inner = a < 1;
-  const float z = inner ? d * d : 0.0f;
+  const float inner = a < 1 ? a : 1.0f;
+  const float outer = a < 1 ? 1.0f : a;  // a NaN goes this way
+  const float z = inner * inner;
   // log(cosh(d)) / d^2
   float near = 8.65409426e-05f;
   near = near * z + -0.000556135327f;
@@ -52,17 +68,11 @@ inline void log_cosh_run(float d, float& loss, float& slope) {
   ratio = ratio * z + 0.133321905f;
   ratio = ratio * z + -0.333332806f;
   ratio = ratio * z + 0.999999996f;
-  const float e = exp_nonpositive(inner ? -2.0f : -2 * a);
-  // log1p(e) / e for e <= e^-2
-  float tail = -0.119623844f;
-  tail = tail * e + 0.193346178f;
-  tail = tail * e + -0.24954998f;
-  tail = tail * e + 0.333319369f;
-  tail = tail * e + -0.49999984f;
-  tail = tail * e + 1.0f;
-  const float far = (1 - e) / (1 + e);
-  loss = inner ? near * z : a - 0.693147181f + tail * e;
-  slope = inner ? ratio * d : (d < 0 ? -far : far);
+  float far_loss, far_slope, one_loss, one_slope;
+  log_cosh_far(outer, far_loss, far_slope);
+  log_cosh_far(1.0f, one_loss, one_slope);
+  loss = near * z + (far_loss - one_loss);
+  slope = std::copysign(ratio * inner + (far_slope - one_slope), d);
 }
 
 inline void log_cosh_run(double d, double& loss, double& slope) { log_cosh_loss(d, loss, slope); }
