@@ -15,6 +15,7 @@ from diffdoctor.treat import TreatConfig, trainer, treat
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import WEIGHTS_NAME, lora_state
 from diffdoctor.treat.methods import METHODS
+from diffdoctor.treat.monitor import Measurement, Monitor
 from diffdoctor.treat.schedulers import Sampler
 from diffdoctor.treat.terms import offline_term, prepare_offline
 
@@ -224,6 +225,13 @@ def test_a_monitor_that_sees_more_artifacts_stops_the_treatment():
     assert len(result.history) < 30
     best = next(m for m in result.measurements if m.step == result.best_step)
     assert best.monitor_area <= 1.25 * result.measurements[0].monitor_area + 1e-3
+
+
+def test_the_last_of_equally_good_weights_is_kept():
+    monitor = Monitor(small())
+    for step, score in enumerate((0.1, 0.02, 0.01, 0.0105, 0.04)):
+        monitor.add(Measurement(step, score, 0.0, 0.0, 1.0, 1.0), dict)
+    assert monitor.best.step == 3
 
 
 def test_uniform_maps_leave_the_offline_term_alone():

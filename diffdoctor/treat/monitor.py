@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diffdoctor.treat.config import TreatConfig
 
 FLAG_CONFIDENCE = 0.5
+TIE = 1.1
 
 
 @dataclass
@@ -80,7 +81,8 @@ class Monitor:
 
     Attributes:
         measurements: so far, the first of the untreated model.
-        best: the best measurement of a model that is whole; for the controls the last one.
+        best: of a model that is whole, the last measurement within 10 % of the lowest score: some dozens of pictures
+            cannot tell such models apart, and the later one has settled; for the controls the last one.
         best_state: its weights; None stands for the untreated model.
     """
 
@@ -99,7 +101,8 @@ class Monitor:
             return fault
         # a control must not be chosen by the diagnosis that it is there to do without
         is_control = self.config.map_source != "detector"
-        if self.best is None or is_control or measurement.score < self.best.score:
+        lowest = min(m.score for m in self.measurements)
+        if self.best is None or is_control or measurement.score <= TIE * lowest:
             self.best, self.best_state = measurement, state()
         if self.config.good_enough and measurement.flagged_area <= self.config.good_enough * before.flagged_area:
             return f"flagged area at {measurement.flagged_area:.4f}, good enough"
