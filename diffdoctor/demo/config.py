@@ -33,7 +33,7 @@ class DemoConfig:
     autoencoder_steps: int = 1000
     base_steps: int = 1500
     treat_steps: int = 80
-    treat_learning_rate: float = 3.5e-4
+    treat_learning_rate: float = 5e-4
     shuffled_control: bool = False
     overwrite: bool = False
     threads: int = 0

@@ -124,6 +124,9 @@ class Demo:
             config = TreatConfig(
                 steps=self.config.treat_steps,
                 learning_rate=self.config.treat_learning_rate,
+                evaluate_every=max(1, self.config.treat_steps // 4),
+                # Enough fixed pictures that the choice of the best weights is not a coin toss between good ones.
+                evaluate_pictures=200,
                 seed=self.config.seed,
                 map_source=map_source,
                 sampling_steps=SAMPLING["num_inference_steps"],
