@@ -12,7 +12,10 @@ PACKAGES = (
     "torch", "triton", "numpy", "diffusers", "transformers", "accelerate", "peft", "xformers", "kernels",
     "webdataset", "pyarrow", "torchmetrics", "pycocotools", "scikit-learn",
 )  # fmt: skip
-VARIABLES = ("DIFFDOCTOR_BACKEND", "DIFFDOCTOR_BUILD", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+VARIABLES = (
+    "DIFFDOCTOR_BACKEND", "DIFFDOCTOR_BUILD", "DIFFDOCTOR_CPU_ISA", "TRITON_INTERPRET", "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
 
 
 @dataclass

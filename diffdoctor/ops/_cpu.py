@@ -17,11 +17,6 @@ def unavailable() -> str | None:
     return native.reason()
 
 
-def unsupported(op: str, problem) -> str | None:
-    device = (problem.logits if op == "artifact_loss" else problem.pred).device
-    return None if device.type == "cpu" else f"backend 'cpu' serves CPU tensors, got a tensor on {device}"
-
-
 def weighted_loss(problem: Problem) -> None:
     pointers, per_sample = call_arguments(problem)
     _native.weighted_loss_cpu(native_plan(problem.plan, _native), problem.work, pointers, per_sample, _threads())

@@ -43,11 +43,6 @@ def _find_problem() -> str | None:
     return f"the compiled kernels cannot run on {torch.cuda.get_device_name()}: {problem}"
 
 
-def unsupported(op: str, problem) -> str | None:
-    device = (problem.logits if op == "artifact_loss" else problem.pred).device
-    return None if device.type == "cuda" else f"backend 'cuda' serves CUDA tensors, got a tensor on {device}"
-
-
 def _guard(device: torch.device):
     """Makes `device` current for the launch. (Tensors of the host are met in tests of the kernels alone.)"""
     if device.type != "cuda" or torch.cuda.current_device() == device.index:

@@ -45,12 +45,6 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(op: str, problem) -> str | None:
-    """Why this problem cannot be served, or None."""
-    device = (problem.logits if op == "artifact_loss" else problem.pred).device
-    return None if device.type == "cuda" else f"serves CUDA tensors, got a tensor on {device.type}"
-
-
 def _prepared(plan: Plan, arguments) -> dict:
     """What launches on one plan share, made once by loss_arguments or mean_arguments and kept with the plan."""
     key = ("triton", arguments.__name__)

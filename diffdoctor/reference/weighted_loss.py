@@ -61,12 +61,14 @@ def weighted_loss(
         for coef, term in zip(target.coefs, target.terms, strict=True):
             d = d - per_sample(coef) * to_grid(term, layout).to(dtype)
 
+    # One number for all channels of a position: adding it up over them too would only lose digits.
+    spatial = omega.expand(shape[0], 1, *size)
     if normalizer is not None:
         z = per_sample(normalizer)
     elif normalize == "sample":
-        z = omega.expand(shape).mean((1, 2, 3, 4), keepdim=True)
+        z = spatial.mean((1, 2, 3, 4), keepdim=True)
     elif normalize == "batch":
-        z = omega.expand(shape).mean()
+        z = spatial.mean()
     else:
         z = one
 
