@@ -2,6 +2,7 @@
 PYTHON ?= python3
 OUTPUT ?= runs/demo
 SEEDS ?= 0 1 2
+TEST_JOBS ?= 2
 # Without a GPU the CUDA kernels would be compiled for nothing: the tests compile them by themselves.
 export DIFFDOCTOR_BUILD ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo auto || echo cpu)
 
@@ -31,8 +32,8 @@ demo-seeds: $(STAMP)  ## The demo for several seeds (SEEDS="0 1 2"), one after a
 	for seed in $(SEEDS); do $(BIN)/diffdoctor demo --output runs/demo-seed-$$seed --seed $$seed || exit $$?; done
 	$(BIN)/python -m diffdoctor.demo.table $(foreach seed,$(SEEDS),runs/demo-seed-$(seed))
 
-test: $(STAMP)  ## Run the tests
-	$(BIN)/python -m pytest -q
+test: $(STAMP)  ## Run the tests, TEST_JOBS at a time
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile
 
 lint: $(STAMP)  ## Check style: ruff and clang-format
 	$(BIN)/ruff check .
