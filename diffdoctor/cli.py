@@ -142,7 +142,11 @@ def _run(name, command, argv):
     with contextlib.suppress(BrokenPipeError):
         options = parser.parse_args(argv)
         values = {key: value for key, value in vars(parser.instantiate(options)).items() if key != "config"}
-        result = _load(command.run)(config_class(**values))
+        try:
+            config = config_class(**values)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{error} (see `diffdoctor {name} --help`)") from None
+        result = _load(command.run)(config)
         return result if isinstance(result, int) else 0
     return 0
 

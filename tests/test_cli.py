@@ -39,9 +39,11 @@ def test_options_come_from_a_file_and_the_command_line_wins(demo_options, tmp_pa
         (["demo", "--sede", "1"], "sede"),
         (["demo", "--seed", "many"], "seed"),
         (["demo", "--config", "no-such-file.yaml"], "no-such-file.yaml"),
+        (["demo", "--pictures", "3"], "pictures: at least 20 was expected"),
+        (["treat", "--method", "nope"], "method: one of draft_k"),
         (["treatment"], "unknown command 'treatment'"),
     ],
-    ids=["unknown-option", "wrong-type", "no-such-config", "unknown-command"],
+    ids=["unknown-option", "wrong-type", "no-such-config", "demo-value", "treat-value", "unknown-command"],
 )
 def test_bad_input_is_one_line_and_exit_code_2(argv, words, capsys):
     assert cli.main(argv) == 2

@@ -38,3 +38,15 @@ class DemoConfig:
     overwrite: bool = False
     threads: int = 0
     strict: bool = False
+
+    def __post_init__(self):
+        for name in ("classifier", "detector", "judge", "autoencoder", "base", "treat"):
+            if getattr(self, f"{name}_steps") < 1:
+                raise ValueError(f"{name}_steps: at least 1 was expected, got {getattr(self, f'{name}_steps')}")
+        if self.pictures < 20:
+            raise ValueError(f"pictures: at least 20 was expected, two of each digit, got {self.pictures}")
+        if not self.treat_learning_rate > 0:
+            raise ValueError(f"treat_learning_rate: a positive number was expected, got {self.treat_learning_rate}")
+        for name in ("seed", "threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: at least 0 was expected, got {getattr(self, name)}")
