@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from diffdoctor.demo import data as demo_data
 from diffdoctor.detector import ConvDetector
@@ -72,8 +73,11 @@ def test_shards_bring_everything_back(data, tmp_path):
 def test_a_short_training_already_finds_held_out_damage(data):
     from diffdoctor.detector import train_detector
 
-    config = demo_data.judge_training_config(steps=60, batch_size=32)
-    trained = train_detector(config, data.split("judge"), detector=ConvDetector((16, 32)), progress=False)
+    config = demo_data.judge_training_config(steps=120, batch_size=32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        fresh = ConvDetector((16, 32))
+    trained = train_detector(config, data.split("judge"), detector=fresh, progress=False)
     measures = quick_measures(trained.detector, data.split("heldout"))
     assert measures["map50"] > 0.5
     assert measures["hit_rate"] > 0.8

@@ -158,10 +158,14 @@ def test_interruption_writes_a_checkpoint_and_other_settings_are_refused(tmp_pat
         return term(*args, **kwargs)
 
     monkeypatch.setattr(trainer, "artifact_term", interrupting)
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        run(output_dir=tmp_path, steps=3)
-    assert signal.getsignal(signal.SIGINT) is handler
+    # A test run in the background of a shell inherits an ignored SIGINT.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(output_dir=tmp_path, steps=3)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     monkeypatch.setattr(trainer, "artifact_term", term)
     with pytest.raises(UserError, match="another learning_rate"):
