@@ -6,7 +6,7 @@ import torch
 
 from diffdoctor._progress import progress as show_progress
 from diffdoctor.evaluate.features import extract_features, frechet_distance, within_class_variance
-from diffdoctor.evaluate.pixel import flagged
+from diffdoctor.evaluate.pixel import flagged, flagged_share
 from diffdoctor.evaluate.rates import paired_bootstrap, wilson_interval
 
 
@@ -64,11 +64,11 @@ class Comparison:
 
     @property
     def severity_before(self):
-        return (self.judge_before >= 0.5).float().mean(dim=(1, 2, 3))
+        return flagged_share(self.judge_before)
 
     @property
     def severity_after(self):
-        return (self.judge_after >= 0.5).float().mean(dim=(1, 2, 3))
+        return flagged_share(self.judge_after)
 
 
 def artifact_rates(before, after) -> dict:
