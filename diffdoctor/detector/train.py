@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from diffdoctor._checkpoints import Checkpoints
 from diffdoctor._errors import UserError, missing_extra
 from diffdoctor._progress import progress as progress_bar
-from diffdoctor.detector.checkpoint import Checkpoints
 from diffdoctor.detector.losses import detector_loss
 from diffdoctor.detector.samples import AugmentConfig, DetectorData, StepSamples
 
@@ -173,13 +173,18 @@ class _Run:
         self.checkpoints = None
         if self.output_dir is not None:
             described = dataclasses.asdict(config) | {"pictures": len(data), "detector": type(detector).__name__}
-            self.checkpoints = Checkpoints(self.output_dir / "checkpoints", described, config.keep_checkpoints)
+            self.checkpoints = Checkpoints(
+                self.output_dir / "checkpoints",
+                described,
+                keep=config.keep_checkpoints,
+                refusal="holds checkpoints of a run with other settings ({}); "
+                "choose another output folder or remove it",
+            )
         self.writer = None
 
     def train(self, progress: bool) -> TrainedDetector:
         config = self.config
-        if self.checkpoints is not None:
-            self.checkpoints.load(self)
+        self._resume()
         if config.tensorboard and self.output_dir is not None and self.accelerator.is_main_process:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -266,8 +271,24 @@ class _Run:
             self._validate()
         if self.checkpoints is not None and config.checkpoint_every and self.step % config.checkpoint_every == 0:
             if self.accelerator.is_main_process:
-                self.checkpoints.save(self)
+                state = {
+                    "model": self.detector.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "ema": self.ema,
+                }
+                record = {"step": self.step, "history": self.history, "validations": self.validations}
+                self.checkpoints.save(self.step, state, record)
             self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        found = None if self.checkpoints is None else self.checkpoints.load(self.accelerator.device)
+        if found is None:
+            return
+        state, record = found
+        self.detector.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema = state["ema"]
+        self.step, self.history, self.validations = record["step"], record["history"], record["validations"]
 
     def _validate(self) -> None:
         from diffdoctor.evaluate.detector import quick_measures

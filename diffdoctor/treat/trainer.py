@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
+from diffdoctor._checkpoints import Checkpoints
 from diffdoctor._errors import UserError
 from diffdoctor._io import atomic_write_json
 from diffdoctor._progress import progress as show_progress
-from diffdoctor.treat.checkpoint import Checkpoints, deferred_signals
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import add_lora, load_lora_state, lora_state, merged_lora, save_lora
@@ -25,6 +25,7 @@ from diffdoctor.treat.processes import Processes, seed_of
 from diffdoctor.treat.prompts import check_prompts
 from diffdoctor.treat.rollout import Guidance, Rollout, initial_latents, picture_generators, roll_out
 from diffdoctor.treat.schedulers import Sampler
+from diffdoctor.treat.signals import deferred_signals
 from diffdoctor.treat.terms import artifact_term, diagnose, offline_term, prepare_offline
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,11 @@ class _Treatment:
         self.checkpoints = None
         if self.output_dir is not None:
             settings = {**asdict(config), "prompts": seed_of(*_bytes(self.prompts))}
-            self.checkpoints = Checkpoints(self.output_dir / "checkpoints", settings)
+            self.checkpoints = Checkpoints(
+                self.output_dir / "checkpoints",
+                settings,
+                refusal="holds checkpoints of a treatment with another {}: choose another output folder or remove them",
+            )
 
     def run(self, progress: bool) -> TreatResult:
         started = time.perf_counter()
@@ -340,9 +345,10 @@ class _Treatment:
         self.processes.wait()
 
     def _resume(self) -> None:
-        state = None if self.checkpoints is None else self.checkpoints.load()
-        if state is None:
+        found = None if self.checkpoints is None else self.checkpoints.load()
+        if found is None:
             return
+        state, _ = found
         self.step, self.history = state["step"], state["history"]
         self.skipped, self.skipped_in_a_row = state["skipped"]
         self._put(state["lora"])
