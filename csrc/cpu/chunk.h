@@ -1,9 +1,9 @@
-// The arithmetic over one block: residual, element losses, numerator, gradient. All loops are over buffers of at most
-// kChunk elements; partial sums have a fixed order.
+// The arithmetic over one block: weights, residual, element losses, numerator, gradient. Partial sums have a fixed
+// order.
 #pragma once
 
 #include "common/losses.h"
-#include "cpu/blocks.h"
+#include "cpu/map_rows.h"
 #include "cpu/vector_math.h"
 
 namespace diffdoctor {
@@ -14,6 +14,7 @@ namespace {
 template <typename acc_t>
 struct Weights {
   acc_t u[kChunk], mask[kChunk], omega[kChunk], modulated[kChunk];
+  MapRoom<acc_t> room;
 };
 
 inline bool modulates(const WeightedLossParams& p) { return p.artifact_grad != 1 || p.clean_grad != 1; }
@@ -50,7 +51,7 @@ void fill_weights(const WeightedLossParams& p, const Tiling& t, const Place& at,
     c = static_cast<const acc_t*>(p.confidence.data) +
         block_offset(t, at, p.confidence.batch_stride, p.confidence.stride);
   } else {
-    gather_map(p, t, at, p.confidence, w.u);
+    gather_map(p, t, at, p.confidence, w.room, w.u);
     if (p.gamma != 1) {
       for (int64_t i = 0; i < n; ++i) w.u[i] = artifact_level<acc_t>(p, w.u[i]);
       threshold = 0;  // it compares with c, not with c^gamma
@@ -58,7 +59,7 @@ void fill_weights(const WeightedLossParams& p, const Tiling& t, const Place& at,
   }
   const bool keep_level = (p.work & kWriteSums) != 0;
   const bool mask = p.mask.mode != kAbsent, modulated = modulates(p);
-  if (mask) gather_map(p, t, at, p.mask, w.mask);
+  if (mask) gather_map(p, t, at, p.mask, w.room, w.mask);
   if (mask && modulated)
     combine_weights<true, true>(p, c, threshold, n, keep_level, w);
   else if (mask)
@@ -75,14 +76,32 @@ struct Sample {
   acc_t pred_scale, coef[kMaxTerms], huber_c, weight, gradient_scale;
 };
 
+// The residual's parts over a run: d = pred_scale * pred - coef[0] * term[0] - coef[1] * term[1].
+template <typename pred_t, typename term_t>
+struct Operands {
+  const pred_t* pred;
+  const term_t* term[kMaxTerms];
+  pred_t* grad;
+};
+
+template <int kTerms, typename pred_t, typename term_t, typename acc_t>
+inline acc_t residual(const Operands<pred_t, term_t>& x, const Sample<acc_t>& s, int64_t i) {
+  acc_t d = s.pred_scale * to_acc(x.pred[i]);
+  if (kTerms > 0) d -= s.coef[0] * to_acc(x.term[0][i]);
+  if (kTerms > 1) d -= s.coef[1] * to_acc(x.term[1][i]);
+  return d;
+}
+
 // l2 in one pass. kWeights: omega is an array, else 1. kModulated: so is omega * m, else it is omega.
-template <bool kWeights, bool kModulated, bool kGrad, typename pred_t, typename term_t, typename acc_t>
-acc_t l2_chunk(const pred_t* pred, const term_t* target, const acc_t* weight, const acc_t* modulated, acc_t pred_scale,
-               acc_t loss_scale, acc_t grad_scale, int64_t n, pred_t* grad) {
+template <int kTerms, bool kWeights, bool kModulated, bool kGrad, typename pred_t, typename term_t, typename acc_t>
+acc_t l2_run(const Operands<pred_t, term_t>& operands, const Sample<acc_t>& sample, const acc_t* weight,
+             const acc_t* modulated, acc_t grad_scale, int64_t n) {
+  const Operands<pred_t, term_t> x = operands;  // copies: a store to grad must not make the compiler read them again
+  const Sample<acc_t> s = sample;
   acc_t total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < n; ++i) {
-    acc_t d = pred_scale * to_acc(pred[i]) - to_acc(target[i]);
+    acc_t d = residual<kTerms>(x, s, i);
     acc_t weighted = d;
     if (kWeights) {
       d = weight[i] == 0 ? acc_t(0) : d;  // selected out: a NaN must not come through
@@ -92,54 +111,76 @@ acc_t l2_chunk(const pred_t* pred, const term_t* target, const acc_t* weight, co
     if (kGrad) {
       acc_t slope = weighted;
       if (kModulated) slope = modulated[i] == 0 ? acc_t(0) : modulated[i] * d;
-      from_acc(slope * grad_scale, grad + i);
+      from_acc(slope * grad_scale, x.grad + i);
     }
   }
-  return total * loss_scale;
+  return total;
 }
 
-template <typename acc_t, typename loss_t>
-void add_loss(double strength, const acc_t* d, int64_t n, acc_t* loss, acc_t* slope, loss_t element) {
-  if (strength == 0) return;
-  const acc_t s = acc_t(strength);
+template <bool kFirst, typename acc_t, typename loss_t>
+void add_loss(acc_t strength, const acc_t* d, int64_t n, acc_t* loss, acc_t* slope, loss_t element) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     acc_t l, k;
     element(d[i], l, k);
-    loss[i] += s * l;
-    slope[i] += s * k;
+    loss[i] = kFirst ? strength * l : loss[i] + strength * l;
+    slope[i] = kFirst ? strength * k : slope[i] + strength * k;
   }
 }
 
 // Any mixture of element losses of the residuals d, one vectorised pass for each.
 template <typename acc_t>
 void mixture(const WeightedLossParams& p, const acc_t* d, acc_t c, int64_t n, acc_t* loss, acc_t* slope) {
-  for (int64_t i = 0; i < n; ++i) loss[i] = slope[i] = 0;
-  add_loss(p.strength[kL2], d, n, loss, slope, [](acc_t x, acc_t& l, acc_t& s) { l2_loss(x, l, s); });
-  add_loss(p.strength[kL1], d, n, loss, slope, [](acc_t x, acc_t& l, acc_t& s) { l1_loss(x, l, s); });
-  add_loss(p.strength[kHuber], d, n, loss, slope, [c](acc_t x, acc_t& l, acc_t& s) { huber_loss(x, c, l, s); });
-  add_loss(p.strength[kSmoothL1], d, n, loss, slope, [c](acc_t x, acc_t& l, acc_t& s) { smooth_l1_loss(x, c, l, s); });
-  add_loss(p.strength[kPseudoHuber], d, n, loss, slope,
-           [c](acc_t x, acc_t& l, acc_t& s) { pseudo_huber_loss(x, c, l, s); });
-  add_loss(p.strength[kLogCosh], d, n, loss, slope, [](acc_t x, acc_t& l, acc_t& s) { log_cosh_run(x, l, s); });
+  bool first = true;
+  const auto add = [&](LossKind kind, auto element) {
+    const acc_t strength = acc_t(p.strength[kind]);
+    if (p.strength[kind] == 0) return;
+    if (first)
+      add_loss<true>(strength, d, n, loss, slope, element);
+    else
+      add_loss<false>(strength, d, n, loss, slope, element);
+    first = false;
+  };
+  add(kL2, [](acc_t x, acc_t& l, acc_t& s) { l2_loss(x, l, s); });
+  add(kL1, [](acc_t x, acc_t& l, acc_t& s) { l1_loss(x, l, s); });
+  add(kHuber, [c](acc_t x, acc_t& l, acc_t& s) { huber_loss(x, c, l, s); });
+  add(kSmoothL1, [c](acc_t x, acc_t& l, acc_t& s) { smooth_l1_loss(x, c, l, s); });
+  add(kPseudoHuber, [c](acc_t x, acc_t& l, acc_t& s) { pseudo_huber_loss(x, c, l, s); });
+  add(kLogCosh, [](acc_t x, acc_t& l, acc_t& s) { log_cosh_run(x, l, s); });
+  for (int64_t i = 0; first && i < n; ++i) loss[i] = slope[i] = 0;
 }
 
-// Adds a block's share of the sums behind LossStats.
+// Adds a piece's share of the sums behind LossStats. weight: omega * v, 0 where an element is left out.
+template <typename acc_t, typename level_t, typename omega_t>
+void add_sums_of(const level_t& u, const omega_t& omega, const acc_t* weight, const acc_t* loss, int64_t n,
+                 double* sums) {
+  double found[kSums] = {};
+#pragma omp simd reduction(+ : found[:kSums])
+  for (int64_t i = 0; i < n; ++i) {
+    const double level = u(i), l = loss[i], weighted = double(weight[i] * loss[i]);
+    const bool counts = weight[i] != 0;
+    found[kSumWeight] += omega(i);
+    found[kSumArtifact] += level;
+    found[kSumNumerator] += counts ? weighted : 0.0;
+    found[kSumArtifactWeight] += counts ? level : 0.0;
+    found[kSumCleanWeight] += counts ? 1 - level : 0.0;
+    found[kSumArtifactLoss] += counts && level != 0 ? level * l : 0.0;
+    found[kSumCleanLoss] += counts && level != 1 ? (1 - level) * l : 0.0;
+    found[kSumNonfinite] += counts && !(weighted - weighted == 0) ? 1.0 : 0.0;
+  }
+  for (int k = 0; k < kSums; ++k) sums[k] += found[k];
+}
+
 template <typename acc_t>
 void add_sums(const acc_t* u, const acc_t* omega, const acc_t* weight, const acc_t* loss, int64_t n, double* sums) {
-  for (int64_t i = 0; i < n; ++i) {
-    const double level = u[i];
-    sums[kSumWeight] += omega[i];
-    sums[kSumArtifact] += level;
-    if (weight[i] == 0) continue;
-    const double l = loss[i], weighted = weight[i] * loss[i];
-    sums[kSumNumerator] += weighted;
-    sums[kSumArtifactWeight] += level;
-    sums[kSumCleanWeight] += 1 - level;
-    if (level != 0) sums[kSumArtifactLoss] += level * l;
-    if (level != 1) sums[kSumCleanLoss] += (1 - level) * l;
-    if (!(weighted - weighted == 0)) sums[kSumNonfinite] += 1;
-  }
+  add_sums_of([u](int64_t i) { return double(u[i]); }, [omega](int64_t i) { return double(omega[i]); }, weight, loss, n,
+              sums);
+}
+
+// The same where there is no map: u is 0 and omega a number.
+template <typename acc_t>
+void add_plain_sums(acc_t omega, const acc_t* weight, const acc_t* loss, int64_t n, double* sums) {
+  add_sums_of([](int64_t) { return 0.0; }, [omega](int64_t) { return double(omega); }, weight, loss, n, sums);
 }
 
 }  // namespace

@@ -1,0 +1,343 @@
+// One block of weighted_loss: its operands as runs, read and written in short pieces while the next block's memory is
+// on its way.
+#pragma once
+
+#include "cpu/chunk.h"
+
+namespace diffdoctor {
+namespace {
+
+// Elements between prefetches: buffers of this length stay in the first-level cache beside the block's weights.
+constexpr int64_t kPiece = 256;
+
+template <typename acc_t>
+struct Buffers {
+  Weights<acc_t> maps;
+  acc_t v[kChunk], weight[kChunk], modulated[kChunk];
+  acc_t pred[kChunk], term[kMaxTerms][kChunk], grad[kChunk];  // of operands that are not runs of memory
+  acc_t pred_piece[kPiece], term_piece[kMaxTerms][kPiece], grad_piece[kPiece];
+  acc_t d[kPiece], loss[kPiece], slope[kPiece], plain[kPiece], plain_modulated[kPiece];
+};
+
+template <typename acc_t>
+struct Call {
+  const WeightedLossParams& p;
+  Tiling tiling;
+  bool has_maps, modulated, l2_only, pred_run, grad_run, term_run[kMaxTerms];
+  acc_t clean_weight, clean_grad;
+
+  explicit Call(const WeightedLossParams& params) : p(params), tiling(make_tiling(params)) {
+    has_maps = p.confidence.mode != kAbsent || p.mask.mode != kAbsent;
+    modulated = modulates(p);
+    l2_only = true;
+    for (int k = kL1; k < kLossKinds; ++k) l2_only = l2_only && p.strength[k] == 0;
+    pred_run = block_is_run(p, tiling, p.pred.stride);
+    grad_run = (p.work & kWriteGrad) && block_is_run(p, tiling, p.grad.stride);
+    for (int k = 0; k < p.num_terms; ++k) term_run[k] = block_is_run(p, tiling, p.term[k].stride);
+    clean_weight = acc_t(p.clean_weight);
+    clean_grad = acc_t(p.clean_grad);
+  }
+};
+
+// The memory of the block that comes next, fetched piece by piece while this one is computed. The hardware's own
+// prefetcher starts anew with every channel's run; without this a core waits for a third of the time.
+struct Ahead {
+  const char* read[1 + kMaxTerms];
+  int64_t read_size[1 + kMaxTerms];
+  int reads;
+  char* written;
+  int64_t written_size;
+
+  void fetch(int64_t begin, int64_t end) const {
+    for (int k = 0; k < reads; ++k)
+      for (int64_t byte = begin * read_size[k]; byte < end * read_size[k]; byte += 64)
+        __builtin_prefetch(read[k] + byte, 0);
+    for (int64_t byte = begin * written_size; byte < end * written_size; byte += 64)
+      __builtin_prefetch(written + byte, 1);
+  }
+};
+
+template <typename acc_t>
+Ahead make_ahead(const Call<acc_t>& call, const Place& next) {
+  const WeightedLossParams& p = call.p;
+  Ahead ahead = {};
+  const auto place = [&](const Operand& x) {
+    return static_cast<char*>(x.data) +
+           element_size(x.dtype) * block_offset(call.tiling, next, x.batch_stride, x.stride);
+  };
+  const auto add = [&](const Operand& x, bool run) {
+    if (!run) return;
+    ahead.read[ahead.reads] = place(x);
+    ahead.read_size[ahead.reads++] = element_size(x.dtype);
+  };
+  add(p.pred, call.pred_run);
+  for (int k = 0; k < p.num_terms; ++k) add(p.term[k], call.term_run[k]);
+  if (call.grad_run) {
+    ahead.written = place(p.grad);
+    ahead.written_size = element_size(p.grad.dtype);
+  }
+  return ahead;
+}
+
+// A block as one run: in place, or gathered into a buffer.
+struct Run {
+  const void* data;
+  int32_t dtype;
+};
+
+template <typename acc_t>
+Run run_of(const Call<acc_t>& call, const Place& at, const Operand& x, bool run, acc_t* buffer) {
+  const int64_t offset = block_offset(call.tiling, at, x.batch_stride, x.stride);
+  if (run) return {address(x.data, x.dtype, offset), x.dtype};
+  gather(call.p, call.tiling, at, x.data, x.dtype, x.stride, offset, buffer);
+  return {buffer, kAccDtype<acc_t>};
+}
+
+// n elements of a run as acc_t: a pointer into it where it holds that type.
+template <typename acc_t>
+const acc_t* piece_of(const Run& run, int64_t begin, int64_t n, acc_t* buffer) {
+  if (run.dtype == kAccDtype<acc_t>) return static_cast<const acc_t*>(run.data) + begin;
+  load_run<acc_t>(run.data, run.dtype, begin, 1, n, buffer);
+  return buffer;
+}
+
+template <typename acc_t>
+struct Runs {
+  Run pred, term[kMaxTerms];
+  Run grad;  // data is null where no gradient is written
+  bool scatter_grad;
+};
+
+template <typename acc_t>
+Runs<acc_t> runs_of(const Call<acc_t>& call, const Place& at, Buffers<acc_t>& buf, bool write_grad) {
+  const WeightedLossParams& p = call.p;
+  Runs<acc_t> runs = {};
+  runs.pred = run_of(call, at, p.pred, call.pred_run, buf.pred);
+  for (int k = 0; k < p.num_terms; ++k) runs.term[k] = run_of(call, at, p.term[k], call.term_run[k], buf.term[k]);
+  if (!write_grad) return runs;
+  runs.scatter_grad = !call.grad_run;
+  runs.grad = {buf.grad, kAccDtype<acc_t>};
+  if (call.grad_run) {
+    const int64_t offset = block_offset(call.tiling, at, p.grad.batch_stride, p.grad.stride);
+    runs.grad = {address(p.grad.data, p.grad.dtype, offset), p.grad.dtype};
+  }
+  return runs;
+}
+
+template <typename acc_t>
+void store_block(const Call<acc_t>& call, const Place& at, const acc_t* values) {
+  const Operand& x = call.p.grad;
+  const int64_t offset = block_offset(call.tiling, at, x.batch_stride, x.stride);
+  if (call.grad_run)
+    store_run<acc_t>(x.data, x.dtype, offset, 1, at.count, values);
+  else
+    scatter(call.p, call.tiling, at, x.data, x.dtype, x.stride, offset, call.tiling.split, values);
+}
+
+// The element-wise weights of a block: omega * v and omega * m * v. Null where they are constant over the call.
+template <typename acc_t>
+struct BlockWeights {
+  const acc_t* weight;
+  const acc_t* modulated;
+};
+
+template <typename acc_t>
+BlockWeights<acc_t> block_weights(const Call<acc_t>& call, const Place& at, Buffers<acc_t>& buf) {
+  const WeightedLossParams& p = call.p;
+  const acc_t *omega = buf.maps.omega, *modulated = call.modulated ? buf.maps.modulated : omega;
+  if (!p.weighting.present) {
+    if (!call.has_maps) return {nullptr, nullptr};
+    return {omega, modulated};
+  }
+  gather(p, call.tiling, at, p.weighting.data, p.weighting.dtype, p.weighting.stride,
+         block_offset(call.tiling, at, p.weighting.batch_stride, p.weighting.stride), buf.v);
+  const acc_t* v = buf.v;
+  const acc_t plain = call.clean_weight, m = call.clean_grad;
+  if (!call.has_maps)
+    for (int64_t i = 0; i < at.count; ++i) {
+      buf.weight[i] = v[i] == 0 || plain == 0 ? acc_t(0) : v[i] * plain;
+      buf.modulated[i] = buf.weight[i] == 0 || m == 0 ? acc_t(0) : buf.weight[i] * m;
+    }
+  else
+    for (int64_t i = 0; i < at.count; ++i) {
+      buf.weight[i] = omega[i] == 0 || v[i] == 0 ? acc_t(0) : omega[i] * v[i];
+      buf.modulated[i] = modulated[i] == 0 || v[i] == 0 ? acc_t(0) : modulated[i] * v[i];
+    }
+  return {buf.weight, call.modulated ? buf.modulated : buf.weight};
+}
+
+template <int kTerms, typename pred_t, typename term_t, typename acc_t>
+acc_t l2_piece(const Operands<pred_t, term_t>& x, const Sample<acc_t>& s, const BlockWeights<acc_t>& w, int64_t begin,
+               acc_t grad_scale, int64_t n) {
+  const acc_t* weight = w.weight ? w.weight + begin : nullptr;
+  const acc_t* modulated = w.weight ? w.modulated + begin : nullptr;
+  const auto run = [&](auto function) { return function(x, s, weight, modulated, grad_scale, n); };
+  if (!x.grad)
+    return weight ? run(l2_run<kTerms, true, false, false, pred_t, term_t, acc_t>)
+                  : run(l2_run<kTerms, false, false, false, pred_t, term_t, acc_t>);
+  if (!weight) return run(l2_run<kTerms, false, false, true, pred_t, term_t, acc_t>);
+  return modulated == weight ? run(l2_run<kTerms, true, false, true, pred_t, term_t, acc_t>)
+                             : run(l2_run<kTerms, true, true, true, pred_t, term_t, acc_t>);
+}
+
+template <typename pred_t, typename term_t, typename acc_t>
+acc_t l2_piece(int terms, const Operands<pred_t, term_t>& x, const Sample<acc_t>& s, const BlockWeights<acc_t>& w,
+               int64_t begin, acc_t grad_scale, int64_t n) {
+  switch (terms) {
+    case 0:
+      return l2_piece<0>(x, s, w, begin, grad_scale, n);
+    case 1:
+      return l2_piece<1>(x, s, w, begin, grad_scale, n);
+    default:
+      return l2_piece<2>(x, s, w, begin, grad_scale, n);
+  }
+}
+
+// How a block's pieces are read: without conversion where prediction and terms are runs of acc_t or bf16, else through
+// buffers.
+template <typename pred_t, typename term_t, typename acc_t>
+double l2_block(const Call<acc_t>& call, const Place& at, const Sample<acc_t>& s, Buffers<acc_t>& buf,
+                const BlockWeights<acc_t>& w, const Runs<acc_t>& runs, acc_t grad_scale, const Ahead& ahead) {
+  constexpr bool buffered = sizeof(pred_t) == sizeof(acc_t), term_buffered = sizeof(term_t) == sizeof(acc_t);
+  double total = 0;
+  for (int64_t begin = 0; begin < at.count; begin += kPiece) {
+    const int64_t n = at.count - begin < kPiece ? at.count - begin : kPiece;
+    ahead.fetch(begin, begin + n);
+    Operands<pred_t, term_t> x = {};
+    const bool own_grad = runs.grad.data && (!buffered || runs.grad.dtype == kAccDtype<acc_t>);
+    if constexpr (buffered) {
+      x.pred = piece_of<acc_t>(runs.pred, begin, n, buf.pred_piece);
+      if (runs.grad.data && !own_grad) x.grad = buf.grad_piece;
+    } else {
+      x.pred = static_cast<const pred_t*>(runs.pred.data) + begin;
+    }
+    if (own_grad) x.grad = static_cast<pred_t*>(const_cast<void*>(runs.grad.data)) + begin;
+    for (int k = 0; k < call.p.num_terms; ++k) {
+      if constexpr (term_buffered)
+        x.term[k] = piece_of<acc_t>(runs.term[k], begin, n, buf.term_piece[k]);
+      else
+        x.term[k] = static_cast<const term_t*>(runs.term[k].data) + begin;
+    }
+    total += l2_piece<pred_t, term_t, acc_t>(call.p.num_terms, x, s, w, begin, grad_scale, n);
+    if constexpr (buffered) {
+      if (runs.grad.data && !own_grad)
+        store_run<acc_t>(const_cast<void*>(runs.grad.data), runs.grad.dtype, begin, 1, n, buf.grad_piece);
+    }
+  }
+  return total;
+}
+
+inline double dispatch_l2(const Call<float>& call, const Place& at, const Sample<float>& s, Buffers<float>& buf,
+                          const BlockWeights<float>& w, const Runs<float>& runs, float grad_scale,
+                          const Ahead& ahead) {
+  const bool pred = runs.pred.dtype == kBFloat16 && (!runs.grad.data || runs.grad.dtype == kBFloat16);
+  bool term = call.p.num_terms > 0;
+  for (int k = 0; k < call.p.num_terms; ++k) term = term && runs.term[k].dtype == kBFloat16;
+  if (pred)
+    return term ? l2_block<bfloat16, bfloat16>(call, at, s, buf, w, runs, grad_scale, ahead)
+                : l2_block<bfloat16, float>(call, at, s, buf, w, runs, grad_scale, ahead);
+  return term ? l2_block<float, bfloat16>(call, at, s, buf, w, runs, grad_scale, ahead)
+              : l2_block<float, float>(call, at, s, buf, w, runs, grad_scale, ahead);
+}
+
+inline double dispatch_l2(const Call<double>& call, const Place& at, const Sample<double>& s, Buffers<double>& buf,
+                          const BlockWeights<double>& w, const Runs<double>& runs, double grad_scale,
+                          const Ahead& ahead) {
+  return l2_block<double, double>(call, at, s, buf, w, runs, grad_scale, ahead);
+}
+
+template <typename acc_t>
+double process_l2(const Call<acc_t>& call, const Place& at, const Sample<acc_t>& s, Buffers<acc_t>& buf,
+                  const BlockWeights<acc_t>& w, const Ahead& ahead) {
+  const WeightedLossParams& p = call.p;
+  const acc_t strength = acc_t(p.strength[kL2]);
+  const acc_t loss_scale = strength * s.weight * (w.weight ? acc_t(1) : call.clean_weight);
+  const acc_t grad_scale =
+      2 * strength * s.gradient_scale * (w.weight ? acc_t(1) : call.clean_weight * call.clean_grad);
+  const Runs<acc_t> runs = runs_of(call, at, buf, (p.work & kWriteGrad) != 0);
+  const double total = dispatch_l2(call, at, s, buf, w, runs, grad_scale, ahead);
+  if (runs.scatter_grad) store_block(call, at, buf.grad);
+  return total * double(loss_scale);
+}
+
+template <typename acc_t>
+void residuals(const Call<acc_t>& call, const Sample<acc_t>& s, const Runs<acc_t>& runs, const acc_t* weight,
+               int64_t begin, int64_t n, Buffers<acc_t>& buf) {
+  const WeightedLossParams& p = call.p;
+  Operands<acc_t, acc_t> x = {};
+  x.pred = piece_of<acc_t>(runs.pred, begin, n, buf.pred_piece);
+  for (int k = 0; k < p.num_terms; ++k) x.term[k] = piece_of<acc_t>(runs.term[k], begin, n, buf.term_piece[k]);
+  const auto fill = [&, x, s](auto terms) {
+    for (int64_t i = 0; i < n; ++i) {
+      const acc_t d = residual<decltype(terms)::value>(x, s, i);
+      buf.d[i] = weight[i] == 0 ? acc_t(0) : d;
+    }
+  };
+  if (p.num_terms == 0)
+    fill(std::integral_constant<int, 0>());
+  else if (p.num_terms == 1)
+    fill(std::integral_constant<int, 1>());
+  else
+    fill(std::integral_constant<int, 2>());
+}
+
+// Any losses, and the sums where they are wanted.
+template <typename acc_t>
+double process_general(const Call<acc_t>& call, const Place& at, const Sample<acc_t>& s, Buffers<acc_t>& buf,
+                       const BlockWeights<acc_t>& w, const Ahead& ahead, double* sums, bool write_grad) {
+  const WeightedLossParams& p = call.p;
+  const Runs<acc_t> runs = runs_of(call, at, buf, write_grad);
+  if (!w.weight) {
+    const bool none = call.clean_weight == 0 || call.clean_grad == 0;
+    for (int64_t i = 0; i < kPiece; ++i) {
+      buf.plain[i] = call.clean_weight;
+      buf.plain_modulated[i] = none ? acc_t(0) : call.clean_weight * call.clean_grad;
+    }
+  }
+  double total = 0;
+  for (int64_t begin = 0; begin < at.count; begin += kPiece) {
+    const int64_t n = at.count - begin < kPiece ? at.count - begin : kPiece;
+    const acc_t* weight = w.weight ? w.weight + begin : buf.plain;
+    const acc_t* modulated = w.weight ? w.modulated + begin : buf.plain_modulated;
+    ahead.fetch(begin, begin + n);
+    residuals(call, s, runs, weight, begin, n, buf);
+    mixture(p, buf.d, s.huber_c, n, buf.loss, buf.slope);
+    acc_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += weight[i] == 0 ? acc_t(0) : weight[i] * buf.loss[i];
+    total += sum;
+    if (write_grad) {
+      const bool in_place = runs.grad.dtype == kAccDtype<acc_t>;
+      void* const grad = const_cast<void*>(runs.grad.data);
+      acc_t* out = in_place ? static_cast<acc_t*>(grad) + begin : buf.grad_piece;
+      for (int64_t i = 0; i < n; ++i)
+        out[i] = modulated[i] == 0 ? acc_t(0) : modulated[i] * buf.slope[i] * s.gradient_scale;
+      if (!in_place) store_run<acc_t>(grad, runs.grad.dtype, begin, 1, n, buf.grad_piece);
+    }
+    if (!sums) continue;
+    for (int64_t i = 0; i < n; ++i) buf.d[i] = weight[i] == 0 ? acc_t(0) : weight[i] * s.weight;
+    if (call.has_maps)
+      add_sums(buf.maps.u + begin, buf.maps.omega + begin, buf.d, buf.loss, n, sums);
+    else
+      add_plain_sums(call.clean_weight, buf.d, buf.loss, n, sums);
+  }
+  if (runs.scatter_grad) store_block(call, at, buf.grad);
+  return total * double(s.weight);
+}
+
+// What a block leaves when its whole sample, or every element, is left out: a zero gradient, and omega in the sums.
+template <typename acc_t>
+void process_unselected(const Call<acc_t>& call, const Place& at, Buffers<acc_t>& buf, double* sums) {
+  if (call.p.work & kWriteGrad) {
+    for (int64_t i = 0; i < at.count; ++i) buf.grad[i] = 0;
+    store_block(call, at, buf.grad);
+  }
+  if (!sums) return;
+  for (int64_t i = 0; i < at.count; ++i) {
+    sums[kSumWeight] += call.has_maps ? buf.maps.omega[i] : call.clean_weight;
+    sums[kSumArtifact] += call.has_maps ? buf.maps.u[i] : acc_t(0);
+  }
+}
+
+}  // namespace
+}  // namespace diffdoctor

@@ -1,0 +1,129 @@
+// Blocks gathered into and scattered from buffers that stay in the first-level cache, for operands of any strides.
+#pragma once
+
+#include "cpu/blocks.h"
+
+namespace diffdoctor {
+namespace {
+
+constexpr int64_t kShortRun = 16;  // below, a call for each run of memory costs more than the run
+
+// Fills out[] over dims d.. of a block; returns how many elements that was. A dim with stride 0 is copied, not read.
+template <typename acc_t>
+int64_t gather_runs(const WeightedLossParams& p, const Tiling& t, const Place& at, const void* data, int32_t dtype,
+                    const int64_t* stride, int64_t offset, int d, acc_t* out) {
+  const int64_t steps = block_steps(p, t, at, d);
+  if (d == kMaxDims - 1) {
+    load_run<acc_t>(data, dtype, offset, stride[d], steps, out);
+    return steps;
+  }
+  const int64_t inner = gather_runs(p, t, at, data, dtype, stride, offset, d + 1, out);
+  for (int64_t i = 1; i < steps; ++i) {
+    if (stride[d] == 0)
+      memcpy(out + i * inner, out, inner * sizeof(acc_t));
+    else
+      gather_runs(p, t, at, data, dtype, stride, offset + i * stride[d], d + 1, out + i * inner);
+  }
+  return inner * steps;
+}
+
+// A block whose memory runs along another dim than its innermost: packed tokens against an unpacked target, a
+// channels_last prediction against a plain one. Units of a few dense elements are taken along dim `along`.
+struct UnitWalk {
+  int64_t unit;                    // dense elements, the block's innermost dims
+  int64_t steps, from, to;         // along `along`: how many units, strides in the source and in the block
+  int dims;                        // the dims around it, outermost first
+  int64_t size[kMaxDims], stride[kMaxDims], dense[kMaxDims];
+};
+
+// False where the block's own order is the memory's, or its dense runs are long.
+inline bool make_unit_walk(const WeightedLossParams& p, const Tiling& t, const Place& at, const int64_t* stride,
+                           UnitWalk& walk) {
+  int d = kMaxDims - 1;
+  walk.unit = 1;
+  for (; d >= t.split && stride[d] == walk.unit && walk.unit < kShortRun; --d) walk.unit *= block_steps(p, t, at, d);
+  if (d < t.split || walk.unit >= kShortRun) return false;
+  int along = -1;
+  for (int k = d; k >= t.split; --k) {
+    const int64_t length = stride[k] < 0 ? -stride[k] : stride[k];
+    if (length == 0 || block_steps(p, t, at, k) == 1) continue;
+    if (along < 0 || length < (stride[along] < 0 ? -stride[along] : stride[along])) along = k;
+  }
+  if (along < 0 || (walk.unit == 1 && along == kMaxDims - 1)) return false;
+  int64_t dense = walk.unit;
+  walk.dims = 0;
+  for (int k = d; k >= t.split; --k) {
+    const int64_t steps = block_steps(p, t, at, k);
+    if (k == along) {
+      walk.steps = steps;
+      walk.from = stride[k];
+      walk.to = dense;
+    } else {
+      walk.size[walk.dims] = steps;
+      walk.stride[walk.dims] = stride[k];
+      walk.dense[walk.dims++] = dense;
+    }
+    dense *= steps;
+  }
+  return true;
+}
+
+template <int kUnit, typename acc_t, typename storage_t>
+void copy_units(const storage_t* in, const UnitWalk& walk, acc_t* out) {
+  const int64_t unit = kUnit > 0 ? kUnit : walk.unit;
+  for (int64_t i = 0; i < walk.steps; ++i)
+    for (int64_t k = 0; k < unit; ++k) out[i * walk.to + k] = as<acc_t, storage_t>(in[i * walk.from + k]);
+}
+
+template <typename acc_t>
+void gather_units(const UnitWalk& walk, const void* data, int32_t dtype, int64_t offset, acc_t* out) {
+  with_storage(address(data, dtype, offset), dtype, [&](auto in) {
+    int64_t index[kMaxDims] = {};
+    for (;;) {
+      int64_t from = 0, to = 0;
+      for (int k = 0; k < walk.dims; ++k) {
+        from += index[k] * walk.stride[k];
+        to += index[k] * walk.dense[k];
+      }
+      if (walk.unit == 1)
+        copy_units<1>(in + from, walk, out + to);
+      else if (walk.unit == 2)
+        copy_units<2>(in + from, walk, out + to);
+      else if (walk.unit == 4)
+        copy_units<4>(in + from, walk, out + to);
+      else
+        copy_units<0>(in + from, walk, out + to);
+      int k = 0;
+      while (k < walk.dims && ++index[k] == walk.size[k]) index[k++] = 0;
+      if (k == walk.dims) return;
+    }
+  });
+}
+
+// A block of an operand at `offset`, dense in out[].
+template <typename acc_t>
+void gather(const WeightedLossParams& p, const Tiling& t, const Place& at, const void* data, int32_t dtype,
+            const int64_t* stride, int64_t offset, acc_t* out) {
+  UnitWalk walk = {};
+  if (make_unit_walk(p, t, at, stride, walk))
+    gather_units(walk, data, dtype, offset, out);
+  else
+    gather_runs(p, t, at, data, dtype, stride, offset, t.split, out);
+}
+
+template <typename acc_t>
+int64_t scatter(const WeightedLossParams& p, const Tiling& t, const Place& at, void* data, int32_t dtype,
+                const int64_t* stride, int64_t offset, int d, const acc_t* in) {
+  const int64_t steps = block_steps(p, t, at, d);
+  if (d == kMaxDims - 1) {
+    store_run<acc_t>(data, dtype, offset, stride[d], steps, in);
+    return steps;
+  }
+  int64_t done = 0;
+  for (int64_t i = 0; i < steps; ++i)
+    done += scatter(p, t, at, data, dtype, stride, offset + i * stride[d], d + 1, in + done);
+  return done;
+}
+
+}  // namespace
+}  // namespace diffdoctor
