@@ -5,9 +5,12 @@ that a missing extra stops only the commands that need it.
 """
 
 import contextlib
+import dataclasses
 import importlib
+import json
 import os
 import sys
+import typing
 from dataclasses import dataclass
 
 from diffdoctor._errors import UserError, missing_extra
@@ -69,6 +72,11 @@ COMMANDS = {
         "diffdoctor.evaluate.detector_report:run_evaluate_detector",
         ("data",),
     ),
+    "evaluate model": Command(
+        "draw before and after a treatment, and measure both with an independent judge",
+        "diffdoctor.evaluate.model_options:EvaluateModelConfig",
+        "diffdoctor.evaluate.model_command:run_evaluate_model",
+    ),
     "env": Command(
         "show versions, what was found and which backend serves what",
         "diffdoctor.environment:EnvConfig",
@@ -87,6 +95,12 @@ def main(argv=None) -> int:
         print(f"diffdoctor {__version__}")
         return 0
     words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    parts = [name for name in COMMANDS if name.startswith(f"{argv[0]} ")]
+    if parts and words == 1:
+        if argv[1:] in (["-h"], ["--help"]):
+            print(_usage(parts))
+            return 0
+        return _fail(f"{argv[0]}: one of {', '.join(parts)} was expected")
     name, rest = " ".join(argv[:words]), argv[words:]
     if name not in COMMANDS:
         return _fail(f"unknown command {name!r}: expected one of {', '.join(sorted(COMMANDS))}")
@@ -104,9 +118,9 @@ def main(argv=None) -> int:
         return INTERRUPTED
 
 
-def _usage():
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in sorted(COMMANDS.items())]
+def _usage(names=tuple(COMMANDS)):
+    width = max(map(len, names))
+    lines = [f"  {name:<{width}}  {COMMANDS[name].summary}" for name in sorted(names)]
     return "\n".join(
         [
             "usage: diffdoctor COMMAND [options]",
@@ -140,7 +154,7 @@ def _run(name, command, argv):
     config_class = _load(command.config)
     parser = _parser(name, command, config_class)
     with contextlib.suppress(BrokenPipeError):
-        options = parser.parse_args(argv)
+        options = parser.parse_args(_with_lists(argv, config_class))
         values = {key: value for key, value in vars(parser.instantiate(options)).items() if key != "config"}
         try:
             config = config_class(**values)
@@ -163,10 +177,53 @@ def _parser(name, command, config_class):
 
     parser = Parser(prog=f"diffdoctor {name}", description=command.summary, default_env=False)
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file that holds any of these options")
+    described = _described(config_class)
     for positional in command.positional:
-        parser.add_argument(positional, type=str, nargs="+")
+        parser.add_argument(positional, type=str, nargs="+", help=described.get(positional))
     parser.add_class_arguments(config_class, skip=set(command.positional))
     return parser
+
+
+def _described(config_class) -> dict[str, str]:
+    """What the dataclass's docstring says of each option."""
+    import docstring_parser
+
+    parsed = docstring_parser.parse(config_class.__doc__ or "")
+    return {param.arg_name: " ".join((param.description or "").split()) for param in parsed.params}
+
+
+def _with_lists(argv, config_class):
+    """`--real a b` as the parser wants it, `--real ["a", "b"]`, for the options that are lists or tuples."""
+    kinds = _list_options(config_class)
+    result, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        kind = kinds.get(name.removeprefix("--")) if name.startswith("--") else None
+        if kind is None:
+            result.append(word)
+            continue
+        values = [value] if equals else []
+        while not equals and rest and not rest[0].startswith("--") and not (values and values[0].startswith("[")):
+            values.append(rest.pop(0))
+        if values and not values[0].startswith("[") and values != ["null"]:
+            # Numbers stay numbers, and names of files are not read as anything else.
+            values = [json.dumps(values) if kind == "str" else f"[{', '.join(values)}]"]
+        result += [name, *values]
+    return result
+
+
+def _list_options(config_class, prefix="") -> dict[str, str]:
+    """The options that hold several values, by name, with the kind of a value: "str" or "other"."""
+    found = {}
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(hints[field.name]):
+            found |= _list_options(hints[field.name], f"{prefix}{field.name}.")
+        for kind in (hints[field.name], *typing.get_args(hints[field.name])):
+            if typing.get_origin(kind) in (list, tuple):
+                found[prefix + field.name] = "str" if typing.get_args(kind)[0] is str else "other"
+    return found
 
 
 if __name__ == "__main__":

@@ -17,6 +17,15 @@ def png_bytes(picture) -> bytes:
     return buffer.getvalue()
 
 
+def jpeg_bytes(picture, quality: int = 88) -> bytes:
+    """A uint8 picture (H, W, 3) as a JPEG file, for photographs in a report: a tenth of a PNG's size."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture)).save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()
+
+
 def enlarge(picture, scale: int):
     """Repeat every pixel `scale` times in both directions: small pictures stay as they are, pixel for pixel."""
     return np.repeat(np.repeat(picture, scale, axis=0), scale, axis=1)

@@ -1,6 +1,13 @@
 """Distances and spreads in the feature space of a network: FID, within-class variance."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
 import torch
+
+# Rows of features that are in memory as float64 at a time.
+BLOCK = 4096
 
 
 def extract_features(network, pictures, *, batch_size=256):
@@ -20,6 +27,18 @@ def extract_features(network, pictures, *, batch_size=256):
             batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch
             rows.append(network(batch).double().cpu())
     return torch.cat(rows)
+
+
+def blocks(features, chosen=None) -> Iterator[torch.Tensor]:
+    """Rows of features in order, as float64 (up to 4096, D).
+
+    Args:
+        features: (N, D), a tensor or what else gives rows for a tensor of indices, such as features on the disk.
+        chosen: indices of the rows wanted, (M,); None: all.
+    """
+    chosen = torch.arange(len(features)) if chosen is None else chosen
+    for part in chosen.split(BLOCK):
+        yield features[part].double()
 
 
 class _GivenFeatures(torch.nn.Module):
@@ -54,12 +73,20 @@ def frechet_distance(real, generated) -> float:
         )
     if min(len(real), len(generated)) < 2:
         raise ValueError(f"real and generated must have at least 2 rows each, got {len(real)} and {len(generated)}")
+    return frechet_distance_of_blocks(blocks(real), blocks(generated))
+
+
+def frechet_distance_of_blocks(real: Iterable[torch.Tensor], generated: Iterable[torch.Tensor]) -> float:
+    """`frechet_distance` of two sets that come in blocks (·, D), so that neither need be in memory."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_GivenFeatures(real.shape[1]))
-    metric.set_dtype(torch.float64)
-    metric.update(real.double(), real=True)
-    metric.update(generated.double(), real=False)
+    metric = None
+    for rows, is_real in ((real, True), (generated, False)):
+        for block in rows:
+            if metric is None:
+                metric = FrechetInceptionDistance(feature=_GivenFeatures(block.shape[1]))
+                metric.set_dtype(torch.float64)
+            metric.update(block.double(), real=is_real)
     return float(metric.compute())
 
 
@@ -69,13 +96,19 @@ def within_class_variance(features, labels) -> float:
     A model that has collapsed draws the same picture for each prompt: few artifacts, no variance.
 
     Args:
-        features: (N, D).
+        features: (N, D), a tensor or features on the disk.
         labels: (N,) integers; classes with fewer than two rows are left out.
 
     Returns:
         The variance, in squared feature units; 0.0 when no class has two rows.
     """
-    spreads = [
-        features[labels == label].var(dim=0).sum() for label in labels.unique() if int((labels == label).sum()) > 1
-    ]
-    return float(torch.stack(spreads).mean()) if spreads else 0.0
+    spreads = []
+    # A stable sort puts the rows of each class together without a comparison of all labels for every class.
+    order = labels.argsort(stable=True)
+    for members in order.split(labels.unique(return_counts=True)[1].tolist()):
+        if len(members) < 2:
+            continue
+        mean = sum(block.sum(dim=0) for block in blocks(features, members)) / len(members)
+        squares = sum((block - mean).square().sum() for block in blocks(features, members))
+        spreads.append(float(squares) / (len(members) - 1))
+    return sum(spreads) / len(spreads) if spreads else 0.0

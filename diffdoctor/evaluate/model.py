@@ -1,13 +1,52 @@
-"""What a treatment did to a pipeline: the same prompts, seeds and latents before and after, under two detectors."""
+"""What a treatment did to a pipeline: the same prompts, seeds and latents before and after, under two detectors.
 
+Everything here works on pictures in memory; `diffdoctor evaluate model` measures the same from files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from diffdoctor._errors import UserError
 from diffdoctor._progress import progress as show_progress
-from diffdoctor.evaluate.features import extract_features, frechet_distance, within_class_variance
-from diffdoctor.evaluate.pixel import flagged, flagged_share
-from diffdoctor.evaluate.rates import paired_bootstrap, wilson_interval
+from diffdoctor.evaluate.features import extract_features
+from diffdoctor.evaluate.model_summary import PictureMeasures, artifact_rates, summarise
+from diffdoctor.evaluate.pixel import flagged_share
+
+__all__ = [
+    "Comparison", "artifact_rates", "compare_pictures", "diagnose_pictures", "draw_pictures", "sample_pictures",
+]  # fmt: skip
+
+
+def draw_pictures(pipeline, prompts, seeds, *, batch_size=100, **call_options) -> Iterator[torch.Tensor]:
+    """Draw one picture per prompt, each from its own seed, and yield them batch by batch.
+
+    Args and errors as `sample_pictures`; yields uint8 (B, 3, H, W) on the CPU.
+
+    Raises:
+        UserError: if a picture is not finite.
+    """
+    prompts, seeds = list(prompts), [int(seed) for seed in seeds]
+    if len(prompts) != len(seeds):
+        raise ValueError(f"prompts and seeds must have the same length, got {len(prompts)} and {len(seeds)}")
+    pipeline.set_progress_bar_config(disable=True)
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
+        # Not around the whole loop: between batches the caller's grad mode would be changed.
+        with torch.no_grad():
+            images = pipeline(prompts[part], generator=generators, output_type="pt", **call_options).images.float()
+        finite = images.isfinite().flatten(1).all(dim=1)
+        if not finite.all():
+            seed = seeds[start + int((~finite).nonzero()[0])]
+            raise UserError(
+                f"the pipeline draws values that are not finite (seed {seed}): a VAE that overflows in fp16 needs "
+                "precision fp32 or bf16"
+            )
+        yield (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
 def sample_pictures(pipeline, prompts, seeds, *, batch_size=100, progress=True, desc="sampling", **call_options):
@@ -25,27 +64,23 @@ def sample_pictures(pipeline, prompts, seeds, *, batch_size=100, progress=True, 
         uint8 (N, 3, H, W) on the CPU.
 
     Raises:
-        ValueError: if `prompts` and `seeds` do not have the same length.
+        ValueError: if `prompts` and `seeds` do not have the same length, or (`UserError`) a picture is not finite.
     """
-    prompts, seeds = list(prompts), [int(seed) for seed in seeds]
-    if len(prompts) != len(seeds):
-        raise ValueError(f"prompts and seeds must have the same length, got {len(prompts)} and {len(seeds)}")
-    pipeline.set_progress_bar_config(disable=True)
-    pictures = []
-    with torch.no_grad(), show_progress(len(prompts), desc=desc, unit="picture", enabled=progress) as bar:
-        for start in range(0, len(prompts), batch_size):
-            part = slice(start, start + batch_size)
-            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
-            images = pipeline(prompts[part], generator=generators, output_type="pt", **call_options).images
-            pictures.append((images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
-            bar.update(len(images))
+    prompts, pictures = list(prompts), []
+    with show_progress(len(prompts), desc=desc, unit="picture", enabled=progress) as bar:
+        for batch in draw_pictures(pipeline, prompts, seeds, batch_size=batch_size, **call_options):
+            pictures.append(batch)
+            bar.update(len(batch))
     return torch.cat(pictures)
 
 
 def diagnose_pictures(detector, pictures, *, batch_size=250):
     """The confidence maps of uint8 pictures (N, 3, H, W): float32 (N, 1, H, W) in [0, 1] on the CPU."""
+    device = next((value.device for value in detector.parameters()), torch.device("cpu"))
     with torch.no_grad():
-        return torch.cat([detector.confidence(part.float() / 255).float().cpu() for part in pictures.split(batch_size)])
+        return torch.cat(
+            [detector.confidence(part.to(device).float() / 255).float().cpu() for part in pictures.split(batch_size)]
+        )
 
 
 @dataclass
@@ -71,21 +106,7 @@ class Comparison:
         return flagged_share(self.judge_after)
 
 
-def artifact_rates(before, after) -> dict:
-    """Shares of flagged pictures before and after, with Wilson intervals and the paired change.
-
-    Args:
-        before, after: (N,) bool tensors of the same pictures.
-    """
-    result = {}
-    for name, flags in (("before", before), ("after", after)):
-        count = int(flags.sum())
-        result[name] = count / len(flags)
-        result[f"{name}_interval"] = list(wilson_interval(count, len(flags)))
-    return {**result, **paired_bootstrap(before.numpy(), after.numpy())}
-
-
-def _accuracy(classify, pictures, labels, batch_size=256):
+def _correct(classify, pictures, labels, batch_size=256):
     with torch.no_grad():
         guesses = torch.cat([classify(part.float() / 255).argmax(dim=1).cpu() for part in pictures.split(batch_size)])
     return guesses == labels
@@ -108,41 +129,17 @@ def compare_pictures(before, after, labels, *, detector, judge, features, real, 
     Returns:
         A `Comparison`.
     """
-    judge_before, judge_after = diagnose_pictures(judge, before), diagnose_pictures(judge, after)
-    flags_before, flags_after = flagged(judge_before), flagged(judge_after)
-    by_detector = [flagged(diagnose_pictures(detector, pictures)) for pictures in (before, after)]
-    metrics = {
-        "artifact_rate": {
-            "judge": artifact_rates(flags_before, flags_after),
-            "detector": artifact_rates(*by_detector),
-        },
-        "pictures": len(before),
-    }
-    of_real = extract_features(features, real)
-    of_before, of_after = extract_features(features, before), extract_features(features, after)
-    order = torch.randperm(len(of_real), generator=torch.Generator().manual_seed(seed))
-    half = len(order) // 2
-    metrics["fid"] = {
-        "before": frechet_distance(of_real, of_before),
-        "after": frechet_distance(of_real, of_after),
-        "floor": frechet_distance(of_real[order[:half]], of_real[order[half:]]),
-    }
-    if damaged is not None:
-        metrics["fid"]["ceiling"] = frechet_distance(of_real, extract_features(features, damaged))
-    metrics["variance"] = {
-        "before": within_class_variance(of_before, labels),
-        "after": within_class_variance(of_after, labels),
-    }
-    if classify is not None:
-        right_before, right_after = _accuracy(classify, before, labels), _accuracy(classify, after, labels)
-        metrics["accuracy"] = {
-            "before": float(right_before.float().mean()),
-            "before_interval": list(wilson_interval(int(right_before.sum()), len(labels))),
-            "after": float(right_after.float().mean()),
-            "after_interval": list(wilson_interval(int(right_after.sum()), len(labels))),
-        }
-        clean = ~flags_before
-        if clean.any():
-            metrics["accuracy"]["clean_before"] = float(right_before[clean].float().mean())
-            metrics["accuracy"]["clean_after"] = float(right_after[clean].float().mean())
-    return Comparison(metrics, judge_before, judge_after)
+    maps, sides = [], []
+    for pictures in (before, after):
+        maps.append(diagnose_pictures(judge, pictures))
+        sides.append(
+            PictureMeasures(
+                judge=flagged_share(maps[-1]),
+                detector=flagged_share(diagnose_pictures(detector, pictures)),
+                features=extract_features(features, pictures),
+                right=None if classify is None else _correct(classify, pictures, labels),
+            )
+        )
+    reference = PictureMeasures(features=extract_features(features, real))
+    spoilt = None if damaged is None else PictureMeasures(features=extract_features(features, damaged))
+    return Comparison(summarise(*sides, labels, real=reference, damaged=spoilt, seed=seed), *maps)

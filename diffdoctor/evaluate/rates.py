@@ -80,3 +80,33 @@ def paired_bootstrap(before, after, *, resamples: int = 4000, confidence: float 
         result["ratio"] = float(after.mean() / before.mean())
         result["ratio_interval"] = np.percentile(after_share[seen] / before_share[seen], tails).tolist()
     return result
+
+
+def paired_mean(before, after, *, resamples: int = 4000, confidence: float = 0.95, seed: int = 0) -> dict:
+    """How the mean of a measure changed, with a bootstrap interval that respects the pairing.
+
+    Args:
+        before: (N,) the measure of each picture before the treatment.
+        after: (N,) of the same pictures (prompt, seed, latents) after it.
+        resamples: bootstrap resamples.
+        confidence: coverage of the percentile interval, between 0 and 1.
+        seed: of the resampling.
+
+    Returns:
+        `before`, `after` (means), `difference` (after − before) and `difference_interval` as [low, high].
+
+    Raises:
+        ValueError: if the two do not have the same positive length.
+    """
+    before, after = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if before.ndim != 1 or before.shape != after.shape or before.size == 0:
+        raise ValueError(f"before and after must be (N,) with N > 0, got shapes {before.shape} and {after.shape}")
+    change = after - before
+    rng = np.random.default_rng(seed)
+    means = [change[rng.integers(change.size, size=change.size)].mean() for _ in range(resamples)]
+    return {
+        "before": float(before.mean()),
+        "after": float(after.mean()),
+        "difference": float(change.mean()),
+        "difference_interval": np.percentile(means, [50 * (1 - confidence), 50 * (1 + confidence)]).tolist(),
+    }

@@ -40,9 +40,10 @@ class Report:
         cells = [[self._cell(cell) for cell in row] for row in rows]
         self._parts.append(("table", {"header": list(header), "rows": cells}))
 
-    def image(self, png: bytes, caption: str = "", alt: str | None = None, pixels: bool = True):
-        """A PNG file's bytes; `pixels` keeps enlarged pixels sharp."""
-        source = "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+    def image(self, data: bytes, caption: str = "", alt: str | None = None, pixels: bool = True):
+        """A PNG or JPEG file's bytes; `pixels` keeps enlarged pixels sharp."""
+        kind = "jpeg" if data.startswith(b"\xff\xd8") else "png"
+        source = f"data:image/{kind};base64," + base64.b64encode(data).decode("ascii")
         item = {"source": source, "caption": caption, "alt": alt or caption, "pixels": pixels}
         self._parts.append(("image", item))
 
