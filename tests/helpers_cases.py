@@ -370,6 +370,43 @@ def all_cases() -> list[Case]:
     return cases
 
 
+def tiled_cases() -> list[Case]:
+    """Sizes at which a sample is cut into several tiles, in every way that tiles are cut."""
+    return [
+        Case("runs", shape=(2, 16, 32, 64), confidence=((2, 32, 64), F32)),
+        Case("runs-bf16-resampled", shape=(1, 7, 48, 64), dtype=BF16, confidence=((1, 96, 96), torch.uint8)),
+        Case("runs-odd-f16", shape=(2, 3, 41, 67), dtype=F16, target_dtype=F16, mask=((2, 41, 67), BF16)),
+        Case("runs-strided", shape=(2, 3, 40, 64), pred_view="sliced", confidence=((1, 40, 64), torch.bool)),
+        Case("uniform-f64", shape=(3, 1, 150, 120), dtype=F64, target="velocity"),
+        Case("uniform-two-terms", shape=(2, 4, 64, 96), dtype=BF16, target="flow", target_dtype=BF16),
+        Case("outers-channels-last", shape=(2, 24, 40, 40), dtype=BF16, pred_view="channels_last",
+             target_view="channels_last", target_dtype=BF16, confidence=((2, 80, 80), F32)),
+        Case("outers-packed", shape=(2, 384, 64), dtype=BF16, confidence=((2, 32, 48), F32),
+             options={"layout": Packed(32, 48, 2)}),
+        Case("outers-packed-f64", shape=(1, 384, 48), dtype=F64, mask=((1, 1, 64, 96), F32),
+             options={"layout": Packed(32, 48, 2, "ph pw c"), "interpolation": "bilinear"}),
+        Case("outers-tokens", shape=(2, 300, 40), confidence=((2, 300), F32), weighting=((2, 300, 1), F32)),
+        Case("too-many-channels", shape=(1, 3, 17000), confidence=((1, 3), F32)),
+        Case("full-weighting", shape=(2, 8, 32, 40), dtype=BF16, weighting=((2, 8, 32, 40), BF16)),
+        Case("frames", shape=(2, 6, 5, 24, 20), confidence=((2, 1, 7, 24, 20), F32), weighting=((2, 1, 5, 1, 1), F32),
+             options={"normalize": "sample"}),
+        Case("many-samples", shape=(300, 1, 5, 4), confidence=((300, 5, 4), F32), options={"normalize": "batch"}),
+    ]  # fmt: skip
+
+
+def shifted(x: torch.Tensor, elements: int) -> torch.Tensor:
+    """A dense copy that starts so many elements behind an aligned address."""
+    buffer = torch.full((x.numel() + elements,), float("nan"), dtype=x.dtype, device=x.device)
+    return buffer[elements:].view(x.shape).copy_(x)
+
+
+def spaced(x: torch.Tensor, elements: int) -> torch.Tensor:
+    """A copy whose samples are dense, with so many elements between them."""
+    shape = (x.shape[0], x[0].numel() + elements)
+    buffer = torch.full(shape, float("nan"), dtype=x.dtype, device=x.device)
+    return buffer[:, : x[0].numel()].unflatten(1, x.shape[1:]).copy_(x)
+
+
 def _name(dtype: torch.dtype) -> str:
     return {F32: "f32", BF16: "bf16", F16: "f16", F64: "f64"}[dtype]
 

@@ -11,34 +11,14 @@ from helpers_cuda_shim import ROOT, SHIM, SOURCES, build_module, compile_objects
 from hypothesis import HealthCheck, given, settings
 
 import diffdoctor
-from diffdoctor import Packed, Target
+from diffdoctor import Target
 from diffdoctor.ops import _cuda
 from diffdoctor.ops._lowering import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
 from diffdoctor.ops._native_plan import native_plan
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
-# Sizes at which a sample is cut into several tiles, in every way that tiles are cut.
-TILED = [
-    cases.Case("runs", shape=(2, 16, 32, 64), confidence=((2, 32, 64), F32)),
-    cases.Case("runs-bf16-resampled", shape=(1, 7, 48, 64), dtype=BF16, confidence=((1, 96, 96), torch.uint8)),
-    cases.Case("runs-odd-f16", shape=(2, 3, 41, 67), dtype=F16, target_dtype=F16, mask=((2, 41, 67), BF16)),
-    cases.Case("runs-strided", shape=(2, 3, 40, 64), pred_view="sliced", confidence=((1, 40, 64), torch.bool)),
-    cases.Case("uniform-f64", shape=(3, 1, 150, 120), dtype=F64, target="velocity"),
-    cases.Case("uniform-two-terms", shape=(2, 4, 64, 96), dtype=BF16, target="flow", target_dtype=BF16),
-    cases.Case("outers-channels-last", shape=(2, 24, 40, 40), dtype=BF16, pred_view="channels_last",
-               target_view="channels_last", target_dtype=BF16, confidence=((2, 80, 80), F32)),
-    cases.Case("outers-packed", shape=(2, 384, 64), dtype=BF16, confidence=((2, 32, 48), F32),
-               options={"layout": Packed(32, 48, 2)}),
-    cases.Case("outers-packed-f64", shape=(1, 384, 48), dtype=F64, mask=((1, 1, 64, 96), F32),
-               options={"layout": Packed(32, 48, 2, "ph pw c"), "interpolation": "bilinear"}),
-    cases.Case("outers-tokens", shape=(2, 300, 40), confidence=((2, 300), F32), weighting=((2, 300, 1), F32)),
-    cases.Case("too-many-channels", shape=(1, 3, 17000), confidence=((1, 3), F32)),
-    cases.Case("full-weighting", shape=(2, 8, 32, 40), dtype=BF16, weighting=((2, 8, 32, 40), BF16)),
-    cases.Case("frames", shape=(2, 6, 5, 24, 20), confidence=((2, 1, 7, 24, 20), F32), weighting=((2, 1, 5, 1, 1), F32),
-               options={"normalize": "sample"}),
-    cases.Case("many-samples", shape=(300, 1, 5, 4), confidence=((300, 5, 4), F32), options={"normalize": "batch"}),
-]  # fmt: skip
+TILED = cases.tiled_cases()
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +62,23 @@ def test_tiled_samples_equal_the_reference(cuda, case):
     inputs = cases.build(case)
     # In fp64: PyTorch's fp32 sum over an expanded dim is off by 1e-4 at 17,000 elements.
     cases.check(solve(cuda, inputs), cases.expected(inputs, upcast=True))
+
+
+@pytest.mark.parametrize("place", [cases.shifted, cases.spaced])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=["f32", "bf16", "f16", "f64"])
+def test_dense_but_unaligned_tensors_are_not_read_sixteen_bytes_at_a_time(cuda, dtype, place):
+    """The module ends the process where an access is not aligned."""
+    inputs = cases.build(cases.Case("", shape=(2, 8, 8, 16), dtype=dtype, target_dtype=BF16,
+                                    confidence=((2, 8, 16), F32)))  # fmt: skip
+    want = cases.expected(inputs)
+    for name in ("model_pred", "target"):
+        problem = solve(cuda, inputs | {name: place(inputs[name], 1)})
+        assert problem.plan.contiguous or place is cases.spaced
+        cases.check(problem, want)
+    problem = cases.lower(inputs, WRITE_GRAD)
+    problem.grad = cases.shifted(problem.grad, 1)
+    cuda.weighted_loss(problem)
+    cases.check(problem, want)
 
 
 @pytest.mark.parametrize("work", [WRITE_LOSS, WRITE_LOSS | WRITE_GRAD, WRITE_LOSS | WRITE_SUMS, WRITE_GRAD])
@@ -217,6 +214,21 @@ def test_autograd_keeps_one_gradient_and_launches_twice(public, shim):
     want = pred.detach().clone().requires_grad_()
     diffdoctor.reference.weighted_loss(want, target, confidence).backward()
     torch.testing.assert_close(pred.grad, want.grad, rtol=3e-5, atol=1e-9)
+
+
+def test_a_compiled_graph_leaves_no_workspace_behind(public, cuda):
+    target, confidence, logits = torch.randn(2, 4, 8, 8), torch.rand(2, 1, 16, 16), torch.randn(2, 1, 4, 4)
+
+    def loss(x):
+        one = public.weighted_loss(x, target, confidence, normalize="sample")
+        return one + public.artifact_loss(logits, size=(16, 16))
+
+    pred = torch.randn(2, 4, 8, 8, requires_grad=True)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(pred)
+    compiled.backward()
+    assert not cuda._workspaces
+    torch.testing.assert_close(compiled, loss(pred))
+    assert len(cuda._workspaces) == 1
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])

@@ -146,7 +146,7 @@ def test_a_nan_logit_does_to_the_loss_what_it_does_to_the_reference(method):
 
 def test_the_same_bits_twice_and_counters_left_at_zero(monkeypatch):
     kept = torch.zeros(64, dtype=torch.int32)
-    monkeypatch.setattr(_triton, "counters", lambda device, count: kept)
+    monkeypatch.setattr(_triton, "counters", lambda device, count, keep: kept)
     case = cases.Case("many-programs", shape=(2, 3, 33, 31), confidence=((2, 33, 31), torch.float32))
     inputs = cases.build(case)
     problem = cases.lower(inputs)

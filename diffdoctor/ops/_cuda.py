@@ -54,22 +54,28 @@ def _stream(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
-def _workspace(device: torch.device, stream: int, size: int) -> int:
-    """The address of `size` bytes for one launch on the current stream, their head zero.
+def _workspace(device: torch.device, stream: int, size: int, keep: bool) -> Tensor | None:
+    """`size` bytes for one launch on the current stream, their head zero; to be held until the launch is queued.
 
-    A captured graph gets memory of its own: replays may run beside other work on the capturing stream.
+    A captured graph gets memory of its own: replays may run beside other work on the capturing stream. So does a
+    compiled graph (`keep` is False): under mode="reduce-overhead" it first runs in its graphs' memory pool, and torch
+    raises where that holds what no output accounts for.
     """
     if size == 0:
-        return 0
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.zeros(size, dtype=torch.uint8, device=device).data_ptr()
+        return None
+    if not keep or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return torch.zeros(size, dtype=torch.uint8, device=device)
     key = (device, stream)
     workspace = _workspaces.get(key)
     if workspace is None or workspace.numel() < size:
         # Zeroed once; each launch leaves the head zero. The old one's memory is reused in stream order.
         workspace = torch.zeros(max(_MIN_WORKSPACE, 2 * size), dtype=torch.uint8, device=device)
         _workspaces[key] = workspace
-    return workspace.data_ptr()
+    return workspace
+
+
+def _address(workspace: Tensor | None) -> int:
+    return 0 if workspace is None else workspace.data_ptr()
 
 
 def weighted_loss(problem: Problem) -> None:
@@ -81,8 +87,8 @@ def weighted_loss(problem: Problem) -> None:
     pointers, per_sample = call_arguments(problem)
     with _guard(device):
         stream = _stream(device)
-        workspace = _workspace(device, stream, size)
-        _native.weighted_loss_cuda(native_form, work, pointers, per_sample, workspace, stream)
+        workspace = _workspace(device, stream, size, problem.keeps_workspace)
+        _native.weighted_loss_cuda(native_form, work, pointers, per_sample, _address(workspace), stream)
 
 
 def weight_mean(problem: Problem, out: Tensor) -> None:
@@ -91,13 +97,15 @@ def weight_mean(problem: Problem, out: Tensor) -> None:
     confidence, mask = problem.confidence, problem.mask
     with _guard(device):
         stream = _stream(device)
+        size = _native.weight_mean_cuda_workspace(native_form)
+        workspace = _workspace(device, stream, size, problem.keeps_workspace)
         _native.weight_mean_cuda(
             native_form,
             0 if confidence is None else confidence.data_ptr(),
             0 if mask is None else mask.data_ptr(),
             out.data_ptr(),
             out.shape[0] == plan.batch and plan.batch > 1,
-            _workspace(device, stream, _native.weight_mean_cuda_workspace(native_form)),
+            _address(workspace),
             stream,
         )
 
@@ -122,8 +130,9 @@ def artifact_loss(problem: ArtifactProblem) -> None:
     description = artifact_arguments(problem)
     with _guard(device):
         stream = _stream(device)
-        workspace = _workspace(device, stream, _native.artifact_loss_cuda_workspace(description))
-        _native.artifact_loss_cuda(description, workspace, stream)
+        size = _native.artifact_loss_cuda_workspace(description)
+        workspace = _workspace(device, stream, size, problem.keeps_workspace)
+        _native.artifact_loss_cuda(description, _address(workspace), stream)
 
 
 def artifact_loss_backward(kept: Tensor, factor: Tensor, grad_output: Tensor, out: Tensor) -> None:

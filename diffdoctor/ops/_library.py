@@ -139,6 +139,7 @@ def _run(model_pred, arguments: dict, backend: str, work: int, g: Tensor | None 
         prepared = prepare(model_pred, target.terms, confidence, mask, weighting, maps[-1], options["layout"], scalars)
         remember(_plans, key, prepared)
     problem = make_problem(prepared, model_pred, target, confidence, mask, weighting, options["huber_c"])
+    problem.keeps_workspace = False
     add_divisor(module, problem, options["normalize"], options["normalizer"])
     allocate(problem, options["reduction"], bool(work & WRITE_SUMS))
     problem.work = work
@@ -337,6 +338,7 @@ def _artifact_impl(logits, height, width, threshold, method, reduction, backend,
             kept.copy_(grad.reshape(shape))
         return loss.detach(), kept, factor
     problem = make_problem(logits, height, width, threshold, method, reduction)
+    problem.keeps_workspace = False
     if want_grad:
         problem.kept, problem.factor = kept, factor
     module.artifact_loss(problem)

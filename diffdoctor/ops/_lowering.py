@@ -125,6 +125,7 @@ class Problem:
     loss: Tensor | None = None  # () for mean and sum, (B,) for sample; acc_dtype
     grad: Tensor | None = None  # like pred
     sums: Tensor | None = None  # (B, SUMS), acc_dtype
+    keeps_workspace: bool = True  # False in a compiled graph, whose memory pool may hold nothing that outlives the call
 
 
 def merge_dims(size: list[int], columns: list[list[int]]) -> tuple[list[int], list[list[int]]]:
@@ -283,3 +284,4 @@ class ArtifactProblem:
         None  # (B, h, w) contiguous, acc_dtype: gradient of the picture's un-normalised sum; None: not wanted
     )
     factor: Tensor | None = None  # (B,), acc_dtype: gradient of logits = g_b * factor[b] * kept[b]
+    keeps_workspace: bool = True  # as Problem's

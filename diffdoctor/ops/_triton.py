@@ -64,13 +64,14 @@ def on_device(tensor: Tensor):
 _counters: dict[tuple[int, int], Tensor] = {}
 
 
-def counters(device: torch.device, count: int) -> Tensor:
+def counters(device: torch.device, count: int, keep: bool) -> Tensor:
     """At least `count` int32 zeros for the current stream of the current device.
 
     Kernels leave them at zero, so they are cleared once and kept. A graph under capture gets its own: it may be
-    replayed on another stream than the one that captured it.
+    replayed on another stream than the one that captured it. So does a compiled graph (`keep` is False): under
+    mode="reduce-overhead" it first runs in its graphs' memory pool, which may hold nothing that outlives the call.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if not keep or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
     key = (device.index, torch.cuda.current_stream(device).cuda_stream)
     kept = _counters.get(key)
@@ -109,13 +110,14 @@ def weighted_loss(problem: Problem) -> None:
         pointers, given, strided = _numbers(entries, partial)
         values = [1.0 if entry is None else entry.value for entry in entries]
         terms = (*problem.terms, None, None)[:2]
+        zeros = counters(device, plan.batch + 1, problem.keeps_workspace) if reduces else None
         weighted.weighted_loss_kernel[(plan.batch * shared["programs"],)](
             problem.pred, problem.grad, *terms, problem.weighting, problem.confidence, problem.mask,
-            problem.loss if problem.work & WRITE_LOSS else None, problem.sums, partial,
-            counters(device, plan.batch + 1) if reduces else None, pointers, given=given, strided=strided,
-            pred_scale=values[0], coef0=values[1], coef1=values[2], huber_c=values[3], weight=values[4], z=values[5],
-            grad_output=values[6], LOSS=bool(problem.work & WRITE_LOSS), GRAD=bool(problem.work & WRITE_GRAD),
-            SUMS=bool(problem.work & WRITE_SUMS), ROUND_BF16=_INTERPRETS, **shared,
+            problem.loss if problem.work & WRITE_LOSS else None, problem.sums, partial, zeros, pointers, given=given,
+            strided=strided, pred_scale=values[0], coef0=values[1], coef1=values[2], huber_c=values[3],
+            weight=values[4], z=values[5], grad_output=values[6], LOSS=bool(problem.work & WRITE_LOSS),
+            GRAD=bool(problem.work & WRITE_GRAD), SUMS=bool(problem.work & WRITE_SUMS), ROUND_BF16=_INTERPRETS,
+            **shared,
         )  # fmt: skip
 
 
@@ -128,7 +130,8 @@ def weight_mean(problem: Problem, out: Tensor) -> None:
         programs = shared["programs"]
         partial = torch.empty(plan.batch * (programs + 1), dtype=plan.acc_dtype, device=device)
         weighted.weight_mean_kernel[(plan.batch * programs,)](
-            problem.confidence, problem.mask, out, partial, counters(device, plan.batch + 1),
+            problem.confidence, problem.mask, out, partial,
+            counters(device, plan.batch + 1, problem.keeps_workspace),
             PER_SAMPLE=out.shape[0] == plan.batch, **shared,
         )  # fmt: skip
 
@@ -155,7 +158,8 @@ def artifact_loss(problem: ArtifactProblem) -> None:
     with on_device(logits):
         partial = torch.empty(batch * (2 * n_tiles + 1), dtype=acc, device=logits.device)
         artifact.artifact_loss_kernel[(batch * n_tiles,)](
-            logits, problem.kept, problem.factor, problem.loss, partial, counters(logits.device, batch + 1),
+            logits, problem.kept, problem.factor, problem.loss, partial,
+            counters(logits.device, batch + 1, problem.keeps_workspace),
             batch, n_tiles, **artifact_arguments(problem, gathers and problem.method != "max"),
             METHOD=ARTIFACT_METHODS[problem.method], REDUCTION=REDUCTIONS[problem.reduction],
         )  # fmt: skip
