@@ -1,98 +1,33 @@
 """All GPU work in one command: `python -m benchmarks.gpu --output DIR`, what `make gpu` runs.
 
-Builds the CUDA backend for this GPU, runs the GPU tests, the benchmarks, compute-sanitizer, ncu and the static report.
-Needs Python, torch, triton, nvcc and this checkout. Each part is a process with a time limit of its own: one that fails
-or is missing says so, and the others go on. gpu.json and gpu.txt in DIR are rewritten after every part.
+Builds the CUDA backend for this GPU, runs the GPU tests, compute-sanitizer, the benchmarks, ncu and the static report.
+Needs Python, torch, triton, nvcc and this checkout. Each part is made of processes with a time limit: one that fails or
+is missing says so, and the others go on. What needs the processor more than the GPU runs side by side, before anything
+is timed; what is timed has the machine to itself. gpu.json and gpu.txt in DIR are rewritten after every part.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.util
 import json
-import os
 import pathlib
 import re
 import shutil
 import signal
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from benchmarks import bar, history, machine, static_report, step, table
+from benchmarks.gpu_context import Context, PartError, json_lines, last_json
+from diffdoctor._io import atomic_write_text
 
 ROOT = machine.ROOT
 DEFAULT_MINUTES = 8.75
-
-
-class PartError(Exception):
-    """Why a part has no result."""
-
-
-@dataclasses.dataclass
-class Context:
-    """What the parts share: the folder, when the whole must end, and what was found so far."""
-
-    output: pathlib.Path
-    deadline: float
-    commit: str | None
-    found: dict
-    described: dict | None = None
-
-    def gpu(self) -> dict:
-        """The GPU's machine row and the versions. Raises PartError where there is none."""
-        if self.described is None:
-            try:
-                self.described = _json_line(self.run([sys.executable, "-m", "benchmarks.gpu_probe", "describe"], 120))
-            except PartError as error:
-                self.described = {"reason": f"needs a GPU: {error}"}
-        if "reason" in self.described:
-            raise PartError(self.described["reason"])
-        return self.described
-
-    def arch(self) -> str:
-        """The compute capability as nvcc and Triton write it: 90."""
-        return self.gpu()["machine"]["gpu_capability"].replace(".", "")
-
-    def run(self, command: list[str], limit: float, **environment: str) -> str:
-        """The command's output, also appended to gpu.log. Raises PartError: exit code, or out of time."""
-        limit = min(limit, self.deadline - time.monotonic())
-        if limit <= 1:
-            raise PartError("left out for lack of time")
-        log = self.output / "gpu.log"
-        with log.open("a") as file:
-            file.write(f"\n$ {' '.join(command)}\n")
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            env=os.environ | environment, start_new_session=True,
-        )  # fmt: skip
-        try:
-            text, _ = process.communicate(timeout=limit)
-            late = False
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            text, _ = process.communicate()
-            late = True
-        with log.open("a") as file:
-            file.write(text)
-        if late:
-            raise PartError(f"ran past its {limit:.0f} s; the end of what it said: {_tail(text)}")
-        if process.returncode:
-            raise PartError(f"exit code {process.returncode}: {_tail(text)}")
-        return text
-
-
-def _tail(text: str, length: int = 400) -> str:
-    """The last line: where a traceback names its error."""
-    return (text.strip().splitlines() or ["nothing was printed"])[-1].strip()[-length:]
-
-
-def _json_line(text: str) -> dict:
-    lines = [line for line in text.splitlines() if line.startswith("{")]
-    if not lines:
-        raise PartError(f"printed no JSON: {_tail(text)}")
-    return json.loads(lines[-1])
+PROBE = [sys.executable, "-m", "benchmarks.gpu_probe"]
+Part = Callable[[Context], dict]
 
 
 def part_machine(context: Context) -> dict:
@@ -100,7 +35,9 @@ def part_machine(context: Context) -> dict:
     found = dict(context.gpu())
     if shutil.which("nvidia-smi"):
         query = "name,driver_version,clocks.max.sm,clocks.max.mem,power.limit,mig.mode.current"
-        found["nvidia_smi"] = context.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], 30).strip()
+        with contextlib.suppress(PartError):
+            text = context.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], 30)
+            found["nvidia_smi"] = text.strip()
     return found
 
 
@@ -114,69 +51,165 @@ def part_build(context: Context) -> dict:
         if missing or shutil.which("cmake") is None:
             raise PartError(f"missing: {', '.join(missing) or 'cmake'}")
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        context.run(command, 200, DIFFDOCTOR_BUILD="cuda", CMAKE_CUDA_ARCHITECTURES=f"{arch}-real")
-        # An in-place build leaves its account in the build folder.
-        accounts = sorted(
-            (ROOT / "build").glob("lib*/diffdoctor/_build_info.json"), key=lambda path: path.stat().st_mtime
-        )
-        write(ROOT / "diffdoctor" / "_build_info.json", accounts[-1].read_text() if accounts else "{}")
+        context.run(command, 110, DIFFDOCTOR_BUILD="cuda", CMAKE_CUDA_ARCHITECTURES=f"{arch}-real")
     except PartError as error:
         found = {"how": "nvcc alone", "not_cmake": str(error)}
-        context.run([sys.executable, "-m", "benchmarks.gpu_build", arch], 200)
+        context.run([sys.executable, "-m", "benchmarks.gpu_build", arch], 110)
     found["seconds"] = round(time.monotonic() - began, 1)
     code = "from diffdoctor.backends import backends; import json; print(json.dumps(backends()))"
-    found["backends"] = _json_line(context.run([sys.executable, "-c", code], 60))
+    found["backends"] = last_json(context.run([sys.executable, "-c", code], 60))
     if found["backends"]["cuda"] is not None:
         raise PartError(f"built, but: {found['backends']['cuda']}")
     return found
 
 
-def part_limits(context: Context) -> dict:
-    """What the benchmarks are held against."""
-    context.gpu()
-    return _json_line(context.run([sys.executable, "-m", "benchmarks.gpu_probe", "limits"], 60))
+def part_static(context: Context) -> dict:
+    """Registers, spills, instructions: for this GPU's architecture, or without a GPU for all."""
+    report = context.scratch / "static.json"
+    command = [sys.executable, "-m", "benchmarks.static_report", "--output", str(report)]
+    with contextlib.suppress(PartError):
+        command += ["--arch", context.arch()]
+    try:
+        context.run(command, 240)
+    except PartError:
+        if not report.exists():
+            raise
+    return json.loads(report.read_text())
 
 
 def part_tests(context: Context) -> dict:
-    """The tests marked `gpu`; only files that carry the mark are collected, so that no other package is needed."""
+    """The tests marked `gpu`, the two backends apart, since a kernel that faults ends all that its process does on the
+    GPU. Only files that carry the mark are collected, so that no other package is needed."""
     context.gpu()
     if importlib.util.find_spec("pytest") is None:
         raise PartError("pytest is not installed")
-    files = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if re.search(r"\bmark\.gpu\b", p.read_text())]
+    marked = re.compile(r"^(?:pytestmark = .*|@)pytest\.mark\.gpu\b", re.MULTILINE)
+    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if marked.search(path.read_text())]
     if not files:
         raise PartError("no test carries the mark gpu")
-    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-m", "gpu", "-o", "addopts=", "-rfE"]
-    text = context.run([*command, *(str(path.relative_to(ROOT)) for path in files)], 150)
-    return {"summary": text.strip().splitlines()[-1], "files": [path.name for path in files]}
+    command = [
+        sys.executable, "-m", "pytest", "-v", "--no-header", "--tb=short", "--maxfail=20", "-rfE", "-m", "gpu",
+        "-o", "addopts=", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_shard",
+        *(str(path.relative_to(ROOT)) for path in files),
+    ]  # fmt: skip
+    jobs = context.jobs(3, 6)
+    commands = []
+    # Triton's half compiles as it goes and gets more processes.
+    for words, parts in (("not triton", max(1, jobs // 3)), ("triton", max(1, jobs - jobs // 3))):
+        commands += [[*command, "-k", words, "--shard", f"{k}/{parts}"] for k in range(parts)]
+    threads = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    return _tested(context.run_all(commands, 170, **threads), [path.name for path in files])
+
+
+def _tested(answers: list[tuple[str, str | None]], files: list[str]) -> dict:
+    """The tests of several processes, added up. Raises PartError that names those that failed."""
+    found = {"passed": 0, "failed": 0, "skipped": 0, "processes": len(answers), "files": files}
+    names, broken = [], []
+    for text, reason in answers:
+        summary = (text.strip().splitlines() or [""])[-1]
+        counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", summary)}
+        if reason is not None and not counts:
+            broken.append(reason)
+        for word, n in counts.items():
+            found[word if word in found else "failed"] += n
+        names += re.findall(r"^(?:FAILED|ERROR) \S*?::(\S+)", text, re.MULTILINE)
+    if found["failed"] or broken or not found["passed"]:
+        words = [f"{found['failed']} of {found['failed'] + found['passed']} failed", *broken, ", ".join(names[:12])]
+        raise PartError("; ".join(word for word in words if word), found=found)
+    return found
+
+
+def part_small(context: Context) -> dict:
+    """Every case of the benchmarks at a tiny size, its values checked."""
+    context.gpu()
+    try:
+        return last_json(context.run([*PROBE, "small"], 150, OMP_NUM_THREADS="1"))
+    except PartError as error:
+        found = json_lines(error.text)
+        raise PartError(f"{error}; {'; '.join(found[-1]['wrong'][:3])}" if found else str(error)) from None
+
+
+def part_warm(context: Context) -> dict:
+    """Every side of every case once: its launches counted, and what it compiles left in the caches on disk, so that the
+    benchmarks spend their minutes on timing and the profiler is never loaded where something is timed."""
+    jobs = context.jobs(4, 4)
+    commands = [[*PROBE, "warm", f"{k}/{jobs}"] for k in range(jobs)]
+    answers = context.run_all(commands, 170, OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="4")
+    rows = [row for text, _ in answers for row in json_lines(text) if row.get("sides")]
+    _launch_counts(context).write_text(json.dumps({row["case"]: row["sides"] for row in rows}))
+    failures = {
+        f"{row['case']} {side}": found["error"]
+        for row in rows
+        for side, found in row["sides"].items()
+        if "error" in found
+    }
+    found = {"cases": len(rows), "failures": failures}
+    broken = [reason for _, reason in answers if reason is not None]
+    if broken:
+        raise PartError("; ".join(broken), found=found)
+    return found
+
+
+def _launch_counts(context: Context) -> pathlib.Path:
+    return context.scratch / "launches.json"
+
+
+def part_limits(context: Context) -> dict:
+    """What the benchmarks are held against."""
+    context.gpu()
+    return last_json(context.run([*PROBE, "limits"], 45))
 
 
 def part_benchmarks(context: Context) -> dict:
     """The registry on this GPU, graphs too; rows go to gpu.jsonl as they come."""
     context.gpu()
     rows = context.output / "gpu.jsonl"
-    minutes = max(0.5, min(3.5, (context.deadline - time.monotonic()) / 60 - 1.2))
+    # What comes after it gets a minute and a half.
+    minutes = max(0.5, min(4.0, context.seconds_left(reserve=110) / 60))
     command = [
         sys.executable, "-m", "benchmarks.run", "--device", "cuda", "--graphs", "--seconds", "1.0",
         "--minutes", f"{minutes:.2f}", "--output", str(rows), "--plots", str(context.output), "--sides",
     ]  # fmt: skip
+    if _launch_counts(context).exists():
+        command += ["--launches", str(_launch_counts(context))]
     if context.commit:
         command += ["--commit", context.commit]
-    context.run(command, 60 * minutes + 60)
+    try:
+        context.run(command, 60 * minutes + 30)
+    except PartError as error:
+        raise PartError(str(error), found={"rows": len(history.read(rows)) if rows.exists() else 0}) from None
     return {"rows": len(history.read(rows))}
 
 
-def part_sanitizer(context: Context) -> dict:
+def sanitize(context: Context, backend: str) -> dict:
     """Every case at a tiny size under memcheck and racecheck; each allocation by itself, so that overruns show."""
     context.gpu()
     if shutil.which("compute-sanitizer") is None:
         raise PartError("compute-sanitizer is not on PATH")
-    found = {}
-    for tool in ("memcheck", "racecheck"):
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", "--target-processes", "all"]
-        probe = [sys.executable, "-m", "benchmarks.gpu_probe", "small", "cuda"]
-        text = context.run([*command, *probe], 75, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        found[tool] = {**_json_line(text), "summary": _matching(text, r"ERROR SUMMARY|RACECHECK SUMMARY")}
+    tools = ("memcheck", "racecheck")
+    commands = [
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", *PROBE, "small", backend] for tool in tools
+    ]
+    answers = context.run_all(commands, 150, PYTORCH_NO_CUDA_MEMORY_CACHING="1", OMP_NUM_THREADS="1")
+    found, wrong = {}, []
+    for tool, (text, reason) in zip(tools, answers, strict=True):
+        summary = _matching(text, r"ERROR SUMMARY|RACECHECK SUMMARY")
+        found[tool] = {**(json_lines(text) or [{}])[-1], "summary": summary}
+        if reason is not None:
+            wrong.append(f"{tool}: {reason}; {_matching(text, r'Error: |Invalid |hazard|Device not supported')}")
+    if wrong:
+        raise PartError("; ".join(wrong), found=found)
     return found
+
+
+def part_sanitizer_cuda(context: Context) -> dict:
+    """compute-sanitizer over the CUDA backend."""
+    return sanitize(context, "cuda")
+
+
+def part_sanitizer_triton(context: Context) -> dict:
+    """compute-sanitizer over the Triton backend: late, when its kernels are in the cache on disk."""
+    return sanitize(context, "triton")
 
 
 def part_ncu(context: Context) -> dict:
@@ -192,10 +225,9 @@ def part_ncu(context: Context) -> dict:
     found = {}
     for backend in ("cuda", "triton"):
         command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--metrics", metrics]
-        probe = [sys.executable, "-m", "benchmarks.gpu_probe", "once", "pixel-2048/bf16", backend]
         try:
-            text = context.run([*command, *probe], 60)
-            found[backend] = [line for line in text.splitlines() if line.startswith('"')] or _tail(text)
+            text = context.run([*command, *PROBE, "once", "pixel-2048/bf16", backend], 45)
+            found[backend] = [line for line in text.splitlines() if line.startswith('"')] or text[-400:]
         except PartError as error:
             found[backend] = f"no counters: {error}"
     if all(isinstance(lines, str) for lines in found.values()):
@@ -203,46 +235,37 @@ def part_ncu(context: Context) -> dict:
     return found
 
 
-def part_static(context: Context) -> dict:
-    """Registers, spills, instructions: for this GPU's architecture, or without a GPU for all."""
-    report = context.output / "static.json"
-    report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.static_report", "--output", str(report)]
-    with contextlib.suppress(PartError):
-        command += ["--arch", context.arch()]
-    try:
-        context.run(command, 240)
-    except PartError:
-        if not report.exists():
-            raise
-    return json.loads(report.read_text())
-
-
 def _matching(text: str, pattern: str) -> str:
     return next((line.strip() for line in text.splitlines() if re.search(pattern, line)), "")
 
 
-#: In order of worth: what comes late is what is left out when time runs short.
-PARTS: dict[str, Callable[[Context], dict]] = {
-    "machine": part_machine,
-    "build": part_build,
-    "limits": part_limits,
-    "tests": part_tests,
-    "benchmarks": part_benchmarks,
-    "sanitizer": part_sanitizer,
-    "ncu": part_ncu,
-    "static": part_static,
-}
+#: Parts of one stage run side by side, stages one after another, in order of worth: what comes late is what is left out
+#: when time runs short.
+STAGES: tuple[dict[str, Part], ...] = (
+    {"machine": part_machine},
+    {"build": part_build, "static": part_static},
+    {"tests": part_tests, "small": part_small, "warm": part_warm, "sanitizer-cuda": part_sanitizer_cuda},
+    {"limits": part_limits},
+    {"benchmarks": part_benchmarks},
+    {"ncu": part_ncu},
+    {"sanitizer-triton": part_sanitizer_triton},
+)
+PARTS = tuple(name for stage in STAGES for name in stage)
+
+
+def outcomes(found: dict) -> str:
+    """A line for each part: how long it took and what came of it."""
+    lines = [("part", "seconds", "outcome")]
+    for name, part in found.items():
+        good = {key: value for key, value in part.items() if key not in ("seconds_taken", "rows", "missing", "reason")}
+        words = part.get("reason", json.dumps(good, ensure_ascii=False))[:600]
+        lines.append((name, f"{part['seconds_taken']:.0f}", ("FAILED: " if "reason" in part else "") + words))
+    return "\n".join(f"{name:<17}{seconds:>8}  {words}" for name, seconds, words in lines)
 
 
 def report(found: dict, rows: list[dict]) -> str:
     """gpu.txt: every part with its outcome, then the tables."""
-    outcome = [("part", "seconds", "outcome")]
-    for name, part in found.items():
-        good = {key: value for key, value in part.items() if key not in ("seconds_taken", "rows", "missing")}
-        words = part.get("reason") or json.dumps(good, ensure_ascii=False)[:400]
-        outcome.append((name, f"{part['seconds_taken']:.0f}", ("FAILED: " if "reason" in part else "") + words))
-    parts = ["\n".join(f"{name:<11} {seconds:>8}  {words}" for name, seconds, words in outcome)]
+    parts = [outcomes(found)]
     if rows:
         parts += [table.text(rows), table.text(rows, every_side=True)]
         steps = [row for row in rows if row["op"] == table.STEP]
@@ -255,28 +278,60 @@ def report(found: dict, rows: list[dict]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def run(context: Context, stages: tuple[dict[str, Part], ...]) -> dict:
+    """Run the stages; {part: its result, with `reason` where it failed}, each with `seconds_taken`."""
+    keeping = threading.Lock()
 
-
-def run(context: Context, parts: dict[str, Callable[[Context], dict]]) -> dict:
-    """Run the parts one after another; {part: its result, or {"reason"}}, each with `seconds_taken`."""
-    for name, part in parts.items():
+    def one(name, part):
         began = time.monotonic()
         try:
             found = part(context)
+        except PartError as error:
+            found = error.found | {"reason": str(error)}
         except Exception as error:
-            found = {"reason": str(error) if isinstance(error, PartError) else f"{type(error).__name__}: {error}"}
-        context.found[name] = {**found, "seconds_taken": round(time.monotonic() - began, 1)}
-        rows = context.output / "gpu.jsonl"
-        measured = history.read(rows) if rows.exists() else []
-        write(context.output / "gpu.json", json.dumps({"parts": context.found, "rows": measured}, indent=1) + "\n")
-        write(context.output / "gpu.txt", report(context.found, measured))
-        print(f"{name}: {'FAILED: ' + found['reason'] if 'reason' in found else 'done'} "
-              f"({context.found[name]['seconds_taken']:.0f} s)", flush=True)  # fmt: skip
+            found = {"reason": f"{type(error).__name__}: {error}"}
+        seconds = round(time.monotonic() - began, 1)
+        with keeping:
+            context.found[name] = {**found, "seconds_taken": seconds}
+            keep(context)
+        words = f"FAILED: {found['reason']}" if "reason" in found else "done"
+        print(f"{name}: {words} ({seconds:.0f} s)", flush=True)
+
+    for stage in stages:
+        with ThreadPoolExecutor(len(stage)) as pool:
+            for future in as_completed([pool.submit(one, name, part) for name, part in stage.items()]):
+                future.result()
     return context.found
+
+
+def keep(context: Context) -> None:
+    """Write gpu.json and gpu.txt."""
+    rows = context.output / "gpu.jsonl"
+    measured = history.read(rows) if rows.exists() else []
+    atomic_write_text(
+        context.output / "gpu.json", json.dumps({"parts": context.found, "rows": measured}, indent=1) + "\n"
+    )
+    atomic_write_text(context.output / "gpu.txt", report(context.found, measured))
+
+
+@contextlib.contextmanager
+def _stopped_with_all(context: Context):
+    """Inside, Ctrl-C and SIGTERM end the commands too, which stand in process groups of their own."""
+
+    def stop(number, frame):
+        context.deadline = 0.0
+        context.end()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -287,17 +342,22 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--parts", default=",".join(PARTS), help=f"which of {', '.join(PARTS)}")
     command.add_argument("--commit", help="what to write into the rows where the checkout has no .git")
     options = command.parse_args(arguments)
-    unknown = set(options.parts.split(",")) - set(PARTS)
-    if unknown:
-        print(f"--parts must be among {', '.join(PARTS)}, got {', '.join(sorted(unknown))}", file=sys.stderr)
+    chosen = set(options.parts.split(","))
+    if chosen - set(PARTS):
+        print(
+            f"--parts must be among {', '.join(PARTS)}, got {', '.join(sorted(chosen - set(PARTS)))}", file=sys.stderr
+        )
         return 2
     output = options.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     (output / "gpu.jsonl").unlink(missing_ok=True)
     (output / "gpu.log").unlink(missing_ok=True)
-    context = Context(output, time.monotonic() + 60 * options.minutes, options.commit, {})
-    found = run(context, {name: PARTS[name] for name in PARTS if name in options.parts.split(",")})
+    context = Context(output, time.monotonic() + 60 * options.minutes, options.commit)
+    stages = [{name: part for name, part in stage.items() if name in chosen} for stage in STAGES]
+    with _stopped_with_all(context):
+        found = run(context, tuple(stage for stage in stages if stage))
     print((output / "gpu.txt").read_text())
+    print(outcomes(found))
     return int(any("reason" in part for part in found.values()))
 
 

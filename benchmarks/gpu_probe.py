@@ -1,8 +1,8 @@
 """Small programs that `benchmarks.gpu` runs on a GPU, each in a process of its own; each prints one JSON object.
 
 `describe`: the GPU by name. `limits`: copy bandwidth and launch costs. `small [BACKEND]`: every case at a tiny size,
-checked; for compute-sanitizer. `once CASE/DTYPE BACKEND`: one forward and backward between cudaProfilerStart and Stop;
-for ncu.
+checked; for compute-sanitizer. `warm K/N`: every side of every Nth case once, a line of JSON for each case. `once
+CASE/DTYPE BACKEND`: one forward and backward between cudaProfilerStart and Stop; for ncu.
 """
 
 import json
@@ -10,9 +10,9 @@ import sys
 
 import torch
 
-from benchmarks import gate, machine, timing
+from benchmarks import gate, launches, machine, timing
 from benchmarks.registry import cases, shrunken
-from benchmarks.sides import Call, Side, own_backends
+from benchmarks.sides import Call, Side, own_backends, sides_of
 
 DEVICE = torch.device("cuda")
 
@@ -70,6 +70,25 @@ def small(backend: str | None = None) -> dict:
     return {"checked": checked, "wrong": wrong}
 
 
+def warm(shard: str = "0/1") -> dict:
+    """Call every side of cases K, K + N, … and count what it launches; what is compiled stays in the caches on disk."""
+    part, parts = map(int, shard.split("/"))
+    mine = cases("cuda")[part::parts]
+    for case in mine:
+        torch._dynamo.reset()
+        tensors = case.inputs(case, DEVICE)
+        found = {}
+        for side in sides_of(case, DEVICE):
+            try:
+                found[side.name] = launches.of_call(case.key, Call(case, tensors, side))
+            except Exception as error:
+                found[side.name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        print(json.dumps({"case": case.key, "sides": found}), flush=True)
+        del tensors
+        torch.cuda.empty_cache()
+    return {"cases": len(mine)}
+
+
 def once(key: str, backend: str) -> dict:
     """The named case, warm, one time under the profiler's eye."""
     case = next(case for case in cases("cuda") if case.key == key)
@@ -86,7 +105,8 @@ def once(key: str, backend: str) -> dict:
 
 
 def main() -> int:
-    found = {"describe": describe, "limits": limits, "small": small, "once": once}[sys.argv[1]](*sys.argv[2:])
+    programs = {"describe": describe, "limits": limits, "small": small, "warm": warm, "once": once}
+    found = programs[sys.argv[1]](*sys.argv[2:])
     print(json.dumps(found))
     return int(bool(found.get("wrong")))
 

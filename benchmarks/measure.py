@@ -75,7 +75,7 @@ def _gated(case, tensors, device, sides):
                 call = Call(case, tensors, side)
                 call()
                 row.update(_beside("memory", memory.forward_and_backward, call.forward, call.backward, device))
-                row.update(_beside("operations", _operations, call, device))
+                row.update(_beside("operations", _operations, case, call, device))
                 calls[side.name] = call
         except Exception as error:
             row["reason"] = first_line(error)
@@ -90,10 +90,10 @@ def _beside(what, describe, *arguments) -> dict:
         return {f"{what}_error": first_line(error)}
 
 
-def _operations(call, device):
+def _operations(case, call, device):
     """What the call launches. Compiled code cannot be counted on the CPU, where it is one C++ function per graph."""
     if device.type == "cuda":
-        return launches.seen_by_profiler(call)
+        return launches.of_call(case.key, call)
     if call.side.name == "compile":
         return {}
     if not call.side.ours or call.side.name == "reference":

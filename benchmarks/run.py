@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from benchmarks import bar, history, machine, measure, plot, registry, step, table
+from benchmarks import bar, history, launches, machine, measure, plot, registry, step, table
 
 DEFAULT_MINUTES = 9.0
 #: Of a run's time, kept for the training step.
@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--small", action="store_true", help="tiny shapes: a smoke run, whose figures mean nothing")
     command.add_argument("--sides", action="store_true", help="print every side, with p50, p80 and the copy")
     command.add_argument("--output", type=pathlib.Path, help="JSON-lines file to append to (default: by machine)")
+    command.add_argument("--launches", type=pathlib.Path, help="launches as `benchmarks.gpu` has counted them")
     command.add_argument("--commit", help="what to write into the rows where the checkout has no .git")
     command.add_argument("--plots", type=pathlib.Path, default=pathlib.Path("runs/bench"), help="folder for the PNGs")
     command.add_argument("--no-plots", action="store_true", help="draw nothing")
@@ -85,6 +86,8 @@ def run(options) -> list[dict]:
             history.append(options.output, [context | row for row in more])
 
     cases = chosen(options)
+    if options.launches is not None:
+        launches.load(options.launches)
     steps = not options.no_step and not options.cases and not options.tags
     # The training step comes last and must not be what runs out of time.
     cases_end = deadline - (60 * options.minutes * STEP_SHARE if steps else 0)

@@ -1,13 +1,7 @@
-"""The benchmarks themselves: honest inputs, a gate that refuses, a history that compares, GPU parts that fail apart."""
+"""The benchmarks themselves: honest inputs, a gate that refuses, a history that compares."""
 
 import dataclasses
-import importlib.util
-import json
 import math
-import pathlib
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -17,9 +11,6 @@ from benchmarks import (
     compare,
     formulas,
     gate,
-    gpu,
-    gpu_build,
-    gpu_probe,
     history,
     launches,
     measure,
@@ -27,9 +18,7 @@ from benchmarks import (
     plot,
     registry,
     run,
-    sass,
     sides,
-    static_report,
     step,
     table,
     timing,
@@ -394,158 +383,3 @@ def test_a_step_with_other_gradients_is_not_timed(monkeypatch):
     plain = next(one for one in step.STEPS if one.name == "plain-dit-latent")
     with pytest.raises(ValueError, match="other gradients"):
         step.measure(plain, CPU, small=True, seconds=0.05)
-
-
-# ---- the GPU command and the static report
-
-
-def test_gpu_parts_fail_apart_and_results_are_written_each_time(tmp_path, capsys):
-    context = gpu.Context(tmp_path, time.monotonic() + 60, None, {})
-
-    def fails(context):
-        raise gpu.PartError("no such tool")
-
-    def crashes(context):
-        return {}["missing"]
-
-    def works(context):
-        assert json.loads((tmp_path / "gpu.json").read_text())["parts"].keys() == {"fails", "crashes"}
-        return {"copy": 4.2}
-
-    found = gpu.run(context, {"fails": fails, "crashes": crashes, "works": works})
-    assert found["fails"]["reason"] == "no such tool"
-    assert found["crashes"]["reason"] == "KeyError: 'missing'"
-    assert found["works"]["copy"] == 4.2
-    text = (tmp_path / "gpu.txt").read_text()
-    assert "FAILED: no such tool" in text
-    assert '{"copy": 4.2}' in text
-    assert capsys.readouterr().out.count("\n") == 3
-
-
-def test_gpu_commands_end_at_their_limit_with_what_they_said(tmp_path):
-    context = gpu.Context(tmp_path, time.monotonic() + 60, None, {})
-    with pytest.raises(gpu.PartError, match=r"ran past its 2 s.*begun"):
-        context.run(["bash", "-c", "echo begun; sleep 60 & sleep 60"], 2)
-    with pytest.raises(gpu.PartError, match="exit code 3: the reason"):
-        context.run(["bash", "-c", "echo the reason; exit 3"], 5)
-    assert "the reason" in (tmp_path / "gpu.log").read_text()
-    late = gpu.Context(tmp_path, time.monotonic(), None, {})
-    with pytest.raises(gpu.PartError, match="lack of time"):
-        late.run(["true"], 5)
-
-
-class Scripted(gpu.Context):
-    """A machine with a GPU whose commands answer from a list of (word of the command, output or error)."""
-
-    def __init__(self, folder, *answers):
-        super().__init__(folder, time.monotonic() + 60, None, {}, {"machine": {"gpu_capability": "9.0"}})
-        self.answers, self.said = answers, []
-
-    def run(self, command, limit, **environment):
-        self.said.append(command)
-        answer = next(answer for word, answer in self.answers if word in command)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-
-def test_the_gpu_build_falls_back_to_nvcc_alone(tmp_path):
-    broken = gpu.PartError("exit code 1: no pyproject")
-    context = Scripted(tmp_path, ("setup.py", broken), ("benchmarks.gpu_build", ""), ("-c", '{"cuda": null}'))
-    found = gpu.part_build(context)
-    assert found["how"] == "nvcc alone"
-    assert context.said[-2][-2:] == ["benchmarks.gpu_build", "90"]
-    unusable = Scripted(tmp_path, ("setup.py", broken), ("benchmarks.gpu_build", ""), ("-c", '{"cuda": "old driver"}'))
-    with pytest.raises(gpu.PartError, match="old driver"):
-        gpu.part_build(unusable)
-
-
-def test_only_test_files_with_the_gpu_mark_are_run_there(tmp_path, monkeypatch):
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_marked.py").write_text("@pytest.mark.gpu\ndef test(): pass\n")
-    (tmp_path / "tests" / "test_other.py").write_text("import diffusers\n")
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    context = Scripted(tmp_path, ("pytest", "3 passed"))
-    assert gpu.part_tests(context) == {"summary": "3 passed", "files": ["test_marked.py"]}
-    assert context.said[0][-1] == "tests/test_marked.py"
-
-
-def test_one_backend_without_counters_leaves_the_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
-    context = Scripted(tmp_path, ("cuda", gpu.PartError("exit code 9")), ("triton", '"ID","Metric"\nnoise\n'))
-    assert gpu.part_ncu(context) == {"cuda": "no counters: exit code 9", "triton": ['"ID","Metric"']}
-
-
-@pytest.mark.parametrize("wrong", [False, True])
-def test_the_small_gpu_check_counts_what_is_wrong(monkeypatch, wrong):
-    """On the CPU and the reference: what it does with a GPU's results, not what a GPU gives."""
-    monkeypatch.setattr(gpu_probe, "DEVICE", CPU)
-    monkeypatch.setattr(gpu_probe, "own_backends", lambda op, device: ("reference",))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    if wrong:
-        monkeypatch.setattr(
-            registry, "_fused_pair", lambda t, backend: 2.0 * formulas.mse(t["model_pred"], t["target"])
-        )
-    found = gpu_probe.small("reference")
-    assert found["checked"] == len(registry.cases("cuda"))
-    assert bool(found["wrong"]) == wrong
-    assert all("wrong result" in line for line in found["wrong"])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_without_a_gpu_every_part_that_needs_one_says_so(tmp_path, capsys):
-    assert gpu.main(["--output", str(tmp_path), "--parts", "machine,build,limits,benchmarks", "--minutes", "1"]) == 1
-    found = json.loads((tmp_path / "gpu.json").read_text())["parts"]
-    assert all("sees no CUDA device" in part["reason"] for part in found.values())
-
-
-def test_sass_is_counted_by_kind_and_width():
-    text = """
-        /*0000*/                   LDC R1, c[0x0][0x37c] ;   /* 0x0000df00ff017b82 */
-        /*0010*/              @!P0 LDG.E.128.CONSTANT R8, desc[UR4][R2.64] ;
-        /*0020*/                   LDG.E.U16 R8, desc[UR4][R2.64] ;
-        /*0030*/                   FFMA.FTZ R0, R1, R2, R3 ;
-        /*0040*/                   STG.E.128 desc[UR4][R4.64], R8 ;
-        /*0050*/                   STL [R1], R8 ;
-        /*0060*/                   NOP ;
-    """
-    found = sass.instructions(text)
-    assert found["instructions"] == 6
-    assert found["access"] == {"LDG.128": 1, "LDG.16": 1, "STG.128": 1, "STL.32": 1}
-    assert found["kinds"]["global"] == 3
-
-
-def test_triton_launches_once_forward_and_once_backward():
-    pytest.importorskip("triton")
-    if sass.find_tool("cuobjdump") is None:
-        pytest.skip("cuobjdump is missing")
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.static_triton", "90", "latents/fp32", "sd15/bf16"],
-        cwd=static_report.ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads(done.stdout)
-    parts = [(row["case"], row["part"]) for row in rows]
-    assert sorted(parts) == sorted((case, part) for case in ("latents", "sd15") for part in ("forward", "backward"))
-    assert all(0 < row["registers"] <= 255 and row["local"] == 0 for row in rows)
-    wide = next(row for row in rows if row["case"] == "latents" and row["part"] == "forward")
-    assert {"LDG.128", "STG.128"} <= set(wide["access"])
-
-
-def test_pybind11_comes_from_torch_where_its_package_is_missing(monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pybind11" else found(name))
-    assert (pathlib.Path(gpu_build.pybind11_include()) / "pybind11" / "pybind11.h").exists()
-    assert "torch" in gpu_build.pybind11_include()
-
-
-def test_the_static_report_names_what_it_could_not_get(monkeypatch):
-    def broken(*arguments):
-        raise RuntimeError("ptxas is missing")
-
-    monkeypatch.setattr(static_report, "triton_rows", broken)
-    monkeypatch.setattr(static_report, "find_nvcc", lambda: None)
-    rows, missing = static_report.collect((90,))
-    assert rows == []
-    assert missing == ["cuda: nvcc was found neither on PATH nor in /usr/local/cuda", "triton sm_90: ptxas is missing"]
-    assert "ptxas is missing" in static_report.text(rows, missing)
