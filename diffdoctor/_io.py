@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+
+# The names that atomic_path and atomic_dir give: the final name, what mkstemp draws, and what it is.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.(?P<what>tmp|old)(\.[^.]+)?")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -81,6 +85,9 @@ def atomic_dir(path):
             if file.is_file():
                 with open(file, "rb+") as handle:
                     os.fsync(handle.fileno())
+            elif file.is_dir():
+                _sync_folder(file)
+        _sync_folder(temporary)
         old = None
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
@@ -91,3 +98,32 @@ def atomic_dir(path):
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clear_temporaries(folder, name: str | None = None, *, deep: bool = False) -> None:
+    """Remove what `atomic_path` and `atomic_dir` left in `folder` when they were killed.
+
+    A folder that was killed between its two renames, and so is not there under its name, gets its old content back.
+    Nobody else may be writing there.
+
+    Args:
+        folder: where to look; need not exist.
+        name: only what was to be the file or folder of this name; None: everything.
+        deep: look into subfolders too.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return
+    for entry in list(folder.iterdir()):
+        match = _TEMPORARY.fullmatch(entry.name)
+        if match is None:
+            if deep and entry.is_dir() and not entry.is_symlink():
+                clear_temporaries(entry, name, deep=True)
+        elif name is None or match["name"] == name:
+            was = entry / "was"
+            if match["what"] == "old" and was.exists() and not (folder / match["name"]).exists():
+                os.replace(was, folder / match["name"])
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)

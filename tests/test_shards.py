@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffdoctor._errors import UserError
-from diffdoctor.detector import shards
+from diffdoctor.detector import archive, codec, shards
 from diffdoctor.detector.shards import ShardData, SkipCounts, read_manifest, read_shards, write_shards
 
 pytest.importorskip("pyarrow")
@@ -213,12 +213,12 @@ def test_a_shard_cut_short_gives_its_whole_samples(tmp_path):
 
 
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "MAX_PIXELS", 300)
+    monkeypatch.setattr(codec, "MAX_PIXELS", 300)
     write_tar(tmp_path / "a.tar", members_of("big").items())
     counts = SkipCounts()
     assert list(read_shards(tmp_path, counts=counts)) == []
     assert counts.reasons == {"a broken picture": 1}
-    monkeypatch.setattr(shards, "MAX_MEMBER_BYTES", 10)
+    monkeypatch.setattr(archive, "MAX_MEMBER_BYTES", 10)
     counts = SkipCounts()
     list(read_shards(tmp_path, counts=counts))
     assert "more than 10 bytes" in next(iter(counts.reasons))

@@ -13,7 +13,9 @@ import numpy as np
 
 from diffdoctor._errors import UserError, missing_extra
 from diffdoctor._io import atomic_write_text
-from diffdoctor.detector.shards import SkipCounts, decode, read_shards
+from diffdoctor.detector.archive import SkipCounts
+from diffdoctor.detector.codec import decode
+from diffdoctor.detector.shards import read_shards
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 

@@ -7,10 +7,9 @@ may hold. `manifest.parquet` says where each picture stands, so that any of them
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import io
 import json
-import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -18,45 +17,42 @@ from typing import Any
 
 import numpy as np
 
-from diffdoctor._errors import UserError, missing_extra
-from diffdoctor._io import atomic_dir, atomic_path
+from diffdoctor._errors import UserError
+from diffdoctor._io import atomic_dir, clear_temporaries
+from diffdoctor.detector.archive import KEY, MAX_MEMBER_BYTES, SkipCounts, read_groups
+from diffdoctor.detector.codec import PICTURE_TYPES, decode, encode_mask, encode_picture
+from diffdoctor.detector.manifest import MANIFEST, OFFSETS, ManifestWriter, read_columns, read_manifest
 
-PICTURE_TYPES = ("png", "jpg", "jpeg", "webp")
+__all__ = [
+    "LABELS",
+    "MANIFEST",
+    "BrokenSample",
+    "ShardData",
+    "SkipCounts",
+    "decode_sample",
+    "read_manifest",
+    "read_shards",
+    "shard_paths",
+    "write_shards",
+]
+
 LABELS = ("real", "injected", "human", "pseudo")
-MANIFEST = "manifest.parquet"
-# Bounds against decompression bombs: a member's bytes, and a picture's pixels.
-MAX_MEMBER_BYTES = 256 * 2**20
-MAX_PIXELS = 2**27
-_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*")
-_COLUMNS = (
-    *("key", "shard", "label", "category", "generator", "prompt", "round"),
-    *("height", "width", "mask_mean", "mask_max"),
-)
-_OFFSETS = ("picture_offset", "picture_size", "mask_offset", "mask_size", "json_offset", "json_size")
 
 
-@dataclasses.dataclass
-class SkipCounts:
-    """What a reader left out, by reason; filled while reading.
+class BrokenSample(UserError):
+    """A sample that is not as it should be; `reason` says how, `where` says which.
 
-    Attributes:
-        reasons: {reason: count}.
-        examples: {reason: the first place where it happened}.
+    Args:
+        reason: what is wrong.
+        where: the shard and the key.
     """
 
-    reasons: dict[str, int] = dataclasses.field(default_factory=dict)
-    examples: dict[str, str] = dataclasses.field(default_factory=dict)
+    def __init__(self, reason: str, where: str):
+        super().__init__(reason, where)
+        self.reason, self.where = reason, where
 
-    def add(self, reason: str, where: str, strict: bool) -> None:
-        """Count one, or with `strict` raise `UserError`."""
-        if strict:
-            raise UserError(f"{where}: {reason}")
-        self.reasons[reason] = self.reasons.get(reason, 0) + 1
-        self.examples.setdefault(reason, where)
-
-    @property
-    def total(self) -> int:
-        return sum(self.reasons.values())
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
 
 
 def write_shards(
@@ -82,6 +78,8 @@ def write_shards(
         raise ValueError(f"shard_size: expected >= 1 pictures, got {shard_size}")
     if picture_type not in PICTURE_TYPES:
         raise ValueError(f"picture_type: expected one of {', '.join(PICTURE_TYPES)}, got {picture_type!r}")
+    # What a writer that was killed left beside the folder.
+    clear_temporaries(Path(folder).parent, Path(folder).name)
     with atomic_dir(folder) as temporary:
         writer = _Writer(temporary, shard_size, picture_type)
         try:
@@ -89,31 +87,29 @@ def write_shards(
                 writer.add(sample)
         finally:
             writer.close()
-        writer.write_manifest()
     return writer.count
 
 
 class _Writer:
     def __init__(self, folder: Path, shard_size: int, picture_type: str):
         self.folder, self.shard_size, self.picture_type = folder, shard_size, picture_type
-        self.count, self.tar, self.name, self.rows, self.keys = 0, None, "", [], set()
+        self.count, self.tar, self.name = 0, None, ""
+        self.manifest, self.keys = ManifestWriter(folder / MANIFEST), _Unique()
 
     def add(self, sample: dict[str, Any]) -> None:
         if self.count % self.shard_size == 0:
-            self.close()
+            self._close_shard()
             self.name = f"shard-{self.count // self.shard_size:06d}.tar"
             self.tar = tarfile.open(self.folder / self.name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         picture, mask, meta = _checked(sample, self.count)
         key = meta["key"]
-        if key in self.keys:
-            raise ValueError(f"key: expected a unique name, got {key!r} twice")
         self.keys.add(key)
         places = {
             "picture": self._member(f"{key}.{self.picture_type}", encode_picture(picture, self.picture_type)),
             "mask": self._member(f"{key}.mask.png", encode_mask(mask)),
             "json": self._member(f"{key}.json", json.dumps(meta, allow_nan=False).encode()),
         }
-        self.rows.append(
+        self.manifest.add(
             {
                 **{name: meta[name] for name in ("key", "label", "category", "generator", "prompt", "round")},
                 "shard": self.name,
@@ -132,49 +128,39 @@ class _Writer:
         info.size = len(data)
         offset = self.tar.offset + tarfile.BLOCKSIZE
         self.tar.addfile(info, io.BytesIO(data))
+        self.tar.members.clear()
         return offset, len(data)
 
-    def close(self) -> None:
+    def _close_shard(self) -> None:
         if self.tar is not None:
             self.tar.close()
             self.tar = None
 
-    def write_manifest(self) -> None:
-        write_manifest(self.folder / MANIFEST, self.rows)
+    def close(self) -> None:
+        self._close_shard()
+        self.manifest.close()
 
 
-def write_manifest(path: Path, rows: list[dict]) -> None:
-    """Write the manifest's rows (one a picture) as Parquet."""
-    pa, parquet = _pyarrow()
-    text, real = pa.string(), pa.float32()
-    types = dict.fromkeys(_COLUMNS, text) | {"round": pa.int32(), "height": pa.int32(), "width": pa.int32()}
-    types |= {"mask_mean": real, "mask_max": real} | dict.fromkeys(_OFFSETS, pa.int64())
-    schema = pa.schema(list(types.items()))
-    with atomic_path(path) as temporary:
-        parquet.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
+class _Unique:
+    """Refuses a key that was there before, at 8 bytes a key: by hash (two of ten million collide once in 400,000 sets).
 
+    The keys of the last thousands are held as they are; the others as one sorted array.
+    """
 
-def read_manifest(folder: str | Path) -> dict[str, list]:
-    """The manifest's columns as lists; raises `UserError` where there is none or it cannot be read."""
-    pa, parquet = _pyarrow()
-    path = Path(folder) / MANIFEST
-    try:
-        table = parquet.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: no manifest that can be read ({error})") from error
-    missing = [name for name in (*_COLUMNS, *_OFFSETS) if name not in table.column_names]
-    if missing:
-        raise UserError(f"{path}: the manifest lacks the columns {', '.join(missing)}")
-    return {name: table.column(name).to_pylist() for name in (*_COLUMNS, *_OFFSETS)}
+    RECENT = 4096
 
+    def __init__(self):
+        self.old, self.recent = np.empty(0, np.uint64), set()
 
-def _pyarrow():
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise missing_extra("pyarrow", "stages") from None
-    return pyarrow, pyarrow.parquet
+    def add(self, key: str) -> None:
+        code = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+        place = int(np.searchsorted(self.old, np.uint64(code)))
+        if code in self.recent or (place < len(self.old) and int(self.old[place]) == code):
+            raise ValueError(f"key: expected a unique name, got {key!r} twice")
+        self.recent.add(code)
+        if len(self.recent) >= self.RECENT:
+            self.old = np.sort(np.concatenate([self.old, np.fromiter(self.recent, np.uint64)]))
+            self.recent.clear()
 
 
 def _checked(sample: dict[str, Any], index: int) -> tuple[np.ndarray, np.ndarray, dict]:
@@ -191,7 +177,7 @@ def _checked(sample: dict[str, Any], index: int) -> tuple[np.ndarray, np.ndarray
         mask = np.rint(mask.astype(np.float64) * 255).astype(np.uint8)
     meta = {k: v for k, v in sample.items() if k not in ("picture", "mask")}
     meta.setdefault("key", f"{index:09d}")
-    if not isinstance(meta["key"], str) or not _KEY.fullmatch(meta["key"]) or len(meta["key"]) > 80:
+    if not isinstance(meta["key"], str) or not KEY.fullmatch(meta["key"]) or len(meta["key"]) > 80:
         raise ValueError(f"key: expected up to 80 letters, digits, _ and -, got {meta['key']!r}")
     for name in ("prompt", "category", "generator"):
         meta[name] = str(meta.get(name) or "")
@@ -200,42 +186,6 @@ def _checked(sample: dict[str, Any], index: int) -> tuple[np.ndarray, np.ndarray
         raise ValueError(f"label: expected one of {', '.join(LABELS)}, got {meta['label']!r}")
     meta["round"] = int(meta.get("round") or 0)
     return picture, mask, meta
-
-
-def encode_picture(picture: np.ndarray, picture_type: str) -> bytes:
-    """(H, W, 3) uint8 as PNG, lossless WebP or JPEG of quality 95."""
-    from PIL import Image
-
-    options = {"png": {"format": "PNG"}, "webp": {"format": "WEBP", "lossless": True}}
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, **options.get(picture_type, {"format": "JPEG", "quality": 95}))
-    return buffer.getvalue()
-
-
-def encode_mask(mask: np.ndarray) -> bytes:
-    """(H, W) uint8 as PNG."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(mask).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def decode(data: bytes, mode: str) -> np.ndarray:
-    """A picture's bytes as uint8 (H, W, 3) for mode "RGB" or (H, W) for "L", turned upright as its camera flagged it.
-
-    Raises:
-        ValueError: not a PNG, JPEG or WebP picture, broken, or too large.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-            return np.asarray(ImageOps.exif_transpose(image).convert(mode))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from error
 
 
 def shard_paths(source: str | Path | Iterable[str | Path]) -> list[Path]:
@@ -277,120 +227,77 @@ def read_shards(
     counts = SkipCounts() if counts is None else counts
     for path in shard_paths(source)[part[0] :: part[1]]:
         seen: set[str] = set()
-        for key, members in _groups(path, strict, counts):
+        for key, members in read_groups(path, strict, counts):
             where = f"{path.name}:{key}"
             if key in seen:
                 counts.add("a key twice", where, strict)
                 continue
             seen.add(key)
-            sample = _decode_sample(members, where, strict, counts)
-            if sample is not None:
-                yield {**sample, "key": key, "shard": path.name}
+            try:
+                yield {**decode_sample(members, where), "key": key, "shard": path.name}
+            except BrokenSample as error:
+                counts.add(error.reason, error.where, strict)
 
 
-def _groups(path: Path, strict: bool, counts: SkipCounts) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, {extension: bytes}) of neighbouring members; what is not a plain, well-named, small file is left out."""
-    current, members = None, {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            ended = _has_end_mark(path)
-            for info in tar:
-                # The list that tarfile keeps of its members would grow with the shard.
-                tar.members = []
-                fault = _fault(info)
-                if fault:
-                    counts.add(fault, f"{path.name}:{info.name[:80]!r}", strict)
-                    continue
-                key, _, extension = info.name.partition(".")
-                if key != current:
-                    if current is not None:
-                        yield current, members
-                    current, members = key, {}
-                data = tar.extractfile(info).read()
-                if len(data) != info.size:
-                    raise tarfile.ReadError("unexpected end of data")
-                members[extension.lower()] = data
-            if not ended:
-                # tarfile takes a missing end for an end.
-                raise tarfile.ReadError("no end mark")
-    except (tarfile.TarError, OSError, ValueError) as error:
-        # The group being read may lack members: it is left out with the rest of the shard.
-        counts.add("a shard cut short or not a tar file", f"{path.name} ({error})", strict)
-        return
-    if current is not None:
-        yield current, members
+def decode_sample(members: dict[str, bytes], where: str) -> dict[str, Any]:
+    """A sample's JSON values, `picture` (H, W, 3) uint8 and `mask` (H, W) float32 in [0, 1].
 
+    Args:
+        members: {extension: bytes}, as `archive.read_groups` gives them.
+        where: what errors call it.
 
-def _has_end_mark(path: Path) -> bool:
-    """Whether the archive ends in two blocks of zeros, as all complete ones do."""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 2 * tarfile.BLOCKSIZE))
-        return file.read() == bytes(2 * tarfile.BLOCKSIZE)
-
-
-def _fault(info: tarfile.TarInfo) -> str | None:
-    if not info.isreg():
-        return "a member that is not a plain file (link, device or folder)"
-    name = PurePosixPath(info.name)
-    if name.is_absolute() or ".." in name.parts or "\\" in info.name or "\0" in info.name:
-        return "a member with an absolute path or '..'"
-    key, _, extension = info.name.partition(".")
-    if not _KEY.fullmatch(key) or not extension:
-        return "a member whose name is not key.extension"
-    if info.size > MAX_MEMBER_BYTES:
-        return f"a member of more than {MAX_MEMBER_BYTES} bytes"
-    return None
-
-
-def _decode_sample(members: dict[str, bytes], where: str, strict: bool, counts: SkipCounts) -> dict[str, Any] | None:
+    Raises:
+        BrokenSample: no picture, no mask, or one of the parts is broken.
+    """
     pictures = [name for name in PICTURE_TYPES if name in members]
     if not pictures:
-        return counts.add("a sample without a picture", where, strict)
+        raise BrokenSample("a sample without a picture", where)
     try:
         meta = json.loads(members["json"]) if "json" in members else {}
         if not isinstance(meta, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError):
-        return counts.add("a broken JSON member", where, strict)
+        raise BrokenSample("a broken JSON member", where) from None
     try:
         picture = decode(members[pictures[0]], "RGB")
     except ValueError:
-        return counts.add("a broken picture", where, strict)
+        raise BrokenSample("a broken picture", where) from None
     if "mask.png" not in members:
         # Real pictures are clean by what they are; anything else without a mask is not labelled.
         if meta.get("label") != "real":
-            return counts.add("a sample without a mask", where, strict)
+            raise BrokenSample("a sample without a mask", where)
         mask = np.zeros(picture.shape[:2], np.float32)
     else:
         try:
             mask = decode(members["mask.png"], "L").astype(np.float32) / 255.0
         except ValueError:
-            return counts.add("a broken mask", where, strict)
+            raise BrokenSample("a broken mask", where) from None
     if mask.shape != picture.shape[:2]:
-        return counts.add("a mask of another size than its picture", where, strict)
+        raise BrokenSample("a mask of another size than its picture", where)
     return {**meta, "picture": picture, "mask": mask}
 
 
 class ShardData:
     """Random access to a folder of shards with a manifest: `len(data)`, `data[i]` (see `samples.DetectorData`).
 
-    Only the manifest's columns are held in memory (about 100 bytes a picture); a picture is read from its place in its
+    Only the manifest's columns are held in memory (about 200 bytes a picture); a picture is read from its place in its
     shard when it is asked for.
 
     Args:
         folder: what `write_shards` wrote.
 
     Raises:
-        UserError: no manifest, or (at `data[i]`) a picture that is not where the manifest says, or broken.
+        UserError: no manifest, or one that does not fit the shards.
+        BrokenSample: at `data[i]`, a picture that is not where the manifest says, or broken.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        rows = read_manifest(folder)
+        rows = read_columns(folder, (*_KEPT, *OFFSETS))
         self.keys, self.categories, self.generators = rows["key"], rows["category"], rows["generator"]
-        self.labels, self.shards = rows["label"], rows["shard"]
-        self.mask_max = np.array(rows["mask_max"], np.float32)
-        self.places = np.array([rows[name] for name in _OFFSETS], np.int64).T.reshape(-1, 6)
+        self.labels, self.shards, self.mask_max = rows["label"], rows["shard"], rows["mask_max"]
+        self.sizes = np.stack([rows["height"], rows["width"]], axis=1)
+        self.places = np.stack([rows[name] for name in OFFSETS], axis=1)
         for shard in sorted(set(self.shards)):
             if PurePosixPath(shard).name != shard or not (self.folder / shard).is_file():
                 raise UserError(f"{self.folder}: the manifest names the shard {shard!r}, which is not there")
@@ -402,10 +309,15 @@ class ShardData:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         parts = []
-        with open(self.folder / self.shards[index], "rb") as file:
-            for offset, size in self.places[index].reshape(3, 2):
-                file.seek(int(offset))
-                parts.append(file.read(int(size)))
-        members = {"png": parts[0], "mask.png": parts[1], "json": parts[2]}
-        where = f"{self.shards[index]}:{self.keys[index]}"
-        return {**_decode_sample(members, where, True, SkipCounts()), "key": self.keys[index]}
+        key, where = str(self.keys[index]), f"{self.folder / self.shards[index]}:{self.keys[index]}"
+        try:
+            with open(self.folder / self.shards[index], "rb") as file:
+                for offset, size in self.places[index].reshape(3, 2):
+                    file.seek(int(offset))
+                    parts.append(file.read(int(size)))
+        except OSError as error:
+            raise BrokenSample(f"cannot be read ({error.strerror})", where) from error
+        return {**decode_sample({"png": parts[0], "mask.png": parts[1], "json": parts[2]}, where), "key": key}
+
+
+_KEPT = ("key", "category", "generator", "label", "shard", "mask_max", "height", "width")

@@ -1,0 +1,53 @@
+"""Pictures and masks as bytes: PNG, JPEG and WebP in, uint8 arrays out, and back."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+
+PICTURE_TYPES = ("png", "jpg", "jpeg", "webp")
+# A bound against decompression bombs.
+MAX_PIXELS = 2**27
+_ORIENTATION = 0x0112
+
+
+def encode_picture(picture: np.ndarray, picture_type: str) -> bytes:
+    """(H, W, 3) uint8 as PNG, lossless WebP or JPEG of quality 95."""
+    from PIL import Image
+
+    options = {"png": {"format": "PNG"}, "webp": {"format": "WEBP", "lossless": True}}
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, **options.get(picture_type, {"format": "JPEG", "quality": 95}))
+    return buffer.getvalue()
+
+
+def encode_mask(mask: np.ndarray) -> bytes:
+    """(H, W) uint8 as PNG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def decode(data: bytes, mode: str) -> np.ndarray:
+    """A picture's bytes as uint8 (H, W, 3) for mode "RGB" or (H, W) for "L", turned upright as its camera flagged it.
+
+    The array cannot be written to.
+
+    Raises:
+        ValueError: not a PNG, JPEG or WebP picture, broken, or too large.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+            # Each of these copies the picture, so that neither is called where it changes nothing.
+            if image.getexif().get(_ORIENTATION, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+            return np.asarray(image if image.mode == mode else image.convert(mode))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from error
