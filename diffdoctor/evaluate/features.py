@@ -84,7 +84,8 @@ def frechet_distance_of_blocks(real: Iterable[torch.Tensor], generated: Iterable
     for rows, is_real in ((real, True), (generated, False)):
         for block in rows:
             if metric is None:
-                metric = FrechetInceptionDistance(feature=_GivenFeatures(block.shape[1]))
+                # What it is fed is everything: gathering over processes would wait for them in vain.
+                metric = FrechetInceptionDistance(feature=_GivenFeatures(block.shape[1]), sync_on_compute=False)
                 metric.set_dtype(torch.float64)
             metric.update(block.double(), real=is_real)
     return float(metric.compute())

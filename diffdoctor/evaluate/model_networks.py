@@ -5,6 +5,7 @@ Nothing is fetched here that was not asked for by its hub id.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,10 +96,10 @@ class Clip:
 
 
 class Classifier:
-    """Says whether a picture shows its label: an image classification model of transformers, or a TorchScript file.
+    """Says whether a picture shows its label: a model of transformers for that, or a TorchScript or .pt2 file.
 
     Args:
-        source: a folder, a hub id, or a TorchScript file from pictures (B, 3, H, W) in [0, 1] to logits.
+        source: a folder, a hub id, or a TorchScript or .pt2 file from pictures (B, 3, H, W) in [0, 1] to logits.
 
     Raises:
         UserError: if no such model is there.
@@ -107,7 +108,7 @@ class Classifier:
     def __init__(self, source: str):
         self.source, self.processor, self.places = source, None, {}
         if Path(source).is_file():
-            self.model = _torchscript("--classifier", source)
+            self.model = _saved_network("--classifier", source)
         else:
             names = "AutoModelForImageClassification", "AutoImageProcessor"
             self.model, self.processor = _from_transformers("--classifier", source, *names)
@@ -146,7 +147,7 @@ def load_features(name: str, clip: Clip | None = None) -> FeatureNetwork | None:
 
     Args:
         name: auto, none, pixels, clip, inception, inception-64 (-192, -768, -2048), a folder or hub id of a vision
-            model of transformers, or a TorchScript file.
+            model of transformers, or a TorchScript or .pt2 file.
         clip: the model of `--clip`, for "clip" and for "auto" where Inception's weights are not there.
 
     Returns:
@@ -174,7 +175,7 @@ def load_features(name: str, clip: Clip | None = None) -> FeatureNetwork | None:
     if name.partition("-")[0] == "inception":
         return _inception(name)
     if Path(name).is_file():
-        module = _torchscript("--features", name)
+        module = _saved_network("--features", name)
         return FeatureNetwork(name, lambda pictures: module(pictures.float() / 255), module)
     model, processor = _from_transformers("--features", name, "AutoModel", "AutoImageProcessor")
 
@@ -225,11 +226,18 @@ def _inception(name: str) -> FeatureNetwork:
     return FeatureNetwork(f"Inception v3, {size} features", network, network)
 
 
-def _torchscript(option: str, source: str):
+def _saved_network(option: str, source: str):
     try:
-        return torch.jit.load(source, map_location="cpu").eval()
+        if source.endswith(".pt2"):
+            return torch.export.load(source).module()
+        with warnings.catch_warnings():
+            # torch 2.13 calls TorchScript deprecated; the files that exist are of that kind.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return torch.jit.load(source, map_location="cpu").eval()
     except Exception as error:
-        raise UserError(f"{option} {source}: a TorchScript file was expected ({_first_line(error)})") from error
+        raise UserError(
+            f"{option} {source}: a TorchScript file or a .pt2 file of torch.export was expected ({_first_line(error)})"
+        ) from error
 
 
 def _from_transformers(option: str, source: str, model_class: str, processor_class: str):

@@ -49,11 +49,12 @@ class EvaluateModelConfig:
             shards are left out. None: no FID.
         damaged: likewise, of damaged pictures: FID's ceiling; none: the real ones are damaged as `inject` does it.
         features: where FID and variance are taken: auto, inception (or inception-64, -192, -768), clip, pixels, none, a
-            folder or hub id of a vision model of transformers, or a TorchScript file. auto: inception where its
+            folder or hub id of a vision model of transformers, or a TorchScript or .pt2 file from pictures (B, 3, H, W)
+            in [0, 1] to features (B, D). auto: inception where its
             weights are on this machine, else clip where --clip is given, else pixels.
         clip: folder or hub id of a CLIP model of transformers, for the prompts' CLIP score; empty: none.
-        classifier: folder or hub id of an image classification model of transformers, or a TorchScript file, that must
-            see the prompts' labels; empty: none.
+        classifier: folder or hub id of an image classification model of transformers, or a TorchScript or .pt2
+            file from pictures to logits, that must see the prompts' labels; empty: none.
         batch_size: pictures that are drawn, and measured, at a time.
         picture_type: png or webp, both exact: of the drawn pictures' files.
         examples: pictures shown of each kind in the report.

@@ -107,7 +107,7 @@ def guided(pipeline, detector, config: EvaluateModelConfig):
     if not config.guide:
         yield
         return
-    from diffdoctor.treat import guide
+    from diffdoctor.treat.guide import guide
 
     options = {"height": config.height, "width": config.width, **config.guide_options}
     known = set(inspect.signature(guide).parameters) - {"pipeline", "detector"}
@@ -165,7 +165,7 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module, tolerance: float 
     Args:
         tolerance: largest norm of the difference, as a share of the norm of `other`'s parameters.
     """
-    ours, theirs = list(one.parameters()), list(other.parameters())
+    ours, theirs = ([p.detach() for p in network.parameters()] for network in (one, other))
     if [p.shape for p in ours] != [p.shape for p in theirs]:
         return False
     apart = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(ours, theirs, strict=True))
