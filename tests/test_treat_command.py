@@ -56,7 +56,7 @@ def test_writes_a_lora_that_loads(files, tmp_path, capsys):
     output = tmp_path / "run"
     assert main(arguments(files, output)) == 0
     assert "load_lora_weights" in capsys.readouterr().out
-    assert sorted(path.name for path in output.iterdir()) == ["config.yaml", "lora", "treat.json"]
+    assert sorted(path.name for path in output.iterdir()) == ["config.yaml", "logs", "lora", "samples", "treat.json"]
     assert len(json.loads((output / "treat.json").read_text())["history"]) == 1
     tiny_pipeline("sd").load_lora_weights(output / "lora")
 
@@ -97,7 +97,7 @@ def test_bad_input_is_one_line_and_exit_code_2(files, tmp_path, capsys, changes,
 def test_a_folder_that_is_no_pipeline(files, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(arguments(files, tmp_path / "run", pipeline=tmp_path / "empty")) == 2
-    assert "cannot be loaded" in capsys.readouterr().err
+    assert "holds no diffusers pipeline" in capsys.readouterr().err
     (tmp_path / "none.txt").write_text("\n\n")
     assert main(arguments(files, tmp_path / "run", prompts=tmp_path / "none.txt")) == 2
     assert "holds no prompt" in capsys.readouterr().err

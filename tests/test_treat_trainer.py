@@ -11,7 +11,7 @@ from helpers_tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
 
 from diffdoctor._errors import UserError
 from diffdoctor.detector import ConvDetector
-from diffdoctor.treat import TreatConfig, trainer, treat
+from diffdoctor.treat import TreatConfig, treat, treatment
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import WEIGHTS_NAME, lora_state
 from diffdoctor.treat.methods import METHODS
@@ -127,7 +127,7 @@ def saved(folder):
 def test_resume_gives_the_same_lora_as_an_undisturbed_run(tmp_path, monkeypatch, ema):
     options = {"steps": 5, "checkpoint_every": 2, "evaluate_every": 2, "ema_decay": ema, "map_source": "shuffled"}
     run(output_dir=tmp_path / "whole", **options)
-    term = trainer.artifact_term
+    term = treatment.artifact_term
     calls = []
 
     def interrupting(*args, **kwargs):
@@ -136,7 +136,7 @@ def test_resume_gives_the_same_lora_as_an_undisturbed_run(tmp_path, monkeypatch,
             raise Interrupted
         return term(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "artifact_term", interrupting)
+    monkeypatch.setattr(treatment, "artifact_term", interrupting)
     with pytest.raises(Interrupted):
         run(output_dir=tmp_path / "broken", **options)
     assert [path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()] == ["step-00000002"]
@@ -151,13 +151,13 @@ def test_resume_gives_the_same_lora_as_an_undisturbed_run(tmp_path, monkeypatch,
 
 
 def test_interruption_writes_a_checkpoint_and_other_settings_are_refused(tmp_path, monkeypatch):
-    term = trainer.artifact_term
+    term = treatment.artifact_term
 
     def interrupting(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
         return term(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "artifact_term", interrupting)
+    monkeypatch.setattr(treatment, "artifact_term", interrupting)
     # A test run in the background of a shell inherits an ignored SIGINT.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -167,7 +167,7 @@ def test_interruption_writes_a_checkpoint_and_other_settings_are_refused(tmp_pat
     finally:
         signal.signal(signal.SIGINT, inherited)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
-    monkeypatch.setattr(trainer, "artifact_term", term)
+    monkeypatch.setattr(treatment, "artifact_term", term)
     with pytest.raises(UserError, match="another learning_rate"):
         run(output_dir=tmp_path, steps=3, learning_rate=1e-3)
     assert len(run(output_dir=tmp_path, steps=3).history) == 3

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from diffdoctor._errors import UserError, missing_extra
-from diffdoctor._io import atomic_write_text
 from diffdoctor.treat.config import TreatConfig
+
+# option -> name in torch
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass
@@ -24,6 +27,8 @@ class TreatCommandConfig(TreatConfig):
             offline_weight 0.
         output: folder for lora/, treat.json, config.yaml and checkpoints; the same call goes on where it stopped.
         scheduler: class of a diffusers scheduler to use in place of the pipeline's own; empty: its own.
+        weights: dtype that the denoiser and the text encoders are loaded in: fp32, bf16 or fp16; the VAE is loaded in
+            fp32. Large pipelines need bf16, with precision bf16.
     """
 
     pipeline: str = ""
@@ -33,6 +38,14 @@ class TreatCommandConfig(TreatConfig):
     offline: str = ""
     output: str = ""
     scheduler: str = ""
+    weights: str = "fp32"
+    # the command has no more use for them
+    text_encoders: str = "free"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.weights not in DTYPES:
+            raise UserError(f"weights: one of {', '.join(DTYPES)} was expected, got {self.weights!r}")
 
 
 def run_treat(config: TreatCommandConfig) -> int:
@@ -56,7 +69,7 @@ def run_treat(config: TreatCommandConfig) -> int:
     offline = _read_offline(config.offline) if config.offline else None
     detector = load_detector(config.detector)
     monitor = load_detector(config.monitor) if config.monitor else None
-    pipeline = load_pipeline(config.pipeline)
+    pipeline = load_pipeline(config.pipeline, config.weights)
     if config.scheduler:
         scheduler = getattr(diffusers, config.scheduler, None)
         if scheduler is None or not hasattr(scheduler, "from_config"):
@@ -64,11 +77,16 @@ def run_treat(config: TreatCommandConfig) -> int:
                 f"--scheduler: a diffusers scheduler such as DDIMScheduler was expected: {config.scheduler}"
             )
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
-    output = Path(config.output)
-    _write_settings(config, output)
     options = {f.name: getattr(config, f.name) for f in fields(TreatConfig)}
     result = treat(
-        pipeline, detector, prompts, TreatConfig(**options), offline=offline, monitor=monitor, output_dir=output
+        pipeline,
+        detector,
+        prompts,
+        TreatConfig(**options),
+        offline=offline,
+        monitor=monitor,
+        output_dir=Path(config.output),
+        settings=asdict(config),
     )
     first, best = result.measurements[0], next(m for m in result.measurements if m.step == result.best_step)
     if result.stopped:
@@ -97,19 +115,35 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def load_pipeline(source: str):
-    """A diffusers pipeline from a folder or a hub id.
+def load_pipeline(source: str, weights: str = "fp32"):
+    """A diffusers pipeline from a folder or a hub id, its VAE in fp32.
+
+    Args:
+        source: the folder or id.
+        weights: of `DTYPES`, for everything but the VAE.
 
     Raises:
         UserError: if there is none or it cannot be loaded.
     """
-    from diffusers import DiffusionPipeline
+    import diffusers
+    import torch
 
     looks_local = source.startswith((".", "/", "~")) or os.sep + os.sep in source or source.count("/") != 1
-    if looks_local and not Path(source).expanduser().is_dir():
+    folder = Path(source).expanduser()
+    if looks_local and not folder.is_dir():
         raise UserError(f"--pipeline {source}: no such folder")
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise UserError(f"--pipeline {source}: holds no diffusers pipeline (no model_index.json)")
+    options = {}
+    if weights != "fp32":
+        # diffusers' own default is fp32 for every part; the argument's name changes with its version 1.0
+        name = "dtype" if int(diffusers.__version__.split(".")[0]) >= 1 else "torch_dtype"
+        options[name] = {"vae": torch.float32, "default": getattr(torch, DTYPES[weights])}
     try:
-        return DiffusionPipeline.from_pretrained(source)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            place = str(folder) if folder.is_dir() else source
+            return diffusers.DiffusionPipeline.from_pretrained(place, **options)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--pipeline {source}: cannot be loaded ({reason})") from error
@@ -122,15 +156,3 @@ def _read_offline(folder: str):
     if not samples:
         raise UserError(f"--offline {folder}: no pictures there")
     return [picture for picture, _ in samples], [prompt for _, prompt in samples]
-
-
-def _write_settings(config: TreatCommandConfig, output: Path) -> None:
-    import yaml
-
-    from diffdoctor.version import __version__
-
-    settings = {"diffdoctor": __version__, **asdict(config), "lora_targets": list(config.lora_targets)}
-    try:
-        atomic_write_text(output / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror}); choose another folder") from None

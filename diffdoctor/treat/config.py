@@ -58,10 +58,21 @@ class TreatConfig:
         min_diversity: collapse guard, likewise for the spread of the pictures of one prompt.
         max_skipped: stop with an error after this many steps in a row with a loss or gradient that is not finite.
         checkpoint_every: steps between checkpoints in the output folder; 0: only when interrupted.
+        micro_batch_size: pictures and pairs that a process works on at a time; 0: all of its share. Smaller ones need
+            less memory and change the result by rounding alone.
         gradient_checkpointing: recompute the denoiser's and the VAE's activations in backward.
+        vae_slicing: decode, diagnose and run backward through the VAE picture by picture.
+        vae_tiling: decode in tiles of this many pixels a side, recomputed one by one in backward; 0: whole pictures.
+        text_encoders: what happens to them once the prompts are encoded: keep, offload (to the CPU until the end) or
+            free (taken out of the pipeline for good).
         merge_rollout: sample with the LoRA merged into a copy of the weights: quicker, at the cost of that copy.
-        precision: fp32, or bf16 for autocast over the denoiser (VAE, detector and losses stay in fp32).
-        attention_backend: handed to the denoiser's set_attention_backend; empty: left as it is.
+        precision: fp32, or bf16 or fp16 for autocast over the denoiser (the LoRA, VAE, detector and losses keep their
+            dtype). With fp16 the gradient is scaled inside the denoiser, and the scale halved when it overflows.
+        attention_backend: of the denoiser: native, xformers or another one that diffusers knows; empty: left as it is.
+        log_with: tensorboard (in the output folder's logs), wandb or none.
+        sample_every: steps between pictures of the fixed prompts and seeds in the output folder's samples; 0: with
+            every measurement.
+        sample_pictures: how many of them; 0: none.
         strict: refuse prompts beyond the token limit instead of cutting them with a warning.
         seed: of everything random.
 
@@ -109,10 +120,17 @@ class TreatConfig:
     min_diversity: float = 0.5
     max_skipped: int = 10
     checkpoint_every: int = 50
+    micro_batch_size: int = 0
     gradient_checkpointing: bool = False
+    vae_slicing: bool = False
+    vae_tiling: int = 0
+    text_encoders: str = "offload"
     merge_rollout: bool = True
     precision: str = "fp32"
     attention_backend: str = ""
+    log_with: str = "tensorboard"
+    sample_every: int = 0
+    sample_pictures: int = 16
     strict: bool = False
     seed: int = 0
 
@@ -135,7 +153,9 @@ _CHOICES = {
     "modulate": ("output", "latents", "none"),
     "artifact_method": ("threshold", "mean", "sum", "max"),
     "map_source": ("detector", "uniform", "shuffled"),
-    "precision": ("fp32", "bf16"),
+    "precision": ("fp32", "bf16", "fp16"),
+    "text_encoders": ("keep", "offload", "free"),
+    "log_with": ("tensorboard", "wandb", "none"),
 }
 _BOUNDS = {
     "steps": (1, None),

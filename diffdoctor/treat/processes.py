@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+
+from diffdoctor._errors import UserError
 
 
 def seed_of(*parts: int) -> int:
@@ -19,7 +22,7 @@ class Processes:
     def __init__(self):
         from accelerate import PartialState
 
-        state = PartialState() if torch.cuda.is_available() else PartialState(cpu=True)
+        state = PartialState(cpu=not torch.accelerator.is_available())
         self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
 
     @property
@@ -29,6 +32,19 @@ class Processes:
     def share(self, total: int) -> list[int]:
         """This process's part of range(total)."""
         return list(range(self.rank, total, self.count))
+
+    def even_share(self, total: int) -> list[int]:
+        """As `share`, but as many for every process: those that have one less do the last one over again."""
+        padded = math.ceil(total / self.count) * self.count
+        return [min(number, total - 1) for number in range(self.rank, padded, self.count)]
+
+    def gather(self, part: torch.Tensor, total: int) -> torch.Tensor:
+        """(total, ...) on the CPU, in order, from what every process has for its `even_share` (n, ...)."""
+        if self.count == 1:
+            return part.cpu()
+        parts = [torch.empty_like(part) for _ in range(self.count)]
+        torch.distributed.all_gather(parts, part.contiguous())
+        return torch.stack([other.cpu() for other in parts], 1).flatten(0, 1)[:total]
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Add up the gradients of all processes in place; one that has none contributes zeros."""
@@ -49,6 +65,32 @@ class Processes:
         packed = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(packed)
         return packed.tolist()
+
+    def largest(self, value: int) -> int:
+        """The largest of all processes' numbers."""
+        if self.count == 1:
+            return value
+        packed = torch.tensor(value, dtype=torch.int64, device=self.device)
+        torch.distributed.all_reduce(packed, torch.distributed.ReduceOp.MAX)
+        return int(packed)
+
+    def from_main(self, make: Callable[[], object]):
+        """What make() gives on the main process, on all of them; its UserError is raised on all of them.
+
+        The files of a run belong to the main process: another machine need not see them.
+        """
+        if self.count == 1:
+            return make()
+        answer = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = make()
+            except UserError as error:
+                answer[1] = str(error)
+        torch.distributed.broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise UserError(answer[1])
+        return answer[0]
 
     def wait(self) -> None:
         """Until all processes are here."""

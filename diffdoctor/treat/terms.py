@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,8 +85,12 @@ def artifact_term(
         seeds: of the B pictures.
     """
     chosen = pictures_to_replay(confidence, config)
+    share = total * (LV_REPEATS if config.method == "draft_lv" else 1)
     if len(chosen) == 0:
-        return 0.0, 0
+        if not family.is_sharded:
+            return 0.0, 0
+        # every process must call a sharded denoiser equally often: one picture goes along, and counts for nothing
+        chosen, share = torch.zeros(1, dtype=torch.long), math.inf
     partners = None
     if config.map_source == "shuffled":
         shift = int(torch.randint(1, max(2, len(confidence)), (), generator=generator))
@@ -96,19 +101,32 @@ def artifact_term(
         modulator.set(confidence[chosen if partners is None else partners])
     own_seeds = [seeds[i] for i in chosen.tolist()]
     batch = Replay(family, sampler, rollout, guidance, chosen, config.modulate, modulator, generator, own_seeds)
-    share = total * (LV_REPEATS if config.method == "draft_lv" else 1)
     loss = 0.0
     for latents in FINAL_LATENTS[config.method](batch, config.grad_steps):
-        pictures = family.decode(latents)
-        if partners is None:
+        sources = None if partners is None else rollout.final[partners]
+        gradient, value = _latents_gradient(family, detector, latents.detach(), sources, config, share)
+        latents.backward(gradient)
+        loss += value
+    return loss, 0 if math.isinf(share) else len(chosen)
+
+
+def _latents_gradient(family, detector, latents, sources, config, share) -> tuple[torch.Tensor, float]:
+    """Loss and gradient at final latents (M, C, h, w), so that the decoder's graph is gone before the denoiser's is
+    used; with vae_slicing picture by picture. Where `sources` (M, C, h, w) are given their pictures' gradient is taken.
+    """
+    ends = latents.requires_grad_()
+    loss = 0.0
+    for rows in torch.arange(len(ends)).split(1 if config.vae_slicing else len(ends)):
+        pictures = family.decode(ends[rows[0] : rows[-1] + 1])
+        if sources is None:
             term = picture_loss(detector, pictures, config).sum() / share
             term.backward()
             loss += float(term.detach())
         else:
-            gradient, value = _partners_gradient(family, detector, rollout.final[partners], config)
+            gradient, value = _partners_gradient(family, detector, sources[rows[0] : rows[-1] + 1], config)
             pictures.backward(gradient.to(pictures.dtype) / share)
             loss += value / share
-    return loss, len(chosen)
+    return ends.grad, loss
 
 
 def _partners_gradient(family, detector, latents, config) -> tuple[torch.Tensor, float]:
@@ -211,7 +229,7 @@ def offline_term(
 def _as_batch(pictures, height, width) -> torch.Tensor:
     batch = []
     for picture in pictures:
-        image = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float() / 255
+        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
         if image.shape[2:] != (height, width):
             image = F.interpolate(image, (height, width), mode="bilinear", align_corners=False, antialias=True)
         batch.append(image)

@@ -7,6 +7,7 @@ A family works on latents (B, C, h, w) throughout; one whose denoiser takes pack
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -66,6 +67,10 @@ class Family:
     def __init__(self, pipeline):
         self.pipeline = pipeline
         self.autocast_dtype: torch.dtype | None = None
+        # a 0-dim tensor: what gradients are multiplied by inside the denoiser, and only there
+        self.gradient_scale: torch.Tensor | None = None
+        # whether the denoiser's weights are spread over processes, which must then call it equally often
+        self.is_sharded = False
         self.max_sequence_length: int | None = None
 
     @property
@@ -96,11 +101,20 @@ class Family:
         raise NotImplementedError
 
     def run_denoiser(self, latents, timesteps, inputs) -> torch.Tensor:
-        """`denoise` under autocast where `autocast_dtype` is set; the result has the latents' dtype."""
-        if self.autocast_dtype is None:
-            return self.denoise(latents, timesteps, inputs)
-        with torch.autocast(latents.device.type, dtype=self.autocast_dtype):
-            return self.denoise(latents, timesteps, inputs).to(latents.dtype)
+        """`denoise` in the denoiser's dtype, under autocast where `autocast_dtype` is set; in the latents' dtype again.
+
+        With `gradient_scale` S a gradient is multiplied by S on its way into the denoiser and divided by S where it
+        leaves through the latents, so that the parameters' gradients alone come out S times too large.
+        """
+        dtype = next(self.denoiser.parameters()).dtype
+        given = latents if self.gradient_scale is None else _scale_gradient(latents, 1 / self.gradient_scale)
+        inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        autocast = nullcontext()
+        if self.autocast_dtype is not None:
+            autocast = torch.autocast(latents.device.type, dtype=self.autocast_dtype)
+        with autocast:
+            prediction = self.denoise(given.to(dtype), timesteps, inputs).to(latents.dtype)
+        return prediction if self.gradient_scale is None else _scale_gradient(prediction, self.gradient_scale)
 
     def predict(
         self,
@@ -195,6 +209,21 @@ class Family:
         dtype = next(self.vae.parameters()).dtype
         encoded = self.vae.encode((pictures * 2 - 1).to(dtype)).latent_dist.mode()
         return (encoded - shift) * scale
+
+
+class _GradientScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(scale)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].to(gradient.dtype), None
+
+
+def _scale_gradient(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return _GradientScale.apply(x, scale)
 
 
 def dynamic_shift(config, tokens: int, *, max_shift: float) -> float:

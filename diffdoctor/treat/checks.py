@@ -1,0 +1,71 @@
+"""What is refused before a treatment spends time on it."""
+
+from __future__ import annotations
+
+import torch
+
+from diffdoctor._errors import UserError
+from diffdoctor.treat.config import TreatConfig
+from diffdoctor.treat.families import Family
+from diffdoctor.treat.processes import Processes
+
+
+def check_pipeline(family: Family) -> None:
+    """Refuse a pipeline that moves its own parts about.
+
+    Raises:
+        UserError: if offloading hooks or a device map are in place.
+    """
+    parts = [part for part in family.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    if getattr(family.pipeline, "hf_device_map", None) or any(hasattr(part, "_hf_hook") for part in parts):
+        raise UserError("pipeline: offloading or a device map is in place; load it without: treat() places its parts")
+
+
+def check_detectors(detector: torch.nn.Module, monitor: torch.nn.Module | None) -> None:
+    """Refuse a monitor that is the detector: it would see what the detector sees.
+
+    Raises:
+        UserError: if both are one, or one network with equal weights.
+    """
+    if monitor is None:
+        return
+    ours, theirs = detector.state_dict(), monitor.state_dict()
+    equal = (
+        bool(ours) and ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k].to(ours[k])) for k in ours)
+    )
+    if monitor is detector or (type(monitor) is type(detector) and equal):
+        raise UserError("monitor: a detector with weights of its own was expected, got those of the detector")
+
+
+def check_finite(family: Family, values: torch.Tensor, what: str, latents: torch.Tensor | None = None) -> None:
+    """Refuse a pipeline whose untreated model gives values that are not finite, and say which part does.
+
+    Args:
+        values: what came out of the VAE.
+        what: what the VAE was doing, in words.
+        latents: what went in, where the denoiser made it.
+    """
+    if bool(torch.isfinite(values).all()):
+        return
+    dtype = str(next(family.vae.parameters()).dtype).removeprefix("torch.")
+    if latents is not None and not bool(torch.isfinite(latents).all()):
+        raise UserError(
+            "pipeline: the untreated denoiser draws latents that are not finite; try precision fp32 or bf16, "
+            "and load the weights in such a dtype"
+        )
+    advice = "load the VAE in float32" if dtype == "float16" else "its weights may be broken"
+    raise UserError(f"pipeline: the VAE {what} as values that are not finite in {dtype}: {advice}")
+
+
+def check_even_batches(config: TreatConfig, processes: Processes) -> None:
+    """With a sharded denoiser every process must have equally many pictures.
+
+    Raises:
+        UserError: if a batch cannot be dealt out evenly.
+    """
+    for name in ("batch_size", "offline_batch_size"):
+        value = getattr(config, name)
+        if value % processes.count:
+            raise UserError(
+                f"{name}: with FSDP a multiple of the {processes.count} processes was expected, got {value}"
+            )

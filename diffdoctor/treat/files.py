@@ -1,0 +1,109 @@
+"""The output folder of a treatment: what belongs to it, what a kill left behind, what to say of a full disk."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from diffdoctor._checkpoints import Checkpoints
+from diffdoctor._errors import UserError
+from diffdoctor._io import atomic_write_text
+from diffdoctor.treat.config import TreatConfig
+
+# options that change what is kept, watched or held in memory, but not the result: a run may go on with others
+_FREE = (
+    "attention_backend",
+    "checkpoint_every",
+    "log_with",
+    "sample_every",
+    "sample_pictures",
+    "strict",
+    "text_encoders",
+)
+
+# temporary names of `diffdoctor._io`
+_TEMPORARY = (".config.yaml.*", ".treat.json.*", ".lora.*", "samples/.step-*", "checkpoints/.step-*")
+
+
+def run_checkpoints(
+    output_dir: Path, config: TreatConfig, prompts: Sequence[str], detector: torch.nn.Module
+) -> Checkpoints:
+    """The checkpoints of this treatment: those of other options, prompts or another detector are refused."""
+    settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    settings["prompts"] = hashlib.sha256("\n".join(prompts).encode("utf-8")).hexdigest()
+    settings["detector"] = digest(detector)
+    return Checkpoints(
+        output_dir / "checkpoints",
+        settings,
+        refusal="holds checkpoints of a treatment with another {}: choose another output folder or remove them",
+    )
+
+
+def digest(module: torch.nn.Module) -> str:
+    """A hash of a network's class and weights."""
+    state = hashlib.sha256(type(module).__name__.encode("utf-8"))
+    for name, value in sorted(module.state_dict().items()):
+        state.update(name.encode("utf-8"))
+        state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def open_output(output_dir: Path, settings: dict, checkpoints: Checkpoints) -> dict | None:
+    """Write `config.yaml`, clear away what a kill left half-written, and return the last checkpoint's state or None."""
+    found = checkpoints.load()
+    with writing(output_dir):
+        for pattern in _TEMPORARY:
+            for left in output_dir.glob(pattern):
+                _remove(left)
+        write_settings(output_dir, settings)
+    return None if found is None else found[0]
+
+
+def write_settings(output_dir: Path, settings: dict) -> None:
+    """Write what was asked and the versions that served it as `config.yaml`."""
+    import yaml
+
+    from diffdoctor.version import __version__
+
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    text = yaml.safe_dump({"diffdoctor": __version__, **plain}, sort_keys=False)
+    atomic_write_text(output_dir / "config.yaml", text)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong while files are written into one line; what was there before stays.
+
+    Raises:
+        UserError: with the reason and the free space.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{folder}: cannot be written ({reason}; {_free(folder)} free). Checkpoints from before are whole: "
+            "make room, and the same call goes on from the last"
+        ) from error
+
+
+def _free(folder: Path) -> str:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

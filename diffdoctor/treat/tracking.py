@@ -1,0 +1,109 @@
+"""What can be watched while a treatment runs: curves, and pictures on fixed prompts and seeds."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import uuid
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffdoctor._errors import UserError, missing_extra
+from diffdoctor._io import atomic_write_bytes, atomic_write_text
+from diffdoctor.treat.config import TreatConfig
+
+PROJECT = "diffdoctor-treat"
+# pictures smaller than this are enlarged on a sheet, pixel for pixel
+_LEAST_SIDE = 64
+
+
+class Tracking:
+    """Curves through Accelerate's trackers, sample sheets as PNG files; nothing without an output folder.
+
+    Made on every process; the main one alone writes.
+
+    Args:
+        config: its log_with names the tracker.
+        output_dir: for `logs/` (TensorBoard) and `samples/`; None: nothing is kept.
+        step: steps done, when a run goes on: TensorBoard's curves are cut off there.
+
+    Raises:
+        UserError: if the tracker is not installed.
+    """
+
+    def __init__(self, config: TreatConfig, output_dir: Path | None, step: int = 0):
+        self.output_dir = output_dir
+        self.accelerator = None
+        kind = config.log_with
+        if output_dir is None or kind == "none":
+            return
+        if importlib.util.find_spec(kind) is None:
+            if kind == "tensorboard":
+                raise missing_extra(kind, "stages")
+            raise UserError(f"log_with: {kind} is not installed: run `pip install {kind}`, or use another tracker")
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(), log_with=kind, project_dir=str(output_dir)
+        )
+        if kind == "tensorboard":
+            self.accelerator.init_trackers("logs", init_kwargs={kind: {"purge_step": step + 1}})
+        elif self.accelerator.is_main_process:
+            options = {"dir": str(output_dir), "id": _run_id(output_dir), "resume": "allow"}
+            self.accelerator.init_trackers(PROJECT, init_kwargs={kind: options})
+
+    def curves(self, step: int, **values: float | None) -> None:
+        """Note values at a step under their names; None and what is not finite is left out."""
+        if self.accelerator is not None:
+            finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+            self.accelerator.log(finite, step=step)
+
+    def sheet(self, step: int, pictures: torch.Tensor, confidence: torch.Tensor) -> None:
+        """Write pictures and, below each, the same with its diagnosis in red: samples/step-00000020.png.
+
+        Args:
+            pictures: (B, 3, H, W) in [0, 1].
+            confidence: (B, 1, H, W).
+        """
+        if self.output_dir is None:
+            return
+        picture = sample_sheet(pictures, confidence)
+        from diffdoctor.evaluate.draw import png_bytes
+
+        atomic_write_bytes(self.output_dir / "samples" / f"step-{step:08d}.png", png_bytes(picture))
+        if self.accelerator is not None:
+            for tracker in self.accelerator.trackers:
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": picture[None]}, step=step, **layout)
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        if self.accelerator is not None:
+            self.accelerator.end_training()
+            self.accelerator = None
+
+
+def sample_sheet(pictures: torch.Tensor, confidence: torch.Tensor) -> np.ndarray:
+    """uint8 (H', W', 3): rows of pictures (B, 3, H, W) in [0, 1], each above a row of their diagnoses (B, 1, H, W)."""
+    from diffdoctor.evaluate.draw import enlarge, grid, overlay
+
+    plain = (pictures.float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    maps = confidence[:, 0].float().nan_to_num().cpu().numpy()
+    scale = max(1, -(-_LEAST_SIDE // min(plain.shape[1:3])))
+    columns = min(len(plain), 8)
+    rows = []
+    for start in range(0, len(plain), columns):
+        part = range(start, min(start + columns, len(plain)))
+        rows.append([enlarge(plain[i], scale) for i in part])
+        rows.append([enlarge(overlay(plain[i], maps[i]), scale) for i in part])
+    return grid(rows)
+
+
+def _run_id(output_dir: Path) -> str:
+    # so that a run that goes on goes on in W&B too
+    path = output_dir / "wandb-run-id.txt"
+    if not path.is_file():
+        atomic_write_text(path, uuid.uuid4().hex[:12] + "\n")
+    return path.read_text(encoding="utf-8").strip()
