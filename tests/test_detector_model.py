@@ -15,6 +15,7 @@ MAKE = {
     "segformer": lambda: ArtifactDetector.tiny(),
     "segformer-batchnorm": lambda: ArtifactDetector.tiny(head_norm="batch"),
     "conv": lambda: ConvDetector((8, 16)),
+    "conv-patches": lambda: ConvDetector((8, 16), patch=2),
 }
 
 
@@ -43,6 +44,7 @@ def test_logits_come_at_a_quarter_of_the_enlarged_picture():
     assert make("segformer")(torch.rand(1, 3, 16, 16)).shape == (1, 1, 16, 16)
     assert make("segformer")(torch.rand(1, 3, 128, 96)).shape == (1, 1, 32, 24)
     assert make("conv")(torch.rand(1, 3, 16, 16)).shape == (1, 1, 16, 16)
+    assert make("conv-patches")(torch.rand(1, 3, 16, 24)).shape == (1, 1, 8, 12)
 
 
 def test_a_batch_is_its_pictures_one_by_one(detector):

@@ -39,7 +39,7 @@ def test_there_are_at_least_ten_kinds():
 def test_mask_marks_exactly_what_changed(kind, size):
     clean = picture_of(*size)
     for seed in range(6):
-        damaged = inject(clean, np.random.default_rng(seed), [kind], area=(0.05, 0.33))
+        damaged = inject(clean, np.random.default_rng(seed), [kind], area=(0.05, 0.33), visible=0.12)
         assert damaged.kind == kind
         assert damaged.picture.dtype == np.uint8
         assert damaged.picture.shape == clean.shape
@@ -78,6 +78,16 @@ def test_the_same_state_gives_the_same_result_and_another_state_another():
     assert np.array_equal(first.picture, again.picture)
     assert np.array_equal(first.mask, again.mask)
     assert not np.array_equal(first.picture, other.picture)
+
+
+def test_what_is_injected_by_default_can_be_seen_and_flagged():
+    clean = picture_of(96, 64)
+    found = [inject(clean, np.random.default_rng(seed)) for seed in range(60)]
+    for damaged in found:
+        change = np.abs(damaged.picture.astype(int) - clean.astype(int)).max(axis=2) / 255
+        assert change[change > CHANGE_EPS].mean() >= 0.2
+    # A picture counts as flagged from 2 % of its pixels on.
+    assert np.mean([(damaged.mask >= 0.5).mean() >= 0.02 for damaged in found]) > 0.9
 
 
 def test_float_pictures_stay_float():

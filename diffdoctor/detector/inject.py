@@ -129,9 +129,9 @@ def inject(
     rng: np.random.Generator,
     kinds: Sequence[str] | None = None,
     strength: float | tuple[float, float] = (0.5, 1.0),
-    area: float | tuple[float, float] = (0.01, 0.33),
+    area: float | tuple[float, float] = (0.02, 0.33),
     *,
-    visible: float = 0.12,
+    visible: float = 0.2,
     attempts: int = 12,
 ) -> Injected:
     """Damage a picture at one place and say exactly where.

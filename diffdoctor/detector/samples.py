@@ -112,8 +112,8 @@ class AugmentConfig:
     inject_share: float = 0.5
     kinds: tuple[str, ...] | None = None
     strength: tuple[float, float] = (0.5, 1.0)
-    area: tuple[float, float] = (0.01, 0.33)
-    visible: float = 0.12
+    area: tuple[float, float] = (0.02, 0.33)
+    visible: float = 0.2
     benign_share: float = 0.3
     shrink_share: float = 0.1
     flip_share: float = 0.0
