@@ -25,21 +25,28 @@ PRED_SCALE, COEF0, COEF1, HUBER_C, WEIGHT, Z, GRAD_OUTPUT = (tl.constexpr(k) for
 
 
 @triton.jit
+def count_of(units, UNIT: tl.constexpr, IDX: tl.constexpr):
+    """A count that comes in UNITs: their number may fit in 32 bits where the count does not."""
+    return as_scalar(units, IDX) * UNIT
+
+
+@triton.jit
 def decode(linear, sizes, strides, UNIT: tl.constexpr):
     """Σ index_d · stride_d of a linear index over `sizes`, the last dim running fastest; one stride: already merged.
 
     Strides are counted in UNITs: the compiler itself notices multiples of 16 only, vectors need less.
     """
     N: tl.constexpr = len(strides)
+    # In this order: a stride is an int32 where it fits, and the product with UNIT may not.
     if N == 1:
-        offset = linear * (strides[0] * UNIT)
+        offset = linear * strides[0] * UNIT
     else:
-        offset = linear % sizes[N - 1] * (strides[N - 1] * UNIT)
+        offset = linear % sizes[N - 1] * strides[N - 1] * UNIT
         rest = linear // sizes[N - 1]
         for k in tl.static_range(1, N - 1):
-            offset += rest % sizes[N - 1 - k] * (strides[N - 1 - k] * UNIT)
+            offset += rest % sizes[N - 1 - k] * strides[N - 1 - k] * UNIT
             rest = rest // sizes[N - 1 - k]
-        offset += rest * (strides[0] * UNIT)
+        offset += rest * strides[0] * UNIT
     return offset
 
 
@@ -160,7 +167,9 @@ def weighted_loss_kernel(
     b = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
     spot = program // walks
-    n_outer, n_free, n_inner = outer_count * COUNT_UNITS[0], free_count * COUNT_UNITS[1], inner_count * COUNT_UNITS[2]
+    n_outer = count_of(outer_count, COUNT_UNITS[0], IDX)
+    n_free = count_of(free_count, COUNT_UNITS[1], IDX)
+    n_inner = count_of(inner_count, COUNT_UNITS[2], IDX)
     outer = ((spot // inner_blocks).to(IDX) * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER))[:, None, None]
     inner = ((spot % inner_blocks).to(IDX) * BLOCK_INNER + tl.arange(0, BLOCK_INNER))[None, None, :]
     inside = (outer < n_outer) & (inner < n_inner)

@@ -1,6 +1,7 @@
 """What runs in Triton's interpreter: collected by test_triton_interpreter.py in a process with TRITON_INTERPRET=1."""
 
 import dataclasses
+import math
 import sys
 import warnings
 
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 import diffdoctor
 from diffdoctor.kernels.common import to_storage
 from diffdoctor.kernels.element_loss import element_loss
-from diffdoctor.kernels.weighted_loss import decode
+from diffdoctor.kernels.weighted_loss import count_of, decode
 from diffdoctor.ops import _triton
 from diffdoctor.ops._lowering import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
 from diffdoctor.ops._triton_plan import index_type, make_box
@@ -57,9 +58,14 @@ def losses_of(d_ptr, loss_ptr, slope_ptr, c: tl.float64, KIND: tl.constexpr, ACC
 
 
 @triton.jit
-def offsets_of(linear_ptr, out_ptr, sizes, strides, BLOCK: tl.constexpr):
+def offsets_of(linear_ptr, out_ptr, sizes, strides, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
-    tl.store(out_ptr + offs, decode(tl.load(linear_ptr + offs), sizes, strides, 1))
+    tl.store(out_ptr + offs, decode(tl.load(linear_ptr + offs), sizes, strides, UNIT))
+
+
+@triton.jit
+def count_to_memory(out_ptr, units, UNIT: tl.constexpr, IDX: tl.constexpr):
+    tl.store(out_ptr, count_of(units, UNIT, IDX))
 
 
 @pytest.fixture(autouse=True)
@@ -264,13 +270,25 @@ def test_element_losses_are_exact_near_zero_and_far_away(kind, dtype):
     torch.testing.assert_close(slope.double(), exact.grad, rtol=rtol, atol=0)
 
 
-def test_offsets_beyond_two_to_the_31():
+@pytest.mark.parametrize("unit", [1, 16])
+def test_offsets_beyond_two_to_the_31(unit):
     linear = torch.arange(2**40, 2**40 + 8, dtype=torch.int64)
     out = torch.empty_like(linear)
-    sizes, strides = (2**21, 2**20, 3), (7 * 2**21, 5, 2**31)
-    offsets_of[(1,)](linear, out, sizes, strides, BLOCK=8)
+    sizes, strides = (2**21, 2**20, 3), (7 * 2**21, 5, 2**31 // unit)
+    offsets_of[(1,)](linear, out, sizes, strides, UNIT=unit, BLOCK=8)
     want = [i // (3 * 2**20) * strides[0] + i // 3 % 2**20 * strides[1] + i % 3 * strides[2] for i in linear.tolist()]
-    assert out.tolist() == want
+    assert out.tolist() == [unit * offset for offset in want]
+    few = torch.arange(3, 11, dtype=torch.int64)
+    offsets_of[(1,)](few, out, (11,), (2**31 // unit,), UNIT=unit, BLOCK=8)
+    assert out.tolist() == [2**31 * i for i in few.tolist()]
+
+
+@pytest.mark.parametrize("count", [1, 48, 2**31 + 4096])
+def test_counts_beyond_two_to_the_31(count):
+    unit = math.gcd(count, 16)
+    out = torch.empty(1, dtype=torch.int64)
+    count_to_memory[(1,)](out, count // unit, UNIT=unit, IDX=tl.int64)
+    assert out.item() == count
 
 
 def test_the_index_type_follows_the_reach():
