@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(kThreads) scale_gradient_kernel(const __grid_c
     if (i >= s.count) break;
     acc_t value[N];
     Packed<kOutDtype, N> packed;
-    unpack<acc_t, N>(load_raw<acc_t, N>(s.in, kInDtype, b * s.count + i), 0, kInDtype, value);
+    // `out` may be `in`: another thread may be writing beside what is read here.
+    unpack<acc_t, N>(load_raw<acc_t, N, false>(s.in, kInDtype, b * s.count + i), 0, kInDtype, value);
 #pragma unroll
     for (int j = 0; j < N; ++j) value[j] *= scale;
     pack<kOutDtype, acc_t, N>(value, 0, packed);

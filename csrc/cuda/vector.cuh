@@ -25,25 +25,32 @@ DD_HD double words_to_double(uint32_t low, uint32_t high) {
   return value;
 }
 
-template <int kBytes>
+// kReadOnly: nothing writes near `source` while the kernel runs, so that the read may go through the read-only cache.
+template <bool kReadOnly, typename word_t>
+__device__ __forceinline__ word_t load_word(const void* source, int at = 0) {
+  const word_t* address = static_cast<const word_t*>(source) + at;
+  return kReadOnly ? __ldg(address) : *address;
+}
+
+template <int kBytes, bool kReadOnly>
 __device__ __forceinline__ void load_bytes(const void* source, uint32_t* word) {
   if constexpr (kBytes >= 16) {
 #pragma unroll
     for (int k = 0; k < kBytes / 16; ++k) {
-      const uint4 four = __ldg(static_cast<const uint4*>(source) + k);
+      const uint4 four = load_word<kReadOnly, uint4>(source, k);
       word[4 * k] = four.x;
       word[4 * k + 1] = four.y;
       word[4 * k + 2] = four.z;
       word[4 * k + 3] = four.w;
     }
   } else if constexpr (kBytes == 8) {
-    const uint2 two = __ldg(static_cast<const uint2*>(source));
+    const uint2 two = load_word<kReadOnly, uint2>(source);
     word[0] = two.x;
     word[1] = two.y;
   } else if constexpr (kBytes == 4) {
-    word[0] = __ldg(static_cast<const uint32_t*>(source));
+    word[0] = load_word<kReadOnly, uint32_t>(source);
   } else {
-    word[0] = __ldg(static_cast<const uint16_t*>(source));
+    word[0] = load_word<kReadOnly, uint16_t>(source);
   }
 }
 
@@ -68,18 +75,18 @@ __device__ __forceinline__ const void* element_address(const void* data, int64_t
   return static_cast<const T*>(data) + index;
 }
 
-template <typename acc_t, int N>
+template <typename acc_t, int N, bool kReadOnly = true>
 __device__ __forceinline__ Raw<acc_t, N> load_raw(const void* data, int32_t dtype, int64_t index) {
   Raw<acc_t, N> raw;
   if (dtype == kFloat32) {
-    load_bytes<4 * N>(element_address<float>(data, index), raw.word);
+    load_bytes<4 * N, kReadOnly>(element_address<float>(data, index), raw.word);
   } else if (dtype != kFloat64) {
-    load_bytes<2 * N>(element_address<uint16_t>(data, index), raw.word);
+    load_bytes<2 * N, kReadOnly>(element_address<uint16_t>(data, index), raw.word);
   } else if constexpr (sizeof(acc_t) == 8) {
-    load_bytes<8 * N>(element_address<double>(data, index), raw.word);
+    load_bytes<8 * N, kReadOnly>(element_address<double>(data, index), raw.word);
   } else {  // a double beside a narrower prediction: rounded to acc_t here, unpacked as float
     uint32_t wide[2 * N];
-    load_bytes<8 * N>(element_address<double>(data, index), wide);
+    load_bytes<8 * N, kReadOnly>(element_address<double>(data, index), wide);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       raw.word[j] = float_to_bits(static_cast<float>(words_to_double(wide[2 * j], wide[2 * j + 1])));
