@@ -7,6 +7,8 @@ TEST_JOBS ?= 2
 export DIFFDOCTOR_BUILD ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo auto || echo cpu)
 
 BIN := .venv/bin
+# The one that was asked for, else the checkout's environment where there is one.
+GPU_PYTHON = $(or $(if $(filter file,$(origin PYTHON)),$(wildcard $(BIN)/python)),$(PYTHON))
 STAMP := .venv/.installed
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
@@ -48,7 +50,7 @@ bench: $(STAMP)  ## Time the operations against PyTorch on this machine
 	$(BIN)/python -m benchmarks.run
 
 gpu:  ## On a GPU: build, test, benchmark, sanitize; needs Python with torch and Triton, and nvcc; writes runs/gpu
-	$(PYTHON) -m benchmarks.gpu --output runs/gpu
+	$(GPU_PYTHON) -m benchmarks.gpu --output runs/gpu $(if $(COMMIT),--commit $(COMMIT))
 
 wheel: $(STAMP)  ## Build an sdist and a wheel from it into dist/
 	$(BIN)/python -m pip install -q -c constraints.txt build
