@@ -1,25 +1,29 @@
 """`diffdoctor diagnose`: confidence maps, boxes and a gallery for any pictures; several processes; resumable."""
 
-import contextlib
 import dataclasses
+import hashlib
+import heapq
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from diffdoctor._errors import UserError, missing_extra
-from diffdoctor._io import atomic_write_bytes, atomic_write_json, atomic_write_text
+from diffdoctor._io import atomic_path, atomic_write_bytes, atomic_write_json, clear_temporaries
+from diffdoctor._pictures import to_images
 from diffdoctor._progress import progress
+from diffdoctor.detector.archive import SkipCounts
 from diffdoctor.detector.base import Detector, load_detector
-from diffdoctor.detector.pictures import find_sources, read_source, versions, write_config
-from diffdoctor.detector.shards import SkipCounts
+from diffdoctor.detector.pictures import Source, find_sources, read_source, versions, write_config
+from diffdoctor.detector.records import Records, RecordWriter
 from diffdoctor.evaluate.components import components
 from diffdoctor.evaluate.draw import overlay, png_bytes
 from diffdoctor.evaluate.pixel import FLAG_SHARE, flagged_share
 
 RECORDS = "records"
+# What two runs must have in common to share an output folder.
+_SAME = ("detector", "tile", "overlap", "bits", "precision", "overlays")
 
 
 @dataclasses.dataclass
@@ -29,9 +33,9 @@ class DiagnoseConfig:
     Attributes:
         pictures: files, folders, patterns, shards.
         detector: the detector's folder or hub id, or the published checkpoint's .bin file.
-        output: the folder to make: maps, overlays, diagnosis.jsonl, gallery.html, config.yaml, metrics.json. Run again,
-            it goes on with the pictures that are not there yet.
-        batch_size: pictures of one size that are diagnosed together.
+        output: the folder to make: maps, overlays, diagnosis.jsonl, gallery.html, config.yaml, metrics.json, records.
+            Run again, it goes on with the pictures that are not there yet.
+        batch_size: pictures of one size that are diagnosed together; files are shared among processes by as many.
         tile: side in pixels of the tiles that larger pictures are cut into; null: pictures are diagnosed whole.
         overlap: share of a tile that it has in common with the next.
         bits: of the confidence maps, 8 or 16.
@@ -62,50 +66,83 @@ class DiagnoseConfig:
             raise UserError(f"precision: expected fp32 or bf16, got {self.precision!r}")
         if self.batch_size < 1:
             raise UserError(f"batch_size: expected >= 1, got {self.batch_size}")
+        if self.tile is not None and self.tile < 16:
+            raise UserError(f"tile: expected >= 16 pixels, got {self.tile}")
+        if not 0 <= self.overlap <= 0.5:
+            raise UserError(f"overlap: expected a share in [0, 0.5], got {self.overlap}")
+        if self.gallery < 0:
+            raise UserError(f"gallery: expected >= 0 pictures, got {self.gallery}")
 
 
 def run_diagnose(config: DiagnoseConfig) -> dict:
     """Run `diffdoctor diagnose`; returns what metrics.json holds."""
-    import torch
-
     try:
         from accelerate import PartialState
     except ImportError:
         raise missing_extra("accelerate", "stages") from None
+    import torch
+
     state = PartialState(cpu=not torch.accelerator.is_available())
     output = Path(config.output)
     sources = find_sources(config.pictures)
     detector = open_detector(config.detector)
-    device = torch.device(config.device) if config.device else state.device
-    detector.to(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    if state.is_main_process:
-        _same_run(output, config)
-        write_config(output, config)
+    settings = {name: getattr(config, name) for name in _SAME} | {"weights": _fingerprint(detector)}
+    _same_run(output, settings)
+    detector.to(open_device(config.device, state.device))
+    detector.to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
     state.wait_for_everyone()
-    (output / RECORDS).mkdir(parents=True, exist_ok=True)
-    # A source is the unit of sharing and of resuming within a shard by name: whoever has it, its record is unique.
-    mine = sources[state.process_index :: state.num_processes]
-    counts = SkipCounts()
-    done = set(read_records(output))
-    name = f"part-{state.process_index:04d}-{os.getpid()}-{len(list((output / RECORDS).iterdir())):04d}.jsonl"
-    with (
-        open(output / RECORDS / name, "w") as records,
-        progress(desc="diagnose", unit="picture", enabled=state.is_main_process) as bar,
-    ):
-        for batch in _batches(mine, config, counts, done):
-            for record in _diagnose_batch(detector, batch, config, output):
-                records.write(json.dumps(record) + "\n")
-            # The maps are on the disk before their records say so.
-            records.flush()
-            os.fsync(records.fileno())
-            bar.update(len(batch))
-    skipped = _gather_counts(counts, state)
+    if state.is_main_process:
+        clear_temporaries(output, deep=True)
+        write_config(output, config)
+        atomic_write_json(output / RECORDS / "run.json", settings)
+    state.wait_for_everyone()
+    done = Records(output / RECORDS)
+    _same_pictures(output, sources, done)
+    state.wait_for_everyone()
+    skipped = _diagnose_units(detector, config, _units(sources, config.batch_size), done, state)
     state.wait_for_everyone()
     metrics: dict = {}
     if state.is_main_process:
         metrics = _finish(output, config, skipped)
     state.wait_for_everyone()
     return metrics
+
+
+def _units(sources: list[Source], size: int) -> list[list[Source]]:
+    """What is done by one process, from its start: a shard each, and picture files by `size`.
+
+    Which pictures share a batch depends on neither the processes nor on what is done, so that their maps' last bits
+    do not either.
+    """
+    files = [source for source in sources if not source.is_shard]
+    groups = [files[first : first + size] for first in range(0, len(files), size)]
+    return groups + [[source] for source in sources if source.is_shard]
+
+
+def _diagnose_units(detector, config: DiagnoseConfig, units, done: Records, state) -> dict[str, int]:
+    """Diagnose this process' share of the units; returns what all processes left out, by reason."""
+    output, counts = Path(config.output), SkipCounts()
+    files = sum(len(unit) for unit in units if not unit[0].is_shard)
+    total = files if not any(unit[0].is_shard for unit in units) else None
+    show = progress(total, desc="diagnose", unit="picture", enabled=state.is_main_process)
+    with RecordWriter(output / RECORDS, state.process_index) as records, show as bar:
+        for number, unit in enumerate(units):
+            shard = unit[0].name if unit[0].is_shard else None
+            whole = shard in done.whole if shard else all(source.name in done.paths for source in unit)
+            if whole or number % state.num_processes != state.process_index:
+                bar.update(0 if shard else len(unit))
+                continue
+            before = counts.total
+            for batch in _batches(unit, config, counts):
+                missing = {sample["name"] for sample in batch if sample["name"] not in done.paths}
+                if missing:
+                    # The maps are on the disk before their records say so.
+                    records.add(list(_diagnose_batch(detector, batch, missing, config)))
+                bar.update(len(batch))
+            # A shard of which something was left out is read again in the next life, and that counted again.
+            if shard and counts.total == before:
+                records.add([{"shard": shard}])
+    return _gather_counts(counts, state)
 
 
 def open_detector(source: str) -> Detector:
@@ -117,31 +154,57 @@ def open_detector(source: str) -> Detector:
     return load_detector(source)
 
 
-def _same_run(output: Path, config: DiagnoseConfig) -> None:
-    """Refuse to mix maps of two detectors or settings in one folder."""
-    import yaml
+def open_device(name: str | None, default):
+    """The torch device of this name, or `default` for None; raises `UserError` for one that is not there."""
+    import torch
 
-    path = output / "config.yaml"
+    try:
+        device = torch.device(name) if name else torch.device(default)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {name!r} cannot be used ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def _fingerprint(detector: Detector) -> str:
+    """A hash of the weights: a folder may hold other ones tomorrow."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, value in sorted(detector.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _same_run(output: Path, settings: dict) -> None:
+    """Refuse to mix maps of two detectors or settings in one folder."""
+    path = output / RECORDS / "run.json"
     if not path.is_file():
         return
-    before = yaml.safe_load(path.read_text()) or {}
-    for name in ("detector", "tile", "overlap", "bits", "precision"):
-        if before.get(name) != getattr(config, name):
-            raise UserError(
-                f"{output}: holds maps made with {name}={before.get(name)}, not {getattr(config, name)}; "
-                "choose another output folder or remove it"
-            )
+    before = json.loads(path.read_text())
+    for name, value in settings.items():
+        if before.get(name) != value:
+            what = "other weights of the detector" if name == "weights" else f"{name}={before.get(name)}, not {value}"
+            raise UserError(f"{output}: holds maps made with {what}; choose another output folder or remove it")
 
 
-def _batches(sources, config, counts, done) -> Iterator[list[dict]]:
-    """Pictures that are not done yet, in batches of one size."""
+def _same_pictures(output: Path, sources: list[Source], done: Records) -> None:
+    """Refuse to take another picture's map for that of one with the same name."""
+    shards = {source.name: str(source.path) for source in sources if source.is_shard}
+    files = {source.name: str(source.path) for source in sources if not source.is_shard}
+    for name, path in done.paths.items():
+        now = files.get(name) or shards.get(name.rpartition("/")[0])
+        if now is not None and now != path:
+            raise UserError(f"{output}: holds a map {name} of {path}, not of {now}; choose another output folder")
+
+
+def _batches(unit: list[Source], config: DiagnoseConfig, counts: SkipCounts) -> Iterator[list[dict]]:
+    """The pictures of a unit in batches of one size."""
     batch: list[dict] = []
-    for source in sources:
-        if not source.is_shard and source.name in done:
-            continue
-        for sample in read_source(source, strict=config.strict, counts=counts):
-            if sample["name"] in done:
-                continue
+    for source in unit:
+        for sample in read_source(source, strict=config.strict, counts=counts, masks="ignored"):
+            sample["path"] = str(source.path)
             if batch and (len(batch) == config.batch_size or batch[0]["picture"].shape != sample["picture"].shape):
                 yield batch
                 batch = []
@@ -150,23 +213,24 @@ def _batches(sources, config, counts, done) -> Iterator[list[dict]]:
         yield batch
 
 
-def _diagnose_batch(detector: Detector, batch: list[dict], config: DiagnoseConfig, output: Path) -> Iterator[dict]:
+def _diagnose_batch(detector: Detector, batch: list[dict], missing: set[str], config: DiagnoseConfig) -> Iterator[dict]:
+    """Diagnose a batch; write the maps, and yield the records, of the `missing` ones."""
     import torch
 
-    device = next(detector.parameters()).device
-    images = torch.from_numpy(np.stack([sample["picture"] for sample in batch])).to(device)
-    images = images.permute(0, 3, 1, 2).float() / 255.0
+    output = Path(config.output)
+    images = to_images([sample["picture"] for sample in batch], next(detector.parameters()).device)
     with torch.no_grad():
         maps = detector.confidence(images, tile=config.tile, overlap=config.overlap)[:, 0].cpu().numpy()
     for sample, confidence in zip(batch, maps, strict=True):
         name = sample["name"]
+        if name not in missing:
+            continue
         atomic_write_bytes(output / "maps" / f"{name}.png", map_png(confidence, config.bits))
         if config.overlays:
             reddened = overlay(sample["picture"], confidence)
             atomic_write_bytes(output / "overlays" / f"{name}.png", png_bytes(reddened))
-        yield describe(name, confidence) | {
-            key: sample[key] for key in ("category", "generator", "prompt") if sample.get(key)
-        }
+        known = {key: sample[key] for key in ("path", "category", "generator", "prompt") if sample.get(key)}
+        yield describe(name, confidence) | known
 
 
 def describe(name: str, confidence: np.ndarray) -> dict:
@@ -197,41 +261,34 @@ def map_png(confidence: np.ndarray, bits: int) -> bytes:
     return png_bytes(np.rint(np.clip(confidence, 0, 1).astype(np.float64) * scale).astype(dtype))
 
 
-def read_records(output: Path) -> dict[str, dict]:
-    """All complete records of a run by name; a line that a kill cut short is left out."""
-    records: dict[str, dict] = {}
-    for path in sorted((output / RECORDS).glob("part-*.jsonl")):
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                record = json.loads(line)
-                records[record["name"]] = record
-    return records
-
-
 def _gather_counts(counts: SkipCounts, state) -> dict[str, int]:
     if state.num_processes == 1:
-        return counts.reasons
+        return dict(sorted(counts.reasons.items()))
     from accelerate.utils import gather_object
 
     total: dict[str, int] = {}
     for reason, count in gather_object(list(counts.reasons.items())):
         total[reason] = total.get(reason, 0) + count
-    return total
+    return dict(sorted(total.items()))
 
 
 def _finish(output: Path, config: DiagnoseConfig, skipped: dict[str, int]) -> dict:
-    records = sorted(read_records(output).values(), key=lambda record: record["name"])
-    atomic_write_text(output / "diagnosis.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    records = Records(output / RECORDS)
+    flagged, confidence = 0, 0.0
+    with atomic_path(output / "diagnosis.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as lines:
+        for record in records:
+            lines.write(json.dumps(record) + "\n")
+            flagged, confidence = flagged + record["flagged"], confidence + record["mean"]
     metrics = {
         "pictures": len(records),
-        "flagged": sum(record["flagged"] for record in records),
-        "artifact_rate": sum(record["flagged"] for record in records) / len(records) if records else None,
-        "mean_confidence": float(np.mean([record["mean"] for record in records])) if records else None,
+        "flagged": flagged,
+        "artifact_rate": flagged / len(records) if len(records) else None,
+        "mean_confidence": confidence / len(records) if len(records) else None,
         "skipped": skipped,
         "versions": versions(),
     }
     if config.gallery:
-        worst = sorted(records, key=lambda record: (-record["flagged_share"], -record["max"]))[: config.gallery]
+        worst = heapq.nsmallest(config.gallery, records, key=lambda r: (-r["flagged_share"], -r["max"], r["name"]))
         _write_gallery(output, config, worst, metrics)
     atomic_write_json(output / "metrics.json", metrics)
     return metrics

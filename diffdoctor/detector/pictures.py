@@ -50,6 +50,8 @@ def find_sources(places: Sequence[str | Path]) -> list[Source]:
         path = Path(place)
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in (*SUFFIXES, ".tar") and p.is_file())
+            # Hidden: what an interrupted write left, or a system's own files.
+            inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
             # Pictures beside shards are about the shards, such as the contact sheet.
             of_shards = {p.parent for p in inside if p.suffix == ".tar"}
             inside = [p for p in inside if p.suffix == ".tar" or p.parent not in of_shards]
@@ -74,14 +76,17 @@ def find_sources(places: Sequence[str | Path]) -> list[Source]:
     return found
 
 
-def read_source(source: Source, *, strict: bool = False, counts: SkipCounts | None = None) -> Iterator[dict]:
+def read_source(
+    source: Source, *, strict: bool = False, counts: SkipCounts | None = None, masks: str = "optional"
+) -> Iterator[dict]:
     """The pictures of a source: dicts with `picture` (H, W, 3) uint8, `name`, and what a shard says besides.
 
-    A picture that cannot be read is left out and counted, or stops the run with `strict`.
+    A picture file has the prompt that a text file of its name beside it holds (`cat.png`, `cat.txt`), if there is one.
+    A picture that cannot be read is left out and counted, or stops the run with `strict`. `masks` is `read_shards`'.
     """
     counts = SkipCounts() if counts is None else counts
     if source.is_shard:
-        for sample in read_shards(source.path, strict=strict, counts=counts):
+        for sample in read_shards(source.path, strict=strict, counts=counts, masks=masks):
             yield {**sample, "name": f"{source.name}/{sample['key']}"}
         return
     try:
@@ -89,7 +94,9 @@ def read_source(source: Source, *, strict: bool = False, counts: SkipCounts | No
     except (OSError, ValueError):
         counts.add("a broken picture", str(source.path), strict)
         return
-    yield {"picture": picture, "name": source.name, "category": source.category}
+    caption = source.path.with_suffix(".txt")
+    prompt = caption.read_text(encoding="utf-8", errors="replace").strip() if caption.is_file() else ""
+    yield {"picture": picture, "name": source.name, "category": source.category, "prompt": prompt}
 
 
 def shrink_to(picture: np.ndarray, longest: int | None) -> np.ndarray:

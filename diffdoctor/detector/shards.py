@@ -209,6 +209,7 @@ def read_shards(
     strict: bool = False,
     counts: SkipCounts | None = None,
     part: tuple[int, int] = (0, 1),
+    masks: str = "required",
 ) -> Iterator[dict[str, Any]]:
     """Stream labelled pictures from shards, in order; memory holds one sample at a time.
 
@@ -217,6 +218,7 @@ def read_shards(
         strict: raise `UserError` at the first bad member instead of leaving it out and counting.
         counts: filled with what was left out.
         part: (index, number): this reader takes every number-th shard from index on, for workers and processes.
+        masks: "required", as training needs them; "optional": what has none counts as clean; "ignored".
 
     Yields:
         The sample's JSON values with `picture` (H, W, 3) uint8, `mask` (H, W) float32 in [0, 1], `key`, `shard`.
@@ -234,17 +236,18 @@ def read_shards(
                 continue
             seen.add(key)
             try:
-                yield {**decode_sample(members, where), "key": key, "shard": path.name}
+                yield {**decode_sample(members, where, masks), "key": key, "shard": path.name}
             except BrokenSample as error:
                 counts.add(error.reason, error.where, strict)
 
 
-def decode_sample(members: dict[str, bytes], where: str) -> dict[str, Any]:
+def decode_sample(members: dict[str, bytes], where: str, masks: str = "required") -> dict[str, Any]:
     """A sample's JSON values, `picture` (H, W, 3) uint8 and `mask` (H, W) float32 in [0, 1].
 
     Args:
         members: {extension: bytes}, as `archive.read_groups` gives them.
         where: what errors call it.
+        masks: see `read_shards`; "ignored" gives no `mask`.
 
     Raises:
         BrokenSample: no picture, no mask, or one of the parts is broken.
@@ -262,9 +265,11 @@ def decode_sample(members: dict[str, bytes], where: str) -> dict[str, Any]:
         picture = decode(members[pictures[0]], "RGB")
     except ValueError:
         raise BrokenSample("a broken picture", where) from None
+    if masks == "ignored":
+        return {**meta, "picture": picture}
     if "mask.png" not in members:
         # Real pictures are clean by what they are; anything else without a mask is not labelled.
-        if meta.get("label") != "real":
+        if masks == "required" and meta.get("label") != "real":
             raise BrokenSample("a sample without a mask", where)
         mask = np.zeros(picture.shape[:2], np.float32)
     else:
