@@ -35,7 +35,8 @@ def test_every_family(name, scale):
     if name in ("sd", "sdxl"):
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     before = draw(pipeline, name, scale)
-    with diffdoctor.guide(pipeline, detector, strength=1.0, start=0.0, clean_grad=1.0, height=16, width=16) as log:
+    options = {"strength": 1.0, "start": 0.0, "stop": 1.0, "clean_grad": 1.0, "rewinds": 0, "height": 16, "width": 16}
+    with diffdoctor.guide(pipeline, detector, **options) as log:
         guided = draw(pipeline, name, scale)
     assert len(log.flagged_area) == 4
     assert all(len(row) == 3 for row in log.flagged_area)
@@ -53,9 +54,9 @@ def test_no_strength_changes_nothing_with_any_scheduler(scheduler, prediction_ty
     changes = {"clip_sample": False} if scheduler == "DDPMScheduler" else {}
     pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config, **changes)
     before = draw(pipeline, "sd")
-    with diffdoctor.guide(pipeline, BrightDetector(), strength=0.0, height=16, width=16):
+    with diffdoctor.guide(pipeline, BrightDetector(), strength=0.0, rewinds=0, height=16, width=16):
         torch.testing.assert_close(draw(pipeline, "sd"), before, atol=1e-5, rtol=0)
-    with diffdoctor.guide(pipeline, BrightDetector(), strength=1.0, start=0.0, height=16, width=16):
+    with diffdoctor.guide(pipeline, BrightDetector(), strength=1.0, start=0.0, rewinds=0, height=16, width=16):
         assert (draw(pipeline, "sd") - before).abs().max() > 1e-2
 
 

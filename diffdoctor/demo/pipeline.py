@@ -185,7 +185,7 @@ def train_autoencoder(
         chroma = error - error.mean(1, keepdim=True)
         return error.square().mean() + chroma_weight * chroma.square().mean() + kl_weight * kl.mean()
 
-    trained = _fit(list(vae.parameters()), loss_of_step, steps, learning_rate, on_step)
+    trained = fit(vae, loss_of_step, steps, learning_rate, on_step=on_step)
     vae.eval().requires_grad_(False)
     _fold_latent_statistics(vae, encode_latents(pipeline, pictures))
     return trained
@@ -222,7 +222,6 @@ def train_base(
     alphas_cumprod = pipeline.scheduler.alphas_cumprod
     unet = pipeline.unet.train()
     generator = torch.Generator().manual_seed(seed)
-    average = [parameter.detach().clone() for parameter in unet.parameters()] if ema_decay > 0 else []
 
     def loss_of_step(step: int) -> torch.Tensor:
         index = torch.randint(len(latents), (batch_size,), generator=generator)
@@ -232,15 +231,7 @@ def train_base(
         prediction = unet(noisy, timesteps, embeddings[rows[index]]).sample
         return weighted_loss(prediction, Target.velocity(latents[index], noise, alphas_cumprod[timesteps]))
 
-    def after_step(step: int) -> None:
-        if average:
-            decay = min(ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(average, [p.detach() for p in unet.parameters()], 1 - decay)
-
-    trained = _fit(list(unet.parameters()), loss_of_step, steps, learning_rate, on_step, after_step)
-    with torch.no_grad():
-        for parameter, value in zip(unet.parameters(), average, strict=bool(average)):
-            parameter.copy_(value)
+    trained = fit(unet, loss_of_step, steps, learning_rate, ema_decay, on_step)
     unet.eval().requires_grad_(False)
     return trained
 
@@ -268,8 +259,19 @@ def _embed(pipeline, prompts: Sequence[str]) -> torch.Tensor:
     return pipeline.text_encoder(tokens.input_ids)[0]
 
 
-def _fit(parameters, loss_of_step, steps, learning_rate, on_step, after_step=None) -> Trained:
+def fit(model, loss_of_step, steps: int, learning_rate: float, ema_decay: float = 0.0, on_step=None) -> Trained:
+    """Train a model in place by AdamW with warm-up, cosine decay and gradients clipped to norm 1.
+
+    Args:
+        model: a module; its running average is what stays in it when ema_decay is above 0.
+        loss_of_step: from the step's number to its loss.
+        steps, learning_rate: learning_rate is the peak.
+        ema_decay: of the running average of the weights.
+        on_step: called with (step, loss).
+    """
     started = time.perf_counter()
+    parameters = list(model.parameters())
+    average = [parameter.detach().clone() for parameter in parameters] if ema_decay > 0 else []
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-2)
     warm_up = max(1, min(50, steps // 10))
 
@@ -287,11 +289,15 @@ def _fit(parameters, loss_of_step, steps, learning_rate, on_step, after_step=Non
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if after_step is not None:
-            after_step(step)
+        if average:
+            decay = min(ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
         losses.append(loss.item())
         if on_step is not None:
             on_step(step, losses[-1])
+    with torch.no_grad():
+        for parameter, value in zip(parameters, average, strict=bool(average)):
+            parameter.copy_(value)
     return Trained(losses, time.perf_counter() - started)
 
 

@@ -33,7 +33,8 @@ class TreatConfig:
         max_grad_norm: gradients are clipped to this norm; 0: not.
         rank: of the LoRA.
         alpha: of the LoRA, whose update is alpha / rank times the product of its factors; 0: alpha = rank.
-        lora_targets: groups of modules: attention, convolution (U-Nets), feed_forward (transformers).
+        lora_targets: groups of modules: attention, convolution (U-Nets), feed_forward (transformers); a group that the
+            denoiser's kind does not have is left out.
         ema_decay: running average of the LoRA weights, which is then what is measured and saved; 0: none.
         artifact_grad: the gradient's factor where the confidence is 1.
         clean_grad: the gradient's factor where the confidence is 0.
@@ -98,7 +99,7 @@ class TreatConfig:
     max_grad_norm: float = 1.0
     rank: int = 16
     alpha: float = 0.0
-    lora_targets: tuple[str, ...] = ("attention", "convolution")
+    lora_targets: tuple[str, ...] = ("attention", "convolution", "feed_forward")
     ema_decay: float = 0.0
     artifact_grad: float = 1.0
     clean_grad: float = 0.2

@@ -157,6 +157,17 @@ class Sampler:
             return clean + (sigma / alpha) * noise
         return alpha * clean + sigma * noise
 
+    def noise_of(self, clean: torch.Tensor, latents: torch.Tensor, step: int) -> torch.Tensor:
+        """The noise that makes these latents of these clean ones before this step: the inverse of `renoised`."""
+        alpha, sigma = self._alpha_sigma(step)
+        if self.kind in _SIGMA:
+            return (latents - clean) * (alpha / sigma)
+        return (latents - alpha * clean) / sigma
+
+    def model_input(self, latents: torch.Tensor, step: int) -> torch.Tensor:
+        """As `scale_input`, without a change of the scheduler's state."""
+        return latents * self._alpha_sigma(step)[0] if self.kind in _SIGMA else latents
+
     def training_pair(
         self, latents: torch.Tensor, noise: torch.Tensor, uniform: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, Target]:

@@ -1,0 +1,126 @@
+"""`python -m benchmarks.treatment --output runs/treatment`: both pipelines, every method, one table.
+
+Each part runs in a process of its own, so that its peak memory is its own, and is stored when it is done: the same
+command goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import torch
+
+from benchmarks import machine
+from benchmarks.treatment.study import METHODS, PIPELINES, Settings, Study
+from benchmarks.treatment.table import LIMITS, markdown, missed
+from diffdoctor._errors import UserError
+from diffdoctor._io import atomic_write_json, atomic_write_text
+
+SHARED = "shared"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.treatment", description=__doc__)
+    parser.add_argument("--output", default="runs/treatment", help="folder of the study (runs/treatment)")
+    parser.add_argument("--demo", help="folder of a demo with the same seed, whose stages are used again")
+    parser.add_argument("--pipelines", type=_names(PIPELINES), default=PIPELINES, help=f"of {','.join(PIPELINES)}")
+    parser.add_argument("--methods", type=_names(METHODS), default=METHODS, help=f"of {','.join(METHODS)}")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
+    parser.add_argument("--pictures", type=int, default=2000, help="drawn for the measures by each (2000)")
+    parser.add_argument("--settings", type=json.loads, default={}, help="JSON: other fields of study.Settings")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice (0)")
+    parser.add_argument("--overwrite", action="store_true", help="start again where the folder holds another study")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 when a method misses what it must reach")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    return parser
+
+
+def _names(allowed):
+    def names(text):
+        chosen = tuple(text.split(","))
+        for name in chosen:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"of {', '.join(allowed)} expected, got {name!r}")
+        return chosen
+
+    return names
+
+
+def parts(options) -> list[str]:
+    """The parts in order: what all share, each pipeline, what it draws untreated, each method on it."""
+    found = [SHARED]
+    for kind in options.pipelines:
+        found += [f"{kind}/pipeline", f"{kind}/before", *(f"{kind}/{method}" for method in options.methods)]
+    return found
+
+
+def run_part(study: Study, part: str) -> None:
+    """Make one part, unless it is done."""
+    kind, _, name = part.partition("/")
+    if part == SHARED:
+        study.prepare()
+    elif name == "pipeline":
+        study.pipeline(kind)
+    elif name == "before":
+        study.before(kind)
+    else:
+        study.method(kind, name)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0; with --strict 1 when a method misses its limit; 2 for bad arguments."""
+    from diffdoctor.demo.run import _quieten
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    # denormal weights and activations slow small networks down
+    torch.set_flush_denormal(True)
+    _quieten()
+    settings = Settings(seed=options.seed, pictures=options.pictures, **options.settings)
+    try:
+        study = Study(options.output, settings, demo=options.demo, overwrite=options.overwrite and not options.part)
+        if options.part:
+            run_part(study, options.part)
+            return 0
+        return _run(study, options, [word for word in arguments if word != "--overwrite"])
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _run(study, options, arguments) -> int:
+    started = time.perf_counter()
+    for part in parts(options):
+        done = subprocess.run([sys.executable, "-m", "benchmarks.treatment", *arguments, "--part", part], check=False)
+        if done.returncode:
+            print(f"the part {part} ended with exit code {done.returncode}", file=sys.stderr)
+            return done.returncode if done.returncode > 0 else 1
+    rows = [study.measure(kind, method) for kind in options.pipelines for method in options.methods]
+    seconds = study.demo.stages.seconds | study.stages.seconds
+    record = {
+        "rows": rows,
+        "stage_seconds": seconds,
+        "seconds": sum(seconds.values()),
+        "this_run_seconds": time.perf_counter() - started,
+        "threads": torch.get_num_threads(),
+        "cpu": machine.cpu_name(),
+        "versions": machine.versions(),
+        **machine.commit(),
+    }
+    atomic_write_json(study.output / "treatment.json", record)
+    text = markdown(rows)
+    atomic_write_text(study.output / "treatment.md", text + "\n")
+    print(text)
+    print(f"{record['seconds']:.0f} s in all stages; wrote {study.output / 'treatment.json'} and treatment.md")
+    faults = [row for row in rows if row["method"] in LIMITS and missed(row)]
+    return int(options.strict and bool(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
