@@ -1,7 +1,6 @@
 """The implementations that a case is timed with, and the parts of a call: forward and backward through autograd."""
 
 import dataclasses
-import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,20 +81,26 @@ def kernel_of(call: Call) -> Callable[[], None]:
     Raises ValueError where the forward made no such call or more than one.
     """
     module = backend_module(call.side.name)
-    launch, problems = module.weighted_loss, []
+    name = "launch" if hasattr(module, "launch") else "weighted_loss"
+    launch, made = getattr(module, name), []
 
-    def recorded(problem):
-        problems.append(dataclasses.replace(problem))
-        launch(problem)
+    def recorded(*arguments):
+        # A problem's fields change after the call; copied, they keep their tensors alive.
+        made.append([dataclasses.replace(x) if dataclasses.is_dataclass(x) else x for x in arguments])
+        launch(*arguments)
 
-    module.weighted_loss = recorded
+    setattr(module, name, recorded)
     try:
-        call.forward()
+        result = call.forward()
     finally:
-        module.weighted_loss = launch
-    if len(problems) != 1:
-        raise ValueError(f"one kernel call was expected in a forward, got {len(problems)}")
-    return functools.partial(launch, problems[0])
+        setattr(module, name, launch)
+    if len(made) != 1:
+        raise ValueError(f"one kernel call was expected in a forward, got {len(made)}")
+
+    def kernel(kept=result):
+        launch(*made[0])
+
+    return kernel
 
 
 def captured(call: Call) -> Callable[[], None]:

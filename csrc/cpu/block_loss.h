@@ -1,14 +1,13 @@
-// One block of weighted_loss: its operands as runs, read and written in short pieces while the next block's memory is
-// on its way.
+// One block of weighted_loss: its operands as runs of memory, computed where they lie or through short buffers.
 #pragma once
 
-#include "cpu/chunk.h"
+#include "cpu/l2.h"
 
 namespace diffdoctor {
 namespace {
 
-// Elements between prefetches: buffers of this length stay in the first-level cache beside the block's weights.
-constexpr int64_t kPiece = 256;
+// Elements that go through buffers at once: with more, those of a mixture of losses would leave the first-level cache.
+constexpr int64_t kPiece = 512;
 
 template <typename acc_t>
 struct Buffers {
@@ -38,46 +37,6 @@ struct Call {
     clean_grad = acc_t(p.clean_grad);
   }
 };
-
-// The memory of the block that comes next, fetched piece by piece while this one is computed. The hardware's own
-// prefetcher starts anew with every channel's run; without this a core waits for a third of the time.
-struct Ahead {
-  const char* read[1 + kMaxTerms];
-  int64_t read_size[1 + kMaxTerms];
-  int reads;
-  char* written;
-  int64_t written_size;
-
-  void fetch(int64_t begin, int64_t end) const {
-    for (int k = 0; k < reads; ++k)
-      for (int64_t byte = begin * read_size[k]; byte < end * read_size[k]; byte += 64)
-        __builtin_prefetch(read[k] + byte, 0);
-    for (int64_t byte = begin * written_size; byte < end * written_size; byte += 64)
-      __builtin_prefetch(written + byte, 1);
-  }
-};
-
-template <typename acc_t>
-Ahead make_ahead(const Call<acc_t>& call, const Place& next) {
-  const WeightedLossParams& p = call.p;
-  Ahead ahead = {};
-  const auto place = [&](const Operand& x) {
-    return static_cast<char*>(x.data) +
-           element_size(x.dtype) * block_offset(call.tiling, next, x.batch_stride, x.stride);
-  };
-  const auto add = [&](const Operand& x, bool run) {
-    if (!run) return;
-    ahead.read[ahead.reads] = place(x);
-    ahead.read_size[ahead.reads++] = element_size(x.dtype);
-  };
-  add(p.pred, call.pred_run);
-  for (int k = 0; k < p.num_terms; ++k) add(p.term[k], call.term_run[k]);
-  if (call.grad_run) {
-    ahead.written = place(p.grad);
-    ahead.written_size = element_size(p.grad.dtype);
-  }
-  return ahead;
-}
 
 // A block as one run: in place, or gathered into a buffer.
 struct Run {
@@ -166,18 +125,26 @@ BlockWeights<acc_t> block_weights(const Call<acc_t>& call, const Place& at, Buff
   return {buf.weight, call.modulated ? buf.modulated : buf.weight};
 }
 
+// Tried as if everything were finite; where it was not, the piece is done again.
+template <int kTerms, bool kWeights, bool kModulated, bool kGrad, typename pred_t, typename term_t, typename acc_t>
+acc_t l2_retried(const Operands<pred_t, term_t>& x, const Sample<acc_t>& s, const acc_t* weight, const acc_t* modulated,
+                 acc_t grad_scale, int64_t n) {
+  acc_t total;
+  if (l2_finite<kTerms, kWeights, kModulated, kGrad>(x, s, weight, modulated, grad_scale, n, total)) return total;
+  return l2_run<kTerms, kWeights, kModulated, kGrad>(x, s, weight, modulated, grad_scale, n);
+}
+
 template <int kTerms, typename pred_t, typename term_t, typename acc_t>
 acc_t l2_piece(const Operands<pred_t, term_t>& x, const Sample<acc_t>& s, const BlockWeights<acc_t>& w, int64_t begin,
                acc_t grad_scale, int64_t n) {
   const acc_t* weight = w.weight ? w.weight + begin : nullptr;
   const acc_t* modulated = w.weight ? w.modulated + begin : nullptr;
-  const auto run = [&](auto function) { return function(x, s, weight, modulated, grad_scale, n); };
   if (!x.grad)
-    return weight ? run(l2_run<kTerms, true, false, false, pred_t, term_t, acc_t>)
-                  : run(l2_run<kTerms, false, false, false, pred_t, term_t, acc_t>);
-  if (!weight) return run(l2_run<kTerms, false, false, true, pred_t, term_t, acc_t>);
-  return modulated == weight ? run(l2_run<kTerms, true, false, true, pred_t, term_t, acc_t>)
-                             : run(l2_run<kTerms, true, true, true, pred_t, term_t, acc_t>);
+    return weight ? l2_retried<kTerms, true, false, false>(x, s, weight, modulated, grad_scale, n)
+                  : l2_retried<kTerms, false, false, false>(x, s, weight, modulated, grad_scale, n);
+  if (!weight) return l2_retried<kTerms, false, false, true>(x, s, weight, modulated, grad_scale, n);
+  return modulated == weight ? l2_retried<kTerms, true, false, true>(x, s, weight, modulated, grad_scale, n)
+                             : l2_retried<kTerms, true, true, true>(x, s, weight, modulated, grad_scale, n);
 }
 
 template <typename pred_t, typename term_t, typename acc_t>
@@ -197,14 +164,17 @@ acc_t l2_piece(int terms, const Operands<pred_t, term_t>& x, const Sample<acc_t>
 // buffers.
 template <typename pred_t, typename term_t, typename acc_t>
 double l2_block(const Call<acc_t>& call, const Place& at, const Sample<acc_t>& s, Buffers<acc_t>& buf,
-                const BlockWeights<acc_t>& w, const Runs<acc_t>& runs, acc_t grad_scale, const Ahead& ahead) {
+                const BlockWeights<acc_t>& w, const Runs<acc_t>& runs, acc_t grad_scale) {
   constexpr bool buffered = sizeof(pred_t) == sizeof(acc_t), term_buffered = sizeof(term_t) == sizeof(acc_t);
+  const bool own_grad = runs.grad.data && (!buffered || runs.grad.dtype == kAccDtype<acc_t>);
+  bool direct = own_grad || !runs.grad.data;
+  if (buffered) direct = direct && runs.pred.dtype == kAccDtype<acc_t>;
+  for (int k = 0; term_buffered && k < call.p.num_terms; ++k) direct = direct && runs.term[k].dtype == kAccDtype<acc_t>;
+  const int64_t piece = direct ? kChunk : kPiece;
   double total = 0;
-  for (int64_t begin = 0; begin < at.count; begin += kPiece) {
-    const int64_t n = at.count - begin < kPiece ? at.count - begin : kPiece;
-    ahead.fetch(begin, begin + n);
+  for (int64_t begin = 0; begin < at.count; begin += piece) {
+    const int64_t n = at.count - begin < piece ? at.count - begin : piece;
     Operands<pred_t, term_t> x = {};
-    const bool own_grad = runs.grad.data && (!buffered || runs.grad.dtype == kAccDtype<acc_t>);
     if constexpr (buffered) {
       x.pred = piece_of<acc_t>(runs.pred, begin, n, buf.pred_piece);
       if (runs.grad.data && !own_grad) x.grad = buf.grad_piece;
@@ -228,34 +198,41 @@ double l2_block(const Call<acc_t>& call, const Place& at, const Sample<acc_t>& s
 }
 
 inline double dispatch_l2(const Call<float>& call, const Place& at, const Sample<float>& s, Buffers<float>& buf,
-                          const BlockWeights<float>& w, const Runs<float>& runs, float grad_scale,
-                          const Ahead& ahead) {
-  const bool pred = runs.pred.dtype == kBFloat16 && (!runs.grad.data || runs.grad.dtype == kBFloat16);
-  bool term = call.p.num_terms > 0;
-  for (int k = 0; k < call.p.num_terms; ++k) term = term && runs.term[k].dtype == kBFloat16;
-  if (pred)
-    return term ? l2_block<bfloat16, bfloat16>(call, at, s, buf, w, runs, grad_scale, ahead)
-                : l2_block<bfloat16, float>(call, at, s, buf, w, runs, grad_scale, ahead);
-  return term ? l2_block<float, bfloat16>(call, at, s, buf, w, runs, grad_scale, ahead)
-              : l2_block<float, float>(call, at, s, buf, w, runs, grad_scale, ahead);
+                          const BlockWeights<float>& w, const Runs<float>& runs, float grad_scale) {
+  const auto all = [&](int32_t dtype) {
+    bool same = call.p.num_terms > 0;
+    for (int k = 0; k < call.p.num_terms; ++k) same = same && runs.term[k].dtype == dtype;
+    return same;
+  };
+  const auto pred = [&](int32_t dtype) {
+    return runs.pred.dtype == dtype && (!runs.grad.data || runs.grad.dtype == dtype);
+  };
+  const auto run = [&](auto pred_type, auto term_type) {
+    return l2_block<decltype(pred_type), decltype(term_type)>(call, at, s, buf, w, runs, grad_scale);
+  };
+  if (pred(kBFloat16)) return all(kBFloat16) ? run(bfloat16(), bfloat16()) : run(bfloat16(), float());
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  // l2_finite widens fp16 as it reads; elsewhere a buffer is faster.
+  if (pred(kFloat16)) return all(kFloat16) ? run(float16(), float16()) : run(float16(), float());
+#endif
+  return all(kBFloat16) ? run(float(), bfloat16()) : run(float(), float());
 }
 
 inline double dispatch_l2(const Call<double>& call, const Place& at, const Sample<double>& s, Buffers<double>& buf,
-                          const BlockWeights<double>& w, const Runs<double>& runs, double grad_scale,
-                          const Ahead& ahead) {
-  return l2_block<double, double>(call, at, s, buf, w, runs, grad_scale, ahead);
+                          const BlockWeights<double>& w, const Runs<double>& runs, double grad_scale) {
+  return l2_block<double, double>(call, at, s, buf, w, runs, grad_scale);
 }
 
 template <typename acc_t>
 double process_l2(const Call<acc_t>& call, const Place& at, const Sample<acc_t>& s, Buffers<acc_t>& buf,
-                  const BlockWeights<acc_t>& w, const Ahead& ahead) {
+                  const BlockWeights<acc_t>& w) {
   const WeightedLossParams& p = call.p;
   const acc_t strength = acc_t(p.strength[kL2]);
   const acc_t loss_scale = strength * s.weight * (w.weight ? acc_t(1) : call.clean_weight);
   const acc_t grad_scale =
       2 * strength * s.gradient_scale * (w.weight ? acc_t(1) : call.clean_weight * call.clean_grad);
   const Runs<acc_t> runs = runs_of(call, at, buf, (p.work & kWriteGrad) != 0);
-  const double total = dispatch_l2(call, at, s, buf, w, runs, grad_scale, ahead);
+  const double total = dispatch_l2(call, at, s, buf, w, runs, grad_scale);
   if (runs.scatter_grad) store_block(call, at, buf.grad);
   return total * double(loss_scale);
 }
@@ -284,7 +261,7 @@ void residuals(const Call<acc_t>& call, const Sample<acc_t>& s, const Runs<acc_t
 // Any losses, and the sums where they are wanted.
 template <typename acc_t>
 double process_general(const Call<acc_t>& call, const Place& at, const Sample<acc_t>& s, Buffers<acc_t>& buf,
-                       const BlockWeights<acc_t>& w, const Ahead& ahead, double* sums, bool write_grad) {
+                       const BlockWeights<acc_t>& w, double* sums, bool write_grad) {
   const WeightedLossParams& p = call.p;
   const Runs<acc_t> runs = runs_of(call, at, buf, write_grad);
   if (!w.weight) {
@@ -299,7 +276,6 @@ double process_general(const Call<acc_t>& call, const Place& at, const Sample<ac
     const int64_t n = at.count - begin < kPiece ? at.count - begin : kPiece;
     const acc_t* weight = w.weight ? w.weight + begin : buf.plain;
     const acc_t* modulated = w.weight ? w.modulated + begin : buf.plain_modulated;
-    ahead.fetch(begin, begin + n);
     residuals(call, s, runs, weight, begin, n, buf);
     mixture(p, buf.d, s.huber_c, n, buf.loss, buf.slope);
     acc_t sum = 0;

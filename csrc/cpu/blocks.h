@@ -80,6 +80,13 @@ inline void set_index(const WeightedLossParams& p, const int* dims, int count, i
   }
 }
 
+inline void next_index(const WeightedLossParams& p, const int* dims, int count, int64_t* index) {
+  for (int k = count - 1; k >= 0; --k) {
+    if (++index[dims[k]] < p.size[dims[k]]) return;
+    index[dims[k]] = 0;
+  }
+}
+
 inline int64_t block_offset(const Tiling& t, const Place& at, int64_t batch_stride, const int64_t* stride) {
   int64_t offset = at.b * batch_stride + at.lo * stride[t.split];
   for (int d = 0; d < t.split; ++d) offset += at.index[d] * stride[d];

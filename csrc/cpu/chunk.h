@@ -92,31 +92,6 @@ inline acc_t residual(const Operands<pred_t, term_t>& x, const Sample<acc_t>& s,
   return d;
 }
 
-// l2 in one pass. kWeights: omega is an array, else 1. kModulated: so is omega * m, else it is omega.
-template <int kTerms, bool kWeights, bool kModulated, bool kGrad, typename pred_t, typename term_t, typename acc_t>
-acc_t l2_run(const Operands<pred_t, term_t>& operands, const Sample<acc_t>& sample, const acc_t* weight,
-             const acc_t* modulated, acc_t grad_scale, int64_t n) {
-  const Operands<pred_t, term_t> x = operands;  // copies: a store to grad must not make the compiler read them again
-  const Sample<acc_t> s = sample;
-  acc_t total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) {
-    acc_t d = residual<kTerms>(x, s, i);
-    acc_t weighted = d;
-    if (kWeights) {
-      d = weight[i] == 0 ? acc_t(0) : d;  // selected out: a NaN must not come through
-      weighted = weight[i] * d;
-    }
-    total += weighted * d;
-    if (kGrad) {
-      acc_t slope = weighted;
-      if (kModulated) slope = modulated[i] == 0 ? acc_t(0) : modulated[i] * d;
-      from_acc(slope * grad_scale, x.grad + i);
-    }
-  }
-  return total;
-}
-
 template <bool kFirst, typename acc_t, typename loss_t>
 void add_loss(acc_t strength, const acc_t* d, int64_t n, acc_t* loss, acc_t* slope, loss_t element) {
 #pragma omp simd
@@ -155,7 +130,7 @@ template <typename acc_t, typename level_t, typename omega_t>
 void add_sums_of(const level_t& u, const omega_t& omega, const acc_t* weight, const acc_t* loss, int64_t n,
                  double* sums) {
   double found[kSums] = {};
-#pragma omp simd reduction(+ : found[:kSums])
+#pragma omp simd reduction(+ : found[ : kSums])
   for (int64_t i = 0; i < n; ++i) {
     const double level = u(i), l = loss[i], weighted = double(weight[i] * loss[i]);
     const bool counts = weight[i] != 0;

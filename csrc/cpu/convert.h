@@ -69,6 +69,15 @@ inline double as<double, truth8>(truth8 x) {
 inline void from_acc(float value, float* out) { *out = value; }
 inline void from_acc(double value, double* out) { *out = value; }
 inline void from_acc(float value, bfloat16* out) { out->bits = float_to_bfloat16(value); }
+inline void from_acc(float value, float16* out) { out->bits = float_to_float16(value); }
+
+// The same for what is not NaN.
+inline void from_number(float value, float* out) { *out = value; }
+inline void from_number(double value, double* out) { *out = value; }
+inline void from_number(float value, bfloat16* out) {
+  const uint32_t bits = float_to_bits(value);
+  out->bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
 
 inline void half_run(const uint16_t* in, int64_t n, float* out) {
   int64_t i = 0;

@@ -30,9 +30,9 @@ int64_t gather_runs(const WeightedLossParams& p, const Tiling& t, const Place& a
 // A block whose memory runs along another dim than its innermost: packed tokens against an unpacked target, a
 // channels_last prediction against a plain one. Units of a few dense elements are taken along dim `along`.
 struct UnitWalk {
-  int64_t unit;                    // dense elements, the block's innermost dims
-  int64_t steps, from, to;         // along `along`: how many units, strides in the source and in the block
-  int dims;                        // the dims around it, outermost first
+  int64_t unit;             // dense elements, the block's innermost dims
+  int64_t steps, from, to;  // along `along`: how many units, strides in the source and in the block
+  int dims;                 // the dims around it, outermost first
   int64_t size[kMaxDims], stride[kMaxDims], dense[kMaxDims];
 };
 

@@ -150,7 +150,8 @@ void nearest_row(const Map& map, const int64_t* grid, const storage_t* data, int
 
 // The map of sample b over a box, (t, y, x) dense.
 template <typename acc_t>
-void resample_box(const Map& map, const int64_t* grid, int64_t b, const Box& box, MapColumns<acc_t>& columns, acc_t* out) {
+void resample_box(const Map& map, const int64_t* grid, int64_t b, const Box& box, MapColumns<acc_t>& columns,
+                  acc_t* out) {
   fill_columns(map, grid, box, columns);
   const int64_t n = box.size[2];
   with_storage(address(map.data, map.dtype, b * map.batch_stride), map.dtype, [&](auto data) {

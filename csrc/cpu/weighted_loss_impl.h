@@ -26,21 +26,26 @@ inline void place_item(const WeightedLossParams& p, const Tiling& t, int64_t ite
 inline int64_t first_step(const Tiling& t, int64_t item) { return item % t.groups * t.free_steps / t.groups; }
 inline int64_t last_step(const Tiling& t, int64_t item) { return (item % t.groups + 1) * t.free_steps / t.groups; }
 
-// The block after this one: of the same item, else of the next.
+// The start of the next block into the cache while this one is computed: the hardware's own prefetcher starts anew with
+// each run of memory, and there the page may have to be looked up first.
 template <typename acc_t>
-Ahead ahead_of(const Call<acc_t>& call, const Place& at, int64_t item, int64_t step) {
+void prefetch_start(const Call<acc_t>& call, const Place& at) {
   const WeightedLossParams& p = call.p;
-  const Tiling& t = call.tiling;
-  Place next = at;
-  if (step + 1 < last_step(t, item)) {
-    set_index(p, t.free_dims, t.free_count, step + 1, next.index);
-  } else if (item + 1 < t.items) {
-    place_item(p, t, item + 1, next);
-    set_index(p, t.free_dims, t.free_count, first_step(t, item + 1), next.index);
-  } else {
-    return {};
-  }
-  return make_ahead(call, next);
+  constexpr int kLines = 8;
+  const auto start = [&](const Operand& x) {
+    return static_cast<const char*>(x.data) +
+           element_size(x.dtype) * block_offset(call.tiling, at, x.batch_stride, x.stride);
+  };
+  const auto read = [&](const Operand& x) {
+    const char* from = start(x);
+    for (int line = 0; line < kLines; ++line) __builtin_prefetch(from + 64 * line, 0);
+  };
+  if (call.pred_run) read(p.pred);
+  for (int k = 0; k < p.num_terms; ++k)
+    if (call.term_run[k]) read(p.term[k]);
+  if (!call.grad_run) return;
+  const char* to = start(p.grad);
+  for (int line = 0; line < kLines; ++line) __builtin_prefetch(to + 64 * line, 1);
 }
 
 // A work item: one range of blocks that share their maps. Adds to sums[0], or to all sums where they are wanted.
@@ -55,25 +60,31 @@ void process_item(const Call<acc_t>& call, const Sample<acc_t>& s, Place& at, in
   const bool stats = (p.work & kWriteSums) != 0, write_grad = (p.work & kWriteGrad) != 0;
   const bool left_out = s.weight == 0 || (!call.has_maps && call.clean_weight == 0);
   const bool no_gradient = write_grad && (s.gradient_scale == 0 || (!call.has_maps && call.clean_grad == 0));
-  for (int64_t step = first_step(t, item); step < last_step(t, item); ++step) {
-    set_index(p, t.free_dims, t.free_count, step, at.index);
+  const int64_t first = first_step(t, item), last = last_step(t, item);
+  Place next = at;
+  set_index(p, t.free_dims, t.free_count, first, next.index);
+  for (int64_t step = first; step < last; ++step) {
+    at = next;
+    if (step + 1 < last) {
+      next_index(p, t.free_dims, t.free_count, next.index);
+      prefetch_start(call, next);
+    }
     if (left_out) {
       process_unselected(call, at, buf, stats ? sums : nullptr);
       continue;
     }
-    const Ahead ahead = ahead_of(call, at, item, step);
     const BlockWeights<acc_t> w = block_weights(call, at, buf);
     if (no_gradient) {
       // A sample whose Z is 0, or a gradient switched off: exact zeros, whatever the residual holds.
-      const double total = process_general(call, at, s, buf, w, ahead, stats ? sums : nullptr, false);
+      const double total = process_general(call, at, s, buf, w, stats ? sums : nullptr, false);
       if (!stats) sums[0] += total;
       process_unselected(call, at, buf, nullptr);
     } else if (stats) {
-      process_general(call, at, s, buf, w, ahead, sums, write_grad);
+      process_general(call, at, s, buf, w, sums, write_grad);
     } else if (call.l2_only) {
-      sums[0] += process_l2(call, at, s, buf, w, ahead);
+      sums[0] += process_l2(call, at, s, buf, w);
     } else {
-      sums[0] += process_general(call, at, s, buf, w, ahead, nullptr, write_grad);
+      sums[0] += process_general(call, at, s, buf, w, nullptr, write_grad);
     }
   }
 }

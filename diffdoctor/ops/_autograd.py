@@ -10,7 +10,7 @@ from torch import Tensor
 from diffdoctor.ops._lowering import WRITE_GRAD, WRITE_LOSS, ArtifactProblem, PerSample, Problem
 
 _peek = torch._C._functorch.peek_interpreter_stack
-_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 def refuse_functorch(op: str) -> None:
@@ -105,7 +105,7 @@ def scale_kept(module, kept: Tensor, g: Tensor, runs) -> Tensor:
     if runs is None and g.ndim != 0:
         acc = kept.to(g.dtype) * g.reshape(-1, *(1,) * (kept.ndim - 1))
         return acc.to(kept.dtype)
-    out = torch.empty_like(kept) if _graph_is_kept() else kept
+    out = torch.empty_like(kept) if graph_is_kept() else kept
     batch, count = runs if g.ndim != 0 else (1, kept.numel())
     module.scale_gradient(kept, g, out, batch, count)
     return out
@@ -190,6 +190,8 @@ __all__ = [
     "ArtifactLoss",
     "WeightedLoss",
     "forbid_second_derivative",
+    "graph_is_kept",
     "guard_reference",
     "refuse_functorch",
+    "scale_kept",
 ]

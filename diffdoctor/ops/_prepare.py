@@ -12,13 +12,14 @@ from diffdoctor.ops import _checks as checks
 from diffdoctor.ops._lowering import Grid, MapMeta, Options, Plan, make_plan
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prepared:
     """A cached plan and what the call does with its tensors."""
 
     plan: Plan | None  # None for an empty model_pred
     weighting_per_sample: bool
     grad_runs: tuple[int, int] | None  # (batch, count): the gradient's memory is `batch` dense runs; None: it is not
+    short: object = None  # `_cpu.ShortCall` where the call can take the short way
 
 
 CACHE_LIMIT = 1024

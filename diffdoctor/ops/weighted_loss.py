@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffdoctor import reference
-from diffdoctor.backends import pick, requested
+from diffdoctor.backends import for_device, overridden, pick, requested
 from diffdoctor.ops import _checks as checks
 from diffdoctor.ops._autograd import WeightedLoss, guard_reference, refuse_functorch
 from diffdoctor.ops._lowering import SUMS
@@ -119,12 +119,13 @@ def weighted_loss(
     maps = (
         artifact_weight, clean_weight, artifact_grad, clean_grad, threshold, gamma, interpolation
     )  # fmt: skip
-    losses = (loss_type if type(loss_type) is not dict else tuple(loss_type.items()), normalize, reduction, layout)
+    grad_mode = torch.is_grad_enabled()
     key = (
-        *meta(model_pred), torch.is_grad_enabled(), target_meta(target),
-        None if confidence is None else meta(confidence), None if mask is None else meta(mask),
-        None if weighting is None else meta(weighting), meta(huber_c), None if normalizer is None else meta(normalizer),
-        maps, losses,
+        model_pred.shape, model_pred.stride(), model_pred.dtype, model_pred.device, model_pred.requires_grad, grad_mode,
+        target_meta(target), None if confidence is None else meta(confidence), None if mask is None else meta(mask),
+        None if weighting is None else meta(weighting), huber_c if type(huber_c) is float else meta(huber_c),
+        None if normalizer is None else meta(normalizer), maps,
+        loss_type if type(loss_type) is not dict else tuple(loss_type.items()), normalize, reduction, layout,
     )  # fmt: skip
     try:
         prepared = _cache.get(key)
@@ -134,6 +135,15 @@ def weighted_loss(
         prepared = _check_and_prepare(
             key, model_pred, target, confidence, mask, weighting, maps, loss_type, huber_c, normalize, normalizer,
             reduction, layout,
+        )  # fmt: skip
+    elif (
+        prepared.short is not None
+        and return_stats is False
+        and (backend == "cpu" or (backend is None and not overridden()))
+    ):
+        return prepared.short(
+            model_pred, target.terms if type(target) is Target else (target,), confidence, mask, weighting,
+            grad_mode and model_pred.requires_grad,
         )  # fmt: skip
     if type(return_stats) is not bool:
         raise checks.kind_error("return_stats", "a bool", return_stats)
@@ -147,8 +157,10 @@ def weighted_loss(
         )  # fmt: skip
     problem = make_problem(prepared, model_pred, target, confidence, mask, weighting, huber_c)
     add_divisor(module, problem, normalize, normalizer)
+    if prepared.short is None and _takes_short_way(problem, module):
+        prepared.short = module.ShortCall(problem, prepared.grad_runs)
     allocate(problem, reduction, return_stats)
-    if torch.is_grad_enabled() and model_pred.requires_grad:
+    if grad_mode and model_pred.requires_grad:
         loss = WeightedLoss.apply(model_pred, problem, module, prepared.grad_runs)
     else:
         module.weighted_loss(problem)
@@ -157,6 +169,17 @@ def weighted_loss(
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _takes_short_way(problem, module) -> bool:
+    """On the CPU, with numbers for all per-sample values; fp16, which computes its gradient in backward, does not."""
+    values = (problem.pred_scale, *problem.coefs, problem.huber_c, problem.weight, problem.z)
+    return (
+        hasattr(module, "ShortCall")
+        and module is for_device("cpu")
+        and problem.pred.dtype != torch.float16
+        and all(value.data is None for value in values)
+    )
 
 
 def check_arguments(

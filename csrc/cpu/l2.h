@@ -1,0 +1,103 @@
+// l2 over a run, in one pass: the loss that nearly every call asks for.
+#pragma once
+
+#include "cpu/chunk.h"
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#endif
+
+namespace diffdoctor {
+namespace {
+
+// kWeights: omega is an array, else 1. kModulated: so is omega * m, else it is omega. kFinite: no residual and no
+// weight is infinite or NaN, so that a weight of 0 selects by itself.
+template <int kTerms, bool kWeights, bool kModulated, bool kGrad, bool kFinite = false, typename pred_t,
+          typename term_t, typename acc_t>
+acc_t l2_run(const Operands<pred_t, term_t>& operands, const Sample<acc_t>& sample, const acc_t* weight,
+             const acc_t* modulated, acc_t grad_scale, int64_t n) {
+  const Operands<pred_t, term_t> x = operands;  // copies: a store to grad must not make the compiler read them again
+  const Sample<acc_t> s = sample;
+  acc_t total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < n; ++i) {
+    acc_t d = residual<kTerms>(x, s, i);
+    acc_t weighted = d;
+    if (kWeights) {
+      if (!kFinite) d = weight[i] == 0 ? acc_t(0) : d;  // selected out: a NaN must not come through
+      weighted = weight[i] * d;
+    }
+    total += weighted * d;
+    if (kGrad) {
+      acc_t slope = weighted;
+      if (kModulated) slope = modulated[i] == 0 ? acc_t(0) : modulated[i] * d;
+      if constexpr (kFinite)
+        from_number(slope * grad_scale, x.grad + i);
+      else
+        from_acc(slope * grad_scale, x.grad + i);
+    }
+  }
+  return total;
+}
+
+// l2_run for finite values; false where something was not. A modulated weight may be infinite where omega is finite: it
+// is not tried.
+template <int kTerms, bool kWeights, bool kModulated, bool kGrad, typename pred_t, typename term_t, typename acc_t>
+bool l2_finite(const Operands<pred_t, term_t>& x, const Sample<acc_t>& s, const acc_t* weight, const acc_t* modulated,
+               acc_t grad_scale, int64_t n, acc_t& total) {
+  if (kModulated) return false;
+  total = l2_run<kTerms, kWeights, kModulated, kGrad, true>(x, s, weight, modulated, grad_scale, n);
+  return total - total == 0 && grad_scale - grad_scale == 0;
+}
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+// By hand, since the compiler widens and narrows bf16 with twice the shuffles: 16 elements, those of `mask`.
+inline __m512 load16(const float* in, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, in); }
+inline __m512 load16(const bfloat16* in, __mmask16 mask) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, in)), 16));
+}
+inline __m512 load16(const float16* in, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, in)); }
+inline void store16(float16* out, __mmask16 mask, __m512 values) {
+  _mm256_mask_storeu_epi16(out, mask, _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store16(float* out, __mmask16 mask, __m512 values) { _mm512_mask_storeu_ps(out, mask, values); }
+inline void store16(bfloat16* out, __mmask16 mask, __m512 values) {
+  const __m512i bits = _mm512_castps_si512(values);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  _mm256_mask_storeu_epi16(out, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+
+template <int kTerms, bool kWeights, bool kModulated, bool kGrad, typename pred_t, typename term_t>
+bool l2_finite(const Operands<pred_t, term_t>& x, const Sample<float>& s, const float* weight, const float* modulated,
+               float grad_scale, int64_t n, float& total) {
+  const __m512 pred_scale = _mm512_set1_ps(s.pred_scale), scale = _mm512_set1_ps(grad_scale);
+  const __m512 first = _mm512_set1_ps(s.coef[0]), second = _mm512_set1_ps(s.coef[1]);
+  __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  __mmask16 nan = 0;
+  const auto step = [&](int64_t i, __mmask16 mask, __m512& sum) {
+    __m512 d = _mm512_mul_ps(pred_scale, load16(x.pred + i, mask));
+    if (kTerms > 0) d = _mm512_fnmadd_ps(first, load16(x.term[0] + i, mask), d);
+    if (kTerms > 1) d = _mm512_fnmadd_ps(second, load16(x.term[1] + i, mask), d);
+    const __m512 weighted = kWeights ? _mm512_mul_ps(load16(weight + i, mask), d) : d;
+    sum = _mm512_fmadd_ps(weighted, d, sum);
+    if (!kGrad) return;
+    __m512 slope = weighted;
+    if (kModulated) slope = _mm512_mul_ps(load16(modulated + i, mask), d);
+    slope = _mm512_mul_ps(slope, scale);
+    if (kModulated) nan |= _mm512_cmp_ps_mask(slope, slope, _CMP_UNORD_Q);
+    store16(x.grad + i, mask, slope);
+  };
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    step(i, 0xffff, sums[0]);
+    step(i + 16, 0xffff, sums[1]);
+  }
+  for (; i < n; i += 16) step(i, n - i < 16 ? static_cast<__mmask16>((1u << (n - i)) - 1) : 0xffff, sums[0]);
+  total = _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
+  return nan == 0 && total - total == 0 && grad_scale - grad_scale == 0;
+}
+#endif
+
+}  // namespace
+}  // namespace diffdoctor
