@@ -133,6 +133,18 @@ def test_artifact_loss_shares_ties_and_passes_nan_on(cuda):
     torch.testing.assert_close((problem.kept[0] * problem.factor[0]).sum(), torch.tensor(0.25))
 
 
+@pytest.mark.parametrize("method", ["threshold", "mean", "max"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+def test_a_logit_that_is_not_finite_reaches_no_neighbour_of_the_same_size(cuda, method, value):
+    case = cases.ArtifactCase(method, shape=(2, 13, 12), size=(13, 12), method=method, reduction="sample")
+    logits = cases.build_artifact(case)
+    logits[0, 2, 3] = value
+    problem = cases.lower_artifact(case, logits)
+    cuda.artifact_loss(problem)
+    want, _ = cases.expected_artifact(case, logits, torch.ones(2))
+    torch.testing.assert_close(problem.loss, want, rtol=3e-6, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=["f32", "bf16", "f16", "f64"])
 @pytest.mark.parametrize("count", [1, 7, 64, 5000])
 def test_scale_gradient(cuda, dtype, count):

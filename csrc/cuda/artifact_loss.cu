@@ -109,10 +109,13 @@ __device__ __forceinline__ acc_t confidence_at(const ArtifactLossParams& p, int6
   const int64_t bottom = b * p.batch_stride + y.second * p.row_stride;
   const int64_t left = x.first * p.col_stride, right = x.second * p.col_stride;
   const auto logit = [&](int64_t at) { return load_element<acc_t>(p.logits, kDtype, at); };
-  const acc_t upper = (1 - x.weight) * logit(top + left) + x.weight * logit(top + right);
-  const acc_t lower = (1 - x.weight) * logit(bottom + left) + x.weight * logit(bottom + right);
-  const acc_t s = (1 - y.weight) * upper + y.weight * lower;
-  return 1 / (1 + std::exp(-s));
+  // A weight of 0 selects: an infinite neighbour does not reach a map that is not enlarged.
+  const auto blend = [](acc_t low, acc_t high, acc_t weight) {
+    return weight == 0 ? low : (1 - weight) * low + weight * high;
+  };
+  const acc_t upper = blend(logit(top + left), logit(top + right), x.weight);
+  const acc_t lower = blend(logit(bottom + left), logit(bottom + right), x.weight);
+  return 1 / (1 + std::exp(-blend(upper, lower, y.weight)));
 }
 
 // Goes over a logit's window. Returns its share of the tally; adds to `kept` the gradient of the picture's sum.
