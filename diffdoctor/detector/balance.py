@@ -67,8 +67,8 @@ def category_statistics(
     return sorted(result, key=lambda s: -s.mean_confidence)
 
 
-def sampling_weights(data, *, strength: float = 1.0) -> np.ndarray:
-    """Weights that sample the categories evenly, and damaged and clean pictures evenly within each category.
+def sampling_weights(data, *, strength: float = 1.0, damaged_share: float = 0.5) -> np.ndarray:
+    """Weights that sample the categories evenly, and damaged and clean pictures by a fixed share within each category.
 
     A category of which nearly all pictures are damaged teaches that the category itself is the damage; sampling its few
     clean pictures as often takes that shortcut away.
@@ -76,17 +76,24 @@ def sampling_weights(data, *, strength: float = 1.0) -> np.ndarray:
     Args:
         data: `DetectorData`; the category is "" where a picture has none.
         strength: exponent within [0, 1]: 0 samples all pictures alike, 1 evens the groups out.
+        damaged_share: of the damaged pictures in a category that has both kinds, within (0, 1); less than a half makes a
+            detector that flags fewer clean pictures, and overlooks more.
 
     Returns:
         (N,) float64, summing to 1.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength: expected within [0, 1], got {strength}")
+    if not 0 < damaged_share < 1:
+        raise ValueError(f"damaged_share: expected within (0, 1), got {damaged_share}")
     categories, damaged = labels_of(data)
     keys = list(zip(categories, damaged, strict=True))
     size = {key: keys.count(key) for key in set(keys)}
-    groups = {name: sum(1 for key in size if key[0] == name) for name in set(categories)}
-    weights = np.array([1.0 / (size[key] * groups[key[0]]) for key in keys]) ** strength
+    share = {
+        (name, hurt): (damaged_share if hurt else 1 - damaged_share) if (name, not hurt) in size else 1.0
+        for name, hurt in size
+    }
+    weights = np.array([share[key] / size[key] for key in keys]) ** strength
     return weights / weights.sum()
 
 

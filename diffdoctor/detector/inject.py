@@ -129,7 +129,7 @@ def inject(
     rng: np.random.Generator,
     kinds: Sequence[str] | None = None,
     strength: float | tuple[float, float] = (0.5, 1.0),
-    area: float | tuple[float, float] = (0.02, 0.33),
+    area: float | tuple[float, float] = (0.03, 0.33),
     *,
     visible: float = 0.2,
     attempts: int = 12,

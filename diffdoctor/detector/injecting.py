@@ -47,7 +47,7 @@ class InjectConfig:
     clean: bool = True
     kinds: list[str] | None = None
     strength: tuple[float, float] = (0.5, 1.0)
-    area: tuple[float, float] = (0.02, 0.33)
+    area: tuple[float, float] = (0.03, 0.33)
     visible: float = 0.2
     longest: int | None = None
     seed: int = 0

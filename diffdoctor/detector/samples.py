@@ -112,7 +112,7 @@ class AugmentConfig:
     inject_share: float = 0.5
     kinds: tuple[str, ...] | None = None
     strength: tuple[float, float] = (0.5, 1.0)
-    area: tuple[float, float] = (0.02, 0.33)
+    area: tuple[float, float] = (0.03, 0.33)
     visible: float = 0.2
     benign_share: float = 0.3
     shrink_share: float = 0.1
