@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -42,15 +43,97 @@ def test_options_come_from_a_file_and_the_command_line_wins(demo_options, tmp_pa
         (["demo", "--pictures", "3"], "pictures: at least 20 was expected"),
         (["treat", "--method", "nope"], "method: one of draft_k"),
         (["treatment"], "unknown command 'treatment'"),
+        (["evaluate"], "one of evaluate detector, evaluate model was expected"),
+        (["evaluate", "modle"], "one of evaluate detector, evaluate model was expected"),
+        (["evaluate", "model"], "--pipeline: is needed"),
     ],
-    ids=["unknown-option", "wrong-type", "no-such-config", "demo-value", "treat-value", "unknown-command"],
-)
+    ids=[
+        "unknown-option", "wrong-type", "no-such-config", "demo-value", "treat-value", "unknown-command",
+        "half-a-command", "unknown-second-word", "nothing-given",
+    ],
+)  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(argv, words, capsys):
     assert cli.main(argv) == 2
     errors = capsys.readouterr().err
     assert words in errors
     assert errors.count("\n") == 1
     assert errors.startswith("diffdoctor")
+
+
+@dataclasses.dataclass
+class Nested:
+    """Options of a part.
+
+    Args:
+        betas: two numbers.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.99)
+
+
+@dataclasses.dataclass
+class ListOptions:
+    """Options of a command.
+
+    Args:
+        places: what is read.
+        kinds: names.
+        area: a range.
+        part: a part.
+        seed: a number.
+    """
+
+    places: list[str]
+    kinds: list[str] | None = None
+    area: tuple[float, float] = (0.0, 1.0)
+    part: Nested = dataclasses.field(default_factory=Nested)
+    seed: int = 0
+
+
+@pytest.fixture
+def list_options(monkeypatch):
+    """Runs a command of list options up to its options, which are collected here."""
+    seen = []
+    command = cli.Command("summary", "collect:options", "collect:run", ("places",))
+    monkeypatch.setitem(cli.COMMANDS, "lists", command)
+    monkeypatch.setattr(cli, "_load", lambda path: seen.append if path == "collect:run" else ListOptions)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("a b --seed 1", ListOptions(["a", "b"], seed=1)),
+        ("a --kinds tint", ListOptions(["a"], ["tint"])),
+        ("a --kinds tint swirl --area 0.1 0.5", ListOptions(["a"], ["tint", "swirl"], (0.1, 0.5))),
+        ("--kinds=tint a b", ListOptions(["a", "b"], ["tint"])),
+        ("--kinds [tint,swirl] a", ListOptions(["a"], ["tint", "swirl"])),
+        ("a --kinds 007 null", ListOptions(["a"], ["007", "null"])),
+        ("a --kinds null", ListOptions(["a"])),
+        ("a --part.betas 0.5 0.6", ListOptions(["a"], part=Nested((0.5, 0.6)))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_lists_are_given_as_a_shell_gives_them(list_options, argv, expected):
+    assert cli.main(["lists", *argv.split()]) == 0
+    assert list_options == [expected]
+
+
+def test_every_positional_option_is_described(capsys):
+    for name in ("inject", "evaluate detector"):
+        with pytest.raises(SystemExit):
+            cli.main([*name.split(), "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "clean pictures: files, folders, patterns, shards." in text
+    assert "folders of labelled shards, as `diffdoctor inject` makes them." in text
+
+
+def test_the_evaluations_are_listed(capsys):
+    assert cli.main(["evaluate", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "evaluate detector" in text
+    assert "evaluate model" in text
+    assert "train-detector" not in text
 
 
 def test_help_names_every_option_with_its_default(capsys):
