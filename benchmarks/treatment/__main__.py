@@ -15,12 +15,10 @@ import time
 import torch
 
 from benchmarks import machine
-from benchmarks.treatment.study import METHODS, PIPELINES, Settings, Study
+from benchmarks.treatment.study import METHODS, PIPELINES, SHARED, Settings, Study
 from benchmarks.treatment.table import LIMITS, markdown, missed
 from diffdoctor._errors import UserError
 from diffdoctor._io import atomic_write_json, atomic_write_text
-
-SHARED = "shared"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,19 +56,6 @@ def parts(options) -> list[str]:
     return found
 
 
-def run_part(study: Study, part: str) -> None:
-    """Make one part, unless it is done."""
-    kind, _, name = part.partition("/")
-    if part == SHARED:
-        study.prepare()
-    elif name == "pipeline":
-        study.pipeline(kind)
-    elif name == "before":
-        study.before(kind)
-    else:
-        study.method(kind, name)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; with --strict 1 when a method misses its limit; 2 for bad arguments."""
     from diffdoctor.demo.run import _quieten
@@ -86,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         study = Study(options.output, settings, demo=options.demo, overwrite=options.overwrite and not options.part)
         if options.part:
-            run_part(study, options.part)
+            study.run(options.part)
             return 0
         return _run(study, options, [word for word in arguments if word != "--overwrite"])
     except UserError as error:
@@ -97,6 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(study, options, arguments) -> int:
     started = time.perf_counter()
     for part in parts(options):
+        if study.done(part):
+            continue
         done = subprocess.run([sys.executable, "-m", "benchmarks.treatment", *arguments, "--part", part], check=False)
         if done.returncode:
             print(f"the part {part} ended with exit code {done.returncode}", file=sys.stderr)

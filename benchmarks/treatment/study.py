@@ -19,6 +19,7 @@ from diffdoctor.demo.stages import Stages
 from diffdoctor.evaluate.model import compare_pictures, sample_pictures
 from diffdoctor.version import __version__
 
+SHARED = "shared"
 PIPELINES = ("sd", "flux")
 METHODS = ("draft_k", "drtune", "weighted", "guide", "draft_lv", "full")
 # Where it is not TreatConfig's default. A step of the denoising loss alone costs a third of one that samples.
@@ -66,6 +67,27 @@ class Study:
         self.stages = Stages(output, json.loads(json.dumps(stored)), overwrite=overwrite)
         folder = Path(demo) if demo else self.output / "demo"
         self.demo = Demo(DemoConfig(output=str(folder), seed=settings.seed, overwrite=overwrite, **settings.demo))
+
+    def done(self, part: str) -> bool:
+        """Whether a part, "shared" or "<pipeline>/<pipeline, before or method>", is finished."""
+        kind, _, name = part.partition("/")
+        if part == SHARED:
+            return all(self.demo.stages.done(stage) for stage in ("data", "classifier", "detector", "judge"))
+        if name == "pipeline":
+            return self.demo.stages.done("pipeline") if kind == "sd" else self.stages.done(f"{kind}-pipeline")
+        return self.stages.done(f"{kind}-{name}")
+
+    def run(self, part: str) -> None:
+        """Make a part, and what it needs, unless it is done."""
+        kind, _, name = part.partition("/")
+        if part == SHARED:
+            self.prepare()
+        elif name == "pipeline":
+            self.pipeline(kind)
+        elif name == "before":
+            self.before(kind)
+        else:
+            self.method(kind, name)
 
     def prepare(self) -> None:
         """Data, classifier, detector and judge."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from diffdoctor.demo.pipeline import Trained, build_tokenizer, encode_latents, fit
-from diffdoctor.ops import Packed, Target, weighted_loss
+from diffdoctor.ops import Target, weighted_loss
 from diffdoctor.treat.families import family_of
 
 MAX_SEQUENCE_LENGTH = 8
@@ -55,11 +55,11 @@ def build_flow_pipeline(prompts: Sequence[str], vae, *, seed: int = 0, width: in
     if width % 32:
         raise ValueError(f"width: a multiple of 32 was expected, got {width}")
     clip, t5 = build_tokenizer(prompts, max_length=MAX_SEQUENCE_LENGTH), build_t5_tokenizer(prompts)
-    # FluxPipeline asks for a shift, StableDiffusionPipeline has none
-    own_vae = AutoencoderKL.from_config(vae.config, shift_factor=0.0)
-    own_vae.load_state_dict(vae.state_dict())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        # FluxPipeline asks for a shift, StableDiffusionPipeline has none
+        own_vae = AutoencoderKL.from_config(vae.config, shift_factor=0.0)
+        own_vae.load_state_dict(vae.state_dict())
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(clip),
@@ -154,7 +154,7 @@ def train_flow(
 
 
 def _start_as_identity(transformer) -> None:
-    """Zero the modulations and the last projection, as transformers of this kind start; diffusers leaves them random."""
+    """Zero the modulations and the last projection, as such transformers start; diffusers leaves them random."""
     for name, module in transformer.named_modules():
         if isinstance(module, torch.nn.Linear) and (name.endswith(".linear") or name == "proj_out"):
             torch.nn.init.zeros_(module.weight)

@@ -99,7 +99,8 @@ def guide(
             is not smoothed by later steps, and tends to fool the detector rather than to mend the picture.
         decay: strength falls with (1 - share of steps done) ** decay; 0: constant.
         rewinds: how often a broken picture is drawn again at most; 0: never.
-        rewind_to: share of the steps to go back to, in [0, 1).
+        rewind_to: share of the steps that the first rewind goes back to, in [0, 1). What it cannot mend was decided
+            earlier, so each further one goes further back, the last one to the first step.
         rewind_area, rewind_confidence: a picture is broken when at least this share of its pixels has at least this
             confidence; those pixels are drawn again. A doubt is enough: drawing again what was sound costs only time.
         rewind_dilation: latent pixels by which the part drawn again grows.
@@ -194,14 +195,15 @@ class _Run:
         return self.family.to_pipeline(clean.to(final.dtype))
 
     def _draw_again(self, clean, region, rows, count: int) -> torch.Tensor:
-        """Latents (M, C, h, w) sampled from `rewind_to` on inside the region, and as they are outside of it.
+        """Latents (M, C, h, w) sampled again inside the region, and as they are outside of it.
 
         Args:
             clean: (M, C, h, w), the pictures at rows (M,) of the batch.
             region: (M, 1, h, w), 1 inside and 0 outside.
             count: of the rewinds so far; each has fresh noise.
         """
-        sampler, first = self.sampler, int(self.options.rewind_to * len(self.sampler))
+        sampler, share = self.sampler, 1 - count / max(1, self.options.rewinds - 1)
+        first = int(self.options.rewind_to * share * len(sampler))
         dtype = next(self.family.denoiser.parameters()).dtype
         generators = [torch.Generator().manual_seed(seed_of(self.seeds[row], count)) for row in rows.tolist()]
         noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators]).to(clean.device)

@@ -1,0 +1,120 @@
+"""The study of all methods at toy lengths: every part runs, is stored, and is measured; the table says what misses."""
+
+import json
+
+import pytest
+from test_demo import metrics_of
+
+from benchmarks.treatment.__main__ import main, parser, parts
+from benchmarks.treatment.memory import PeakMemory
+from benchmarks.treatment.study import METHODS, Settings, treat_options
+from benchmarks.treatment.table import markdown, missed
+
+DEMO = dict.fromkeys(("classifier_steps", "autoencoder_steps", "base_steps"), 8) | {
+    "detector_steps": 3,
+    "judge_steps": 3,
+}
+TOY = {"flow_steps": 4, "demo": DEMO, "treat": {"steps": 2, "evaluate_pictures": 10, "batch_size": 4}}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A toy study of two methods: its parts one by one in this process, the last one by the command itself."""
+    output = tmp_path_factory.mktemp("study")
+    arguments = ["--output", str(output), "--pictures", "20", "--methods", "drtune,guide", "--threads", "1"]
+    arguments += ["--settings", json.dumps(TOY)]
+    for part in parts(parser().parse_args(arguments))[:-1]:
+        assert main([*arguments, "--part", part]) == 0
+    stamps = {path: path.stat().st_mtime_ns for path in output.glob("stages/*/stage.json")}
+    assert main(arguments) == 0
+    return output, arguments, stamps
+
+
+def test_every_method_is_measured_on_both_pipelines(finished):
+    record = json.loads((finished[0] / "treatment.json").read_text())
+    rows = {(row["pipeline"], row["method"]): row for row in record["rows"]}
+    assert set(rows) == {(kind, method) for kind in ("sd", "flux") for method in ("drtune", "guide")}
+    for row in rows.values():
+        low, high = row["artifact_rate"]["judge"]["after_interval"]
+        assert 0 <= low <= row["artifact_rate"]["judge"]["after"] <= high <= 1
+        assert row["seconds"] > 0
+        assert row["peak_mib"] >= 0
+        assert row["fid"]["after"] > 0
+    before = {kind: rows[kind, "drtune"]["artifact_rate"]["judge"]["before"] for kind in ("sd", "flux")}
+    assert all(rows[kind, "guide"]["artifact_rate"]["judge"]["before"] == before[kind] for kind in before)
+    table = (finished[0] / "treatment.md").read_text()
+    assert len(table.strip().splitlines()) == 2 + len(rows)
+
+
+def test_the_last_part_was_made_by_the_command_and_no_other_twice(finished):
+    output, _, stamps = finished
+    assert {path.parent.name for path in output.glob("stages/*/stage.json")} == {
+        "flux-pipeline", "sd-before", "sd-drtune", "sd-guide", "flux-before", "flux-drtune", "flux-guide",
+    }  # fmt: skip
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    assert "flux-guide" not in {path.parent.name for path in stamps}
+
+
+def test_the_lora_of_a_part_can_be_loaded(finished):
+    from diffusers import DiffusionPipeline
+
+    stages = finished[0] / "stages"
+    pipeline = DiffusionPipeline.from_pretrained(stages / "flux-pipeline" / "pipeline")
+    pipeline.load_lora_weights(stages / "flux-drtune" / "lora")
+    assert pipeline.get_active_adapters()
+
+
+def test_other_settings_in_the_same_folder_are_refused(finished, capsys):
+    assert main([*finished[1], "--seed", "3"]) == 2
+    assert "another seed" in capsys.readouterr().err
+
+
+def test_unknown_methods_are_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--methods", "prayer"])
+    assert "prayer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "guide"])
+@pytest.mark.parametrize("kind", ["sd", "flux"])
+def test_options_are_those_of_a_treatment(kind, method):
+    from diffdoctor.treat import TreatConfig
+
+    config = TreatConfig(**treat_options(kind, method, Settings()))
+    assert (config.method, config.sampling_steps, config.guidance_scale) == (method, 10, 1.0)
+    assert config.steps % config.evaluate_every == 0
+
+
+def row_of(method="draft_k", **changes):
+    metrics = metrics_of(**changes)
+    metrics["accuracy"] = metrics.pop("digit_accuracy")
+    return {"pipeline": "sd", "method": method, "seconds": 9.0, "sampling_seconds": 3.0, "peak_mib": 70.0, **metrics}
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "faults"),
+    [
+        ("draft_k", {}, []),
+        ("draft_k", {"artifact_rate__judge__after": 0.036}, ["ratio"]),
+        ("drtune", {"artifact_rate__judge__after": 0.036}, ["ratio"]),
+        ("guide", {"artifact_rate__judge__after": 0.036}, []),
+        ("guide", {"artifact_rate__judge__after": 0.072}, ["ratio"]),
+        ("weighted", {"artifact_rate__judge__after": 0.17, "fid__after": 2.1}, ["FID"]),
+        ("drtune", {"digit_accuracy__after": 0.939}, ["accuracy"]),
+        ("full", {"artifact_rate__judge__after": 0.3}, []),
+    ],
+)
+def test_what_a_method_misses(method, change, faults):
+    row = row_of(method, **change)
+    row["artifact_rate"]["judge"]["before_interval"] = [0.3, 0.4]
+    assert missed(row) == faults
+    assert ("missed" in markdown([row])) == bool(faults)
+
+
+def test_peak_memory_sees_what_was_held_and_freed():
+    import numpy as np
+
+    with PeakMemory() as memory:
+        held = np.ones(64 * 2**20 // 8)
+        del held
+    assert 48 < memory.mib < 200
