@@ -1,6 +1,7 @@
 """A run's training state on disk: whole checkpoints only, the last few kept, those of another run refused."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 
 from diffdoctor._errors import UserError
-from diffdoctor._io import atomic_dir
+from diffdoctor._io import atomic_dir, clear_temporaries
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -42,15 +43,17 @@ class Checkpoints:
             state: tensors and plain values.
             record: JSON values that are kept beside it, to be read without torch.
         """
-        # What a kill left behind half-written.
-        for left in self.folder.glob(".step-*"):
-            shutil.rmtree(left, ignore_errors=True)
         with atomic_dir(self.folder / f"step-{step:08d}") as temporary:
             torch.save(state, temporary / "state.pt")
             account = {"settings": self.settings, "record": record or {}}
             (temporary / "run.json").write_text(json.dumps(account), encoding="utf-8")
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Delete all but the last few, and what a kill left half-written or half-deleted."""
+        clear_temporaries(self.folder)
         for old in self.all()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            _delete(old)
 
     def load(self, device="cpu") -> tuple[dict, dict] | None:
         """State and record of the last complete checkpoint, tensors on `device`; None where there is none.
@@ -71,3 +74,10 @@ class Checkpoints:
     def remove(self) -> None:
         """Delete them all, when the run is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint; a kill leaves it whole, or under a name that `clear_temporaries` knows."""
+    hidden = folder.with_name(f".{folder.name}.deleting.tmp")
+    os.replace(folder, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)

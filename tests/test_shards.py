@@ -1,15 +1,18 @@
 """Shards: what is written comes back; broken and hostile archives are left out, counted, and write nothing."""
 
 import io
+import itertools
 import json
 import tarfile
 
 import numpy as np
 import pytest
+import torch
 
 from diffdoctor._errors import UserError
 from diffdoctor.detector import archive, codec, shards
 from diffdoctor.detector.shards import ShardData, SkipCounts, read_manifest, read_shards, write_shards
+from diffdoctor.detector.streaming import ShardStream
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("PIL")
@@ -250,3 +253,94 @@ def test_memory_does_not_grow_with_the_set(tmp_path):
         assert read == count
     # What grows is the set of keys that were seen, about 100 bytes each.
     assert peaks[600] - peaks[150] < 450 * 300
+
+
+def test_a_shard_read_from_its_middle_gives_every_sample_once(tmp_path):
+    write_shards(samples_of(9), tmp_path / "set", shard_size=9)
+    path = tmp_path / "set" / "shard-000000.tar"
+    firsts = set()
+    for start in np.linspace(0, 0.999, 40):
+        counts = SkipCounts()
+        groups = list(archive.read_groups(path, True, counts, start))
+        assert sorted(key for key, _ in groups) == [f"{i:09d}" for i in range(9)]
+        assert all({"png", "mask.png", "json"} == set(members) for _, members in groups)
+        order = [int(key) for key, _ in groups]
+        assert order == [*range(order[0], 9), *range(order[0])]
+        firsts.add(order[0])
+    assert firsts == set(range(9))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_of_a_stream_gives_every_sample_once_in_another_order_each_time(tmp_path, workers):
+    write_shards(samples_of(23), tmp_path / "set", shard_size=3)
+    orders = []
+    for epoch, process in ((0, (0, 1)), (0, (0, 1)), (1, (0, 1))):
+        stream = ShardStream(tmp_path / "set", buffer=5, seed=1, epoch=epoch, process=process)
+        loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers)
+        orders.append([sample["key"] for sample in loader])
+    everything = [f"{i:09d}" for i in range(23)]
+    assert sorted(orders[0]) == sorted(orders[2]) == everything
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[0] != everything
+    halves = [[s["key"] for s in ShardStream(tmp_path / "set", process=(i, 2))] for i in range(2)]
+    assert sorted(halves[0] + halves[1]) == everything
+
+
+def test_a_resampled_stream_draws_all_samples_alike(tmp_path):
+    write_shards(samples_of(20), tmp_path / "set", shard_size=6)  # the last shard holds two
+    stream = ShardStream(tmp_path / "set", buffer=4, resampled=True, seed=3)
+    drawn = [sample["key"] for sample in itertools.islice(stream, 4000)]
+    counts = np.array([drawn.count(f"{i:09d}") for i in range(20)])
+    # Whole shards are drawn, about 800 of them: the share of a shard has a standard deviation of 0.06 of itself.
+    assert counts.sum() == 4000
+    assert counts.min() > 0.75 * 200
+    assert counts.max() < 1.25 * 200
+    assert drawn == [sample["key"] for sample in itertools.islice(stream, 4000)]
+    other = [sample["key"] for sample in itertools.islice(stream.lane(1, 0, SkipCounts()), 100)]
+    assert other != drawn[:100]
+
+
+def test_a_stream_leaves_out_what_is_broken_and_ends_where_nothing_is_whole(tmp_path):
+    (tmp_path / "set").mkdir()
+    write_tar(tmp_path / "set" / "a.tar", [*GOOD[0], *members_of("bad", png=b"x").items(), *GOOD[1]])
+    stream = ShardStream(tmp_path / "set", resampled=True, buffer=2)
+    assert {s["key"] for s in itertools.islice(stream, 30)} == {"first", "last"}
+    assert set(stream.counts.reasons) == {"a broken picture"}
+    with pytest.raises(UserError, match="broken picture"):
+        list(itertools.islice(ShardStream(tmp_path / "set", resampled=True, strict=True), 30))
+    write_tar(tmp_path / "set" / "a.tar", members_of("bad", png=b"x").items())
+    with pytest.raises(UserError, match="no sample that is whole"):
+        next(iter(ShardStream(tmp_path / "set", resampled=True, buffer=2)))
+    write_tar(tmp_path / "set" / "a.tar", [])
+    with pytest.raises(UserError, match="no samples in these 1 shards"):
+        next(iter(ShardStream(tmp_path / "set", resampled=True)))
+
+
+def test_shards_without_masks_can_be_read_for_their_pictures(tmp_path):
+    write_tar(tmp_path / "a.tar", members_of("one", mask__png=None).items())
+    assert [s["key"] for s in read_shards(tmp_path)] == []
+    assert [s["mask"].any() for s in read_shards(tmp_path, masks="optional", strict=True)] == [False]
+    assert ["mask" in s for s in read_shards(tmp_path, masks="ignored", strict=True)] == [False]
+
+
+def test_the_writer_holds_no_row_of_what_is_written(tmp_path):
+    import tracemalloc
+
+    def peak(count):
+        tracemalloc.start()
+        write_shards(samples_of(count, (3, 3)), tmp_path / str(count), shard_size=50)
+        result = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return result
+
+    peak(50)
+    # A shard's rows of the manifest are held, and the hashes of up to 4096 keys.
+    assert peak(700) - peak(350) < 350 * 150
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
+    (tmp_path / ".set.abcd1234.tmp").mkdir()
+    (tmp_path / ".set.abcd1234.tmp" / "shard-000000.tar").write_bytes(b"half")
+    (tmp_path / ".other.abcd1234.tmp").mkdir()
+    write_shards(samples_of(2), tmp_path / "set")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.abcd1234.tmp", "set"]

@@ -45,7 +45,7 @@ class SkipCounts:
 def read_groups(
     path: Path, strict: bool, counts: SkipCounts, start: float = 0.0
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, {extension: bytes}) of neighbouring members that share a key.
+    """(key, {extension: bytes}) of neighbouring members that share a key; each key once.
 
     A member that is not a plain, well-named, small file is left out and counted; one that is no part of a sample (see
     `MEMBERS`) is passed over without being read.
@@ -56,13 +56,18 @@ def read_groups(
         counts: filled with what was left out.
         start: share of the file's bytes in [0, 1) to pass over before the first group, which is read at the end.
     """
-    first = int(start * path.stat().st_size)
+    first, seen = int(start * path.stat().st_size), set()
     for begin, end in ((first, None), (0, first))[: 2 if first else 1]:
         # Headers are read in both rounds; what is wrong with them is counted in the first.
         tally = (strict, counts) if end is None else (False, SkipCounts())
         try:
             with open(path, "rb", buffering=2**18) as file:
-                yield from _groups(file, path.name, begin, end, *tally)
+                for key, members in _groups(file, path.name, begin, end, *tally):
+                    if key in seen:
+                        counts.add("a key twice", f"{path.name}:{key}", strict)
+                        continue
+                    seen.add(key)
+                    yield key, members
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             if isinstance(error, UserError):
                 raise

@@ -34,8 +34,6 @@ def encode_mask(mask: np.ndarray) -> bytes:
 def decode(data: bytes, mode: str) -> np.ndarray:
     """A picture's bytes as uint8 (H, W, 3) for mode "RGB" or (H, W) for "L", turned upright as its camera flagged it.
 
-    The array cannot be written to.
-
     Raises:
         ValueError: not a PNG, JPEG or WebP picture, broken, or too large.
     """
@@ -48,6 +46,6 @@ def decode(data: bytes, mode: str) -> np.ndarray:
             # Each of these copies the picture, so that neither is called where it changes nothing.
             if image.getexif().get(_ORIENTATION, 1) != 1:
                 image = ImageOps.exif_transpose(image)
-            return np.asarray(image if image.mode == mode else image.convert(mode))
+            return np.array(image if image.mode == mode else image.convert(mode))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from error

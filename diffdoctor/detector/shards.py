@@ -94,7 +94,7 @@ class _Writer:
     def __init__(self, folder: Path, shard_size: int, picture_type: str):
         self.folder, self.shard_size, self.picture_type = folder, shard_size, picture_type
         self.count, self.tar, self.name = 0, None, ""
-        self.manifest, self.keys = ManifestWriter(folder / MANIFEST), _Unique()
+        self.manifest, self.keys = ManifestWriter(folder / MANIFEST, min(shard_size, 1000)), _Unique()
 
     def add(self, sample: dict[str, Any]) -> None:
         if self.count % self.shard_size == 0:
@@ -228,15 +228,9 @@ def read_shards(
     """
     counts = SkipCounts() if counts is None else counts
     for path in shard_paths(source)[part[0] :: part[1]]:
-        seen: set[str] = set()
         for key, members in read_groups(path, strict, counts):
-            where = f"{path.name}:{key}"
-            if key in seen:
-                counts.add("a key twice", where, strict)
-                continue
-            seen.add(key)
             try:
-                yield {**decode_sample(members, where, masks), "key": key, "shard": path.name}
+                yield {**decode_sample(members, f"{path.name}:{key}", masks), "key": key, "shard": path.name}
             except BrokenSample as error:
                 counts.add(error.reason, error.where, strict)
 

@@ -13,9 +13,13 @@ from torch import nn
 
 from diffdoctor._checkpoints import Checkpoints
 from diffdoctor._errors import UserError, missing_extra
+from diffdoctor._io import clear_temporaries
+from diffdoctor._pictures import to_images
 from diffdoctor._progress import progress as progress_bar
+from diffdoctor.detector.feeding import PlannedSamples, ResampledSamples, StepPlan, collate
 from diffdoctor.detector.losses import detector_loss
-from diffdoctor.detector.samples import AugmentConfig, DetectorData, StepSamples
+from diffdoctor.detector.samples import AugmentConfig, DetectorData
+from diffdoctor.detector.streaming import ShardStream
 
 
 @dataclasses.dataclass
@@ -38,11 +42,13 @@ class DetectorTrainingConfig:
         augment: what happens to the pictures, see `AugmentConfig`.
         balance: sample categories evenly, and damaged and clean pictures evenly within each, where the data say
             their category.
+        damaged_share: with `balance`, the share of damaged pictures within each category.
         seed: of the samples and the noise.
         workers: processes that prepare samples; 0: the training process does.
         checkpoint_every: steps between checkpoints, where there is an output folder; 0: none.
         keep_checkpoints: how many of the last checkpoints to keep.
         validate_every: steps between validations, where there are validation data; 0: only at the end.
+        strict: stop at the first broken picture of the data instead of taking another in its place and counting it.
         tensorboard: write the curves as TensorBoard events to the output folder's `logs`.
     """
 
@@ -62,11 +68,13 @@ class DetectorTrainingConfig:
     size: int | None = None
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     balance: bool = False
+    damaged_share: float = 0.5
     seed: int = 0
     workers: int = 0
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
     validate_every: int = 0
+    strict: bool = False
     tensorboard: bool = False
 
     def __post_init__(self):
@@ -82,6 +90,8 @@ class DetectorTrainingConfig:
             raise ValueError(f"learning_rate: expected > 0, got {self.learning_rate}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: expected within [0, 1), got {self.ema_decay}")
+        if not 0 < self.damaged_share < 1:
+            raise ValueError(f"damaged_share: expected within (0, 1), got {self.damaged_share}")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision: expected fp32 or bf16, got {self.precision!r}")
         if isinstance(self.augment, dict):
@@ -96,21 +106,24 @@ class TrainedDetector:
         detector: the trained network, in evaluation mode.
         history: one dict a step: step, loss, learning_rate, grad_norm.
         validations: one dict a validation: step and the measures of `evaluate.detector.quick_measures`.
+        broken: {place: reason} of the pictures that could not be read; of a stream, one example of each reason.
     """
 
     detector: nn.Module
     history: list[dict]
     validations: list[dict]
+    broken: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def train_detector(
     config: DetectorTrainingConfig,
-    data: DetectorData,
+    data: DetectorData | ShardStream,
     *,
     detector: nn.Module | None = None,
     validation: DetectorData | None = None,
     output_dir: str | Path | None = None,
     progress: bool = True,
+    name: str = "detector",
 ) -> TrainedDetector:
     """Train a detector on labelled pictures; clean ones are damaged afresh as `config.augment` says.
 
@@ -120,12 +133,15 @@ def train_detector(
 
     Args:
         config: the options.
-        data: the labelled pictures, see `DetectorData` (`ArrayData`, `ShardData`).
+        data: the labelled pictures, see `DetectorData` (`ArrayData`, `ShardData`); or a resampled `ShardStream`, for
+            sets of any size: then another number of processes or workers sees other pictures, so that the losses are
+            alike only on average. Resuming goes on to the same bits there too.
         detector: the network to train in place: any module from images (B, 3, H, W) in [0, 1] to logits (B, 1, h, w).
             None: a fresh `ArtifactDetector.tiny()`, its weights drawn from `config.seed`.
         validation: labelled pictures that are measured during training.
         output_dir: where checkpoints, `detector` and `best` go; None writes nothing.
         progress: show a progress bar.
+        name: what the progress bar calls it.
 
     Raises:
         UserError: the loss is not finite; the output folder holds another run's checkpoints.
@@ -147,7 +163,7 @@ def train_detector(
 
             detector = ArtifactDetector.tiny()
         run = _Run(config, data, detector, validation, output_dir, accelerator)
-        return run.train(progress)
+        return run.train(progress, name)
 
 
 class _Run:
@@ -163,16 +179,27 @@ class _Run:
         self.step = 0
         self.history: list[dict] = []
         self.validations: list[dict] = []
-        weights = None
-        if config.balance:
+        self.broken: dict[str, str] = {}
+        self.data, self.weights = data, None
+        if isinstance(data, ShardStream):
+            if not data.resampled or config.balance:
+                raise UserError("data: expected a resampled stream, and balance=False with it, which knows no counts")
+        elif config.balance:
             from diffdoctor.detector.balance import sampling_weights
 
-            weights = sampling_weights(data)
-        self.samples = StepSamples(data, config.batch_size, config.seed, config.augment, weights, config.size)
+            self.weights = sampling_weights(data, damaged_share=config.damaged_share)
         self.output_dir = Path(output_dir) if output_dir is not None else None
         self.checkpoints = None
         if self.output_dir is not None:
-            described = dataclasses.asdict(config) | {"pictures": len(data), "detector": type(detector).__name__}
+            if accelerator.is_main_process:
+                clear_temporaries(self.output_dir)
+            # A picture that turns up broken makes no other run, and neither do workers, unless they draw the stream.
+            described = dataclasses.asdict(config) | {"detector": type(detector).__name__}
+            if isinstance(data, ShardStream):
+                described |= {"shards": len(data.paths), "buffer": data.buffer, "processes": accelerator.num_processes}
+            else:
+                described |= {"pictures": len(data)}
+                del described["workers"]
             self.checkpoints = Checkpoints(
                 self.output_dir / "checkpoints",
                 described,
@@ -180,17 +207,19 @@ class _Run:
                 refusal="holds checkpoints of a run with other settings ({}); "
                 "choose another output folder or remove it",
             )
+            if accelerator.is_main_process:
+                self.checkpoints.tidy()
         self.writer = None
 
-    def train(self, progress: bool) -> TrainedDetector:
+    def train(self, progress: bool, name: str) -> TrainedDetector:
         config = self.config
         self._resume()
         if config.tensorboard and self.output_dir is not None and self.accelerator.is_main_process:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(self.output_dir / "logs", purge_step=self.step)
+            self.writer = SummaryWriter(self.output_dir / "logs", purge_step=self.step + 1)
         enabled = progress and self.accelerator.is_main_process
-        with progress_bar(config.steps, desc="detector", unit="step", enabled=enabled) as bar:
+        with progress_bar(config.steps, desc=name, unit="step", enabled=enabled) as bar:
             bar.update(self.step)
             for batch in self._batches():
                 self._train_step(batch)
@@ -206,23 +235,37 @@ class _Run:
         if self.writer is not None:
             self.writer.close()
         self.accelerator.wait_for_everyone()
-        return TrainedDetector(self.detector, self.history, self.validations)
+        return TrainedDetector(self.detector, self.history, self.validations, self.broken)
 
     def _batches(self):
         """Lists of (pictures, masks) parts, one list a step, of this process' share of the batch."""
         config, accelerator = self.config, self.accelerator
         share = config.batch_size // accelerator.num_processes
-        plan = _Plan(self.step, config.steps, accelerator.process_index * share, share, config.accumulate)
-        loader = torch.utils.data.DataLoader(
-            self.samples,
-            batch_sampler=plan,
-            num_workers=config.workers,
-            pin_memory=accelerator.device.type == "cuda",
-            generator=torch.Generator().manual_seed(0),
-        )
+        every = config.checkpoint_every
+        plan = StepPlan(self.step, config.steps, accelerator.process_index, share, config.accumulate, every)
+        options = {
+            "num_workers": config.workers,
+            "pin_memory": accelerator.device.type == "cuda",
+            "generator": torch.Generator().manual_seed(0),
+        }
+        if isinstance(self.data, ShardStream):
+            samples = ResampledSamples(self.data, plan, config.augment, config.size)
+            loader = torch.utils.data.DataLoader(samples, batch_size=None, **options)
+        else:
+            samples = PlannedSamples(
+                self.data,
+                config.strict,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                config=config.augment,
+                weights=self.weights,
+                size=config.size,
+            )
+            loader = torch.utils.data.DataLoader(samples, batch_sampler=plan, collate_fn=collate, **options)
         parts = []
-        for part in loader:
-            parts.append(part)
+        for pictures, masks, broken in loader:
+            self.broken |= broken
+            parts.append((pictures, masks))
             if len(parts) == config.accumulate:
                 yield parts
                 parts = []
@@ -239,7 +282,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device)
         for index, (pictures, masks) in enumerate(parts):
-            images = pictures.to(device, non_blocking=True).float() / 255.0
+            images = to_images(pictures, device)
             masks = masks.to(device, non_blocking=True)
             last = index == len(parts) - 1
             sync = self.model.no_sync() if accelerator.num_processes > 1 and not last else contextlib.nullcontext()
@@ -271,12 +314,16 @@ class _Run:
             self._validate()
         if self.checkpoints is not None and config.checkpoint_every and self.step % config.checkpoint_every == 0:
             if self.accelerator.is_main_process:
+                if self.writer is not None:
+                    # What is before a checkpoint is not logged again.
+                    self.writer.flush()
                 state = {
                     "model": self.detector.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                     "ema": self.ema,
                 }
                 record = {"step": self.step, "history": self.history, "validations": self.validations}
+                record["broken"] = self.broken
                 self.checkpoints.save(self.step, state, record)
             self.accelerator.wait_for_everyone()
 
@@ -289,6 +336,7 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema = state["ema"]
         self.step, self.history, self.validations = record["step"], record["history"], record["validations"]
+        self.broken = record["broken"]
 
     def _validate(self) -> None:
         from diffdoctor.evaluate.detector import quick_measures
@@ -312,23 +360,6 @@ class _Run:
     def _use_ema(self) -> None:
         if self.ema is not None:
             _assign(self.detector, self.ema)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """The (step, place) keys of a process' share of every step, in `parts` lists a step; made as they are asked for."""
-
-    start: int
-    stop: int
-    first: int
-    share: int
-    parts: int
-
-    def __iter__(self):
-        size = self.share // self.parts
-        for step in range(self.start, self.stop):
-            for begin in range(self.first, self.first + self.share, size):
-                yield [(step, place) for place in range(begin, begin + size)]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from diffdoctor.detector.base import Detector, load_detector
 from diffdoctor.detector.pictures import finite, versions, write_config
 from diffdoctor.detector.samples import JoinedData
 from diffdoctor.detector.shards import ShardData
+from diffdoctor.detector.streaming import ShardStream
 from diffdoctor.detector.train import DetectorTrainingConfig, train_detector
 
 ARCHITECTURES = ("tiny", "b0", "b1", "b2", "b3", "b4", "b5", "conv")
@@ -30,6 +31,10 @@ class TrainDetectorConfig:
         architecture: tiny, b0 ... b5 (SegFormer) or conv.
         initial: a detector's folder or hub id to go on from, instead of a fresh network.
         encoder: a folder or hub id of transformers' SegFormer weights for the encoder, such as nvidia/mit-b2.
+        resampled: stream the data instead: shards are drawn with replacement, without end, and nothing of the set is
+            held in memory. For sets that are too large to index. Then another number of processes or workers sees other
+            pictures, and class balance and `validation_share` are not to be had: give `validation`.
+        shuffle_buffer: pictures that a worker shuffles among when resampled, held as the bytes of their files.
         min_side: pictures whose short side is smaller are enlarged to it before the network, in pixels.
         training: the training itself, see `DetectorTrainingConfig`.
     """
@@ -41,6 +46,8 @@ class TrainDetectorConfig:
     architecture: str = "tiny"
     initial: str | None = None
     encoder: str | None = None
+    resampled: bool = False
+    shuffle_buffer: int = 1000
     min_side: int = 64
     training: DetectorTrainingConfig = dataclasses.field(
         default_factory=lambda: DetectorTrainingConfig(checkpoint_every=100, validate_every=100)
@@ -54,12 +61,15 @@ def run_train_detector(config: TrainDetectorConfig) -> dict:
     detector = _network(config)
     write_config(output, config)
     result = train_detector(config.training, data, detector=detector, validation=validation, output_dir=output)
+    reasons = list(result.broken.values())
     metrics = {
         "steps": len(result.history),
         "loss": result.history[-1]["loss"],
-        "pictures": len(data),
+        "pictures": None if config.resampled else len(data),
         "validation_pictures": len(validation) if validation is not None else 0,
         "validation": result.validations,
+        "skipped": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+        "skipped_examples": {reason: where for where, reason in sorted(result.broken.items(), reverse=True)},
         "parameters": sum(p.numel() for p in result.detector.parameters()),
         "versions": versions(),
     }
@@ -68,13 +78,17 @@ def run_train_detector(config: TrainDetectorConfig) -> dict:
 
 
 def _data(config: TrainDetectorConfig):
+    """The set to train on and the one to measure on, None for none."""
     if not config.data:
         raise UserError("data: expected at least one folder of shards")
-    data = JoinedData([ShardData(folder) for folder in config.data])
-    if config.validation:
-        return data, JoinedData([ShardData(folder) for folder in config.validation])
     if not 0 <= config.validation_share < 1:
         raise UserError(f"validation_share: expected within [0, 1), got {config.validation_share}")
+    validation = _opened(config.validation, config) if config.validation else None
+    if config.resampled:
+        return _stream(config, validation), validation
+    data = _opened(config.data, config)
+    if validation is not None or not config.validation_share:
+        return data, validation
     # `inject` names its pictures "<number>-<version>": one number's versions must not straddle the split.
     groups = np.array([key.split("-")[0] for key in data.keys])
     names = np.unique(groups)
@@ -84,6 +98,31 @@ def _data(config: TrainDetectorConfig):
     if inside.all():
         raise UserError("validation_share: leaves no picture for training")
     return data.where(~inside), data.where(inside) if inside.any() else None
+
+
+def _opened(folders: list[str], config: TrainDetectorConfig) -> JoinedData:
+    parts = [ShardData(folder) for folder in folders]
+    if not sum(map(len, parts)):
+        raise UserError(f"{', '.join(folders)}: expected labelled pictures, found none")
+    sizes = np.unique(np.concatenate([part.sizes for part in parts]), axis=0)
+    if config.training.size is None and len(sizes) > 1:
+        shown = ", ".join(f"{width}x{height}" for height, width in sizes[:3])
+        raise UserError(
+            f"training.size: expected a side in pixels, since the pictures in {', '.join(folders)} have "
+            f"{len(sizes)} sizes ({shown}{', ...' if len(sizes) > 3 else ''})"
+        )
+    return JoinedData(parts)
+
+
+def _stream(config: TrainDetectorConfig, validation) -> ShardStream:
+    if validation is None and config.validation_share:
+        raise UserError("validation: expected folders of shards with resampled (or validation_share 0 for none)")
+    if config.training.balance:
+        raise UserError("balance: a stream does not know how many pictures a category has; leave it out with resampled")
+    if config.shuffle_buffer < 1:
+        raise UserError(f"shuffle_buffer: expected >= 1 pictures, got {config.shuffle_buffer}")
+    options = {"buffer": config.shuffle_buffer, "seed": config.training.seed, "strict": config.training.strict}
+    return ShardStream([*config.data], resampled=True, **options)
 
 
 def _network(config: TrainDetectorConfig) -> Detector:

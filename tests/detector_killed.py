@@ -1,0 +1,197 @@
+"""Runs of the detector's commands that are killed again and again: forks of one warm process.
+
+A life ends at a chosen file operation below its output folder (an opening, a renaming, a removal, or a synchronisation,
+at which the file loses a random part of what has not reached the disk), or after a chosen time. Called as
+`python detector_killed.py COMMAND FOLDER SEED`, with FOLDER/data and FOLDER/detector there; prints what it did as JSON.
+"""
+
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from diffdoctor.detector.diagnosing import DiagnoseConfig, run_diagnose
+from diffdoctor.detector.samples import AugmentConfig
+from diffdoctor.detector.train import DetectorTrainingConfig
+from diffdoctor.detector.training import TrainDetectorConfig, run_train_detector
+
+# What a life would import, so that only the first process pays for it.
+for name in ("accelerate.utils", "jinja2", "pycocotools.cocoeval", "pyarrow.parquet", "scipy.ndimage", "torch._dynamo"):
+    importlib.import_module(name)
+for name in ("detector.conv", "detector.damage", "evaluate.detector", "evaluate.report"):
+    importlib.import_module(f"diffdoctor.{name}")
+importlib.import_module("torch.utils.tensorboard")
+
+EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
+
+
+def diagnose(folder):
+    # Both picture files and shards; a broken picture among them.
+    places = [str(folder / "pictures"), str(folder / "data")]
+    run_diagnose(DiagnoseConfig(places, str(folder / "detector"), "out", batch_size=3, gallery=5))
+
+
+def train(folder, resampled=False):
+    training = DetectorTrainingConfig(
+        steps=9,
+        batch_size=4,
+        warmup=2,
+        checkpoint_every=2,
+        validate_every=3,
+        size=16,
+        tensorboard=True,
+        bce=1.0,
+        seed=2,
+    )
+    training.augment = AugmentConfig(kinds=("tint", "pixelate"), area=(0.1, 0.3))
+    data, validation = [str(folder / "data")], [str(folder / "validation")]
+    options = {"initial": str(folder / "detector"), "resampled": resampled, "shuffle_buffer": 5, "training": training}
+    run_train_detector(TrainDetectorConfig(data, "out", validation, **options))
+
+
+def train_resampled(folder):
+    train(folder, resampled=True)
+
+
+COMMANDS = {"diagnose": diagnose, "train": train, "train_resampled": train_resampled}
+
+
+class Killer:
+    """Counts the operations below `folder`, and kills this process' group at the `at`-th (0: never)."""
+
+    def __init__(self, folder, at, chance):
+        self.folder, self.at, self.chance, self.count = str(folder), at, chance, 0
+        self.sync, self.synced = os.fsync, {}
+        sys.addaudithook(self.hook)
+        os.fsync = self.fsync
+
+    def hook(self, event, arguments):
+        if event not in EVENTS or not isinstance(arguments[0], (str, os.PathLike)):
+            return
+        if os.path.abspath(os.fspath(arguments[0])).startswith(self.folder):
+            self.tick()
+
+    def tick(self):
+        self.count += 1
+        if self.count == self.at:
+            os.killpg(0, signal.SIGKILL)
+
+    def fsync(self, descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if self.count + 1 == self.at and os.path.isfile(path):
+            # Lines that an earlier call has synchronised stay.
+            os.ftruncate(descriptor, self.chance.randint(self.synced.get(path, 0), os.path.getsize(path)))
+        self.tick()
+        self.sync(descriptor)
+        if os.path.isfile(path):
+            self.synced[path] = os.path.getsize(path)
+
+
+def life(command, folder, work, *, at=0, seconds=None, processes=1, chance=None):
+    """One life of a run in `work`/out; returns the operations it counted, or None when it was killed."""
+    work.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    counted, group, children = work / "counted", 0, []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            _child(command, folder, work, at if rank == processes - 1 else 0, processes, rank, port, chance)
+        children.append(child)
+        group = group or child
+        os.setpgid(child, group)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.killpg(group, signal.SIGKILL)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    if all(os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0 for status in statuses):
+        return int(counted.read_text())
+    assert any(os.WIFSIGNALED(s) and os.WTERMSIG(s) == signal.SIGKILL for s in statuses), statuses
+    return None
+
+
+def _child(command, folder, work, at, processes, rank, port, chance):
+    try:
+        time.sleep(0.02)  # until the parent has put it into its group
+        os.chdir(work)
+        if processes > 1:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(processes))
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the end of the process)
+        killer = Killer(work / "out", at, chance or random.Random(0))
+        COMMANDS[command](folder)
+        if processes > 1:
+            torch.distributed.destroy_process_group()
+        if rank == processes - 1:
+            (work / "counted").write_text(str(killer.count))
+        os._exit(0)
+    except BaseException:
+        sys.stderr = sys.__stderr__
+        traceback.print_exc()
+        os._exit(1)
+
+
+def scalars(folder):
+    """What TensorBoard would show: {tag: [(step, value)]}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def contents(out):
+    """{file: bytes} of all that a run leaves, but for the records of its lives; the curves as they would be shown."""
+    found = {}
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
+        if path.is_file() and not name.startswith(("records/part-", "logs/")):
+            found[name] = path.read_bytes()
+    if (out / "logs").is_dir():
+        found["logs"] = scalars(out / "logs")
+    return found
+
+
+def main(command, folder, seed):
+    torch.set_num_threads(1)
+    chance = random.Random(seed)
+    started = time.monotonic()
+    operations = life(command, folder, folder / "whole")
+    seconds = time.monotonic() - started
+    expected = contents(folder / "whole" / "out")
+    report = {"operations": operations, "files": len(expected), "kills": [], "processes": []}
+    chains = [("operation", 1), ("operation", 1), ("time", 1)] + [("operation", 2)] * (command == "diagnose")
+    for number, (how, processes) in enumerate(chains):
+        work, kills = folder / f"chain-{number}", 0
+        while True:
+            at = chance.randint(1, max(2, operations // 2)) if how == "operation" else 0
+            wait = seconds * (chance.uniform(0.1, 0.6) + 0.1 * kills) if how == "time" else None
+            if life(command, folder, work, at=at, seconds=wait, processes=processes, chance=chance) is not None:
+                break
+            kills += 1
+            assert kills < 60, "no life comes to the end"
+            if how == "operation" and kills >= (8 if processes == 1 else 3):
+                assert life(command, folder, work, processes=processes) is not None
+                break
+        left = contents(work / "out")
+        assert sorted(left) == sorted(expected), sorted(set(left) ^ set(expected))
+        different = [name for name in expected if left[name] != expected[name]]
+        assert not different, different
+        report["kills"].append(kills)
+        report["processes"].append(processes)
+        shutil.rmtree(work)
+    print(json.dumps(report | {"seconds": time.monotonic() - started}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
