@@ -8,39 +8,47 @@ from test_demo import metrics_of
 from benchmarks.treatment.__main__ import main, parser, parts
 from benchmarks.treatment.memory import PeakMemory
 from benchmarks.treatment.study import METHODS, Settings, treat_options
-from benchmarks.treatment.table import markdown, missed
+from benchmarks.treatment.table import END, START, markdown, missed, put_into
+from diffdoctor._errors import UserError
 
 DEMO = dict.fromkeys(("classifier_steps", "autoencoder_steps", "base_steps"), 8) | {
     "detector_steps": 3,
     "judge_steps": 3,
 }
-TOY = {"flow_steps": 4, "demo": DEMO, "treat": {"steps": 2, "evaluate_pictures": 10, "batch_size": 4}}
+TOY = {
+    "flow_steps": 4,
+    "demo": DEMO,
+    "treat": {"steps": 2, "evaluate_pictures": 10, "batch_size": 4},
+    "guide": {"rewinds": 1, "iterations": 1},
+}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A toy study of two methods: its parts one by one in this process, the last one by the command itself."""
     output = tmp_path_factory.mktemp("study")
-    arguments = ["--output", str(output), "--pictures", "20", "--methods", "drtune,guide", "--threads", "1"]
+    arguments = ["--output", str(output), "--pictures", "20", "--methods", "weighted,guide", "--threads", "1"]
     arguments += ["--settings", json.dumps(TOY)]
     for part in parts(parser().parse_args(arguments))[:-1]:
         assert main([*arguments, "--part", part]) == 0
     stamps = {path: path.stat().st_mtime_ns for path in output.glob("stages/*/stage.json")}
-    assert main(arguments) == 0
+    page = output / "page.md"
+    page.write_text(f"before\n{START}\nold\n{END}\nafter\n")
+    assert main([*arguments, "--docs", str(page)]) == 0
     return output, arguments, stamps
 
 
 def test_every_method_is_measured_on_both_pipelines(finished):
     record = json.loads((finished[0] / "treatment.json").read_text())
     rows = {(row["pipeline"], row["method"]): row for row in record["rows"]}
-    assert set(rows) == {(kind, method) for kind in ("sd", "flux") for method in ("drtune", "guide")}
+    assert set(rows) == {(kind, method) for kind in ("sd", "flux") for method in ("weighted", "guide")}
     for row in rows.values():
         low, high = row["artifact_rate"]["judge"]["after_interval"]
         assert 0 <= low <= row["artifact_rate"]["judge"]["after"] <= high <= 1
         assert row["seconds"] > 0
         assert row["peak_mib"] >= 0
         assert row["fid"]["after"] > 0
-    before = {kind: rows[kind, "drtune"]["artifact_rate"]["judge"]["before"] for kind in ("sd", "flux")}
+    before = {kind: rows[kind, "weighted"]["artifact_rate"]["judge"]["before"] for kind in ("sd", "flux")}
     assert all(rows[kind, "guide"]["artifact_rate"]["judge"]["before"] == before[kind] for kind in before)
     table = (finished[0] / "treatment.md").read_text()
     assert len(table.strip().splitlines()) == 2 + len(rows)
@@ -49,7 +57,7 @@ def test_every_method_is_measured_on_both_pipelines(finished):
 def test_the_last_part_was_made_by_the_command_and_no_other_twice(finished):
     output, _, stamps = finished
     assert {path.parent.name for path in output.glob("stages/*/stage.json")} == {
-        "flux-pipeline", "sd-before", "sd-drtune", "sd-guide", "flux-before", "flux-drtune", "flux-guide",
+        "flux-pipeline", "sd-before", "sd-weighted", "sd-guide", "flux-before", "flux-weighted", "flux-guide",
     }  # fmt: skip
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     assert "flux-guide" not in {path.parent.name for path in stamps}
@@ -60,8 +68,19 @@ def test_the_lora_of_a_part_can_be_loaded(finished):
 
     stages = finished[0] / "stages"
     pipeline = DiffusionPipeline.from_pretrained(stages / "flux-pipeline" / "pipeline")
-    pipeline.load_lora_weights(stages / "flux-drtune" / "lora")
+    pipeline.load_lora_weights(stages / "flux-weighted" / "lora")
     assert pipeline.get_active_adapters()
+
+
+def test_the_page_gets_the_table(finished, tmp_path):
+    page = (finished[0] / "page.md").read_text()
+    table = (finished[0] / "treatment.md").read_text()
+    assert page.startswith(f"before\n{START}\n{table}\n20 pictures each; ")
+    assert page.endswith(f"{END}\nafter\n")
+    (tmp_path / "other.md").write_text("no place for it")
+    for path in (tmp_path / "other.md", tmp_path / "none.md"):
+        with pytest.raises(UserError, match="--docs"):
+            put_into(path, "table")
 
 
 def test_other_settings_in_the_same_folder_are_refused(finished, capsys):

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.treatment.study import METHODS, PIPELINES, SHARED, Settings, Study
-from benchmarks.treatment.table import LIMITS, markdown, missed
+from benchmarks.treatment.table import LIMITS, markdown, missed, put_into
 from diffdoctor._errors import UserError
 from diffdoctor._io import atomic_write_json, atomic_write_text
 
@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON: other fields of study.Settings")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice (0)")
     parser.add_argument("--overwrite", action="store_true", help="start again where the folder holds another study")
+    parser.add_argument("--docs", help="page whose table is replaced as well, such as docs/treat.md")
     parser.add_argument("--strict", action="store_true", help="exit code 1 when a method misses what it must reach")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     return parser
@@ -103,10 +104,19 @@ def _run(study, options, arguments) -> int:
     atomic_write_json(study.output / "treatment.json", record)
     text = markdown(rows)
     atomic_write_text(study.output / "treatment.md", text + "\n")
+    if options.docs:
+        put_into(options.docs, f"{text}\n\n{_caption(record)}")
     print(text)
     print(f"{record['seconds']:.0f} s in all stages; wrote {study.output / 'treatment.json'} and treatment.md")
     faults = [row for row in rows if row["method"] in LIMITS and missed(row)]
     return int(options.strict and bool(faults))
+
+
+def _caption(record) -> str:
+    return (
+        f"{record['rows'][0]['pictures']} pictures each; {record['cpu']}, {record['threads']} threads, "
+        f"torch {record['versions']['torch']}; {record['seconds'] / 60:.0f} minutes for all stages."
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ METHODS = ("draft_k", "drtune", "weighted", "guide", "draft_lv", "full")
 # Where it is not TreatConfig's default. A step of the denoising loss alone costs a third of one that samples.
 BY_PIPELINE: dict[str, dict] = {"sd": {}, "flux": {"learning_rate": 1e-3}}
 BY_METHOD: dict[str, dict] = {"weighted": {"steps": 200}}
-GUIDE: dict = {}
 # Pictures at a time while sampling; small, so that memory says something of the method.
 BATCH = 50
 
@@ -40,6 +39,7 @@ class Settings:
         flow_steps: training steps of the second pipeline (batch 64).
         demo: changes of `DemoConfig`; its own lengths when empty.
         treat: changes of every `TreatConfig`, for tests.
+        guide: changes of `guide`'s options, for tests.
     """
 
     seed: int = 0
@@ -47,6 +47,7 @@ class Settings:
     flow_steps: int = 1500
     demo: dict = dataclasses.field(default_factory=dict)
     treat: dict = dataclasses.field(default_factory=dict)
+    guide: dict = dataclasses.field(default_factory=dict)
 
 
 class Study:
@@ -63,7 +64,7 @@ class Study:
     def __init__(self, output, settings: Settings, *, demo=None, overwrite: bool = False):
         self.output, self.settings = Path(output), settings
         stored = {"diffdoctor": __version__, **dataclasses.asdict(settings)}
-        stored |= {"by_pipeline": BY_PIPELINE, "by_method": BY_METHOD, "guide": GUIDE}
+        stored |= {"by_pipeline": BY_PIPELINE, "by_method": BY_METHOD}
         self.stages = Stages(output, json.loads(json.dumps(stored)), overwrite=overwrite)
         folder = Path(demo) if demo else self.output / "demo"
         self.demo = Demo(DemoConfig(output=str(folder), seed=settings.seed, overwrite=overwrite, **settings.demo))
@@ -178,7 +179,8 @@ class Study:
 
         detector = self.detector(self.demo.data())
         side = demo_data.SIDE
-        with guide(pipeline, detector, height=side, width=side, seed=self.settings.seed, **GUIDE) as log:
+        options = {"height": side, "width": side, "seed": self.settings.seed, **self.settings.guide}
+        with guide(pipeline, detector, **options) as log:
             pictures, cost = self._draw(pipeline, kind, f"{kind} guide")
         return {"rewound": log.rewound}, pictures, cost
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from diffdoctor._errors import UserError
+from diffdoctor._io import atomic_write_text
+
+START, END = "<!-- table of python -m benchmarks.treatment -->", "<!-- end of table -->"
 LIMITS = {"draft_k": 0.1, "drtune": 0.1, "weighted": 0.5, "guide": 0.2}
 ACCURACY_MAY_FALL = 0.01
 NAMES = {"sd": "U-Net, v-prediction (SD)", "flux": "transformer, flow matching (FLUX)"}
@@ -32,6 +38,23 @@ def markdown(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
     lines = [HEADER, ("---",) * len(HEADER), *(_cells(row) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def put_into(path: str | Path, text: str) -> None:
+    """Replace what stands between the lines `START` and `END` of a page.
+
+    Raises:
+        UserError: if the page cannot be read or lacks one of the lines.
+    """
+    try:
+        page = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--docs {path}: cannot be read ({error.strerror})") from None
+    head, start, rest = page.partition(START)
+    _, end, tail = rest.partition(END)
+    if not (start and end):
+        raise UserError(f"--docs {path}: the lines {START!r} and {END!r} were expected")
+    atomic_write_text(path, f"{head}{START}\n{text}\n{END}{tail}")
 
 
 def _cells(row):
