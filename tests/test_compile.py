@@ -1,5 +1,8 @@
 """torch.compile: whole graphs, the same numbers as eager, and well-formed operators."""
 
+import copy
+import dataclasses
+
 import helpers_cases as cases
 import pytest
 import torch
@@ -78,6 +81,56 @@ def test_modulate_gradient_and_artifact_loss():
     assert torch.equal(grad, grad_c)
 
 
+def test_a_modulator_whose_map_is_set_after_the_forward():
+    x = torch.randn(2, 3, 8, 8)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def f(y, modulator):
+        return (modulator(modulator(y) * 3) ** 2).sum()
+
+    def gradient(run, modulator, confidence):
+        leaf = x.clone().requires_grad_()
+        loss = run(leaf, modulator)
+        modulator.set(confidence)
+        loss.backward()
+        return leaf.grad
+
+    for run in (compiled(f), torch.compile(f, fullgraph=True, backend=backend)):
+        for _ in range(4):  # a new modulator each time, as one has for each batch
+            modulator = diffdoctor.GradientModulator(artifact_grad=1.0, clean_grad=0.25)
+            for confidence in (torch.rand(2, 16, 16), torch.rand(2, 8, 8)):
+                torch.testing.assert_close(
+                    gradient(run, modulator, confidence), gradient(f, modulator, confidence), rtol=1e-6, atol=0
+                )
+    assert len(graphs) <= 2  # one for the first modulator's key, one for every other
+    with pytest.raises(RuntimeError, match="no map"):
+        gradient(compiled(f), modulator, None)
+
+
+def test_a_modulator_cannot_be_made_inside_a_compiled_function():
+    def f(y):
+        return diffdoctor.GradientModulator(artifact_grad=1.0)(y).sum()
+
+    with pytest.raises(Exception, match="outside the compiled function"):
+        compiled(f)(torch.randn(2, 3, 8, 8, requires_grad=True))
+
+
+def test_a_copied_modulator_has_a_map_of_its_own():
+    first = diffdoctor.GradientModulator(artifact_grad=1.0)
+    second = copy.deepcopy(first)
+    first.set(torch.ones(2, 8, 8))
+    second.set(torch.zeros(2, 8, 8))
+    for modulator, want in ((first, 1.0), (second, 0.5)):
+        modulator._options = dataclasses.replace(modulator._options, clean_grad=0.5)
+        leaf = torch.randn(2, 3, 8, 8, requires_grad=True)
+        compiled(lambda y, m=modulator: m(y).sum())(leaf).backward()
+        assert torch.equal(leaf.grad, torch.full_like(leaf, want))
+
+
 def test_dynamic_shapes_and_no_recompilation_for_values():
     count = 0
 
@@ -137,6 +190,9 @@ def test_opcheck_the_others(view):
         torch.ops.diffdoctor.modulate_gradient.default,
         (x, torch.rand(2, 16, 16), [1.0, 0.2, 0.0, 1.0], "area", []),
     )
+    modulator = diffdoctor.GradientModulator(artifact_grad=1.0, clean_grad=0.2)
+    modulator.set(torch.rand(2, 16, 16))
+    opcheck(torch.ops.diffdoctor.modulate_gradient_later.default, (x, modulator._key))
     logits = cases._lay_out(torch.randn(2, 1, 8, 6), view).requires_grad_()
     opcheck(torch.ops.diffdoctor.artifact_loss.default, (logits, 16, 12, 0.1, "threshold", "mean", "", True))
     *first, _, _ = arguments(F16, view, False)

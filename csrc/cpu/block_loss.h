@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kPiece = 512;
 
 template <typename acc_t>
-struct Buffers {
+struct alignas(64) Buffers {  // all of it whole lines: a vector across two takes twice the time
   Weights<acc_t> maps;
   acc_t v[kChunk], weight[kChunk], modulated[kChunk];
   acc_t pred[kChunk], term[kMaxTerms][kChunk], grad[kChunk];  // of operands that are not runs of memory
@@ -278,16 +278,12 @@ double process_general(const Call<acc_t>& call, const Place& at, const Sample<ac
     const acc_t* modulated = w.weight ? w.modulated + begin : buf.plain_modulated;
     residuals(call, s, runs, weight, begin, n, buf);
     mixture(p, buf.d, s.huber_c, n, buf.loss, buf.slope);
-    acc_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) sum += weight[i] == 0 ? acc_t(0) : weight[i] * buf.loss[i];
-    total += sum;
+    total += weighted_sum(weight, buf.loss, n);
     if (write_grad) {
       const bool in_place = runs.grad.dtype == kAccDtype<acc_t>;
       void* const grad = const_cast<void*>(runs.grad.data);
       acc_t* out = in_place ? static_cast<acc_t*>(grad) + begin : buf.grad_piece;
-      for (int64_t i = 0; i < n; ++i)
-        out[i] = modulated[i] == 0 ? acc_t(0) : modulated[i] * buf.slope[i] * s.gradient_scale;
+      scale_slopes(modulated, buf.slope, s.gradient_scale, n, out);
       if (!in_place) store_run<acc_t>(grad, runs.grad.dtype, begin, 1, n, buf.grad_piece);
     }
     if (!sums) continue;

@@ -12,7 +12,7 @@ namespace {
 // The spatial weight omega and the modulated weight omega * m of a block, reused by every channel. `modulated` is
 // filled only where m is not 1, `u` only for LossStats.
 template <typename acc_t>
-struct Weights {
+struct alignas(64) Weights {
   acc_t u[kChunk], mask[kChunk], omega[kChunk], modulated[kChunk];
   MapRoom<acc_t> room;
 };
@@ -123,6 +123,21 @@ void mixture(const WeightedLossParams& p, const acc_t* d, acc_t c, int64_t n, ac
   add(kPseudoHuber, [c](acc_t x, acc_t& l, acc_t& s) { pseudo_huber_loss(x, c, l, s); });
   add(kLogCosh, [](acc_t x, acc_t& l, acc_t& s) { log_cosh_run(x, l, s); });
   for (int64_t i = 0; first && i < n; ++i) loss[i] = slope[i] = 0;
+}
+
+// Not inlined: among other loops its sum would be kept in memory.
+template <typename acc_t>
+DD_NOINLINE acc_t weighted_sum(const acc_t* weight, const acc_t* loss, int64_t n) {
+  acc_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += weight[i] == 0 ? acc_t(0) : weight[i] * loss[i];
+  return sum;
+}
+
+template <typename acc_t>
+void scale_slopes(const acc_t* modulated, const acc_t* slope, acc_t scale, int64_t n, acc_t* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = modulated[i] == 0 ? acc_t(0) : modulated[i] * slope[i] * scale;
 }
 
 // Adds a piece's share of the sums behind LossStats. weight: omega * v, 0 where an element is left out.

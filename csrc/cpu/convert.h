@@ -12,6 +12,12 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__GNUC__)
+#define DD_NOINLINE __attribute__((noinline))
+#else
+#define DD_NOINLINE
+#endif
+
 namespace diffdoctor {
 namespace {
 

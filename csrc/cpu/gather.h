@@ -75,8 +75,43 @@ void copy_units(const storage_t* in, const UnitWalk& walk, acc_t* out) {
     for (int64_t k = 0; k < unit; ++k) out[i * walk.to + k] = as<acc_t, storage_t>(in[i * walk.from + k]);
 }
 
+// Two bf16 as one word each: packed tokens with patches of 2.
+template <int kUnit>
+void copy_units(const bfloat16* in, const UnitWalk& walk, float* out) {
+  if (kUnit != 2) {
+    copy_units<kUnit, float, bfloat16>(in, walk, out);
+    return;
+  }
+  const int64_t steps = walk.steps, from = walk.from, to = walk.to;
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < steps; ++i) {
+    uint32_t pair;
+    memcpy(&pair, in + i * from, sizeof(pair));
+    // Little endian: the first of two is the low half.
+    out[i * to] = bits_to_float(pair << 16);
+    out[i * to + 1] = bits_to_float(pair & 0xffff0000u);
+  }
+}
+
+// All rows of a walk at once, since each lies elsewhere and the hardware fetches none ahead.
+inline void prefetch_rows(const UnitWalk& walk, const void* data, int64_t size) {
+  const int64_t stride = walk.from < 0 ? -walk.from : walk.from;
+  if (stride * size > 64 || walk.from < 0) return;
+  int64_t index[kMaxDims] = {};
+  for (;;) {
+    int64_t from = 0;
+    for (int k = 0; k < walk.dims; ++k) from += index[k] * walk.stride[k];
+    const char* row = static_cast<const char*>(data) + from * size;
+    for (int64_t byte = 0; byte < walk.steps * stride * size; byte += 64) __builtin_prefetch(row + byte);
+    int k = 0;
+    while (k < walk.dims && ++index[k] == walk.size[k]) index[k++] = 0;
+    if (k == walk.dims) return;
+  }
+}
+
 template <typename acc_t>
 void gather_units(const UnitWalk& walk, const void* data, int32_t dtype, int64_t offset, acc_t* out) {
+  prefetch_rows(walk, address(data, dtype, offset), element_size(dtype));
   with_storage(address(data, dtype, offset), dtype, [&](auto in) {
     int64_t index[kMaxDims] = {};
     for (;;) {

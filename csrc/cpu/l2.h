@@ -71,14 +71,18 @@ inline void store16(bfloat16* out, __mmask16 mask, __m512 values) {
 template <int kTerms, bool kWeights, bool kModulated, bool kGrad, typename pred_t, typename term_t>
 bool l2_finite(const Operands<pred_t, term_t>& x, const Sample<float>& s, const float* weight, const float* modulated,
                float grad_scale, int64_t n, float& total) {
+  // Copies, which a store to the gradient cannot change.
+  const pred_t* const pred = x.pred;
+  const term_t *const term_0 = x.term[0], *const term_1 = x.term[1];
+  pred_t* const grad = x.grad;
   const __m512 pred_scale = _mm512_set1_ps(s.pred_scale), scale = _mm512_set1_ps(grad_scale);
   const __m512 first = _mm512_set1_ps(s.coef[0]), second = _mm512_set1_ps(s.coef[1]);
   __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   __mmask16 nan = 0;
-  const auto step = [&](int64_t i, __mmask16 mask, __m512& sum) {
-    __m512 d = _mm512_mul_ps(pred_scale, load16(x.pred + i, mask));
-    if (kTerms > 0) d = _mm512_fnmadd_ps(first, load16(x.term[0] + i, mask), d);
-    if (kTerms > 1) d = _mm512_fnmadd_ps(second, load16(x.term[1] + i, mask), d);
+  const auto step = [=, &nan](int64_t i, __mmask16 mask, __m512& sum) {
+    __m512 d = _mm512_mul_ps(pred_scale, load16(pred + i, mask));
+    if (kTerms > 0) d = _mm512_fnmadd_ps(first, load16(term_0 + i, mask), d);
+    if (kTerms > 1) d = _mm512_fnmadd_ps(second, load16(term_1 + i, mask), d);
     const __m512 weighted = kWeights ? _mm512_mul_ps(load16(weight + i, mask), d) : d;
     sum = _mm512_fmadd_ps(weighted, d, sum);
     if (!kGrad) return;
@@ -86,7 +90,7 @@ bool l2_finite(const Operands<pred_t, term_t>& x, const Sample<float>& s, const 
     if (kModulated) slope = _mm512_mul_ps(load16(modulated + i, mask), d);
     slope = _mm512_mul_ps(slope, scale);
     if (kModulated) nan |= _mm512_cmp_ps_mask(slope, slope, _CMP_UNORD_Q);
-    store16(x.grad + i, mask, slope);
+    store16(grad + i, mask, slope);
   };
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {

@@ -188,7 +188,7 @@ int64_t gather_positions(const WeightedLossParams& p, const Tiling& t, const Pla
 
 // Room for resampling, beside the block itself.
 template <typename acc_t>
-struct MapRoom {
+struct alignas(64) MapRoom {
   acc_t box[kChunk];
   MapColumns<acc_t> columns;
 };

@@ -11,6 +11,7 @@ from diffdoctor import native
 from diffdoctor.ops._autograd import forbid_second_derivative, graph_is_kept, refuse_functorch, scale_kept
 from diffdoctor.ops._lowering import DTYPES, WRITE_GRAD, WRITE_LOSS, ArtifactProblem, Problem
 from diffdoctor.ops._native_plan import artifact_arguments, call_arguments, native_plan
+from diffdoctor.ops.target import Target
 
 _threads = torch.get_num_threads
 _native = native.load()
@@ -31,43 +32,63 @@ def weighted_loss(problem: Problem) -> None:
 
 
 class ShortCall:
-    """weighted_loss on CPU tensors where every per-sample value is a number: one native call, and nothing is lowered.
+    """weighted_loss on CPU tensors once its plan is known: one native call, and nothing is lowered.
 
     At a few elements a call is all overhead; at two million, whose 0.5 ms leave the caches cold, 30 microseconds of
     Python are still a twentieth.
 
     Args:
-        problem: of a first call with the same plan and the same numbers.
-        grad_runs: as in `Prepared`.
+        problem: of a first call with the same plan, the same numbers and tensors in the same places.
+        prepared: of that plan.
     """
 
-    __slots__ = ("_numbers", "_plan", "_scalar", "count", "dtype", "grad_runs")
+    __slots__ = ("_acc", "_given", "_numbers", "_plan", "_scalar", "_weighted", "count", "dtype", "grad_runs")
 
-    def __init__(self, problem: Problem, grad_runs):
+    def __init__(self, problem: Problem, prepared):
         plan = problem.plan
         self._plan, self._numbers = native_plan(plan, _native), call_arguments(problem)[1]
+        self._given = [k for k, number in enumerate(self._numbers) if type(number) is tuple]
+        self._acc = plan.acc_dtype
+        self._weighted = not prepared.weighting_per_sample
         shape = (plan.batch,) if plan.options.reduction == "sample" else ()
         self._scalar = torch.empty(shape, dtype=plan.acc_dtype)  # empty_like of it takes half the time of empty
-        self.count, self.dtype, self.grad_runs = plan.batch * plan.count, DTYPES[plan.dtype], grad_runs
+        self.count, self.dtype, self.grad_runs = plan.batch * plan.count, DTYPES[plan.dtype], prepared.grad_runs
 
-    def __call__(self, model_pred: Tensor, terms, confidence, mask, weighting, differentiable: bool) -> Tensor:
+    def __call__(
+        self, model_pred: Tensor, target, confidence, mask, weighting, huber_c, normalizer, differentiable: bool
+    ) -> Tensor:
         """The loss; connected to the graph where `differentiable`."""
         loss = torch.empty_like(self._scalar)
         grad = torch.empty_like(model_pred) if differentiable else None
+        terms = target.terms if type(target) is Target else (target,)
+        numbers = self._numbers
+        if self._given:
+            alive = self._tensors(target, weighting, huber_c, normalizer)
+            numbers = list(numbers)
+            for k, tensor in zip(self._given, alive, strict=True):
+                numbers[k] = (tensor.data_ptr(), 0 if tensor.shape[0] == 1 else tensor.stride(0))
+            numbers = tuple(numbers)
         pointers = (
             model_pred.data_ptr(),
             grad.data_ptr() if differentiable else 0,
             terms[0].data_ptr(),
             terms[1].data_ptr() if len(terms) > 1 else 0,
-            0 if weighting is None else weighting.data_ptr(),
+            weighting.data_ptr() if self._weighted and weighting is not None else 0,
             0 if confidence is None else confidence.data_ptr(),
             0 if mask is None else mask.data_ptr(),
             loss.data_ptr(),
             0,
         )
         work = WRITE_LOSS | WRITE_GRAD if differentiable else WRITE_LOSS
-        launch(self._plan, work, pointers, self._numbers, _threads())
+        launch(self._plan, work, pointers, numbers, _threads())
         return WeightedLossKept.apply(model_pred, (self, loss, grad)) if differentiable else loss
+
+    def _tensors(self, target, weighting, huber_c, normalizer) -> list[Tensor]:
+        """The per-sample tensors in the places of `_given` (see `bind_call` in csrc/native_plan.h)."""
+        values = (None, None, None, huber_c, weighting, normalizer)
+        if type(target) is Target:
+            values = (target.pred_scale, *target.coefs, *values[1 + len(target.coefs) :])
+        return [values[k].reshape(-1).to(self._acc) for k in self._given]
 
 
 class WeightedLossKept(torch.autograd.Function):

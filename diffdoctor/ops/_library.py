@@ -39,6 +39,11 @@ _library.define(
 _library.define(
     "modulate_gradient_grad(Tensor grad, Tensor confidence, float[] scalars, str interpolation, int[] layout) -> Tensor"
 )
+# A map that is set later is found through its modulator's key when backward runs; a captured CUDA graph would keep the
+# address of the first one.
+_LATER = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+_library.define("modulate_gradient_later(Tensor x, SymInt key) -> Tensor")
+_library.define("modulate_gradient_later_grad(Tensor grad, SymInt key) -> Tensor", tags=_LATER)
 _library.define(
     "artifact_loss(Tensor logits, int height, int width, float threshold, str method, str reduction, str backend, "
     "bool want_grad) -> (Tensor, Tensor, Tensor)"
@@ -306,6 +311,47 @@ torch.library.register_autograd(
 )
 
 
+def modulate_gradient_later(x, key: int):
+    """`GradientModulator.__call__` on traced tensors."""
+    return torch.ops.diffdoctor.modulate_gradient_later(x, key)
+
+
+@torch.library.impl(_library, "modulate_gradient_later", "CompositeExplicitAutograd")
+def _later_impl(x, key):
+    return x.clone()  # an operator's output may not alias its input
+
+
+@torch.library.register_fake("diffdoctor::modulate_gradient_later", lib=_library)
+def _later_fake(x, key):
+    return x.clone()
+
+
+@torch.library.impl(_library, "modulate_gradient_later_grad", "CompositeExplicitAutograd")
+def _later_grad_impl(grad, key):
+    from diffdoctor.ops.modulate_gradient import modulator_of
+
+    out = modulator_of(key).scaled(grad.detach())
+    return out.clone() if out.data_ptr() == grad.data_ptr() else torch.empty_like(grad).copy_(out)
+
+
+@torch.library.register_fake("diffdoctor::modulate_gradient_later_grad", lib=_library)
+def _later_grad_fake(grad, key):
+    return torch.empty_like(grad)
+
+
+def _later_setup(ctx, inputs, output):
+    ctx.key = inputs[1]
+
+
+def _later_backward(ctx, grad):
+    return torch.ops.diffdoctor.modulate_gradient_later_grad(grad, ctx.key), None
+
+
+torch.library.register_autograd(
+    "diffdoctor::modulate_gradient_later", _later_backward, setup_context=_later_setup, lib=_library
+)
+
+
 def artifact_loss(logits, height, width, threshold, method, reduction, backend):
     """The public function on traced tensors."""
     want_grad = torch.is_grad_enabled() and logits.requires_grad
@@ -386,4 +432,4 @@ torch.library.register_autograd(
     "diffdoctor::artifact_loss", _artifact_backward, setup_context=_artifact_setup, lib=_library
 )
 
-__all__ = ["artifact_loss", "modulate_gradient", "weighted_loss"]
+__all__ = ["artifact_loss", "modulate_gradient", "modulate_gradient_later", "weighted_loss"]

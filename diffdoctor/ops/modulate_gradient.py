@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,8 @@ from diffdoctor.ops._lowering import WRITE_GRAD, Options, PerSample, Problem
 from diffdoctor.ops._prepare import Prepared, make_options, prepare, remember
 
 _ONE = PerSample()
+_keys = itertools.count()
+_modulators: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 _cache: dict[tuple, Prepared] = {}
 
 
@@ -73,7 +78,7 @@ class GradientModulator:
 
     Call it on the latents between denoising steps, run the detector on the decoded picture, hand over the map with
     `set`, then call backward. One map serves every tensor it was called on; `set` may be called again before another
-    backward.
+    backward. A function under torch.compile may call one that was made outside it.
 
     Args: as `modulate_gradient`, by name.
 
@@ -108,6 +113,21 @@ class GradientModulator:
             raise checks.kind_error("layout", "None or a diffdoctor.Packed", layout)
         self.interpolation, self.layout = interpolation, layout
         self.confidence: Tensor | None = None
+        self._key = None
+        if not torch.compiler.is_compiling():  # else it is one of modulate_gradient, whose map is known
+            self._register()
+
+    def _register(self) -> None:
+        """A number that a compiled graph can hold in place of this object."""
+        self._key = next(_keys)
+        _modulators[self._key] = self
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "_key"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._register()
 
     def set(self, confidence: Tensor | None) -> None:
         """The map that the next backward uses; None takes it away, so that a forgotten `set` raises.
@@ -123,9 +143,35 @@ class GradientModulator:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x unchanged, its gradient modulated in backward."""
+        if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+            from diffdoctor.ops import _library
+
+            checks.check_pred("x", x, self.layout)
+            if self._key is None:
+                raise RuntimeError("make the GradientModulator outside the compiled function, which only calls it")
+            return _library.modulate_gradient_later(x, self._key)
         refuse_functorch("modulate_gradient")
         checks.check_pred("x", x, self.layout)
         return _Modulate.apply(x, self)
+
+    def scaled(self, grad: Tensor) -> Tensor:
+        """grad times the modulation of the map that is set, as a new tensor.
+
+        Raises:
+            RuntimeError: no map is set.
+        """
+        if self.confidence is None:
+            raise RuntimeError("GradientModulator has no map: call modulator.set(confidence) before backward")
+        checks.check_map("confidence", self.confidence, grad, self.layout)
+        return scaled(grad, self.confidence, self._options, self.interpolation, self.layout)
+
+
+def modulator_of(key: int) -> GradientModulator:
+    """The living modulator of a compiled graph's key."""
+    modulator = _modulators.get(key)
+    if modulator is None:
+        raise RuntimeError("the GradientModulator of a compiled graph is gone: keep it alive until backward has run")
+    return modulator
 
 
 class _Modulate(torch.autograd.Function):
@@ -137,15 +183,10 @@ class _Modulate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         refuse_functorch("modulate_gradient")
-        modulator = ctx.modulator
-        confidence = modulator.confidence
-        if confidence is None:
-            raise RuntimeError("GradientModulator has no map: call modulator.set(confidence) before backward")
-        checks.check_map("confidence", confidence, grad, modulator.layout)
         if not torch.is_grad_enabled():
-            return scaled(grad, confidence, modulator._options, modulator.interpolation, modulator.layout), None
+            return ctx.modulator.scaled(grad), None
         with torch.no_grad():
-            result = scaled(grad, confidence, modulator._options, modulator.interpolation, modulator.layout)
+            result = ctx.modulator.scaled(grad)
         return forbid_second_derivative(result, "modulate_gradient"), None
 
 

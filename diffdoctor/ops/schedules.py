@@ -47,15 +47,12 @@ def snr_weights(
     if not gamma > 0:
         raise ValueError(f"gamma must be positive, got {gamma}")
     a = _gather(alphas_cumprod, timesteps)
-    # min(a / (1 - a), gamma) * (1 - a) = min(a, gamma (1 - a)): no division by what may be 0.
-    noise = 1 - a
-    capped = a if math.isinf(gamma) else torch.minimum(a, gamma * noise)
+    # Infinite quotients are right here, and a minimum takes them away; 0 / 0 and 0 * infinity do not occur.
     if prediction_type == "v_prediction":
-        return capped
+        return a if math.isinf(gamma) else torch.minimum(a, gamma * (1 - a))
     if prediction_type == "epsilon":
-        return torch.where(a > 0, capped / torch.where(a > 0, a, 1.0), torch.ones_like(a))
-    limit = gamma if not math.isinf(gamma) else torch.finfo(torch.float32).max
-    return torch.where(noise > 0, capped / torch.where(noise > 0, noise, 1.0), torch.full_like(a, limit))
+        return torch.ones_like(a) if math.isinf(gamma) else ((1 - a) * gamma / a).clamp(max=1.0)
+    return (a / (1 - a)).clamp(max=min(gamma, torch.finfo(torch.float32).max))
 
 
 def prior_preservation_weights(batch_size: int, prior_loss_weight: float = 1.0, device=None) -> Tensor:

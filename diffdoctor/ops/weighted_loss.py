@@ -136,15 +136,9 @@ def weighted_loss(
             key, model_pred, target, confidence, mask, weighting, maps, loss_type, huber_c, normalize, normalizer,
             reduction, layout,
         )  # fmt: skip
-    elif (
-        prepared.short is not None
-        and return_stats is False
-        and (backend == "cpu" or (backend is None and not overridden()))
-    ):
-        return prepared.short(
-            model_pred, target.terms if type(target) is Target else (target,), confidence, mask, weighting,
-            grad_mode and model_pred.requires_grad,
-        )  # fmt: skip
+    differentiable = grad_mode and model_pred.requires_grad
+    if return_stats is False and prepared.short is not None and (backend == "cpu" or not (backend or overridden())):
+        return prepared.short(model_pred, target, confidence, mask, weighting, huber_c, normalizer, differentiable)
     if type(return_stats) is not bool:
         raise checks.kind_error("return_stats", "a bool", return_stats)
     module = pick(requested(backend), "weighted_loss", model_pred.device.type)
@@ -157,10 +151,11 @@ def weighted_loss(
         )  # fmt: skip
     problem = make_problem(prepared, model_pred, target, confidence, mask, weighting, huber_c)
     add_divisor(module, problem, normalize, normalizer)
-    if prepared.short is None and _takes_short_way(problem, module):
-        prepared.short = module.ShortCall(problem, prepared.grad_runs)
+    if not return_stats and _takes_short_way(problem, module, normalize):
+        prepared.short = module.ShortCall(problem, prepared)
+        return prepared.short(model_pred, target, confidence, mask, weighting, huber_c, normalizer, differentiable)
     allocate(problem, reduction, return_stats)
-    if grad_mode and model_pred.requires_grad:
+    if differentiable:
         loss = WeightedLoss.apply(model_pred, problem, module, prepared.grad_runs)
     else:
         module.weighted_loss(problem)
@@ -171,14 +166,13 @@ def weighted_loss(
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _takes_short_way(problem, module) -> bool:
-    """On the CPU, with numbers for all per-sample values; fp16, which computes its gradient in backward, does not."""
-    values = (problem.pred_scale, *problem.coefs, problem.huber_c, problem.weight, problem.z)
+def _takes_short_way(problem, module, normalize) -> bool:
+    """On the CPU, and in one pass: normalize takes another before, fp16 computes its gradient in backward."""
     return (
         hasattr(module, "ShortCall")
         and module is for_device("cpu")
         and problem.pred.dtype != torch.float16
-        and all(value.data is None for value in values)
+        and normalize is None
     )
 
 
