@@ -11,10 +11,12 @@ import pytest
 
 from diffdoctor._errors import UserError
 from diffdoctor.detector import ConvDetector, DetectorTrainingConfig, load_detector
+from diffdoctor.detector.balance import sampling_weights
 from diffdoctor.detector.diagnosing import DiagnoseConfig, run_diagnose
 from diffdoctor.detector.injecting import InjectConfig, run_inject
 from diffdoctor.detector.pictures import find_sources
 from diffdoctor.detector.records import Records
+from diffdoctor.detector.samples import ArrayData
 from diffdoctor.detector.shards import ShardData, read_manifest, read_shards
 from diffdoctor.detector.training import TrainDetectorConfig, run_train_detector
 
@@ -279,6 +281,7 @@ def test_curves_of_a_calibrated_detector_lie_on_the_diagonal():
 
 PROCESSES = """
 import sys
+from diffdoctor.detector.balance import sampling_weights
 from diffdoctor.detector.diagnosing import DiagnoseConfig, run_diagnose
 run_diagnose(DiagnoseConfig([sys.argv[1]], sys.argv[2], sys.argv[3], batch_size=2))
 """
@@ -305,3 +308,22 @@ def test_two_processes_share_the_diagnosis(pictures, tmp_path, detector):
     ]
     assert [r["name"] for r in records[0]] == [r["name"] for r in records[1]]
     assert records[0] == records[1]
+
+
+def test_the_share_of_damaged_pictures_is_kept_within_every_category_that_has_both():
+    categories = ["hand"] * 8 + ["tree"] * 2 + ["cat"] * 4
+    masks = np.zeros((14, 16, 16), np.float32)
+    masks[:7] = 1
+    masks[10:11] = 1
+    data = ArrayData(np.zeros((14, 16, 16, 3), np.uint8), masks, category=categories)
+    weights = sampling_weights(data, damaged_share=0.25)
+    damaged = masks.max(axis=(1, 2)) > 0
+    for name, expected in (("hand", 0.25), ("tree", 0.0), ("cat", 0.25)):
+        of = np.array(categories) == name
+        assert weights[of].sum() == pytest.approx(1 / 3)
+        assert weights[of & damaged].sum() == pytest.approx(expected / 3)
+    for share in (0, 1, -0.5):
+        with pytest.raises(ValueError, match="damaged_share"):
+            sampling_weights(data, damaged_share=share)
+        with pytest.raises(ValueError, match="damaged_share"):
+            DetectorTrainingConfig(damaged_share=share)

@@ -27,6 +27,7 @@ SEEN = (
 )
 UNSEEN = ("duplicate", "fuse", "over_smooth", "pixelate", "removal", "seam", "smear", "warp")
 VERSIONS = 3
+BOOTSTRAP = 200
 # What every training has in common; the rest are `train_detector`'s defaults.
 TRAINING = {
     "batch_size": 32,
@@ -212,13 +213,13 @@ def measures(output: Path, detector, folder: Path) -> dict:
     for part in ("seen", "unseen"):
         data = JoinedData([ShardData(output / "sets" / f"{group}-{part}") for group in TESTS])
         found = diagnose_data(detector, data, size=pictures.SIDE)
-        measured = finite(measure(found, bootstrap=200))
+        measured = finite(measure(found, bootstrap=BOOTSTRAP))
         groups = np.repeat(TESTS, [len(one) for one in data.parts])
         result[part] = {
             "all": measured["overall"],
             **{
                 name: finite(
-                    evaluate_maps(found.confidence[groups == name], found.masks[groups == name], bootstrap=200)
+                    evaluate_maps(found.confidence[groups == name], found.masks[groups == name], bootstrap=BOOTSTRAP)
                 )
                 for name in TESTS
             },
@@ -226,10 +227,17 @@ def measures(output: Path, detector, folder: Path) -> dict:
             "per_kind": _per_kind(data, found),
         }
         atomic_write_json(folder / f"{part}.json", measured)
-        write_report(folder / f"{part}.html", measured, found, lambda index, data=data: data[index]["picture"])
+        write_report(folder / f"{part}.html", measured, found, lambda index, data=data: _picture(data, index))
     small = diagnose_data(detector, ShardData(output / "sets" / "small"), size=pictures.SIDE)
     result["small"] = evaluate_maps(small.confidence, small.masks, bootstrap=0)["false_positive_rate"]
     return result
+
+
+def _picture(data, index: int) -> np.ndarray:
+    from diffdoctor.detector.samples import resize_pair
+
+    sample = data[index]
+    return resize_pair(sample["picture"], sample["mask"], pictures.SIDE)[0]
 
 
 def _per_kind(data, found) -> dict:
