@@ -154,7 +154,7 @@ def _run(name, command, argv):
     config_class = _load(command.config)
     parser = _parser(name, command, config_class)
     with contextlib.suppress(BrokenPipeError):
-        options = parser.parse_args(_with_lists(argv, config_class))
+        options = parser.parse_args(_with_lists(_with_switches(argv, config_class), config_class))
         values = {key: value for key, value in vars(parser.instantiate(options)).items() if key != "config"}
         try:
             config = config_class(**values)
@@ -190,6 +190,17 @@ def _described(config_class) -> dict[str, str]:
 
     parsed = docstring_parser.parse(config_class.__doc__ or "")
     return {param.arg_name: " ".join((param.description or "").split()) for param in parsed.params}
+
+
+def _with_switches(argv, config_class):
+    """`--strict` as the parser wants it, `--strict=true`, for the options that are true or false."""
+    hints = typing.get_type_hints(config_class)
+    switches = {f"--{name}" for name, kind in hints.items() if kind is bool}
+    result = []
+    for place, word in enumerate(argv):
+        has_value = argv[place + 1 : place + 2] in (["true"], ["false"])
+        result.append(f"{word}=true" if word in switches and not has_value else word)
+    return result
 
 
 def _with_lists(argv, config_class):

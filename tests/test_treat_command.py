@@ -1,13 +1,29 @@
 """`diffdoctor treat` on files: what it writes, and what it says when something is wrong."""
 
+import contextlib
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from helpers_tiny_pipelines import PROMPTS, tiny_pipeline
 
 from diffdoctor.cli import main
 from diffdoctor.detector import ConvDetector, write_shards
+from diffdoctor.treat.command import load_pipeline
+from diffdoctor.treat.lora import WEIGHTS_NAME
+from diffdoctor.treat.treatment import Treatment
+
+
+def error_line(captured):
+    """The one line that says what is wrong."""
+    lines = [line for line in captured.err.splitlines() if "error" in line.lower()]
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("diffdoctor treat: error: ")
+    assert "Traceback" not in captured.err
+    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +46,18 @@ def files(tmp_path_factory):
         for i in range(4)
     )
     write_shards(samples, folder / "shards", shard_size=4)
+    shutil.copytree(folder / "detector", folder / "copy")
+    (folder / "blank.txt").write_text("\n\n")
+    (folder / "long.txt").write_text(f"{PROMPTS[0]}\n{'red square ' * 60}\n")
+    (folder / "empty").mkdir()
+    shutil.copytree(folder / "pipeline", folder / "broken")
+    for path in (folder / "broken" / "unet").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:1000])
+    DDPMPipeline(
+        UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+                    down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2),
+        DDPMScheduler(),
+    ).save_pretrained(folder / "other")  # fmt: skip
     return folder
 
 
@@ -72,32 +100,119 @@ def test_help_names_every_option(capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pipeline": "/nowhere"}, "no such folder"),
+        ({"pipeline": "/nowhere"}, "--pipeline /nowhere: no such folder"),
+        ({"pipeline": "{files}/empty"}, "holds no diffusers pipeline"),
+        ({"pipeline": "{files}/broken"}, "cannot be loaded"),
+        ({"pipeline": "{files}/other"}, "DDPMPipeline cannot be treated yet: served are FluxPipeline"),
         ({"detector": "/nowhere"}, "/nowhere"),
+        ({"detector": "{files}/empty"}, "empty"),
+        ({"monitor": "{files}/copy"}, "monitor: a detector with weights of its own"),
         ({"prompts": "/nowhere.txt"}, "cannot be read"),
+        ({"prompts": "{files}/blank.txt"}, "holds no prompt"),
         ({"prompts": ""}, "--prompts"),
         ({"offline": ""}, "offline"),
+        ({"offline": "{files}/empty"}, "empty"),
         ({"scheduler": "PNDMScheduler"}, "DDIMScheduler"),
         ({"scheduler": "Nonsense"}, "--scheduler"),
         ({"method": "magic"}, "method"),
+        ({"weights": "int8"}, "weights: one of fp32, bf16, fp16"),
+        ({"attention_backend": "flash"}, "attention_backend: native or xformers"),
+        ({"steps": "many"}, "steps"),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_bad_input_is_one_line_and_exit_code_2(files, tmp_path, capsys, changes, message):
+def test_bad_input_is_one_line_exit_code_2_and_leaves_nothing(files, tmp_path, capsys, changes, message):
+    changes = {name: str(value).format(files=files) for name, value in changes.items()}
+    assert main(arguments(files, tmp_path / "run", **changes)) == 2
+    assert message in error_line(capsys.readouterr())
+    assert not (tmp_path / "run").exists()
+
+
+def test_long_prompts_are_refused_when_strict(files, tmp_path, capsys):
+    words = arguments(files, tmp_path / "run", prompts=files / "long.txt")
+    assert main([words[0], "--strict", *words[1:]]) == 2
+    assert "1 of 2 prompts are longer than 77 tokens" in error_line(capsys.readouterr())
+
+
+def test_an_output_that_cannot_be(files, tmp_path, capsys):
+    (tmp_path / "file").write_text("taken")
+    assert main(arguments(files, tmp_path / "file")) == 2
+    assert str(tmp_path / "file") in error_line(capsys.readouterr())
+    assert (tmp_path / "file").read_text() == "taken"
+
+
+@contextlib.contextmanager
+def disk_of(size):
+    """No file may grow beyond this many bytes: what is written then fails as on a full disk."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        code = main(arguments(files, tmp_path / "run", **changes))
-    except SystemExit as stop:
-        code = stop.code
-    error = capsys.readouterr().err
-    assert code == 2
-    assert message in error
-    assert "Traceback" not in error
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_folder_that_is_no_pipeline(files, tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    assert main(arguments(files, tmp_path / "run", pipeline=tmp_path / "empty")) == 2
-    assert "holds no diffusers pipeline" in capsys.readouterr().err
-    (tmp_path / "none.txt").write_text("\n\n")
-    assert main(arguments(files, tmp_path / "run", prompts=tmp_path / "none.txt")) == 2
-    assert "holds no prompt" in capsys.readouterr().err
+def names(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(files, tmp_path, capsys, monkeypatch):
+    options = {"steps": 3, "checkpoint_every": 1, "log_with": "none", "sample_pictures": 0}
+    assert main(arguments(files, tmp_path / "whole", **options)) == 0
+    checkpoint = Treatment._checkpoint
+
+    def filling(self):
+        with disk_of(20_000) if self.step == 2 else contextlib.nullcontext():
+            checkpoint(self)
+
+    monkeypatch.setattr(Treatment, "_checkpoint", filling)
+    output = tmp_path / "run"
+    capsys.readouterr()
+    assert main(arguments(files, output, **options)) == 2
+    line = error_line(capsys.readouterr())
+    assert f"{output}: cannot be written" in line
+    assert "MiB free" in line
+    kept = [f"checkpoints/step-00000001/{name}" for name in ("run.json", "state.pt")]
+    assert names(output) == [*kept, "config.yaml"]
+    monkeypatch.setattr(Treatment, "_checkpoint", checkpoint)
+    # now the LoRA finds no room
+    finished = Treatment.run
+
+    def full_at_the_end(self, progress):
+        stopped = finished(self, progress)
+        resource = pytest.importorskip("resource")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return stopped
+
+    monkeypatch.setattr(Treatment, "run", full_at_the_end)
+    with disk_of(10_000_000):
+        assert main(arguments(files, output, **options)) == 2
+    assert "cannot be written" in error_line(capsys.readouterr())
+    assert not (output / "lora").exists()
+    assert not list(output.glob(".*"))
+    monkeypatch.setattr(Treatment, "run", finished)
+    assert main(arguments(files, output, **options)) == 0
+    assert "goes on after step 3 of 3" in capsys.readouterr().err
+    ours, whole = (folder / "lora" / WEIGHTS_NAME for folder in (output, tmp_path / "whole"))
+    assert ours.read_bytes() == whole.read_bytes()
+
+
+def test_options_from_a_file_and_what_was_asked(files, tmp_path, capsys):
+    import yaml
+
+    words = arguments(files, tmp_path / "run", log_with="none", lora_targets='["attention"]')
+    options = dict(word[2:].split("=", 1) for word in words[1:])
+    (tmp_path / "options.yaml").write_text(
+        yaml.safe_dump({name: yaml.safe_load(value) for name, value in options.items()})
+    )
+    assert main(["treat", "--config", str(tmp_path / "options.yaml"), "--rank=3"]) == 0
+    asked = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (asked["rank"], asked["lora_targets"], asked["steps"]) == (3, ["attention"], 1)
+    assert asked["pipeline"] == str(files / "pipeline")
+
+
+def test_weights_in_half_precision(files):
+    pipeline = load_pipeline(str(files / "pipeline"), "bf16")
+    assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.bfloat16
+    assert pipeline.vae.dtype == torch.float32

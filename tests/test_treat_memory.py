@@ -1,87 +1,128 @@
-"""What a treatment step keeps for backward grows with the steps that carry a gradient, not with the sampling steps."""
+"""What a treatment step keeps for backward, and that what saves memory changes no gradient."""
+
+import gc
+import weakref
 
 import pytest
 import torch
+from helpers_tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
 
-from diffdoctor.demo.pipeline import build_pipeline
-from diffdoctor.detector import ArtifactDetector
+from benchmarks.treat_memory import Step
+from diffdoctor._errors import UserError
+from diffdoctor.detector import ConvDetector
 from diffdoctor.treat import TreatConfig
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import add_lora
 from diffdoctor.treat.methods import kept_steps
+from diffdoctor.treat.preparing import memory_options, release_text_encoders
 from diffdoctor.treat.rollout import Guidance, initial_latents, picture_generators, roll_out
 from diffdoctor.treat.schedulers import Sampler
 from diffdoctor.treat.terms import artifact_term
 
-PICTURES = 4
+
+def kept(*args, **options):
+    return Step(*args, grad_steps=3, **options).measured()["kept"]
 
 
-class Ledger:
-    """Bytes of the distinct storages saved for backward, parameters left out, by where they were saved."""
-
-    def __init__(self, modules):
-        parameters = (p for module in modules for p in (*module.parameters(), *module.buffers()))
-        self.known = {p.untyped_storage().data_ptr() for p in parameters}
-        self.kept = []
-        self.bytes = {"denoiser": 0, "rest": 0}
-        self.place = "rest"
-
-    def pack(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.known:
-            self.known.add(storage.data_ptr())
-            # held on to, so that no address is given out twice
-            self.kept.append(storage)
-            self.bytes[self.place] += storage.nbytes()
-        return tensor
+def test_a_replay_of_three_steps_keeps_a_third():
+    few, everything = kept(), kept(method="full")
+    assert few["denoiser"] <= 0.31 * everything["denoiser"]
+    assert sum(few.values()) <= 0.45 * sum(everything.values())
+    assert min(few["denoiser"], few["vae"], few["detector"]) > 100_000
 
 
-@pytest.fixture(scope="module")
-def bench():
-    pipeline = build_pipeline(["a dot"])
+def test_more_sampling_steps_keep_no_more():
+    assert sum(kept(40).values()) == pytest.approx(sum(kept(10).values()), rel=0.02)
+
+
+def test_options_keep_less():
+    plain, sliced = kept(), kept(vae_slicing=True)
+    assert sliced["vae"] + sliced["detector"] < 0.2 * (plain["vae"] + plain["detector"])
+    assert sliced["denoiser"] == plain["denoiser"]
+    checkpointed = kept(gradient_checkpointing=True)
+    assert checkpointed["denoiser"] < 0.3 * plain["denoiser"]
+    assert checkpointed["vae"] < plain["vae"]
+
+
+def lora_gradient(name, size=16, **options):
+    """Gradient of one replay of two pictures in two steps, all modules of the family's LoRA groups in one vector."""
+    pipeline = tiny_pipeline(name)
     family = family_of(pipeline)
-    add_lora(family, rank=16, alpha=16.0, groups=("attention", "convolution"), seed=0)
-    return family, ArtifactDetector.tiny().eval().requires_grad_(False)
-
-
-def saved_bytes(bench, method, grad_steps, steps):
-    family, detector = bench
+    family.max_sequence_length = 32
+    config = TreatConfig(grad_steps=2, sampling_steps=2, replay_area=0.0, **options)
+    parameters = add_lora(family, rank=2, alpha=2.0, groups=tuple(family.lora_targets), seed=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        detector = ConvDetector((8, 8)).eval().requires_grad_(False)
     cpu = torch.device("cpu")
-    config = TreatConfig(method=method, grad_steps=grad_steps, replay_area=0.0)
-    sampler = Sampler(family.pipeline.scheduler, device=cpu, timestep_options={"num_inference_steps": steps})
-    conditioning = family.encode_prompts(["a dot"] * PICTURES, guidance_scale=1.0, height=16, width=16, device=cpu)
-    generators = picture_generators(range(PICTURES))
-    latents = initial_latents(family, sampler, generators, 16, 16, cpu, torch.float32)
-    keep = kept_steps(method, grad_steps, steps)
-    rollout = roll_out(family, sampler, conditioning, latents, generators, Guidance(), keep=keep)
-    ledger = Ledger((family.denoiser, family.vae, detector))
-    own = family.denoise
-
-    def denoise(*args):
-        ledger.place = "denoiser"
-        try:
-            return own(*args)
-        finally:
-            ledger.place = "rest"
-
-    family.denoise = denoise
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(ledger.pack, lambda tensor: tensor):
-            artifact_term(
-                family, sampler, rollout, torch.ones(PICTURES, 1, 16, 16), detector, Guidance(), config,
-                total=PICTURES, generator=torch.Generator().manual_seed(0), seeds=range(PICTURES),
-            )  # fmt: skip
-    finally:
-        del family.denoise
-    return ledger.bytes
+    sampler = Sampler(pipeline.scheduler, device=cpu, timestep_options=family.timestep_options(2, size, size))
+    conditioning = family.encode_prompts(PROMPTS[:2], guidance_scale=1.0, height=size, width=size, device=cpu)
+    generators = picture_generators((1, 2))
+    latents = initial_latents(family, sampler, generators, size, size, cpu, torch.float32)
+    confidence = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))
+    with memory_options(family, config):
+        rollout = roll_out(
+            family, sampler, conditioning, latents, generators, Guidance(), keep=kept_steps("draft_k", 2, 2)
+        )
+        artifact_term(
+            family, sampler, rollout, confidence, detector, Guidance(), config, total=2,
+            generator=torch.Generator(), seeds=(1, 2),
+        )  # fmt: skip
+    return torch.cat([parameter.grad.flatten() for parameter in parameters]), family
 
 
-def test_a_replay_of_three_steps_keeps_a_third(bench):
-    few, all_steps = (saved_bytes(bench, method, 3, 10) for method in ("draft_k", "full"))
-    assert few["denoiser"] <= 0.31 * all_steps["denoiser"]
-    assert sum(few.values()) <= 0.45 * sum(all_steps.values())
+@pytest.mark.parametrize("name", FAMILIES)
+def test_checkpointing_and_slicing_change_no_gradient(name):
+    plain, _ = lora_gradient(name)
+    assert float(plain.norm()) > 0
+    saving, family = lora_gradient(name, gradient_checkpointing=True, vae_slicing=True, attention_backend="native")
+    torch.testing.assert_close(saving, plain, atol=1e-5 * float(plain.abs().max()), rtol=1e-4)
+    # and everything is as it was before
+    assert not family.denoiser.is_gradient_checkpointing
+    assert not family.vae.is_gradient_checkpointing
+    assert not family.vae.use_slicing
 
 
-def test_more_sampling_steps_keep_no_more(bench):
-    ten, forty = (sum(saved_bytes(bench, "draft_k", 3, steps).values()) for steps in (10, 40))
-    assert forty == pytest.approx(ten, rel=0.02)
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_tiles_are_recomputed_with_the_gradient_of_tiles_kept(name, monkeypatch):
+    calls = []
+
+    def counting(function, *args, **kwargs):
+        calls.append(tuple(args[0].shape[2:]))
+        return function(*args)
+
+    tiled, family = lora_gradient(name, size=32, vae_tiling=16)
+    assert not family.vae.use_tiling
+    assert "forward" not in vars(family.vae.decoder)
+    # what a checkpoint recomputes, kept instead
+    monkeypatch.setattr("diffdoctor.treat.preparing.checkpoint", counting)
+    kept_whole, _ = lora_gradient(name, size=32, vae_tiling=16)
+    assert len(calls) == 9
+    assert calls[0] == (8, 8)
+    torch.testing.assert_close(tiled, kept_whole, atol=1e-6 * float(tiled.abs().max()), rtol=1e-4)
+
+
+def test_options_that_cannot_be_are_refused():
+    for options, message in (
+        ({"vae_tiling": 6}, "vae_tiling: a multiple of 8"),
+        ({"attention_backend": "xformers"}, "xformers is not installed"),
+        ({"attention_backend": "flash"}, "attention_backend: native or xformers"),
+    ):
+        with pytest.raises(UserError, match=message):
+            lora_gradient("sd", **options)
+    for backend in ("flash", "nonsense"):
+        with pytest.raises(UserError, match=f"attention_backend: {backend} cannot be used here"):
+            lora_gradient("flux", attention_backend=backend)
+
+
+def test_text_encoders_are_really_gone_or_come_back():
+    family = family_of(tiny_pipeline("sdxl"))
+    encoders = [weakref.ref(encoder) for encoder in family.text_encoders]
+    assert len(encoders) == 2
+    release_text_encoders(family, "keep")
+    release_text_encoders(family, "offload")
+    assert len(family.text_encoders) == 2
+    release_text_encoders(family, "free")
+    gc.collect()
+    assert [encoder() for encoder in encoders] == [None, None]
+    assert family.pipeline.text_encoder is None

@@ -15,17 +15,18 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass
-class TreatCommandConfig(TreatConfig):
-    """Options of `diffdoctor treat`, beside those of `TreatConfig`.
+class TreatFiles:
+    """What `diffdoctor treat` reads and writes.
 
     Args:
         pipeline: folder of a diffusers pipeline, or its id on the Hugging Face hub.
         detector: folder of a detector, or its id on the hub.
-        monitor: a second detector that watches for reward hacking; empty: none. Never the judge of the evaluation.
         prompts: text file with one prompt per line; blank lines are left out.
         offline: folder of shards with the pipeline's own training pictures and prompts; empty only with
             offline_weight 0.
-        output: folder for lora/, treat.json, config.yaml and checkpoints; the same call goes on where it stopped.
+        output: folder for lora/, treat.json, config.yaml, samples/, logs/ and checkpoints; the same call goes on where
+            it stopped.
+        monitor: a second detector that watches for reward hacking; empty: none. Never the judge of the evaluation.
         scheduler: class of a diffusers scheduler to use in place of the pipeline's own; empty: its own.
         weights: dtype that the denoiser and the text encoders are loaded in: fp32, bf16 or fp16; the VAE is loaded in
             fp32. Large pipelines need bf16, with precision bf16.
@@ -33,12 +34,19 @@ class TreatCommandConfig(TreatConfig):
 
     pipeline: str = ""
     detector: str = ""
-    monitor: str = ""
     prompts: str = ""
     offline: str = ""
     output: str = ""
+    monitor: str = ""
     scheduler: str = ""
     weights: str = "fp32"
+
+
+# in this order, so that the files come first in the help
+@dataclass
+class TreatCommandConfig(TreatConfig, TreatFiles):
+    """Options of `diffdoctor treat`: what it reads and writes, then those of `diffdoctor.treat.TreatConfig`."""
+
     # the command has no more use for them
     text_encoders: str = "free"
 

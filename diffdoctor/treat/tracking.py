@@ -13,6 +13,7 @@ import torch
 from diffdoctor._errors import UserError, missing_extra
 from diffdoctor._io import atomic_write_bytes, atomic_write_text
 from diffdoctor.treat.config import TreatConfig
+from diffdoctor.treat.files import writing
 
 PROJECT = "diffdoctor-treat"
 # pictures smaller than this are enlarged on a sheet, pixel for pixel
@@ -28,13 +29,14 @@ class Tracking:
         config: its log_with names the tracker.
         output_dir: for `logs/` (TensorBoard) and `samples/`; None: nothing is kept.
         step: steps done, when a run goes on: TensorBoard's curves are cut off there.
+        is_main: whether this is the main process.
 
     Raises:
         UserError: if the tracker is not installed.
     """
 
-    def __init__(self, config: TreatConfig, output_dir: Path | None, step: int = 0):
-        self.output_dir = output_dir
+    def __init__(self, config: TreatConfig, output_dir: Path | None, step: int = 0, *, is_main: bool = True):
+        self.output_dir, self.is_main = output_dir, is_main
         self.accelerator = None
         kind = config.log_with
         if output_dir is None or kind == "none":
@@ -58,7 +60,8 @@ class Tracking:
         """Note values at a step under their names; None and what is not finite is left out."""
         if self.accelerator is not None:
             finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-            self.accelerator.log(finite, step=step)
+            with writing(self.output_dir):
+                self.accelerator.log(finite, step=step)
 
     def sheet(self, step: int, pictures: torch.Tensor, confidence: torch.Tensor) -> None:
         """Write pictures and, below each, the same with its diagnosis in red: samples/step-00000020.png.
@@ -67,22 +70,24 @@ class Tracking:
             pictures: (B, 3, H, W) in [0, 1].
             confidence: (B, 1, H, W).
         """
-        if self.output_dir is None:
+        if self.output_dir is None or not self.is_main:
             return
-        picture = sample_sheet(pictures, confidence)
         from diffdoctor.evaluate.draw import png_bytes
 
-        atomic_write_bytes(self.output_dir / "samples" / f"step-{step:08d}.png", png_bytes(picture))
-        if self.accelerator is not None:
-            for tracker in self.accelerator.trackers:
+        picture = sample_sheet(pictures, confidence)
+        with writing(self.output_dir):
+            atomic_write_bytes(self.output_dir / "samples" / f"step-{step:08d}.png", png_bytes(picture))
+            for tracker in self.accelerator.trackers if self.accelerator else ():
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": picture[None]}, step=step, **layout)
 
     def close(self) -> None:
         """Finish what is being written."""
         if self.accelerator is not None:
-            self.accelerator.end_training()
-            self.accelerator = None
+            accelerator, self.accelerator = self.accelerator, None
+            with writing(self.output_dir):
+                for tracker in accelerator.trackers:
+                    tracker.finish()
 
 
 def sample_sheet(pictures: torch.Tensor, confidence: torch.Tensor) -> np.ndarray:

@@ -128,7 +128,7 @@ class Treatment:
             self._resume()
             if self.step and progress and self.processes.is_main:
                 print(f"treatment: goes on after step {self.step} of {self.config.steps}", file=sys.stderr, flush=True)
-            self.tracking = Tracking(self.config, self.output_dir, self.step)
+            self.tracking = Tracking(self.config, self.output_dir, self.step, is_main=self.processes.is_main)
             try:
                 # a signal that was held back is delivered when the loop ends, so what follows runs only without one
                 stopped = self._loop(progress and self.processes.is_main)
