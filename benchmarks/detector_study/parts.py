@@ -26,7 +26,8 @@ SEEN = (
     "watermark",
 )
 UNSEEN = ("duplicate", "fuse", "over_smooth", "pixelate", "removal", "seam", "smear", "warp")
-VERSIONS = 3
+# Of each picture; together they make DAMAGED_SHARE, so that balance changes nothing but the categories.
+DAMAGED_VERSIONS, BENIGN_VERSIONS = 3, 8
 BOOTSTRAP = 200
 # What every training has in common; the rest are `train_detector`'s defaults.
 TRAINING = {
@@ -48,8 +49,7 @@ AUGMENT = {
     "exposure": 0.2,
     "noise": 0.0,
 }
-# About what the sets hold outside the skewed categories.
-DAMAGED_SHARE = 0.4
+DAMAGED_SHARE = 0.25
 SETS = ("train-clean", "train-damaged", "train-skewed")
 
 
@@ -109,9 +109,9 @@ def make_sets(output: Path, seed: int, workers: int) -> dict:
     if done(clean, settings) is None:
         finish(clean, settings, pictures.write_pictures(clean, seed))
     plans = {
-        "train-clean": {"pictures": "train", "damaged": 0, "benign": VERSIONS},
-        "train-damaged": {"pictures": "train", "kinds": list(SEEN), "damaged": VERSIONS, "clean": False},
-        "train-skewed": {"pictures": "skewed", "kinds": list(SEEN), "damaged": VERSIONS, "clean": False},
+        "train-clean": {"pictures": "train", "damaged": 0, "benign": BENIGN_VERSIONS},
+        "train-damaged": {"pictures": "train", "kinds": list(SEEN), "damaged": DAMAGED_VERSIONS, "clean": False},
+        "train-skewed": {"pictures": "skewed", "kinds": list(SEEN), "damaged": DAMAGED_VERSIONS, "clean": False},
     }
     for group in TESTS:
         plans[f"{group}-seen"] = {"pictures": f"test/{group}", "kinds": list(SEEN)}

@@ -16,6 +16,9 @@ from diffdoctor.detector.inject import MIN_SIDE, NoVisibleDamage, benign, damage
 from diffdoctor.detector.pictures import Source, find_sources, read_source, shrink_to, versions, write_config
 from diffdoctor.detector.shards import SkipCounts, write_shards
 
+# Of each kind, on the contact sheet.
+EXAMPLES = 6
+
 
 @dataclasses.dataclass
 class InjectConfig:
@@ -88,12 +91,13 @@ def run_inject(config: InjectConfig) -> dict:
 
 
 class _Tally:
-    """Counts what passes by, and keeps one example of each kind for the contact sheet."""
+    """Counts what passes by, and keeps examples of each kind, drawn from the whole set, for the contact sheet."""
 
     def __init__(self):
         self.kinds, self.skipped, self.sheet, self.areas, self.failed = Counter(), SkipCounts(), {}, [], 0
 
     def watch(self, samples: Iterator[dict]) -> Iterator[dict]:
+        rng = np.random.default_rng(0)
         for sample in samples:
             clean, failed = sample.pop("original"), sample.pop("failed")
             self.failed += failed
@@ -101,8 +105,10 @@ class _Tally:
             if sample["mask"].any():
                 self.areas.append(float((sample["mask"] >= 0.5).mean()))
             examples = self.sheet.setdefault(sample["kind"], [])
-            if sample["kind"] and len(examples) < 6:
-                examples.append((clean, sample["picture"], sample["mask"]))
+            if sample["kind"]:
+                place = len(examples) if len(examples) < EXAMPLES else rng.integers(self.kinds[sample["kind"]])
+                if place < EXAMPLES:
+                    examples[place : place + 1] = [(clean, sample["picture"], sample["mask"])]
             yield sample
 
     def metrics(self) -> dict:
