@@ -344,3 +344,35 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     (tmp_path / ".other.abcd1234.tmp").mkdir()
     write_shards(samples_of(2), tmp_path / "set")
     assert sorted(p.name for p in tmp_path.iterdir()) == [".other.abcd1234.tmp", "set"]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_headers_of_other_writers_are_read(tmp_path, format):
+    long = "x" * 90
+    with tarfile.open(tmp_path / "a.tar", "w", format=format) as tar:
+        for name, data in [*members_of("one").items(), *members_of(long).items()]:
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime, info.uname = len(data), 1.5 if format == tarfile.PAX_FORMAT else 1, "someone"
+            tar.addfile(info, io.BytesIO(data))
+    assert [s["key"] for s in read_shards(tmp_path, strict=True)] == ["one", long]
+
+
+def test_a_changed_header_is_noticed(tmp_path):
+    write_shards(samples_of(3), tmp_path / "set")
+    path = tmp_path / "set" / "shard-000000.tar"
+    whole = path.read_bytes()
+    second = read_manifest(tmp_path / "set")["picture_offset"][1] - 512
+    for place, byte in (
+        (0, b"z"),
+        (100, b"1"),
+        (124, b"1"),
+        (130, b"9"),
+        (148, b"1"),
+        (156, b"2"),
+        (257, b"x"),
+        (345, b"a"),
+    ):
+        path.write_bytes(whole[: second + place] + byte + whole[second + place + 1 :])
+        counts = SkipCounts()
+        assert [s["key"] for s in read_shards(path, counts=counts)] in (["000000000"], [])
+        assert counts.total == 1, place
