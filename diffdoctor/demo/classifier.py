@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from diffdoctor._pictures import to_images
+
 
 class DigitClassifier(nn.Module):
     """Four convolutions and two linear layers on pictures (B, 3, 16, 16) in [0, 1].
@@ -73,7 +75,7 @@ def train_classifier(pictures, labels, *, steps=800, batch_size=64, learning_rat
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         classifier = DigitClassifier()
-    images = pictures.float() / 255
+    images = to_images(pictures)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=steps)
     for step in range(steps):

@@ -193,7 +193,7 @@ def train_demo_judge(data: DemoData, config, *, progress: bool = True):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         judge = ConvDetector((16, 32, 64))
-    return train_detector(config, data.split("judge"), detector=judge, progress=progress)
+    return train_detector(config, data.split("judge"), detector=judge, progress=progress, name="judge")
 
 
 def write_demo_data(data: DemoData, folder: str | Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from diffdoctor._pictures import to_images
 from diffdoctor.evaluate.components import ComponentAP
 from diffdoctor.evaluate.pixel import (
     FLAG_SHARE,
@@ -69,7 +70,7 @@ def diagnose_data(detector, data, *, batch_size: int = 64, size: int | None = No
         pairs = [(s["picture"], as_mask(s["mask"])) for s in batch]
         if size is not None:
             pairs = [resize_pair(*pair, size) if pair[1].shape != (size, size) else pair for pair in pairs]
-        images = torch.from_numpy(np.stack([p for p, _ in pairs])).to(device).permute(0, 3, 1, 2).float() / 255.0
+        images = to_images([p for p, _ in pairs], device)
         maps.append(detector.confidence(images)[:, 0].float().cpu().numpy())
         masks.append(np.stack([m for _, m in pairs]))
         categories += [str(s.get("category") or "") for s in batch]

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from diffdoctor._pictures import to_images
+
 # Rows of features that are in memory as float64 at a time.
 BLOCK = 4096
 
@@ -24,7 +26,7 @@ def extract_features(network, pictures, *, batch_size=256):
     rows = []
     with torch.no_grad():
         for batch in pictures.split(batch_size):
-            batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch
+            batch = to_images(batch) if batch.dtype == torch.uint8 else batch
             rows.append(network(batch).double().cpu())
     return torch.cat(rows)
 

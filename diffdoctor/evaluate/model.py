@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from diffdoctor._errors import UserError
+from diffdoctor._pictures import to_images
 from diffdoctor._progress import progress as show_progress
 from diffdoctor.evaluate.features import extract_features
 from diffdoctor.evaluate.model_summary import PictureMeasures, artifact_rates, summarise
@@ -79,7 +80,7 @@ def diagnose_pictures(detector, pictures, *, batch_size=250):
     device = next((value.device for value in detector.parameters()), torch.device("cpu"))
     with torch.no_grad():
         return torch.cat(
-            [detector.confidence(part.to(device).float() / 255).float().cpu() for part in pictures.split(batch_size)]
+            [detector.confidence(to_images(part, device)).float().cpu() for part in pictures.split(batch_size)]
         )
 
 
@@ -108,7 +109,7 @@ class Comparison:
 
 def _correct(classify, pictures, labels, batch_size=256):
     with torch.no_grad():
-        guesses = torch.cat([classify(part.float() / 255).argmax(dim=1).cpu() for part in pictures.split(batch_size)])
+        guesses = torch.cat([classify(to_images(part)).argmax(dim=1).cpu() for part in pictures.split(batch_size)])
     return guesses == labels
 
 

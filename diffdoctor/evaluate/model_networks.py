@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from diffdoctor._errors import UserError, missing_extra
+from diffdoctor._pictures import to_images
 
 INCEPTION_SIZES = (64, 192, 768, 2048)
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -136,7 +137,7 @@ class Classifier:
     def right(self, pictures: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Whether each picture's largest logit is the one at `places` (B,): (B,) bool on the CPU."""
         if self.processor is None:
-            logits = self.model(pictures.float() / 255)
+            logits = self.model(to_images(pictures))
         else:
             logits = self.model(pixel_values=_prepared(self.processor, pictures, self.model.device)).logits
         return logits.argmax(dim=1).cpu() == places
@@ -176,7 +177,7 @@ def load_features(name: str, clip: Clip | None = None) -> FeatureNetwork | None:
         return _inception(name)
     if Path(name).is_file():
         module = _saved_network("--features", name)
-        return FeatureNetwork(name, lambda pictures: module(pictures.float() / 255), module)
+        return FeatureNetwork(name, lambda pictures: module(to_images(pictures)), module)
     model, processor = _from_transformers("--features", name, "AutoModel", "AutoImageProcessor")
 
     def extract(pictures):
@@ -190,8 +191,9 @@ def load_features(name: str, clip: Clip | None = None) -> FeatureNetwork | None:
 
 def thumbnails(pictures: torch.Tensor) -> torch.Tensor:
     """Pictures uint8 (B, 3, H, W) as antialiased thumbnails (B, 3 · 8 · 8) in [0, 1]."""
-    pictures = pictures.float() / 255
-    small = torch.nn.functional.interpolate(pictures, (THUMBNAIL, THUMBNAIL), mode="bilinear", antialias=True)
+    small = torch.nn.functional.interpolate(
+        to_images(pictures), (THUMBNAIL, THUMBNAIL), mode="bilinear", antialias=True
+    )
     return small.flatten(1)
 
 

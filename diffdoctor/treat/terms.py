@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from diffdoctor._errors import UserError
+from diffdoctor._pictures import to_images
 from diffdoctor.ops import GradientModulator, artifact_loss, weighted_loss
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Conditioning, Family
@@ -229,7 +230,7 @@ def offline_term(
 def _as_batch(pictures, height, width) -> torch.Tensor:
     batch = []
     for picture in pictures:
-        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
+        image = to_images([np.asarray(picture)])
         if image.shape[2:] != (height, width):
             image = F.interpolate(image, (height, width), mode="bilinear", align_corners=False, antialias=True)
         batch.append(image)
