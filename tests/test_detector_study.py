@@ -19,7 +19,10 @@ pytest.importorskip("sklearn")
 def places(tmp_path_factory):
     """{(part, group): names} of all pictures that the study writes."""
     folder = tmp_path_factory.mktemp("study") / "pictures"
-    counts = pictures.write_pictures(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "TRAINING_PIECES", 30)
+        patch.setattr(pictures, "TEST_PIECES", 10)
+        counts = pictures.write_pictures(folder)
     found = collections.defaultdict(list)
     for file in folder.rglob("*.png"):
         part, group, category, name = file.relative_to(folder).with_suffix("").parts

@@ -51,11 +51,16 @@ def run(options) -> dict:
     """Do what is left to do, write metrics.json and the report, and return the metrics."""
     start = time.monotonic()
     sets = parts.make_sets(options.output, 0, options.jobs)
+    jobs = plan(options)
+    print(
+        f"{len(jobs)} trainings, {options.jobs} at a time; how far they are: {options.output}/runs/*/log.txt",
+        flush=True,
+    )
     results: dict = {}
     # "spawn": a process that has used threads must not be forked.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        waiting = {pool.submit(parts.train, options.output, *job): job for job in plan(options)}
+        waiting = {pool.submit(parts.train, options.output, *job): job for job in jobs}
         for future in concurrent.futures.as_completed(waiting):
             name, variant, steps, seed = waiting[future]
             results[f"{name}-seed-{seed}"] = {"variant": variant, "steps": steps, "seed": seed, **future.result()}

@@ -1,5 +1,6 @@
 """The parts of the study: labelled sets, and trainings with their measures. A finished part is not done again."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -178,7 +179,10 @@ def train(output: Path, name: str, variant: str, steps: int, seed: int) -> dict:
         return found
     start = time.monotonic()
     data = JoinedData([ShardData(output / "sets" / part) for part in chosen.sets])
-    trained = train_detector(config, data, detector=fresh(chosen.network, seed), output_dir=folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Several trainings at a time would write their bars over each other.
+    with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
+        trained = train_detector(config, data, detector=fresh(chosen.network, seed), output_dir=folder)
     result = {"seconds": time.monotonic() - start}
     return finish(folder, settings, result | measures(output, trained.detector, folder))
 
