@@ -362,9 +362,7 @@ def _real_step(build, dtype, count, decoder, denoiser_checkpointed, vae_checkpoi
             logits.sigmoid().mean().backward()
             latents.backward(ends.grad.to(dtype))
 
-        with kept.hooks():
-            step()
-        with FlopCounterMode(display=False) as operations, Alive() as alive:
+        with FlopCounterMode(display=False) as operations, Alive() as alive, kept.hooks():
             step()
         return {"kept": kept.worst, "peak": alive.peak, "operations": operations.get_total_flops()}
 

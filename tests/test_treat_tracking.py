@@ -15,7 +15,7 @@ from diffdoctor.treat.tracking import sample_sheet
 def curves(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder))
+    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
     events.Reload()
     return events
 

@@ -170,7 +170,10 @@ def test_interruption_writes_a_checkpoint_and_other_settings_are_refused(tmp_pat
     monkeypatch.setattr(treatment, "artifact_term", term)
     with pytest.raises(UserError, match="another learning_rate"):
         run(output_dir=tmp_path, steps=3, learning_rate=1e-3)
-    assert len(run(output_dir=tmp_path, steps=3).history) == 3
+    with pytest.raises(UserError, match="another detector"):
+        run(detector=ConvDetector((8, 16)).eval(), output_dir=tmp_path, steps=3)
+    # what changes no result may differ
+    assert len(run(output_dir=tmp_path, steps=3, log_with="none", checkpoint_every=7).history) == 3
 
 
 class BrokenDetector(torch.nn.Module):
@@ -245,17 +248,49 @@ def test_uniform_maps_leave_the_offline_term_alone():
     assert result.best_step == 2
 
 
+def gradient_norms(**options):
+    return [row["grad_norm"] for row in run(steps=2, **options).history]
+
+
 def test_options_that_save_memory_change_no_gradient():
-    plain = run(steps=1).history[0]
-    for options in ({"gradient_checkpointing": True}, {"merge_rollout": False}):
-        other = run(steps=1, **options).history[0]
-        assert other["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
+    plain = gradient_norms(batch_size=4, map_source="detector")
+    for options in ({"merge_rollout": False}, {"micro_batch_size": 1}, {"micro_batch_size": 3, "vae_slicing": True}):
+        assert gradient_norms(batch_size=4, **options) == pytest.approx(plain, rel=1e-3)
 
 
-def test_bf16_trains():
-    result = run(precision="bf16", steps=2)
-    assert result.skipped == 0
-    assert all(p.dtype == torch.float32 for p in family_of(result.pipeline).denoiser.parameters())
+def test_a_vae_that_gives_nan_in_its_dtype_is_noticed_at_once():
+    pipeline = tiny_pipeline("sd")
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_in.weight.mul_(1e6)
+        pipeline.vae.decoder.conv_in.bias.add_(1e5)
+    pipeline.vae.half()
+    with pytest.raises(
+        UserError, match="the VAE decodes pictures with values that are not finite in float16: load the VAE in float32"
+    ):
+        run(pipeline, steps=1)
+    with torch.no_grad():
+        pipeline = tiny_pipeline("sd")
+        pipeline.vae.encoder.conv_in.weight.fill_(float("nan"))
+    with pytest.raises(
+        UserError, match="the VAE encodes the offline pictures with values that are not finite in float32"
+    ):
+        run(pipeline, steps=1)
+
+
+def test_a_monitor_with_the_detectors_weights_is_refused():
+    detector = random_detector()
+    for monitor in (detector, random_detector()):
+        with pytest.raises(UserError, match="monitor: a detector with weights of its own"):
+            treat(
+                tiny_pipeline("sd"), detector, PROMPTS, small(), offline=pairs(), monitor=monitor, progress=False
+            )  # fmt: skip
+
+
+def test_a_pipeline_that_places_its_own_parts_is_refused():
+    pipeline = tiny_pipeline("sd")
+    pipeline.unet._hf_hook = object()
+    with pytest.raises(UserError, match="offloading or a device map"):
+        run(pipeline)
 
 
 class SquareDetector(torch.nn.Module):

@@ -54,7 +54,7 @@ def check_finite(family: Family, values: torch.Tensor, what: str, latents: torch
             "and load the weights in such a dtype"
         )
     advice = "load the VAE in float32" if dtype == "float16" else "its weights may be broken"
-    raise UserError(f"pipeline: the VAE {what} as values that are not finite in {dtype}: {advice}")
+    raise UserError(f"pipeline: the VAE {what} with values that are not finite in {dtype}: {advice}")
 
 
 def check_even_batches(config: TreatConfig, processes: Processes) -> None:

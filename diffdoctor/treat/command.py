@@ -71,6 +71,7 @@ def run_treat(config: TreatCommandConfig) -> int:
     except ImportError as error:
         raise missing_extra(error.name or "diffusers", "stages") from None
     from diffdoctor.detector import load_detector
+    from diffdoctor.treat.processes import Processes
     from diffdoctor.treat.trainer import treat
 
     prompts = read_prompts(config.prompts)
@@ -96,6 +97,8 @@ def run_treat(config: TreatCommandConfig) -> int:
         output_dir=Path(config.output),
         settings=asdict(config),
     )
+    if not Processes().is_main:
+        return 0
     first, best = result.measurements[0], next(m for m in result.measurements if m.step == result.best_step)
     if result.stopped:
         print(f"stopped after {len(result.history)} steps: {result.stopped}")

@@ -321,7 +321,7 @@ class Treatment:
                 final = self._sample(rows, [seed_of(self.config.seed, _FIXED, i) for i in part], ()).final
                 drawn, confidence = diagnose(self.family, self.detector, final, 1 if self.config.vae_slicing else 0)
                 if not self.monitor.measurements:
-                    check_finite(self.family, drawn, "draws", final)
+                    check_finite(self.family, drawn, "decodes pictures", final)
                 pictures.append(self.processes.gather(drawn, len(part) * self.processes.count))
                 maps.append(self.processes.gather(confidence, len(part) * self.processes.count))
         return torch.cat(pictures)[:count], torch.cat(maps)[:count]

@@ -1,0 +1,29 @@
+"""A treatment that is killed ends with the LoRA of an undisturbed run, bit for bit, when it goes on.
+
+It is killed with SIGKILL at file operations, in half-written files, at random moments, and again and again.
+
+`python tests/treat_killed.py FOLDER SEED` does it at every file operation.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_treatments_end_with_the_same_lora(tmp_path):
+    seed = 0
+    operations = [str(number) for number in (5, 31, 58, 90, 120, 149, 171, 188)]
+    command = [sys.executable, str(HERE / "treat_killed.py"), str(tmp_path), str(seed), *operations]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=550, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.count("killed True, same True") >= len(operations) + 3
+    assert "chain: " in done.stdout
