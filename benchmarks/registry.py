@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import diffdoctor
 from benchmarks import formulas, inputs
 
 Tensors = dict[str, Tensor]
@@ -86,21 +87,15 @@ def passes_bytes(case: Case, tensors: Tensors) -> int:
 
 
 def _fused_pair(t, backend):
-    import diffdoctor
-
     return diffdoctor.weighted_loss(t["model_pred"], t["target"], t.get("confidence"), backend=backend)
 
 
 def _fused_min_snr(t, backend):
-    import diffdoctor
-
     weighting = diffdoctor.snr_weights(t["timesteps"], t["alphas_cumprod"], 5.0, "epsilon")
     return diffdoctor.weighted_loss(t["model_pred"], t["target"], t["confidence"], weighting=weighting, backend=backend)
 
 
 def _fused_flow(t, backend):
-    import diffdoctor
-
     tokens = t["model_pred"].ndim == 3
     return diffdoctor.weighted_loss(
         t["model_pred"],
@@ -113,8 +108,6 @@ def _fused_flow(t, backend):
 
 
 def _fused_kohya(t, backend):
-    import diffdoctor
-
     kept = t["alphas_cumprod"][t["timesteps"]]
     c = 0.9 / (1.0 + ((1.0 - kept) / kept).sqrt()) ** 2 + 0.1
     weighting = diffdoctor.snr_weights(t["timesteps"], t["alphas_cumprod"], 5.0, "epsilon")
@@ -133,8 +126,6 @@ _ONETRAINER = {"l2": 1.0, "l1": 0.5, "log_cosh": 0.25, "huber": 0.125}
 
 
 def _fused_onetrainer(t, backend):
-    import diffdoctor
-
     inside = t["mask"].clamp(0.1, 1.0)
     options = {"loss_type": _ONETRAINER, "huber_c": 1.0, "normalize": "sample", "backend": backend}
     loss = diffdoctor.weighted_loss(t["model_pred"], t["target"], mask=inside, weighting=t["loss_weights"], **options)
@@ -144,8 +135,6 @@ def _fused_onetrainer(t, backend):
 
 
 def _fused_simpletuner(t, backend):
-    import diffdoctor
-
     # The picture's red channel holds the mask as [-1, 1]: shrunk first, so that little is shifted and scaled.
     mask = F.interpolate(t["conditioning"][:, :1], size=t["latents"].shape[-2:], mode="area") / 2.0 + 0.5
     s = t["timesteps"] / 1000.0
@@ -162,8 +151,6 @@ def _fused_simpletuner(t, backend):
 
 def _fused_artifact(size):
     def fused(t, backend):
-        import diffdoctor
-
         return diffdoctor.artifact_loss(t["logits"], size=size, backend=backend)
 
     return fused
@@ -177,8 +164,6 @@ def _artifact_formula(size):
 
 
 def _fused_modulation(t, backend):
-    import diffdoctor
-
     return diffdoctor.modulate_gradient(t["x"], t["confidence"], artifact_grad=1.0, clean_grad=0.2)
 
 

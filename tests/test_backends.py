@@ -77,6 +77,21 @@ def test_environment_variable(monkeypatch):
         assert "WeightedLoss" in type(diffdoctor.weighted_loss(leaf, y).grad_fn).__name__
 
 
+def test_a_plan_that_is_known_hides_nothing(monkeypatch):
+    x, y = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)
+    diffdoctor.weighted_loss(x, y)
+    for bad, error in (("", ValueError), ("gpu", ValueError), (0, TypeError), (False, TypeError)):
+        with pytest.raises(error, match="backend must be"):
+            diffdoctor.weighted_loss(x, y, backend=bad)
+    with pytest.raises(TypeError, match="return_stats must be a bool"):
+        diffdoctor.weighted_loss(x, y, return_stats=0)
+    with pytest.raises(ValueError, match="target must not require a gradient"):
+        diffdoctor.weighted_loss(x, y.clone().requires_grad_())
+    monkeypatch.setenv("DIFFDOCTOR_BACKEND", "reference")
+    leaf = x.clone().requires_grad_()
+    assert "WeightedLoss" not in type(diffdoctor.weighted_loss(leaf, y).grad_fn).__name__
+
+
 def test_description_has_what_env_prints():
     found = describe()
     assert set(found["backends"]) == set(NAMES)

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from diffdoctor.ops._lowering import WRITE_GRAD, WRITE_LOSS, ArtifactProblem, PerSample, Problem
 
-_peek = torch._C._functorch.peek_interpreter_stack
+functorch_level = torch._C._functorch.peek_interpreter_stack
 graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 def refuse_functorch(op: str) -> None:
     """Raise under torch.func transforms, whose wrapped tensors no kernel can read."""
-    if _peek() is not None:
+    if functorch_level() is not None:
         raise RuntimeError(
             f"diffdoctor.{op} does not support torch.func transforms (vmap, grad, jvp, is_grads_batched): "
             'call diffdoctor.reference, or pass reduction="sample" for per-sample losses'
@@ -190,6 +190,7 @@ __all__ = [
     "ArtifactLoss",
     "WeightedLoss",
     "forbid_second_derivative",
+    "functorch_level",
     "graph_is_kept",
     "guard_reference",
     "refuse_functorch",

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from diffdoctor import native
-from diffdoctor.ops._autograd import forbid_second_derivative, graph_is_kept, refuse_functorch, scale_kept
+from diffdoctor.ops._autograd import (
+    forbid_second_derivative,
+    functorch_level,
+    graph_is_kept,
+    refuse_functorch,
+    scale_kept,
+)
 from diffdoctor.ops._lowering import DTYPES, WRITE_GRAD, WRITE_LOSS, ArtifactProblem, Problem
 from diffdoctor.ops._native_plan import artifact_arguments, call_arguments, native_plan
 from diffdoctor.ops.target import Target
@@ -102,7 +108,8 @@ class WeightedLossKept(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        refuse_functorch("weighted_loss")
+        if functorch_level() is not None:
+            refuse_functorch("weighted_loss")
         (kept,) = ctx.saved_tensors
         call = ctx.call
         if g.ndim == 0:

@@ -8,7 +8,7 @@ from torch import Tensor
 from diffdoctor import reference
 from diffdoctor.backends import for_device, overridden, pick, requested
 from diffdoctor.ops import _checks as checks
-from diffdoctor.ops._autograd import WeightedLoss, guard_reference, refuse_functorch
+from diffdoctor.ops._autograd import WeightedLoss, functorch_level, guard_reference, refuse_functorch
 from diffdoctor.ops._lowering import SUMS
 from diffdoctor.ops._prepare import Prepared, make_options, prepare, remember
 from diffdoctor.ops._problem import add_divisor, allocate, make_problem, meta, target_meta
@@ -115,14 +115,18 @@ def weighted_loss(
             return_stats=return_stats,
             backend=backend,
         )
-    refuse_functorch("weighted_loss")
+    if functorch_level() is not None:
+        refuse_functorch("weighted_loss")
     maps = (
         artifact_weight, clean_weight, artifact_grad, clean_grad, threshold, gamma, interpolation
     )  # fmt: skip
     grad_mode = torch.is_grad_enabled()
+    # Written out: with cold caches each function that is called costs microseconds.
     key = (
         model_pred.shape, model_pred.stride(), model_pred.dtype, model_pred.device, model_pred.requires_grad, grad_mode,
-        target_meta(target), None if confidence is None else meta(confidence), None if mask is None else meta(mask),
+        (target.shape, target.stride(), target.dtype, target.device, target.requires_grad)
+        if type(target) is Tensor else target_meta(target),
+        None if confidence is None else meta(confidence), None if mask is None else meta(mask),
         None if weighting is None else meta(weighting), huber_c if type(huber_c) is float else meta(huber_c),
         None if normalizer is None else meta(normalizer), maps,
         loss_type if type(loss_type) is not dict else tuple(loss_type.items()), normalize, reduction, layout,
@@ -137,7 +141,8 @@ def weighted_loss(
             reduction, layout,
         )  # fmt: skip
     differentiable = grad_mode and model_pred.requires_grad
-    if return_stats is False and prepared.short is not None and (backend == "cpu" or not (backend or overridden())):
+    chosen = backend == "cpu" or (backend is None and not overridden())
+    if chosen and return_stats is False and prepared.short is not None:
         return prepared.short(model_pred, target, confidence, mask, weighting, huber_c, normalizer, differentiable)
     if type(return_stats) is not bool:
         raise checks.kind_error("return_stats", "a bool", return_stats)
