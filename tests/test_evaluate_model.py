@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers_tiny_clip import save_tiny_clip
 
 from diffdoctor._errors import UserError
-from diffdoctor.demo.pipeline import build_tokenizer
 from diffdoctor.detector import ConvDetector, write_shards
 from diffdoctor.evaluate import model_networks
 from diffdoctor.evaluate.features import frechet_distance, frechet_distance_of_blocks, within_class_variance
@@ -29,21 +29,8 @@ def random_pictures(count, size=16, seed=0):
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
-
     folder = tmp_path_factory.mktemp("clip")
-    tokenizer = build_tokenizer(PROMPTS, max_length=77)
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = CLIPConfig(
-        text_config={**small, **special, "vocab_size": len(tokenizer)},
-        vision_config={**small, "image_size": 32, "patch_size": 8},
-        projection_dim=16,
-    )
-    torch.manual_seed(0)
-    CLIPModel(config).save_pretrained(folder)
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
+    save_tiny_clip(folder, PROMPTS)
     return str(folder)
 
 
@@ -117,7 +104,8 @@ class TestNetworks:
         with pytest.raises(UserError, match="TorchScript file or"):
             load_features(str(tmp_path / "text.pt"))
 
-    def test_features_without_a_network_are_thumbnails(self):
+    def test_features_without_a_network_are_thumbnails(self, monkeypatch):
+        monkeypatch.setattr(model_networks, "inception_weights", lambda: None)
         features = load_features("auto")
         pictures = random_pictures(2, 64)
         pictures[1] = 51
@@ -126,7 +114,8 @@ class TestNetworks:
         assert "no FID in the usual sense" in features.note
         assert load_features("none") is None
 
-    def test_clip_serves_as_features(self, clip_folder):
+    def test_clip_serves_as_features(self, clip_folder, monkeypatch):
+        monkeypatch.setattr(model_networks, "inception_weights", lambda: None)
         clip = Clip(clip_folder)
         assert load_features("auto", clip)(random_pictures(3)).shape == (3, 16)
         with pytest.raises(UserError, match="needs --clip"):

@@ -1,5 +1,6 @@
 """`diffdoctor evaluate model` on files: its figures, how it goes on, and what it says when something is wrong."""
 
+import errno
 import json
 import os
 import re
@@ -12,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers_tiny_clip import save_tiny_clip
 from helpers_tiny_pipelines import PROMPTS, tiny_pipeline
 
 from diffdoctor.cli import main
 from diffdoctor.detector import ConvDetector, load_detector
+from diffdoctor.evaluate import model_networks
 from diffdoctor.evaluate.model import compare_pictures, sample_pictures
 from diffdoctor.evaluate.model_measuring import spoil
+from diffdoctor.evaluate.model_networks import Clip
 from diffdoctor.evaluate.model_store import PictureFiles
 
 Image = pytest.importorskip("PIL.Image")
@@ -235,7 +239,7 @@ def test_two_processes_share_the_work(files, evaluated, tmp_path):
         command = [sys.executable, "-m", "diffdoctor", *options(files, output)]
         running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     for process in running:
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=500)
         assert process.returncode == 0, errors[-3000:]
     metrics, one = json.loads((output / "metrics.json").read_text()), evaluated[1]
     assert (pictures_of(output, "after").int() - pictures_of(evaluated[0], "after").int()).abs().max() <= 1
@@ -265,7 +269,8 @@ def test_a_treatments_folder_answers_for_its_options(files, evaluated, tmp_path)
     assert main(options(files, tmp_path / "other", **arguments)) == 2
 
 
-def test_another_pipeline_and_guidance_as_treatments(files, tmp_path):
+def test_another_pipeline_and_guidance_as_treatments(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_networks, "inception_weights", lambda: None)
     pipeline = tiny_pipeline("sd", seed=5)
     pipeline.save_pretrained(tmp_path / "other")
     out = tmp_path / "out"
@@ -275,7 +280,8 @@ def test_another_pipeline_and_guidance_as_treatments(files, tmp_path):
 
     guide = {"strength": 1.0, "start": 0.0, "clean_grad": 1.0}
     arguments = {"lora": "", "guide": "true", "guide_options": json.dumps(guide), "real": "", "classifier": ""}
-    metrics = evaluate(files, tmp_path / "guided", features="pixels", **arguments)
+    save_tiny_clip(tmp_path / "clip", PROMPTS)
+    metrics = evaluate(files, tmp_path / "guided", clip=tmp_path / "clip", **arguments, features="auto")
     pipeline = tiny_pipeline("sd")
     with diffdoctor.guide(pipeline, load_detector(files / "detector"), height=16, width=16, **guide):
         expected = drawn("sd", pipeline)
@@ -283,6 +289,29 @@ def test_another_pipeline_and_guidance_as_treatments(files, tmp_path):
     assert not torch.equal(pictures_of(tmp_path / "guided", "before"), expected)
     assert metrics["variance"]["before"] > 0
     assert "fid" not in metrics
+    # auto: CLIP's features, where CLIP is there and Inception is not.
+    assert "image embeddings" in metrics["features"]["name"]
+    prompts = [PROMPTS[number % 3] for number in range(COUNT)]
+    scores = Clip(str(tmp_path / "clip")).scores(expected, prompts)
+    assert metrics["clip_score"]["after"] == pytest.approx(float(scores.mean()), rel=1e-4)
+    assert metrics["clip_score"]["difference"] != 0
+
+
+def test_a_full_disk_is_one_line_and_the_pictures_stay(files, tmp_path, monkeypatch, capsys):
+    save = PictureFiles.save
+
+    def full(self, number, picture):
+        if self.folder.name == "after" and number == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path(number)))
+        save(self, number, picture)
+
+    monkeypatch.setattr(PictureFiles, "save", full)
+    assert main(options(files, tmp_path / "out")) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diffdoctor")]
+    assert len(errors) == 1
+    assert "No space left on device" in errors[0]
+    kept = sorted(path.name for path in (tmp_path / "out" / "pictures" / "after").iterdir())
+    assert kept == ["00000000.png", "00000001.png"]
 
 
 @pytest.mark.parametrize(

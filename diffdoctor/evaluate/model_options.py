@@ -135,7 +135,11 @@ def _from_treatment(config: EvaluateModelConfig) -> dict:
         raise UserError(
             f"--treatment {folder}: no config.yaml there; a folder that `diffdoctor treat` made was expected"
         )
-    values = {name: settings[name] for name in _OF_TREATMENT if settings.get(name) and not getattr(config, name)}
+    # A guidance scale of 0 is one that was given.
+    given = {name for name in _OF_TREATMENT if getattr(config, name) not in ("", 0, None)}
+    if config.guidance_scale is not None:
+        given.add("guidance_scale")
+    values = {name: settings[name] for name in _OF_TREATMENT if settings.get(name) and name not in given}
     if not (config.lora or config.treated):
         if not (folder / "lora").is_dir():
             raise UserError(f"--treatment {folder}: holds no lora: the treatment is not finished")
