@@ -73,6 +73,8 @@ class Checkpoints:
 
     def remove(self) -> None:
         """Delete them all, when the run is done."""
+        for old in self.all():
+            _delete(old)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -11,7 +11,7 @@ from helpers_tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
 
 from diffdoctor._errors import UserError
 from diffdoctor.detector import ConvDetector
-from diffdoctor.treat import TreatConfig, treat, treatment
+from diffdoctor.treat import TreatConfig, trainer, treat, treatment
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import WEIGHTS_NAME, lora_state
 from diffdoctor.treat.methods import METHODS
@@ -378,3 +378,29 @@ def test_long_prompts_are_counted_cut_or_refused(caplog):
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         TreatConfig(**options)
+
+
+def test_a_run_killed_after_it_was_to_stop_does_not_go_on(tmp_path, monkeypatch):
+    options = {"steps": 6, "checkpoint_every": 2, "evaluate_every": 2, "good_enough": 1.0, "output_dir": tmp_path}
+    write = trainer._write
+
+    def dying(*_):
+        raise Interrupted
+
+    monkeypatch.setattr(trainer, "_write", dying)
+    # only the measurement at step 4 is good enough
+    monkeypatch.setattr(Monitor, "add", stopping_at(4, Monitor.add))
+    with pytest.raises(Interrupted):
+        run(**options)
+    monkeypatch.setattr(trainer, "_write", write)
+    result = run(**options)
+    assert len(result.history) == 4
+    assert result.stopped == "enough"
+
+
+def stopping_at(step, add):
+    def adding(self, measurement, state):
+        add(self, measurement, state)
+        return "enough" if measurement.step == step else None
+
+    return adding

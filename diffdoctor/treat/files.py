@@ -13,7 +13,7 @@ import torch
 
 from diffdoctor._checkpoints import Checkpoints
 from diffdoctor._errors import UserError
-from diffdoctor._io import atomic_write_text
+from diffdoctor._io import atomic_write_text, clear_temporaries
 from diffdoctor.treat.config import TreatConfig
 
 # options that change what is kept, watched or held in memory, but not the result: a run may go on with others
@@ -26,9 +26,6 @@ _FREE = (
     "strict",
     "text_encoders",
 )
-
-# temporary names of `diffdoctor._io`
-_TEMPORARY = (".config.yaml.*", ".treat.json.*", ".lora.*", "samples/.step-*", "checkpoints/.step-*")
 
 
 def run_checkpoints(
@@ -54,15 +51,14 @@ def digest(module: torch.nn.Module) -> str:
     return state.hexdigest()
 
 
-def open_output(output_dir: Path, settings: dict, checkpoints: Checkpoints) -> dict | None:
-    """Write `config.yaml`, clear away what a kill left half-written, and return the last checkpoint's state or None."""
-    found = checkpoints.load()
+def open_output(output_dir: Path, settings: dict) -> None:
+    """Clear away what a kill left half-written, and write `config.yaml`."""
     with writing(output_dir):
-        for pattern in _TEMPORARY:
-            for left in output_dir.glob(pattern):
-                _remove(left)
+        for name in ("config.yaml", "treat.json", "lora"):
+            clear_temporaries(output_dir, name)
+        for part in ("samples", "checkpoints"):
+            clear_temporaries(output_dir / part)
         write_settings(output_dir, settings)
-    return None if found is None else found[0]
 
 
 def write_settings(output_dir: Path, settings: dict) -> None:
@@ -100,10 +96,3 @@ def _free(folder: Path) -> str:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB"
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

@@ -50,11 +50,16 @@ class Tracking:
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(), log_with=kind, project_dir=str(output_dir)
         )
-        if kind == "tensorboard":
-            self.accelerator.init_trackers("logs", init_kwargs={kind: {"purge_step": step + 1}})
-        elif self.accelerator.is_main_process:
-            options = {"dir": str(output_dir), "id": _run_id(output_dir), "resume": "allow"}
-            self.accelerator.init_trackers(PROJECT, init_kwargs={kind: options})
+        try:
+            if kind == "tensorboard":
+                self.accelerator.init_trackers("logs", init_kwargs={kind: {"purge_step": step + 1}})
+            elif is_main:
+                options = {"dir": str(output_dir), "id": _run_id(output_dir), "resume": "allow"}
+                self.accelerator.init_trackers(PROJECT, init_kwargs={kind: options})
+        except Exception as error:
+            # the trackers' own errors: no account, no network, an installation that is not whole
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"log_with: {kind} cannot start ({reason})") from error
 
     def curves(self, step: int, **values: float | None) -> None:
         """Note values at a step under their names; None and what is not finite is left out."""

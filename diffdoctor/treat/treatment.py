@@ -72,6 +72,7 @@ class Treatment:
         self.monitor = Monitor(config)
         self.history: list[dict] = []
         self.step = self.skipped = self.skipped_in_a_row = 0
+        self.stopped: str | None = None
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.settings = {**asdict(config), **(settings or {})}
         self.checkpoints = None
@@ -123,38 +124,46 @@ class Treatment:
 
         Ends with the best weights in the pipeline, and the rest of the pipeline as it was.
         """
+        progress = progress and self.processes.is_main
         with memory_options(self.family, self.config):
-            self._prepare()
-            self._resume()
-            if self.step and progress and self.processes.is_main:
-                print(f"treatment: goes on after step {self.step} of {self.config.steps}", file=sys.stderr, flush=True)
-            self.tracking = Tracking(self.config, self.output_dir, self.step, is_main=self.processes.is_main)
             try:
-                # a signal that was held back is delivered when the loop ends, so what follows runs only without one
-                stopped = self._loop(progress and self.processes.is_main)
+                self._prepare()
+                self._resume()
+                if self.step and progress:
+                    print(
+                        f"treatment: goes on after step {self.step} of {self.config.steps}", file=sys.stderr, flush=True
+                    )
+                # nothing is written before the untreated model has drawn its first pictures
+                first = None if self.monitor.measurements else self._draw(self.config.evaluate_pictures)
+                if self.output_dir is not None:
+                    self.processes.from_main(lambda: open_output(self.output_dir, self.settings))
+                self.tracking = Tracking(self.config, self.output_dir, self.step, is_main=self.processes.is_main)
+                try:
+                    # a held back signal is delivered when the loop ends, so what follows runs only without one
+                    self._loop(progress, first)
+                finally:
+                    self.tracking.close()
             finally:
-                self.tracking.close()
                 if self.config.text_encoders == "offload":
                     restore_text_encoders(self.family, self.device)
         if self.monitor.best_state is not None:
             load_lora_state(self.family, self.monitor.best_state)
-        return stopped
+        return self.stopped
 
-    def _loop(self, progress: bool) -> str | None:
-        stopped = None
+    def _loop(self, progress: bool, first) -> None:
         with (
             deferred_signals(self.checkpoints is not None) as interruption,
             show_progress(self.config.steps, desc="treatment", enabled=progress) as bar,
         ):
             bar.update(self.step)
-            if not self.monitor.measurements:
-                stopped = self._measure()
-            while self.step < self.config.steps and stopped is None:
+            if first is not None:
+                self.stopped = self._measure(*first)
+            while self.step < self.config.steps and self.stopped is None:
                 self._take_step()
                 bar.set_postfix(loss=self.history[-1]["loss"], flagged_area=self.monitor.measurements[-1].flagged_area)
                 bar.update()
                 if self._is_due(self.config.evaluate_every) or self.step == self.config.steps:
-                    stopped = self._measure()
+                    self.stopped = self._measure(*self._draw(self.config.evaluate_pictures))
                 elif self._is_due(self.config.sample_every) and self.config.sample_pictures:
                     self.tracking.sheet(self.step, *self._draw(self.config.sample_pictures))
                 # processes are told to stop at different moments, and must do so after the same step
@@ -165,7 +174,6 @@ class Treatment:
                     if progress and self.checkpoints is not None:
                         print(f"treatment: stopped after step {self.step}, and can go on from there", file=sys.stderr)
                     break
-        return stopped
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -290,10 +298,10 @@ class Treatment:
         generator = torch.Generator().manual_seed(seed_of(self.config.seed, _ORDER, count // number))
         return int(torch.randperm(number, generator=generator)[count % number])
 
-    def _measure(self) -> str | None:
+    def _measure(self, pictures: torch.Tensor, confidence: torch.Tensor) -> str | None:
+        """Judge what `_draw` drew; returns why to stop, or None."""
         config = self.config
         rows = torch.arange(config.evaluate_pictures) % len(self.prompts)
-        pictures, confidence = self._draw(config.evaluate_pictures)
         second = None
         if self.second is not None:
             with torch.no_grad():
@@ -354,17 +362,18 @@ class Treatment:
                 "monitor": self.monitor.state_dict(),
                 "history": self.history,
                 "skipped": [self.skipped, self.skipped_in_a_row],
+                "stopped": self.stopped,
             }
             with writing(self.output_dir):
                 self.checkpoints.save(self.step, state)
         self.processes.wait()
 
     def _resume(self) -> None:
-        if self.output_dir is None:
+        loaded = None if self.checkpoints is None else self.processes.from_main(self.checkpoints.load)
+        if loaded is None:
             return
-        found = self.processes.from_main(lambda: open_output(self.output_dir, self.settings, self.checkpoints))
-        if found is None:
-            return
+        found = loaded[0]
+        self.stopped = found["stopped"]
         self.step, self.history = found["step"], found["history"]
         self.skipped, self.skipped_in_a_row = found["skipped"]
         self._put(found["lora"])
