@@ -23,9 +23,20 @@ from diffdoctor.detector.diagnosing import DiagnoseConfig, run_diagnose
 from diffdoctor.detector.samples import AugmentConfig
 from diffdoctor.detector.train import DetectorTrainingConfig
 from diffdoctor.detector.training import TrainDetectorConfig, run_train_detector
+from diffdoctor.evaluate.detector_report import EvaluateDetectorConfig, run_evaluate_detector
 
 # What a life would import, so that only the first process pays for it.
-for name in ("accelerate.utils", "jinja2", "pycocotools.cocoeval", "pyarrow.parquet", "scipy.ndimage", "torch._dynamo"):
+for name in (
+    "accelerate.utils",
+    "jinja2",
+    "pycocotools.cocoeval",
+    "pyarrow.parquet",
+    "scipy.ndimage",
+    "torch._dynamo",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "PIL.PngImagePlugin",
+):
     importlib.import_module(name)
 for name in ("detector.conv", "detector.damage", "evaluate.detector", "evaluate.report"):
     importlib.import_module(f"diffdoctor.{name}")
@@ -62,7 +73,13 @@ def train_resampled(folder):
     train(folder, resampled=True)
 
 
-COMMANDS = {"diagnose": diagnose, "train": train, "train_resampled": train_resampled}
+def evaluate(folder):
+    run_evaluate_detector(
+        EvaluateDetectorConfig(str(folder / "detector"), [str(folder / "data")], "out", batch_size=1, bootstrap=5)
+    )
+
+
+COMMANDS = {"diagnose": diagnose, "evaluate": evaluate, "train": train, "train_resampled": train_resampled}
 
 
 class Killer:
@@ -170,7 +187,9 @@ def main(command, folder, seed):
     seconds = time.monotonic() - started
     expected = contents(folder / "whole" / "out")
     report = {"operations": operations, "files": len(expected), "kills": [], "processes": []}
-    chains = [("operation", 1), ("operation", 1), ("time", 1)] + [("operation", 2)] * (command == "diagnose")
+    chains = [("operation", 1), ("operation", 1), ("time", 1)] + [("operation", 2)] * (
+        command in ("diagnose", "evaluate")
+    )
     for number, (how, processes) in enumerate(chains):
         work, kills = folder / f"chain-{number}", 0
         while True:

@@ -1,4 +1,4 @@
-"""diagnose and train-detector killed (-9) at random moments, again and again, end in the bits of an undisturbed run."""
+"""Commands that are killed (-9) at random moments, again and again, end in the bits of an undisturbed run."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["diagnose", "train", "train_resampled"])
+@pytest.mark.parametrize("command", ["diagnose", "evaluate", "train", "train_resampled"])
 def test_killed_at_random_moments_a_run_ends_in_the_same_bits(folder, command):
     root = os.path.dirname(HERE)
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
@@ -62,6 +62,6 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(folder, command):
     result = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr[-4000:]
     report = json.loads(result.stdout.splitlines()[-1])
-    assert report["operations"] > 50
+    assert report["operations"] > 30
     assert sum(report["kills"]) >= 10
-    assert report["processes"][-1] == (2 if command == "diagnose" else 1)
+    assert report["processes"][-1] == (2 if command in ("diagnose", "evaluate") else 1)

@@ -86,7 +86,7 @@ def run_diagnose(config: DiagnoseConfig) -> dict:
     output = Path(config.output)
     sources = find_sources(config.pictures)
     detector = open_detector(config.detector)
-    settings = {name: getattr(config, name) for name in _SAME} | {"weights": _fingerprint(detector)}
+    settings = {name: getattr(config, name) for name in _SAME} | {"weights": fingerprint(detector)}
     _same_run(output, settings)
     detector.to(open_device(config.device, state.device))
     detector.to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
@@ -166,7 +166,7 @@ def open_device(name: str | None, default):
     return device
 
 
-def _fingerprint(detector: Detector) -> str:
+def fingerprint(detector: Detector) -> str:
     """A hash of the weights: a folder may hold other ones tomorrow."""
     import torch
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffdoctor._errors import UserError
 from diffdoctor.detector.archive import SkipCounts
 from diffdoctor.detector.samples import AugmentConfig, StepSamples, as_mask, augment, resize_pair
 from diffdoctor.detector.shards import BrokenSample
@@ -65,6 +66,8 @@ class _Mended:
 class PlannedSamples(torch.utils.data.Dataset):
     """`StepSamples` whose broken pictures are replaced: (picture, mask, {place: reason} of the broken ones).
 
+    A `UserError` is returned, not raised: a DataLoader's worker would bury it in a traceback.
+
     Args:
         data: the labelled pictures.
         strict: raise at a broken one instead.
@@ -76,7 +79,10 @@ class PlannedSamples(torch.utils.data.Dataset):
         self.samples = StepSamples(self.data, **options)
 
     def __getitem__(self, key: tuple[int, int]):
-        picture, mask = self.samples[key]
+        try:
+            picture, mask = self.samples[key]
+        except UserError as error:
+            return error
         noted, self.data.noted = self.data.noted, {}
         return picture, mask, noted
 
@@ -113,7 +119,12 @@ class ResampledSamples(torch.utils.data.IterableDataset):
             counts = SkipCounts()
             samples = self.stream.lane(lane, part, counts)
             while number < end:
-                yield self._part(samples, number, counts)
+                try:
+                    made = self._part(samples, number, counts)
+                except UserError as error:
+                    yield error
+                    return
+                yield made
                 number += workers
 
     def _part(self, samples, number: int, counts: SkipCounts):
@@ -136,14 +147,17 @@ class ResampledSamples(torch.utils.data.IterableDataset):
         )
 
 
-def collate(samples: list[tuple[torch.Tensor, torch.Tensor, dict]]) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """Pictures (B, 3, H, W) uint8, masks (B, 1, H, W) float32, and what was broken.
+def collate(samples: list) -> tuple[torch.Tensor, torch.Tensor, dict] | UserError:
+    """Pictures (B, 3, H, W) uint8, masks (B, 1, H, W) float32, and what was broken; or an error to raise.
 
-    Raises:
-        ValueError: the pictures differ in size.
+    Args:
+        samples: what `PlannedSamples` gives.
     """
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
     shapes = sorted({tuple(picture.shape[1:]) for picture, _, _ in samples})
     if len(shapes) > 1:
-        raise ValueError(f"size: expected a side in pixels, since pictures differ in size ({shapes[0]}, {shapes[1]})")
+        return UserError(f"size: expected a side in pixels, since pictures differ in size ({shapes[0]}, {shapes[1]})")
     noted = {where: reason for _, _, broken in samples for where, reason in broken.items()}
     return torch.stack([p for p, _, _ in samples]), torch.stack([m for _, m, _ in samples]), noted

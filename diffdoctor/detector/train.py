@@ -263,7 +263,10 @@ class _Run:
             )
             loader = torch.utils.data.DataLoader(samples, batch_sampler=plan, collate_fn=collate, **options)
         parts = []
-        for pictures, masks, broken in loader:
+        for part in loader:
+            if isinstance(part, UserError):
+                raise part
+            pictures, masks, broken = part
             self.broken |= broken
             parts.append((pictures, masks))
             if len(parts) == config.accumulate:
@@ -339,12 +342,10 @@ class _Run:
         self.broken = record["broken"]
 
     def _validate(self) -> None:
-        from diffdoctor.evaluate.detector import quick_measures
-
         trained = [p.detach().clone() for p in self.detector.parameters()]
         self._use_ema()
         self.detector.eval()
-        measures = {"step": self.step, **quick_measures(self.detector, self.validation, size=self.config.size)}
+        measures = {"step": self.step, **self._measures()}
         best = max((v["map50"] for v in self.validations), default=-math.inf)
         self.validations.append(measures)
         main = self.accelerator.is_main_process
@@ -356,6 +357,11 @@ class _Run:
                     self.writer.add_scalar(f"validation/{name}", value, self.step)
         _assign(self.detector, trained)
         self.detector.train()
+
+    def _measures(self) -> dict[str, float]:
+        from diffdoctor.evaluate.detector import quick_measures
+
+        return quick_measures(self.detector, self.validation, size=self.config.size, strict=self.config.strict)
 
     def _use_ema(self) -> None:
         if self.ema is not None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diffdoctor._errors import UserError
-from diffdoctor._io import atomic_write_json
+from diffdoctor._errors import UserError, missing_extra
+from diffdoctor._io import atomic_write_json, clear_temporaries
 from diffdoctor.detector.base import Detector, load_detector
 from diffdoctor.detector.pictures import finite, versions, write_config
 from diffdoctor.detector.samples import JoinedData
@@ -56,10 +56,20 @@ class TrainDetectorConfig:
 
 def run_train_detector(config: TrainDetectorConfig) -> dict:
     """Run `diffdoctor train-detector`; returns what metrics.json holds."""
+    try:
+        from accelerate import PartialState
+    except ImportError:
+        raise missing_extra("accelerate", "stages") from None
+    import torch
+
     output = Path(config.output)
     data, validation = _data(config)
     detector = _network(config)
-    write_config(output, config)
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if state.is_main_process:
+        clear_temporaries(output)
+        write_config(output, config)
+    state.wait_for_everyone()
     result = train_detector(config.training, data, detector=detector, validation=validation, output_dir=output)
     reasons = list(result.broken.values())
     metrics = {
@@ -73,7 +83,8 @@ def run_train_detector(config: TrainDetectorConfig) -> dict:
         "parameters": sum(p.numel() for p in result.detector.parameters()),
         "versions": versions(),
     }
-    atomic_write_json(output / "metrics.json", finite(metrics))
+    if state.is_main_process:
+        atomic_write_json(output / "metrics.json", finite(metrics))
     return metrics
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from diffdoctor._pictures import to_images
+from diffdoctor.detector.archive import SkipCounts
+from diffdoctor.detector.shards import BrokenSample
 from diffdoctor.evaluate.components import ComponentAP
 from diffdoctor.evaluate.pixel import (
     FLAG_SHARE,
@@ -31,19 +33,43 @@ class Diagnosed:
         confidence: (N, H, W) float32 in [0, 1].
         masks: (N, H, W) float32 in [0, 1].
         categories, generators: (N,) lists of str.
+        indices: (N,) the pictures' places in the data.
+        skipped: what was left out, by reason.
     """
 
     confidence: np.ndarray
     masks: np.ndarray
     categories: list[str]
     generators: list[str]
+    indices: np.ndarray | None = None
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-def batches(data, batch_size: int) -> Iterator[list[dict]]:
-    """The data's samples in order, in lists of up to `batch_size` pictures of one size."""
+def batches(
+    data,
+    batch_size: int,
+    *,
+    chosen: Sequence[int] | None = None,
+    strict: bool = False,
+    counts: SkipCounts | None = None,
+) -> Iterator[list[dict]]:
+    """The data's samples in order, in lists of up to `batch_size` pictures of one size.
+
+    Args:
+        data: `DetectorData`.
+        batch_size: pictures in a list.
+        chosen: indices of the samples; None: all.
+        strict: raise `BrokenSample` at a broken one instead of leaving it out and counting it.
+        counts: filled with what was left out.
+    """
+    counts = SkipCounts() if counts is None else counts
     batch: list[dict] = []
-    for index in range(len(data)):
-        sample = data[index]
+    for index in range(len(data)) if chosen is None else chosen:
+        try:
+            sample = {**data[index], "index": index}
+        except BrokenSample as error:
+            counts.add(error.reason, error.where, strict)
+            continue
         if batch and (len(batch) == batch_size or sample["picture"].shape != batch[0]["picture"].shape):
             yield batch
             batch = []
@@ -53,7 +79,15 @@ def batches(data, batch_size: int) -> Iterator[list[dict]]:
 
 
 @torch.no_grad()
-def diagnose_data(detector, data, *, batch_size: int = 64, size: int | None = None) -> Diagnosed:
+def diagnose_data(
+    detector,
+    data,
+    *,
+    batch_size: int = 64,
+    size: int | None = None,
+    chosen: Sequence[int] | None = None,
+    strict: bool = False,
+) -> Diagnosed:
     """The detector's map of every picture.
 
     Args:
@@ -61,12 +95,18 @@ def diagnose_data(detector, data, *, batch_size: int = 64, size: int | None = No
         data: `DetectorData`.
         batch_size: pictures at a time.
         size: side in pixels to which maps and masks are brought where pictures differ in size; None: they must agree.
+        chosen: indices of the pictures; None: all.
+        strict: raise at a broken picture instead of leaving it out and counting it.
+
+    Raises:
+        ValueError: the pictures differ in size, or there are none.
     """
     from diffdoctor.detector.samples import as_mask, resize_pair
 
     device = next(detector.parameters()).device
-    maps, masks, categories, generators = [], [], [], []
-    for batch in batches(data, batch_size):
+    maps, masks, categories, generators, indices = [], [], [], [], []
+    counts = SkipCounts()
+    for batch in batches(data, batch_size, chosen=chosen, strict=strict, counts=counts):
         pairs = [(s["picture"], as_mask(s["mask"])) for s in batch]
         if size is not None:
             pairs = [resize_pair(*pair, size) if pair[1].shape != (size, size) else pair for pair in pairs]
@@ -75,14 +115,19 @@ def diagnose_data(detector, data, *, batch_size: int = 64, size: int | None = No
         masks.append(np.stack([m for _, m in pairs]))
         categories += [str(s.get("category") or "") for s in batch]
         generators += [str(s.get("generator") or "") for s in batch]
+        indices += [s["index"] for s in batch]
+    if not maps and counts.total:
+        side = size or 1
+        maps, masks = [np.zeros((0, side, side), np.float32)], [np.zeros((0, side, side), np.float32)]
     if len({m.shape[1:] for m in maps}) != 1:
         raise ValueError("data: expected pictures of one size, or size= to bring them to one; got several or none")
-    return Diagnosed(np.concatenate(maps), np.concatenate(masks), categories, generators)
+    places = np.array(indices)
+    return Diagnosed(np.concatenate(maps), np.concatenate(masks), categories, generators, places, counts.reasons)
 
 
-def quick_measures(detector, data, *, size: int | None = None) -> dict[str, float]:
+def quick_measures(detector, data, *, size: int | None = None, strict: bool = False) -> dict[str, float]:
     """iou, map50, false_positive_rate and hit_rate of a detector on a small set, for watching a training run."""
-    found = diagnose_data(detector, data, size=size)
+    found = diagnose_data(detector, data, size=size, strict=strict)
     damaged = (found.masks >= 0.5).any(axis=(1, 2))
     flags = flagged_share(found.confidence) >= FLAG_SHARE
     return {

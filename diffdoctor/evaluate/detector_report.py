@@ -1,13 +1,14 @@
 """`diffdoctor evaluate detector`: all measures, curves, and the worst misses and false positives, in one report."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
 
-from diffdoctor._errors import UserError
+from diffdoctor._errors import UserError, missing_extra
 from diffdoctor._io import atomic_write_json
-from diffdoctor.evaluate.detector import Diagnosed, diagnose_data, measure
+from diffdoctor.evaluate.detector import Diagnosed, measure
 from diffdoctor.evaluate.draw import enlarge, grid, heat_colours, overlay, png_bytes
 from diffdoctor.evaluate.pixel import FLAG_SHARE, flagged_share
 from diffdoctor.evaluate.report import Report, new_figure
@@ -20,13 +21,15 @@ class EvaluateDetectorConfig:
     Attributes:
         detector: the detector's folder or hub id, or the published checkpoint's .bin file.
         data: folders of labelled shards, as `diffdoctor inject` makes them.
-        output: the folder to make: report.html, metrics.json, config.yaml.
+        output: the folder to make: report.html, metrics.json, config.yaml. Interrupted and run again, it goes on with
+            the pictures that were not done yet.
         batch_size: pictures that are diagnosed together.
         size: side in pixels to which pictures are brought where they differ in size; null: they must agree.
         bootstrap: resamplings for the intervals; 0: none.
         examples: pictures shown of the worst misses and of the worst false positives, each.
         seed: of the resampling.
         device: such as cpu or cuda:1; null: the fastest there is.
+        strict: stop at the first broken picture instead of leaving it out and counting it.
     """
 
     detector: str
@@ -38,39 +41,57 @@ class EvaluateDetectorConfig:
     examples: int = 12
     seed: int = 0
     device: str | None = None
+    strict: bool = False
+
+    def __post_init__(self):
+        for name, least in (("batch_size", 1), ("bootstrap", 0), ("examples", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}: expected >= {least}, got {getattr(self, name)}")
 
 
 def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
-    """Run `diffdoctor evaluate detector`; returns what metrics.json holds."""
+    """Run `diffdoctor evaluate detector`; returns what metrics.json holds (nothing on other than the main process)."""
+    try:
+        from accelerate import PartialState
+    except ImportError:
+        raise missing_extra("accelerate", "stages") from None
     import torch
 
-    from diffdoctor.detector.diagnosing import open_detector
+    from diffdoctor.detector.diagnosing import fingerprint, open_detector, open_device
     from diffdoctor.detector.pictures import finite, versions, write_config
     from diffdoctor.detector.samples import JoinedData, resize_pair
     from diffdoctor.detector.shards import ShardData
+    from diffdoctor.evaluate.detector_parts import diagnose_in_parts
 
+    state = PartialState(cpu=not torch.accelerator.is_available())
     output = Path(config.output)
-    data = JoinedData([ShardData(folder) for folder in config.data])
+    sets = [ShardData(folder) for folder in config.data]
+    data = JoinedData(sets)
     if not len(data):
         raise UserError("data: expected labelled pictures, got none")
     detector = open_detector(config.detector)
-    chosen = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    detector.to(config.device or chosen)
+    detector.to(open_device(config.device, state.device))
+    settings = {"weights": fingerprint(detector)}
+    options = {"batch_size": config.batch_size, "size": config.size, "strict": config.strict}
     try:
-        found = diagnose_data(detector, data, batch_size=config.batch_size, size=config.size)
+        found = diagnose_in_parts(detector, sets, output / "parts", settings, state, **options)
     except ValueError as error:
-        raise UserError(str(error)) from error
-    result = finite(measure(found, bootstrap=config.bootstrap, seed=config.seed)) | {"versions": versions()}
+        raise error if isinstance(error, UserError) else UserError(str(error)) from error
+    if found is None:
+        return {}
+    result = finite(measure(found, bootstrap=config.bootstrap, seed=config.seed))
+    result |= {"skipped": found.skipped, "versions": versions()}
     write_config(output, config)
     atomic_write_json(output / "metrics.json", result)
 
     def picture(index):
-        sample = data[index]
+        sample = data[int(found.indices[index])]
         if config.size is None or sample["picture"].shape[:2] == (config.size, config.size):
             return sample["picture"]
         return resize_pair(sample["picture"], sample["mask"], config.size)[0]
 
     write_report(output / "report.html", result, found, picture, config.examples)
+    shutil.rmtree(output / "parts")
     return result
 
 
