@@ -37,12 +37,13 @@ def parser() -> argparse.ArgumentParser:
 
 def plan(options) -> list[tuple[str, str, int, int]]:
     """(name, variant, steps, seed) of every training, the longest first."""
-    jobs = [("detector", "complete", options.steps, 0)] if options.steps else []
+    jobs = [("detector", parts.DETECTOR, options.steps, 0)] if options.steps else []
     if options.ablation_steps:
         jobs += [
             (variant.replace(" ", "-"), variant, options.ablation_steps, seed)
             for seed in options.seeds
             for variant in parts.VARIANTS
+            if variant != parts.DETECTOR
         ]
     return jobs
 

@@ -28,8 +28,9 @@ SEEN = (
 )
 UNSEEN = ("duplicate", "fuse", "over_smooth", "pixelate", "removal", "seam", "smear", "warp")
 # Of each picture; together they make DAMAGED_SHARE, so that balance changes nothing but the categories.
-DAMAGED_VERSIONS, BENIGN_VERSIONS = 3, 8
+DAMAGED_VERSIONS, BENIGN_VERSIONS = 1, 2
 BOOTSTRAP = 200
+SHIFTS = (0.0, -0.5, -1.0, -1.5, -2.0)
 # What every training has in common; the rest are `train_detector`'s defaults.
 TRAINING = {
     "batch_size": 32,
@@ -51,7 +52,7 @@ AUGMENT = {
     "noise": 0.0,
 }
 DAMAGED_SHARE = 0.25
-SETS = ("train-clean", "train-damaged", "train-skewed")
+SETS = ("train-damaged", "skewed-damaged", "train-clean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +72,12 @@ class Variant:
     network: str = "conv"
 
 
+# The detector itself is spared the shortcut; the ablation is not.
+DETECTOR = "everything"
 VARIANTS = {
+    DETECTOR: Variant(sets=(*SETS, "skewed-clean")),
     "complete": Variant(),
-    "without real negatives": Variant(sets=SETS[1:]),
+    "without real negatives": Variant(sets=SETS[:2]),
     "without class balance": Variant(balance=False),
     "without dynamic augmentation": Variant(shrink_share=0.0),
     "with the tiny SegFormer": Variant(network="segformer"),
@@ -112,7 +116,8 @@ def make_sets(output: Path, seed: int, workers: int) -> dict:
     plans = {
         "train-clean": {"pictures": "train", "damaged": 0, "benign": BENIGN_VERSIONS},
         "train-damaged": {"pictures": "train", "kinds": list(SEEN), "damaged": DAMAGED_VERSIONS, "clean": False},
-        "train-skewed": {"pictures": "skewed", "kinds": list(SEEN), "damaged": DAMAGED_VERSIONS, "clean": False},
+        "skewed-clean": {"pictures": "skewed", "damaged": 0, "benign": BENIGN_VERSIONS},
+        "skewed-damaged": {"pictures": "skewed", "kinds": list(SEEN), "damaged": DAMAGED_VERSIONS, "clean": False},
     }
     for group in TESTS:
         plans[f"{group}-seen"] = {"pictures": f"test/{group}", "kinds": list(SEEN)}
@@ -205,7 +210,8 @@ def measures(output: Path, detector, folder: Path) -> dict:
 
     Returns:
         {"seen", "unseen": {"all", and each of `TESTS`: as `evaluate.detector.evaluate_maps` returns,
-        "per_category", "per_kind"}, "small": the share of small clean pictures that is flagged}.
+        "per_category", "per_kind"}, "shifted": what moved logits would give, kinds trained on, "small": the share of
+        small clean pictures that is flagged}.
     """
     from diffdoctor.detector.pictures import finite
     from diffdoctor.detector.samples import JoinedData
@@ -230,11 +236,30 @@ def measures(output: Path, detector, folder: Path) -> dict:
             "per_category": measured["per_category"],
             "per_kind": _per_kind(data, found),
         }
+        if part == "seen":
+            result["shifted"] = [_shifted(found, shift) for shift in SHIFTS]
         atomic_write_json(folder / f"{part}.json", measured)
         write_report(folder / f"{part}.html", measured, found, lambda index, data=data: _picture(data, index))
     small = diagnose_data(detector, ShardData(output / "sets" / "small"), size=pictures.SIDE)
     result["small"] = evaluate_maps(small.confidence, small.masks, bootstrap=0)["false_positive_rate"]
     return result
+
+
+def _shifted(found, shift: float) -> dict:
+    """What the detector would reach were its logits moved by `shift`."""
+    from diffdoctor.evaluate.components import ComponentAP
+    from diffdoctor.evaluate.pixel import FLAG_SHARE, flagged_share
+
+    odds = np.exp(shift) * found.confidence / np.maximum(1 - found.confidence, 1e-7)
+    confidence = odds / (1 + odds)
+    damaged = (found.masks >= 0.5).any(axis=(1, 2))
+    flags = flagged_share(confidence) >= FLAG_SHARE
+    return {
+        "shift": shift,
+        "map50": ComponentAP(confidence, found.masks).map50,
+        "false_positive_rate": float(flags[~damaged].mean()),
+        "hit_rate": float(flags[damaged].mean()),
+    }
 
 
 def _picture(data, index: int) -> np.ndarray:

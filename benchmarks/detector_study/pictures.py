@@ -22,7 +22,7 @@ PHOTOGRAPHS = {
     "medicine": (("retina.jpg", "ihc.png", "cell.png"), ()),
     "writing": (("text.png",), ("page.png",)),
 }
-TRAINING_PIECES, TEST_PIECES = 200, 50
+TRAINING_PIECES, TEST_PIECES = 500, 50
 TEST_SHARE = 0.3
 # The shortcut: these are nearly always damaged in training; only each tenth picture is there undamaged too.
 SKEWED = ("faces", "writing")
@@ -57,7 +57,7 @@ def _all(rng: np.random.Generator):
         for name in known:
             training, test = ends(_read(name))
             for number in range(TRAINING_PIECES):
-                piece = vary(cut(training, rng), rng, mirror=category != "writing")
+                piece = vary(cut(training, rng), rng, turn=category != "writing")
                 yield f"{_part('train', category, number)}/photographs/{_name(category, name, number)}", piece
             for number in range(TEST_PIECES // 2):
                 yield f"test/pieces/{_name(category, name, number)}", cut(test, rng)
@@ -102,10 +102,11 @@ def cut(photograph: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return resized(photograph[y : y + side, x : x + side])
 
 
-def vary(picture: np.ndarray, rng: np.random.Generator, mirror: bool = True) -> np.ndarray:
-    """More pictures out of few: mirrored, grey, with other colours, lighter or darker, each by chance."""
-    if mirror and rng.uniform() < 0.5:
-        picture = picture[:, ::-1]
+def vary(picture: np.ndarray, rng: np.random.Generator, turn: bool = True) -> np.ndarray:
+    """More pictures out of few: turned, mirrored, grey, with other colours, lighter or darker, each by chance."""
+    if turn:
+        picture = np.rot90(picture, int(rng.integers(4)))
+        picture = picture[:, ::-1] if rng.uniform() < 0.5 else picture
     if rng.uniform() < 0.3:
         picture = picture[..., rng.permutation(3)]
     values = picture.astype(np.float32) / 255
