@@ -327,3 +327,16 @@ def test_the_share_of_damaged_pictures_is_kept_within_every_category_that_has_bo
             sampling_weights(data, damaged_share=share)
         with pytest.raises(ValueError, match="damaged_share"):
             DetectorTrainingConfig(damaged_share=share)
+
+
+@pytest.mark.parametrize("clean", [True, False], ids=["with", "without"])
+def test_pictures_on_which_no_damage_can_be_seen_are_counted(tmp_path, clean):
+    place = tmp_path / "flat"
+    place.mkdir()
+    for index in range(3):
+        Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(place / f"{index}.png")
+    write_pictures(tmp_path / "pictures", count=2)
+    places = [str(place), str(tmp_path / "pictures")]
+    metrics = run_inject(InjectConfig(places, str(tmp_path / "out"), kinds=["warp"], damaged=2, clean=clean))
+    assert metrics["without_visible_damage"] >= 6
+    assert metrics["pictures"] + metrics["without_visible_damage"] == 5 * 2 + (5 if clean else 0)

@@ -75,7 +75,7 @@ def run_inject(config: InjectConfig) -> dict:
     tally = _Tally()
     try:
         write_shards(
-            tally.watch(_samples(config, sources, tally.skipped)),
+            tally.watch(_samples(config, sources, tally)),
             output,
             shard_size=config.shard_size,
             picture_type=config.picture_type,
@@ -99,8 +99,7 @@ class _Tally:
     def watch(self, samples: Iterator[dict]) -> Iterator[dict]:
         rng = np.random.default_rng(0)
         for sample in samples:
-            clean, failed = sample.pop("original"), sample.pop("failed")
-            self.failed += failed
+            clean = sample.pop("original")
             self.kinds[sample["kind"] or "clean"] += 1
             if sample["mask"].any():
                 self.areas.append(float((sample["mask"] >= 0.5).mean()))
@@ -125,9 +124,9 @@ class _Tally:
         }
 
 
-def _samples(config: InjectConfig, sources: list[Source], counts: SkipCounts) -> Iterator[dict]:
+def _samples(config: InjectConfig, sources: list[Source], tally: _Tally) -> Iterator[dict]:
     """Labelled samples of all pictures, in the order of the input whatever the number of workers."""
-    jobs = ((config, index, sample) for index, sample in enumerate(_pictures(config, sources, counts)))
+    jobs = ((config, index, sample) for index, sample in enumerate(_pictures(config, sources, tally.skipped)))
     with contextlib.ExitStack() as stack:
         if config.workers > 1:
             # "spawn": a process that has used threads must not be forked.
@@ -136,7 +135,8 @@ def _samples(config: InjectConfig, sources: list[Source], counts: SkipCounts) ->
         else:
             results = map(_variants, jobs)
         total = len(sources) if not any(source.is_shard for source in sources) else None
-        for variants in track(results, desc="inject", unit="picture", total=total):
+        for variants, failed in track(results, desc="inject", unit="picture", total=total):
+            tally.failed += failed
             yield from variants
 
 
@@ -157,13 +157,13 @@ def _pictures(config: InjectConfig, sources: list[Source], counts: SkipCounts) -
                 yield {**sample, "picture": picture}
 
 
-def _variants(job) -> list[dict]:
-    """The labelled versions of one picture."""
+def _variants(job) -> tuple[list[dict], int]:
+    """The labelled versions of one picture, and how many more were asked for that left no visible damage."""
     config, index, sample = job
     picture, empty = sample["picture"], np.zeros(sample["picture"].shape[:2], np.float32)
     known = {name: sample[name] for name in ("prompt", "category", "generator", "round") if name in sample}
-    common = {**known, "source": sample["name"], "original": picture, "failed": 0}
-    result = []
+    common = {**known, "source": sample["name"], "original": picture}
+    result, failed = [], 0
     if config.clean:
         entry = {"key": f"{index:08d}-clean", "picture": picture, "mask": empty, "label": "real", "kind": ""}
         result.append(common | entry)
@@ -176,12 +176,11 @@ def _variants(job) -> list[dict]:
         try:
             damaged = inject(picture, rng, config.kinds, config.strength, config.area, visible=config.visible)
         except NoVisibleDamage:
-            if result:
-                result[0]["failed"] += 1
+            failed += 1
             continue
         entry = {"key": f"{index:08d}-damaged-{number}", "label": "injected", "kind": damaged.kind}
         result.append(common | entry | {"picture": damaged.picture, "mask": damaged.mask})
-    return result
+    return result, failed
 
 
 def contact_sheet(examples: dict[str, list[tuple]], side: int = 128) -> bytes:
