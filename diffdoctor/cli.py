@@ -155,8 +155,8 @@ def _run(name, command, argv):
     parser = _parser(name, command, config_class)
     with contextlib.suppress(BrokenPipeError):
         options = parser.parse_args(_with_lists(_with_switches(argv, config_class), config_class))
-        values = {key: value for key, value in vars(parser.instantiate(options)).items() if key != "config"}
         try:
+            values = {key: value for key, value in vars(parser.instantiate(options)).items() if key != "config"}
             config = config_class(**values)
         except (TypeError, ValueError) as error:
             raise UserError(f"{error} (see `diffdoctor {name} --help`)") from None

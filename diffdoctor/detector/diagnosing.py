@@ -15,7 +15,7 @@ from diffdoctor._pictures import to_images
 from diffdoctor._progress import progress
 from diffdoctor.detector.archive import SkipCounts
 from diffdoctor.detector.base import Detector, load_detector
-from diffdoctor.detector.pictures import Source, find_sources, read_source, versions, write_config
+from diffdoctor.detector.pictures import Source, find_sources, read_source, tell, versions, write_config
 from diffdoctor.detector.records import Records, RecordWriter
 from diffdoctor.evaluate.components import components
 from diffdoctor.evaluate.draw import overlay, png_bytes
@@ -104,6 +104,8 @@ def run_diagnose(config: DiagnoseConfig) -> dict:
     metrics: dict = {}
     if state.is_main_process:
         metrics = _finish(output, config, skipped)
+        page = output / ("gallery.html" if config.gallery else "diagnosis.jsonl")
+        tell(f"{metrics['flagged']} of {metrics['pictures']} pictures are flagged: {page}", skipped)
     state.wait_for_everyone()
     return metrics
 

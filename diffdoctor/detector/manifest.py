@@ -78,6 +78,10 @@ def read_columns(folder: str | Path, names: tuple[str, ...]) -> dict[str, np.nda
 def _read(folder: str | Path, names: tuple[str, ...]):
     pa, parquet = _pyarrow()
     path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: no {MANIFEST} there; expected a folder of shards, as `diffdoctor inject` writes them"
+        )
     try:
         with parquet.ParquetFile(path) as file:
             missing = [name for name in names if name not in file.schema_arrow.names]

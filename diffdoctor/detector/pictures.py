@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import platform
+import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -137,6 +138,12 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return result
+
+
+def tell(line: str, skipped: dict[str, int] | None = None) -> None:
+    """A command's last words on standard error: what came of it, and what it left out."""
+    left = ", ".join(f"{count} x {reason}" for reason, count in (skipped or {}).items())
+    print(f"{line}; left out: {left}" if left else line, file=sys.stderr)
 
 
 def finite(value):

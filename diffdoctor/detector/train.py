@@ -223,9 +223,10 @@ class _Run:
             bar.update(self.step)
             for batch in self._batches():
                 self._train_step(batch)
-                bar.set_postfix(loss=self.history[-1]["loss"], **(self.validations[-1] if self.validations else {}))
-                bar.update(1)
                 self._after_step()
+                measures = self.validations[-1] if self.validations else {}
+                bar.set_postfix(loss=self.history[-1]["loss"], **{k: v for k, v in measures.items() if k != "step"})
+                bar.update(1)
         if self.validation is not None and (not self.validations or self.validations[-1]["step"] != self.step):
             self._validate()
         self._use_ema()

@@ -8,7 +8,7 @@ import numpy as np
 from diffdoctor._errors import UserError, missing_extra
 from diffdoctor._io import atomic_write_json, clear_temporaries
 from diffdoctor.detector.base import Detector, load_detector
-from diffdoctor.detector.pictures import finite, versions, write_config
+from diffdoctor.detector.pictures import finite, tell, versions, write_config
 from diffdoctor.detector.samples import JoinedData
 from diffdoctor.detector.shards import ShardData
 from diffdoctor.detector.streaming import ShardStream
@@ -85,6 +85,7 @@ def run_train_detector(config: TrainDetectorConfig) -> dict:
     }
     if state.is_main_process:
         atomic_write_json(output / "metrics.json", finite(metrics))
+        tell(f"trained for {metrics['steps']} steps: {output / 'detector'}", metrics["skipped"])
     return metrics
 
 

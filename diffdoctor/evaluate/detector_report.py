@@ -58,7 +58,7 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
     import torch
 
     from diffdoctor.detector.diagnosing import fingerprint, open_detector, open_device
-    from diffdoctor.detector.pictures import finite, versions, write_config
+    from diffdoctor.detector.pictures import finite, tell, versions, write_config
     from diffdoctor.detector.samples import JoinedData, resize_pair
     from diffdoctor.detector.shards import ShardData
     from diffdoctor.evaluate.detector_parts import diagnose_in_parts
@@ -92,6 +92,9 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
 
     write_report(output / "report.html", result, found, picture, config.examples)
     shutil.rmtree(output / "parts")
+    overall = result["overall"]
+    rates = f"mAP@0.5 {_number(overall['map50'])}, {_percent(overall['false_positive_rate'])} of the clean flagged"
+    tell(f"{rates}: {output / 'report.html'}", found.skipped)
     return result
 
 
