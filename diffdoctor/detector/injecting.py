@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import multiprocessing
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from diffdoctor.detector.shards import SkipCounts, write_shards
 
 # Of each kind, on the contact sheet.
 EXAMPLES = 6
+
+_CHUNK = 8  # pictures that a worker gets at once
 
 
 @dataclasses.dataclass
@@ -131,18 +134,26 @@ def _samples(config: InjectConfig, sources: list[Source], tally: _Tally) -> Iter
         if config.workers > 1:
             # "spawn": a process that has used threads must not be forked.
             pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(config.workers))
-            results = pool.imap(_variants, _bounded(jobs), chunksize=8)
+            room, ended = threading.Semaphore(4 * _CHUNK * config.workers), threading.Event()
+            stack.callback(ended.set)
+            results = pool.imap(_variants, _bounded(jobs, room, ended), chunksize=_CHUNK)
         else:
-            results = map(_variants, jobs)
+            room, results = None, map(_variants, jobs)
         total = len(sources) if not any(source.is_shard for source in sources) else None
         for variants, failed in track(results, desc="inject", unit="picture", total=total):
             tally.failed += failed
             yield from variants
+            if room is not None:
+                room.release()
 
 
-def _bounded(jobs):
-    # Pool.imap reads its input as fast as it comes; pictures are small against what workers do with them.
-    return iter(jobs)
+def _bounded(jobs: Iterator, room: threading.Semaphore, ended: threading.Event) -> Iterator:
+    """The jobs, as far ahead of the results as there is room: Pool.imap alone would read them all into memory."""
+    for job in jobs:
+        while not room.acquire(timeout=0.1):
+            if ended.is_set():
+                return
+        yield job
 
 
 def _pictures(config: InjectConfig, sources: list[Source], counts: SkipCounts) -> Iterator[dict]:
