@@ -23,7 +23,7 @@ SHARED = "shared"
 PIPELINES = ("sd", "flux")
 METHODS = ("draft_k", "drtune", "weighted", "guide", "draft_lv", "full")
 # Where it is not TreatConfig's default. A step of the denoising loss alone costs a third of one that samples.
-BY_PIPELINE: dict[str, dict] = {"sd": {}, "flux": {"learning_rate": 1e-3}}
+BY_PIPELINE: dict[str, dict] = {"sd": {}, "flux": {"learning_rate": 2e-3}}
 BY_METHOD: dict[str, dict] = {"weighted": {"steps": 200}}
 # Pictures at a time while sampling; small, so that memory says something of the method.
 BATCH = 50
