@@ -511,6 +511,10 @@ def test_the_command_streams_and_refuses_early_what_cannot_be(tmp_path):
         run([*train, str(tmp_path / "large")], other)
     assert not (tmp_path / "run").exists()
     metrics = run(train, other, resampled=True, shuffle_buffer=8)
+    with pytest.raises(UserError, match=r"a broken picture$"):
+        run_train_detector(
+            TrainDetectorConfig(train, str(tmp_path / "strict"), other, training=quick(steps=5), strict=True)
+        )
     assert metrics["pictures"] is None
     assert metrics["validation_pictures"] == 8
     assert set(metrics["skipped"]) <= {"a broken picture"}

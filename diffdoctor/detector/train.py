@@ -200,6 +200,7 @@ class _Run:
             else:
                 described |= {"pictures": len(data)}
                 del described["workers"]
+            del described["strict"]
             self.checkpoints = Checkpoints(
                 self.output_dir / "checkpoints",
                 described,

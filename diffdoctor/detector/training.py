@@ -35,6 +35,7 @@ class TrainDetectorConfig:
             held in memory. For sets that are too large to index. Then another number of processes or workers sees other
             pictures, and class balance and `validation_share` are not to be had: give `validation`.
         shuffle_buffer: pictures that a worker shuffles among when resampled, held as the bytes of their files.
+        strict: stop at the first broken picture instead of taking another in its place and counting it.
         min_side: pictures whose short side is smaller are enlarged to it before the network, in pixels.
         training: the training itself, see `DetectorTrainingConfig`.
     """
@@ -48,6 +49,7 @@ class TrainDetectorConfig:
     encoder: str | None = None
     resampled: bool = False
     shuffle_buffer: int = 1000
+    strict: bool = False
     min_side: int = 64
     training: DetectorTrainingConfig = dataclasses.field(
         default_factory=lambda: DetectorTrainingConfig(checkpoint_every=100, validate_every=100)
@@ -63,6 +65,8 @@ def run_train_detector(config: TrainDetectorConfig) -> dict:
     import torch
 
     output = Path(config.output)
+    training = dataclasses.replace(config.training, strict=config.strict or config.training.strict)
+    config = dataclasses.replace(config, training=training)
     data, validation = _data(config)
     detector = _network(config)
     state = PartialState(cpu=not torch.accelerator.is_available())
