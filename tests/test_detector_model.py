@@ -145,17 +145,6 @@ def test_torch_compile_takes_it_as_one_graph(name):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_what_torch_compile_generates_gives_the_same_map():
-    detector = make("segformer")
-    compiled = torch.compile(detector.confidence, fullgraph=True)
-    with torch.no_grad():
-        for _ in range(2):
-            images = torch.rand(1, 3, 64, 64)
-            torch.testing.assert_close(compiled(images), detector.confidence(images))
-
-
 def test_files_bring_back_the_same_bits_and_class(detector, tmp_path):
     images = torch.rand(2, 3, 16, 16)
     detector.preprocess_config.min_side = 32
