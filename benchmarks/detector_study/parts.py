@@ -28,7 +28,7 @@ SEEN = (
 )
 UNSEEN = ("duplicate", "fuse", "over_smooth", "pixelate", "removal", "seam", "smear", "warp")
 # Of each picture; together they make DAMAGED_SHARE, so that balance changes nothing but the categories.
-DAMAGED_VERSIONS, BENIGN_VERSIONS = 1, 2
+DAMAGED_VERSIONS, BENIGN_VERSIONS = 1, 3
 BOOTSTRAP = 200
 SHIFTS = (0.0, -0.5, -1.0, -1.5, -2.0)
 # What every training has in common; the rest are `train_detector`'s defaults.
@@ -51,7 +51,7 @@ AUGMENT = {
     "exposure": 0.2,
     "noise": 0.0,
 }
-DAMAGED_SHARE = 0.25
+DAMAGED_SHARE = 0.2
 SETS = ("train-damaged", "skewed-damaged", "train-clean")
 
 
