@@ -92,8 +92,12 @@ bool l2_finite(const Operands<pred_t, term_t>& x, const Sample<float>& s, const 
     if (kModulated) nan |= _mm512_cmp_ps_mask(slope, slope, _CMP_UNORD_Q);
     store16(grad + i, mask, slope);
   };
+  // A fresh gradient is in no cache, and stores wait for their lines one after another: asked for a kilobyte ahead, a
+  // large call takes a fifth less. For what is read the hardware does as well.
+  constexpr int64_t kAhead = 1024 / sizeof(pred_t), kLine = 64 / sizeof(pred_t);
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
+    for (int64_t line = 0; kGrad && line < 32; line += kLine) __builtin_prefetch(grad + i + kAhead + line, 1);
     step(i, 0xffff, sums[0]);
     step(i + 16, 0xffff, sums[1]);
   }
