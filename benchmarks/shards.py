@@ -255,12 +255,12 @@ def main(argv=None) -> None:
     results["shard_mib"] = round(sum(p.stat().st_size for p in (folder / "shards").iterdir()) / 2**20, 1)
     results["read"] = take_turns(folder, arguments)
     results["seconds"] = time.perf_counter() - started
+    atomic_write_json(folder / "results.json", results)
+    print(table(results))
+    print(f"{results['seconds']:.0f} s in all; {folder / 'results.json'}", flush=True)
     if not arguments.keep:
         for name in ("shards", "files"):
             shutil.rmtree(folder / name)
-    atomic_write_json(folder / "results.json", results)
-    print(table(results))
-    print(f"{results['seconds']:.0f} s in all; {folder / 'results.json'}")
 
 
 if __name__ == "__main__":
