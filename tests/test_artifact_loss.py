@@ -136,3 +136,21 @@ def test_bad_argument(backend, error, message, change):
     arguments = {"logits": torch.randn(1, 1, 4, 4), **change}
     with pytest.raises(error, match=message):
         diffdoctor.artifact_loss(arguments.pop("logits"), backend=backend, **arguments)
+
+
+@pytest.mark.parametrize("method", ["threshold", "mean", "max"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+def test_a_logit_that_is_not_finite_reaches_no_neighbour_of_the_same_size(backend, method, value):
+    logits = torch.randn(2, 1, 13, 12, generator=torch.Generator().manual_seed(0))
+    logits[0, 0, 2, 3] = value
+    options = {"size": (13, 12), "method": method, "reduction": "sample"}
+    leaf, same = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    loss = diffdoctor.artifact_loss(leaf, backend=backend, **options)
+    expected = diffdoctor.artifact_loss(same, backend="reference", **options)
+    torch.testing.assert_close(loss, expected, rtol=3e-6, atol=0, equal_nan=True)
+    if method != "max" or value == float("inf"):
+        loss.sum().backward()
+        expected.sum().backward()
+        elsewhere = torch.ones_like(logits, dtype=torch.bool)
+        elsewhere[0, 0, 2, 3] = False
+        torch.testing.assert_close(leaf.grad[elsewhere], same.grad[elsewhere], rtol=3e-5, atol=1e-9)

@@ -70,11 +70,13 @@ void confidence_row(const ArtifactCall<acc_t>& call, int64_t b, int64_t y, acc_t
   below[p.in_w] = below[p.in_w - 1];
   const int64_t* first = call.columns.first;
   const acc_t* wx = call.columns.weight;
+  // A weight of 0 selects: an infinite neighbour does not reach a map that is not enlarged.
+  const auto blend = [](acc_t low, acc_t high, acc_t share) {
+    return share == 0 ? low : (1 - share) * low + share * high;
+  };
   for (int64_t x = 0; x < p.out_w; ++x) {
     const int64_t k = first[x];
-    const acc_t up = (1 - wx[x]) * row[k] + wx[x] * row[k + 1];
-    const acc_t down = (1 - wx[x]) * below[k] + wx[x] * below[k + 1];
-    out[x] = (1 - weight) * up + weight * down;
+    out[x] = blend(blend(row[k], row[k + 1], wx[x]), blend(below[k], below[k + 1], wx[x]), weight);
   }
   for (int64_t x = 0; x < p.out_w; ++x) out[x] = sigmoid(out[x]);
 }
@@ -90,7 +92,7 @@ void gather_row(const ArtifactCall<acc_t>& call, int64_t y, int64_t origin, cons
   for (int64_t k = 0; k <= p.in_w; ++k) gathered[k] = 0;
   for (int64_t x = 0; x < p.out_w; ++x) {
     const int64_t k = call.columns.first[x];
-    const acc_t right = call.columns.weight[x] * slope[x];
+    const acc_t right = call.columns.weight[x] == 0 ? 0 : call.columns.weight[x] * slope[x];
     gathered[k] += slope[x] - right;
     gathered[k + 1] += right;
   }
@@ -98,6 +100,7 @@ void gather_row(const ArtifactCall<acc_t>& call, int64_t y, int64_t origin, cons
   acc_t* upper = kept + (top - origin) * p.in_w;
   acc_t* lower = kept + (bottom - origin) * p.in_w;
   for (int64_t k = 0; k < p.in_w; ++k) upper[k] += (1 - weight) * gathered[k];
+  if (weight == 0) return;
   for (int64_t k = 0; k < p.in_w; ++k) lower[k] += weight * gathered[k];
 }
 
