@@ -76,8 +76,8 @@ def sampling_weights(data, *, strength: float = 1.0, damaged_share: float = 0.5)
     Args:
         data: `DetectorData`; the category is "" where a picture has none.
         strength: exponent within [0, 1]: 0 samples all pictures alike, 1 evens the groups out.
-        damaged_share: of the damaged pictures in a category that has both kinds, within (0, 1); less than a half makes a
-            detector that flags fewer clean pictures, and overlooks more.
+        damaged_share: of the damaged pictures in a category that has both kinds, within (0, 1); less than a half makes
+            a detector that flags fewer clean pictures, and overlooks more.
 
     Returns:
         (N,) float64, summing to 1.
