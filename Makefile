@@ -13,10 +13,10 @@ STAMP := .venv/.installed
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-seeds test lint format bench gpu wheel clean
+.PHONY: help install demo demo-seeds test lint format bench treatment-study detector-study gpu wheel clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -48,6 +48,12 @@ format: $(STAMP)  ## Rewrite to the house style
 
 bench: $(STAMP)  ## Time the operations against PyTorch on this machine
 	$(BIN)/python -m benchmarks.run
+
+treatment-study: $(STAMP)  ## Two trained pipelines, every method, one table; half an hour on 2 cores
+	$(BIN)/python -m benchmarks.treatment --output runs/treatment
+
+detector-study: $(STAMP)  ## A detector on photographs and damage that it never saw, and its ablation
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.detector_study --output runs/detector-study
 
 gpu:  ## On a GPU: build, test, benchmark, sanitize; needs Python with torch and Triton, and nvcc; writes runs/gpu
 	$(GPU_PYTHON) -m benchmarks.gpu --output runs/gpu $(if $(COMMIT),--commit $(COMMIT))

@@ -8,12 +8,12 @@ import torch
 from helpers_tiny_clip import save_tiny_clip
 
 from diffdoctor._errors import UserError
+from diffdoctor._weights import same_weights, weights_digest
 from diffdoctor.detector import ConvDetector, write_shards
 from diffdoctor.evaluate import model_networks
 from diffdoctor.evaluate.features import frechet_distance, frechet_distance_of_blocks, within_class_variance
 from diffdoctor.evaluate.model_measuring import count_real, fitted, read_unit, real_units, spoil
 from diffdoctor.evaluate.model_networks import Classifier, Clip, load_features
-from diffdoctor.evaluate.model_pipeline import same_weights, weights_digest
 from diffdoctor.evaluate.model_prompts import Prompt, read_prompt_file
 from diffdoctor.evaluate.model_store import FeatureFiles, MeasureFiles
 from diffdoctor.evaluate.model_summary import PictureMeasures, summarise, summarise_groups

@@ -318,7 +318,7 @@ def test_a_full_disk_is_one_line_and_the_pictures_stay(files, tmp_path, monkeypa
     ("changes", "message"),
     [
         ({"pipeline": "/nowhere"}, "--pipeline /nowhere: no such folder"),
-        ({"pipeline": "{files}/judge"}, "cannot be loaded"),
+        ({"pipeline": "{files}/judge"}, "holds no diffusers pipeline"),
         ({"judge": "/nowhere"}, "/nowhere"),
         ({"judge": "{files}/sd"}, "not a complete detector"),
         ({"judge": "{files}/copy"}, "has the detector's weights"),

@@ -10,9 +10,9 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from helpers_tiny_pipelines import PROMPTS, tiny_pipeline
 
+from diffdoctor._pipelines import load_pipeline
 from diffdoctor.cli import main
 from diffdoctor.detector import ConvDetector, write_shards
-from diffdoctor.treat.command import load_pipeline
 from diffdoctor.treat.lora import WEIGHTS_NAME
 from diffdoctor.treat.treatment import Treatment
 
@@ -213,6 +213,6 @@ def test_options_from_a_file_and_what_was_asked(files, tmp_path, capsys):
 
 
 def test_weights_in_half_precision(files):
-    pipeline = load_pipeline(str(files / "pipeline"), "bf16")
+    pipeline = load_pipeline("pipeline", str(files / "pipeline"), weights="bf16", vae="fp32")
     assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.bfloat16
     assert pipeline.vae.dtype == torch.float32

@@ -1,7 +1,6 @@
 """`diffdoctor diagnose`: confidence maps, boxes and a gallery for any pictures; several processes; resumable."""
 
 import dataclasses
-import hashlib
 import heapq
 import json
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from diffdoctor._errors import UserError, missing_extra
 from diffdoctor._io import atomic_path, atomic_write_bytes, atomic_write_json, clear_temporaries
 from diffdoctor._pictures import to_images
 from diffdoctor._progress import progress
+from diffdoctor._weights import weights_digest
 from diffdoctor.detector.archive import SkipCounts
 from diffdoctor.detector.base import Detector, load_detector
 from diffdoctor.detector.pictures import Source, find_sources, read_source, tell, versions, write_config
@@ -86,7 +86,7 @@ def run_diagnose(config: DiagnoseConfig) -> dict:
     output = Path(config.output)
     sources = find_sources(config.pictures)
     detector = open_detector(config.detector)
-    settings = {name: getattr(config, name) for name in _SAME} | {"weights": fingerprint(detector)}
+    settings = {name: getattr(config, name) for name in _SAME} | {"weights": weights_digest(detector)}
     _same_run(output, settings)
     detector.to(open_device(config.device, state.device))
     detector.to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
@@ -166,17 +166,6 @@ def open_device(name: str | None, default):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: {name!r} cannot be used ({str(error).splitlines()[0]})") from None
     return device
-
-
-def fingerprint(detector: Detector) -> str:
-    """A hash of the weights: a folder may hold other ones tomorrow."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, value in sorted(detector.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _same_run(output: Path, settings: dict) -> None:

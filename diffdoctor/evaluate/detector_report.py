@@ -8,6 +8,7 @@ import numpy as np
 
 from diffdoctor._errors import UserError, missing_extra
 from diffdoctor._io import atomic_write_json
+from diffdoctor._weights import weights_digest
 from diffdoctor.evaluate.detector import Diagnosed, measure
 from diffdoctor.evaluate.draw import enlarge, grid, heat_colours, overlay, png_bytes
 from diffdoctor.evaluate.pixel import FLAG_SHARE, flagged_share
@@ -57,7 +58,7 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
         raise missing_extra("accelerate", "stages") from None
     import torch
 
-    from diffdoctor.detector.diagnosing import fingerprint, open_detector, open_device
+    from diffdoctor.detector.diagnosing import open_detector, open_device
     from diffdoctor.detector.pictures import finite, tell, versions, write_config
     from diffdoctor.detector.samples import JoinedData, resize_pair
     from diffdoctor.detector.shards import ShardData
@@ -71,7 +72,7 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
         raise UserError("data: expected labelled pictures, got none")
     detector = open_detector(config.detector)
     detector.to(open_device(config.device, state.device))
-    settings = {"weights": fingerprint(detector)}
+    settings = {"weights": weights_digest(detector)}
     options = {"batch_size": config.batch_size, "size": config.size, "strict": config.strict}
     try:
         found = diagnose_in_parts(detector, sets, output / "parts", settings, state, **options)

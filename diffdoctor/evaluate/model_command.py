@@ -13,6 +13,7 @@ import torch
 from diffdoctor._errors import UserError, missing_extra
 from diffdoctor._io import atomic_write_json
 from diffdoctor._progress import progress
+from diffdoctor._weights import same_weights, weights_digest
 from diffdoctor.detector.diagnosing import open_detector
 from diffdoctor.detector.pictures import finite, versions, write_config
 from diffdoctor.detector.shards import SkipCounts
@@ -80,7 +81,7 @@ class Evaluation:
         self.damaged = measuring.real_units(config.damaged) if config.damaged else []
         self._refuse_too_few(measuring.count_real(self.real), "real pictures")
         self.settings = pipelines.picture_settings(
-            config, [prompt.text for prompt in prompts], pipelines.weights_digest(self.measurer.detector)
+            config, [prompt.text for prompt in prompts], weights_digest(self.measurer.detector)
         )
         self.folder.check(self.settings, config.overwrite)
         self.pipeline = self._checked_pipeline()
@@ -105,8 +106,8 @@ class Evaluation:
         config = self.config
         if config.treated:
             # Loaded again when it is its turn: two pipelines at a time may not fit.
-            pipelines.load_pipeline("treated", config.treated, config)
-        pipeline = pipelines.load_pipeline("pipeline", config.pipeline, config)
+            pipelines.open_pipeline("treated", config.treated, config)
+        pipeline = pipelines.open_pipeline("pipeline", config.pipeline, config)
         if config.lora:
             pipelines.add_lora(pipeline, config.lora)
             pipelines.remove_lora(pipeline)
@@ -144,8 +145,8 @@ class Evaluation:
         for name, units in (("real", self.real), ("damaged", self.damaged)):
             files[name] = [[str(s.path), pipelines.stamp(str(s.path))] for unit in units for s in unit.sources]
         return {
-            "judge": pipelines.weights_digest(self.measurer.judge),
-            "detector": pipelines.weights_digest(self.measurer.detector),
+            "judge": weights_digest(self.measurer.judge),
+            "detector": weights_digest(self.measurer.detector),
             "features": [getattr(self.measurer.features, "name", ""), pipelines.stamp(config.features)],
             "clip": [config.clip, pipelines.stamp(config.clip)],
             "classifier": [config.classifier, pipelines.stamp(config.classifier), self.drawn.places],
@@ -194,7 +195,7 @@ class Evaluation:
         """The pipeline of a side; "after" comes last, and what it does to the loaded one stays."""
         if side == "after" and self.config.treated:
             self.pipeline = None
-            self.pipeline = pipelines.load_pipeline("treated", self.config.treated, self.config)
+            self.pipeline = pipelines.open_pipeline("treated", self.config.treated, self.config)
         elif side == "after" and self.config.lora:
             pipelines.add_lora(self.pipeline, self.config.lora)
         return self.pipeline
@@ -271,10 +272,10 @@ class Evaluation:
 
 def _networks(config: EvaluateModelConfig) -> measuring.Measurer:
     detector, judge = open_detector(config.detector), open_detector(config.judge)
-    if pipelines.same_weights(judge, detector):
+    if same_weights(judge, detector):
         raise UserError("--judge: has the detector's weights; a judge is a detector that had no part in the treatment")
     monitor = (read_settings(Path(config.treatment)) or {}).get("monitor") if config.treatment else None
-    if monitor and pipelines.same_weights(judge, open_detector(monitor)):
+    if monitor and same_weights(judge, open_detector(monitor)):
         raise UserError("--judge: has the weights of the monitor that watched the treatment; give an independent one")
     clip = Clip(config.clip) if config.clip else None
     features = load_features(config.features, clip)

@@ -14,6 +14,7 @@ import torch
 
 from diffdoctor._errors import UserError, missing_extra
 from diffdoctor._pictures import to_images
+from diffdoctor._pipelines import first_line
 
 INCEPTION_SIZES = (64, 192, 768, 2048)
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -224,7 +225,7 @@ def _inception(name: str) -> FeatureNetwork:
     except ImportError:
         raise UserError(f"--features {name}: run `pip install torch-fidelity torchvision`") from None
     except Exception as error:
-        raise UserError(f"--features {name}: {path} cannot be read ({_first_line(error)})") from error
+        raise UserError(f"--features {name}: {path} cannot be read ({first_line(error)})") from error
     return FeatureNetwork(f"Inception v3, {size} features", network, network)
 
 
@@ -238,7 +239,7 @@ def _saved_network(option: str, source: str):
             return torch.jit.load(source, map_location="cpu").eval()
     except Exception as error:
         raise UserError(
-            f"{option} {source}: a TorchScript file or a .pt2 file of torch.export was expected ({_first_line(error)})"
+            f"{option} {source}: a TorchScript file or a .pt2 file of torch.export was expected ({first_line(error)})"
         ) from error
 
 
@@ -253,7 +254,7 @@ def _from_transformers(option: str, source: str, model_class: str, processor_cla
         model = getattr(transformers, model_class).from_pretrained(source)
         processor = getattr(transformers, processor_class).from_pretrained(source)
     except Exception as error:  # the hub client and each model class raise their own
-        raise UserError(f"{option} {source}: cannot be loaded ({_first_line(error)})") from error
+        raise UserError(f"{option} {source}: cannot be loaded ({first_line(error)})") from error
     return model.eval(), processor
 
 
@@ -276,7 +277,3 @@ def _pooled(output) -> torch.Tensor:
         return pooled.flatten(1)
     hidden = output.last_hidden_state
     return hidden.mean(dim=1) if hidden.ndim == 3 else hidden.flatten(2).mean(dim=2)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,45 +6,26 @@ import contextlib
 import hashlib
 import inspect
 import json
-import warnings
 from pathlib import Path
 
 import torch
 
-from diffdoctor._errors import UserError, missing_extra
+from diffdoctor._errors import UserError
+from diffdoctor._pipelines import first_line, load_pipeline, replace_scheduler
 from diffdoctor.evaluate.model_options import EvaluateModelConfig
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-
-def load_pipeline(option: str, source: str, config: EvaluateModelConfig):
+def open_pipeline(option: str, source: str, config: EvaluateModelConfig):
     """A text-to-image pipeline of diffusers, on the CPU, with the scheduler that is asked for.
 
     Raises:
         UserError: if there is none, it cannot be loaded, or it is of another kind.
     """
-    try:
-        import diffusers
-    except ImportError:
-        raise missing_extra("diffusers", "stages") from None
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
-    if looks_local and not Path(source).is_dir():
-        raise UserError(f"--{option} {source}: no such folder")
-    try:
-        with warnings.catch_warnings():
-            # diffusers 0.42 calls the option `dtype`, those before know `torch_dtype` alone.
-            warnings.simplefilter("ignore", FutureWarning)
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=_DTYPES[config.precision])
-    except Exception as error:  # each component's loader raises its own
-        raise UserError(f"--{option} {source}: cannot be loaded ({first_line(error)})") from error
+    pipeline = load_pipeline(option, source, weights=config.precision)
     parameters = inspect.signature(type(pipeline).__call__).parameters
     if "prompt" not in parameters or "generator" not in parameters:
         raise UserError(f"--{option} {source}: a text-to-image pipeline was expected, got {type(pipeline).__name__}")
-    if config.scheduler:
-        scheduler = getattr(diffusers, config.scheduler, None)
-        if scheduler is None or not hasattr(scheduler, "from_config"):
-            raise UserError(f"--scheduler {config.scheduler}: a diffusers scheduler such as DDIMScheduler was expected")
-        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    replace_scheduler(pipeline, config.scheduler)
     for name in call_options(config):
         if name not in parameters:
             raise UserError(f"--{name}: {type(pipeline).__name__} does not take it")
@@ -148,30 +129,3 @@ def stamp(source: str) -> str:
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     facts = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-
-def weights_digest(module: torch.nn.Module) -> str:
-    """A hash of a module's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def same_weights(one: torch.nn.Module, other: torch.nn.Module, tolerance: float = 0.01) -> bool:
-    """Whether two networks are one: all parameters alike but for rounding, such as a copy stored in bf16.
-
-    Args:
-        tolerance: largest norm of the difference, as a share of the norm of `other`'s parameters.
-    """
-    ours, theirs = ([p.detach() for p in network.parameters()] for network in (one, other))
-    if [p.shape for p in ours] != [p.shape for p in theirs]:
-        return False
-    apart = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(ours, theirs, strict=True))
-    return apart <= tolerance**2 * sum(float(b.double().square().sum()) for b in theirs)
-
-
-def first_line(error: Exception) -> str:
-    """An exception's message, cut to its first line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffdoctor._errors import UserError
+from diffdoctor._weights import same_weights
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family
 from diffdoctor.treat.processes import Processes
@@ -25,15 +26,11 @@ def check_detectors(detector: torch.nn.Module, monitor: torch.nn.Module | None) 
     """Refuse a monitor that is the detector: it would see what the detector sees.
 
     Raises:
-        UserError: if both are one, or one network with equal weights.
+        UserError: if both have the same weights, rounding aside.
     """
     if monitor is None:
         return
-    ours, theirs = detector.state_dict(), monitor.state_dict()
-    equal = (
-        bool(ours) and ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k].to(ours[k])) for k in ours)
-    )
-    if monitor is detector or (type(monitor) is type(detector) and equal):
+    if same_weights(monitor, detector):
         raise UserError("monitor: a detector with weights of its own was expected, got those of the detector")
 
 

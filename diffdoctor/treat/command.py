@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from diffdoctor._errors import UserError, missing_extra
+from diffdoctor._pipelines import DTYPES, load_pipeline, replace_scheduler
 from diffdoctor.treat.config import TreatConfig
-
-# option -> name in torch
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass
@@ -66,7 +62,7 @@ def run_treat(config: TreatCommandConfig) -> int:
         if not getattr(config, name):
             raise UserError(f"--{name}: is needed")
     try:
-        import diffusers
+        import diffusers  # noqa: F401
         import peft  # noqa: F401
     except ImportError as error:
         raise missing_extra(error.name or "diffusers", "stages") from None
@@ -78,14 +74,9 @@ def run_treat(config: TreatCommandConfig) -> int:
     offline = _read_offline(config.offline) if config.offline else None
     detector = load_detector(config.detector)
     monitor = load_detector(config.monitor) if config.monitor else None
-    pipeline = load_pipeline(config.pipeline, config.weights)
-    if config.scheduler:
-        scheduler = getattr(diffusers, config.scheduler, None)
-        if scheduler is None or not hasattr(scheduler, "from_config"):
-            raise UserError(
-                f"--scheduler: a diffusers scheduler such as DDIMScheduler was expected: {config.scheduler}"
-            )
-        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    # a VAE in half precision overflows in some families
+    pipeline = load_pipeline("pipeline", config.pipeline, weights=config.weights, vae="fp32")
+    replace_scheduler(pipeline, config.scheduler)
     options = {f.name: getattr(config, f.name) for f in fields(TreatConfig)}
     result = treat(
         pipeline,
@@ -124,40 +115,6 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise UserError(f"--prompts {path}: holds no prompt; one per line was expected")
     return prompts
-
-
-def load_pipeline(source: str, weights: str = "fp32"):
-    """A diffusers pipeline from a folder or a hub id, its VAE in fp32.
-
-    Args:
-        source: the folder or id.
-        weights: of `DTYPES`, for everything but the VAE.
-
-    Raises:
-        UserError: if there is none or it cannot be loaded.
-    """
-    import diffusers
-    import torch
-
-    looks_local = source.startswith((".", "/", "~")) or os.sep + os.sep in source or source.count("/") != 1
-    folder = Path(source).expanduser()
-    if looks_local and not folder.is_dir():
-        raise UserError(f"--pipeline {source}: no such folder")
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise UserError(f"--pipeline {source}: holds no diffusers pipeline (no model_index.json)")
-    options = {}
-    if weights != "fp32":
-        # diffusers' own default is fp32 for every part; the argument's name changes with its version 1.0
-        name = "dtype" if int(diffusers.__version__.split(".")[0]) >= 1 else "torch_dtype"
-        options[name] = {"vae": torch.float32, "default": getattr(torch, DTYPES[weights])}
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            place = str(folder) if folder.is_dir() else source
-            return diffusers.DiffusionPipeline.from_pretrained(place, **options)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--pipeline {source}: cannot be loaded ({reason})") from error
 
 
 def _read_offline(folder: str):

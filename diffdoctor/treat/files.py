@@ -14,6 +14,7 @@ import torch
 from diffdoctor._checkpoints import Checkpoints
 from diffdoctor._errors import UserError
 from diffdoctor._io import atomic_write_text, clear_temporaries
+from diffdoctor._weights import weights_digest
 from diffdoctor.treat.config import TreatConfig
 
 # options that change what is kept, watched or held in memory, but not the result: a run may go on with others
@@ -34,21 +35,12 @@ def run_checkpoints(
     """The checkpoints of this treatment: those of other options, prompts or another detector are refused."""
     settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
     settings["prompts"] = hashlib.sha256("\n".join(prompts).encode("utf-8")).hexdigest()
-    settings["detector"] = digest(detector)
+    settings["detector"] = weights_digest(detector)
     return Checkpoints(
         output_dir / "checkpoints",
         settings,
         refusal="holds checkpoints of a treatment with another {}: choose another output folder or remove them",
     )
-
-
-def digest(module: torch.nn.Module) -> str:
-    """A hash of a network's class and weights."""
-    state = hashlib.sha256(type(module).__name__.encode("utf-8"))
-    for name, value in sorted(module.state_dict().items()):
-        state.update(name.encode("utf-8"))
-        state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()
 
 
 def open_output(output_dir: Path, settings: dict) -> None:

@@ -109,7 +109,8 @@ def save_lora(
         save_file(
             {f"{prefix}.{name}": value for name, value in weights.items()},
             temporary / WEIGHTS_NAME,
-            metadata={"format": "pt", _METADATA_KEY: json.dumps(metadata, sort_keys=True)},
+            # one entry alone: safetensors writes several in an order that changes from call to call
+            metadata={_METADATA_KEY: json.dumps(metadata, sort_keys=True)},
         )
     return Path(folder)
 
