@@ -15,7 +15,7 @@ import time
 from benchmarks.detector_study import parts, report
 from diffdoctor._errors import UserError
 
-STEPS, ABLATION_STEPS = 11000, 1800
+STEPS, ABLATION_STEPS = 6500, 1500
 
 
 def parser() -> argparse.ArgumentParser:

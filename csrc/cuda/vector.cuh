@@ -25,11 +25,12 @@ DD_HD double words_to_double(uint32_t low, uint32_t high) {
   return value;
 }
 
-// kReadOnly: nothing writes near `source` while the kernel runs, so that the read may go through the read-only cache.
+// kReadOnly: nothing writes near `source` while the kernel runs, so that the read may go through the read-only cache;
+// else it goes to the second level, and stays one access where the compiler could split a plain one.
 template <bool kReadOnly, typename word_t>
 __device__ __forceinline__ word_t load_word(const void* source, int at = 0) {
   const word_t* address = static_cast<const word_t*>(source) + at;
-  return kReadOnly ? __ldg(address) : *address;
+  return kReadOnly ? __ldg(address) : __ldcg(address);
 }
 
 template <int kBytes, bool kReadOnly>
