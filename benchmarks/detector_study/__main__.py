@@ -30,6 +30,13 @@ def parser() -> argparse.ArgumentParser:
         default=ABLATION_STEPS,
         help=f"of each training of the ablation (default: {ABLATION_STEPS}); 0: leave it out",
     )
+    command.add_argument(
+        "--variants",
+        nargs="+",
+        choices=[variant for variant in parts.VARIANTS if variant != parts.DETECTOR],
+        default=[variant for variant in parts.VARIANTS if variant != parts.DETECTOR],
+        help="rows of the ablation (default: all)",
+    )
     command.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the ablation (default: 0)")
     command.add_argument("--jobs", type=int, default=2, help="trainings at a time, one thread each (default: 2)")
     return command
@@ -42,8 +49,7 @@ def plan(options) -> list[tuple[str, str, int, int]]:
         jobs += [
             (variant.replace(" ", "-"), variant, options.ablation_steps, seed)
             for seed in options.seeds
-            for variant in parts.VARIANTS
-            if variant != parts.DETECTOR
+            for variant in options.variants
         ]
     return jobs
 
