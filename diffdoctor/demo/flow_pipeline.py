@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from diffdoctor.demo.pipeline import Trained, build_tokenizer, encode_latents, fit
+from diffdoctor.demo.pipeline import Trained, build_text_encoder, build_tokenizer, encode_latents, fit
 from diffdoctor.ops import Target, weighted_loss
 from diffdoctor.treat.families import family_of
 
@@ -50,7 +50,7 @@ def build_flow_pipeline(prompts: Sequence[str], vae, *, seed: int = 0, width: in
         layers, single: how many double-stream and single-stream blocks.
     """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+    from transformers import T5Config, T5EncoderModel
 
     if width % 32:
         raise ValueError(f"width: a multiple of 32 was expected, got {width}")
@@ -60,21 +60,7 @@ def build_flow_pipeline(prompts: Sequence[str], vae, *, seed: int = 0, width: in
         # FluxPipeline asks for a shift, StableDiffusionPipeline has none
         own_vae = AutoencoderKL.from_config(vae.config, shift_factor=0.0)
         own_vae.load_state_dict(vae.state_dict())
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(clip),
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=clip.model_max_length,
-                bos_token_id=clip.bos_token_id,
-                eos_token_id=clip.eos_token_id,
-                pad_token_id=clip.pad_token_id,
-                # CLIP's own 0.02 leaves the prompts of a random encoder almost parallel
-                initializer_factor=8.0,
-            )
-        )
+        text_encoder = build_text_encoder(clip)
         text_encoder_2 = T5EncoderModel(
             T5Config(vocab_size=len(t5), d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4, dropout_rate=0.0)
         )

@@ -51,6 +51,27 @@ def build_tokenizer(texts: Sequence[str], *, max_length: int = 8):
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
 
 
+def build_text_encoder(tokenizer):
+    """A random CLIP text encoder of width 64 for a tokenizer's words, with weights from the global random state."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            # CLIP's own 0.02 leaves the prompts of a random encoder almost parallel
+            initializer_factor=8.0,
+        )
+    )
+
+
 def build_pipeline(prompts: Sequence[str], *, picture_size: int = 16, seed: int = 0):
     """An untrained `StableDiffusionPipeline` for pictures of picture_size x picture_size pixels.
 
@@ -64,28 +85,13 @@ def build_pipeline(prompts: Sequence[str], *, picture_size: int = 16, seed: int 
         seed: of the initial weights; the global random state is left as it was.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     if picture_size < 8 or picture_size % 4:
         raise ValueError(f"picture_size: a multiple of 4, at least 8, was expected, got {picture_size}")
     tokenizer = build_tokenizer(prompts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=tokenizer.model_max_length,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                # CLIP's own 0.02 leaves the prompts of a random encoder almost parallel
-                initializer_factor=8.0,
-            )
-        )
+        text_encoder = build_text_encoder(tokenizer)
         unet = UNet2DConditionModel(
             sample_size=picture_size // 2,
             in_channels=4,
