@@ -9,7 +9,6 @@ import pytest
 from test_demo import metrics_of
 
 from benchmarks.treatment.__main__ import main, parser, parts
-from benchmarks.treatment.memory import PeakMemory
 from benchmarks.treatment.study import METHODS, Settings, treat_options
 from benchmarks.treatment.table import END, START, markdown, missed, put_into
 from diffdoctor._errors import UserError
