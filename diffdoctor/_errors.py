@@ -11,3 +11,8 @@ class UserError(ValueError):
 def missing_extra(module: str, extra: str) -> UserError:
     """The error for an optional dependency that is not installed."""
     return UserError(f"{module} is not installed: run `pip install 'diffdoctor[{extra}]'`")
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message, cut to its first line; its class's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

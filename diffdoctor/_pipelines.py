@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from diffdoctor._errors import UserError, missing_extra
+from diffdoctor._errors import UserError, first_line, missing_extra
 
 # option -> dtype
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,8 +64,3 @@ def replace_scheduler(pipeline, name: str) -> None:
     if scheduler is None or not hasattr(scheduler, "from_config"):
         raise UserError(f"--scheduler {name}: a diffusers scheduler such as DDIMScheduler was expected")
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
-
-
-def first_line(error: Exception) -> str:
-    """An exception's message, cut to its first line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffdoctor._errors import UserError, missing_extra
+from diffdoctor._errors import UserError, first_line, missing_extra
 from diffdoctor._io import atomic_path, atomic_write_bytes, atomic_write_json, clear_temporaries
 from diffdoctor._pictures import to_images
 from diffdoctor._progress import progress
@@ -164,7 +164,7 @@ def open_device(name: str | None, default):
         device = torch.device(name) if name else torch.device(default)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name!r} cannot be used ({str(error).splitlines()[0]})") from None
+        raise UserError(f"device: {name!r} cannot be used ({first_line(error)})") from None
     return device
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from diffdoctor._errors import UserError
-from diffdoctor._pipelines import first_line, load_pipeline, replace_scheduler
+from diffdoctor._errors import UserError, first_line
+from diffdoctor._pipelines import load_pipeline, replace_scheduler
 from diffdoctor.evaluate.model_options import EvaluateModelConfig
 
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffdoctor._errors import UserError, missing_extra
+from diffdoctor._errors import UserError, first_line, missing_extra
 
 COLUMNS = ("prompt", "category", "label")
 
@@ -80,4 +80,4 @@ def _read_parquet(path: Path) -> list[dict]:
             return [dict.fromkeys(names)]
         return parquet.read_table(path, columns=[name for name in COLUMNS if name in names]).to_pylist()
     except pyarrow.ArrowException as error:
-        raise UserError(f"--prompts {path}: not a Parquet file ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--prompts {path}: not a Parquet file ({first_line(error)})") from None

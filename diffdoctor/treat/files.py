@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from diffdoctor._checkpoints import Checkpoints
-from diffdoctor._errors import UserError
+from diffdoctor._errors import UserError, first_line
 from diffdoctor._io import atomic_write_text, clear_temporaries
 from diffdoctor._weights import weights_digest
 from diffdoctor.treat.config import TreatConfig
@@ -77,7 +77,7 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     # torch.save reports a full disk as a RuntimeError
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
             f"{folder}: cannot be written ({reason}; {_free(folder)} free). Checkpoints from before are whole: "
             "make room, and the same call goes on from the last"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from diffdoctor._errors import UserError, missing_extra
+from diffdoctor._errors import UserError, first_line, missing_extra
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family
 
@@ -132,7 +132,7 @@ def _set_attention_backend(denoiser, name: str):
         else:
             denoiser.set_attention_backend(name)
     except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"attention_backend: {name} cannot be used here ({_first_line(error)})") from error
+        raise UserError(f"attention_backend: {name} cannot be used here ({first_line(error)})") from error
 
     def undo():
         if older:
@@ -142,7 +142,3 @@ def _set_attention_backend(denoiser, name: str):
             _AttentionBackendRegistry.set_active_backend(active)
 
     return undo
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

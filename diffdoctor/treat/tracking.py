@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffdoctor._errors import UserError, missing_extra
+from diffdoctor._errors import UserError, first_line, missing_extra
 from diffdoctor._io import atomic_write_bytes, atomic_write_text
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.files import writing
@@ -58,8 +58,7 @@ class Tracking:
                 self.accelerator.init_trackers(PROJECT, init_kwargs={kind: options})
         except Exception as error:
             # the trackers' own errors: no account, no network, an installation that is not whole
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"log_with: {kind} cannot start ({reason})") from error
+            raise UserError(f"log_with: {kind} cannot start ({first_line(error)})") from error
 
     def curves(self, step: int, **values: float | None) -> None:
         """Note values at a step under their names; None and what is not finite is left out."""
