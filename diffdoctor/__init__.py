@@ -20,7 +20,7 @@ from diffdoctor.backends import backends  # noqa: E402
 from diffdoctor.ops import *  # noqa: E402, F403
 from diffdoctor.version import __version__  # noqa: E402
 
-_LAZY = {"guide": "diffdoctor.treat.guide"}
+_LAZY = {"guide": "diffdoctor.treat.guiding"}
 _STAGES = ("demo", "detector", "evaluate", "maps", "treat")
 
 __all__ = [*_ops.__all__, "__version__", "backends", *_LAZY]  # noqa: PLE0604

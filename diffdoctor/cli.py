@@ -74,8 +74,8 @@ COMMANDS = {
     ),
     "evaluate model": Command(
         "draw before and after a treatment, and measure both with an independent judge",
-        "diffdoctor.evaluate.model_options:EvaluateModelConfig",
-        "diffdoctor.evaluate.model_command:run_evaluate_model",
+        "diffdoctor.evaluate.model.options:EvaluateModelConfig",
+        "diffdoctor.evaluate.model.command:run_evaluate_model",
     ),
     "env": Command(
         "show versions, what was found and which backend serves what",

@@ -8,15 +8,15 @@ import torch
 from helpers_tiny_clip import save_tiny_clip
 
 from diffdoctor._errors import UserError
+from diffdoctor._prompts import Prompt, read_prompt_file
 from diffdoctor._weights import same_weights, weights_digest
 from diffdoctor.detector import ConvDetector, write_shards
-from diffdoctor.evaluate import model_networks
 from diffdoctor.evaluate.features import frechet_distance, frechet_distance_of_blocks, within_class_variance
-from diffdoctor.evaluate.model_measuring import count_real, fitted, read_unit, real_units, spoil
-from diffdoctor.evaluate.model_networks import Classifier, Clip, load_features
-from diffdoctor.evaluate.model_prompts import Prompt, read_prompt_file
-from diffdoctor.evaluate.model_store import FeatureFiles, MeasureFiles
-from diffdoctor.evaluate.model_summary import PictureMeasures, summarise, summarise_groups
+from diffdoctor.evaluate.model import networks
+from diffdoctor.evaluate.model.measuring import count_real, fitted, read_unit, real_units, spoil
+from diffdoctor.evaluate.model.networks import Classifier, Clip, load_features
+from diffdoctor.evaluate.model.store import FeatureFiles, MeasureFiles
+from diffdoctor.evaluate.model.summary import PictureMeasures, summarise, summarise_groups
 from diffdoctor.evaluate.rates import paired_mean
 
 PROMPTS = ("a photo of a red square", "a photo of a green circle")
@@ -105,7 +105,7 @@ class TestNetworks:
             load_features(str(tmp_path / "text.pt"))
 
     def test_features_without_a_network_are_thumbnails(self, monkeypatch):
-        monkeypatch.setattr(model_networks, "inception_weights", lambda: None)
+        monkeypatch.setattr(networks, "inception_weights", lambda: None)
         features = load_features("auto")
         pictures = random_pictures(2, 64)
         pictures[1] = 51
@@ -115,7 +115,7 @@ class TestNetworks:
         assert load_features("none") is None
 
     def test_clip_serves_as_features(self, clip_folder, monkeypatch):
-        monkeypatch.setattr(model_networks, "inception_weights", lambda: None)
+        monkeypatch.setattr(networks, "inception_weights", lambda: None)
         clip = Clip(clip_folder)
         assert load_features("auto", clip)(random_pictures(3)).shape == (3, 16)
         with pytest.raises(UserError, match="needs --clip"):
@@ -134,7 +134,7 @@ class TestNetworks:
             load_features("inception-100")
         # A pickle that would run code is refused before anything unpickles it.
         (tmp_path / "checkpoints").mkdir()
-        torch.save(Prompt("not weights"), tmp_path / "checkpoints" / model_networks.INCEPTION_FILE)
+        torch.save(Prompt("not weights"), tmp_path / "checkpoints" / networks.INCEPTION_FILE)
         with pytest.raises(UserError, match="--features inception: "):
             load_features("inception")
         assert load_features("pixels").module is None

@@ -18,11 +18,10 @@ from helpers_tiny_pipelines import PROMPTS, tiny_pipeline
 
 from diffdoctor.cli import main
 from diffdoctor.detector import ConvDetector, load_detector
-from diffdoctor.evaluate import model_networks
-from diffdoctor.evaluate.model import compare_pictures, sample_pictures
-from diffdoctor.evaluate.model_measuring import spoil
-from diffdoctor.evaluate.model_networks import Clip
-from diffdoctor.evaluate.model_store import PictureFiles
+from diffdoctor.evaluate.model import compare_pictures, networks, sample_pictures
+from diffdoctor.evaluate.model.measuring import spoil
+from diffdoctor.evaluate.model.networks import Clip
+from diffdoctor.evaluate.model.store import PictureFiles
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("diffusers")
@@ -270,7 +269,7 @@ def test_a_treatments_folder_answers_for_its_options(files, evaluated, tmp_path)
 
 
 def test_another_pipeline_and_guidance_as_treatments(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(model_networks, "inception_weights", lambda: None)
+    monkeypatch.setattr(networks, "inception_weights", lambda: None)
     pipeline = tiny_pipeline("sd", seed=5)
     pipeline.save_pretrained(tmp_path / "other")
     out = tmp_path / "out"

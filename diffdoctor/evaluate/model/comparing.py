@@ -1,7 +1,4 @@
-"""What a treatment did to a pipeline: the same prompts, seeds and latents before and after, under two detectors.
-
-Everything here works on pictures in memory; `diffdoctor evaluate model` measures the same from files.
-"""
+"""Drawing and comparing pictures in memory."""
 
 from __future__ import annotations
 
@@ -14,12 +11,8 @@ from diffdoctor._errors import UserError
 from diffdoctor._pictures import to_images
 from diffdoctor._progress import progress as show_progress
 from diffdoctor.evaluate.features import extract_features
-from diffdoctor.evaluate.model_summary import PictureMeasures, artifact_rates, summarise
+from diffdoctor.evaluate.model.summary import PictureMeasures, summarise
 from diffdoctor.evaluate.pixel import flagged_share
-
-__all__ = [
-    "Comparison", "artifact_rates", "compare_pictures", "diagnose_pictures", "draw_pictures", "sample_pictures",
-]  # fmt: skip
 
 
 def draw_pictures(pipeline, prompts, seeds, *, batch_size=100, **call_options) -> Iterator[torch.Tensor]:

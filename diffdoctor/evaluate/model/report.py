@@ -1,0 +1,200 @@
+"""What `diffdoctor evaluate model` shows: one page with the pictures side by side, and a few lines for the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from diffdoctor.evaluate.draw import as_hwc, enlarge, grid, jpeg_bytes, overlay, png_bytes
+from diffdoctor.evaluate.model.comparing import diagnose_pictures
+from diffdoctor.evaluate.pixel import FLAG_CONFIDENCE, FLAG_SHARE
+from diffdoctor.evaluate.report import Report, new_figure
+
+SMALL, LARGE = 128, 288
+
+
+def write_report(evaluation, metrics: dict, before, after) -> None:
+    """Write report.html into the evaluation's folder.
+
+    Args:
+        evaluation: the `Evaluation`, whose pictures are all drawn.
+        metrics: the content of metrics.json.
+        before, after: `PictureMeasures` of the two sides.
+    """
+    import yaml
+
+    rate = metrics["artifact_rate"]["judge"]
+    report = Report("Treatment: before and after")
+    report.lead(
+        f"A judge that had no part in the treatment flags {_rate(rate, 'before')} of {metrics['pictures']} pictures "
+        f"before it and {_rate(rate, 'after')} after it, drawn from the same prompts, seeds and latents."
+    )
+    report.text(
+        f"A picture is flagged when at least {FLAG_SHARE:.0%} of its pixels have a confidence of at least "
+        f"{FLAG_CONFIDENCE}. docs/evaluate.md says how to read each measure."
+    )
+    if metrics["features"]["note"] and ("fid" in metrics or "variance" in metrics):
+        report.text(metrics["features"]["note"])
+    report.heading("Measures")
+    report.table(["measure", "before", "after", "note"], measure_rows(metrics))
+    if "per_category" in metrics:
+        report.heading("Per category")
+        report.table(*_category_table(metrics["per_category"]))
+    report.heading("Severity")
+    report.figure(_severities(before.judge.numpy(), after.judge.numpy()), "Each side sorted for itself, by the judge.")
+    growth = after.judge - before.judge
+    for title, severity in (
+        ("The worst before, and the same after", before.judge),
+        ("What is still wrong: the worst after", after.judge),
+        ("Made worse: the largest growth of the flagged area", growth),
+    ):
+        worst = severity.argsort(descending=True, stable=True)[: evaluation.config.examples].tolist()
+        chosen = [number for number in worst if severity[number] > 0]
+        _strips(report, title, evaluation, chosen, before.judge, after.judge)
+    report.heading("Settings")
+    report.code(yaml.safe_dump({"sampling": metrics["sampling"], "versions": metrics["versions"]}, sort_keys=False))
+    report.write(evaluation.folder.output / "report.html")
+
+
+def print_summary(metrics: dict, output: Path) -> None:
+    """The figures that matter, for the terminal."""
+    for name, before, after, note in measure_rows(metrics):
+        print(f"{name:<34} {before[0]:>10} -> {after[0]:<10} {note}".rstrip())
+    print(f"look at {output / 'report.html'}")
+
+
+def measure_rows(metrics: dict) -> list[list]:
+    """Rows (measure, before, after, note) of all measures that were taken; before and after as (text, "number")."""
+    rows = []
+    for name, title in (("judge", "artifact rate, judge"), ("detector", "artifact rate, detector")):
+        rate = metrics["artifact_rate"][name]
+        rows.append([title, _percent(rate["before"]), _percent(rate["after"]), _rate_note(rate, name)])
+    for name, area in metrics["flagged_area"].items():
+        rows.append([f"flagged area, {name}", _percent(area["before"]), _percent(area["after"]), "share of all pixels"])
+    if "fid" in metrics:
+        fid = metrics["fid"]
+        ceiling = f", clean against damaged {_plain(fid['ceiling'])}" if "ceiling" in fid else ""
+        note = f"{metrics['features']['name']}; two halves of the real pictures {_plain(fid['floor'])}{ceiling}"
+        rows.append(["FID", _number(fid["before"]), _number(fid["after"]), note])
+    if "variance" in metrics:
+        variance = metrics["variance"]
+        note = f"{metrics['features']['name']}; a collapsed model has little"
+        if variance["before"] is None:
+            note = "no prompt was drawn twice: draw more pictures than there are prompts"
+        rows.append(["within-class variance", _number(variance["before"]), _number(variance["after"]), note])
+    for key, title, form, what in (
+        ("clip_score", "CLIP score", _number, "does the picture show its prompt?"),
+        ("accuracy", "accuracy", _percent, "does the classifier see what was asked for?"),
+    ):
+        if key in metrics:
+            values = metrics[key]
+            rows.append([title, form(values["before"]), form(values["after"]), what])
+            if "clean_before" in values:
+                clean = form(values["clean_before"]), form(values["clean_after"])
+                rows.append([f"{title}, clean before", *clean, "pictures that the judge did not flag before"])
+    return rows
+
+
+def _rate_note(rate: dict, name: str) -> str:
+    parts = ["independent" if name == "judge" else "steered the treatment: not independent"]
+    if rate["ratio"] is not None:
+        low, high = rate["ratio_interval"]
+        parts.append(f"ratio {rate['ratio']:.3f} ({low:.3f} to {high:.3f})")
+    low, high = (100 * bound for bound in rate["difference_interval"])
+    parts.append(f"difference {100 * rate['difference']:+.2f} points ({low:+.2f} to {high:+.2f})")
+    if "real" in rate:
+        parts.append(f"flags {rate['real']:.1%} of the real pictures")
+    if "damaged" in rate:
+        parts.append(f"{rate['damaged']:.1%} of the damaged ones")
+    return ", ".join(parts)
+
+
+def _category_table(groups: dict) -> tuple[list, list]:
+    header = ["category", "pictures", "judge before", "judge after", "difference in points, 95 % interval"]
+    extra = [name for name in ("clip_score", "accuracy") if all(name in group for group in groups.values())]
+    for name in extra:
+        header += [f"{name.replace('_', ' ')} before", "after"]
+    rows = []
+    for name, group in groups.items():
+        rate = group["artifact_rate"]["judge"]
+        low, high = (100 * bound for bound in rate["difference_interval"])
+        row = [
+            name or "(none)",
+            (group["pictures"], "number"),
+            (_rate(rate, "before"), "number"),
+            (_rate(rate, "after"), "number"),
+            f"{100 * rate['difference']:+.2f} ({low:+.2f} to {high:+.2f})",
+        ]
+        for key in extra:
+            row += [_number(group[key]["before"]), _number(group[key]["after"])]
+        rows.append(row)
+    return header, rows
+
+
+def _severities(before: np.ndarray, after: np.ndarray):
+    figure, (left, right) = new_figure(2, width=4.6, height=2.8)
+    for values, label, colour in ((before, "before", "tab:red"), (after, "after", "tab:green")):
+        left.plot(np.linspace(0, 100, len(values)), 100 * np.sort(values)[::-1], label=label, color=colour)
+    left.axhline(100 * FLAG_SHARE, color="0.6", linewidth=0.8, linestyle="--")
+    left.set(xlabel="pictures, % (worst first)", ylabel="flagged area, % of pixels")
+    left.legend()
+    top = 100 * max(before.max(), after.max(), FLAG_SHARE)
+    right.plot([0, top], [0, top], color="0.7", linewidth=0.8)
+    right.scatter(100 * before, 100 * after, s=6, alpha=0.4)
+    right.set(xlabel="flagged area before, %", ylabel="after, %")
+    return figure
+
+
+def _strips(report: Report, title: str, evaluation, numbers: list[int], before, after) -> None:
+    """A row per picture: before, before with the judge's map, after, after with the map."""
+    if not numbers:
+        return
+    report.heading(title)
+    report.text("Each row: before, before with the judge's map in red, after, after with the map.")
+    judge = evaluation.measurer.judge
+    for number in numbers:
+        views, small = [], False
+        for side in ("before", "after"):
+            picture = evaluation.folder.pictures(side).load([number])
+            confidence = diagnose_pictures(judge, picture)[0, 0].numpy()
+            shown = as_hwc(picture)[0]
+            small = max(shown.shape[:2]) <= SMALL
+            views += [_sized(shown), _sized(overlay(shown, confidence))]
+        prompt = evaluation.drawn.prompt(number)
+        category = f" [{prompt.category}]" if prompt.category else ""
+        caption = (
+            f"{prompt.text}{category}; seed {evaluation.config.seed + number}; flagged area "
+            f"{float(before[number]):.1%} before, {float(after[number]):.1%} after"
+        )
+        sheet = grid([views])
+        report.image(png_bytes(sheet) if small else jpeg_bytes(sheet), caption, pixels=small)
+
+
+def _sized(picture: np.ndarray) -> np.ndarray:
+    from PIL import Image
+
+    longest = max(picture.shape[:2])
+    if longest <= SMALL:
+        return enlarge(picture, max(1, SMALL // longest))
+    if longest <= LARGE:
+        return picture
+    size = tuple(max(1, round(side * LARGE / longest)) for side in picture.shape[1::-1])
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
+
+
+def _rate(rate: dict, when: str) -> str:
+    low, high = rate[f"{when}_interval"]
+    return f"{100 * rate[when]:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f})"
+
+
+def _percent(value) -> tuple[str, str]:
+    return ("–" if value is None else f"{100 * value:.2f} %"), "number"
+
+
+def _number(value) -> tuple[str, str]:
+    return _plain(value), "number"
+
+
+def _plain(value) -> str:
+    return "–" if value is None else f"{value:.4g}"
