@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.detector_study import __main__ as study
-from benchmarks.detector_study import parts, pictures, report
+from benchmarks.detector_study import drawing, parts, pictures, report
 from diffdoctor._errors import UserError
 from diffdoctor.detector.inject import damage_kinds
 
@@ -22,6 +22,7 @@ def places(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "TRAINING_PIECES", 30)
         patch.setattr(pictures, "TEST_PIECES", 10)
+        patch.setattr(pictures, "DRAWN_PICTURES", 10)
         counts = pictures.write_pictures(folder)
     found = collections.defaultdict(list)
     for file in folder.rglob("*.png"):
@@ -74,6 +75,37 @@ def test_pieces_are_what_the_seed_says_and_look_like_pictures():
     assert 0.3 < np.mean([picture.std(axis=2).max() > 0 for picture in varied]) < 1
 
 
+@pytest.mark.parametrize("kind", drawing.KINDS)
+def test_drawn_pictures_are_what_the_seed_says_and_differ(kind):
+    drawn = [drawing.drawn(kind, np.random.default_rng(seed)) for seed in range(12)]
+    assert np.array_equal(drawn[3], drawing.drawn(kind, np.random.default_rng(3)))
+    assert all(picture.shape == (pictures.SIDE, pictures.SIDE, 3) and picture.dtype == np.uint8 for picture in drawn)
+    assert len({picture.tobytes() for picture in drawn}) == len(drawn)
+    # not flat, and not all alike in light
+    assert np.mean([picture.std() > 2 for picture in drawn]) > 0.8
+    assert np.ptp([picture.mean() for picture in drawn]) > 30
+
+
+def test_the_test_pictures_do_not_depend_on_how_many_are_trained_on(monkeypatch):
+    monkeypatch.setattr(pictures, "TEST_PIECES", 4)
+    monkeypatch.setattr(pictures, "DRAWN_PICTURES", 0)
+
+    def tested(training):
+        monkeypatch.setattr(pictures, "TRAINING_PIECES", training)
+        return {place: picture.tobytes() for place, picture in pictures._all(0) if place.startswith("test/")}
+
+    first = tested(2)
+    assert first == tested(5)
+    assert len(first) > 500
+
+
+def test_a_turned_piece_shows_only_what_is_in_the_photograph():
+    # a bright photograph: whatever lay outside of it would be black
+    photograph = np.full((120, 300, 3), 200, np.uint8)
+    pieces = [pictures.cut_turned(photograph, np.random.default_rng(seed), 180) for seed in range(40)]
+    assert min(piece.min() for piece in pieces) >= 199
+
+
 def test_a_finished_part_is_found_again_and_one_of_other_settings_refused(tmp_path):
     assert parts.done(tmp_path, {"seed": 0}) is None
     parts.finish(tmp_path, {"seed": 0, "kinds": ("warp",)}, {"pictures": 3})
@@ -87,6 +119,7 @@ def test_a_finished_part_is_found_again_and_one_of_other_settings_refused(tmp_pa
 def test_a_toy_run_writes_its_report_and_does_nothing_the_second_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pictures, "TRAINING_PIECES", 10)
     monkeypatch.setattr(pictures, "TEST_PIECES", 4)
+    monkeypatch.setattr(pictures, "DRAWN_PICTURES", 8)
     monkeypatch.setattr(pictures, "_digits", lambda take=pictures._digits: tuple(part[:30] for part in take()))
     monkeypatch.setattr(parts, "BOOTSTRAP", 5)
     # In this process, where the smaller numbers are.

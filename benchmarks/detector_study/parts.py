@@ -35,7 +35,7 @@ SHIFTS = (0.0, -0.5, -1.0, -1.5, -2.0)
 TRAINING = {
     "batch_size": 32,
     "learning_rate": 3e-3,
-    "warmup": 100,
+    "warmup": 300,
     "mse": 0.0,
     "bce": 1.0,
     "precision": "bf16",
@@ -52,7 +52,9 @@ AUGMENT = {
     "noise": 0.0,
 }
 DAMAGED_SHARE = 0.2
-SETS = ("train-damaged", "skewed-damaged", "train-clean")
+DAMAGED = ("train-damaged", "skewed-damaged")
+DRAWN = ("drawn-damaged", "drawn-clean")
+SETS = (*DAMAGED, "train-clean", *DRAWN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,8 @@ DETECTOR = "everything"
 VARIANTS = {
     DETECTOR: Variant(sets=(*SETS, "skewed-clean")),
     "complete": Variant(),
-    "without real negatives": Variant(sets=SETS[:2]),
+    "without real negatives": Variant(sets=(*DAMAGED, DRAWN[0])),
+    "without drawn pictures": Variant(sets=tuple(name for name in SETS if name not in DRAWN)),
     "without class balance": Variant(balance=False),
     "without dynamic augmentation": Variant(shrink_share=0.0),
     "with the tiny SegFormer": Variant(network="segformer"),
@@ -116,6 +119,8 @@ def make_sets(output: Path, seed: int, workers: int) -> dict:
     plans = {
         "train-clean": {"pictures": "train", "damaged": 0, "benign": BENIGN_VERSIONS},
         "train-damaged": {"pictures": "train", "kinds": list(SEEN), "damaged": DAMAGED_VERSIONS, "clean": False},
+        "drawn-clean": {"pictures": "drawn", "damaged": 0, "benign": BENIGN_VERSIONS},
+        "drawn-damaged": {"pictures": "drawn", "kinds": list(SEEN), "damaged": DAMAGED_VERSIONS, "clean": False},
         "skewed-clean": {"pictures": "skewed", "damaged": 0, "benign": BENIGN_VERSIONS},
         "skewed-damaged": {"pictures": "skewed", "kinds": list(SEEN), "damaged": DAMAGED_VERSIONS, "clean": False},
     }
@@ -202,7 +207,7 @@ def fresh(network: str, seed: int):
         torch.manual_seed(seed)
         if network == "segformer":
             return ArtifactDetector.tiny(min_side=2 * pictures.SIDE)
-        return ConvDetector((16, 32, 64))
+        return ConvDetector((32, 64, 128))
 
 
 def measures(output: Path, detector, folder: Path) -> dict:
