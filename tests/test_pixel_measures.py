@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffdoctor.evaluate.components import ComponentAP, components, mean_average_precision
+from diffdoctor.evaluate.components import ComponentAP, Matches, components, match_components, mean_average_precision
 from diffdoctor.evaluate.detector import evaluate_maps
 from diffdoctor.evaluate.pixel import (
     auroc_of,
@@ -142,6 +142,47 @@ def test_map50_equals_a_plain_loop_and_the_bootstrap_s_own_sums(seed):
     # A resampled set measured afresh equals the one put together from what is kept.
     chosen = np.random.default_rng(seed).integers(len(maps), size=len(maps))
     assert ap.of(chosen) == pytest.approx(mean_average_precision(maps[chosen], masks[chosen]), abs=1e-9)
+
+
+def pycocotools_map50(maps, masks):
+    """mAP@0.5 as pycocotools itself matches and accumulates the components."""
+    from pycocotools import mask as coco_mask
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    sets = []
+    for arrays in (masks, maps):
+        entries = []
+        for index, array in enumerate(arrays, start=1):
+            for found in components(array)[:100]:
+                code = coco_mask.encode(np.asfortranarray(found.mask.astype(np.uint8)))
+                entry = {"image_id": index, "category_id": 1, "segmentation": code, "bbox": list(found.box)}
+                entries.append(
+                    {**entry, "area": found.area, "iscrowd": 0, "score": found.score, "id": len(entries) + 1}
+                )
+        made = COCO()
+        images = [{"id": index + 1, "height": maps.shape[1], "width": maps.shape[2]} for index in range(len(maps))]
+        made.dataset = {"images": images, "annotations": entries, "categories": [{"id": 1, "name": "artifact"}]}
+        made.createIndex()
+        sets.append(made)
+    evaluation = COCOeval(*sets, "segm")
+    evaluation.params.iouThrs = np.array([0.5])
+    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+    evaluation.params.maxDets = [100]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return evaluation.eval["precision"].mean()
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["distinct", "ties"])
+def test_map50_is_pycocotools_own_number_in_one_go_and_in_parts(rounded):
+    maps, masks = random_maps(60, seed=11, clean=20)
+    maps = np.round(maps, 1) if rounded else maps
+    expected = pycocotools_map50(maps, masks)
+    assert 0.05 < expected < 0.95
+    assert ComponentAP(maps, masks).map50 == expected
+    parts = [match_components(maps[first : first + 7], masks[first : first + 7]) for first in range(0, 60, 7)]
+    assert Matches.joined(parts).average_precision(np.arange(60)) == expected
 
 
 def test_what_is_found_on_clean_pictures_lowers_map50():

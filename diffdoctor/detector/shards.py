@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,6 +30,7 @@ __all__ = [
     "ShardData",
     "SkipCounts",
     "decode_sample",
+    "one_size",
     "read_manifest",
     "read_shards",
     "shard_paths",
@@ -317,6 +318,17 @@ class ShardData:
         except OSError as error:
             raise BrokenSample(f"cannot be read ({error.strerror})", where) from error
         return {**decode_sample({"png": parts[0], "mask.png": parts[1], "json": parts[2]}, where), "key": key}
+
+
+def one_size(sets: Sequence[ShardData], option: str) -> None:
+    """Refuse sets whose pictures differ in size, where the option of this name says no size to bring them to."""
+    sizes = np.unique(np.concatenate([one.sizes for one in sets]), axis=0)
+    if len(sizes) > 1:
+        shown = ", ".join(f"{width}x{height}" for height, width in sizes[:3])
+        raise UserError(
+            f"{option}: expected a side in pixels, since the pictures in {', '.join(str(s.folder) for s in sets)} have "
+            f"{len(sizes)} sizes ({shown}{', ...' if len(sizes) > 3 else ''})"
+        )
 
 
 _KEPT = ("key", "category", "generator", "label", "shard", "mask_max", "height", "width")

@@ -10,7 +10,7 @@ from diffdoctor._io import atomic_write_json, clear_temporaries
 from diffdoctor.detector.base import Detector, load_detector
 from diffdoctor.detector.pictures import finite, tell, versions, write_config
 from diffdoctor.detector.samples import JoinedData
-from diffdoctor.detector.shards import ShardData
+from diffdoctor.detector.shards import ShardData, one_size
 from diffdoctor.detector.streaming import ShardStream
 from diffdoctor.detector.train import DetectorTrainingConfig, train_detector
 
@@ -120,13 +120,8 @@ def _opened(folders: list[str], config: TrainDetectorConfig) -> JoinedData:
     parts = [ShardData(folder) for folder in folders]
     if not sum(map(len, parts)):
         raise UserError(f"{', '.join(folders)}: expected labelled pictures, found none")
-    sizes = np.unique(np.concatenate([part.sizes for part in parts]), axis=0)
-    if config.training.size is None and len(sizes) > 1:
-        shown = ", ".join(f"{width}x{height}" for height, width in sizes[:3])
-        raise UserError(
-            f"training.size: expected a side in pixels, since the pictures in {', '.join(folders)} have "
-            f"{len(sizes)} sizes ({shown}{', ...' if len(sizes) > 3 else ''})"
-        )
+    if config.training.size is None:
+        one_size(parts, "training.size")
     return JoinedData(parts)
 
 

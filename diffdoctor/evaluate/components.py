@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -72,69 +74,122 @@ def _run_length(mask: np.ndarray) -> dict:
     return coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
 
 
-class ComponentAP:
-    """Average precision of components over a set of pictures, kept ready for many resamplings of the set.
+@dataclasses.dataclass(frozen=True)
+class Matches:
+    """Which components of N pictures were found, kept ready for many resamplings of the set.
 
-    COCO matching at IoU >= 0.5 by pycocotools, one class, 101 recall points, at most 100 components a picture; the
-    components of a clean picture are false positives.
+    Attributes:
+        scores: (K,) of the components that the detector marks, picture by picture, the most confident first.
+        hits: (K,) bool, whether one matches a component of the truth.
+        lengths: (N,) how many of the K belong to each picture.
+        truths: (N,) components of the truth.
+    """
+
+    scores: np.ndarray
+    hits: np.ndarray
+    lengths: np.ndarray
+    truths: np.ndarray
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """The fields by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def joined(cls, parts: Sequence[Matches]) -> Matches:
+        """The matches of all pictures of several parts, in order."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+    @functools.cached_property
+    def _begins(self) -> np.ndarray:
+        return np.cumsum(self.lengths) - self.lengths
+
+    def average_precision(self, pictures: np.ndarray) -> float:
+        """mAP@0.5 of the pictures with these indices (repeats allowed: a bootstrap sample); NaN without a truth.
+
+        One class, 101 recall points, the same arithmetic as pycocotools' `COCOeval.accumulate`.
+        """
+        total = int(self.truths[pictures].sum())
+        if not total:
+            return float("nan")
+        lengths = self.lengths[pictures]
+        # Component k of a chosen picture stands at begin + k.
+        places = np.repeat(self._begins[pictures] - (np.cumsum(lengths) - lengths), lengths)
+        places += np.arange(places.size)
+        order = np.argsort(-self.scores[places], kind="mergesort")
+        found = np.cumsum(self.hits[places][order])
+        recall = found / total
+        precision = found / (np.arange(1, found.size + 1) + np.spacing(1))
+        precision = np.maximum.accumulate(precision[::-1])[::-1]
+        index = np.searchsorted(recall, np.linspace(0, 1, 101), side="left")
+        return float(np.append(precision, 0.0)[np.minimum(index, found.size)].mean())
+
+
+def match_components(confidence, mask) -> Matches:
+    """COCO matching at IoU >= 0.5, by pycocotools, of the components of confidence maps with those of masks.
+
+    One class, at most 100 components a picture.
 
     Args:
         confidence: (N, H, W) or (N, 1, H, W) in [0, 1], the detector's maps.
         mask: the truth, same shape; its components are found in the same way.
     """
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError:
+        raise missing_extra("pycocotools", "stages") from None
+    confidence, mask = maps_pair(confidence, mask)
+    images, truths, found = [], [], []
+    for index, (prediction, truth) in enumerate(zip(confidence, mask, strict=True), start=1):
+        images.append({"id": index, "height": truth.shape[0], "width": truth.shape[1]})
+        for component in components(truth):
+            truths.append({**_annotation(index, component), "id": len(truths) + 1, "iscrowd": 0})
+        for component in components(prediction)[:100]:
+            found.append({**_annotation(index, component), "id": len(found) + 1, "score": component.score})
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = {"images": images, "annotations": truths, "categories": [{"id": 1, "name": "artifact"}]}
+        coco.createIndex()
+        results = COCO()
+        results.dataset = {"images": images, "annotations": found, "categories": coco.dataset["categories"]}
+        results.createIndex()
+        evaluation = COCOeval(coco, results, "segm")
+        evaluation.params.iouThrs = np.array([0.5])
+        evaluation.params.areaRng = [[0, 1e10]]
+        evaluation.params.areaRngLbl = ["all"]
+        evaluation.params.maxDets = [100]
+        evaluation.evaluate()
+    scores, hits, truths = [np.zeros(0)], [np.zeros(0, bool)], []
+    # An entry is None where a picture has neither truth nor find.
+    for entry in evaluation.evalImgs:
+        scores.append(np.asarray(entry["dtScores"] if entry else (), float))
+        hits.append(np.asarray(entry["dtMatches"])[0] > 0 if entry else np.zeros(0, bool))
+        truths.append(len(entry["gtIds"]) if entry else 0)
+    lengths = np.array([len(s) for s in scores[1:]], np.int64)
+    return Matches(np.concatenate(scores), np.concatenate(hits), lengths, np.array(truths, np.int64))
+
+
+class ComponentAP:
+    """Average precision of components over a set of pictures, kept ready for many resamplings of the set.
+
+    The components of a clean picture are false positives. See `match_components`.
+
+    Args:
+        confidence: (N, H, W) or (N, 1, H, W) in [0, 1], the detector's maps.
+        mask: the truth, same shape.
+
+    Attributes:
+        map50: of all pictures; NaN without a truth.
+    """
 
     def __init__(self, confidence, mask):
-        try:
-            from pycocotools.coco import COCO
-            from pycocotools.cocoeval import COCOeval
-        except ImportError:
-            raise missing_extra("pycocotools", "stages") from None
-        confidence, mask = maps_pair(confidence, mask)
-        images, truths, found = [], [], []
-        for index, (prediction, truth) in enumerate(zip(confidence, mask, strict=True), start=1):
-            images.append({"id": index, "height": truth.shape[0], "width": truth.shape[1]})
-            for component in components(truth):
-                truths.append({**_annotation(index, component), "id": len(truths) + 1, "iscrowd": 0})
-            for component in components(prediction)[:100]:
-                found.append({**_annotation(index, component), "id": len(found) + 1, "score": component.score})
-        self.matches: list[tuple[np.ndarray, np.ndarray, int]] = []
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco = COCO()
-            coco.dataset = {"images": images, "annotations": truths, "categories": [{"id": 1, "name": "artifact"}]}
-            coco.createIndex()
-            results = COCO()
-            results.dataset = {"images": images, "annotations": found, "categories": coco.dataset["categories"]}
-            results.createIndex()
-            evaluation = COCOeval(coco, results, "segm")
-            evaluation.params.iouThrs = np.array([0.5])
-            evaluation.params.areaRng = [[0, 1e10]]
-            evaluation.params.areaRngLbl = ["all"]
-            evaluation.params.maxDets = [100]
-            evaluation.evaluate()
-            evaluation.accumulate()
-        self.map50 = float(evaluation.eval["precision"].mean()) if truths else float("nan")
-        for entry in evaluation.evalImgs:
-            if entry is None:
-                self.matches.append((np.zeros(0), np.zeros(0, bool), 0))
-            else:
-                hit = np.asarray(entry["dtMatches"])[0] > 0
-                self.matches.append((np.asarray(entry["dtScores"], float), hit, len(entry["gtIds"])))
+        self.matches = match_components(confidence, mask)
+        self.map50 = self.of(np.arange(len(self.matches.truths)))
 
     def of(self, pictures: np.ndarray) -> float:
-        """mAP@0.5 of the pictures with these indices (repeats allowed: a bootstrap sample); NaN without a truth."""
-        chosen = [self.matches[i] for i in pictures]
-        total = sum(count for _, _, count in chosen)
-        if not total:
-            return float("nan")
-        scores = np.concatenate([s for s, _, _ in chosen])
-        hits = np.concatenate([h for _, h, _ in chosen])
-        order = np.argsort(-scores, kind="mergesort")
-        hits = hits[order]
-        recall = np.cumsum(hits) / total
-        precision = np.cumsum(hits) / np.arange(1, hits.size + 1)
-        precision = np.maximum.accumulate(precision[::-1])[::-1]
-        index = np.searchsorted(recall, np.linspace(0, 1, 101), side="left")
-        return float(np.append(precision, 0.0)[np.minimum(index, hits.size)].mean())
+        """mAP@0.5 of the pictures with these indices, see `Matches.average_precision`."""
+        return self.matches.average_precision(pictures)
 
 
 def _annotation(image_id: int, component: Component) -> dict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,17 +12,8 @@ import torch
 from diffdoctor._pictures import to_images
 from diffdoctor.detector.archive import SkipCounts
 from diffdoctor.detector.shards import BrokenSample
-from diffdoctor.evaluate.components import ComponentAP
-from diffdoctor.evaluate.pixel import (
-    FLAG_SHARE,
-    auroc_of,
-    average_precision_of,
-    flagged_share,
-    from_counts,
-    map_distances,
-    picture_counts,
-    pixel_measures,
-)
+from diffdoctor.evaluate.detector_statistics import PictureStatistics
+from diffdoctor.evaluate.pixel import FLAG_SHARE, average_precision
 
 
 @dataclasses.dataclass
@@ -78,7 +69,35 @@ def batches(
         yield batch
 
 
-@torch.no_grad()
+def diagnosed_batches(
+    detector,
+    data,
+    *,
+    batch_size: int = 64,
+    size: int | None = None,
+    chosen: Sequence[int] | None = None,
+    strict: bool = False,
+    counts: SkipCounts | None = None,
+) -> Iterator[Diagnosed]:
+    """The detector's maps batch by batch, so that memory holds one; see `diagnose_data`.
+
+    Args:
+        counts: filled with what was left out (`skipped` of each batch is empty).
+    """
+    from diffdoctor.detector.samples import as_mask, resize_pair
+
+    device = next(detector.parameters()).device
+    for batch in batches(data, batch_size, chosen=chosen, strict=strict, counts=counts):
+        pairs = [(s["picture"], as_mask(s["mask"])) for s in batch]
+        if size is not None:
+            pairs = [resize_pair(*pair, size) if pair[1].shape != (size, size) else pair for pair in pairs]
+        images = to_images([p for p, _ in pairs], device)
+        with torch.no_grad():
+            confidence = detector.confidence(images)[:, 0].float().cpu().numpy()
+        names = ([str(s.get(name) or "") for s in batch] for name in ("category", "generator"))
+        yield Diagnosed(confidence, np.stack([m for _, m in pairs]), *names, np.array([s["index"] for s in batch]))
+
+
 def diagnose_data(
     detector,
     data,
@@ -88,7 +107,7 @@ def diagnose_data(
     chosen: Sequence[int] | None = None,
     strict: bool = False,
 ) -> Diagnosed:
-    """The detector's map of every picture.
+    """The detector's map of every picture, all in memory.
 
     Args:
         detector: a `Detector` (or a module with its `confidence`).
@@ -101,41 +120,34 @@ def diagnose_data(
     Raises:
         ValueError: the pictures differ in size, or there are none.
     """
-    from diffdoctor.detector.samples import as_mask, resize_pair
-
-    device = next(detector.parameters()).device
-    maps, masks, categories, generators, indices = [], [], [], [], []
     counts = SkipCounts()
-    for batch in batches(data, batch_size, chosen=chosen, strict=strict, counts=counts):
-        pairs = [(s["picture"], as_mask(s["mask"])) for s in batch]
-        if size is not None:
-            pairs = [resize_pair(*pair, size) if pair[1].shape != (size, size) else pair for pair in pairs]
-        images = to_images([p for p, _ in pairs], device)
-        maps.append(detector.confidence(images)[:, 0].float().cpu().numpy())
-        masks.append(np.stack([m for _, m in pairs]))
-        categories += [str(s.get("category") or "") for s in batch]
-        generators += [str(s.get("generator") or "") for s in batch]
-        indices += [s["index"] for s in batch]
-    if not maps and counts.total:
-        side = size or 1
-        maps, masks = [np.zeros((0, side, side), np.float32)], [np.zeros((0, side, side), np.float32)]
-    if len({m.shape[1:] for m in maps}) != 1:
+    options = {"batch_size": batch_size, "size": size, "chosen": chosen, "strict": strict, "counts": counts}
+    parts = list(diagnosed_batches(detector, data, **options))
+    if not parts and counts.total:
+        empty = np.zeros((0, size or 1, size or 1), np.float32)
+        return Diagnosed(empty, empty, [], [], np.array([], int), counts.reasons)
+    if len({part.confidence.shape[1:] for part in parts}) != 1:
         raise ValueError("data: expected pictures of one size, or size= to bring them to one; got several or none")
-    places = np.array(indices)
-    return Diagnosed(np.concatenate(maps), np.concatenate(masks), categories, generators, places, counts.reasons)
+    return Diagnosed(
+        np.concatenate([part.confidence for part in parts]),
+        np.concatenate([part.masks for part in parts]),
+        [name for part in parts for name in part.categories],
+        [name for part in parts for name in part.generators],
+        np.concatenate([part.indices for part in parts]),
+        counts.reasons,
+    )
 
 
 def quick_measures(detector, data, *, size: int | None = None, strict: bool = False) -> dict[str, float]:
-    """iou, map50, false_positive_rate and hit_rate of a detector on a small set, for watching a training run."""
-    found = diagnose_data(detector, data, size=size, strict=strict)
-    damaged = (found.masks >= 0.5).any(axis=(1, 2))
-    flags = flagged_share(found.confidence) >= FLAG_SHARE
-    return {
-        "iou": from_counts(picture_counts(found.confidence, found.masks))["iou"],
-        "map50": ComponentAP(found.confidence, found.masks).map50,
-        "false_positive_rate": float(flags[~damaged].mean()) if (~damaged).any() else math.nan,
-        "hit_rate": float(flags[damaged].mean()) if damaged.any() else math.nan,
-    }
+    """iou, map50, false_positive_rate and hit_rate of a detector on a set, for watching a training run."""
+    parts = diagnosed_batches(detector, data, size=size, strict=strict)
+    parts = [PictureStatistics.of(part.confidence, part.masks) for part in parts]
+    names = ("iou", "map50", "false_positive_rate", "hit_rate")
+    if not parts:
+        return dict.fromkeys(names, math.nan)
+    found = PictureStatistics.joined(parts)
+    measured = found.measures(np.arange(len(found)))
+    return {name: measured[name] for name in names}
 
 
 def evaluate_maps(
@@ -157,55 +169,9 @@ def evaluate_maps(
         NaN where a set has no picture of the kind a measure is about.
     """
     confidence, mask = np.asarray(confidence), np.asarray(mask)
-    parts = _PerPicture(confidence, mask)
-    everything = np.arange(len(confidence))
-    result: dict = {"pictures": len(confidence), "damaged": int(parts.damaged.sum())}
-    result |= pixel_measures(confidence, mask) | parts.measures(everything)
-    result["map50"] = parts.ap.map50
-    if bootstrap:
-        rng = np.random.default_rng(seed)
-        draws = [parts.measures(rng.integers(len(everything), size=len(everything))) for _ in range(bootstrap)]
-        tail = (1 - level) / 2
-        for name in draws[0]:
-            values = np.array([draw[name] for draw in draws])
-            values = values[~np.isnan(values)]
-            bounds = np.quantile(values, [tail, 1 - tail]).tolist() if values.size else [math.nan, math.nan]
-            result[f"{name}_interval"] = bounds
-    return result
-
-
-class _PerPicture:
-    """What each picture adds to the measures, so that a resampled set costs sums instead of maps."""
-
-    def __init__(self, confidence: np.ndarray, mask: np.ndarray):
-        self.counts = picture_counts(confidence, mask)
-        self.distances = map_distances(confidence, mask)
-        self.damaged = (mask >= 0.5).any(axis=(1, 2))
-        self.empty = ~(mask > 0).any(axis=(1, 2))
-        self.flags = flagged_share(confidence) >= FLAG_SHARE
-        self.peak = confidence.reshape(len(confidence), -1).max(axis=1)
-        self.ap = ComponentAP(confidence, mask)
-
-    def measures(self, chosen: np.ndarray) -> dict[str, float]:
-        damaged, empty, flags = self.damaged[chosen], self.empty[chosen], self.flags[chosen]
-        mse = self.distances["mse"][chosen]
-        return {
-            "map50": self.ap.of(chosen),
-            **from_counts(self.counts[chosen]),
-            "mse": _mean(mse),
-            "mse_empty": _mean(mse[empty]),
-            "mse_nonempty": _mean(mse[~empty]),
-            **{name: _mean(self.distances[name][chosen]) for name in ("kld", "cc", "sim")},
-            "auroc": auroc_of(self.peak[chosen], damaged),
-            "average_precision": average_precision_of(self.peak[chosen], damaged),
-            "false_positive_rate": _mean(flags[~damaged]),
-            "hit_rate": _mean(flags[damaged]),
-        }
-
-
-def _mean(values: np.ndarray) -> float:
-    values = values[~np.isnan(values)] if values.dtype.kind == "f" else values
-    return float(values.mean()) if values.size else math.nan
+    found = PictureStatistics.of(confidence, mask)
+    auprc = average_precision(confidence, mask)
+    return found.with_intervals(np.arange(len(found)), auprc, bootstrap=bootstrap, level=level, seed=seed)
 
 
 def evaluate_detector(
@@ -230,22 +196,55 @@ def evaluate_detector(
 
 def measure(found: Diagnosed, *, bootstrap: int = 1000, seed: int = 0) -> dict:
     """`evaluate_detector`'s result for maps that are there already."""
+    statistics = PictureStatistics.of(found.confidence, found.masks)
+
+    def auprc(column, name):
+        chosen = _chosen(found, column, name)
+        return average_precision(found.confidence[chosen], found.masks[chosen])
+
+    return measure_statistics(statistics, found.categories, found.generators, auprc, bootstrap=bootstrap, seed=seed)
+
+
+def measure_statistics(
+    statistics: PictureStatistics,
+    categories: Sequence[str],
+    generators: Sequence[str],
+    auprc: Callable[[str, str], float],
+    *,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict:
+    """`evaluate_detector`'s result from the pictures' statistics.
+
+    Args:
+        statistics: of N pictures.
+        categories, generators: (N,) their names.
+        auprc: function from ("", ""), ("category", name) or ("generator", name) to the AUPRC of these pictures' pixels.
+        bootstrap, seed: see `evaluate_maps`.
+    """
     from diffdoctor.detector.balance import category_statistics
 
-    def of(chosen):
-        return evaluate_maps(found.confidence[chosen], found.masks[chosen], bootstrap=bootstrap, seed=seed)
+    def of(column, name, chosen):
+        return statistics.with_intervals(chosen, auprc(column, name), bootstrap=bootstrap, seed=seed)
 
-    def by(names):
+    def by(column, names):
         names = np.asarray(names, dtype=object)
-        return {str(name): of(names == name) for name in sorted(set(names))}
+        return {str(name): of(column, name, np.flatnonzero(names == name)) for name in sorted(set(names))}
 
-    clean = ~(found.masks >= 0.5).any(axis=(1, 2))
-    names = [name for name, keep in zip(found.categories, clean, strict=True) if keep]
-    maps = found.confidence[clean]
-    statistics = category_statistics(names, maps.mean(axis=(1, 2)), flagged_share(maps) >= FLAG_SHARE) if names else []
+    clean = np.flatnonzero(~statistics.columns["damaged"])
+    share, mean = (statistics.columns[name][clean] for name in ("share", "mean"))
+    names = [categories[index] for index in clean]
+    table = category_statistics(names, mean, share >= FLAG_SHARE) if names else []
     return {
-        "overall": of(np.ones(len(clean), bool)),
-        "per_category": by(found.categories),
-        "per_generator": by(found.generators),
-        "categories": [dataclasses.asdict(entry) for entry in statistics],
+        "overall": of("", "", np.arange(len(statistics))),
+        "per_category": by("category", categories),
+        "per_generator": by("generator", generators),
+        "categories": [dataclasses.asdict(entry) for entry in table],
     }
+
+
+def _chosen(found: Diagnosed, column: str, name: str):
+    if not column:
+        return slice(None)
+    names = found.categories if column == "category" else found.generators
+    return np.array([other == name for other in names], bool)

@@ -9,9 +9,11 @@ import numpy as np
 from diffdoctor._errors import UserError, missing_extra
 from diffdoctor._io import atomic_write_json
 from diffdoctor._weights import weights_digest
-from diffdoctor.evaluate.detector import Diagnosed, measure
+from diffdoctor.evaluate.detector import Diagnosed, diagnose_data, measure_statistics
+from diffdoctor.evaluate.detector_pixels import PixelCurves
+from diffdoctor.evaluate.detector_statistics import PictureStatistics, slices
 from diffdoctor.evaluate.draw import enlarge, grid, heat_colours, overlay, png_bytes
-from diffdoctor.evaluate.pixel import FLAG_SHARE, flagged_share
+from diffdoctor.evaluate.pixel import FLAG_SHARE
 from diffdoctor.evaluate.report import Report, new_figure
 
 
@@ -61,8 +63,8 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
     from diffdoctor.detector.diagnosing import open_detector, open_device
     from diffdoctor.detector.pictures import finite, tell, versions, write_config
     from diffdoctor.detector.samples import JoinedData, resize_pair
-    from diffdoctor.detector.shards import ShardData
-    from diffdoctor.evaluate.detector_parts import diagnose_in_parts
+    from diffdoctor.detector.shards import ShardData, one_size
+    from diffdoctor.evaluate.detector_parts import evaluate_in_parts
 
     state = PartialState(cpu=not torch.accelerator.is_available())
     output = Path(config.output)
@@ -70,28 +72,35 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
     data = JoinedData(sets)
     if not len(data):
         raise UserError("data: expected labelled pictures, got none")
+    if config.size is None:
+        one_size(sets, "size")
     detector = open_detector(config.detector)
     detector.to(open_device(config.device, state.device))
     settings = {"weights": weights_digest(detector)}
     options = {"batch_size": config.batch_size, "size": config.size, "strict": config.strict}
     try:
-        found = diagnose_in_parts(detector, sets, output / "parts", settings, state, **options)
+        found = evaluate_in_parts(detector, sets, output / "parts", settings, state, **options)
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
     if found is None:
         return {}
-    result = finite(measure(found, bootstrap=config.bootstrap, seed=config.seed))
+    names = (found.categories, found.generators, found.auprc)
+    result = finite(measure_statistics(found.statistics, *names, bootstrap=config.bootstrap, seed=config.seed))
     result |= {"skipped": found.skipped, "versions": versions()}
     write_config(output, config)
     atomic_write_json(output / "metrics.json", result)
 
-    def picture(index):
-        sample = data[int(found.indices[index])]
-        if config.size is None or sample["picture"].shape[:2] == (config.size, config.size):
-            return sample["picture"]
-        return resize_pair(sample["picture"], sample["mask"], config.size)[0]
+    def views(index):
+        place = int(found.indices[index])
+        again = diagnose_data(detector, data, size=config.size, chosen=[place])
+        sample = data[place]
+        picture = sample["picture"]
+        if picture.shape[:2] != again.masks.shape[1:]:
+            picture = resize_pair(picture, sample["mask"], config.size)[0]
+        return picture, again.masks[0], again.confidence[0]
 
-    write_report(output / "report.html", result, found, picture, config.examples)
+    worst = found.statistics.worst(config.examples)
+    _write_page(output / "report.html", result, found.curves.result(), worst, views)
     shutil.rmtree(output / "parts")
     overall = result["overall"]
     rates = f"mAP@0.5 {_number(overall['map50'])}, {_percent(overall['false_positive_rate'])} of the clean flagged"
@@ -109,6 +118,16 @@ def write_report(path: Path, result: dict, found: Diagnosed, picture, examples: 
         picture: function from an index to the picture (H, W, 3) uint8.
         examples: pictures of each kind of error.
     """
+    worst = PictureStatistics.of(found.confidence, found.masks).worst(examples)
+
+    def views(index):
+        return picture(index), found.masks[index], found.confidence[index]
+
+    _write_page(path, result, curves(found.confidence, found.masks), worst, views)
+
+
+def _write_page(path: Path, result: dict, curve: dict[str, np.ndarray], worst, views) -> None:
+    # worst: indices (of misses, of false positives); views: from an index to (picture, mask, confidence).
     overall = result["overall"]
     report = Report("Detector")
     report.lead(
@@ -126,8 +145,13 @@ def write_report(path: Path, result: dict, found: Diagnosed, picture, examples: 
             _group_table(report, result[key])
     _category_statistics(report, result["categories"])
     report.heading("Curves")
-    report.figure(_curves(found), "Pixels: precision against recall; share of artifact pixels against confidence.")
-    _examples(report, found, picture, examples)
+    report.figure(_curves(curve), "Pixels: precision against recall; share of artifact pixels against confidence.")
+    titles = (
+        "Worst misses: damaged pictures by the area that was overlooked",
+        f"Worst false positives: clean pictures, flagged from {FLAG_SHARE:.0%} on",
+    )
+    for title, indices in zip(titles, worst, strict=True):
+        _examples(report, title, indices, views)
     report.write(path)
 
 
@@ -181,28 +205,13 @@ def curves(confidence: np.ndarray, mask: np.ndarray, bins: int = 10) -> dict[str
         `pixels` (bins,), NaN where a bin is empty; `expected_calibration_error` (), the mean distance of the two
         weighted by pixels.
     """
-    scores, labels = confidence.ravel(), mask.ravel() >= 0.5
-    level = np.minimum((scores * 100).astype(int), 100)
-    found = np.cumsum(np.bincount(level, minlength=101)[::-1])
-    right = np.cumsum(np.bincount(level[labels], minlength=101)[::-1])
-    place = np.minimum((scores * bins).astype(int), bins - 1)
-    pixels = np.bincount(place, minlength=bins)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.bincount(place, weights=scores, minlength=bins) / pixels
-        share = np.bincount(place, weights=labels, minlength=bins) / pixels
-        recall, precision = right / right[-1], right / found
-    return {
-        "recall": recall,
-        "precision": precision,
-        "mean_confidence": mean,
-        "artifact_share": share,
-        "pixels": pixels,
-        "expected_calibration_error": np.nansum(np.abs(mean - share) * pixels) / max(1, pixels.sum()),
-    }
+    result = PixelCurves(bins)
+    for part in slices(confidence):
+        result.add(confidence[part], mask[part])
+    return result.result()
 
 
-def _curves(found: Diagnosed):
-    values = curves(found.confidence, found.masks)
+def _curves(values: dict[str, np.ndarray]):
     figure, (left, right) = new_figure(2)
     left.plot(values["recall"], values["precision"])
     left.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
@@ -213,28 +222,17 @@ def _curves(found: Diagnosed):
     return figure
 
 
-def _examples(report: Report, found: Diagnosed, picture, examples: int) -> None:
-    damaged = (found.masks >= 0.5).any(axis=(1, 2))
-    share = flagged_share(found.confidence)
-    missed = np.where(damaged, ((found.masks >= 0.5) & (found.confidence < 0.5)).mean(axis=(1, 2)), -1)
-    groups = {
-        "Worst misses: damaged pictures by the area that was overlooked": np.argsort(-missed)[: int(damaged.sum())],
-        f"Worst false positives: clean pictures, flagged from {FLAG_SHARE:.0%} on": np.argsort(
-            -np.where(damaged, -1, share)
-        )[: int((~damaged).sum())],
-    }
-    for title, order in groups.items():
-        rows = []
-        for index in order[:examples]:
-            original = picture(int(index))
-            scale = max(1, 96 // max(original.shape[:2]))
-            mask = np.repeat(np.rint(found.masks[index][..., None] * 255).astype(np.uint8), 3, axis=2)
-            heat = heat_colours(found.confidence[index])
-            views = (original, mask, heat, overlay(original, found.confidence[index]))
-            rows.append([enlarge(view, scale) for view in views])
-        if rows:
-            report.heading(title)
-            report.image(png_bytes(grid(rows)), "Each row: picture, truth, confidence, both.")
+def _examples(report: Report, title: str, indices: np.ndarray, views) -> None:
+    rows = []
+    for index in indices:
+        original, mask, confidence = views(int(index))
+        scale = max(1, 96 // max(original.shape[:2]))
+        grey = np.repeat(np.rint(mask[..., None] * 255).astype(np.uint8), 3, axis=2)
+        shown = (original, grey, heat_colours(confidence), overlay(original, confidence))
+        rows.append([enlarge(view, scale) for view in shown])
+    if rows:
+        report.heading(title)
+        report.image(png_bytes(grid(rows)), "Each row: picture, truth, confidence, both.")
 
 
 def _number(value) -> str:

@@ -1,0 +1,212 @@
+"""`evaluate detector` in parts: the figures of all maps at once, memory that does not grow, and sets of odd make-up."""
+
+import json
+import math
+import re
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffdoctor._errors import UserError
+from diffdoctor.detector import ConvDetector, load_detector
+from diffdoctor.detector.samples import JoinedData
+from diffdoctor.detector.shards import ShardData, write_shards
+from diffdoctor.evaluate import detector_parts, detector_pixels, detector_statistics
+from diffdoctor.evaluate.detector import diagnose_data, evaluate_maps, measure
+from diffdoctor.evaluate.detector_pixels import Run, average_precision_of_runs, encode
+from diffdoctor.evaluate.detector_report import EvaluateDetectorConfig, curves, run_evaluate_detector
+from diffdoctor.evaluate.pixel import average_precision_of
+
+pytest.importorskip("pyarrow")
+pytest.importorskip("accelerate")
+pytest.importorskip("pycocotools")
+pytest.importorskip("matplotlib")
+
+
+def samples(count, damaged=0.5, side=16, seed=0, categories=("cat", "dog", ""), generators=("a", "b")):
+    """Pictures of noise, of which a share has a bright square that is marked."""
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        picture = rng.integers(0, 120, (side, side, 3), dtype=np.uint8)
+        mask = np.zeros((side, side), np.float32)
+        if index < damaged * count:
+            y, x = rng.integers(0, side - 6, 2)
+            mask[y : y + 6, x : x + 6] = rng.uniform(0.4, 1)
+            picture[y : y + 6, x : x + 6] += 100
+        names = {"category": categories[index % len(categories)], "generator": generators[index % len(generators)]}
+        yield {"picture": picture, "mask": mask, **names}
+
+
+@pytest.fixture
+def detector(tmp_path, monkeypatch):
+    """A detector that marks what is bright, more or less."""
+    import torch
+
+    def network(self, pixel_values):
+        bright = torch.nn.functional.avg_pool2d(pixel_values.mean(dim=1, keepdim=True), 3, 1, 1)
+        return 6 * bright + 2 * pixel_values[:, :1]
+
+    monkeypatch.setattr(ConvDetector, "network", network)
+    ConvDetector((8, 16)).save_pretrained(tmp_path / "detector")
+    return tmp_path / "detector"
+
+
+def evaluated(tmp_path, detector, sets, name="out", **options):
+    config = EvaluateDetectorConfig(
+        str(detector), [str(folder) for folder in sets], str(tmp_path / name), **{"bootstrap": 10, **options}
+    )
+    return run_evaluate_detector(config)
+
+
+def assert_close(got, expected, path=""):
+    """The same nested figures; null for NaN."""
+    if isinstance(expected, dict):
+        assert list(got) == list(expected), path
+        for name in expected:
+            assert_close(got[name], expected[name], f"{path}/{name}")
+    elif isinstance(expected, list):
+        assert len(got) == len(expected), path
+        for index, pair in enumerate(zip(got, expected, strict=True)):
+            assert_close(*pair, f"{path}/{index}")
+    elif isinstance(expected, float) and math.isnan(expected):
+        assert got is None, path
+    elif path.endswith("auprc"):
+        # The same sum in another order.
+        assert got == pytest.approx(expected, abs=1e-12), path
+    else:
+        assert got == expected, path
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["one run", "many runs"])
+def test_in_parts_every_figure_is_that_of_all_maps_at_once(tmp_path, detector, monkeypatch, small):
+    if small:
+        monkeypatch.setattr(detector_statistics, "SLICE_PIXELS", 600)
+        monkeypatch.setattr(detector_parts, "_PIXELS_IN_RUN", 1500)
+        monkeypatch.setattr(average_precision_of_runs, "__defaults__", (97,))
+    for name, seed in (("first", 0), ("second", 1)):
+        write_shards(samples(23, seed=seed), tmp_path / name, shard_size=5)
+    sets = [tmp_path / "first", tmp_path / "second"]
+    whole = diagnose_data(load_detector(detector), JoinedData([ShardData(one) for one in sets]), batch_size=4)
+    expected = measure(whole, bootstrap=10)
+    assert 0 < expected["overall"]["map50"] < 1
+    assert 0.05 < expected["overall"]["auprc"] < 0.95
+    result = evaluated(tmp_path, detector, sets, batch_size=4)
+    assert_close({name: result[name] for name in expected}, expected)
+    assert set(result["per_category"]) == {"", "cat", "dog"}
+    assert not (tmp_path / "out" / "parts").exists()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.tuples(st.sampled_from([0.0, 1e-6, 0.25, 0.5, 0.7, 1.0]), st.booleans())), max_size=5),
+    st.integers(1, 9),
+    st.integers(0, 1000),
+)
+def test_the_area_from_sorted_runs_is_that_of_all_scores(tmp_path_factory, groups, most, seed):
+    rng = np.random.default_rng(seed)
+    path = tmp_path_factory.mktemp("runs") / "pixels"
+    runs, place, scores, labels = [], 0, [], []
+    with open(path, "wb") as file:
+        for group in groups:
+            values = np.array([score for score, _ in group], np.float32)
+            # Some ties, some scores that are nearly alike.
+            values = np.where(rng.uniform(size=values.shape) < 0.5, values, values * np.float32(0.99999))
+            truths = np.array([label for _, label in group], bool)
+            codes = encode(values, truths)
+            file.write(codes.tobytes())
+            runs.append(Run(path, place, place + len(codes)))
+            place += len(codes)
+            scores.append(values)
+            labels.append(truths)
+    scores, labels = np.concatenate([np.zeros(0, np.float32), *scores]), np.concatenate([np.zeros(0, bool), *labels])
+    expected = average_precision_of(scores, labels)
+    assert average_precision_of_runs(runs, int(labels.sum()), most) == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+def test_codes_sort_as_scores_do_and_hold_the_label():
+    scores = np.array([0.0, -0.0, 1e-45, 0.3, 0.3, 1.0], np.float32)
+    codes = encode(scores, np.array([0, 1, 0, 1, 0, 1]))
+    assert codes.dtype == np.uint32
+    assert (codes & 1).tolist() == [0, 1, 0, 0, 1, 1]
+    assert (codes >> 1).view(np.float32).tolist() == sorted(abs(scores).tolist())
+
+
+def test_curves_are_the_same_added_up_in_parts():
+    rng = np.random.default_rng(0)
+    confidence, mask = rng.uniform(size=(2, 30, 9, 11)).astype(np.float32)
+    parts = detector_pixels.PixelCurves()
+    for first in range(0, 30, 7):
+        one = detector_pixels.PixelCurves()
+        one.add(confidence[first : first + 7], mask[first : first + 7])
+        parts.merge(one)
+    for name, values in curves(confidence, mask).items():
+        np.testing.assert_allclose(parts.result()[name], values, rtol=1e-12)
+
+
+def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, detector, monkeypatch):
+    from accelerate import PartialState
+
+    monkeypatch.setattr(detector_parts, "_PIXELS_IN_RUN", 2**13)
+    monkeypatch.setattr(average_precision_of_runs, "__defaults__", (2**13,))
+    write_shards(samples(200, side=32), tmp_path / "set", shard_size=100)
+    state, model, peaks = PartialState(cpu=True), load_detector(detector), []
+    data = ShardData(tmp_path / "set")
+    for count in (20, 200):
+        part = ShardData(tmp_path / "set")
+        for name in ("keys", "categories", "generators", "labels", "shards", "mask_max", "sizes", "places"):
+            setattr(part, name, getattr(data, name)[:count])
+        options = {"batch_size": 8, "size": None, "strict": False}
+        tracemalloc.start()
+        found = detector_parts.evaluate_in_parts(model, [part], tmp_path / f"parts-{count}", {}, state, **options)
+        found.auprc("", "")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(found.statistics) == count
+    # The other 180 pictures' maps and masks alone are 1.5 MB.
+    assert peaks[1] - peaks[0] < 180 * 1000
+
+
+# Nothing is marked there either.
+NO_TRUTH = ("map50", "auprc", "average_precision", "iou", "f1", "precision", "recall", "kld", "cc", "sim")
+
+
+@pytest.mark.parametrize(
+    ("options", "empty"),
+    [
+        ({"count": 1, "damaged": 1}, ("mse_empty", "false_positive_rate", "auroc")),
+        ({"count": 1, "damaged": 0}, ("mse_nonempty", "hit_rate", "auroc", *NO_TRUTH)),
+        ({"count": 5, "damaged": 0}, ("mse_nonempty", "hit_rate", "auroc", *NO_TRUTH)),
+        ({"count": 5, "damaged": 1}, ("mse_empty", "false_positive_rate", "auroc")),
+        ({"count": 4, "damaged": 0.5, "categories": ("a", "b", "c", "d")}, ()),
+    ],
+    ids=["one damaged", "one clean", "none damaged", "none clean", "categories of one"],
+)
+def test_sets_without_one_kind_are_measured_where_they_can_be(tmp_path, detector, options, empty):
+    write_shards(samples(**options), tmp_path / "set")
+    result = evaluated(tmp_path, detector, [tmp_path / "set"])
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == result
+    overall = result["overall"]
+    figures = {name for name, value in overall.items() if not isinstance(value, list) and value is None}
+    assert figures == set(empty)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert ("Worst misses" in page) == (options["damaged"] > 0)
+    assert ("Worst false positives" in page) == (options["damaged"] < 1)
+    assert not re.search(r"\bnan\b", re.sub('"data:[^"]*"', "", page), re.IGNORECASE)
+
+
+def test_pictures_of_several_sizes_are_refused_before_the_work_or_brought_to_one(tmp_path, detector):
+    write_shards(samples(3), tmp_path / "small")
+    write_shards(samples(3, side=24), tmp_path / "large")
+    sets = [tmp_path / "small", tmp_path / "large"]
+    with pytest.raises(UserError, match=r"^size: expected a side.*2 sizes \(16x16, 24x24\)"):
+        evaluated(tmp_path, detector, sets)
+    assert not (tmp_path / "out").exists()
+    assert evaluated(tmp_path, detector, sets, size=16)["overall"]["pictures"] == 6
+
+
+def test_no_pictures_are_refused():
+    with pytest.raises(ValueError, match="confidence: expected at least one picture"):
+        evaluate_maps(np.zeros((0, 4, 4)), np.zeros((0, 4, 4)))
