@@ -150,6 +150,36 @@ def test_resume_gives_the_same_lora_as_an_undisturbed_run(tmp_path, monkeypatch,
     assert json.loads((tmp_path / "broken" / "treat.json").read_text())["best_step"] == result.best_step
 
 
+def tuned(part):
+    """The pipeline with a single weight of one of its parts a little larger."""
+    pipeline = tiny_pipeline("sd", prediction_type="v_prediction")
+    with torch.no_grad():
+        next(getattr(pipeline, part).parameters()).view(-1)[0] += 1e-3
+    return pipeline
+
+
+def with_scheduler(**changes):
+    pipeline = tiny_pipeline("sd", prediction_type="v_prediction")
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changes)
+    return pipeline
+
+
+def other_pairs():
+    pictures, prompts = pairs()
+    pictures = pictures.copy()
+    pictures[3, 2, 1, 0] ^= 1
+    return pictures, prompts
+
+
+OTHER_ORIGINS = [
+    ("pipeline", lambda: {"pipeline": tuned("unet")}),
+    ("pipeline", lambda: {"pipeline": tuned("vae")}),
+    ("pipeline", lambda: {"pipeline": tuned("text_encoder")}),
+    ("offline", lambda: {"offline": other_pairs()}),
+    ("scheduler", lambda: {"pipeline": with_scheduler(timestep_spacing="linspace")}),
+]
+
+
 def test_interruption_writes_a_checkpoint_and_other_settings_are_refused(tmp_path, monkeypatch):
     term = treatment.artifact_term
 
@@ -172,6 +202,9 @@ def test_interruption_writes_a_checkpoint_and_other_settings_are_refused(tmp_pat
         run(output_dir=tmp_path, steps=3, learning_rate=1e-3)
     with pytest.raises(UserError, match="another detector"):
         run(detector=ConvDetector((8, 16)).eval(), output_dir=tmp_path, steps=3)
+    for part, change in OTHER_ORIGINS:
+        with pytest.raises(UserError, match=f"a treatment with another {part}:"):
+            run(**change(), output_dir=tmp_path, steps=3)
     # what changes no result may differ
     assert len(run(output_dir=tmp_path, steps=3, log_with="none", checkpoint_every=7).history) == 3
 

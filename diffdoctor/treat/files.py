@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from diffdoctor._checkpoints import Checkpoints
@@ -16,6 +17,7 @@ from diffdoctor._errors import UserError, first_line
 from diffdoctor._io import atomic_write_text, clear_temporaries
 from diffdoctor._weights import weights_digest
 from diffdoctor.treat.config import TreatConfig
+from diffdoctor.treat.families import Family
 
 # options that change what is kept, watched or held in memory, but not the result: a run may go on with others
 _FREE = (
@@ -29,18 +31,48 @@ _FREE = (
 )
 
 
-def run_checkpoints(
-    output_dir: Path, config: TreatConfig, prompts: Sequence[str], detector: torch.nn.Module
-) -> Checkpoints:
-    """The checkpoints of this treatment: those of other options, prompts or another detector are refused."""
+def run_checkpoints(output_dir: Path, config: TreatConfig, origins: dict) -> Checkpoints:
+    """The checkpoints of this treatment: those of other options, or of other `origins`, are refused."""
     settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
-    settings["prompts"] = hashlib.sha256("\n".join(prompts).encode("utf-8")).hexdigest()
-    settings["detector"] = weights_digest(detector)
     return Checkpoints(
         output_dir / "checkpoints",
-        settings,
+        settings | origins,
         refusal="holds checkpoints of a treatment with another {}: choose another output folder or remove them",
     )
+
+
+def origins_of(
+    family: Family,
+    detector: torch.nn.Module,
+    monitor: torch.nn.Module | None,
+    prompts: Sequence[str],
+    pairs: tuple[Sequence[np.ndarray], Sequence[str]] | None,
+) -> dict:
+    """What a treatment begins with beside its options, each as a digest: a run goes on only with the same.
+
+    Reads every weight once: call it before anything is added to the pipeline or taken out of it.
+
+    Args:
+        pairs: the offline pictures, (H, W, 3) uint8, and their prompts; None: there are none.
+    """
+    pipeline = hashlib.sha256()
+    for part in (family.denoiser, family.vae, *family.text_encoders):
+        pipeline.update(weights_digest(part).encode())
+    scheduler = family.pipeline.scheduler
+    # names that begin with _ are diffusers' own notes: its version, where the file lay
+    steps = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    offline = hashlib.sha256()
+    for picture, prompt in zip(*(pairs or ((), ())), strict=True):
+        offline.update(repr((picture.shape, prompt)).encode("utf-8"))
+        offline.update(np.ascontiguousarray(picture))
+    return {
+        "pipeline": pipeline.hexdigest(),
+        "scheduler": [type(scheduler).__name__, steps],
+        "detector": weights_digest(detector),
+        "monitor": None if monitor is None else weights_digest(monitor),
+        "prompts": hashlib.sha256("\n".join(prompts).encode("utf-8")).hexdigest(),
+        "offline": offline.hexdigest(),
+    }
 
 
 def open_output(output_dir: Path, settings: dict) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,11 +16,6 @@ from diffdoctor.treat.files import writing
 from diffdoctor.treat.lora import save_lora
 from diffdoctor.treat.monitor import Measurement
 from diffdoctor.treat.treatment import Treatment
-
-logger = logging.getLogger(__name__)
-
-# what the random numbers of a treatment are for; part of every seed
-_PICTURES, _METHOD, _PAIRS, _FIXED, _ORDER, _LORA = range(6)
 
 
 @dataclass
@@ -91,8 +85,8 @@ def treat(
 
     Raises:
         UserError: a pipeline or scheduler that is not served, no prompts, missing offline pairs, a monitor that is the
-            detector, a VAE that gives NaN, checkpoints of another treatment, an output folder that cannot be written,
-            or `max_skipped` steps in a row whose loss or gradient was not finite.
+            detector, a VAE that gives NaN, checkpoints of a treatment with other options, weights, prompts or pairs, an
+            output folder that cannot be written, or `max_skipped` steps in a row whose loss or gradient was not finite.
     """
     started = time.perf_counter()
     treatment = Treatment(pipeline, detector, prompts, config or TreatConfig(), offline, monitor, output_dir, settings)

@@ -17,7 +17,7 @@ from diffdoctor._progress import progress as show_progress
 from diffdoctor.treat.checks import check_detectors, check_even_batches, check_finite, check_pipeline
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import family_of
-from diffdoctor.treat.files import open_output, run_checkpoints, writing
+from diffdoctor.treat.files import open_output, origins_of, run_checkpoints, writing
 from diffdoctor.treat.lora import add_lora, load_lora_state, lora_state, merged_lora
 from diffdoctor.treat.methods import kept_steps
 from diffdoctor.treat.monitor import Monitor, measure
@@ -33,7 +33,7 @@ from diffdoctor.treat.rollout import Guidance, Rollout, initial_latents, picture
 from diffdoctor.treat.schedulers import Sampler
 from diffdoctor.treat.sharding import shard_denoiser, wants_sharding
 from diffdoctor.treat.signals import deferred_signals
-from diffdoctor.treat.terms import artifact_term, diagnose, offline_term, prepare_offline
+from diffdoctor.treat.terms import artifact_term, diagnose, offline_term, pairs_of, prepare_offline
 from diffdoctor.treat.tracking import Tracking
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ _PICTURES, _METHOD, _PAIRS, _FIXED, _ORDER, _LORA = range(6)
 class Treatment:
     """The state of a treatment and its steps; the arguments are those of `diffdoctor.treat.treat`.
 
-    Making one checks what it was given and takes no time; `run` does the work.
+    Making one checks what it was given, and reads all weights once where there is an output folder; `run` does the
+    work.
     """
 
     def __init__(self, pipeline, detector, prompts, config: TreatConfig, offline, second, output_dir, settings):
@@ -66,9 +67,7 @@ class Treatment:
         self.chunk = math.ceil(config.batch_size / self.processes.count)
         if config.micro_batch_size:
             self.chunk = min(self.chunk, config.micro_batch_size)
-        self.offline = offline
-        if offline is None and (config.offline_weight > 0 or config.method == "weighted"):
-            raise UserError("offline: (pictures, prompts) pairs were expected, since offline_weight > 0; got None")
+        self.offline = self._checked_offline(offline)
         self.monitor = Monitor(config)
         self.history: list[dict] = []
         self.step = self.skipped = self.skipped_in_a_row = 0
@@ -77,7 +76,18 @@ class Treatment:
         self.settings = {**asdict(config), **(settings or {})}
         self.checkpoints = None
         if self.output_dir is not None:
-            self.checkpoints = run_checkpoints(self.output_dir, config, self.prompts, self.detector)
+            # the main process alone reads and writes them
+            made_of = (family, self.detector, self.second, self.prompts, self.offline)
+            origins = origins_of(*made_of) if self.processes.is_main else {}
+            self.checkpoints = run_checkpoints(self.output_dir, config, origins)
+
+    def _checked_offline(self, offline):
+        """(pictures, prompts), or None where the method has no use for them."""
+        if self.config.offline_weight == 0 and self.config.method != "weighted":
+            return None
+        if offline is None:
+            raise UserError("offline: (pictures, prompts) pairs were expected, since offline_weight > 0; got None")
+        return pairs_of(offline)
 
     def _prepare(self) -> None:
         """Everything that takes time or memory: encode prompts and pairs, place the denoiser, add the LoRA."""
@@ -88,7 +98,7 @@ class Treatment:
             self.prompts, guidance_scale=config.guidance_scale, height=self.height, width=self.width, device=device
         )
         self.pairs = None
-        if config.offline_weight > 0 or config.method == "weighted":
+        if self.offline is not None:
             self.pairs = prepare_offline(
                 family, self.detector, self.offline, config, self.height, self.width, device, self.chunk
             )
