@@ -13,13 +13,13 @@ from diffdoctor._errors import UserError, first_line, missing_extra
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_pipeline(option: str, source: str, *, weights: str = "fp32", vae: str | None = None):
+def load_pipeline(option: str, source: str, *, dtype: str = "fp32", vae: str | None = None):
     """A diffusers pipeline from a folder or a hub id, on the CPU.
 
     Args:
         option: the command line's name for it, for messages.
         source: the folder or id.
-        weights: of `DTYPES`, what its parts are loaded in.
+        dtype: of `DTYPES`, what its parts are loaded in.
         vae: likewise, of the VAE; None: as the rest.
 
     Raises:
@@ -35,14 +35,14 @@ def load_pipeline(option: str, source: str, *, weights: str = "fp32", vae: str |
         raise UserError(f"--{option} {source}: no such folder")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(f"--{option} {source}: holds no diffusers pipeline (no model_index.json)")
-    dtype = DTYPES[weights] if vae in (None, weights) else {"vae": DTYPES[vae], "default": DTYPES[weights]}
+    wanted = DTYPES[dtype] if vae in (None, dtype) else {"vae": DTYPES[vae], "default": DTYPES[dtype]}
     # the argument's name changes with diffusers 1.0; 0.42 already knows both and warns of the old one
     name = "dtype" if int(diffusers.__version__.split(".")[0]) >= 1 else "torch_dtype"
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
             place = str(folder) if folder.is_dir() else source
-            return diffusers.DiffusionPipeline.from_pretrained(place, **{name: dtype})
+            return diffusers.DiffusionPipeline.from_pretrained(place, **{name: wanted})
     except Exception as error:  # each component's loader raises its own
         raise UserError(f"--{option} {source}: cannot be loaded ({first_line(error)})") from error
 

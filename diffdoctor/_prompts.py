@@ -1,4 +1,4 @@
-"""The prompts of an evaluation, with what is known of each: its category, and the label that it asks for."""
+"""Prompts from a file, with what is known of each: its category, and the label that it asks for."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Prompt:
 def read_prompt_file(path: str | Path) -> list[Prompt]:
     """Prompts from a text file (one per line), a .jsonl file (one object per line) or a .parquet file.
 
-    The latter two have `prompt`, and may have `category` and `label`. Blank prompts are left out.
+    The latter two have `prompt`, and may have `category` and `label`. Blank prompts and nulls are left out.
 
     Raises:
         UserError: if the file cannot be read, has no column `prompt` or holds no prompt.
@@ -40,8 +40,12 @@ def read_prompt_file(path: str | Path) -> list[Prompt]:
         rows = readers.get(path.suffix.lower(), _read_text)(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path}: cannot be read ({error})") from None
-    if rows and "prompt" not in rows[0]:
-        raise UserError(f"--prompts {path}: `prompt` was expected among {', '.join(map(str, rows[0]))}")
+    for number, row in enumerate(rows, start=1):
+        if "prompt" not in row:
+            names = ", ".join(map(str, row)) or "nothing"
+            raise UserError(f"--prompts {path}: `prompt` was expected in record {number}, got {names}")
+        if not isinstance(row["prompt"], (str, type(None))):
+            raise UserError(f"--prompts {path}: text was expected in record {number}, got {row['prompt']!r}")
     found = [Prompt(*(str("" if row.get(name) is None else row[name]).strip() for name in COLUMNS)) for row in rows]
     found = [prompt for prompt in found if prompt.text]
     if not found:
@@ -50,12 +54,18 @@ def read_prompt_file(path: str | Path) -> list[Prompt]:
 
 
 def _read_text(path: Path) -> list[dict]:
-    return [{"prompt": line} for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{"prompt": line} for line in _text(path).splitlines()]
+
+
+def _text(path: Path) -> str:
+    # Windows' editors put a byte order mark in front, which would become part of the first prompt
+    return path.read_text(encoding="utf-8-sig")
 
 
 def _read_jsonl(path: Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # JSON strings may hold what str.splitlines takes for the end of a line
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -163,15 +163,23 @@ class TestPrompts:
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
         assert read_prompt_file(str(tmp_path / "a.parquet")) == expected
 
+    def test_what_editors_leave_in_a_file(self, tmp_path):
+        (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo\r\n".encode())
+        assert read_prompt_file(tmp_path / "a.txt") == [Prompt("one"), Prompt("two")]
+        (tmp_path / "a.jsonl").write_bytes('\ufeff{"prompt": "one\u2028more"}\r\n\r\n{"prompt": "two"}\r\n'.encode())
+        assert read_prompt_file(tmp_path / "a.jsonl") == [Prompt("one\u2028more"), Prompt("two")]
+
     @pytest.mark.parametrize(
         ("name", "text", "message"),
         [
             ("a.txt", "\n \n", "holds no prompt"),
             ("a.jsonl", '{"prompt": "one"}\nnonsense', "a JSON object was expected in line 2"),
-            ("a.jsonl", '{"text": "one"}', "`prompt` was expected among text"),
+            ("a.jsonl", '{"text": "one"}', "`prompt` was expected in record 1, got text"),
+            ("a.jsonl", '{"prompt": "one"}\n{"text": "two"}', "`prompt` was expected in record 2, got text"),
+            ("a.jsonl", '{"prompt": ["one"]}', r"text was expected in record 1, got \['one'\]"),
             ("a.parquet", "nonsense", "not a Parquet file"),
         ],
-        ids=["empty", "broken-line", "other-column", "no-parquet"],
+        ids=["empty", "broken-line", "other-column", "column-that-ends", "no-text", "no-parquet"],
     )
     def test_what_is_wrong_is_said(self, tmp_path, name, text, message):
         (tmp_path / name).write_text(text)

@@ -341,7 +341,7 @@ def test_a_full_disk_is_one_line_and_the_pictures_stay(files, tmp_path, monkeypa
         ({"scheduler": "Nonsense"}, "--scheduler Nonsense"),
         ({"max_sequence_length": 32}, "StableDiffusionPipeline does not take it"),
         ({"height": 15}, "15"),
-        ({"precision": "int8"}, "precision: one of fp32"),
+        ({"dtype": "int8"}, "dtype: one of fp32"),
         ({"guide_options": '{"strength": 1}'}, "needs --guide true"),
         ({"guide": "true", "guide_options": '{"power": 1}'}, "no option power"),
         ({"output": "{files}/real"}, "holds something else"),

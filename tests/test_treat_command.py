@@ -2,13 +2,18 @@
 
 import contextlib
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from helpers_tiny_pipelines import PROMPTS, tiny_pipeline
+from safetensors.torch import load_file
 
 from diffdoctor._pipelines import load_pipeline
 from diffdoctor.cli import main
@@ -89,6 +94,44 @@ def test_writes_a_lora_that_loads(files, tmp_path, capsys):
     tiny_pipeline("sd").load_lora_weights(output / "lora")
 
 
+def test_two_processes_of_accelerate_launch_equal_one(files, tmp_path):
+    options = {"steps": 2, "batch_size": 4, "replay_area": 0.0, "learning_rate": 1e-2, "log_with": "none"}
+    # as `evaluate model` reads them
+    options["prompts"] = tmp_path / "prompts.jsonl"
+    options["prompts"].write_text("\n".join(json.dumps({"prompt": text, "category": "dots"}) for text in PROMPTS))
+    assert main(arguments(files, tmp_path / "one", **options)) == 0
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes=2",
+        "--num_machines=1",
+    ]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}", "-m", "diffdoctor"]
+    done = subprocess.run(
+        [*launch, *arguments(files, tmp_path / "two", **options)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    # the main process alone says what became of it
+    assert done.stdout.count("load_lora_weights") == 1
+    one, two = (load_file(tmp_path / name / "lora" / WEIGHTS_NAME) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert max(float(value.abs().max()) for name, value in one.items() if "lora_B" in name) > 1e-3
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit):
         main(["treat", "--help"])
@@ -115,7 +158,7 @@ def test_help_names_every_option(capsys):
         ({"scheduler": "PNDMScheduler"}, "DDIMScheduler"),
         ({"scheduler": "Nonsense"}, "--scheduler"),
         ({"method": "magic"}, "method"),
-        ({"weights": "int8"}, "weights: one of fp32, bf16, fp16"),
+        ({"dtype": "int8"}, "dtype: one of fp32, bf16, fp16"),
         ({"attention_backend": "flash"}, "attention_backend: native or xformers"),
         ({"steps": "many"}, "steps"),
     ],
@@ -213,6 +256,6 @@ def test_options_from_a_file_and_what_was_asked(files, tmp_path, capsys):
 
 
 def test_weights_in_half_precision(files):
-    pipeline = load_pipeline("pipeline", str(files / "pipeline"), weights="bf16", vae="fp32")
+    pipeline = load_pipeline("pipeline", str(files / "pipeline"), dtype="bf16", vae="fp32")
     assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.bfloat16
     assert pipeline.vae.dtype == torch.float32

@@ -23,7 +23,7 @@ from diffdoctor.evaluate.pixel import FLAG_SHARE, flagged_share
 
 RECORDS = "records"
 # What two runs must have in common to share an output folder.
-_SAME = ("detector", "tile", "overlap", "bits", "precision", "overlays")
+_SAME = ("detector", "tile", "overlap", "bits", "dtype", "overlays")
 
 
 @dataclasses.dataclass
@@ -41,7 +41,7 @@ class DiagnoseConfig:
         bits: of the confidence maps, 8 or 16.
         overlays: write the pictures reddened where the detector is confident.
         gallery: pictures in the gallery, the worst first; 0: none.
-        precision: fp32 or bf16.
+        dtype: fp32 or bf16: what the detector is loaded in.
         device: such as cpu or cuda:1; null: the fastest there is.
         strict: stop at the first broken picture instead of leaving it out and counting it.
     """
@@ -55,15 +55,15 @@ class DiagnoseConfig:
     bits: int = 8
     overlays: bool = True
     gallery: int = 200
-    precision: str = "fp32"
+    dtype: str = "fp32"
     device: str | None = None
     strict: bool = False
 
     def __post_init__(self):
         if self.bits not in (8, 16):
             raise UserError(f"bits: expected 8 or 16, got {self.bits}")
-        if self.precision not in ("fp32", "bf16"):
-            raise UserError(f"precision: expected fp32 or bf16, got {self.precision!r}")
+        if self.dtype not in ("fp32", "bf16"):
+            raise UserError(f"dtype: expected fp32 or bf16, got {self.dtype!r}")
         if self.batch_size < 1:
             raise UserError(f"batch_size: expected >= 1, got {self.batch_size}")
         if self.tile is not None and self.tile < 16:
@@ -89,7 +89,7 @@ def run_diagnose(config: DiagnoseConfig) -> dict:
     settings = {name: getattr(config, name) for name in _SAME} | {"weights": weights_digest(detector)}
     _same_run(output, settings)
     detector.to(open_device(config.device, state.device))
-    detector.to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    detector.to(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
     state.wait_for_everyone()
     if state.is_main_process:
         clear_temporaries(output, deep=True)

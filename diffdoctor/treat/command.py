@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffdoctor._errors import UserError, missing_extra
 from diffdoctor._pipelines import DTYPES, load_pipeline, replace_scheduler
+from diffdoctor._prompts import read_prompt_file
 from diffdoctor.treat.config import TreatConfig
 
 
@@ -17,15 +18,15 @@ class TreatFiles:
     Args:
         pipeline: folder of a diffusers pipeline, or its id on the Hugging Face hub.
         detector: folder of a detector, or its id on the hub.
-        prompts: text file with one prompt per line; blank lines are left out.
+        prompts: text file with one prompt per line, or .jsonl or .parquet with `prompt`; blank ones are left out.
         offline: folder of shards with the pipeline's own training pictures and prompts; empty only with
             offline_weight 0.
         output: folder for lora/, treat.json, config.yaml, samples/, logs/ and checkpoints; the same call goes on where
             it stopped.
         monitor: a second detector that watches for reward hacking; empty: none. Never the judge of the evaluation.
         scheduler: class of a diffusers scheduler to use in place of the pipeline's own; empty: its own.
-        weights: dtype that the denoiser and the text encoders are loaded in: fp32, bf16 or fp16; the VAE is loaded in
-            fp32. Large pipelines need bf16, with precision bf16.
+        dtype: fp32, bf16 or fp16: what the denoiser and the text encoders are loaded in; the VAE is loaded in fp32.
+            Large pipelines need bf16, with precision bf16.
     """
 
     pipeline: str = ""
@@ -35,7 +36,7 @@ class TreatFiles:
     output: str = ""
     monitor: str = ""
     scheduler: str = ""
-    weights: str = "fp32"
+    dtype: str = "fp32"
 
 
 # in this order, so that the files come first in the help
@@ -48,8 +49,8 @@ class TreatCommandConfig(TreatConfig, TreatFiles):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.weights not in DTYPES:
-            raise UserError(f"weights: one of {', '.join(DTYPES)} was expected, got {self.weights!r}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype: one of {', '.join(DTYPES)} was expected, got {self.dtype!r}")
 
 
 def run_treat(config: TreatCommandConfig) -> int:
@@ -70,12 +71,12 @@ def run_treat(config: TreatCommandConfig) -> int:
     from diffdoctor.treat.processes import Processes
     from diffdoctor.treat.trainer import treat
 
-    prompts = read_prompts(config.prompts)
+    prompts = [prompt.text for prompt in read_prompt_file(config.prompts)]
     offline = _read_offline(config.offline) if config.offline else None
     detector = load_detector(config.detector)
     monitor = load_detector(config.monitor) if config.monitor else None
     # a VAE in half precision overflows in some families
-    pipeline = load_pipeline("pipeline", config.pipeline, weights=config.weights, vae="fp32")
+    pipeline = load_pipeline("pipeline", config.pipeline, dtype=config.dtype, vae="fp32")
     replace_scheduler(pipeline, config.scheduler)
     options = {f.name: getattr(config, f.name) for f in fields(TreatConfig)}
     result = treat(
@@ -99,22 +100,6 @@ def run_treat(config: TreatCommandConfig) -> int:
     )
     print(f"pipeline.load_lora_weights({str(result.lora_dir)!r})")
     return 0
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """The lines of a UTF-8 text file that are not blank.
-
-    Raises:
-        UserError: if the file cannot be read or holds no prompt.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path}: cannot be read ({error})") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"--prompts {path}: holds no prompt; one per line was expected")
-    return prompts
 
 
 def _read_offline(folder: str):

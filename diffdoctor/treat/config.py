@@ -67,8 +67,9 @@ class TreatConfig:
         text_encoders: what happens to them once the prompts are encoded: keep, offload (to the CPU until the end) or
             free (taken out of the pipeline for good).
         merge_rollout: sample with the LoRA merged into a copy of the weights: quicker, at the cost of that copy.
-        precision: fp32, or bf16 or fp16 for autocast over the denoiser (the LoRA, VAE, detector and losses keep their
-            dtype). With fp16 the gradient is scaled inside the denoiser, and the scale halved when it overflows.
+        precision: of the computation: fp32, or bf16 or fp16 for autocast over the denoiser, Accelerate's
+            mixed_precision (the LoRA, VAE, detector and losses keep their dtype). With fp16 the gradient is scaled
+            inside the denoiser, and the scale halved when it overflows.
         attention_backend: of the denoiser: native, xformers or another one that diffusers knows; empty: left as it is.
         log_with: tensorboard (in the output folder's logs), wandb or none.
         sample_every: steps between pictures of the fixed prompts and seeds in the output folder's samples; 0: with

@@ -38,7 +38,7 @@ def draw_pictures(pipeline, prompts, seeds, *, batch_size=100, **call_options) -
             seed = seeds[start + int((~finite).nonzero()[0])]
             raise UserError(
                 f"the pipeline draws values that are not finite (seed {seed}): a VAE that overflows in fp16 needs "
-                "precision fp32 or bf16"
+                "to be loaded in fp32 or bf16"
             )
         yield (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from diffdoctor._errors import UserError, missing_extra
+from diffdoctor._pipelines import DTYPES
 
-PRECISIONS = ("fp32", "bf16", "fp16")
 # What `treat` writes into its config.yaml under the same names.
 _OF_TREATMENT = (
     *("pipeline", "detector", "prompts", "scheduler"),
@@ -44,7 +44,7 @@ class EvaluateModelConfig:
         width: as height.
         max_sequence_length: of T5 prompts (SD3, FLUX), in tokens; 0: the treatment's, else the pipeline's own.
         scheduler: class of a diffusers scheduler in place of the pipeline's own; empty: the treatment's, else its own.
-        precision: fp32, bf16 or fp16: of the pipelines; detectors and measures are in fp32.
+        dtype: fp32, bf16 or fp16: what the pipelines are loaded in; detectors and measures are in fp32.
         real: files, folders, patterns or shards of real clean pictures, FID's reference; damaged ones in labelled
             shards are left out. None: no FID.
         damaged: likewise, of damaged pictures: FID's ceiling; none: the real ones are damaged as `inject` does it.
@@ -81,7 +81,7 @@ class EvaluateModelConfig:
     width: int = 0
     max_sequence_length: int = 0
     scheduler: str = ""
-    precision: str = "fp32"
+    dtype: str = "fp32"
     real: list[str] = dataclasses.field(default_factory=list)
     damaged: list[str] = dataclasses.field(default_factory=list)
     features: str = "auto"
@@ -101,7 +101,7 @@ class EvaluateModelConfig:
         for name in ("sampling_steps", "height", "width", "max_sequence_length"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}: at least 0 was expected, got {getattr(self, name)}")
-        for name, allowed in (("precision", PRECISIONS), ("picture_type", ("png", "webp"))):
+        for name, allowed in (("dtype", tuple(DTYPES)), ("picture_type", ("png", "webp"))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}: one of {', '.join(allowed)} was expected, got {getattr(self, name)!r}")
 

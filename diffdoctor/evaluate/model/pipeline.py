@@ -21,7 +21,7 @@ def open_pipeline(option: str, source: str, config: EvaluateModelConfig):
     Raises:
         UserError: if there is none, it cannot be loaded, or it is of another kind.
     """
-    pipeline = load_pipeline(option, source, weights=config.precision)
+    pipeline = load_pipeline(option, source, dtype=config.dtype)
     parameters = inspect.signature(type(pipeline).__call__).parameters
     if "prompt" not in parameters or "generator" not in parameters:
         raise UserError(f"--{option} {source}: a text-to-image pipeline was expected, got {type(pipeline).__name__}")
@@ -114,7 +114,7 @@ def picture_settings(config: EvaluateModelConfig, prompts: list[str], detector_d
         "seed": config.seed,
         "sampling": call_options(config),
         "scheduler": config.scheduler,
-        "precision": config.precision,
+        "dtype": config.dtype,
         "picture_type": config.picture_type,
     }
     # Through JSON and back, so that what is compared with a file is what a file gives.
