@@ -15,6 +15,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from helpers_tiny_pipelines import PROMPTS, tiny_pipeline
 from safetensors.torch import load_file
 
+from diffdoctor._locks import held
 from diffdoctor._pipelines import load_pipeline
 from diffdoctor.cli import main
 from diffdoctor.detector import ConvDetector, write_shards
@@ -182,6 +183,17 @@ def test_an_output_that_cannot_be(files, tmp_path, capsys):
     assert main(arguments(files, tmp_path / "file")) == 2
     assert str(tmp_path / "file") in error_line(capsys.readouterr())
     assert (tmp_path / "file").read_text() == "taken"
+
+
+def test_a_folder_where_another_run_is_at_work(files, tmp_path, capsys):
+    output = tmp_path / "run"
+    with held(output):
+        (output / ".config.yaml.abcd1234.tmp").write_text("half-written by the other")
+        assert main(arguments(files, output)) == 2
+        assert f"{output}: another process is at work there" in error_line(capsys.readouterr())
+        assert names(output) == [".config.yaml.abcd1234.tmp"]
+    assert main(arguments(files, output, log_with="none", sample_pictures=0)) == 0
+    assert names(output) == ["config.yaml", f"lora/{WEIGHTS_NAME}", "treat.json"]
 
 
 @contextlib.contextmanager

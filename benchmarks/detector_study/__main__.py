@@ -14,6 +14,7 @@ import time
 
 from benchmarks.detector_study import parts, report
 from diffdoctor._errors import UserError
+from diffdoctor._locks import held
 
 STEPS, ABLATION_STEPS = 6500, 1500
 
@@ -81,7 +82,8 @@ def main(arguments=None) -> int:
     if min(options.steps, options.ablation_steps) < 0 or options.jobs < 1:
         command.error("--steps and --ablation-steps must be >= 0, --jobs >= 1")
     try:
-        metrics = run(options)
+        with held(options.output):
+            metrics = run(options)
     except UserError as error:
         print(f"detector_study: {error}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ command goes on where it was interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from benchmarks.treatment.study import METHODS, PIPELINES, SHARED, Settings, Stu
 from benchmarks.treatment.table import LIMITS, markdown, missed, put_into
 from diffdoctor._errors import UserError
 from diffdoctor._io import atomic_write_json, atomic_write_text
+from diffdoctor._locks import held
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,12 +71,17 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_flush_denormal(True)
     _quieten()
     settings = Settings(seed=options.seed, pictures=options.pictures, **options.settings)
+    folders = () if options.part else dict.fromkeys((options.output, *filter(None, [options.demo])))
     try:
-        study = Study(options.output, settings, demo=options.demo, overwrite=options.overwrite and not options.part)
-        if options.part:
-            study.run(options.part)
-            return 0
-        return _run(study, options, [word for word in arguments if word != "--overwrite"])
+        with contextlib.ExitStack() as locks:
+            # a part runs in the folders that the study keeps
+            for folder in folders:
+                locks.enter_context(held(folder))
+            study = Study(options.output, settings, demo=options.demo, overwrite=options.overwrite and not options.part)
+            if options.part:
+                study.run(options.part)
+                return 0
+            return _run(study, options, [word for word in arguments if word != "--overwrite"])
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

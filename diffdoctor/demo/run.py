@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from diffdoctor._io import atomic_write_json
+from diffdoctor._locks import held
 from diffdoctor._progress import progress
 from diffdoctor.demo import data as demo_data
 from diffdoctor.demo.bar import judge_is_calibrated, the_bar
@@ -197,13 +198,19 @@ def run_demo(config: DemoConfig) -> int:
         0; 1 when the judge fails its calibration, or, with `strict`, when a figure misses the bar.
 
     Raises:
-        UserError: if the folder cannot be written or holds a run with other settings.
+        UserError: if the folder cannot be written, holds a run with other settings, or another process is at work
+            there.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
     # Denormal weights and activations slow small networks down: up to twice in the detector's steps.
     torch.set_flush_denormal(True)
     _quieten()
+    with held(config.output):
+        return _run(config)
+
+
+def _run(config: DemoConfig) -> int:
     demo = Demo(config)
     data = demo.data()
     classifier = demo.classifier(data)

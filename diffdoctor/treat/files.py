@@ -15,6 +15,7 @@ import torch
 from diffdoctor._checkpoints import Checkpoints
 from diffdoctor._errors import UserError, first_line
 from diffdoctor._io import atomic_write_text, clear_temporaries
+from diffdoctor._locks import FolderLock
 from diffdoctor._weights import weights_digest
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family
@@ -75,9 +76,12 @@ def origins_of(
     }
 
 
-def open_output(output_dir: Path, settings: dict) -> None:
-    """Clear away what a kill left half-written, and write `config.yaml`."""
+def open_output(lock: FolderLock, settings: dict) -> None:
+    """Make the output folder, keep it, clear away what a kill left half-written there, and write `config.yaml`."""
+    output_dir = lock.folder
     with writing(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock.take()
         for name in ("config.yaml", "treat.json", "lora"):
             clear_temporaries(output_dir, name)
         for part in ("samples", "checkpoints"):

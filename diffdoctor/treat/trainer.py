@@ -86,23 +86,28 @@ def treat(
     Raises:
         UserError: a pipeline or scheduler that is not served, no prompts, missing offline pairs, a monitor that is the
             detector, a VAE that gives NaN, checkpoints of a treatment with other options, weights, prompts or pairs, an
-            output folder that cannot be written, or `max_skipped` steps in a row whose loss or gradient was not finite.
+            output folder that cannot be written or where another process is at work, or `max_skipped` steps in a row
+            whose loss or gradient was not finite.
     """
     started = time.perf_counter()
     treatment = Treatment(pipeline, detector, prompts, config or TreatConfig(), offline, monitor, output_dir, settings)
-    stopped = treatment.run(progress)
-    best = treatment.monitor.best
-    result = TreatResult(
-        pipeline=pipeline,
-        history=treatment.history,
-        measurements=treatment.monitor.measurements,
-        best_step=0 if best is None else best.step,
-        stopped=stopped,
-        skipped=treatment.skipped,
-        seconds=time.perf_counter() - started,
-    )
-    if output_dir is not None:
-        _write(result, treatment, Path(output_dir))
+    try:
+        stopped = treatment.run(progress)
+        best = treatment.monitor.best
+        result = TreatResult(
+            pipeline=pipeline,
+            history=treatment.history,
+            measurements=treatment.monitor.measurements,
+            best_step=0 if best is None else best.step,
+            stopped=stopped,
+            skipped=treatment.skipped,
+            seconds=time.perf_counter() - started,
+        )
+        if output_dir is not None:
+            _write(result, treatment, Path(output_dir))
+    finally:
+        if treatment.lock is not None:
+            treatment.lock.release()
     return result
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from diffdoctor._errors import UserError
+from diffdoctor._locks import FolderLock
 from diffdoctor._progress import progress as show_progress
 from diffdoctor.treat.checks import check_detectors, check_even_batches, check_finite, check_pipeline
 from diffdoctor.treat.config import TreatConfig
@@ -74,6 +75,7 @@ class Treatment:
         self.stopped: str | None = None
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.settings = {**asdict(config), **(settings or {})}
+        self.lock = None if self.output_dir is None else FolderLock(self.output_dir)
         self.checkpoints = None
         if self.output_dir is not None:
             # the main process alone reads and writes them
@@ -138,6 +140,8 @@ class Treatment:
         with memory_options(self.family, self.config):
             try:
                 self._prepare()
+                if self.lock is not None:
+                    self.processes.from_main(self.lock.take)
                 self._resume()
                 if self.step and progress:
                     print(
@@ -145,8 +149,8 @@ class Treatment:
                     )
                 # nothing is written before the untreated model has drawn its first pictures
                 first = None if self.monitor.measurements else self._draw(self.config.evaluate_pictures)
-                if self.output_dir is not None:
-                    self.processes.from_main(lambda: open_output(self.output_dir, self.settings))
+                if self.lock is not None:
+                    self.processes.from_main(lambda: open_output(self.lock, self.settings))
                 self.tracking = Tracking(self.config, self.output_dir, self.step, is_main=self.processes.is_main)
                 try:
                     # a held back signal is delivered when the loop ends, so what follows runs only without one

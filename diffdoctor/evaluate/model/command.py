@@ -12,6 +12,7 @@ import torch
 
 from diffdoctor._errors import UserError, missing_extra
 from diffdoctor._io import atomic_write_json
+from diffdoctor._locks import FolderLock
 from diffdoctor._progress import progress
 from diffdoctor._prompts import Prompt, read_prompt_file
 from diffdoctor._weights import same_weights, weights_digest
@@ -116,11 +117,20 @@ class Evaluation:
 
     def run(self) -> dict:
         """Draw, measure, report."""
+        lock = FolderLock(self.folder.output)
+        try:
+            return self._run(lock)
+        finally:
+            lock.release()
+
+    def _run(self, lock: FolderLock) -> dict:
         config, main = self.config, self.state.is_main_process
         # All have looked at the folder before one changes it.
         self.state.wait_for_everyone()
         if main:
+            lock.take()
             self.folder.prepare(self.settings, self._measure_settings())
+            lock.take()
             write_config(self.folder.output, config)
         self.state.wait_for_everyone()
         for side in SIDES:

@@ -1,0 +1,75 @@
+"""One process at a time in an output folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from diffdoctor._errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+class FolderLock:
+    """Keeps a folder to this process, so that no other clears away what is being written there.
+
+    The lock is the system's and lies on the folder itself: nothing is written, and it goes with the process, however
+    that ends. Where the system has no such locks (Windows, some network file systems) nothing is held.
+
+    Args:
+        folder: need not exist yet.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder, self._descriptor = Path(folder), None
+
+    def take(self) -> None:
+        """Take the lock, if the folder is there and it is not held already.
+
+        Raises:
+            UserError: if another process holds it.
+        """
+        if fcntl is None or self._descriptor is not None or not self.folder.is_dir():
+            return
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise UserError(
+                    f"{self.folder}: another process is at work there; wait for it, or choose another folder"
+                ) from None
+            return
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Let others have the folder; does nothing where it is not held."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+@contextmanager
+def held(folder: str | Path) -> Iterator[None]:
+    """Make a folder, and inside keep it to this process.
+
+    Raises:
+        UserError: if another process holds it, or it cannot be made.
+    """
+    lock = FolderLock(folder)
+    try:
+        lock.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
+    lock.take()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,85 @@
+"""One process at a time in an output folder."""
+
+import subprocess
+import sys
+
+import pytest
+
+from diffdoctor._errors import UserError
+from diffdoctor._locks import FolderLock, held
+
+pytest.importorskip("fcntl")
+
+HOLDER = """
+import sys
+from diffdoctor._locks import held
+with held(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the folder `out`, until its input ends or it is killed."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_process_is_refused_until_the_first_ends(holder, tmp_path):
+    with pytest.raises(UserError, match="out: another process is at work there"), held(tmp_path / "out"):
+        pass
+    holder.stdin.close()
+    holder.wait()
+    with held(tmp_path / "out"):
+        pass
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_killed_process_holds_nothing(holder, tmp_path):
+    holder.kill()
+    holder.wait()
+    with held(tmp_path / "out"):
+        pass
+
+
+def test_a_lock_is_taken_once_the_folder_is_there(tmp_path):
+    first, second = FolderLock(tmp_path / "out"), FolderLock(tmp_path / "out")
+    first.take()
+    (tmp_path / "out").mkdir()
+    second.take()
+    second.take()
+    with pytest.raises(UserError, match="another process"):
+        first.take()
+    second.release()
+    second.release()
+    first.take()
+    first.release()
+
+
+def test_what_is_no_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"), held(tmp_path / "file"):
+        pass
+
+
+def test_studies_and_the_demo_are_refused_where_another_is_at_work(holder, tmp_path, capsys):
+    for module in ("diffusers", "peft", "skimage", "sklearn"):
+        pytest.importorskip(module)
+    from benchmarks.detector_study.__main__ import main as detector_study
+    from benchmarks.treatment.__main__ import main as treatment
+    from diffdoctor.cli import main
+
+    out = str(tmp_path / "out")
+    for command, arguments in (
+        (treatment, ["--output", out]),
+        (treatment, ["--output", str(tmp_path / "study"), "--demo", out]),
+        (detector_study, ["--output", out]),
+        (main, ["demo", "--output", out]),
+    ):
+        assert command(arguments) == 2
+        assert "out: another process is at work there" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
