@@ -19,7 +19,7 @@ import torch
 
 from diffdoctor._errors import UserError
 from diffdoctor._io import atomic_path, atomic_write_bytes, atomic_write_json
-from diffdoctor.detector.shards import decode, encode_picture
+from diffdoctor.detector.codec import decode, encode_picture
 from diffdoctor.evaluate.model.summary import PictureMeasures
 
 RUN = "run.json"
