@@ -92,12 +92,20 @@ bool l2_finite(const Operands<pred_t, term_t>& x, const Sample<float>& s, const 
     if (kModulated) nan |= _mm512_cmp_ps_mask(slope, slope, _CMP_UNORD_Q);
     store16(grad + i, mask, slope);
   };
-  // A fresh gradient is in no cache, and stores wait for their lines one after another: asked for a kilobyte ahead, a
-  // large call takes a fifth less. For what is read the hardware does as well.
-  constexpr int64_t kAhead = 1024 / sizeof(pred_t), kLine = 64 / sizeof(pred_t);
+  // Asked for 3 KiB ahead: the hardware's prefetcher runs less far, and starts anew at each page. On cold memory a
+  // large call takes a fifth less. Past a block's end it is the next range, which the cache still holds when its turn
+  // comes.
+  const auto ask = [](const auto* from, auto written) {
+    constexpr int64_t kItem = sizeof(*from), kAhead = 3072 / kItem, kLine = 64 / kItem;
+    for (int64_t line = 0; line < 32; line += kLine)
+      __builtin_prefetch(from + kAhead + line, decltype(written)::value, decltype(written)::value ? 3 : 2);
+  };
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
-    for (int64_t line = 0; kGrad && line < 32; line += kLine) __builtin_prefetch(grad + i + kAhead + line, 1);
+    ask(pred + i, std::false_type());
+    if (kTerms > 0) ask(term_0 + i, std::false_type());
+    if (kTerms > 1) ask(term_1 + i, std::false_type());
+    if (kGrad) ask(grad + i, std::true_type());
     step(i, 0xffff, sums[0]);
     step(i + 16, 0xffff, sums[1]);
   }

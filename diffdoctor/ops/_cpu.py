@@ -19,7 +19,8 @@ from diffdoctor.ops._lowering import DTYPES, WRITE_GRAD, WRITE_LOSS, ArtifactPro
 from diffdoctor.ops._native_plan import artifact_arguments, call_arguments, native_plan
 from diffdoctor.ops.target import Target
 
-_threads = torch.get_num_threads
+# Found in this module rather than in torch's, whose large table is in no cache after two million elements.
+_threads, _empty_like, _is_grad_enabled = torch.get_num_threads, torch.empty_like, torch.is_grad_enabled
 _native = native.load()
 
 # What a call runs, by the names under which benchmarks count and time it.
@@ -64,8 +65,8 @@ class ShortCall:
         self, model_pred: Tensor, target, confidence, mask, weighting, huber_c, normalizer, differentiable: bool
     ) -> Tensor:
         """The loss; connected to the graph where `differentiable`."""
-        loss = torch.empty_like(self._scalar)
-        grad = torch.empty_like(model_pred) if differentiable else None
+        loss = _empty_like(self._scalar)
+        grad = _empty_like(model_pred) if differentiable else None
         terms = target.terms if type(target) is Target else (target,)
         numbers = self._numbers
         if self._given:
@@ -87,7 +88,7 @@ class ShortCall:
         )
         work = WRITE_LOSS | WRITE_GRAD if differentiable else WRITE_LOSS
         launch(self._plan, work, pointers, numbers, _threads())
-        return WeightedLossKept.apply(model_pred, (self, loss, grad)) if differentiable else loss
+        return _apply_kept(model_pred, (self, loss, grad)) if differentiable else loss
 
     def _tensors(self, target, weighting, huber_c, normalizer) -> list[Tensor]:
         """The per-sample tensors in the places of `_given` (see `bind_call` in csrc/native_plan.h)."""
@@ -113,11 +114,15 @@ class WeightedLossKept(torch.autograd.Function):
         (kept,) = ctx.saved_tensors
         call = ctx.call
         if g.ndim == 0:
-            grad = torch.empty_like(kept) if graph_is_kept() else kept
+            grad = _empty_like(kept) if graph_is_kept() else kept
             launch_scale(kept.data_ptr(), grad.data_ptr(), call.dtype, 1, call.count, g.data_ptr(), 0, _threads())
         else:
             grad = scale_kept(sys.modules[__name__], kept, g, call.grad_runs)
-        return (forbid_second_derivative(grad, "weighted_loss") if torch.is_grad_enabled() else grad), None
+        return (forbid_second_derivative(grad, "weighted_loss") if _is_grad_enabled() else grad), None
+
+
+# Function.apply without what it does first for functorch, which was refused above: it takes as long again as the rest.
+_apply_kept = super(torch.autograd.Function, WeightedLossKept).apply
 
 
 def weight_mean(problem: Problem, out: Tensor) -> None:

@@ -16,6 +16,8 @@ from diffdoctor.ops.stats import LossStats
 from diffdoctor.ops.target import Target
 
 _cache: dict[tuple, Prepared] = {}
+# Found in this module rather than in torch's, whose large table is in no cache after two million elements.
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 
 
 def weighted_loss(
@@ -90,7 +92,7 @@ def weighted_loss(
         ...                                 artifact_weight=4.0)
         >>> loss.backward()
     """
-    if torch.compiler.is_compiling() or type(model_pred) not in _PLAIN:
+    if _is_compiling() or type(model_pred) not in _PLAIN:
         from diffdoctor.ops import _library
 
         return _library.weighted_loss(
@@ -120,13 +122,14 @@ def weighted_loss(
     maps = (
         artifact_weight, clean_weight, artifact_grad, clean_grad, threshold, gamma, interpolation
     )  # fmt: skip
-    grad_mode = torch.is_grad_enabled()
+    grad_mode = _is_grad_enabled()
     # Written out: with cold caches each function that is called costs microseconds.
     key = (
         model_pred.shape, model_pred.stride(), model_pred.dtype, model_pred.device, model_pred.requires_grad, grad_mode,
         (target.shape, target.stride(), target.dtype, target.device, target.requires_grad)
         if type(target) is Tensor else target_meta(target),
-        None if confidence is None else meta(confidence), None if mask is None else meta(mask),
+        (confidence.shape, confidence.stride(), confidence.dtype, confidence.device, confidence.requires_grad)
+        if type(confidence) is Tensor else meta(confidence), None if mask is None else meta(mask),
         None if weighting is None else meta(weighting), huber_c if type(huber_c) is float else meta(huber_c),
         None if normalizer is None else meta(normalizer), maps,
         loss_type if type(loss_type) is not dict else tuple(loss_type.items()), normalize, reduction, layout,
