@@ -16,7 +16,7 @@ from benchmarks.detector_study import parts, report
 from diffdoctor._errors import UserError
 from diffdoctor._locks import held
 
-STEPS, ABLATION_STEPS = 6500, 1500
+STEPS, ABLATION_STEPS = 12000, 1500
 
 
 def parser() -> argparse.ArgumentParser:

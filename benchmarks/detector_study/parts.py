@@ -28,7 +28,7 @@ SEEN = (
 )
 UNSEEN = ("duplicate", "fuse", "over_smooth", "pixelate", "removal", "seam", "smear", "warp")
 # Of each picture; together they make DAMAGED_SHARE, so that balance changes nothing but the categories.
-DAMAGED_VERSIONS, BENIGN_VERSIONS = 1, 3
+DAMAGED_VERSIONS, BENIGN_VERSIONS = 1, 4
 BOOTSTRAP = 200
 SHIFTS = (0.0, -0.5, -1.0, -1.5, -2.0)
 # What every training has in common; the rest are `train_detector`'s defaults.
@@ -46,12 +46,12 @@ TRAINING = {
 AUGMENT = {
     "inject_share": 0.0,
     "benign_share": 0.0,
-    "shrink_share": 0.2,
+    "shrink_share": 0.1,
     "flip_share": 0.5,
     "exposure": 0.2,
     "noise": 0.0,
 }
-DAMAGED_SHARE = 0.2
+DAMAGED_SHARE = 1 / 6
 DAMAGED = ("train-damaged", "skewed-damaged")
 DRAWN = ("drawn-damaged", "drawn-clean")
 SETS = (*DAMAGED, "train-clean", *DRAWN)
@@ -113,7 +113,8 @@ def make_sets(output: Path, seed: int, workers: int) -> dict:
     from diffdoctor.detector.injecting import InjectConfig, run_inject
 
     clean = output / "pictures"
-    settings = {"seed": seed}
+    counts = {name: getattr(pictures, name) for name in ("TRAINING_PIECES", "TEST_PIECES", "DRAWN_PICTURES")}
+    settings = {"seed": seed} | counts
     if done(clean, settings) is None:
         finish(clean, settings, pictures.write_pictures(clean, seed))
     plans = {
