@@ -44,7 +44,11 @@ class Checkpoints:
             record: JSON values that are kept beside it, to be read without torch.
         """
         with atomic_dir(self.folder / f"step-{step:08d}") as temporary:
-            torch.save(state, temporary / "state.pt")
+            try:
+                torch.save(state, temporary / "state.pt")
+            except RuntimeError as error:
+                # What torch makes of an error of the file system.
+                raise OSError(f"{self.folder}: a checkpoint could not be written; is the disk full?") from error
             account = {"settings": self.settings, "record": record or {}}
             (temporary / "run.json").write_text(json.dumps(account), encoding="utf-8")
         self.tidy()

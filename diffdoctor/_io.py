@@ -81,23 +81,32 @@ def atomic_dir(path):
     os.chmod(temporary, 0o777 & ~_umask())
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb+") as handle:
-                    os.fsync(handle.fileno())
-            elif file.is_dir():
-                _sync_folder(file)
-        _sync_folder(temporary)
-        old = None
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
-            os.replace(path, old / "was")
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+        replace_dir(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_dir(new, path) -> None:
+    """Give the folder `new`, which stands on the same disk, the name `path`; a folder of that name goes.
+
+    What is in it is flushed to the disk before. A reader sees what `atomic_dir` says.
+    """
+    new, path = Path(new), Path(path)
+    for file in new.rglob("*"):
+        if file.is_file():
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+        elif file.is_dir():
+            _sync_folder(file)
+    _sync_folder(new)
+    old = None
+    if path.exists():
+        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+        os.replace(path, old / "was")
+    os.replace(new, path)
+    _sync_folder(path.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def clear_temporaries(folder, name: str | None = None, *, deep: bool = False) -> None:

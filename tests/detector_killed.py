@@ -3,6 +3,9 @@
 A life ends at a chosen file operation below its output folder (an opening, a renaming, a removal, or a synchronisation,
 at which the file loses a random part of what has not reached the disk), or after a chosen time. Called as
 `python detector_killed.py COMMAND FOLDER SEED`, with FOLDER/data and FOLDER/detector there; prints what it did as JSON.
+
+The detector's map of a picture depends on the pictures beside it in the batch, and in training on the random state: as
+they would with BatchNorm and dropout, but visibly. TensorBoard's files hold what was flushed, and nothing else.
 """
 
 import importlib
@@ -19,7 +22,9 @@ from pathlib import Path
 
 import torch
 
+from diffdoctor.detector.conv import ConvDetector
 from diffdoctor.detector.diagnosing import DiagnoseConfig, run_diagnose
+from diffdoctor.detector.injecting import InjectConfig, run_inject
 from diffdoctor.detector.samples import AugmentConfig
 from diffdoctor.detector.train import DetectorTrainingConfig
 from diffdoctor.detector.training import TrainDetectorConfig, run_train_detector
@@ -38,11 +43,36 @@ for name in (
     "PIL.PngImagePlugin",
 ):
     importlib.import_module(name)
-for name in ("detector.conv", "detector.damage", "evaluate.detector", "evaluate.report"):
+for name in ("detector.damage", "detector.resumable", "evaluate.detector", "evaluate.report"):
     importlib.import_module(f"diffdoctor.{name}")
 importlib.import_module("torch.utils.tensorboard")
+gfile = importlib.import_module("tensorboard.compat").tf.io.gfile.GFile
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
+# What makes a change lasting: a kill right before and right after one is what most bugs need.
+COMMITS = {"os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "fsync"}
+
+_plain_network, _plain_write, _plain_flush = ConvDetector.network, gfile.write, gfile.flush
+
+
+def network(self, pixel_values):
+    logits = _plain_network(self, pixel_values)
+    places = torch.arange(1.0, len(logits) + 1).view(-1, 1, 1, 1)
+    logits = logits + 0.5 * pixel_values.mean() + 0.1 * places / len(logits)
+    return torch.nn.functional.dropout(logits, 0.1, self.training)
+
+
+def late_write(self, content):
+    self.__dict__.setdefault("held", []).append(content)
+
+
+def late_flush(self):
+    for content in self.__dict__.pop("held", ()):
+        _plain_write(self, content)
+    _plain_flush(self)
+
+
+ConvDetector.network, gfile.write, gfile.flush = network, late_write, late_flush
 
 
 def diagnose(folder):
@@ -53,7 +83,7 @@ def diagnose(folder):
 
 def train(folder, resampled=False):
     training = DetectorTrainingConfig(
-        steps=9,
+        steps=7,
         batch_size=4,
         warmup=2,
         checkpoint_every=2,
@@ -69,24 +99,38 @@ def train(folder, resampled=False):
     run_train_detector(TrainDetectorConfig(data, "out", validation, **options))
 
 
+def inject(folder):
+    # Five versions of a picture in shards of four, so that shards end between them; two pictures are left out, and the
+    # damaged ones of the shards.
+    places = [str(folder / "pictures"), str(folder / "data")]
+    run_inject(InjectConfig(places, "out", damaged=3, benign=1, kinds=["tint", "pixelate"], shard_size=4, seed=3))
+
+
 def train_resampled(folder):
     train(folder, resampled=True)
 
 
 def evaluate(folder):
     run_evaluate_detector(
-        EvaluateDetectorConfig(str(folder / "detector"), [str(folder / "data")], "out", batch_size=1, bootstrap=5)
+        EvaluateDetectorConfig(str(folder / "detector"), [str(folder / "data")], "out", batch_size=2, bootstrap=5)
     )
 
 
-COMMANDS = {"diagnose": diagnose, "evaluate": evaluate, "train": train, "train_resampled": train_resampled}
+COMMANDS = {
+    "inject": inject,
+    "diagnose": diagnose,
+    "evaluate": evaluate,
+    "train": train,
+    "train_resampled": train_resampled,
+}
+SHARED = ("diagnose", "evaluate")
 
 
 class Killer:
-    """Counts the operations below `folder`, and kills this process' group at the `at`-th (0: never)."""
+    """Notes the operations on `work`/out and on what is made for it, and kills this process' group at the `at`-th."""
 
-    def __init__(self, folder, at, chance):
-        self.folder, self.at, self.chance, self.count = str(folder), at, chance, 0
+    def __init__(self, work, at, chance):
+        self.places, self.at, self.chance, self.kinds = (str(work / "out"), str(work / ".out")), at, chance, []
         self.sync, self.synced = os.fsync, {}
         sys.addaudithook(self.hook)
         os.fsync = self.fsync
@@ -94,27 +138,27 @@ class Killer:
     def hook(self, event, arguments):
         if event not in EVENTS or not isinstance(arguments[0], (str, os.PathLike)):
             return
-        if os.path.abspath(os.fspath(arguments[0])).startswith(self.folder):
-            self.tick()
+        if os.path.abspath(os.fspath(arguments[0])).startswith(self.places):
+            self.tick(event)
 
-    def tick(self):
-        self.count += 1
-        if self.count == self.at:
+    def tick(self, kind):
+        self.kinds.append(kind)
+        if len(self.kinds) == self.at:
             os.killpg(0, signal.SIGKILL)
 
     def fsync(self, descriptor):
         path = os.readlink(f"/proc/self/fd/{descriptor}")
-        if self.count + 1 == self.at and os.path.isfile(path):
+        if len(self.kinds) + 1 == self.at and os.path.isfile(path):
             # Lines that an earlier call has synchronised stay.
             os.ftruncate(descriptor, self.chance.randint(self.synced.get(path, 0), os.path.getsize(path)))
-        self.tick()
+        self.tick("fsync")
         self.sync(descriptor)
         if os.path.isfile(path):
             self.synced[path] = os.path.getsize(path)
 
 
 def life(command, folder, work, *, at=0, seconds=None, processes=1, chance=None):
-    """One life of a run in `work`/out; returns the operations it counted, or None when it was killed."""
+    """One life of a run in `work`/out; returns the kinds of operation it noted, or None when it was killed."""
     work.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -132,7 +176,9 @@ def life(command, folder, work, *, at=0, seconds=None, processes=1, chance=None)
         os.killpg(group, signal.SIGKILL)
     statuses = [os.waitpid(child, 0)[1] for child in children]
     if all(os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0 for status in statuses):
-        return int(counted.read_text())
+        kinds = json.loads(counted.read_text())
+        counted.unlink()
+        return kinds
     assert any(os.WIFSIGNALED(s) and os.WTERMSIG(s) == signal.SIGKILL for s in statuses), statuses
     return None
 
@@ -145,12 +191,12 @@ def _child(command, folder, work, at, processes, rank, port, chance):
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(processes))
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the end of the process)
-        killer = Killer(work / "out", at, chance or random.Random(0))
+        killer = Killer(work, at, chance or random.Random(0))
         COMMANDS[command](folder)
         if processes > 1:
             torch.distributed.destroy_process_group()
         if rank == processes - 1:
-            (work / "counted").write_text(str(killer.count))
+            (work / "counted").write_text(json.dumps(killer.kinds))
         os._exit(0)
     except BaseException:
         sys.stderr = sys.__stderr__
@@ -167,48 +213,71 @@ def scalars(folder):
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def contents(out):
+def contents(work):
     """{file: bytes} of all that a run leaves, but for the records of its lives; the curves as they would be shown."""
     found = {}
-    for path in sorted(out.rglob("*")):
-        name = path.relative_to(out).as_posix()
-        if path.is_file() and not name.startswith(("records/part-", "logs/")):
+    for path in sorted(work.rglob("*")):
+        name = path.relative_to(work).as_posix()
+        if path.is_dir():
+            found[f"{name}/"] = None
+        elif not name.startswith(("out/records/part-", "out/logs/")):
             found[name] = path.read_bytes()
-    if (out / "logs").is_dir():
-        found["logs"] = scalars(out / "logs")
+    if (work / "out" / "logs").is_dir():
+        found["out/logs"] = scalars(work / "out" / "logs")
     return found
+
+
+def compare(work, expected):
+    """Fail where a run did not end in what an undisturbed one left; then remove it."""
+    left = contents(work)
+    assert sorted(left) == sorted(expected), sorted(set(left) ^ set(expected))
+    different = [name for name in expected if left[name] != expected[name]]
+    assert not different, different
+    shutil.rmtree(work)
+
+
+def kill_points(kinds, chance):
+    """Numbers of the operations to be killed at: commits and others, and the last ones, after which nothing tidies."""
+    commits = [number for number, kind in enumerate(kinds, 1) if kind in COMMITS]
+    chosen = {*commits[-4:], *chance.sample(commits, min(6, len(commits))), *chance.sample(range(1, len(kinds) + 1), 3)}
+    return chance.sample(sorted(chosen), len(chosen))
+
+
+def chain(command, folder, work, kinds, seconds, how, processes, chance):
+    """Lives killed at random one after the other, and one that comes to the end; returns the kills."""
+    kills = 0
+    while True:
+        at = chance.randint(1, max(2, len(kinds) // 2)) if how == "operation" else 0
+        wait = seconds * (chance.uniform(0.1, 0.6) + 0.1 * kills) if how == "time" else None
+        if life(command, folder, work, at=at, seconds=wait, processes=processes, chance=chance) is not None:
+            return kills
+        kills += 1
+        assert kills < 60, "no life comes to the end"
+        if how == "operation" and kills >= (8 if processes == 1 else 3):
+            assert life(command, folder, work, processes=processes) is not None
+            return kills
 
 
 def main(command, folder, seed):
     torch.set_num_threads(1)
     chance = random.Random(seed)
     started = time.monotonic()
-    operations = life(command, folder, folder / "whole")
+    kinds = life(command, folder, folder / "whole")
     seconds = time.monotonic() - started
-    expected = contents(folder / "whole" / "out")
-    report = {"operations": operations, "files": len(expected), "kills": [], "processes": []}
-    chains = [("operation", 1), ("operation", 1), ("time", 1)] + [("operation", 2)] * (
-        command in ("diagnose", "evaluate")
-    )
+    expected = contents(folder / "whole")
+    points = kill_points(kinds, chance)
+    report = {"operations": len(kinds), "files": len(expected), "points": len(points), "kills": [], "processes": []}
+    for point in points:
+        work = folder / f"point-{point}"
+        assert life(command, folder, work, at=point, chance=chance) is None, f"operation {point} never came"
+        assert life(command, folder, work) is not None
+        compare(work, expected)
+    chains = [("operation", 1), ("time", 1)] + [("operation", 2)] * (command in SHARED)
     for number, (how, processes) in enumerate(chains):
-        work, kills = folder / f"chain-{number}", 0
-        while True:
-            at = chance.randint(1, max(2, operations // 2)) if how == "operation" else 0
-            wait = seconds * (chance.uniform(0.1, 0.6) + 0.1 * kills) if how == "time" else None
-            if life(command, folder, work, at=at, seconds=wait, processes=processes, chance=chance) is not None:
-                break
-            kills += 1
-            assert kills < 60, "no life comes to the end"
-            if how == "operation" and kills >= (8 if processes == 1 else 3):
-                assert life(command, folder, work, processes=processes) is not None
-                break
-        left = contents(work / "out")
-        assert sorted(left) == sorted(expected), sorted(set(left) ^ set(expected))
-        different = [name for name in expected if left[name] != expected[name]]
-        assert not different, different
-        report["kills"].append(kills)
+        work = folder / f"chain-{number}"
+        report["kills"].append(chain(command, folder, work, kinds, seconds, how, processes, chance))
         report["processes"].append(processes)
-        shutil.rmtree(work)
+        compare(work, expected)
     print(json.dumps(report | {"seconds": time.monotonic() - started}))
 
 

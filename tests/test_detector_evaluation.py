@@ -165,8 +165,8 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, detector, mo
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert len(found.statistics) == count
-    # The other 180 pictures' maps and masks alone are 1.5 MB.
-    assert peaks[1] - peaks[0] < 180 * 1000
+    # The maps and masks of the other 180 pictures alone are 1.5 MB; their statistics and places are 0.2.
+    assert peaks[1] - peaks[0] < 180 * 2000
 
 
 # Nothing is marked there either.

@@ -88,7 +88,8 @@ def test_inject_reads_little_ahead_of_its_workers(tmp_path, monkeypatch):
         nonlocal read
         while True:
             read += 1
-            yield {"name": str(read), "picture": np.full((24, 24, 3), read % 256, np.uint8)}
+            place = injecting._Place(0, read, read, {}, {})
+            yield place, {"name": str(read), "picture": np.full((24, 24, 3), read % 256, np.uint8)}
 
     monkeypatch.setattr(injecting, "_pictures", endless)
     config = InjectConfig(["x"], str(tmp_path), damaged=0, benign=1, workers=2)
@@ -120,7 +121,7 @@ def test_inject_reads_shards_and_leaves_out_what_is_broken_or_damaged(pictures, 
 def test_inject_refuses_what_it_cannot_do(pictures, tmp_path):
     injected(pictures, tmp_path / "out")
     with pytest.raises(UserError, match="is there already"):
-        injected(pictures, tmp_path / "out")
+        injected(pictures, tmp_path / "out", seed=4)
     injected(pictures, tmp_path / "out", overwrite=True, seed=5)
     with pytest.raises(UserError, match="no such kind melt"):
         injected(pictures, tmp_path / "other", kinds=["melt"])

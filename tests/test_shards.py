@@ -121,8 +121,8 @@ def members_of(key, **changes):
     """A good sample's members {name: bytes}, with changes: extension with dots as __, None leaves it out."""
     picture = np.full((20, 20, 3), 7, np.uint8)
     members = {
-        f"{key}.png": shards.encode_picture(picture, "png"),
-        f"{key}.mask.png": shards.encode_mask(np.zeros((20, 20), np.uint8)),
+        f"{key}.png": codec.encode_picture(picture, "png"),
+        f"{key}.mask.png": codec.encode_mask(np.zeros((20, 20), np.uint8)),
         f"{key}.json": json.dumps({"label": "injected"}).encode(),
     }
     for extension, data in changes.items():
@@ -168,7 +168,7 @@ FAULTS = {
     "json list": (list(members_of("bad", json=b"[]").items()), "broken JSON"),
     "key twice": (list(members_of("first").items()), "key twice"),
     "mask of another size": (
-        list(members_of("bad", mask__png=shards.encode_mask(np.zeros((4, 4), np.uint8))).items()),
+        list(members_of("bad", mask__png=codec.encode_mask(np.zeros((4, 4), np.uint8))).items()),
         "another size",
     ),
 }

@@ -179,6 +179,7 @@ class Detector(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the configuration and the weights (safetensors) to `folder`; the folder is whole or not there."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         from diffdoctor._io import atomic_dir
@@ -191,7 +192,11 @@ class Detector(nn.Module):
         }
         state = self.to_file_keys({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()})
         with atomic_dir(folder) as temporary:
-            save_file(state, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+            try:
+                save_file(state, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+            except SafetensorError as error:
+                # What it makes of an error of the file system.
+                raise OSError(f"{folder}: the weights could not be written ({error})") from error
             (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod

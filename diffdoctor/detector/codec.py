@@ -34,6 +34,8 @@ def encode_mask(mask: np.ndarray) -> bytes:
 def decode(data: bytes, mode: str) -> np.ndarray:
     """A picture's bytes as uint8 (H, W, 3) for mode "RGB" or (H, W) for "L", turned upright as its camera flagged it.
 
+    Sixteen bits a pixel are scaled to eight; transparency is dropped, as training scripts drop it.
+
     Raises:
         ValueError: not a PNG, JPEG or WebP picture, broken, or too large.
     """
@@ -46,6 +48,10 @@ def decode(data: bytes, mode: str) -> np.ndarray:
             # Each of these copies the picture, so that neither is called where it changes nothing.
             if image.getexif().get(_ORIENTATION, 1) != 1:
                 image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                # Sixteen bits of grey, which Pillow would clip at 255.
+                grey = np.rint(np.clip(np.asarray(image, np.float64), 0, 65535) / 257).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=2) if mode == "RGB" else grey
             return np.array(image if image.mode == mode else image.convert(mode))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from error

@@ -1,5 +1,6 @@
 """`diffdoctor diagnose`: confidence maps, boxes and a gallery for any pictures; several processes; resumable."""
 
+import contextlib
 import dataclasses
 import heapq
 import json
@@ -10,6 +11,7 @@ import numpy as np
 
 from diffdoctor._errors import UserError, first_line, missing_extra
 from diffdoctor._io import atomic_path, atomic_write_bytes, atomic_write_json, clear_temporaries
+from diffdoctor._locks import held
 from diffdoctor._pictures import to_images
 from diffdoctor._progress import progress
 from diffdoctor._weights import weights_digest
@@ -86,6 +88,14 @@ def run_diagnose(config: DiagnoseConfig) -> dict:
     output = Path(config.output)
     sources = find_sources(config.pictures)
     detector = open_detector(config.detector)
+    with held(output) if state.is_main_process else contextlib.nullcontext():
+        return _diagnose(detector, config, sources, state)
+
+
+def _diagnose(detector: Detector, config: DiagnoseConfig, sources: list[Source], state) -> dict:
+    import torch
+
+    output = Path(config.output)
     settings = {name: getattr(config, name) for name in _SAME} | {"weights": weights_digest(detector)}
     _same_run(output, settings)
     detector.to(open_device(config.device, state.device))

@@ -1,7 +1,11 @@
 """`diffdoctor inject`: clean pictures in, labelled shards with exact masks out."""
 
+import array
+import collections
 import contextlib
 import dataclasses
+import hashlib
+import json
 import multiprocessing
 import threading
 from collections import Counter
@@ -11,14 +15,18 @@ from pathlib import Path
 import numpy as np
 
 from diffdoctor._errors import UserError
-from diffdoctor._io import atomic_write_bytes, atomic_write_json
+from diffdoctor._io import atomic_write_bytes, atomic_write_json, clear_temporaries
+from diffdoctor._locks import held
 from diffdoctor._progress import track
 from diffdoctor.detector.inject import MIN_SIDE, NoVisibleDamage, benign, damage_kinds, inject
-from diffdoctor.detector.pictures import Source, find_sources, read_source, shrink_to, versions, write_config
-from diffdoctor.detector.shards import SkipCounts, write_shards
+from diffdoctor.detector.pictures import Source, find_sources, read_source, shrink_to, tell, versions, write_config
+from diffdoctor.detector.resumable import ResumableSet, State, clear_finished, work_folder
+from diffdoctor.detector.shard_writer import check_options
+from diffdoctor.detector.shards import SkipCounts
 
-# Of each kind, on the contact sheet.
+# Of each kind, on the contact sheet, and the side of their tiles in pixels.
 EXAMPLES = 6
+TILE = 128
 
 _CHUNK = 8  # pictures that a worker gets at once
 
@@ -29,7 +37,8 @@ class InjectConfig:
 
     Attributes:
         pictures: clean pictures: files, folders, patterns, shards.
-        output: the folder to make: shards, manifest.parquet, contact_sheet.png, config.yaml, metrics.json.
+        output: the folder to make: shards, manifest.parquet, contact_sheet.png, config.yaml, metrics.json. It appears
+            when all is there. Interrupted and run again, the command goes on after the last complete shard.
         damaged: damaged versions of each picture.
         benign: mildly changed look-alikes of each picture, with empty masks.
         clean: put each picture itself in as well, with an empty mask.
@@ -71,54 +80,154 @@ def run_inject(config: InjectConfig) -> dict:
         raise UserError(f"kinds: no such kind {', '.join(unknown)}; there are {', '.join(damage_kinds())}")
     if min(config.damaged, config.benign, config.workers - 1) < 0:
         raise UserError("damaged and benign: expected >= 0, workers: expected >= 1")
-    output = Path(config.output)
-    if output.exists() and not config.overwrite and any(output.iterdir()):
-        raise UserError(f"{output}: is there already; choose another folder or give --overwrite true")
-    sources = find_sources(config.pictures)
-    tally = _Tally()
     try:
-        write_shards(
-            tally.watch(_samples(config, sources, tally)),
-            output,
-            shard_size=config.shard_size,
-            picture_type=config.picture_type,
-        )
+        check_options(config.shard_size, config.picture_type)
     except ValueError as error:
-        raise error if isinstance(error, UserError) else UserError(str(error)) from error
-    if tally.sheet:
-        atomic_write_bytes(output / "contact_sheet.png", contact_sheet(tally.sheet))
-    metrics = tally.metrics() | {"versions": versions()}
-    write_config(output, config)
-    atomic_write_json(output / "metrics.json", metrics)
+        raise UserError(str(error)) from error
+    output, sources = Path(config.output), find_sources(config.pictures)
+    made_from = _made_from(config, sources)
+    # An output that was killed while it was replaced gets its old content back.
+    clear_temporaries(output.parent, output.name)
+    if not config.overwrite and output.exists():
+        if (metrics := _finished(output, made_from)) is not None:
+            clear_finished(output)
+            tell(f"{metrics['pictures']} pictures are there already: {output}")
+            return metrics
+        if not output.is_dir() or any(output.iterdir()):
+            raise UserError(f"{output}: is there already; choose another folder or give --overwrite true")
+    with held(work_folder(output)):
+        return _make(config, output, sources, made_from)
+
+
+def _make(config: InjectConfig, output: Path, sources: list[Source], made_from: str) -> dict:
+    run = ResumableSet(output, made_from, shard_size=config.shard_size, picture_type=config.picture_type)
+    if run.begun_otherwise:
+        tell(f"{output}: was begun with other pictures or options; begun anew")
+    tally = _Tally(run.state)
+    run.write(tally.watch(_samples(config, sources, tally)), tally.record)
+    metrics = tally.metrics() | {"made_from": made_from, "versions": versions()}
+
+    def add(folder: Path) -> None:
+        if tally.sheet:
+            atomic_write_bytes(folder / "contact_sheet.png", contact_sheet(tally.examples()))
+        write_config(folder, config)
+        atomic_write_json(folder / "metrics.json", metrics)
+
+    run.finish(add)
+    tell(f"{metrics['pictures']} pictures: {output}", tally.skipped.reasons)
     return metrics
 
 
+def _made_from(config: InjectConfig, sources: list[Source]) -> str:
+    """A hash of all that the set is a function of."""
+    options = dataclasses.asdict(config)
+    for name in ("pictures", "output", "workers", "overwrite"):
+        del options[name]
+    digest = hashlib.sha256(json.dumps([options, damage_kinds(), versions()], sort_keys=True).encode())
+    for source in sources:
+        for path in (source.path, source.path.with_suffix(".txt")):
+            stat = path.stat() if path.is_file() else None
+            stamp = stat and (stat.st_size, stat.st_mtime_ns)
+            digest.update(repr((source.name, source.category, path.suffix, stamp)).encode())
+    return digest.hexdigest()
+
+
+def _finished(output: Path, made_from: str) -> dict | None:
+    """The metrics of a set that is there already, if it was made from the same; else None."""
+    try:
+        metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return metrics if isinstance(metrics, dict) and metrics.get("made_from") == made_from else None
+
+
+@dataclasses.dataclass
+class _Place:
+    """Where in the input a picture stands, and what was left out before it.
+
+    Attributes:
+        source: index of its source.
+        sample: its index among the samples of this source.
+        index: its index among the pictures that are used.
+        reasons, examples: of `SkipCounts`.
+    """
+
+    source: int
+    sample: int
+    index: int
+    reasons: dict[str, int]
+    examples: dict[str, str]
+
+
 class _Tally:
-    """Counts what passes by, and keeps examples of each kind, drawn from the whole set, for the contact sheet."""
+    """Counts what passes by, and keeps examples of each kind, drawn from the whole set, for the contact sheet.
 
-    def __init__(self):
-        self.kinds, self.skipped, self.sheet, self.areas, self.failed = Counter(), SkipCounts(), {}, [], 0
+    Args:
+        state: what `record` gave, to go on from there.
+    """
 
-    def watch(self, samples: Iterator[dict]) -> Iterator[dict]:
-        rng = np.random.default_rng(0)
-        for sample in samples:
+    def __init__(self, state: State | None = None):
+        account, arrays = state or ({}, {})
+        self.kinds, self.failed = Counter(account.get("kinds")), account.get("failed", 0)
+        self.skipped, self.areas = SkipCounts(), array.array("d", arrays.get("areas", ()))
+        # {kind: [(rank, (clean, damaged, mask))]}: those of lowest rank are kept, so that any is as likely.
+        self.sheet: dict[str, list[tuple]] = {}
+        for number, (kind, rank) in enumerate(account.get("sheet", ())):
+            tiles = tuple(arrays[f"tile-{number}-{part}"] for part in range(3))
+            self.sheet.setdefault(kind, []).append((rank, tiles))
+        # The picture to go on with, and how many of its versions are written.
+        self.place = _Place(**account["place"]) if account else None
+        self.versions = account.get("versions", 0)
+
+    def watch(self, samples: Iterator[tuple[_Place, int, int, dict]]) -> Iterator[dict]:
+        """The samples, counted.
+
+        Args:
+            samples: (place, versions of the picture with this one, failed before the picture, sample).
+        """
+        for self.place, self.versions, self.failed_before, sample in samples:
             clean = sample.pop("original")
             self.kinds[sample["kind"] or "clean"] += 1
             if sample["mask"].any():
                 self.areas.append(float((sample["mask"] >= 0.5).mean()))
-            examples = self.sheet.setdefault(sample["kind"], [])
             if sample["kind"]:
-                place = len(examples) if len(examples) < EXAMPLES else rng.integers(self.kinds[sample["kind"]])
-                if place < EXAMPLES:
-                    examples[place : place + 1] = [(clean, sample["picture"], sample["mask"])]
+                self._show(clean, sample)
             yield sample
+
+    def _show(self, clean: np.ndarray, sample: dict) -> None:
+        rank = hashlib.blake2b(sample["key"].encode(), digest_size=8).hexdigest()
+        shown = self.sheet.setdefault(sample["kind"], [])
+        if len(shown) < EXAMPLES or rank < shown[-1][0]:
+            mask = np.rint(sample["mask"] * 255).astype(np.uint8)
+            shown.append((rank, tuple(shrink_to(tile, TILE) for tile in (clean, sample["picture"], mask))))
+            shown.sort(key=lambda entry: entry[0])
+            del shown[EXAMPLES:]
+
+    def record(self) -> State:
+        """All of it after the sample that was watched last, for `ResumableSet`."""
+        shown = [(kind, *entry) for kind, entries in self.sheet.items() for entry in entries]
+        account = {
+            "kinds": dict(self.kinds),
+            "failed": self.failed_before,
+            "place": dataclasses.asdict(self.place),
+            "versions": self.versions,
+            "sheet": [(kind, rank) for kind, rank, _ in shown],
+        }
+        arrays = {"areas": np.array(self.areas)}
+        for number, (_, _, tiles) in enumerate(shown):
+            arrays |= {f"tile-{number}-{part}": tile for part, tile in enumerate(tiles)}
+        return account, arrays
+
+    def examples(self) -> dict[str, list[tuple]]:
+        """What `contact_sheet` takes."""
+        return {kind: [tiles for _, tiles in shown] for kind, shown in self.sheet.items()}
 
     def metrics(self) -> dict:
         return {
             "pictures": sum(self.kinds.values()),
             "kinds": dict(sorted(self.kinds.items())),
             "mask_area": {
-                name: float(np.quantile(self.areas, q)) if self.areas else 0.0
+                name: float(np.quantile(self.areas, q)) if len(self.areas) else 0.0
                 for name, q in (("p05", 0.05), ("median", 0.5), ("p95", 0.95))
             },
             "without_visible_damage": self.failed,
@@ -127,22 +236,39 @@ class _Tally:
         }
 
 
-def _samples(config: InjectConfig, sources: list[Source], tally: _Tally) -> Iterator[dict]:
-    """Labelled samples of all pictures, in the order of the input whatever the number of workers."""
-    jobs = ((config, index, sample) for index, sample in enumerate(_pictures(config, sources, tally.skipped)))
+def _samples(config: InjectConfig, sources: list[Source], tally: _Tally) -> Iterator[tuple[_Place, int, int, dict]]:
+    """Labelled samples from the tally's place on, in the order of the input whatever the number of workers.
+
+    With each: its picture's place, how many versions of the picture have come with it, and how many failed before.
+    """
+    places: collections.deque[_Place] = collections.deque()
+
+    def jobs():
+        for place, sample in _pictures(config, sources, tally.skipped, tally.place):
+            places.append(place)
+            yield config, place.index, sample
+
+    written = tally.versions
     with contextlib.ExitStack() as stack:
         if config.workers > 1:
             # "spawn": a process that has used threads must not be forked.
             pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(config.workers))
             room, ended = threading.Semaphore(4 * _CHUNK * config.workers), threading.Event()
             stack.callback(ended.set)
-            results = pool.imap(_variants, _bounded(jobs, room, ended), chunksize=_CHUNK)
+            results = pool.imap(_variants, _bounded(jobs(), room, ended), chunksize=_CHUNK)
         else:
-            room, results = None, map(_variants, jobs)
-        total = len(sources) if not any(source.is_shard for source in sources) else None
+            room, results = None, map(_variants, jobs())
+        total = (
+            len(sources) - (tally.place.source if tally.place else 0)
+            if not any(source.is_shard for source in sources)
+            else None
+        )
         for variants, failed in track(results, desc="inject", unit="picture", total=total):
+            place = places.popleft()
+            for number, sample in enumerate(variants[written:], written + 1):
+                yield place, number, tally.failed, sample
+            written = 0
             tally.failed += failed
-            yield from variants
             if room is not None:
                 room.release()
 
@@ -156,16 +282,28 @@ def _bounded(jobs: Iterator, room: threading.Semaphore, ended: threading.Event) 
         yield job
 
 
-def _pictures(config: InjectConfig, sources: list[Source], counts: SkipCounts) -> Iterator[dict]:
-    for source in sources:
-        for sample in read_source(source, strict=config.strict, counts=counts):
+def _pictures(
+    config: InjectConfig, sources: list[Source], counts: SkipCounts, start: _Place | None
+) -> Iterator[tuple[_Place, dict]]:
+    """The pictures that are used, from a place on or all, with their places; fills `counts`."""
+    index = start.index if start else 0
+    for number in range(start.source if start else 0, len(sources)):
+        resumed = start if start and number == start.source else None
+        for place, sample in enumerate(read_source(sources[number], strict=config.strict, counts=counts)):
+            if resumed and place < resumed.sample:
+                continue
+            if resumed and place == resumed.sample:
+                # What was left out up to here was counted when it was first read.
+                counts.reasons, counts.examples = dict(resumed.reasons), dict(resumed.examples)
+            before = dict(counts.reasons), dict(counts.examples)
             picture = shrink_to(sample["picture"], config.longest)
             if min(picture.shape[:2]) < MIN_SIDE:
                 counts.add(f"a picture of less than {MIN_SIDE} pixels", sample["name"], config.strict)
             elif np.any(sample.get("mask", 0)):
                 counts.add("a picture that is damaged already", sample["name"], config.strict)
             else:
-                yield {**sample, "picture": picture}
+                yield _Place(number, place, index, *before), {**sample, "picture": picture}
+                index += 1
 
 
 def _variants(job) -> tuple[list[dict], int]:
@@ -194,11 +332,11 @@ def _variants(job) -> tuple[list[dict], int]:
     return result, failed
 
 
-def contact_sheet(examples: dict[str, list[tuple]], side: int = 128) -> bytes:
+def contact_sheet(examples: dict[str, list[tuple]], side: int = TILE) -> bytes:
     """PNG bytes: a row for each kind, with clean picture, damaged picture and mask of up to six examples.
 
     Args:
-        examples: {kind: [(clean (H, W, 3) uint8, damaged, mask (H, W) in [0, 1])]}.
+        examples: {kind: [(clean (H, W, 3) uint8, damaged, mask (H, W) uint8)]}.
         side: of a tile, in pixels.
     """
     from PIL import Image, ImageDraw
@@ -212,8 +350,7 @@ def contact_sheet(examples: dict[str, list[tuple]], side: int = 128) -> bytes:
         top = row * (side + label + gap)
         draw.text((4, top + 1), kind, fill=(255, 255, 255))
         for column, (clean, damaged, mask) in enumerate(found):
-            grey = np.repeat(np.rint(mask[..., None] * 255).astype(np.uint8), 3, axis=2)
-            for place, picture in enumerate((clean, damaged, grey)):
+            for place, picture in enumerate((clean, damaged, np.repeat(mask[..., None], 3, axis=2))):
                 tile = Image.fromarray(picture)
                 scale = side / max(tile.size)
                 resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS

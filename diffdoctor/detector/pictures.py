@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import glob
 import platform
@@ -27,7 +28,8 @@ class Source:
 
     Attributes:
         path: the file.
-        name: what it is called in results: its path below the folder it was found in, without the suffix.
+        name: what it is called in results: its path below the folder it was found in, without the suffix, which is
+            kept where two files differ in nothing else. What is no Unicode in a file's name stands there as \\udcff.
         category: the folder's name right above the picture, "" for one named on the command line.
     """
 
@@ -58,23 +60,29 @@ def find_sources(places: Sequence[str | Path]) -> list[Source]:
             inside = [p for p in inside if p.suffix == ".tar" or p.parent not in of_shards]
             if not inside:
                 raise UserError(f"{place}: no pictures ({', '.join(SUFFIXES)}) and no .tar shards in this folder")
+            alike = collections.Counter(file.with_suffix("") for file in inside)
             for file in inside:
                 relative = file.relative_to(path)
                 category = relative.parent.name if file.suffix != ".tar" else ""
-                found.append(Source(file, str(relative.with_suffix("")), category))
+                name = relative.with_suffix("") if alike[file.with_suffix("")] == 1 else relative
+                found.append(Source(file, _readable(name), _readable(category)))
         elif path.is_file():
-            found.append(Source(path, path.stem))
+            found.append(Source(path, _readable(path.stem)))
         else:
             matches = sorted(glob.glob(str(place), recursive=True))
             if not matches:
                 raise UserError(f"{place}: no such file, folder or pattern")
-            found += [Source(Path(match), Path(match).stem) for match in matches if Path(match).is_file()]
+            found += [Source(Path(match), _readable(Path(match).stem)) for match in matches if Path(match).is_file()]
     names: dict[str, Path] = {}
     for source in found:
         if source.name in names:
             raise UserError(f"{source.path}: has the same name as {names[source.name]}; give the folder above them")
         names[source.name] = source.path
     return found
+
+
+def _readable(name: str | Path) -> str:
+    return str(name).encode("utf-8", "backslashreplace").decode()
 
 
 def read_source(

@@ -7,10 +7,7 @@ may hold. `manifest.parquet` says where each picture stands, so that any of them
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from diffdoctor._errors import UserError
-from diffdoctor._io import atomic_dir, clear_temporaries
-from diffdoctor.detector.archive import KEY, MAX_MEMBER_BYTES, SkipCounts, read_groups
-from diffdoctor.detector.codec import PICTURE_TYPES, decode, encode_mask, encode_picture
-from diffdoctor.detector.manifest import MANIFEST, OFFSETS, ManifestWriter, read_columns, read_manifest
+from diffdoctor.detector.archive import MAX_MEMBER_BYTES, SkipCounts, read_groups
+from diffdoctor.detector.codec import PICTURE_TYPES, decode
+from diffdoctor.detector.manifest import MANIFEST, OFFSETS, read_columns, read_manifest
+from diffdoctor.detector.shard_writer import LABELS, write_shards
 
 __all__ = [
     "LABELS",
@@ -36,8 +33,6 @@ __all__ = [
     "shard_paths",
     "write_shards",
 ]
-
-LABELS = ("real", "injected", "human", "pseudo")
 
 
 class BrokenSample(UserError):
@@ -54,139 +49,6 @@ class BrokenSample(UserError):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
-
-
-def write_shards(
-    samples: Iterable[dict[str, Any]], folder: str | Path, *, shard_size: int = 1000, picture_type: str = "png"
-) -> int:
-    """Write labelled pictures as tar shards and a manifest; the folder appears when all is written.
-
-    Args:
-        samples: dicts with `picture` (H, W, 3) uint8 and `mask` (H, W) float in [0, 1] or uint8 (absent: clean), and
-            any of `key` (a unique name of letters, digits, _ and -), `prompt`, `category`, `generator`, `label` (real,
-            injected, human, pseudo), `round`, and further JSON values, which come back as they are.
-        folder: where to; an existing folder is replaced.
-        shard_size: pictures in a shard.
-        picture_type: png (exact), webp (written without loss) or jpg (quality 95).
-
-    Returns:
-        The number of pictures written.
-
-    Raises:
-        ValueError: a sample's picture, mask, key or label is not as described.
-    """
-    if shard_size < 1:
-        raise ValueError(f"shard_size: expected >= 1 pictures, got {shard_size}")
-    if picture_type not in PICTURE_TYPES:
-        raise ValueError(f"picture_type: expected one of {', '.join(PICTURE_TYPES)}, got {picture_type!r}")
-    # What a writer that was killed left beside the folder.
-    clear_temporaries(Path(folder).parent, Path(folder).name)
-    with atomic_dir(folder) as temporary:
-        writer = _Writer(temporary, shard_size, picture_type)
-        try:
-            for sample in samples:
-                writer.add(sample)
-        finally:
-            writer.close()
-    return writer.count
-
-
-class _Writer:
-    def __init__(self, folder: Path, shard_size: int, picture_type: str):
-        self.folder, self.shard_size, self.picture_type = folder, shard_size, picture_type
-        self.count, self.tar, self.name = 0, None, ""
-        self.manifest, self.keys = ManifestWriter(folder / MANIFEST, min(shard_size, 1000)), _Unique()
-
-    def add(self, sample: dict[str, Any]) -> None:
-        if self.count % self.shard_size == 0:
-            self._close_shard()
-            self.name = f"shard-{self.count // self.shard_size:06d}.tar"
-            self.tar = tarfile.open(self.folder / self.name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        picture, mask, meta = _checked(sample, self.count)
-        key = meta["key"]
-        self.keys.add(key)
-        places = {
-            "picture": self._member(f"{key}.{self.picture_type}", encode_picture(picture, self.picture_type)),
-            "mask": self._member(f"{key}.mask.png", encode_mask(mask)),
-            "json": self._member(f"{key}.json", json.dumps(meta, allow_nan=False).encode()),
-        }
-        self.manifest.add(
-            {
-                **{name: meta[name] for name in ("key", "label", "category", "generator", "prompt", "round")},
-                "shard": self.name,
-                "height": picture.shape[0],
-                "width": picture.shape[1],
-                "mask_mean": float(mask.mean()) / 255.0,
-                "mask_max": float(mask.max()) / 255.0,
-                **{f"{part}_offset": place[0] for part, place in places.items()},
-                **{f"{part}_size": place[1] for part, place in places.items()},
-            }
-        )
-        self.count += 1
-
-    def _member(self, name: str, data: bytes) -> tuple[int, int]:
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        offset = self.tar.offset + tarfile.BLOCKSIZE
-        self.tar.addfile(info, io.BytesIO(data))
-        self.tar.members.clear()
-        return offset, len(data)
-
-    def _close_shard(self) -> None:
-        if self.tar is not None:
-            self.tar.close()
-            self.tar = None
-
-    def close(self) -> None:
-        self._close_shard()
-        self.manifest.close()
-
-
-class _Unique:
-    """Refuses a key that was there before, at 8 bytes a key: by hash (two of ten million collide once in 400,000 sets).
-
-    The keys of the last thousands are held as they are; the others as one sorted array.
-    """
-
-    RECENT = 4096
-
-    def __init__(self):
-        self.old, self.recent = np.empty(0, np.uint64), set()
-
-    def add(self, key: str) -> None:
-        code = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
-        place = int(np.searchsorted(self.old, np.uint64(code)))
-        if code in self.recent or (place < len(self.old) and int(self.old[place]) == code):
-            raise ValueError(f"key: expected a unique name, got {key!r} twice")
-        self.recent.add(code)
-        if len(self.recent) >= self.RECENT:
-            self.old = np.sort(np.concatenate([self.old, np.fromiter(self.recent, np.uint64)]))
-            self.recent.clear()
-
-
-def _checked(sample: dict[str, Any], index: int) -> tuple[np.ndarray, np.ndarray, dict]:
-    picture = np.asarray(sample["picture"])
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
-        raise ValueError(f"picture: expected (H, W, 3) uint8, got {picture.shape} {picture.dtype} at sample {index}")
-    mask = sample.get("mask")
-    mask = np.zeros(picture.shape[:2], np.uint8) if mask is None else np.asarray(mask)
-    if mask.shape != picture.shape[:2]:
-        raise ValueError(f"mask: expected {picture.shape[:2]}, got {mask.shape} at sample {index}")
-    if mask.dtype != np.uint8:
-        if not np.all((mask >= 0) & (mask <= 1)):
-            raise ValueError(f"mask: expected values in [0, 1], got others at sample {index}")
-        mask = np.rint(mask.astype(np.float64) * 255).astype(np.uint8)
-    meta = {k: v for k, v in sample.items() if k not in ("picture", "mask")}
-    meta.setdefault("key", f"{index:09d}")
-    if not isinstance(meta["key"], str) or not KEY.fullmatch(meta["key"]) or len(meta["key"]) > 80:
-        raise ValueError(f"key: expected up to 80 letters, digits, _ and -, got {meta['key']!r}")
-    for name in ("prompt", "category", "generator"):
-        meta[name] = str(meta.get(name) or "")
-    meta["label"] = meta.get("label") or ("injected" if mask.any() else "real")
-    if meta["label"] not in LABELS:
-        raise ValueError(f"label: expected one of {', '.join(LABELS)}, got {meta['label']!r}")
-    meta["round"] = int(meta.get("round") or 0)
-    return picture, mask, meta
 
 
 def shard_paths(source: str | Path | Iterable[str | Path]) -> list[Path]:

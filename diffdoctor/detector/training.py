@@ -1,5 +1,6 @@
 """`diffdoctor train-detector`: labelled shards in, a trained detector out."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from diffdoctor._errors import UserError, missing_extra
 from diffdoctor._io import atomic_write_json, clear_temporaries
+from diffdoctor._locks import held
 from diffdoctor.detector.base import Detector, load_detector
 from diffdoctor.detector.pictures import finite, tell, versions, write_config
 from diffdoctor.detector.samples import JoinedData
@@ -64,12 +66,18 @@ def run_train_detector(config: TrainDetectorConfig) -> dict:
         raise missing_extra("accelerate", "stages") from None
     import torch
 
-    output = Path(config.output)
     training = dataclasses.replace(config.training, strict=config.strict or config.training.strict)
     config = dataclasses.replace(config, training=training)
+    output = Path(config.output)
     data, validation = _data(config)
     detector = _network(config)
     state = PartialState(cpu=not torch.accelerator.is_available())
+    with held(output) if state.is_main_process else contextlib.nullcontext():
+        return _train(config, state, data, validation, detector)
+
+
+def _train(config: TrainDetectorConfig, state, data, validation, detector: Detector) -> dict:
+    output = Path(config.output)
     if state.is_main_process:
         clear_temporaries(output)
         write_config(output, config)

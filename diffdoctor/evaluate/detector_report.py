@@ -1,5 +1,6 @@
 """`diffdoctor evaluate detector`: all measures, curves, and the worst misses and false positives, in one report."""
 
+import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 
 from diffdoctor._errors import UserError, missing_extra
 from diffdoctor._io import atomic_write_json
+from diffdoctor._locks import held
 from diffdoctor._weights import weights_digest
 from diffdoctor.evaluate.detector import Diagnosed, diagnose_data, measure_statistics
 from diffdoctor.evaluate.detector_pixels import PixelCurves
@@ -61,21 +63,27 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
     import torch
 
     from diffdoctor.detector.diagnosing import open_detector, open_device
-    from diffdoctor.detector.pictures import finite, tell, versions, write_config
-    from diffdoctor.detector.samples import JoinedData, resize_pair
     from diffdoctor.detector.shards import ShardData, one_size
-    from diffdoctor.evaluate.detector_parts import evaluate_in_parts
 
     state = PartialState(cpu=not torch.accelerator.is_available())
     output = Path(config.output)
     sets = [ShardData(folder) for folder in config.data]
-    data = JoinedData(sets)
-    if not len(data):
+    if not sum(map(len, sets)):
         raise UserError("data: expected labelled pictures, got none")
     if config.size is None:
         one_size(sets, "size")
     detector = open_detector(config.detector)
     detector.to(open_device(config.device, state.device))
+    with held(output) if state.is_main_process else contextlib.nullcontext():
+        return _evaluate(config, detector, sets, state)
+
+
+def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> dict:
+    from diffdoctor.detector.pictures import finite, tell, versions, write_config
+    from diffdoctor.detector.samples import JoinedData, resize_pair
+    from diffdoctor.evaluate.detector_parts import evaluate_in_parts
+
+    output, data = Path(config.output), JoinedData(sets)
     settings = {"weights": weights_digest(detector)}
     options = {"batch_size": config.batch_size, "size": config.size, "strict": config.strict}
     try:

@@ -1,0 +1,146 @@
+"""Interruptions, kills, and the number of processes change no result of a training."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers_detector import fresh, held_out, quick, shapes, weights_of
+
+from diffdoctor._errors import UserError
+from diffdoctor.detector import load_detector, train_detector
+
+pytest.importorskip("accelerate")
+pytest.importorskip("pycocotools")
+
+
+class _StopAt:
+    """Data that end the run, as a kill would, when a picture is asked for the n-th time."""
+
+    def __init__(self, data, reads):
+        self.data, self.reads = data, reads
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        self.reads -= 1
+        if self.reads < 0:
+            raise KeyboardInterrupt
+        return self.data[index]
+
+
+@pytest.mark.parametrize("kind", ["conv", "segformer"])
+@pytest.mark.parametrize("reads", [0, 20, 35, 50, 90])
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, reads, kind):
+    config = quick(checkpoint_every=3, validate_every=4)
+    whole = train_detector(config, shapes(), detector=fresh(kind=kind), validation=held_out(), progress=False)
+    options = {"validation": held_out(), "output_dir": tmp_path, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        train_detector(config, _StopAt(shapes(), reads), detector=fresh(kind=kind), **options)
+    # From the first checkpoint on, the weights that the run is started with do not matter.
+    started = any((tmp_path / "checkpoints").glob("step-*"))
+    assert started == (reads >= 35)
+    resumed = train_detector(config, shapes(), detector=fresh(7 if started else 0, kind), **options)
+    assert resumed.history == whole.history
+    assert resumed.validations == whole.validations
+    assert torch.equal(weights_of(resumed.detector), weights_of(whole.detector))
+    assert torch.equal(weights_of(load_detector(tmp_path / "detector")), weights_of(whole.detector))
+    assert (tmp_path / "best" / "detector.json").is_file()
+    # A finished run is not trained again.
+    again = train_detector(config, _StopAt(shapes(), 0), detector=fresh(7, kind), **options)
+    assert torch.equal(weights_of(again.detector), weights_of(whole.detector))
+
+
+# One process that has imported everything forks the runs, and kills each at a random moment.
+KILLER = """
+import os, random, signal, sys, time
+import test_detector_resuming as t
+t.torch.set_num_threads(1)
+output, config, chance, kills = sys.argv[1], t.quick(steps=16, checkpoint_every=2), random.Random(0), 0
+
+def train(folder):
+    t.train_detector(config, t.shapes(), detector=t.fresh(kills), output_dir=folder, progress=False)
+
+train(output + "-imports")
+start = time.monotonic()
+train(output + "-timing")
+whole = time.monotonic() - start
+while True:
+    child = os.fork()
+    if child == 0:
+        train(output)
+        os._exit(0)
+    # Longer from life to life, so that it ends although the machine becomes busier.
+    time.sleep(whole * (chance.uniform(0.1, 0.4) + 0.05 * kills))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status):
+        sys.exit(0 if os.WEXITSTATUS(status) == 0 and kills else f"{status} after {kills} kills")
+    kills += 1
+"""
+
+
+def test_kill_minus_nine_at_random_moments_changes_no_bit(tmp_path):
+    config = quick(steps=16, checkpoint_every=2)
+    whole = train_detector(config, shapes(), detector=fresh(), output_dir=tmp_path / "whole", progress=False)
+    # The first life's initial weights must hold for all, so its first checkpoint is made before the killing starts.
+    with pytest.raises(KeyboardInterrupt):
+        train_detector(config, _StopAt(shapes(), 20), detector=fresh(), output_dir=tmp_path / "run", progress=False)
+    subprocess.run([sys.executable, "-c", KILLER, str(tmp_path / "run")], check=True, env=_environment(), timeout=500)
+    assert torch.equal(weights_of(load_detector(tmp_path / "run" / "detector")), weights_of(whole.detector))
+    left = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == ["step-00000014", "step-00000016"]
+
+
+def _environment():
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = os.pathsep.join([root, os.path.dirname(os.path.abspath(__file__)), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path):
+    train_detector(quick(checkpoint_every=4), shapes(), detector=fresh(), output_dir=tmp_path, progress=False)
+    with pytest.raises(UserError, match=r"other settings \(learning_rate\)"):
+        train_detector(
+            quick(checkpoint_every=4, learning_rate=1e-4),
+            shapes(),
+            detector=fresh(),
+            output_dir=tmp_path,
+            progress=False,
+        )
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+PROCESSES = """
+import json, sys
+import torch
+import test_detector_resuming as t
+from accelerate import PartialState
+torch.set_num_threads(1)
+losses = {kind: t.losses_of_twenty_steps(kind) for kind in ("conv", "segformer")}
+if PartialState().is_main_process:
+    json.dump({"processes": PartialState().num_processes, **losses}, open(sys.argv[1], "w"))
+"""
+
+
+def losses_of_twenty_steps(kind):
+    result = train_detector(quick(steps=20), shapes(), detector=fresh(kind=kind), progress=False)
+    return [entry["loss"] for entry in result.history]
+
+
+@pytest.mark.slow
+def test_one_and_two_processes_give_the_same_losses(tmp_path):
+    script, out = tmp_path / "script.py", tmp_path / "losses.json"
+    script.write_text(PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*command, str(script), str(out)], check=True, env=_environment(), timeout=300)
+    two = json.loads(out.read_text())
+    assert two["processes"] == 2
+    for kind in ("conv", "segformer"):
+        one = losses_of_twenty_steps(kind)
+        np.testing.assert_allclose(one, two[kind], rtol=0, atol=1e-5)
+        assert one[-1] < one[0]
