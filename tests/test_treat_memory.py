@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers_tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
 
-from benchmarks.treat_memory import Step
+from benchmarks.treat_memory.demo import Step
 from diffdoctor._errors import UserError
 from diffdoctor.detector import ConvDetector
 from diffdoctor.treat import TreatConfig
