@@ -97,7 +97,9 @@ def _visit(logits_ptr, index, inside, h, w, out_h, out_w, stride_y, stride_x, sc
             z = _blend(tl.where(inner_x, middle, left), tl.where(inner_x, right, middle), share_x)
             c = 1.0 / (1.0 + tl.exp(-z))
             chosen = x < out_w
+            slopes = chosen
             if METHOD == _THRESHOLD:
+                slopes = chosen & ((c > tau) | (c != c))  # a NaN does not count, but its gradient is NaN
                 chosen = chosen & (c > tau)
             if VALUE:
                 owned = owned_y & chosen & (owner_x == j)
@@ -109,9 +111,10 @@ def _visit(logits_ptr, index, inside, h, w, out_h, out_w, stride_y, stride_x, sc
                     weight += tl.where(owned, 1.0, 0.0)
             if GATHER:
                 if METHOD == _MAX:
-                    chosen = chosen & (c == peak)
+                    slopes = slopes & (c == peak)
                 tap_x = tl.where(inner_x, 1.0 - share_x, 0.0) + tl.where(x_high == j, share_x, 0.0)
-                gradient += tl.where(inside_y & chosen, tap_y * tap_x * (c * (1.0 - c)), 0.0)
+                tap = tap_y * tap_x
+                gradient += tl.where(inside_y & slopes & (tap != 0.0), tap * (c * (1.0 - c)), 0.0)
     return pooled, weight, gradient
 
 

@@ -17,13 +17,11 @@ from diffdoctor.ops._lowering import (
     WRITE_GRAD,
     WRITE_LOSS,
     WRITE_SUMS,
-    ArtifactProblem,
     PerSample,
     Problem,
 )
 from diffdoctor.ops._prepare import prepare
 from diffdoctor.ops._problem import make_problem, per_sample
-from diffdoctor.ops.artifact_loss import make_problem as make_artifact_problem
 from diffdoctor.ops.weighted_loss import check_arguments
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -31,7 +29,7 @@ F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float6
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `pred_view`/`target_view` name how the tensor lies in memory (see `_lay_out`)."""
+    """One call. `pred_view`/`target_view` name how the tensor lies in memory (see `lay_out`)."""
 
     id: str
     shape: tuple[int, ...] = (2, 3, 5, 7)
@@ -50,7 +48,7 @@ class Case:
     seed: int = 0
 
 
-def _lay_out(x: torch.Tensor, view: str) -> torch.Tensor:
+def lay_out(x: torch.Tensor, view: str) -> torch.Tensor:
     """The same values in another memory layout, inside a larger buffer filled with NaN where there is one."""
     if view == "contiguous":
         return x.contiguous()
@@ -92,7 +90,7 @@ def _map(spec, generator, view: str) -> torch.Tensor | None:
         values = levels.to(torch.uint8)
     else:
         values = (levels.double() / 255).to(dtype)
-    return _lay_out(values, view if values.ndim > 2 else "contiguous")
+    return lay_out(values, view if values.ndim > 2 else "contiguous")
 
 
 def build(case: Case) -> dict:
@@ -101,7 +99,7 @@ def build(case: Case) -> dict:
     batch = case.shape[0]
 
     def normal(dtype, view):
-        return _lay_out(torch.randn(case.shape, generator=g, dtype=F64).to(dtype), view)
+        return lay_out(torch.randn(case.shape, generator=g, dtype=F64).to(dtype), view)
 
     pred = normal(case.dtype, case.pred_view)
     first, second = normal(case.target_dtype, case.target_view), normal(case.dtype, "contiguous")
@@ -244,7 +242,7 @@ def _move(value, device):
 
 # Relative to the largest gradient: one unit in the last place, which two fp32 values on either side of a tie differ by
 # when they are stored; fp32 has the bound of the design.
-_GRAD_TOLERANCE = {F32: 3e-5, BF16: 2**-7, F16: 2**-10, F64: 1e-12}
+GRAD_TOLERANCE = {F32: 3e-5, BF16: 2**-7, F16: 2**-10, F64: 1e-12}
 
 
 def check(problem: Problem, want: dict) -> None:
@@ -260,7 +258,7 @@ def check(problem: Problem, want: dict) -> None:
         finite = ref[torch.isfinite(ref)]
         scale = finite.abs().max().item() if finite.numel() else 0.0
         floor = 2**-25 if dtype == F16 else 0.0  # half a subnormal's spacing
-        atol = _GRAD_TOLERANCE[dtype] * scale + floor
+        atol = GRAD_TOLERANCE[dtype] * scale + floor
         torch.testing.assert_close(got, ref, rtol=0, atol=atol, equal_nan=True)
         assert torch.equal(got == 0, ref == 0) or (got[(got == 0) != (ref == 0)].abs().max() <= atol)
     if problem.sums is not None:
@@ -409,61 +407,3 @@ def spaced(x: torch.Tensor, elements: int) -> torch.Tensor:
 
 def _name(dtype: torch.dtype) -> str:
     return {F32: "f32", BF16: "bf16", F16: "f16", F64: "f64"}[dtype]
-
-
-@dataclass(frozen=True)
-class ArtifactCase:
-    """One call of artifact_loss on (B, h, w) logits."""
-
-    id: str
-    shape: tuple[int, int, int] = (3, 5, 7)
-    size: tuple[int, int] = (20, 28)
-    dtype: torch.dtype = F32
-    method: str = "threshold"
-    reduction: str = "mean"
-    threshold: float = 0.1
-    view: str = "contiguous"
-
-
-def build_artifact(case: ArtifactCase) -> torch.Tensor:
-    """Logits (B, h, w), mostly clean as a detector's are."""
-    g = torch.Generator().manual_seed(7)
-    return _lay_out((2 * torch.randn(case.shape, generator=g, dtype=F64) - 1).to(case.dtype), case.view)
-
-
-def expected_artifact(case: ArtifactCase, logits: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference's loss, and gradient for the cotangent g."""
-    x = logits.detach().clone().requires_grad_()
-    loss = reference.artifact_loss(
-        x, size=case.size, threshold=case.threshold, method=case.method, reduction=case.reduction
-    )
-    loss.backward(g)
-    return loss.detach(), x.grad
-
-
-def lower_artifact(case: ArtifactCase, logits: torch.Tensor) -> ArtifactProblem:
-    """The ArtifactProblem a backend's glue receives, its outputs full of NaN."""
-    problem = make_artifact_problem(logits, *case.size, case.threshold, case.method, case.reduction)
-    problem.loss.fill_(float("nan"))
-    problem.kept = torch.full(logits.shape, float("nan"), dtype=problem.loss.dtype, device=logits.device)
-    problem.factor = torch.full((logits.shape[0],), float("nan"), dtype=problem.loss.dtype, device=logits.device)
-    return problem
-
-
-def artifact_cases() -> list[ArtifactCase]:
-    cases = []
-    for method in ("threshold", "mean", "sum", "max"):
-        for reduction in ("mean", "sample", "sum"):
-            cases.append(ArtifactCase(f"{method}-{reduction}", method=method, reduction=reduction))
-        cases.append(ArtifactCase(f"{method}-bf16", dtype=BF16, method=method, view="sliced"))
-        cases.append(ArtifactCase(f"{method}-same-size", size=(5, 7), method=method))
-    cases += [
-        ArtifactCase("f16", dtype=F16, view="transposed"),
-        ArtifactCase("f64", dtype=F64),
-        ArtifactCase("down", shape=(2, 33, 17), size=(8, 9)),
-        ArtifactCase("odd", shape=(1, 13, 11), size=(57, 31), threshold=0.5),
-        ArtifactCase("one-logit", shape=(2, 1, 1), size=(4, 4)),
-        ArtifactCase("nothing-above", threshold=1.0),
-        ArtifactCase("larger", shape=(2, 32, 32), size=(128, 128), reduction="sample"),
-    ]
-    return cases

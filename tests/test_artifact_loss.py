@@ -1,6 +1,6 @@
 """artifact_loss against the same steps in PyTorch, on every backend that is there."""
 
-import helpers_cases as cases
+import helpers_artifact as artifact
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from diffdoctor.backends import why_not
 HAS_CPU = why_not("cpu") is None
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not HAS_CPU, reason="no compiled module"))]
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
-ALL = cases.artifact_cases()
+ALL = artifact.every_case()
 F64 = torch.float64
 
 
@@ -27,7 +27,7 @@ def plain(logits, size, threshold, method):
 
 @pytest.mark.parametrize("case", ALL, ids=[case.id for case in ALL])
 def test_equals_the_steps_in_pytorch(backend, case):
-    logits = cases.build_artifact(case)
+    logits = artifact.build(case)
     leaf = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype).copy_(logits).requires_grad_()
     loss = diffdoctor.artifact_loss(
         leaf, size=case.size, threshold=case.threshold, method=case.method, reduction=case.reduction, backend=backend
@@ -154,3 +154,14 @@ def test_a_logit_that_is_not_finite_reaches_no_neighbour_of_the_same_size(backen
         elsewhere = torch.ones_like(logits, dtype=torch.bool)
         elsewhere[0, 0, 2, 3] = False
         torch.testing.assert_close(leaf.grad[elsewhere], same.grad[elsewhere], rtol=3e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", artifact.nan_cases(), ids=lambda case: case.id)
+def test_a_nan_logit_gives_the_gradient_that_the_reference_gives(backend, case):
+    logits = artifact.build_with_nan(case)
+    leaf = logits.clone().requires_grad_()
+    options = {"size": case.size, "threshold": case.threshold, "method": case.method, "reduction": "sample"}
+    loss = diffdoctor.artifact_loss(leaf, backend=backend, **options)
+    loss.backward(torch.ones(2))
+    assert leaf.grad[0, 4, 5].isnan()
+    artifact.check(case, loss.detach(), leaf.grad, artifact.expected(case, logits, torch.ones(2)))

@@ -169,7 +169,7 @@ def test_inductor():
 
 
 def arguments(dtype, view, want_grad, layout=()):
-    pred = cases._lay_out(torch.randn(2, 4, 8, 8).to(dtype), view).requires_grad_()
+    pred = cases.lay_out(torch.randn(2, 4, 8, 8).to(dtype), view).requires_grad_()
     return (
         pred, [torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)], torch.rand(2, 16, 16), None, torch.rand(2),
         [None, torch.rand(2), None, torch.rand(2), None], [1.0, 1.0, -1.0, 0.1, 0.0], [2.0, 1.0, 1.0, 0.5, 0.25, 1.0],
@@ -185,7 +185,7 @@ def test_opcheck_weighted_loss(dtype, view):
 
 @pytest.mark.parametrize("view", ["contiguous", "transposed"])
 def test_opcheck_the_others(view):
-    x = cases._lay_out(torch.randn(2, 4, 8, 8), view).requires_grad_()
+    x = cases.lay_out(torch.randn(2, 4, 8, 8), view).requires_grad_()
     opcheck(
         torch.ops.diffdoctor.modulate_gradient.default,
         (x, torch.rand(2, 16, 16), [1.0, 0.2, 0.0, 1.0], "area", []),
@@ -193,7 +193,7 @@ def test_opcheck_the_others(view):
     modulator = diffdoctor.GradientModulator(artifact_grad=1.0, clean_grad=0.2)
     modulator.set(torch.rand(2, 16, 16))
     opcheck(torch.ops.diffdoctor.modulate_gradient_later.default, (x, modulator._key))
-    logits = cases._lay_out(torch.randn(2, 1, 8, 6), view).requires_grad_()
+    logits = cases.lay_out(torch.randn(2, 1, 8, 6), view).requires_grad_()
     opcheck(torch.ops.diffdoctor.artifact_loss.default, (logits, 16, 12, 0.1, "threshold", "mean", "", True))
     *first, _, _ = arguments(F16, view, False)
     first[0] = first[0].detach()

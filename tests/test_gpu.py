@@ -6,6 +6,7 @@ Every test that takes `name` runs once on `cuda` and once on `triton`.
 import importlib
 import threading
 
+import helpers_artifact as artifact
 import helpers_cases as cases
 import pytest
 import torch
@@ -97,21 +98,31 @@ def test_dense_but_unaligned_tensors(glue, dtype, place):
     cases.check(problem, want)
 
 
-@pytest.mark.parametrize("case", cases.artifact_cases(), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", artifact.every_case(), ids=lambda case: case.id)
 def test_artifact_loss_equals_the_reference(glue, case):
-    logits = cases.build_artifact(case)
+    logits = artifact.build(case)
     strided = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device="cuda").copy_(logits)
-    problem = cases.lower_artifact(case, strided)
+    problem = artifact.lower(case, strided)
     glue.artifact_loss(problem)
     g = torch.linspace(0.5, 1.5, logits.shape[0], dtype=problem.loss.dtype)
     g = g if case.reduction == "sample" else g[0]
-    want_loss, want_grad = cases.expected_artifact(case, logits, g)
+    want_loss, want_grad = artifact.expected(case, logits, g)
     rtol = 1e-12 if case.dtype == F64 else 3e-6
     torch.testing.assert_close(problem.loss.cpu(), want_loss, rtol=rtol, atol=rtol)
     grad = torch.full(logits.shape, float("nan"), dtype=case.dtype, device="cuda")
     glue.artifact_loss_backward(problem.kept, problem.factor, g.cuda(), grad)
-    atol = cases._GRAD_TOLERANCE[case.dtype] * want_grad.abs().max().item() + 1e-30
+    atol = cases.GRAD_TOLERANCE[case.dtype] * want_grad.abs().max().item() + 1e-30
     torch.testing.assert_close(grad.cpu(), want_grad, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("case", artifact.nan_cases(), ids=lambda case: case.id)
+def test_a_nan_logit_gives_the_gradient_that_the_reference_gives(glue, case):
+    logits = artifact.build_with_nan(case)
+    problem = artifact.lower(case, logits.cuda())
+    glue.artifact_loss(problem)
+    grad = torch.empty_like(logits, device="cuda")
+    glue.artifact_loss_backward(problem.kept, problem.factor, torch.ones(2).cuda(), grad)
+    artifact.check(case, problem.loss, grad, artifact.expected(case, logits, torch.ones(2)))
 
 
 @pytest.mark.parametrize("confidence_grid", [(4, 5), (9, 8)], ids=["grid", "pixel"])
@@ -160,18 +171,18 @@ def test_nan_under_zero_weight_and_an_empty_mask(name):
 
 @pytest.mark.parametrize("method", ["threshold", "mean", "max"])
 def test_a_nan_logit_does_what_it_does_to_the_reference(glue, method):
-    case = cases.ArtifactCase(method, shape=(2, 13, 12), size=(13, 12), method=method, reduction="sample")
-    logits = cases.build_artifact(case)
+    case = artifact.Case(method, shape=(2, 13, 12), size=(13, 12), method=method, reduction="sample")
+    logits = artifact.build(case)
     logits[0, 2, 3] = float("nan")
-    problem = cases.lower_artifact(case, logits.cuda())
+    problem = artifact.lower(case, logits.cuda())
     glue.artifact_loss(problem)
-    want, _ = cases.expected_artifact(case, logits, torch.ones(2))
+    want, _ = artifact.expected(case, logits, torch.ones(2))
     torch.testing.assert_close(problem.loss.cpu(), want, rtol=3e-6, atol=0, equal_nan=True)
 
 
 def test_ties_share_the_gradient_of_the_maximum(glue):
-    case = cases.ArtifactCase("", shape=(1, 3, 4), size=(12, 16), method="max", reduction="sample")
-    problem = cases.lower_artifact(case, torch.zeros(case.shape, device="cuda"))
+    case = artifact.Case("", shape=(1, 3, 4), size=(12, 16), method="max", reduction="sample")
+    problem = artifact.lower(case, torch.zeros(case.shape, device="cuda"))
     glue.artifact_loss(problem)
     assert problem.loss.item() == 0.5
     torch.testing.assert_close((problem.kept * problem.factor).sum().cpu(), torch.tensor(0.25))

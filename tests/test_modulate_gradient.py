@@ -30,7 +30,7 @@ def factor(c, size, mode="area", artifact_grad=1.0, clean_grad=0.2, threshold=0.
 def test_gradient_is_multiplied_by_the_map(dtype, view):
     x = torch.randn(2, 3, 8, 6).to(dtype).requires_grad_()
     c = torch.rand(2, 64, 48)
-    g = cases._lay_out(torch.randn(2, 3, 8, 6).to(dtype), view)
+    g = cases.lay_out(torch.randn(2, 3, 8, 6).to(dtype), view)
     y = modulate_gradient(x, c, artifact_grad=1.5, clean_grad=0.25, threshold=0.3, gamma=2.0)
     assert torch.equal(y, x)
     (grad,) = torch.autograd.grad(y, x, g)

@@ -124,9 +124,9 @@ def others(few):
     """{name: call} of the smaller launches."""
 
     def artifact(method, dtype=F32):
-        case = cases.ArtifactCase(method, shape=(2, 64, 64), size=(256, 256), method=method, dtype=dtype)
-        logits = cases.build_artifact(case)
-        problem = cases.lower_artifact(case, logits)
+        case = artifact.Case(method, shape=(2, 64, 64), size=(256, 256), method=method, dtype=dtype)
+        logits = artifact.build(case)
+        problem = artifact.lower(case, logits)
         _triton.artifact_loss(problem)
         _triton.artifact_loss_backward(problem.kept, problem.factor, torch.ones(()), torch.empty_like(logits))
 

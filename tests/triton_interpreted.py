@@ -5,6 +5,7 @@ import math
 import sys
 import warnings
 
+import helpers_artifact as artifact
 import helpers_cases as cases
 import helpers_search as search
 import pytest
@@ -130,43 +131,41 @@ def test_any_weighted_loss_equals_the_reference(case):
     cases.check(problem, cases.expected(inputs))
 
 
-@pytest.mark.parametrize("case", cases.artifact_cases(), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", artifact.every_case(), ids=lambda case: case.id)
 def test_artifact_loss_equals_the_reference(case):
-    logits = cases.build_artifact(case)
-    problem = cases.lower_artifact(case, logits)
+    logits = artifact.build(case)
+    problem = artifact.lower(case, logits)
     _triton.artifact_loss(problem)
     g = torch.linspace(0.5, 1.5, logits.shape[0], dtype=problem.loss.dtype)
     g = g if case.reduction == "sample" else g[0]
-    want_loss, want_grad = cases.expected_artifact(case, logits, g)
+    want_loss, want_grad = artifact.expected(case, logits, g)
     rtol = 1e-12 if case.dtype == torch.float64 else 3e-6
     torch.testing.assert_close(problem.loss, want_loss, rtol=rtol, atol=rtol)
     grad = torch.full(logits.shape, float("nan"), dtype=case.dtype)
     _triton.artifact_loss_backward(problem.kept, problem.factor, g, grad)
     scale = want_grad.abs().max().item()
-    torch.testing.assert_close(grad, want_grad, rtol=0, atol=cases._GRAD_TOLERANCE[case.dtype] * scale + 1e-30)
+    torch.testing.assert_close(grad, want_grad, rtol=0, atol=cases.GRAD_TOLERANCE[case.dtype] * scale + 1e-30)
 
 
 @pytest.mark.parametrize("method", ["threshold", "mean", "max"])
 def test_artifact_loss_without_a_gradient_visits_each_pixel_once(method):
-    case = cases.ArtifactCase(method, shape=(2, 5, 6), size=(17, 24), method=method, reduction="sample")
-    logits = cases.build_artifact(case)
-    problem = cases.lower_artifact(case, logits)
+    case = artifact.Case(method, shape=(2, 5, 6), size=(17, 24), method=method, reduction="sample")
+    logits = artifact.build(case)
+    problem = artifact.lower(case, logits)
     problem.kept = problem.factor = None
     _triton.artifact_loss(problem)
-    want, _ = cases.expected_artifact(case, logits, torch.ones(2))
+    want, _ = artifact.expected(case, logits, torch.ones(2))
     torch.testing.assert_close(problem.loss, want, rtol=3e-6, atol=0)
 
 
-@pytest.mark.parametrize("method", ["threshold", "mean", "max"])
-def test_a_nan_logit_does_to_the_loss_what_it_does_to_the_reference(method):
-    case = cases.ArtifactCase(method, shape=(2, 13, 12), size=(13, 12), method=method, reduction="sample")
-    logits = cases.build_artifact(case)
-    logits[0, 2, 3] = float("nan")
-    problem = cases.lower_artifact(case, logits)
+@pytest.mark.parametrize("case", artifact.nan_cases(), ids=lambda case: case.id)
+def test_a_nan_logit_gives_the_gradient_that_the_reference_gives(case):
+    logits = artifact.build_with_nan(case)
+    problem = artifact.lower(case, logits)
     _triton.artifact_loss(problem)
-    want, _ = cases.expected_artifact(case, logits, torch.ones(2))
-    assert torch.isnan(want).any() == (method != "threshold")
-    torch.testing.assert_close(problem.loss, want, rtol=3e-6, atol=0, equal_nan=True)
+    grad = torch.empty_like(logits)
+    _triton.artifact_loss_backward(problem.kept, problem.factor, torch.ones(2), grad)
+    artifact.check(case, problem.loss, grad, artifact.expected(case, logits, torch.ones(2)))
 
 
 def test_the_same_bits_twice_and_counters_left_at_zero(monkeypatch):
@@ -234,7 +233,7 @@ def test_a_second_backward_over_a_kept_graph_gives_the_same(served, dtype, reduc
     )
     (want,) = torch.autograd.grad(again, reference, g)
     scale = want.abs().max().item()
-    bound = 2 * cases._GRAD_TOLERANCE[dtype] * scale  # a kept gradient is rounded twice
+    bound = 2 * cases.GRAD_TOLERANCE[dtype] * scale  # a kept gradient is rounded twice
     torch.testing.assert_close(first, want, rtol=0, atol=bound)
 
 

@@ -123,10 +123,10 @@ void process_band(const ArtifactCall<acc_t>& call, int64_t b, int64_t k, double 
     for (int64_t x = 0; x < p.out_w; ++x) {
       const bool counts =
           p.method == kThreshold ? c[x] > threshold : (p.method == kMethodMax ? double(c[x]) == largest : true);
-      // A NaN is not above the threshold, but a mean and a sum hold it.
+      // A NaN is not above the threshold, but a mean and a sum hold it, and so does every gradient.
       sum += counts ? double(c[x]) : 0.0;
       counted += counts ? 1.0 : 0.0;
-      c[x] = counts ? c[x] * (1 - c[x]) : acc_t(0);
+      c[x] = counts || c[x] != c[x] ? c[x] * (1 - c[x]) : acc_t(0);
     }
     band.sum += sum;
     band.counted += counted;

@@ -133,9 +133,10 @@ __device__ __forceinline__ Tally<acc_t> visit_window(const ArtifactLossParams& p
       const acc_t c = confidence_at<kDtype, acc_t>(p, b, vertical, horizontal);
       if (y >= rows.own && x >= columns.own) tally.add(p.method, c, threshold);
       if (!gather) continue;
-      if (p.method == kThreshold && !(c > threshold)) continue;
+      if (p.method == kThreshold && c <= threshold) continue;  // a NaN is not passed over
       if (p.method == kMethodMax && c != *maximum) continue;
-      kept += c * (1 - c) * vertical.share_of(i) * horizontal.share_of(j);
+      const acc_t share = vertical.share_of(i) * horizontal.share_of(j);
+      if (share != 0) kept += c * (1 - c) * share;
     }
   }
   return tally;
@@ -150,7 +151,7 @@ __device__ __forceinline__ void emit_picture(const ArtifactLossParams& p, int64_
   if (p.method == kMethodMean) factor = 1 / pixels;
   const double loss = tally.value * factor;
   if (p.method == kMethodMax) {
-    factor = 1 / tally.count;
+    factor = tally.value == tally.value ? 1 / tally.count : tally.value;  // a NaN is the whole picture's gradient
     maxima[b] = static_cast<acc_t>(tally.value);
   }
   if (p.reduction == kMean) factor /= static_cast<double>(p.batch);
