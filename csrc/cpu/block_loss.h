@@ -2,12 +2,13 @@
 #pragma once
 
 #include "cpu/l2.h"
+#include "cpu/sums.h"
 
 namespace diffdoctor {
 namespace {
 
 // Elements that go through buffers at once: with more, those of a mixture of losses would leave the first-level cache.
-constexpr int64_t kPiece = 512;
+constexpr int64_t kPiece = kShortSum;
 
 template <typename acc_t>
 struct alignas(64) Buffers {  // all of it whole lines: a vector across two takes twice the time
@@ -237,6 +238,7 @@ double process_l2(const Call<acc_t>& call, const Place& at, const Sample<acc_t>&
   return total * double(loss_scale);
 }
 
+// weight: null where all are selected.
 template <typename acc_t>
 void residuals(const Call<acc_t>& call, const Sample<acc_t>& s, const Runs<acc_t>& runs, const acc_t* weight,
                int64_t begin, int64_t n, Buffers<acc_t>& buf) {
@@ -247,7 +249,7 @@ void residuals(const Call<acc_t>& call, const Sample<acc_t>& s, const Runs<acc_t
   const auto fill = [&, x, s](auto terms) {
     for (int64_t i = 0; i < n; ++i) {
       const acc_t d = residual<decltype(terms)::value>(x, s, i);
-      buf.d[i] = weight[i] == 0 ? acc_t(0) : d;
+      buf.d[i] = weight && weight[i] == 0 ? acc_t(0) : d;
     }
   };
   if (p.num_terms == 0)
@@ -295,6 +297,35 @@ double process_general(const Call<acc_t>& call, const Place& at, const Sample<ac
   }
   if (runs.scatter_grad) store_block(call, at, buf.grad);
   return total * double(s.weight);
+}
+
+// body(u, omega) with the maps of a block as functions of the element.
+template <typename acc_t, typename body_t>
+void with_maps(const Call<acc_t>& call, const Buffers<acc_t>& buf, const body_t& body) {
+  const acc_t *levels = buf.maps.u, *weights = buf.maps.omega;
+  const acc_t plain = call.clean_weight;
+  if (call.has_maps)
+    body([levels](int64_t i) { return levels[i]; }, [weights](int64_t i) { return weights[i]; });
+  else
+    body([](int64_t) { return acc_t(0); }, [plain](int64_t) { return plain; });
+}
+
+// l2 with its sums but for those of the maps, where v is one number for the sample: the call without sums, then another
+// pass over the block, which the cache still holds.
+template <typename acc_t>
+void process_l2_sums(const Call<acc_t>& call, const Place& at, const Sample<acc_t>& s, Buffers<acc_t>& buf,
+                     const BlockWeights<acc_t>& w, double* sums) {
+  sums[kSumNumerator] += process_l2(call, at, s, buf, w);
+  const Runs<acc_t> runs = runs_of(call, at, buf, false);
+  const acc_t strength = acc_t(call.p.strength[kL2]);
+  with_maps(call, buf, [&](auto u, auto omega) {
+    for (int64_t begin = 0; begin < at.count; begin += kPiece) {
+      const int64_t n = at.count - begin < kPiece ? at.count - begin : kPiece;
+      const auto from = [begin](auto of) { return [=](int64_t i) { return of(begin + i); }; };
+      residuals(call, s, runs, w.weight ? w.weight + begin : nullptr, begin, n, buf);
+      add_l2_sums(from(u), from(omega), buf.d, strength, s.weight, n, sums);
+    }
+  });
 }
 
 // What a block leaves when its whole sample, or every element, is left out: a zero gradient, and omega in the sums.

@@ -140,48 +140,5 @@ void scale_slopes(const acc_t* modulated, const acc_t* slope, acc_t scale, int64
   for (int64_t i = 0; i < n; ++i) out[i] = modulated[i] == 0 ? acc_t(0) : modulated[i] * slope[i] * scale;
 }
 
-// Adds a piece's share of the sums behind LossStats: short sums in acc_t, all of them in double. weight: omega * v, 0
-// where an element is left out.
-template <typename acc_t, typename level_t, typename omega_t>
-DD_NOINLINE void add_sums_of(const level_t u, const omega_t omega, const acc_t* weight, const acc_t* loss, int64_t n,
-                             double* sums) {
-  acc_t numerator = 0, all_omega = 0, artifact_loss = 0, artifact_weight = 0, clean_loss = 0, clean_weight = 0;
-  acc_t artifact = 0, nonfinite = 0;
-#pragma omp simd reduction(+ : numerator, all_omega, artifact_loss, artifact_weight) \
-    reduction(+ : clean_loss, clean_weight, artifact, nonfinite)
-  for (int64_t i = 0; i < n; ++i) {
-    const acc_t level = u(i), l = loss[i], weighted = weight[i] * loss[i];
-    const bool counts = weight[i] != 0;
-    all_omega += omega(i);
-    artifact += level;
-    numerator += counts ? weighted : acc_t(0);
-    artifact_weight += counts ? level : acc_t(0);
-    clean_weight += counts ? 1 - level : acc_t(0);
-    // A loss that is not finite does not count where its share is 0.
-    artifact_loss += counts & (level != 0) ? level * l : acc_t(0);
-    clean_loss += counts & (level != 1) ? (1 - level) * l : acc_t(0);
-    nonfinite += counts & !(weighted - weighted == 0) ? acc_t(1) : acc_t(0);
-  }
-  sums[kSumNumerator] += numerator;
-  sums[kSumWeight] += all_omega;
-  sums[kSumArtifactLoss] += artifact_loss;
-  sums[kSumArtifactWeight] += artifact_weight;
-  sums[kSumCleanLoss] += clean_loss;
-  sums[kSumCleanWeight] += clean_weight;
-  sums[kSumArtifact] += artifact;
-  sums[kSumNonfinite] += nonfinite;
-}
-
-template <typename acc_t>
-void add_sums(const acc_t* u, const acc_t* omega, const acc_t* weight, const acc_t* loss, int64_t n, double* sums) {
-  add_sums_of([u](int64_t i) { return u[i]; }, [omega](int64_t i) { return omega[i]; }, weight, loss, n, sums);
-}
-
-// The same where there is no map: u is 0 and omega a number.
-template <typename acc_t>
-void add_plain_sums(acc_t omega, const acc_t* weight, const acc_t* loss, int64_t n, double* sums) {
-  add_sums_of([](int64_t) { return acc_t(0); }, [omega](int64_t) { return omega; }, weight, loss, n, sums);
-}
-
 }  // namespace
 }  // namespace diffdoctor

@@ -60,6 +60,8 @@ void process_item(const Call<acc_t>& call, const Sample<acc_t>& s, Place& at, in
   const bool stats = (p.work & kWriteSums) != 0, write_grad = (p.work & kWriteGrad) != 0;
   const bool left_out = s.weight == 0 || (!call.has_maps && call.clean_weight == 0);
   const bool no_gradient = write_grad && (s.gradient_scale == 0 || (!call.has_maps && call.clean_grad == 0));
+  const bool l2_sums = stats && call.l2_only && !p.weighting.present;
+  int64_t blocks = 0;
   const int64_t first = first_step(t, item), last = last_step(t, item);
   Place next = at;
   set_index(p, t.free_dims, t.free_count, first, next.index);
@@ -79,6 +81,9 @@ void process_item(const Call<acc_t>& call, const Sample<acc_t>& s, Place& at, in
       const double total = process_general(call, at, s, buf, w, stats ? sums : nullptr, false);
       if (!stats) sums[0] += total;
       process_unselected(call, at, buf, nullptr);
+    } else if (l2_sums) {
+      process_l2_sums(call, at, s, buf, w, sums);
+      ++blocks;
     } else if (stats) {
       process_general(call, at, s, buf, w, sums, write_grad);
     } else if (call.l2_only) {
@@ -87,6 +92,8 @@ void process_item(const Call<acc_t>& call, const Sample<acc_t>& s, Place& at, in
       sums[0] += process_general(call, at, s, buf, w, nullptr, write_grad);
     }
   }
+  if (blocks > 0)
+    with_maps(call, buf, [&](auto u, auto omega) { add_map_sums<acc_t>(u, omega, at.count, double(blocks), sums); });
 }
 
 template <typename acc_t>

@@ -15,7 +15,7 @@ from diffdoctor.ops._autograd import (
     refuse_functorch,
     scale_kept,
 )
-from diffdoctor.ops._lowering import DTYPES, WRITE_GRAD, WRITE_LOSS, ArtifactProblem, Problem
+from diffdoctor.ops._lowering import DTYPES, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, ArtifactProblem, Problem
 from diffdoctor.ops._native_plan import artifact_arguments, call_arguments, native_plan
 from diffdoctor.ops.target import Target
 
@@ -62,9 +62,18 @@ class ShortCall:
         self.count, self.dtype, self.grad_runs = plan.batch * plan.count, DTYPES[plan.dtype], prepared.grad_runs
 
     def __call__(
-        self, model_pred: Tensor, target, confidence, mask, weighting, huber_c, normalizer, differentiable: bool
+        self,
+        model_pred: Tensor,
+        target,
+        confidence,
+        mask,
+        weighting,
+        huber_c,
+        normalizer,
+        differentiable: bool,
+        sums: Tensor | None = None,
     ) -> Tensor:
-        """The loss; connected to the graph where `differentiable`."""
+        """The loss; connected to the graph where `differentiable`. Fills `sums` where there are some."""
         loss = _empty_like(self._scalar)
         grad = _empty_like(model_pred) if differentiable else None
         terms = target.terms if type(target) is Target else (target,)
@@ -84,9 +93,11 @@ class ShortCall:
             0 if confidence is None else confidence.data_ptr(),
             0 if mask is None else mask.data_ptr(),
             loss.data_ptr(),
-            0,
+            0 if sums is None else sums.data_ptr(),
         )
         work = WRITE_LOSS | WRITE_GRAD if differentiable else WRITE_LOSS
+        if sums is not None:
+            work |= WRITE_SUMS
         launch(self._plan, work, pointers, numbers, _threads())
         return _apply_kept(model_pred, (self, loss, grad)) if differentiable else loss
 

@@ -35,16 +35,13 @@ class LossStats:
     def from_sums(cls, sums: Tensor, count: int) -> LossStats:
         """From the per-sample sums (B, 8) that every backend fills, with `count` elements in a sample."""
         total = sums.sum(0)
+        losses, weights = total[2:6].view(2, 2).unbind(1)
+        loss_artifact, loss_clean = torch.where(weights == 0, 0.0, losses / weights).unbind()
         return cls(
             numerator=sums[:, 0],
             weight_sum=sums[:, 1],
-            loss_artifact=_ratio(total[2], total[3]),
-            loss_clean=_ratio(total[4], total[5]),
+            loss_artifact=loss_artifact,
+            loss_clean=loss_clean,
             artifact_share=total[6] / max(count * sums.shape[0], 1),
             nonfinite=total[7].to(torch.int64),
         )
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    empty = denominator == 0
-    return torch.where(empty, torch.zeros_like(numerator), numerator / torch.where(empty, 1.0, denominator))

@@ -149,6 +149,9 @@ def weighted_loss(
         return prepared.short(model_pred, target, confidence, mask, weighting, huber_c, normalizer, differentiable)
     if type(return_stats) is not bool:
         raise checks.kind_error("return_stats", "a bool", return_stats)
+    arguments = (model_pred, target, confidence, mask, weighting, huber_c, normalizer)
+    if chosen and prepared.short is not None:
+        return _run_short(prepared, arguments, differentiable, return_stats)
     module = pick(requested(backend), "weighted_loss", model_pred.device.type)
     if prepared.plan is None:
         return _empty(model_pred, reduction, return_stats)
@@ -159,9 +162,9 @@ def weighted_loss(
         )  # fmt: skip
     problem = make_problem(prepared, model_pred, target, confidence, mask, weighting, huber_c)
     add_divisor(module, problem, normalize, normalizer)
-    if not return_stats and _takes_short_way(problem, module, normalize):
+    if _takes_short_way(problem, module, normalize):
         prepared.short = module.ShortCall(problem, prepared)
-        return prepared.short(model_pred, target, confidence, mask, weighting, huber_c, normalizer, differentiable)
+        return _run_short(prepared, arguments, differentiable, return_stats)
     allocate(problem, reduction, return_stats)
     if differentiable:
         loss = WeightedLoss.apply(model_pred, problem, module, prepared.grad_runs)
@@ -182,6 +185,14 @@ def _takes_short_way(problem, module, normalize) -> bool:
         and problem.pred.dtype != torch.float16
         and normalize is None
     )
+
+
+def _run_short(prepared: Prepared, arguments, differentiable: bool, return_stats: bool):
+    if not return_stats:
+        return prepared.short(*arguments, differentiable)
+    sums = torch.empty(prepared.plan.batch, SUMS, dtype=prepared.plan.acc_dtype)
+    loss = prepared.short(*arguments, differentiable, sums)
+    return loss, LossStats.from_sums(sums, prepared.plan.count)
 
 
 def check_arguments(
