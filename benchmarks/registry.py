@@ -90,6 +90,13 @@ def _fused_pair(t, backend):
     return diffdoctor.weighted_loss(t["model_pred"], t["target"], t.get("confidence"), backend=backend)
 
 
+def _fused_stats(t, backend):
+    loss, _ = diffdoctor.weighted_loss(
+        t["model_pred"], t["target"], t["confidence"], return_stats=True, backend=backend
+    )
+    return loss
+
+
 def _fused_min_snr(t, backend):
     weighting = diffdoctor.snr_weights(t["timesteps"], t["alphas_cumprod"], 5.0, "epsilon")
     return diffdoctor.weighted_loss(t["model_pred"], t["target"], t["confidence"], weighting=weighting, backend=backend)
@@ -287,6 +294,8 @@ def _cpu_cases():
         yield _pair_case("latents", (8, 16, 128, 128), dtype, "grid", "bar")
         yield _pair_case("pictures", (4, 3, 512, 512), dtype, "grid", "bar")
     yield _pair_case("latents", (8, 16, 128, 128), FP16, "grid", "bar", compiled=False)
+    plain = _pair_case("latents-stats", (8, 16, 128, 128), FP32, "grid", "latent", compiled=False)
+    yield replace(plain, fused=_fused_stats)
     yield _pair_case("elements-16", (1, 1, 4, 4), FP32, "none", "overhead", compiled=False)
     yield _pair_case("elements-16-map", (1, 1, 4, 4), FP32, "grid", "overhead", compiled=False)
     yield from _real_shapes(2)
