@@ -45,9 +45,9 @@ def artifact_loss(
     """
     height, width = check_arguments(logits, size, threshold, method, reduction)
     if torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter):
-        from diffdoctor.ops import _library
+        from diffdoctor.ops import _library_artifact_loss
 
-        return _library.artifact_loss(logits, height, width, threshold, method, reduction, backend)
+        return _library_artifact_loss.artifact_loss(logits, height, width, threshold, method, reduction, backend)
     refuse_functorch("artifact_loss")
     module = pick(requested(backend), "artifact_loss", logits.device.type)
     if logits.shape[0] == 0 or module is None:

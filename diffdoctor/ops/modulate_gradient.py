@@ -66,9 +66,9 @@ def modulate_gradient(
     checks.check_pred("x", x, layout)
     checks.check_map("confidence", confidence, x, layout)
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
-        from diffdoctor.ops import _library
+        from diffdoctor.ops import _library_modulate_gradient
 
-        return _library.modulate_gradient(x, confidence, modulator)
+        return _library_modulate_gradient.modulate_gradient(x, confidence, modulator)
     modulator.set(confidence)
     return modulator(x)
 
@@ -144,12 +144,12 @@ class GradientModulator:
     def __call__(self, x: Tensor) -> Tensor:
         """x unchanged, its gradient modulated in backward."""
         if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
-            from diffdoctor.ops import _library
+            from diffdoctor.ops import _library_modulate_gradient
 
             checks.check_pred("x", x, self.layout)
             if self._key is None:
                 raise RuntimeError("make the GradientModulator outside the compiled function, which only calls it")
-            return _library.modulate_gradient_later(x, self._key)
+            return _library_modulate_gradient.modulate_gradient_later(x, self._key)
         refuse_functorch("modulate_gradient")
         checks.check_pred("x", x, self.layout)
         return _Modulate.apply(x, self)

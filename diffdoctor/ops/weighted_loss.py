@@ -93,9 +93,9 @@ def weighted_loss(
         >>> loss.backward()
     """
     if _is_compiling() or type(model_pred) not in _PLAIN:
-        from diffdoctor.ops import _library
+        from diffdoctor.ops import _library_weighted_loss
 
-        return _library.weighted_loss(
+        return _library_weighted_loss.weighted_loss(
             model_pred,
             target,
             confidence,
