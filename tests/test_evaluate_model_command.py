@@ -342,6 +342,8 @@ def test_a_full_disk_is_one_line_and_the_pictures_stay(files, tmp_path, monkeypa
         ({"max_sequence_length": 32}, "StableDiffusionPipeline does not take it"),
         ({"height": 15}, "15"),
         ({"dtype": "int8"}, "dtype: one of fp32"),
+        ({"device": "gpu"}, "device: 'gpu' cannot be used"),
+        ({"device": "cuda:99"}, "device: 'cuda:99' cannot be used"),
         ({"guide_options": '{"strength": 1}'}, "needs --guide true"),
         ({"guide": "true", "guide_options": '{"power": 1}'}, "no option power"),
         ({"output": "{files}/real"}, "holds something else"),

@@ -52,6 +52,8 @@ def files(tmp_path_factory):
         for i in range(4)
     )
     write_shards(samples, folder / "shards", shard_size=4)
+    picture = {"picture": np.zeros((16, 16, 3), np.uint8), "mask": np.zeros((16, 16), np.float32)}
+    write_shards([picture], folder / "silent")
     shutil.copytree(folder / "detector", folder / "copy")
     (folder / "blank.txt").write_text("\n\n")
     (folder / "long.txt").write_text(f"{PROMPTS[0]}\n{'red square ' * 60}\n")
@@ -156,6 +158,7 @@ def test_help_names_every_option(capsys):
         ({"prompts": ""}, "--prompts"),
         ({"offline": ""}, "offline"),
         ({"offline": "{files}/empty"}, "empty"),
+        ({"offline": "{files}/silent"}, "a `prompt` was expected with every picture, got none with all 1"),
         ({"scheduler": "PNDMScheduler"}, "DDIMScheduler"),
         ({"scheduler": "Nonsense"}, "--scheduler"),
         ({"method": "magic"}, "method"),

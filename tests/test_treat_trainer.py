@@ -16,6 +16,7 @@ from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import WEIGHTS_NAME, lora_state
 from diffdoctor.treat.methods import METHODS
 from diffdoctor.treat.monitor import Measurement, Monitor
+from diffdoctor.treat.prompts import check_prompts
 from diffdoctor.treat.schedulers import Sampler
 from diffdoctor.treat.terms import offline_term, prepare_offline
 
@@ -388,6 +389,20 @@ def test_missing_offline_pairs_are_refused():
 def test_prompts_are_refused(prompts):
     with pytest.raises(UserError, match="prompts"):
         treat(tiny_pipeline("sd"), random_detector(), prompts, small(), offline=pairs(), progress=False)
+
+
+def test_the_token_limit_is_the_one_that_the_pipeline_uses(caplog):
+    words = ["a red square on the left of a blue one, and a green dot above both of them"]
+    for name in ("sd3", "flux"):
+        check_prompts(tiny_pipeline(name), words, max_sequence_length=8)
+        assert "1 of 1 prompts are longer than 8 tokens" in caplog.text
+        caplog.clear()
+    # CLIP alone is not asked how long
+    check_prompts(tiny_pipeline("sdxl"), words, max_sequence_length=8)
+    without_t5 = tiny_pipeline("sd3")
+    without_t5.tokenizer_3 = None
+    check_prompts(without_t5, words, max_sequence_length=8)
+    assert not caplog.text
 
 
 def test_long_prompts_are_counted_cut_or_refused(caplog):

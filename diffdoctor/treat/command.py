@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from diffdoctor._errors import UserError, missing_extra
 from diffdoctor._pipelines import DTYPES, load_pipeline, replace_scheduler
 from diffdoctor._prompts import read_prompt_file
 from diffdoctor.treat.config import TreatConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -105,7 +108,12 @@ def run_treat(config: TreatCommandConfig) -> int:
 def _read_offline(folder: str):
     from diffdoctor.detector.shards import read_shards
 
-    samples = [(sample["picture"], sample["prompt"]) for sample in read_shards(folder)]
+    samples = [(sample["picture"], str(sample.get("prompt") or "")) for sample in read_shards(folder)]
     if not samples:
         raise UserError(f"--offline {folder}: no pictures there")
+    without = sum(not prompt.strip() for _, prompt in samples)
+    if without == len(samples):
+        raise UserError(f"--offline {folder}: a `prompt` was expected with every picture, got none with all {without}")
+    if without:
+        logger.warning("--offline %s: %d of %d pictures have no prompt", folder, without, len(samples))
     return [picture for picture, _ in samples], [prompt for _, prompt in samples]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 
@@ -10,11 +11,14 @@ from diffdoctor._errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def check_prompts(pipeline, prompts: Sequence[str], *, strict: bool = False) -> list[str]:
+def check_prompts(
+    pipeline, prompts: Sequence[str], *, strict: bool = False, max_sequence_length: int | None = None
+) -> list[str]:
     """The prompts as a list, blank ones refused, with a warning that counts those beyond the token limit.
 
     Args:
         strict: refuse prompts beyond the limit.
+        max_sequence_length: of T5 prompts, in tokens; None: the pipeline's own.
 
     Raises:
         UserError: if there is none, one is blank or not a string, or (strict) one is too long.
@@ -27,7 +31,9 @@ def check_prompts(pipeline, prompts: Sequence[str], *, strict: bool = False) -> 
     for place, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"prompts: text was expected, number {place + 1} is {prompt!r}")
-    tokenizer, limit = _longest_tokenizer(pipeline)
+    tokenizer, limit = _tokens(pipeline, max_sequence_length)
+    if tokenizer is None:
+        return prompts
     distinct = sorted(set(prompts))
     tokens = tokenizer(distinct, truncation=False).input_ids
     lengths = {prompt: len(ids) for prompt, ids in zip(distinct, tokens, strict=True)}
@@ -40,11 +46,22 @@ def check_prompts(pipeline, prompts: Sequence[str], *, strict: bool = False) -> 
     return prompts
 
 
-def _longest_tokenizer(pipeline):
-    found = []
-    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-        tokenizer = getattr(pipeline, name, None)
-        if tokenizer is not None:
-            found.append((min(tokenizer.model_max_length, 512), tokenizer))
-    limit, tokenizer = max(found, key=lambda pair: pair[0])
-    return tokenizer, limit
+def _tokens(pipeline, max_sequence_length: int | None):
+    """The tokenizer that reads most of a prompt, and how many tokens of it are used; (None, 0) without one."""
+    names = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    found = [tokenizer for name in names if (tokenizer := getattr(pipeline, name, None)) is not None]
+    if not found:
+        return None, 0
+    # T5 is the last one and says nothing of its own limit: SD3's pipeline takes 256 tokens by default, FLUX's 512
+    encode = getattr(pipeline, "encode_prompt", None)
+    own = None if encode is None else inspect.signature(encode).parameters.get("max_sequence_length")
+    limit = found[-1].model_max_length
+    if own is not None and not isinstance(found[-1], _clip_tokenizers()):
+        limit = min(limit, max_sequence_length or own.default or limit)
+    return found[-1], limit
+
+
+def _clip_tokenizers():
+    import transformers
+
+    return transformers.CLIPTokenizer, transformers.CLIPTokenizerFast

@@ -59,8 +59,10 @@ class Treatment:
         self.device = device = self.processes.device
         self.detector = detector.to(device).eval().requires_grad_(False)
         self.second = None if second is None else second.to(device).eval().requires_grad_(False)
-        self.prompts = check_prompts(pipeline, prompts, strict=config.strict)
         family.max_sequence_length = config.max_sequence_length or None
+        self.prompts = check_prompts(
+            pipeline, prompts, strict=config.strict, max_sequence_length=family.max_sequence_length
+        )
         self.height, self.width = family.picture_size(config.height, config.width)
         self.guidance = Guidance(config.guidance_scale, config.cfg_grad)
         options = family.timestep_options(config.sampling_steps, self.height, self.width)

@@ -16,7 +16,7 @@ from diffdoctor._locks import FolderLock
 from diffdoctor._progress import progress
 from diffdoctor._prompts import Prompt, read_prompt_file
 from diffdoctor._weights import same_weights, weights_digest
-from diffdoctor.detector.diagnosing import open_detector
+from diffdoctor.detector.diagnosing import open_detector, open_device
 from diffdoctor.detector.pictures import finite, versions, write_config
 from diffdoctor.detector.shards import SkipCounts
 from diffdoctor.evaluate.model import measuring
@@ -26,6 +26,7 @@ from diffdoctor.evaluate.model.networks import Classifier, Clip, load_features
 from diffdoctor.evaluate.model.options import EvaluateModelConfig, completed, read_settings
 from diffdoctor.evaluate.model.store import EvaluationFolder
 from diffdoctor.evaluate.model.summary import summarise, summarise_groups
+from diffdoctor.treat.prompts import check_prompts
 
 SIDES = ("before", "after")
 
@@ -87,7 +88,7 @@ class Evaluation:
         self.folder.check(self.settings, config.overwrite)
         self.pipeline = self._checked_pipeline()
         self.state = PartialState(cpu=not torch.accelerator.is_available())
-        self.device = torch.device(config.device) if config.device else self.state.device
+        self.device = open_device(config.device, self.state.device)
         self.skipped = SkipCounts()
 
     def _refuse_too_few(self, count: int | None, what: str) -> None:
@@ -109,6 +110,8 @@ class Evaluation:
             # Loaded again when it is its turn: two pipelines at a time may not fit.
             pipelines.open_pipeline("treated", config.treated, config)
         pipeline = pipelines.open_pipeline("pipeline", config.pipeline, config)
+        texts = [prompt.text for prompt in self.drawn.prompts]
+        check_prompts(pipeline, texts, max_sequence_length=config.max_sequence_length or None)
         if config.lora:
             pipelines.add_lora(pipeline, config.lora)
             pipelines.remove_lora(pipeline)
