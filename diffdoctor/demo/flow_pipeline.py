@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from diffdoctor.demo.pipeline import Trained, build_text_encoder, build_tokenizer, encode_latents, fit
+from diffdoctor.demo.pipeline import Trained, build_text_encoder, build_tokenizer, encode_pairs, fit
 from diffdoctor.ops import Target, weighted_loss
 from diffdoctor.treat.families import family_of
 
@@ -112,17 +112,13 @@ def train_flow(
         seed: of batches, times and noise.
         on_step: called with (step, loss), for a progress bar.
     """
-    if len(pictures) != len(prompts):
-        raise ValueError(f"prompts: one per picture ({len(pictures)}) was expected, got {len(prompts)}")
-    latents = encode_latents(pipeline, pictures)
-    names = sorted(set(prompts))
+    latents, names, rows = encode_pairs(pipeline, pictures, prompts)
     family = family_of(pipeline)
     family.max_sequence_length = MAX_SEQUENCE_LENGTH
     height, width = pictures.shape[1:3]
     conditioning = family.encode_prompts(
         names, guidance_scale=1.0, height=height, width=width, device=torch.device("cpu")
     )
-    rows = torch.tensor([names.index(prompt) for prompt in prompts])
     transformer = pipeline.transformer.train()
     generator = torch.Generator().manual_seed(seed)
 

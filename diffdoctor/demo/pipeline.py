@@ -219,12 +219,8 @@ def train_base(
         seed: of batches, timesteps and noise.
         on_step: called with (step, loss), for a progress bar.
     """
-    if len(pictures) != len(prompts):
-        raise ValueError(f"prompts: one per picture ({len(pictures)}) was expected, got {len(prompts)}")
-    latents = encode_latents(pipeline, pictures)
-    names = sorted(set(prompts))
+    latents, names, rows = encode_pairs(pipeline, pictures, prompts)
     embeddings = _embed(pipeline, names)
-    rows = torch.tensor([names.index(prompt) for prompt in prompts])
     alphas_cumprod = pipeline.scheduler.alphas_cumprod
     unet = pipeline.unet.train()
     generator = torch.Generator().manual_seed(seed)
@@ -240,6 +236,25 @@ def train_base(
     trained = fit(unet, loss_of_step, steps, learning_rate, ema_decay, on_step)
     unet.eval().requires_grad_(False)
     return trained
+
+
+def encode_pairs(
+    pipeline, pictures: np.ndarray, prompts: Sequence[str]
+) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+    """What a denoiser is trained on.
+
+    Args:
+        pictures: uint8 (N, H, W, 3).
+        prompts: N strings.
+
+    Returns:
+        (latents (N, 4, h, w), the distinct prompts, (N,) the place of each picture's prompt among them).
+    """
+    if len(pictures) != len(prompts):
+        raise ValueError(f"prompts: one per picture ({len(pictures)}) was expected, got {len(prompts)}")
+    places = {prompt: place for place, prompt in enumerate(sorted(set(prompts)))}
+    rows = torch.tensor([places[prompt] for prompt in prompts])
+    return encode_latents(pipeline, pictures), list(places), rows
 
 
 @torch.no_grad()

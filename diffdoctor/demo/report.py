@@ -8,6 +8,7 @@ import yaml
 from diffdoctor._io import atomic_path, atomic_write_bytes
 from diffdoctor.demo.bar import the_bar
 from diffdoctor.evaluate.draw import as_hwc, enlarge, grid, overlay, png_bytes
+from diffdoctor.evaluate.model.report import verdict
 from diffdoctor.evaluate.report import Report, new_figure
 
 SCALE = 5
@@ -84,12 +85,8 @@ def write_report(
         sheet: the before/after sheet of `write_pictures`.
         detector_history, treat_history, measurements: {name: [value per recorded step]}, with the steps under "step".
     """
-    rate = metrics["artifact_rate"]["judge"]
     report = Report("diffdoctor demo: handwritten digits, before and after treatment")
-    report.lead(
-        f"A judge that had no part in the treatment flags {_rate(rate, 'before')} of {metrics['pictures']} pictures "
-        f"before it and {_rate(rate, 'after')} after it, drawn from the same prompts, seeds and latents."
-    )
+    report.lead(verdict(metrics))
     report.text(
         "A small Stable Diffusion pipeline was trained on handwritten digits of which half had been damaged, and "
         "learnt to draw the damage. A detector that marks damaged pixels then steered the tuning of a LoRA. The "
@@ -128,11 +125,6 @@ def write_report(
     report.heading("Settings")
     report.code(yaml.safe_dump(settings, sort_keys=False))
     report.write(path)
-
-
-def _rate(rate, when):
-    low, high = rate[f"{when}_interval"]
-    return f"{100 * rate[when]:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f})"
 
 
 def _measure_rows(metrics):

@@ -14,6 +14,15 @@ from diffdoctor.evaluate.report import Report, new_figure
 SMALL, LARGE = 128, 288
 
 
+def verdict(metrics: dict) -> str:
+    """The judge's rates before and after, in a sentence; `metrics` is the content of a metrics.json."""
+    rate = metrics["artifact_rate"]["judge"]
+    return (
+        f"A judge that had no part in the treatment flags {_rate(rate, 'before')} of {metrics['pictures']} pictures "
+        f"before it and {_rate(rate, 'after')} after it, drawn from the same prompts, seeds and latents."
+    )
+
+
 def write_report(evaluation, metrics: dict, before, after) -> None:
     """Write report.html into the evaluation's folder.
 
@@ -24,12 +33,8 @@ def write_report(evaluation, metrics: dict, before, after) -> None:
     """
     import yaml
 
-    rate = metrics["artifact_rate"]["judge"]
     report = Report("Treatment: before and after")
-    report.lead(
-        f"A judge that had no part in the treatment flags {_rate(rate, 'before')} of {metrics['pictures']} pictures "
-        f"before it and {_rate(rate, 'after')} after it, drawn from the same prompts, seeds and latents."
-    )
+    report.lead(verdict(metrics))
     report.text(
         f"A picture is flagged when at least {FLAG_SHARE:.0%} of its pixels have a confidence of at least "
         f"{FLAG_CONFIDENCE}. docs/evaluate.md says how to read each measure."

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 
 from diffdoctor._errors import UserError
+from diffdoctor.reference.modulate_gradient import scale_gradient
 
 
 @dataclass
@@ -107,14 +108,14 @@ class Family:
         leaves through the latents, so that the parameters' gradients alone come out S times too large.
         """
         dtype = next(self.denoiser.parameters()).dtype
-        given = latents if self.gradient_scale is None else _scale_gradient(latents, 1 / self.gradient_scale)
+        given = latents if self.gradient_scale is None else scale_gradient(latents, 1 / self.gradient_scale)
         inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         autocast = nullcontext()
         if self.autocast_dtype is not None:
             autocast = torch.autocast(latents.device.type, dtype=self.autocast_dtype)
         with autocast:
             prediction = self.denoise(given.to(dtype), timesteps, inputs).to(latents.dtype)
-        return prediction if self.gradient_scale is None else _scale_gradient(prediction, self.gradient_scale)
+        return prediction if self.gradient_scale is None else scale_gradient(prediction, self.gradient_scale)
 
     def predict(
         self,
@@ -209,21 +210,6 @@ class Family:
         dtype = next(self.vae.parameters()).dtype
         encoded = self.vae.encode((pictures * 2 - 1).to(dtype)).latent_dist.mode()
         return (encoded - shift) * scale
-
-
-class _GradientScale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, scale):
-        ctx.save_for_backward(scale)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * ctx.saved_tensors[0].to(gradient.dtype), None
-
-
-def _scale_gradient(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return _GradientScale.apply(x, scale)
 
 
 def dynamic_shift(config, tokens: int, *, max_shift: float) -> float:
