@@ -13,7 +13,7 @@ STAMP := .venv/.installed
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-seeds test lint format bench treatment-study detector-study gpu wheel clean
+.PHONY: help install demo demo-seeds test lint format bench treatment-study detector-study gpu sanitize wheel clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -57,6 +57,9 @@ detector-study: $(STAMP)  ## A detector on photographs and damage that it never 
 
 gpu:  ## On a GPU: build, test, benchmark, sanitize; needs Python with torch and Triton, and nvcc; writes runs/gpu
 	$(GPU_PYTHON) -m benchmarks.gpu --output runs/gpu $(if $(COMMIT),--commit $(COMMIT))
+
+sanitize: $(STAMP)  ## The CPU kernels under the address and undefined-behaviour sanitizers; 10 minutes on 2 cores
+	$(BIN)/python tests/sanitize_cpu.py
 
 wheel: $(STAMP)  ## Build an sdist and a wheel from it into dist/
 	$(BIN)/python -m pip install -q -c constraints.txt build
