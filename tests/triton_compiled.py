@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import helpers_artifact
 import helpers_cases as cases
 import torch
 import triton
@@ -124,9 +125,9 @@ def others(few):
     """{name: call} of the smaller launches."""
 
     def artifact(method, dtype=F32):
-        case = artifact.Case(method, shape=(2, 64, 64), size=(256, 256), method=method, dtype=dtype)
-        logits = artifact.build(case)
-        problem = artifact.lower(case, logits)
+        case = helpers_artifact.Case(method, shape=(2, 64, 64), size=(256, 256), method=method, dtype=dtype)
+        logits = helpers_artifact.build(case)
+        problem = helpers_artifact.lower(case, logits)
         _triton.artifact_loss(problem)
         _triton.artifact_loss_backward(problem.kept, problem.factor, torch.ones(()), torch.empty_like(logits))
 
