@@ -11,20 +11,21 @@
 namespace diffdoctor {
 namespace {
 
+// c[0] * x^n + ... + c[n] by Horner's rule; the leading coefficient first.
+inline float polynomial(float, float sum) { return sum; }
+template <typename... rest_t>
+float polynomial(float x, float sum, float next, rest_t... rest) {
+  return polynomial(x, sum * x + next, rest...);
+}
+
 // e^x for x <= 0 in fp32 to 2 ulp: 2^k times a polynomial on |r| <= ln2/2. Below -87 it stays at e^-87.
 inline float exp_nonpositive(float x) {
   x = x < -87.0f ? -87.0f : x;
   const int32_t whole = static_cast<int32_t>(x * 1.44269504f - 0.5f);
   const float n = static_cast<float>(whole);
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float q = 1.0f / 5040.0f;
-  q = q * r + 1.0f / 720.0f;
-  q = q * r + 1.0f / 120.0f;
-  q = q * r + 1.0f / 24.0f;
-  q = q * r + 1.0f / 6.0f;
-  q = q * r + 0.5f;
-  q = q * r + 1.0f;
-  q = q * r + 1.0f;
+  const float q =
+      polynomial(r, 1.0f / 5040.0f, 1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f);
   return q * bits_to_float(static_cast<uint32_t>(whole + 127) << 23);
 }
 
@@ -34,12 +35,7 @@ inline double exp_nonpositive(double x) { return std::exp(x); }
 inline void log_cosh_far(float a, float& loss, float& slope) {
   const float e = exp_nonpositive(-2 * a);
   // log1p(e) / e for e <= e^-2
-  float tail = -0.119623844f;
-  tail = tail * e + 0.193346178f;
-  tail = tail * e + -0.24954998f;
-  tail = tail * e + 0.333319369f;
-  tail = tail * e + -0.49999984f;
-  tail = tail * e + 1.0f;
+  const float tail = polynomial(e, -0.119623844f, 0.193346178f, -0.24954998f, 0.333319369f, -0.49999984f, 1.0f);
   loss = a - 0.693147181f + tail * e;
   slope = (1 - e) / (1 + e);
 }
@@ -52,22 +48,11 @@ inline void log_cosh_run(float d, float& loss, float& slope) {
   const float outer = a < 1 ? 1.0f : a;  // a NaN goes this way
   const float z = inner * inner;
   // log(cosh(d)) / d^2
-  float near = 8.65409426e-05f;
-  near = near * z + -0.000556135327f;
-  near = near * z + 0.00207724497f;
-  near = near * z + -0.00671038477f;
-  near = near * z + 0.0222165624f;
-  near = near * z + -0.0833329914f;
-  near = near * z + 0.499999997f;
+  const float near = polynomial(z, 8.65409426e-05f, -0.000556135327f, 0.00207724497f, -0.00671038477f, 0.0222165624f,
+                                -0.0833329914f, 0.499999997f);
   // tanh(d) / d
-  float ratio = -0.000354883412f;
-  ratio = ratio * z + 0.00228764549f;
-  ratio = ratio * z + -0.0079249463f;
-  ratio = ratio * z + 0.0214699806f;
-  ratio = ratio * z + -0.0538727388f;
-  ratio = ratio * z + 0.133321905f;
-  ratio = ratio * z + -0.333332806f;
-  ratio = ratio * z + 0.999999996f;
+  const float ratio = polynomial(z, -0.000354883412f, 0.00228764549f, -0.0079249463f, 0.0214699806f, -0.0538727388f,
+                                 0.133321905f, -0.333332806f, 0.999999996f);
   float far_loss, far_slope, one_loss, one_slope;
   log_cosh_far(outer, far_loss, far_slope);
   log_cosh_far(1.0f, one_loss, one_slope);
