@@ -38,10 +38,10 @@ def leaves(rng: np.random.Generator) -> np.ndarray:
     smallest, form = np.exp(rng.uniform(np.log(2), np.log(24))), rng.integers(4)
     radii = smallest * rng.uniform(1e-3, 1, int(rng.integers(20, 400))) ** -0.5
     # a part of some pictures is left empty, as the sky is beside a tree
-    border, axis = rng.uniform(0, side) if rng.uniform() < 0.5 else 0.0, int(rng.integers(2))
+    border = rng.uniform(0, side) if rng.uniform() < 0.5 else 0.0
     for radius in np.minimum(radii, side / 2):
-        centre = rng.uniform(0, side, 2)
-        centre[axis] = rng.uniform(border - 10, side)
+        centre = rng.uniform(border - 10, side), rng.uniform(0, side)
+        centre = centre if not border or form % 2 else centre[::-1]
         _shape(draw, int(form if rng.uniform() < 0.7 else rng.integers(4)), *centre, radius, palette(rng), rng)
     return np.asarray(image)
 
@@ -157,7 +157,7 @@ def _shape(draw, form: int, x: float, y: float, radius: float, colour, rng: np.r
             fill = tuple(int(min(255, v * gain ** (step / steps))) for v in colour)
             draw.ellipse((cx - w * inner, cy - h * inner, cx + w * inner, cy + h * inner), fill=fill)
         return
-    corners = int(rng.integers(3, 9)) if form == 3 else 4
+    corners = (4, 4, int(rng.integers(3, 9)))[form - 1]
     angles = rng.uniform(0, 2 * np.pi) * (form > 1) + np.pi / 4 + 2 * np.pi * np.arange(corners) / corners
     if form == 3:
         angles = angles + rng.normal(0, 0.3, corners)

@@ -35,8 +35,8 @@ KEPT_CLEAN = 10
 def write_pictures(folder: Path, seed: int = 0) -> dict[str, int]:
     """Write `folder`/PART/GROUP/CATEGORY/NAME.png; returns how many stand in each part and group.
 
-    The parts are train, drawn, test, and skewed: pictures for training of which only damaged versions are to be kept.
-    The test's groups are digits, pieces (of photographs that are trained on, from the end that is not) and photographs
+    The parts are train, test, and skewed: pictures for training of which only damaged versions are to be kept. The
+    test's groups are digits, pieces (of photographs that are trained on, from the end that is not) and photographs
     (pieces of ones that are not trained on at all, and small ones of faces and backgrounds).
 
     Args:
@@ -82,7 +82,7 @@ def _all(seed: int):
     for kind in KINDS:
         rng = _rng(seed, "drawn", kind)
         for number in range(DRAWN_PICTURES):
-            yield f"drawn/drawn/{_name(kind, kind, number)}", drawn(kind, rng)
+            yield f"train/drawn/{_name(kind, kind, number)}", drawn(kind, rng)
 
 
 def _rng(seed: int, *names: str) -> np.random.Generator:
