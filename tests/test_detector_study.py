@@ -115,7 +115,6 @@ def test_a_finished_part_is_found_again_and_one_of_other_settings_refused(tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_toy_run_writes_its_report_and_does_nothing_the_second_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pictures, "TRAINING_PIECES", 10)
     monkeypatch.setattr(pictures, "TEST_PIECES", 4)
