@@ -73,7 +73,7 @@ def assert_close(got, expected, path=""):
             assert_close(*pair, f"{path}/{index}")
     elif isinstance(expected, float) and math.isnan(expected):
         assert got is None, path
-    elif path.endswith("auprc"):
+    elif "auprc" in path:
         # The same sum in another order.
         assert got == pytest.approx(expected, abs=1e-12), path
     else:
@@ -151,7 +151,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, detector, mo
 
     monkeypatch.setattr(detector_parts, "_PIXELS_IN_RUN", 2**13)
     monkeypatch.setattr(average_precision_of_runs, "__defaults__", (2**13,))
-    write_shards(samples(200, side=32), tmp_path / "set", shard_size=100)
+    write_shards(samples(200, side=64), tmp_path / "set", shard_size=100)
     state, model, peaks = PartialState(cpu=True), load_detector(detector), []
     data = ShardData(tmp_path / "set")
     for count in (20, 200):
@@ -165,8 +165,8 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, detector, mo
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert len(found.statistics) == count
-    # The maps and masks of the other 180 pictures alone are 1.5 MB; their statistics and places are 0.2.
-    assert peaks[1] - peaks[0] < 180 * 2000
+    # The maps and masks of the other 180 pictures alone are 5.9 MB; their statistics and places are 0.3.
+    assert peaks[1] - peaks[0] < 180 * 4000
 
 
 # Nothing is marked there either.

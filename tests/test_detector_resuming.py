@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 from helpers_detector import fresh, held_out, quick, shapes, weights_of
+from helpers_launch import launched
 
 from diffdoctor._errors import UserError
+from diffdoctor.cli import main
 from diffdoctor.detector import load_detector, train_detector
+from diffdoctor.detector.shards import write_shards
 
 pytest.importorskip("accelerate")
 pytest.importorskip("pycocotools")
@@ -144,3 +147,22 @@ def test_one_and_two_processes_give_the_same_losses(tmp_path):
         one = losses_of_twenty_steps(kind)
         np.testing.assert_allclose(one, two[kind], rtol=0, atol=1e-5)
         assert one[-1] < one[0]
+
+
+@pytest.mark.slow
+def test_the_command_in_two_processes_trains_the_same_detector(tmp_path):
+    data = shapes(24)
+    write_shards((data[i] for i in range(24)), tmp_path / "set", shard_size=8)
+    options = ["--architecture", "conv", "--training.steps", "4", "--training.batch_size", "8"]
+    options += ["--training.checkpoint_every", "2", "--training.validate_every", "2", "--min_side", "16"]
+    for name, run in (("one", lambda *words: main([str(word) for word in words])), ("two", launched)):
+        assert not run("train-detector", tmp_path / "set", "--output", tmp_path / name, *options)
+    one, two = (load_detector(tmp_path / name / "detector") for name in ("one", "two"))
+    # Not the weights: a bias before a GroupNorm has a gradient of rounding errors alone, and AdamW enlarges it.
+    images = torch.from_numpy(data.pictures[:8]).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        torch.testing.assert_close(one.confidence(images), two.confidence(images), rtol=0, atol=1e-3)
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+    assert [entry["step"] for entry in one["validation"]] == [entry["step"] for entry in two["validation"]] == [2, 4]
+    assert not torch.equal(weights_of(load_detector(tmp_path / "one" / "best")), weights_of(fresh()))

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from helpers_launch import launched
 
 from diffdoctor._errors import UserError
 from diffdoctor.detector import ConvDetector, DetectorTrainingConfig, load_detector
@@ -300,28 +301,11 @@ def test_curves_of_a_calibrated_detector_lie_on_the_diagonal():
     assert curves(confidence, np.ones_like(confidence))["expected_calibration_error"] == pytest.approx(0.5, abs=0.01)
 
 
-PROCESSES = """
-import sys
-from diffdoctor.detector.balance import sampling_weights
-from diffdoctor.detector.diagnosing import DiagnoseConfig, run_diagnose
-run_diagnose(DiagnoseConfig([sys.argv[1]], sys.argv[2], sys.argv[3], batch_size=2))
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_share_the_diagnosis(pictures, tmp_path, detector):
-    whole, shared, script = tmp_path / "whole", tmp_path / "shared", tmp_path / "script.py"
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
     run_diagnose(DiagnoseConfig([str(pictures)], str(detector), str(whole), batch_size=2))
-    script.write_text(PROCESSES)
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    subprocess.run(
-        [*command, str(pictures), str(detector), str(shared)],
-        check=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    launched("diagnose", pictures, "--detector", detector, "--output", shared, "--batch_size", 2)
     assert len(list((shared / "records").glob("part-*"))) == 2
     records = [
         [json.loads(line) for line in (folder / "diagnosis.jsonl").read_text().splitlines()]

@@ -208,12 +208,38 @@ def test_evaluate_maps_has_every_measure_and_intervals_around_them():
     result = evaluate_maps(maps, masks, bootstrap=200)
     assert result["pictures"] == 40
     assert result["damaged"] == 25
-    for name in ("map50", "iou", "f1", "auroc", "mse", "mse_empty", "mse_nonempty", "kld", "cc", "sim", "hit_rate"):
+    for name in (
+        "map50",
+        "iou",
+        "f1",
+        "auprc",
+        "auroc",
+        "mse",
+        "mse_empty",
+        "mse_nonempty",
+        "kld",
+        "cc",
+        "sim",
+        "hit_rate",
+    ):
         low, high = result[f"{name}_interval"]
         assert low <= result[name] <= high, name
         assert low < high or name == "hit_rate"
     assert result["false_positive_rate"] == pytest.approx(flagged(maps[:15]).mean())
     assert evaluate_maps(maps, masks, bootstrap=50) == evaluate_maps(maps, masks, bootstrap=50)
+
+
+@pytest.mark.parametrize("logits", [1.0, 12.0], ids=["soft", "saturated"])
+def test_the_interval_of_auprc_is_that_of_drawing_the_pictures_themselves(logits):
+    maps, masks = random_maps(count=40, clean=15)
+    maps = 1 / (1 + np.exp(-logits * (maps - 0.5)))
+    result = evaluate_maps(maps, masks, bootstrap=300, seed=5)
+    rng = np.random.default_rng(5)
+    draws = (rng.integers(40, size=40) for _ in range(300))
+    expected = np.quantile([average_precision(maps[draw], masks[draw]) for draw in draws], [0.025, 0.975])
+    assert result["auprc_interval"] == pytest.approx(expected, abs=0.004)
+    assert expected[1] - expected[0] > 0.02
+    assert result["auprc_interval"][0] < result["auprc"] < result["auprc_interval"][1]
 
 
 @pytest.mark.parametrize(

@@ -165,8 +165,9 @@ def evaluate_maps(
     Returns:
         pictures, damaged (counts); map50; iou, f1, precision, recall, auprc, mse, mse_empty, mse_nonempty, kld, cc, sim
         (pixels); auroc (of the largest confidence), average_precision, false_positive_rate, hit_rate (pictures, the
-        latter two by the flagged rule). For all but auprc and the counts, `<name>_interval`: [low, high].
-        NaN where a set has no picture of the kind a measure is about.
+        latter two by the flagged rule). For all but the counts, `<name>_interval`: [low, high]; that of auprc is drawn
+        from 128 levels of confidence and laid around the exact value. NaN where a set has no picture of the kind a
+        measure is about.
     """
     confidence, mask = np.asarray(confidence), np.asarray(mask)
     found = PictureStatistics.of(confidence, mask)
