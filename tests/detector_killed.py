@@ -131,14 +131,20 @@ class Killer:
 
     def __init__(self, work, at, chance):
         self.places, self.at, self.chance, self.kinds = (str(work / "out"), str(work / ".out")), at, chance, []
-        self.sync, self.synced = os.fsync, {}
+        # What of a file is on the disk, in bytes; what an earlier life left is.
+        self.sync, self.synced = os.fsync, {str(p): p.stat().st_size for p in Path(work).rglob("*") if p.is_file()}
         sys.addaudithook(self.hook)
         os.fsync = self.fsync
 
     def hook(self, event, arguments):
         if event not in EVENTS or not isinstance(arguments[0], (str, os.PathLike)):
             return
-        if os.path.abspath(os.fspath(arguments[0])).startswith(self.places):
+        path = os.path.abspath(os.fspath(arguments[0]))
+        if event in ("os.rename", "os.remove"):
+            size = self.synced.pop(path, None)
+            if event == "os.rename" and size is not None:
+                self.synced[os.path.abspath(os.fspath(arguments[1]))] = size
+        if path.startswith(self.places):
             self.tick(event)
 
     def tick(self, kind):
@@ -150,7 +156,8 @@ class Killer:
         path = os.readlink(f"/proc/self/fd/{descriptor}")
         if len(self.kinds) + 1 == self.at and os.path.isfile(path):
             # Lines that an earlier call has synchronised stay.
-            os.ftruncate(descriptor, self.chance.randint(self.synced.get(path, 0), os.path.getsize(path)))
+            size = os.path.getsize(path)
+            os.ftruncate(descriptor, self.chance.randint(min(self.synced.get(path, 0), size), size))
         self.tick("fsync")
         self.sync(descriptor)
         if os.path.isfile(path):
