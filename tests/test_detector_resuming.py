@@ -165,4 +165,3 @@ def test_the_command_in_two_processes_trains_the_same_detector(tmp_path):
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
     assert [entry["step"] for entry in one["validation"]] == [entry["step"] for entry in two["validation"]] == [2, 4]
-    assert not torch.equal(weights_of(load_detector(tmp_path / "one" / "best")), weights_of(fresh()))
