@@ -77,3 +77,13 @@ def track(items, *, desc, unit="item", total=None, enabled=True):
         for item in items:
             yield item
             bar.update()
+
+
+def quiet_loaders() -> None:
+    """Silence the bars and notices of diffusers and transformers, which would bury the progress."""
+    import diffusers
+    import transformers
+
+    for module in (diffusers, transformers):
+        module.utils.logging.set_verbosity_error()
+        module.utils.logging.disable_progress_bar()

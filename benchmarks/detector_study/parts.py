@@ -166,14 +166,11 @@ def _small(output: Path, seed: int) -> dict:
 
 def train(output: Path, name: str, variant: str, steps: int, seed: int) -> dict:
     """Train one detector and measure it; returns its measures, as `measures` gives them, and the seconds."""
-    import torch
-
+    from diffdoctor._processor import processor
     from diffdoctor.detector.samples import AugmentConfig, JoinedData
     from diffdoctor.detector.shards import ShardData
     from diffdoctor.detector.train import DetectorTrainingConfig, train_detector
 
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
     chosen = VARIANTS[variant]
     config = DetectorTrainingConfig(
         **TRAINING,
@@ -193,10 +190,11 @@ def train(output: Path, name: str, variant: str, steps: int, seed: int) -> dict:
         data = data.where(~np.isin(data.categories, list(KINDS)))
     folder.mkdir(parents=True, exist_ok=True)
     # Several trainings at a time would write their bars over each other.
-    with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
-        trained = train_detector(config, data, detector=fresh(chosen.network, seed), output_dir=folder)
-    result = {"seconds": time.monotonic() - start}
-    return finish(folder, settings, result | measures(output, trained.detector, folder))
+    with processor(threads=1):
+        with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
+            trained = train_detector(config, data, detector=fresh(chosen.network, seed), output_dir=folder)
+        result = {"seconds": time.monotonic() - start}
+        return finish(folder, settings, result | measures(output, trained.detector, folder))
 
 
 def fresh(network: str, seed: int):

@@ -21,6 +21,8 @@ from benchmarks.treatment.table import LIMITS, markdown, missed, put_into
 from diffdoctor._errors import UserError
 from diffdoctor._io import atomic_write_json, atomic_write_text
 from diffdoctor._locks import held
+from diffdoctor._processor import processor
+from diffdoctor._progress import quiet_loaders
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,19 +63,13 @@ def parts(options) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; with --strict 1 when a method misses its limit; 2 for bad arguments."""
-    from diffdoctor.demo.run import _quieten
-
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    # denormal weights and activations slow small networks down
-    torch.set_flush_denormal(True)
-    _quieten()
+    quiet_loaders()
     settings = Settings(seed=options.seed, pictures=options.pictures, **options.settings)
     folders = () if options.part else dict.fromkeys((options.output, *filter(None, [options.demo])))
     try:
-        with contextlib.ExitStack() as locks:
+        with processor(options.threads), contextlib.ExitStack() as locks:
             # a part runs in the folders that the study keeps
             for folder in folders:
                 locks.enter_context(held(folder))

@@ -10,7 +10,8 @@ import torch
 
 from diffdoctor._io import atomic_write_json
 from diffdoctor._locks import held
-from diffdoctor._progress import progress
+from diffdoctor._processor import processor
+from diffdoctor._progress import progress, quiet_loaders
 from diffdoctor.demo import data as demo_data
 from diffdoctor.demo.bar import judge_is_calibrated, the_bar
 from diffdoctor.demo.classifier import DigitClassifier, train_classifier
@@ -201,12 +202,8 @@ def run_demo(config: DemoConfig) -> int:
         UserError: if the folder cannot be written, holds a run with other settings, or another process is at work
             there.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    # Denormal weights and activations slow small networks down: up to twice in the detector's steps.
-    torch.set_flush_denormal(True)
-    _quieten()
-    with held(config.output):
+    quiet_loaders()
+    with processor(config.threads), held(config.output):
         return _run(config)
 
 
@@ -259,16 +256,6 @@ def _run(config: DemoConfig) -> int:
     )  # fmt: skip
     atomic_write_json(demo.output / "metrics.json", metrics)
     return _summary(demo.output, metrics, config.strict)
-
-
-def _quieten():
-    """Silence the loaders' own bars and notices, which would bury the demo's progress."""
-    import diffusers
-    import transformers
-
-    for module in (diffusers, transformers):
-        module.utils.logging.set_verbosity_error()
-        module.utils.logging.disable_progress_bar()
 
 
 def _summary(output, metrics, strict):

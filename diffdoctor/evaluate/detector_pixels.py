@@ -24,8 +24,8 @@ def encode(confidence: np.ndarray, mask: np.ndarray) -> np.ndarray:
         confidence: float32 in [0, 1].
         mask: of the same shape, in [0, 1].
     """
-    # Adding 0 takes the sign off a negative zero.
-    bits = np.ascontiguousarray(confidence + np.float32(0), dtype=np.float32).view(np.uint32)
+    bits = np.ascontiguousarray(confidence, dtype=np.float32).view(np.uint32)
+    # The shift takes the sign off a negative zero.
     return np.sort((bits.ravel() << np.uint32(1)) | (mask.ravel() >= 0.5))
 
 

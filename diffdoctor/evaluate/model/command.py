@@ -13,7 +13,7 @@ import torch
 from diffdoctor._errors import UserError, missing_extra
 from diffdoctor._io import atomic_write_json
 from diffdoctor._locks import FolderLock
-from diffdoctor._progress import progress
+from diffdoctor._progress import progress, quiet_loaders
 from diffdoctor._prompts import Prompt, read_prompt_file
 from diffdoctor._weights import same_weights, weights_digest
 from diffdoctor.detector.diagnosing import open_detector, open_device
@@ -73,7 +73,7 @@ class Evaluation:
             from accelerate import PartialState
         except ImportError:
             raise missing_extra("accelerate", "stages") from None
-        _quieten()
+        quiet_loaders()
         self.config = config
         self.folder = EvaluationFolder(Path(config.output), config.picture_type)
         prompts = read_prompt_file(config.prompts)
@@ -310,13 +310,3 @@ def _in_batches(items, size: int):
     items = iter(items)
     while batch := list(itertools.islice(items, size)):
         yield batch
-
-
-def _quieten() -> None:
-    """Silence the loaders' own bars and notices, which would bury the progress."""
-    import diffusers
-    import transformers
-
-    for module in (diffusers, transformers):
-        module.utils.logging.set_verbosity_error()
-        module.utils.logging.disable_progress_bar()
