@@ -57,12 +57,18 @@ class FolderLock:
 
 
 @contextmanager
-def held(folder: str | Path) -> Iterator[None]:
+def held(folder: str | Path, *, main: bool = True) -> Iterator[None]:
     """Make a folder, and inside keep it to this process.
+
+    Args:
+        main: of several processes that share the work, only the main one holds the folder; the others do nothing here.
 
     Raises:
         UserError: if another process holds it, or it cannot be made.
     """
+    if not main:
+        yield
+        return
     lock = FolderLock(folder)
     try:
         lock.folder.mkdir(parents=True, exist_ok=True)

@@ -14,13 +14,13 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
 from pathlib import Path
 
 import torch
+from helpers_launch import free_port
 
 from diffdoctor.detector.conv import ConvDetector
 from diffdoctor.detector.diagnosing import DiagnoseConfig, run_diagnose
@@ -167,9 +167,7 @@ class Killer:
 def life(command, folder, work, *, at=0, seconds=None, processes=1, chance=None):
     """One life of a run in `work`/out; returns the kinds of operation it noted, or None when it was killed."""
     work.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     counted, group, children = work / "counted", 0, []
     for rank in range(processes):
         child = os.fork()

@@ -6,15 +6,18 @@ import subprocess
 import sys
 
 
-def launched(*arguments, processes=2):
-    """Run `accelerate launch … -m diffdoctor` with these arguments on the CPU; raises where it fails."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def launched(*arguments, processes=2):
+    """The finished `accelerate launch … -m diffdoctor` with these arguments on the CPU; raises where it fails."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     # With --cpu, accelerate starts one process, whatever is asked of it.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
-    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}"]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
@@ -29,3 +32,4 @@ def launched(*arguments, processes=2):
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done

@@ -162,7 +162,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, detector, mo
         options = {"batch_size": 8, "size": None, "strict": False}
         tracemalloc.start()
         found = detector_parts.evaluate_in_parts(model, [part], tmp_path / f"parts-{len(peaks)}", {}, state, **options)
-        found.auprc("", "")
+        found.auprc("", "", np.arange(count))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert len(found.statistics) == count

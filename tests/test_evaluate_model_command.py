@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers_launch import free_port
 from helpers_tiny_clip import save_tiny_clip
 from helpers_tiny_pipelines import PROMPTS, tiny_pipeline
 
@@ -225,9 +225,7 @@ def test_an_interrupted_run_goes_on_to_the_same_figures(files, evaluated, tmp_pa
 
 
 def test_two_processes_share_the_work(files, evaluated, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     output, running = tmp_path / "two", []
     for rank in range(2):
         environment = {

@@ -2,16 +2,13 @@
 
 import contextlib
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from helpers_launch import launched
 from helpers_tiny_pipelines import PROMPTS, tiny_pipeline
 from safetensors.torch import load_file
 
@@ -103,23 +100,7 @@ def test_two_processes_of_accelerate_launch_equal_one(files, tmp_path):
     options["prompts"] = tmp_path / "prompts.jsonl"
     options["prompts"].write_text("\n".join(json.dumps({"prompt": text, "category": "dots"}) for text in PROMPTS))
     assert main(arguments(files, tmp_path / "one", **options)) == 0
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes=2",
-        "--num_machines=1",
-    ]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}", "-m", "diffdoctor"]
-    done = subprocess.run(
-        [*launch, *arguments(files, tmp_path / "two", **options)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = launched(*arguments(files, tmp_path / "two", **options))
     # the main process alone says what became of it
     assert done.stdout.count("load_lora_weights") == 1
     one, two = (load_file(tmp_path / name / "lora" / WEIGHTS_NAME) for name in ("one", "two"))
@@ -127,12 +108,6 @@ def test_two_processes_of_accelerate_launch_equal_one(files, tmp_path):
     assert max(float(value.abs().max()) for name, value in one.items() if "lora_B" in name) > 1e-3
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_help_names_every_option(capsys):

@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers_launch import free_port
 from safetensors.torch import load_file
 
 SCRIPT = """
@@ -58,9 +58,7 @@ def start(count, rank, port, output, options, environment):
 
 
 def run(count, output, options, environment=None):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     running = [start(count, rank, port, output, options, environment or {}) for rank in range(count)]
     for process in running:
         _, errors = process.communicate(timeout=500)

@@ -1,6 +1,5 @@
 """`diffdoctor diagnose`: confidence maps, boxes and a gallery for any pictures; several processes; resumable."""
 
-import contextlib
 import dataclasses
 import heapq
 import json
@@ -88,7 +87,7 @@ def run_diagnose(config: DiagnoseConfig) -> dict:
     output = Path(config.output)
     sources = find_sources(config.pictures)
     detector = open_detector(config.detector)
-    with held(output) if state.is_main_process else contextlib.nullcontext():
+    with held(output, main=state.is_main_process):
         return _diagnose(detector, config, sources, state)
 
 

@@ -258,11 +258,9 @@ def _samples(config: InjectConfig, sources: list[Source], tally: _Tally) -> Iter
             results = pool.imap(_variants, _bounded(jobs(), room, ended), chunksize=_CHUNK)
         else:
             room, results = None, map(_variants, jobs())
-        total = (
-            len(sources) - (tally.place.source if tally.place else 0)
-            if not any(source.is_shard for source in sources)
-            else None
-        )
+        total = None
+        if not any(source.is_shard for source in sources):
+            total = len(sources) - (tally.place.source if tally.place else 0)
         for variants, failed in track(results, desc="inject", unit="picture", total=total):
             place = places.popleft()
             for number, sample in enumerate(variants[written:], written + 1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ import numpy as np
 from diffdoctor._errors import UserError
 from diffdoctor._io import atomic_path, atomic_write_json, clear_temporaries, replace_dir
 from diffdoctor.detector.manifest import MANIFEST, ManifestWriter
-from diffdoctor.detector.shard_writer import ShardFile, shard_name
+from diffdoctor.detector.shard_writer import ShardFile, in_shards, shard_name
 
 # A record of the maker's state: JSON values and arrays.
 State = tuple[dict[str, Any], dict[str, np.ndarray]]
@@ -85,11 +84,8 @@ class ResumableSet:
         """
         (self.work / "set").mkdir(parents=True, exist_ok=True)
         try:
-            for number in itertools.count(self.done):
-                first = next(samples, None)
-                if first is None:
-                    return
-                self._write_shard(number, itertools.chain([first], itertools.islice(samples, self.shard_size - 1)))
+            for number, inside in in_shards(samples, self.shard_size, self.done):
+                self._write_shard(number, inside)
                 account, arrays = record()
                 account = {"made_from": self.made_from, "done": number + 1, "state": account}
                 with atomic_path(self.work / "state.npz") as temporary, open(temporary, "wb") as file:

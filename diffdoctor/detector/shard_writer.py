@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +43,13 @@ def write_shards(
     check_options(shard_size, picture_type)
     # What a writer that was killed left beside the folder.
     clear_temporaries(Path(folder).parent, Path(folder).name)
-    keys, count, samples = _Unique(), 0, iter(samples)
+    keys, count = _Unique(), 0
     with atomic_dir(folder) as temporary:
         manifest = ManifestWriter(temporary / MANIFEST, min(shard_size, 1000))
         try:
-            for number in itertools.count():
-                first = next(samples, None)
-                if first is None:
-                    break
+            for number, inside in in_shards(samples, shard_size):
                 with ShardFile(temporary / shard_name(number), shard_name(number), picture_type) as shard:
-                    for sample in itertools.chain([first], itertools.islice(samples, shard_size - 1)):
+                    for sample in inside:
                         row = shard.add(sample, count)
                         keys.add(row["key"])
                         manifest.add(row)
@@ -68,6 +65,17 @@ def check_options(shard_size: int, picture_type: str) -> None:
         raise ValueError(f"shard_size: expected >= 1 pictures, got {shard_size}")
     if picture_type not in PICTURE_TYPES:
         raise ValueError(f"picture_type: expected one of {', '.join(PICTURE_TYPES)}, got {picture_type!r}")
+
+
+def in_shards(samples: Iterable, shard_size: int, first: int = 0) -> Iterator[tuple[int, Iterator]]:
+    """(number, samples) of each shard, numbered from `first` on; take all samples of one before the next."""
+    samples = iter(samples)
+    for number in itertools.count(first):
+        for sample in samples:
+            yield number, itertools.chain([sample], itertools.islice(samples, shard_size - 1))
+            break
+        else:
+            return
 
 
 def shard_name(number: int) -> str:

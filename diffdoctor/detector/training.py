@@ -1,6 +1,5 @@
 """`diffdoctor train-detector`: labelled shards in, a trained detector out."""
 
-import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -72,7 +71,7 @@ def run_train_detector(config: TrainDetectorConfig) -> dict:
     data, validation = _data(config)
     detector = _network(config)
     state = PartialState(cpu=not torch.accelerator.is_available())
-    with held(output) if state.is_main_process else contextlib.nullcontext():
+    with held(output, main=state.is_main_process):
         return _train(config, state, data, validation, detector)
 
 

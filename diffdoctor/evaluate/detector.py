@@ -199,8 +199,7 @@ def measure(found: Diagnosed, *, bootstrap: int = 1000, seed: int = 0) -> dict:
     """`evaluate_detector`'s result for maps that are there already."""
     statistics = PictureStatistics.of(found.confidence, found.masks)
 
-    def auprc(column, name):
-        chosen = _chosen(found, column, name)
+    def auprc(column, name, chosen):
         return average_precision(found.confidence[chosen], found.masks[chosen])
 
     return measure_statistics(statistics, found.categories, found.generators, auprc, bootstrap=bootstrap, seed=seed)
@@ -210,7 +209,7 @@ def measure_statistics(
     statistics: PictureStatistics,
     categories: Sequence[str],
     generators: Sequence[str],
-    auprc: Callable[[str, str], float],
+    auprc: Callable[[str, str, np.ndarray], float],
     *,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -220,13 +219,14 @@ def measure_statistics(
     Args:
         statistics: of N pictures.
         categories, generators: (N,) their names.
-        auprc: function from ("", ""), ("category", name) or ("generator", name) to the AUPRC of these pictures' pixels.
+        auprc: function from ("", ""), ("category", name) or ("generator", name) and the indices (n,) of these pictures
+            to the AUPRC of their pixels.
         bootstrap, seed: see `evaluate_maps`.
     """
     from diffdoctor.detector.balance import category_statistics
 
     def of(column, name, chosen):
-        return statistics.with_intervals(chosen, auprc(column, name), bootstrap=bootstrap, seed=seed)
+        return statistics.with_intervals(chosen, auprc(column, name, chosen), bootstrap=bootstrap, seed=seed)
 
     def by(column, names):
         names = np.asarray(names, dtype=object)
@@ -242,10 +242,3 @@ def measure_statistics(
         "per_generator": by("generator", generators),
         "categories": [dataclasses.asdict(entry) for entry in table],
     }
-
-
-def _chosen(found: Diagnosed, column: str, name: str):
-    if not column:
-        return slice(None)
-    names = found.categories if column == "category" else found.generators
-    return np.array([other == name for other in names], bool)

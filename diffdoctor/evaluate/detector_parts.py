@@ -47,13 +47,9 @@ class Evaluated:
     curves: PixelCurves
     runs: dict[tuple[str, str], list[Run]]
 
-    def auprc(self, column: str, name: str) -> float:
-        """The AUPRC of all pixels ("", ""), of a "category" or of a "generator"."""
-        counts = self.statistics.columns["counts"]
-        if column:
-            names = self.categories if column == "category" else self.generators
-            counts = counts[np.array([other == name for other in names], bool)]
-        true_positive, _, false_negative = counts.sum(axis=0)
+    def auprc(self, column: str, name: str, chosen: np.ndarray) -> float:
+        """The AUPRC of all pixels ("", ""), of a "category" or of a "generator", whose pictures are `chosen` (n,)."""
+        true_positive, _, false_negative = self.statistics.columns["counts"][chosen].sum(axis=0)
         return average_precision_of_runs(self.runs[column, name], int(true_positive + false_negative))
 
 
@@ -71,7 +67,7 @@ def evaluate_in_parts(
 ) -> Evaluated | None:
     """Diagnose sets of shards part by part; parts that a former life has done are not done again.
 
-    Memory holds a batch of maps and some 200 bytes a picture; the folder takes up to 12 bytes a pixel.
+    Memory holds a batch of maps and some 1,200 bytes a picture; the folder takes up to 12 bytes a pixel.
 
     Args:
         detector: a `Detector`.
@@ -154,18 +150,18 @@ class _RunWriter:
 
     def __init__(self, file):
         self.file, self.written, self.end = file, [], 0
-        self.held: list[tuple[np.ndarray, np.ndarray, str, str]] = []
+        self.held: list[tuple[np.ndarray, str, str]] = []  # a picture's codes, its category and generator
         self.pixels = 0
 
     def add(self, confidence: np.ndarray, masks: np.ndarray, categories: list[str], generators: list[str]) -> None:
-        self.held += zip(confidence, masks, categories, generators, strict=True)
+        self.held += zip(map(encode, confidence, masks), categories, generators, strict=True)
         self.pixels += confidence.size
         if self.pixels >= _PIXELS_IN_RUN:
             self.flush()
 
     def flush(self) -> None:
         groups = {("", ""): self.held}
-        for name, column in (("category", 2), ("generator", 3)):
+        for name, column in (("category", 1), ("generator", 2)):
             for picture in self.held:
                 groups.setdefault((name, picture[column]), []).append(picture)
         everything = None
@@ -173,7 +169,7 @@ class _RunWriter:
             if not pictures:
                 continue
             if everything is None or len(pictures) < len(self.held):
-                codes = np.sort(np.concatenate([encode(confidence, mask) for confidence, mask, _, _ in pictures]))
+                codes = np.sort(np.concatenate([picture[0] for picture in pictures]))
                 self.file.write(codes.tobytes())
                 place = self.end, self.end + len(codes)
                 everything, self.end = everything or place, place[1]

@@ -1,6 +1,5 @@
 """`diffdoctor evaluate detector`: all measures, curves, and the worst misses and false positives, in one report."""
 
-import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
@@ -74,7 +73,7 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
         one_size(sets, "size")
     detector = open_detector(config.detector)
     detector.to(open_device(config.device, state.device))
-    with held(output) if state.is_main_process else contextlib.nullcontext():
+    with held(output, main=state.is_main_process):
         return _evaluate(config, detector, sets, state)
 
 
