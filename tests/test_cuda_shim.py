@@ -1,4 +1,5 @@
-"""The CUDA kernels, run on the CPU through tests/cuda_shim, against the reference over the shared cases."""
+"""The CUDA kernels, run on the CPU through tests/cuda_shim, against the reference over the shared cases and
+the trainers' formulas."""
 
 import dataclasses
 import importlib
@@ -8,7 +9,10 @@ import helpers_cases as cases
 import helpers_search as search
 import pytest
 import torch
+from formulas_diffusers import *  # noqa: F403
+from formulas_trainers import *  # noqa: F403
 from helpers_cuda_shim import ROOT, SHIM, SOURCES, build_module, compile_objects, compiler, run
+from helpers_formulas import *  # noqa: F403
 from hypothesis import HealthCheck, given, settings
 
 import diffdoctor
@@ -44,6 +48,11 @@ def public(cuda, monkeypatch):
     monkeypatch.setitem(backends._chosen, "cpu", cuda)
     monkeypatch.delenv("DIFFDOCTOR_BACKEND", raising=False)
     return diffdoctor
+
+
+@pytest.fixture
+def backend(public):
+    """None, what the trainers' formulas give as `backend`: the one that `public` chose."""
 
 
 def solve(cuda, inputs, work=WRITE_LOSS | WRITE_GRAD | WRITE_SUMS):
