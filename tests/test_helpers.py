@@ -37,6 +37,28 @@ def test_snr_weights_agree_with_diffusers():
     torch.testing.assert_close(snr_weights(t, scheduler.alphas_cumprod), want, rtol=2e-4, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_timesteps_of_any_integer_dtype_are_indices(dtype):
+    t = torch.tensor([0, 1, 1, 100])
+    assert torch.equal(snr_weights(t.to(dtype), ACP), snr_weights(t, ACP))
+    expected = huber_schedule(t, 0.1, "snr", alphas_cumprod=ACP)
+    assert torch.equal(huber_schedule(t.to(dtype), 0.1, "snr", alphas_cumprod=ACP), expected)
+
+
+def test_weights_are_fp32_whatever_the_default_dtype_is():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = [
+            prior_preservation_weights(4, 0.3),
+            snr_weights(T, ACP),
+            *(huber_schedule(T, 0.1, kind, alphas_cumprod=ACP) for kind in ("constant", "exponential", "snr")),
+        ]
+    finally:
+        torch.set_default_dtype(before)
+    assert [weights.dtype for weights in found] == [torch.float32] * 5
+
+
 def test_prior_preservation_weights():
     assert prior_preservation_weights(6, 0.5).tolist() == [2, 2, 2, 1, 1, 1]
     assert prior_preservation_weights(0).shape == (0,)
@@ -67,12 +89,16 @@ def test_huber_schedules():
         (ValueError, r"alphas_cumprod must have shape \(steps,\)", lambda: snr_weights(T, ACP[None])),
         (ValueError, "prediction_type must be one of", lambda: snr_weights(T, ACP, 5.0, "eps")),
         (ValueError, "gamma must be positive", lambda: snr_weights(T, ACP, 0.0)),
+        (ValueError, "gamma must be positive, got nan", lambda: snr_weights(T, ACP, math.nan)),
+        (TypeError, "gamma must be a number, got NoneType", lambda: snr_weights(T, ACP, None)),
         (ValueError, "schedule must be one of", lambda: huber_schedule(T, 0.1, "linear")),
         (ValueError, "huber_c must be positive", lambda: huber_schedule(T, 0.0)),
+        (ValueError, "huber_c must be positive and finite, got inf", lambda: huber_schedule(T, math.inf, "constant")),
+        (TypeError, "huber_c must be a number, got NoneType", lambda: huber_schedule(T, None)),
         (ValueError, "alphas_cumprod must be given", lambda: huber_schedule(T, 0.1, "snr")),
         (TypeError, "timesteps must be a tensor", lambda: huber_schedule(3, 0.1, "constant")),
     ],
-    ids=range(9),
+    ids=range(13),
 )
 def test_bad_argument(error, message, call):
     with pytest.raises(error, match=message):

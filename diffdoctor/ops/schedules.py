@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
 
+from diffdoctor.ops._checks import kind_error
+
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 _SCHEDULES = ("constant", "exponential", "snr")
+
+
+def _check_positive(name: str, value, finite: bool) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise kind_error(name, "a number", value)
+    if not value > 0 or (finite and value == math.inf):
+        raise ValueError(f"{name} must be positive{' and finite' if finite else ''}, got {value}")
 
 
 def _gather(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
     for name, value in (("timesteps", timesteps), ("alphas_cumprod", alphas_cumprod)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if timesteps.is_floating_point() or timesteps.dtype == torch.bool:
+    if timesteps.is_floating_point() or timesteps.is_complex() or timesteps.dtype == torch.bool:
         raise TypeError(f"timesteps must be integers that index alphas_cumprod, got {timesteps.dtype}")
     if alphas_cumprod.ndim != 1:
         raise ValueError(f"alphas_cumprod must have shape (steps,), got {tuple(alphas_cumprod.shape)}")
-    # Moving the table is one small copy; schedulers keep it on the CPU.
-    return alphas_cumprod.to(timesteps.device, torch.float32, non_blocking=True)[timesteps]
+    # Moving the table is one small copy; schedulers keep it on the CPU. An index of uint8 is a mask, of int16 refused.
+    return alphas_cumprod.to(timesteps.device, torch.float32, non_blocking=True)[timesteps.long()]
 
 
 def snr_weights(
@@ -39,13 +49,12 @@ def snr_weights(
         prediction_type: what the model predicts: epsilon | sample | v_prediction.
 
     Raises:
-        TypeError: timesteps that are not integers, arguments that are not tensors.
+        TypeError: timesteps that are not integers, arguments that are not tensors, a gamma that is not a number.
         ValueError: an unknown prediction_type, a gamma that is not positive, a table that is not 1-D.
     """
     if prediction_type not in _PREDICTION_TYPES:
         raise ValueError(f"prediction_type must be one of {_PREDICTION_TYPES}, got {prediction_type!r}")
-    if not gamma > 0:
-        raise ValueError(f"gamma must be positive, got {gamma}")
+    _check_positive("gamma", gamma, finite=False)
     a = _gather(alphas_cumprod, timesteps)
     # Infinite quotients are right here, and a minimum takes them away; 0 / 0 and 0 * infinity do not occur.
     if prediction_type == "v_prediction":
@@ -74,7 +83,7 @@ def prior_preservation_weights(batch_size: int, prior_loss_weight: float = 1.0, 
         raise TypeError(f"batch_size must be an int, got {type(batch_size).__name__}")
     if batch_size < 0 or batch_size % 2:
         raise ValueError(f"batch_size must be even (instance and class halves), got {batch_size}")
-    weights = torch.full((batch_size,), 2.0, device=device)
+    weights = torch.full((batch_size,), 2.0, dtype=torch.float32, device=device)
     weights[batch_size // 2 :] = 2.0 * prior_loss_weight
     return weights
 
@@ -96,20 +105,20 @@ def huber_schedule(
 
     Args:
         timesteps: (B,); integers for "snr", any numbers else.
-        huber_c: the threshold at the noisy end; positive.
+        huber_c: the threshold at the noisy end; positive, finite.
         schedule: constant | exponential | snr.
         alphas_cumprod: (steps,), the scheduler's table; "snr" needs it.
         num_train_timesteps: of the scheduler.
         huber_scale: factor of constant and exponential.
 
     Raises:
-        TypeError: arguments that are not tensors, timesteps that are not integers for "snr".
-        ValueError: an unknown schedule, a huber_c that is not positive, "snr" without alphas_cumprod.
+        TypeError: arguments that are not tensors, timesteps that are not integers for "snr", a huber_c
+            that is not a number.
+        ValueError: an unknown schedule, a huber_c that is not positive and finite, "snr" without alphas_cumprod.
     """
     if schedule not in _SCHEDULES:
         raise ValueError(f"schedule must be one of {_SCHEDULES}, got {schedule!r}")
-    if not huber_c > 0:
-        raise ValueError(f"huber_c must be positive, got {huber_c}")
+    _check_positive("huber_c", huber_c, finite=True)
     if not isinstance(timesteps, Tensor):
         raise TypeError(f"timesteps must be a tensor, got {type(timesteps).__name__}")
     if schedule == "constant":
