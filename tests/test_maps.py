@@ -169,6 +169,17 @@ def test_transform_options_are_checked():
         PairedTransform((16, 0))
     with pytest.raises(ValueError, match="resample: expected one of"):
         PairedTransform(16, resample="cubic")
+    for size in (16.0, None, (16, 8.0), "16", np.array([[16, 16]])):
+        with pytest.raises(ValueError, match=r"size: expected a side or \(height, width\) in pixels, got"):
+            PairedTransform(size)
+
+
+@pytest.mark.parametrize("size", [np.int64(16), (np.int32(16), 16), np.array([16, 16]), torch.tensor(16)], ids=repr)
+def test_sizes_may_be_any_integers(size):
+    transform = PairedTransform(size)
+    assert transform.buckets == [(16, 16)]
+    assert {type(side) for side in transform.buckets[0]} == {int}
+    assert transform(np.zeros((20, 30, 3), np.uint8))["pixel_values"].shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize(("pixels", "multiple"), [(512 * 512, 64), (1024 * 1024, 64), (256 * 256, 32), (64, 8)])

@@ -141,6 +141,14 @@ def test_map_arrays_are_checked(values, error, words):
         read_map(values)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_map_tensors_of_every_float_dtype(dtype):
+    level = torch.tensor([[[0.0, 0.25], [0.5, 1.0]]], dtype=dtype, requires_grad=True)
+    found = read_map(level)
+    assert found.dtype == np.float32
+    assert found.tolist() == [[0.0, 0.25], [0.5, 1.0]]
+
+
 def test_map_files_of_every_depth_agree_and_colours_are_refused(tmp_path):
     level = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     Image.fromarray(np.rint(level * 255).astype(np.uint8)).save(tmp_path / "l.png")

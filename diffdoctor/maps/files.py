@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from diffdoctor._errors import UserError
 from diffdoctor._io import atomic_path, atomic_write_text
@@ -78,7 +79,7 @@ def read_map(confidence) -> np.ndarray:
 
     Args:
         confidence: a PNG of one band (8 or 16 bits; or three equal bands), such a picture in PIL, an `.npy` file,
-            or an array: uint8 0..255, bool, or floats in [0, 1]; shape (H, W), (H, W, 1) or (1, H, W).
+            or an array or tensor: uint8 0..255, bool, or floats in [0, 1]; shape (H, W), (H, W, 1) or (1, H, W).
 
     Raises:
         TypeError: an array of another dtype.
@@ -90,6 +91,10 @@ def read_map(confidence) -> np.ndarray:
         confidence = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _open_bands(path)
     elif hasattr(confidence, "getbands"):  # a PIL picture, without importing PIL to ask
         confidence = _bands(confidence, name)
+    elif isinstance(confidence, torch.Tensor):
+        confidence = confidence.detach().cpu()
+        if confidence.dtype.is_floating_point and confidence.dtype.itemsize < 4:  # numpy has no bfloat16
+            confidence = confidence.float()
     values = np.asarray(confidence)
     if values.ndim == 3 and 1 in (values.shape[0], values.shape[2]):
         values = values[0] if values.shape[0] == 1 else values[:, :, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from dataclasses import dataclass
 
@@ -151,8 +152,14 @@ class PairedTransform:
 
 
 def _checked_size(name: str, size) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+    try:
+        pair = (operator.index(size),) * 2
+    except TypeError:
+        try:
+            pair = tuple(operator.index(side) for side in size)
+        except TypeError:
+            pair = ()
+    if len(pair) != 2 or min(pair) < 1:
         raise ValueError(f"{name}: expected a side or (height, width) in pixels, got {size!r}")
     return pair
 
