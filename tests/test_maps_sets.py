@@ -79,6 +79,56 @@ def test_metadata_names_each_map_and_keeps_captions(tmp_path):
         write_metadata(tmp_path, tmp_path / "maps")
 
 
+def pictures_with_maps(folder, names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / f"{name}.png")
+        write_map(folder / "maps" / f"{name}.png", np.zeros((8, 8), bool))
+
+
+def test_metadata_keeps_the_rows_that_stand_there(tmp_path):
+    pictures_with_maps(tmp_path, ["a", "b", "c", "d/e"])
+    (tmp_path / "c.txt").write_text("from the file beside", encoding="utf-8")
+    rows = [
+        {"file_name": "./d/e.png", "prompt": "a\u2028b", "aesthetic": 6.25, "original_text": "old", "tags": ["x", 1]},
+        {"file_name": "b.png", "caption": "unused", "text": "kept", "confidence_file_name": "elsewhere.png"},
+        {"file_name": "c.png", "text": None},
+    ]
+    metadata = tmp_path / "metadata.jsonl"
+    metadata.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    expected = [
+        {**rows[0], "confidence_file_name": "maps/d/e.png", "text": "a\u2028b"},
+        {**rows[1], "confidence_file_name": "maps/b.png"},
+        {**rows[2], "confidence_file_name": "maps/c.png", "text": "from the file beside"},
+        {"file_name": "a.png", "confidence_file_name": "maps/a.png", "text": ""},
+    ]
+    for _ in range(2):
+        assert write_metadata(tmp_path, tmp_path / "maps") == 4
+        lines = metadata.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        assert [json.loads(line) for line in lines] == expected
+    before = metadata.read_bytes()
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(UserError, match=r"metadata\.jsonl: expected a picture for each row, b\.png is none"):
+        write_metadata(tmp_path, tmp_path / "maps")
+    assert metadata.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.parquet", "b/metadata.jsonl", "b/metadata.csv"])
+def test_metadata_that_is_not_read_is_named(tmp_path, name):
+    pictures_with_maps(tmp_path, ["a", "b/c"])
+    (tmp_path / name).write_text("file_name,text\na.png,a cat\n", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{name}: expected all captions in .*metadata\.jsonl"):
+        write_metadata(tmp_path, tmp_path / "maps")
+    assert not (tmp_path / "metadata.jsonl").exists()
+    (tmp_path / "a.txt").write_text("a cat", encoding="utf-8")
+    with pytest.warns(UserWarning, match=rf"1 of 2 pictures have no caption of their own, and .*{name} is not read"):
+        read_folder(tmp_path, tmp_path / "maps")
+    (tmp_path / "b" / "c.txt").write_text("a dog", encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(read_folder(tmp_path, tmp_path / "maps")) == 2
+
+
 def test_folder_errors_name_the_path(tmp_path):
     with pytest.raises(UserError, match="found none"):
         read_folder(tmp_path)

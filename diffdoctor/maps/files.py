@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import posixpath
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from diffdoctor._io import atomic_path, atomic_write_text
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAP_ENDING = ".mask.png"  # the ending that maps have in shards too
 METADATA_NAME = "metadata.jsonl"
+_OTHER_METADATA = ("metadata.csv", "metadata.parquet")  # which `imagefolder` reads too
 _CAPTION_FIELDS = ("text", "caption", "prompt")
 _MODES_OF_ONE_BAND = {"1": 1.0, "L": 255.0, "I;16": 65535.0, "I": 65535.0}
 
@@ -169,7 +172,8 @@ def read_folder(folder, maps=None, *, caption: str = "") -> list[Record]:
         caption: for pictures that have none.
 
     Returns:
-        Records in the order of their paths; the map of a picture that has none is None.
+        Records in the order of their paths; the map of a picture that has none is None. Warns where pictures have no
+        caption and other metadata stands there, which is not read: a `metadata.csv`, or one in a subfolder.
 
     Raises:
         UserError: no folder, or no picture in it.
@@ -179,8 +183,8 @@ def read_folder(folder, maps=None, *, caption: str = "") -> list[Record]:
         raise UserError(f"{folder}: expected a folder of pictures, there is none")
     if maps is not None and not Path(maps).is_dir():
         raise UserError(f"{maps}: expected a folder of maps, there is none")
-    captions = _read_metadata(folder / METADATA_NAME)
-    records = []
+    captions = {name: text for name, row in _read_metadata(folder) if (text := _caption(row)) is not None}
+    records, bare = [], 0
     for path in sorted(folder.rglob("*")):
         is_map = path.name.endswith(MAP_ENDING) or (maps is not None and Path(maps).resolve() in path.resolve().parents)
         if path.suffix.lower() not in PICTURE_SUFFIXES or is_map or not path.is_file():
@@ -188,15 +192,22 @@ def read_folder(folder, maps=None, *, caption: str = "") -> list[Record]:
         text = captions.get(path.relative_to(folder).as_posix())
         if text is None:
             beside = path.with_suffix(".txt")
+            bare += not beside.is_file()
             text = beside.read_text(encoding="utf-8").strip() if beside.is_file() else caption
         records.append(Record(path, find_map(path, maps, folder), text))
     if not records:
         raise UserError(f"{folder}: expected pictures ({', '.join(PICTURE_SUFFIXES)}), found none")
+    unread = _unread_metadata(folder) if bare else []
+    if unread:
+        warnings.warn(f"{bare} of {len(records)} pictures have no caption of their own, and {unread[0]} is not read", stacklevel=2)
     return records
 
 
 def write_metadata(folder, maps) -> int:
     """Write `folder/metadata.jsonl`, with which Hugging Face's `imagefolder` gives the columns image, text, confidence.
+
+    Rows that stand there already keep their order and their other columns, a `text` included; pictures without a row
+    come after them.
 
     Args:
         folder: of pictures with captions, as `read_folder` reads them.
@@ -206,35 +217,54 @@ def write_metadata(folder, maps) -> int:
         The number of pictures.
 
     Raises:
-        UserError: maps outside the folder, which the loader would not find; a picture without a map.
+        UserError: maps outside the folder, which the loader would not find; a picture without a map; a row without its
+            picture; a `metadata.csv`, `metadata.parquet` or metadata in a subfolder, whose captions would be lost.
     """
     folder, maps = Path(folder).resolve(), Path(maps).resolve()
     if folder not in maps.parents:
         raise UserError(f"{maps}: expected a folder inside {folder}, move or copy the maps there")
-    rows = []
+    if unread := _unread_metadata(folder):
+        raise UserError(f"{unread[0]}: expected all captions in {folder / METADATA_NAME}, move them there")
+    records = {}
     for record in read_folder(folder, maps):
         if record.confidence is None:
             raise UserError(f"{record.picture}: expected a map in {maps}, there is none")
-        names = {"file_name": record.picture, "confidence_file_name": record.confidence}
-        rows.append({name: path.relative_to(folder).as_posix() for name, path in names.items()})
-        rows[-1]["text"] = record.caption
-    atomic_write_text(folder / METADATA_NAME, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return len(rows)
+        records[record.picture.relative_to(folder).as_posix()] = record
+    named = _read_metadata(folder)
+    for name, _ in named:
+        if name not in records:
+            raise UserError(f"{folder / METADATA_NAME}: expected a picture for each row, {name} is none")
+    known = {name for name, _ in named}
+    named += [(name, {"file_name": name}) for name in records if name not in known]
+    for name, row in named:
+        row["confidence_file_name"] = records[name].confidence.relative_to(folder).as_posix()
+        if row.get("text") is None:
+            row["text"] = records[name].caption
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in named)
+    atomic_write_text(folder / METADATA_NAME, lines)
+    return len(records)
 
 
-def _read_metadata(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
-    captions = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+def _unread_metadata(folder: Path) -> list[Path]:
+    found = [path for name in _OTHER_METADATA for path in folder.rglob(name)]
+    return sorted([*found, *(path for path in folder.rglob(METADATA_NAME) if path.parent != folder)])
+
+
+def _read_metadata(folder: Path) -> list[tuple[str, dict]]:
+    """The rows in their order, each with its picture's path below the folder."""
+    path = folder / METADATA_NAME
+    rows = []
+    # Not splitlines(), which cuts at U+2028 inside a caption too.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.is_file() else [], start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            name = row["file_name"]
+            rows.append((posixpath.normpath(row["file_name"]), row))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number}: expected a JSON object with a file_name ({error})") from None
-        text = next((row[field] for field in _CAPTION_FIELDS if field in row), None)
-        if text is not None:
-            captions[name] = text
-    return captions
+    return rows
+
+
+def _caption(row: dict) -> str | None:
+    return next((row[field] for field in _CAPTION_FIELDS if row.get(field) is not None), None)
