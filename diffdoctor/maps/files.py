@@ -199,7 +199,9 @@ def read_folder(folder, maps=None, *, caption: str = "") -> list[Record]:
         raise UserError(f"{folder}: expected pictures ({', '.join(PICTURE_SUFFIXES)}), found none")
     unread = _unread_metadata(folder) if bare else []
     if unread:
-        warnings.warn(f"{bare} of {len(records)} pictures have no caption of their own, and {unread[0]} is not read", stacklevel=2)
+        warnings.warn(
+            f"{bare} of {len(records)} pictures have no caption of their own, and {unread[0]} is not read", stacklevel=2
+        )
     return records
 
 
