@@ -8,7 +8,9 @@ import os
 import re
 import tempfile
 import textwrap
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -295,6 +297,58 @@ def test_lora_gets_the_gradient_and_the_base_none():
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
     assert all("lora" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+# Lines of the pages, run as they are printed
+
+
+def printed_lines(page, heading):
+    """The first block of Python under a heading, as a function's body or a script."""
+    text = (Path(__file__).resolve().parent.parent / "docs" / page).read_text(encoding="utf-8")
+    return textwrap.dedent(re.search(r"```python\n(.*?)```", text.split(f"\n{heading}", 1)[1], re.DOTALL)[1])
+
+
+def test_one_global_denominator_as_the_page_has_it():
+    generator = torch.Generator().manual_seed(0)
+    pred, target = torch.randn(2, 4, 16, 8, 8, generator=generator)
+    mask = (torch.rand(4, 1, 32, 32, generator=generator) > 0.6).float()
+    names = {"torch": torch, "diffdoctor": diffdoctor, "pred": pred, "target": target, "mask": mask}
+    exec(printed_lines("ops.md", "## Statistics and one global denominator"), names)
+    expected = diffdoctor.weighted_loss(pred, target, mask=mask, normalize="batch")
+    assert names["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
+@pytest.mark.parametrize("kind", ["l2", "huber", "smooth_l1"])
+def test_simpletuner_lines_give_its_losses(kind, schedule):
+    model_pred, target, _ = toy_batch(size=4)
+    timesteps = torch.tensor([10.0, 300.0, 650.0, 990.0])
+    picture = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    s = timesteps / 1000
+    c = {
+        "constant": torch.tensor(0.2),
+        "exponential": 0.2**s,
+        "snr": (1 - 0.2) / (1 + ((1 - s) / (s + 1e-4)).sqrt()) ** 2 + 0.2,
+    }[schedule]
+
+    def formula(x):
+        d, cc = (x - target).double(), c.double().view(-1, 1, 1, 1)
+        loss = d**2 if kind == "l2" else 2 * ((d**2 + cc**2).sqrt() - cc) * (cc if kind == "huber" else 1.0)
+        return (loss * (F.interpolate(picture[:, :1], size=(8, 8), mode="area") / 2 + 0.5)).mean().float()
+
+    as_a_mask = partial(diffdoctor.weighted_loss, artifact_weight=1.0, clean_weight=0.0)
+    names = {"diffdoctor": SimpleNamespace(weighted_loss=as_a_mask)}
+    lines = printed_lines("trainers.md", "### SimpleTuner")
+    exec("def loss(self, prepared_batch, model_pred, target, loss_type):\n" + textwrap.indent(lines, "    "), names)
+    trainer = SimpleNamespace(compute_scheduled_huber_c=lambda given: c if given is timesteps else None)
+    batch = {"timesteps": timesteps, "conditioning_pixel_values": picture}
+
+    x, y = model_pred.clone().requires_grad_(), model_pred.clone().requires_grad_()
+    ours, theirs = names["loss"](trainer, batch, x, target, kind), formula(y)
+    ours.backward()
+    theirs.backward()
+    torch.testing.assert_close(ours, theirs, rtol=3e-6, atol=0)
+    torch.testing.assert_close(x.grad, y.grad, rtol=0, atol=3e-5 * y.grad.abs().max().item())
 
 
 def test_the_page_names_tests_that_exist_and_shows_code_that_parses():
