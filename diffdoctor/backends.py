@@ -110,6 +110,18 @@ def backends() -> dict[str, str | None]:
     return {name: why_not(name) for name in NAMES}
 
 
+def _server(device: str, op: str, usable: dict[str, str | None]) -> str:
+    """The backend that a call without `backend=` gets, or "nothing" with the error that it raises."""
+    try:
+        name = requested(None)
+        if name is None:
+            return next((n for n in _BY_DEVICE[device] if usable[n] is None), "reference")
+        pick(name, op, device)
+    except (ValueError, BackendUnavailable) as error:
+        return f"nothing: {error}"
+    return name
+
+
 def describe() -> dict:
     """What `diffdoctor env` says of the backends: which can be used, which serves each op by device, the build."""
     from diffdoctor import native
@@ -118,10 +130,7 @@ def describe() -> dict:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {
         "backends": {name: reason or "usable" for name, reason in usable.items()},
-        "serves": {
-            device: dict.fromkeys(OPS, next((n for n in _BY_DEVICE[device] if usable[n] is None), "reference"))
-            for device in devices
-        },
+        "serves": {device: {op: _server(device, op, usable) for op in OPS} for device in devices},
         "dtypes": ["float32", "bfloat16", "float16", "float64"],
         "native": native.describe(),
     }

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import pathlib
+import warnings
 
+_INSTRUCTION_SETS = ("generic", "avx2", "avx512")
 _module = None
 _reason: str | None = None
 _tried = False
+_ignored: str | None = None
 
 
 def load():
-    """The compiled module `diffdoctor._native`, or None; see `reason`."""
-    global _module, _reason, _tried
+    """The compiled module `diffdoctor._native`, or None; see `reason`. Warns where DIFFDOCTOR_CPU_ISA has no effect."""
+    global _module, _reason, _tried, _ignored
     if not _tried:
         _tried = True
         info = build_info()
@@ -28,7 +32,22 @@ def load():
             _reason = left_out or (
                 f"the compiled module is not there ({error}); DIFFDOCTOR_BUILD=none installs go without it"
             )
+        else:
+            _ignored = _ignored_instruction_set(_module)
+            if _ignored:
+                warnings.warn(_ignored, stacklevel=2)
     return _module
+
+
+def _ignored_instruction_set(module) -> str | None:
+    wanted = os.environ.get("DIFFDOCTOR_CPU_ISA")
+    if not wanted or wanted == module.instruction_set():
+        return None
+    if wanted in _INSTRUCTION_SETS:
+        expected = "one that this CPU and this build have"
+    else:
+        expected = f"one of {', '.join(_INSTRUCTION_SETS)}"
+    return f"DIFFDOCTOR_CPU_ISA must be {expected}, got {wanted!r}; {module.instruction_set()} is used"
 
 
 def reason() -> str | None:
@@ -54,4 +73,6 @@ def describe() -> dict:
         account["reason"] = _reason
     else:
         account["instruction_set"] = module.instruction_set()
+        if _ignored:
+            account["ignored"] = _ignored
     return {**account, "build": build_info()}

@@ -101,6 +101,79 @@ def test_description_has_what_env_prints():
         assert found["native"]["instruction_set"] in ("generic", "avx2", "avx512")
 
 
+@pytest.mark.parametrize(
+    ("value", "served"),
+    [
+        ("reference", "reference"),
+        ("nope", "nothing: DIFFDOCTOR_BACKEND must be one of cuda, triton, cpu, reference, got 'nope'"),
+        pytest.param("cpu", "cpu", marks=needs_cpu),
+        pytest.param(
+            "cuda",
+            "nothing: backend 'cuda' cannot be used here: ",
+            marks=pytest.mark.skipif(why_not("cuda") is None, reason="a machine without CUDA"),
+        ),
+    ],
+)
+def test_description_knows_the_environment_variable(monkeypatch, value, served):
+    monkeypatch.setenv("DIFFDOCTOR_BACKEND", value)
+    found = describe()["serves"]["cpu"]
+    assert set(found) == set(OPS)
+    assert all(said == served or (served.endswith(": ") and said.startswith(served)) for said in found.values())
+    x = torch.ones(1, 1, 2, 2)
+    if served.startswith("nothing: "):
+        with pytest.raises((ValueError, BackendUnavailable)) as refused:
+            diffdoctor.weighted_loss(x, x)
+        assert found["weighted_loss"] == f"nothing: {refused.value}"
+    else:
+        diffdoctor.weighted_loss(x, x)
+
+
+def test_env_prints_what_the_environment_variable_does():
+    done = subprocess.run(
+        [sys.executable, "-m", "diffdoctor", "env"],
+        env={**os.environ, "DIFFDOCTOR_BACKEND": "nope"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "weighted_loss: nothing: DIFFDOCTOR_BACKEND must be one of" in done.stdout
+
+
+@needs_cpu
+@pytest.mark.parametrize("value", ["foo", "AVX2", "generic", ""])
+def test_an_instruction_set_that_is_none_is_said_once(value):
+    done = run(
+        "import torch, warnings\n"
+        "warnings.simplefilter('always')\n"
+        "import diffdoctor\n"
+        "from diffdoctor import native\n"
+        "x = torch.ones(1, 1, 2, 2)\n"
+        "for _ in range(3): diffdoctor.weighted_loss(x, x)\n"
+        "print(native.describe().get('ignored'))\n"
+        "print(native.describe()['instruction_set'])\n",
+        DIFFDOCTOR_CPU_ISA=value,
+    )
+    assert done.returncode == 0, done.stderr
+    said, used = done.stdout.split("\n")[:2]
+    expected = f"DIFFDOCTOR_CPU_ISA must be one of generic, avx2, avx512, got {value!r}; {used} is used"
+    if value in ("generic", ""):
+        assert said == "None"
+        assert "DIFFDOCTOR_CPU_ISA" not in done.stderr
+    else:
+        assert said == expected
+        assert done.stderr.count(expected) == 1
+
+
+def test_an_instruction_set_that_is_not_there_is_said(monkeypatch):
+    class Module:
+        @staticmethod
+        def instruction_set():
+            return "avx2"
+
+    monkeypatch.setenv("DIFFDOCTOR_CPU_ISA", "avx512")
+    sentence = "DIFFDOCTOR_CPU_ISA must be one that this CPU and this build have, got 'avx512'; avx2 is used"
+    assert native._ignored_instruction_set(Module) == sentence
+    monkeypatch.setenv("DIFFDOCTOR_CPU_ISA", "avx2")
+    assert native._ignored_instruction_set(Module) is None
+
+
 def test_import_is_light_and_touches_no_device():
     done = run(
         "import sys, torch, diffdoctor\n"
