@@ -75,11 +75,10 @@ class Checkpoints:
             raise UserError(f"{self.folder}: {self.refusal.format(', '.join(other))}")
         return torch.load(found[-1] / "state.pt", map_location=device, weights_only=True), account["record"]
 
-    def remove(self) -> None:
-        """Delete them all, when the run is done."""
-        for old in self.all():
-            _delete(old)
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def keep_last(self) -> None:
+        """Delete all but the last, when the run is done."""
+        self.keep = 1
+        self.tidy()
 
 
 def _delete(folder: Path) -> None:

@@ -89,7 +89,8 @@ def test_writes_a_lora_that_loads(files, tmp_path, capsys):
     output = tmp_path / "run"
     assert main(arguments(files, output)) == 0
     assert "load_lora_weights" in capsys.readouterr().out
-    assert sorted(path.name for path in output.iterdir()) == ["config.yaml", "logs", "lora", "samples", "treat.json"]
+    found = ["checkpoints", "config.yaml", "logs", "lora", "samples", "treat.json"]
+    assert sorted(path.name for path in output.iterdir()) == found
     assert len(json.loads((output / "treat.json").read_text())["history"]) == 1
     tiny_pipeline("sd").load_lora_weights(output / "lora")
 
@@ -171,7 +172,8 @@ def test_a_folder_where_another_run_is_at_work(files, tmp_path, capsys):
         assert f"{output}: another process is at work there" in error_line(capsys.readouterr())
         assert names(output) == [".config.yaml.abcd1234.tmp"]
     assert main(arguments(files, output, log_with="none", sample_pictures=0)) == 0
-    assert names(output) == ["config.yaml", f"lora/{WEIGHTS_NAME}", "treat.json"]
+    finished = [f"checkpoints/step-00000001/{name}" for name in ("run.json", "state.pt")]
+    assert names(output) == [*finished, "config.yaml", f"lora/{WEIGHTS_NAME}", "treat.json"]
 
 
 @contextlib.contextmanager
@@ -226,7 +228,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(files, tmp_path, capsys, monkeypa
     assert not list(output.glob(".*"))
     monkeypatch.setattr(Treatment, "run", finished)
     assert main(arguments(files, output, **options)) == 0
-    assert "goes on after step 3 of 3" in capsys.readouterr().err
+    assert "was done after step 3 of 3" in capsys.readouterr().err
     ours, whole = (folder / "lora" / WEIGHTS_NAME for folder in (output, tmp_path / "whole"))
     assert ours.read_bytes() == whole.read_bytes()
 

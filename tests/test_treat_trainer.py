@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import numpy as np
@@ -147,7 +148,7 @@ def test_resume_gives_the_same_lora_as_an_undisturbed_run(tmp_path, monkeypatch,
     assert [row["step"] for row in result.history] == [1, 2, 3, 4, 5]
     whole, resumed = saved(tmp_path / "whole"), saved(tmp_path / "broken")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert not (tmp_path / "broken" / "checkpoints").exists()
+    assert [path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()] == ["step-00000005"]
     assert json.loads((tmp_path / "broken" / "treat.json").read_text())["best_step"] == result.best_step
 
 
@@ -444,6 +445,31 @@ def test_a_run_killed_after_it_was_to_stop_does_not_go_on(tmp_path, monkeypatch)
     result = run(**options)
     assert len(result.history) == 4
     assert result.stopped == "enough"
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_a_finished_run_is_neither_repeated_nor_written_over(tmp_path, monkeypatch, every):
+    options = {"output_dir": tmp_path, "log_with": "none", "sample_pictures": 0, "checkpoint_every": every}
+    first = run(steps=2, **options)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "lora" / WEIGHTS_NAME).unlink()
+    monkeypatch.setattr(treatment, "artifact_term", None)
+    again = run(steps=2, **options)
+    assert (again.history, again.best_step, again.measurements) == (first.history, first.best_step, first.measurements)
+    pictures = [
+        result.pipeline(list(PROMPTS[:2]), num_inference_steps=2, height=16, width=16, output_type="pt",
+                        generator=torch.Generator().manual_seed(0)).images
+        for result in (first, again)
+    ]  # fmt: skip
+    assert torch.equal(*pictures)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    seconds = re.compile(rb'"seconds": [0-9.]+')
+    assert {path: seconds.sub(b"", text) for path, text in after.items()} == {
+        path: seconds.sub(b"", text) for path, text in before.items()
+    }
+    with pytest.raises(UserError, match="a treatment with another learning_rate, steps: choose another output folder"):
+        run(steps=3, learning_rate=1e-3, **options)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == after
 
 
 def stopping_at(step, add):

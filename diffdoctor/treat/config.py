@@ -58,7 +58,7 @@ class TreatConfig:
         min_sharpness: collapse guard: stop when the sharpness falls below this share of what it was before.
         min_diversity: collapse guard, likewise for the spread of the pictures of one prompt.
         max_skipped: stop with an error after this many steps in a row with a loss or gradient that is not finite.
-        checkpoint_every: steps between checkpoints in the output folder; 0: only when interrupted.
+        checkpoint_every: steps between checkpoints in the output folder; 0: only when interrupted or done.
         micro_batch_size: pictures and pairs that a process works on at a time; 0: all of its share. Smaller ones need
             less memory and change the result by rounding alone.
         gradient_checkpointing: recompute the denoiser's and the VAE's activations in backward.

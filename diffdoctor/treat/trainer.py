@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +28,7 @@ class TreatResult:
         best_step: the step whose weights were kept.
         stopped: why it ended before the last step, or None.
         skipped: steps left out because a loss or gradient was not finite.
-        seconds: wall time.
+        seconds: wall time, that of interrupted calls up to their last checkpoint included.
         lora_dir: where the LoRA was written, or None.
     """
 
@@ -76,7 +75,7 @@ def treat(
         monitor: a second detector, never the one that judges the result: when it finds more artifacts than before while
             `detector` finds fewer, the treatment stops.
         output_dir: for `lora/`, `treat.json`, `config.yaml`, `samples/`, `logs/` and checkpoints, from which the same
-            call goes on after an interruption.
+            call goes on after an interruption, and which tell one that repeats a finished treatment what came of it.
         progress: show a bar, or plain lines where there is no terminal.
         settings: what else `config.yaml` is to hold, beside the options.
 
@@ -89,7 +88,6 @@ def treat(
             output folder that cannot be written or where another process is at work, or `max_skipped` steps in a row
             whose loss or gradient was not finite.
     """
-    started = time.perf_counter()
     treatment = Treatment(pipeline, detector, prompts, config or TreatConfig(), offline, monitor, output_dir, settings)
     try:
         stopped = treatment.run(progress)
@@ -101,7 +99,7 @@ def treat(
             best_step=0 if best is None else best.step,
             stopped=stopped,
             skipped=treatment.skipped,
-            seconds=time.perf_counter() - started,
+            seconds=treatment.seconds,
         )
         if output_dir is not None:
             _write(result, treatment, Path(output_dir))
@@ -116,7 +114,7 @@ def _write(result: TreatResult, treatment: Treatment, output_dir: Path) -> None:
         with writing(output_dir):
             save_lora(treatment.family, output_dir / "lora")
             atomic_write_json(output_dir / "treat.json", _summary(result, treatment.config))
-        treatment.checkpoints.remove()
+        treatment.checkpoints.keep_last()
     treatment.processes.wait()
     result.lora_dir = output_dir / "lora"
 

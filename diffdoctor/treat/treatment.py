@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -51,6 +52,7 @@ class Treatment:
     """
 
     def __init__(self, pipeline, detector, prompts, config: TreatConfig, offline, second, output_dir, settings):
+        self.started, self.seconds_before = time.perf_counter(), 0.0
         self.config = config
         self.family = family = family_of(pipeline)
         check_pipeline(family)
@@ -75,6 +77,8 @@ class Treatment:
         self.history: list[dict] = []
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.stopped: str | None = None
+        # the step of the last checkpoint
+        self.saved: int | None = None
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.settings = {**asdict(config), **(settings or {})}
         self.lock = None if self.output_dir is None else FolderLock(self.output_dir)
@@ -92,6 +96,11 @@ class Treatment:
         if offline is None:
             raise UserError("offline: (pictures, prompts) pairs were expected, since offline_weight > 0; got None")
         return pairs_of(offline)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time so far, that of interrupted calls up to their last checkpoint included."""
+        return self.seconds_before + time.perf_counter() - self.started
 
     def _prepare(self) -> None:
         """Everything that takes time or memory: encode prompts and pairs, place the denoiser, add the LoRA."""
@@ -146,8 +155,9 @@ class Treatment:
                     self.processes.from_main(self.lock.take)
                 self._resume()
                 if self.step and progress:
+                    what = "was done" if self._is_over() else "goes on"
                     print(
-                        f"treatment: goes on after step {self.step} of {self.config.steps}", file=sys.stderr, flush=True
+                        f"treatment: {what} after step {self.step} of {self.config.steps}", file=sys.stderr, flush=True
                     )
                 # nothing is written before the untreated model has drawn its first pictures
                 first = None if self.monitor.measurements else self._draw(self.config.evaluate_pictures)
@@ -184,12 +194,18 @@ class Treatment:
                     self.tracking.sheet(self.step, *self._draw(self.config.sample_pictures))
                 # processes are told to stop at different moments, and must do so after the same step
                 interruption.signal = self.processes.largest(interruption.signal or 0) or None
-                if interruption.signal is not None or self._is_due(self.config.checkpoint_every):
+                due = self._is_due(self.config.checkpoint_every) and not self._is_over()
+                if interruption.signal is not None or due:
                     self._checkpoint()
                 if interruption.signal is not None:
                     if progress and self.checkpoints is not None:
                         print(f"treatment: stopped after step {self.step}, and can go on from there", file=sys.stderr)
-                    break
+                    return
+            if self.saved != self.step:
+                self._checkpoint()
+
+    def _is_over(self) -> bool:
+        return self.step == self.config.steps or self.stopped is not None
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -373,15 +389,18 @@ class Treatment:
                 "step": self.step,
                 "lora": [p.detach() for p in self.parameters],
                 "average": self.average,
-                "optimizer": self.optimizer.state_dict(),
+                # the last one only says that all is done, and what came of it
+                "optimizer": None if self._is_over() else self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "monitor": self.monitor.state_dict(),
                 "history": self.history,
                 "skipped": [self.skipped, self.skipped_in_a_row],
                 "stopped": self.stopped,
+                "seconds": self.seconds,
             }
             with writing(self.output_dir):
                 self.checkpoints.save(self.step, state)
+        self.saved = self.step
         self.processes.wait()
 
     def _resume(self) -> None:
@@ -390,11 +409,13 @@ class Treatment:
             return
         found = loaded[0]
         self.stopped = found["stopped"]
-        self.step, self.history = found["step"], found["history"]
+        self.step, self.history, self.seconds_before = found["step"], found["history"], found["seconds"]
+        self.saved = self.step
         self.skipped, self.skipped_in_a_row = found["skipped"]
         self._put(found["lora"])
         self.average = [value.to(self.device) for value in found["average"]]
-        self.optimizer.load_state_dict(found["optimizer"])
+        if found["optimizer"] is not None:
+            self.optimizer.load_state_dict(found["optimizer"])
         self.scaler.load_state_dict(found["scaler"])
         self.monitor.load_state_dict(found["monitor"])
 
