@@ -39,9 +39,10 @@ def requested():
 
 
 def find_compiler():
-    """The C++ compiler that CMake will take, or None."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++", "cl"):
-        if name and shutil.which(name.split()[0]):
+    """The C++ compiler that CMake will take, or None: CXX with its arguments; others where it is not set."""
+    chosen = os.environ.get("CXX", "").strip()
+    for name in (chosen,) if chosen else ("c++", "g++", "clang++", "cl"):
+        if shutil.which(name) or shutil.which(name.split()[0]):
             return name
     return None
 
@@ -82,6 +83,20 @@ def _version_line(command, pattern):
     return found.group(0) if found else command
 
 
+def _first_error(output):
+    """The first line that speaks of an error, and what follows it where it ends in a colon as CMake's headlines do."""
+    lines = [line.strip() for line in output.splitlines()]
+    start = next((i for i, line in enumerate(lines) if re.search(r"\berror\b", line, re.I)), len(lines))
+    found = lines[start : start + 1]
+    if found and found[0].endswith(":"):
+        for line in lines[start + 1 :]:
+            if line:
+                found.append(line)
+            elif not found[-1].endswith(":"):
+                break
+    return " ".join(found)
+
+
 class BuildNative(build_ext):
     """Configures and builds CMakeLists.txt once, with as much as DIFFDOCTOR_BUILD and the machine allow."""
 
@@ -106,7 +121,10 @@ class BuildNative(build_ext):
     def _build(self, ext, mode, info):
         compiler = find_compiler()
         if compiler is None:
-            reason = "no C++ compiler was found (looked at CXX and for c++, g++, clang++, cl on PATH)"
+            chosen = os.environ.get("CXX", "").strip()
+            usual = "looked at CXX and for c++, g++, clang++, cl on PATH"
+            looked = f"CXX names {chosen!r}, which is not there" if chosen else usual
+            reason = f"no C++ compiler was found ({looked})"
             if mode != "auto":
                 raise BuildError(f"DIFFDOCTOR_BUILD={mode} needs a C++ compiler: {reason}")
             info["left_out"].update(cpu=reason, cuda=reason)
@@ -175,8 +193,7 @@ class BuildNative(build_ext):
                 "w", prefix="diffdoctor-build-", suffix=".log", delete=False, encoding="utf-8"
             ) as log:
                 log.write(done.stdout)
-            errors = [line.strip() for line in done.stdout.splitlines() if re.search(r"\berror\b", line, re.I)]
-            raise RuntimeError(f"{errors[0] if errors else 'see the log'} (whole output in {log.name})")
+            raise RuntimeError(f"{_first_error(done.stdout) or 'see the log'} (whole output in {log.name})")
 
 
 class BuildPython(build_py):

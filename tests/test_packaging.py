@@ -165,10 +165,68 @@ def test_what_cannot_be_built_stops_with_one_sentence(sdist, tmp_path, bare_path
     assert "Traceback" not in done.stderr
 
 
-def test_cuda_without_nvcc_names_nvcc(monkeypatch):
+@pytest.mark.parametrize("mode", ["cpu", "auto"])
+def test_a_compiler_that_cxx_names_and_is_not_there_is_named(sdist, tmp_path, mode):
+    environment = {"DIFFDOCTOR_BUILD": mode, "CXX": "/nonexistent/g++"}
+    sentence = "no C++ compiler was found (CXX names '/nonexistent/g++', which is not there)"
+    if mode == "auto":
+        info = unpack(wheel(sdist, tmp_path, **environment), tmp_path / "site")
+        assert info["left_out"]["cpu"] == info["left_out"]["cuda"] == sentence
+        assert "compiler" not in info
+    else:
+        code = "import setuptools.build_meta as b; b.build_wheel('.')"
+        done = run(sys.executable, "-c", code, cwd=sdist, env=environment, check=False)
+        assert done.returncode != 0
+        assert f"DIFFDOCTOR_BUILD=cpu needs a C++ compiler: {sentence}" in done.stderr
+
+
+@pytest.fixture
+def build_native():
     spec = importlib.util.spec_from_file_location("build_native", ROOT / "csrc" / "build_native.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        (
+            "-- Detecting\nCMake Error at /a/Determine.cmake:48 (message):\n  Could not find compiler set in CXX:\n\n"
+            "  /nonexistent.\n\nCall Stack (most recent call first):\n",
+            "CMake Error at /a/Determine.cmake:48 (message): Could not find compiler set in CXX: /nonexistent.",
+        ),
+        (
+            "CMake Error at CMakeLists.txt:3 (message):\n\n  first line\n  second line\n\n  another paragraph\n",
+            "CMake Error at CMakeLists.txt:3 (message): first line second line",
+        ),
+        ("a.cpp:3:5: error: expected ';'\n    3 | int\n", "a.cpp:3:5: error: expected ';'"),
+        ("CMake Error at CMakeLists.txt:3 (message):", "CMake Error at CMakeLists.txt:3 (message):"),
+        ("nothing of the kind", "see the log"),
+        ("", "see the log"),
+    ],
+    ids=["paragraphs", "lines", "compiler", "cut off", "none", "empty"],
+)
+def test_what_a_failed_build_says(build_native, monkeypatch, tmp_path, output, sentence):
+    monkeypatch.setattr(build_native.tempfile, "tempdir", str(tmp_path))
+    code = f"import sys; sys.stdout.write({output!r}); sys.exit(1)"
+    with pytest.raises(RuntimeError) as failed:
+        build_native.BuildNative._run([sys.executable, "-c", code])
+    (log,) = tmp_path.glob("*.log")
+    assert str(failed.value) == f"{sentence} (whole output in {log})"
+    assert log.read_text() == output
+
+
+def test_a_compiler_with_arguments_is_taken(build_native, monkeypatch):
+    monkeypatch.setattr(build_native.shutil, "which", lambda name: name if name == "ccache" else None)
+    monkeypatch.setenv("CXX", "ccache g++ -m64")
+    assert build_native.find_compiler() == "ccache g++ -m64"
+    monkeypatch.setenv("CXX", "  ")
+    assert build_native.find_compiler() is None
+
+
+def test_cuda_without_nvcc_names_nvcc(build_native, monkeypatch):
+    module = build_native
     which = shutil.which
     monkeypatch.setattr(module.shutil, "which", lambda name: None if "nvcc" in name else which(name))
     monkeypatch.setattr(module, "find_compiler", lambda: "c++")
