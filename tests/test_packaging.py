@@ -27,11 +27,17 @@ def run(*command, cwd=None, env=None, check=True):
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
     """An sdist of a copy of the checkout's tracked files, unpacked."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout")
     copy = tmp_path_factory.mktemp("checkout")
     for name in run("git", "ls-files", cwd=ROOT).stdout.split("\n"):
         if name and (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name)
+    # What running the tests leaves behind.
+    for name in ("tests/__pycache__/test_io.cpython-311.pyc", "tests/cuda_shim/module.so"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).touch()
     code = "import setuptools.build_meta as b; print(b.build_sdist('dist'))"
     (copy / "dist").mkdir()
     run(sys.executable, "-c", code, cwd=copy)
@@ -90,6 +96,14 @@ def test_import_is_light():
     # What torch itself imports is torch's affair.
     done = run(sys.executable, "-c", "import torch, sys\nBEFORE = set(sys.modules)\n" + code)
     assert done.stdout.split("\n")[:2] == ["[]", "False"]
+
+
+def test_the_sdist_holds_what_is_tracked_and_nothing_built(sdist):
+    tracked = {name for name in run("git", "ls-files", cwd=ROOT).stdout.split("\n") if name and (ROOT / name).is_file()}
+    found = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
+    assert tracked - found == {".gitignore"}
+    added = {name for name in found - tracked if not name.startswith("diffdoctor.egg-info/")}
+    assert added == {"PKG-INFO", "setup.cfg"}
 
 
 @pytest.mark.slow
