@@ -22,7 +22,7 @@ def test_killed_treatments_end_with_the_same_lora(tmp_path):
     operations = [str(number) for number in (5, 31, 58, 90, 120, 140, 155, 165)]
     command = [sys.executable, str(HERE / "treat_killed.py"), str(tmp_path), str(seed), *operations]
     done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=550, check=False
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1100, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.count("killed True, same True") >= len(operations) + 3

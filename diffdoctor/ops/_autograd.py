@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import torch
 from torch import Tensor
@@ -10,12 +11,13 @@ from torch import Tensor
 from diffdoctor.ops._lowering import WRITE_GRAD, WRITE_LOSS, ArtifactProblem, PerSample, Problem
 
 functorch_level = torch._C._functorch.peek_interpreter_stack
+is_batched = torch._C._functorch.is_legacy_batchedtensor
 graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 
-def refuse_functorch(op: str) -> None:
-    """Raise under torch.func transforms, whose wrapped tensors no kernel can read."""
-    if functorch_level() is not None:
+def refuse_functorch(op: str, g: Tensor | None = None) -> None:
+    """Raise under torch.func transforms, whose wrapped tensors no kernel can read; `g` is a backward's gradient."""
+    if functorch_level() is not None or (g is not None and is_batched(g)):
         raise RuntimeError(
             f"diffdoctor.{op} does not support torch.func transforms (vmap, grad, jvp, is_grads_batched): "
             'call diffdoctor.reference, or pass reduction="sample" for per-sample losses'
@@ -26,21 +28,31 @@ class _NoSecondDerivative(torch.autograd.Function):
     """Identity on a gradient that was asked for with create_graph=True; raises when differentiated."""
 
     @staticmethod
-    def forward(ctx, grad, anchor, op):
+    def forward(ctx, grad, x, op):
         ctx.op = op
         return grad.view_as(grad)
 
     @staticmethod
     def backward(ctx, _):
-        raise RuntimeError(
-            f"diffdoctor.{ctx.op} has no second derivative (its gradient is computed in the forward pass); "
-            f"diffdoctor.reference.{ctx.op} in plain PyTorch has one"
-        )
+        raise second_derivative(ctx.op)
 
 
-def forbid_second_derivative(grad: Tensor, op: str) -> Tensor:
-    anchor = torch.empty(0, requires_grad=True)
-    return _NoSecondDerivative.apply(grad, anchor, op)
+def forbid_second_derivative(grad: Tensor, x: Tensor | None, op: str) -> Tensor:
+    """The gradient, which raises when it is differentiated by whatever `x`, the differentiated tensor, comes from.
+
+    Raises:
+        RuntimeError: at once where x is gone: nothing could be seen of a differentiation then.
+    """
+    if x is None:
+        raise second_derivative(op)
+    return _NoSecondDerivative.apply(grad, x, op)
+
+
+def second_derivative(op: str) -> RuntimeError:
+    return RuntimeError(
+        f"diffdoctor.{op} has no second derivative (its gradient is computed in the forward pass); "
+        f"diffdoctor.reference.{op} in plain PyTorch has one"
+    )
 
 
 class _GuardReference(torch.autograd.Function):
@@ -49,11 +61,12 @@ class _GuardReference(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, op):
         ctx.op = op
+        ctx.save_for_backward(x)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return (forbid_second_derivative(grad, ctx.op) if torch.is_grad_enabled() else grad), None
+        return (forbid_second_derivative(grad, *ctx.saved_tensors, ctx.op) if torch.is_grad_enabled() else grad), None
 
 
 def guard_reference(x: Tensor, op: str) -> Tensor:
@@ -69,7 +82,7 @@ class WeightedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, model_pred, problem, module, runs):
-        ctx.module, ctx.runs = module, runs
+        ctx.module, ctx.runs, ctx.x = module, runs, weakref.ref(model_pred)
         ctx.recompute = model_pred.dtype == torch.float16
         if ctx.recompute:
             module.weighted_loss(problem)
@@ -85,7 +98,8 @@ class WeightedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        refuse_functorch("weighted_loss")
+        refuse_functorch("weighted_loss", g)
+        g = g.resolve_neg()
         if ctx.recompute:
             problem = _with_tensors(ctx.problem, ctx.saved_tensors)
             problem.work = WRITE_GRAD
@@ -96,7 +110,7 @@ class WeightedLoss(torch.autograd.Function):
         else:
             grad = scale_kept(ctx.module, ctx.saved_tensors[0], g, ctx.runs)
         if torch.is_grad_enabled():
-            grad = forbid_second_derivative(grad, "weighted_loss")
+            grad = forbid_second_derivative(grad, ctx.x(), "weighted_loss")
         return grad, None, None, None
 
 
@@ -170,18 +184,18 @@ class ArtifactLoss(torch.autograd.Function):
         problem.kept = torch.empty(problem.logits.shape, dtype=acc, device=logits.device)
         problem.factor = torch.empty(problem.logits.shape[0], dtype=acc, device=logits.device)
         module.artifact_loss(problem)
-        ctx.module, ctx.shape, ctx.dtype = module, logits.shape, logits.dtype
+        ctx.module, ctx.shape, ctx.dtype, ctx.x = module, logits.shape, logits.dtype, weakref.ref(logits)
         ctx.save_for_backward(problem.kept, problem.factor)
         return problem.loss
 
     @staticmethod
     def backward(ctx, g):
-        refuse_functorch("artifact_loss")
+        refuse_functorch("artifact_loss", g)
         kept, factor = ctx.saved_tensors
         grad = torch.empty(ctx.shape, dtype=ctx.dtype, device=kept.device)
-        ctx.module.artifact_loss_backward(kept, factor, g, grad.view(kept.shape))
+        ctx.module.artifact_loss_backward(kept, factor, g.resolve_neg(), grad.view(kept.shape))
         if torch.is_grad_enabled():
-            grad = forbid_second_derivative(grad, "artifact_loss")
+            grad = forbid_second_derivative(grad, ctx.x(), "artifact_loss")
         return grad, None, None
 
 

@@ -59,11 +59,20 @@ def check_choice(name: str, value, allowed) -> None:
 
 
 def check_input(name: str, value: Tensor, model_pred: Tensor) -> None:
-    """A target, map or weight: on model_pred's device, and not asking for a gradient."""
+    """A target, map or weight: dense, on model_pred's device, and not asking for a gradient."""
+    check_memory(name, value)
     if value.device != model_pred.device:
         raise ValueError(f"{name} must be on model_pred's device {model_pred.device}, got {value.device}")
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} must not require a gradient (only model_pred gets one): pass {name}.detach()")
+
+
+def check_memory(name: str, value: Tensor) -> None:
+    """A tensor whose memory holds its values."""
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {value.layout}")
+    if value.is_neg():
+        raise ValueError(f"{name} must not be negated lazily, as z.conj().imag is: pass {name}.resolve_neg()")
 
 
 def check_pred(name: str, model_pred, layout) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from weakref import ref as _ref
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from diffdoctor.ops._autograd import (
     forbid_second_derivative,
     functorch_level,
     graph_is_kept,
+    is_batched,
     refuse_functorch,
     scale_kept,
 )
@@ -58,7 +60,8 @@ class ShortCall:
         self._acc = plan.acc_dtype
         self._weighted = not prepared.weighting_per_sample
         shape = (plan.batch,) if plan.options.reduction == "sample" else ()
-        self._scalar = torch.empty(shape, dtype=plan.acc_dtype)  # empty_like of it takes half the time of empty
+        # empty_like of it takes half the time of empty
+        self._scalar = torch.empty(shape, dtype=plan.acc_dtype, device="cpu")
         self.count, self.dtype, self.grad_runs = plan.batch * plan.count, DTYPES[plan.dtype], prepared.grad_runs
 
     def __call__(
@@ -115,21 +118,24 @@ class WeightedLossKept(torch.autograd.Function):
     @staticmethod
     def forward(ctx, model_pred, done):
         ctx.call, loss, grad = done
+        ctx.x = _ref(model_pred)
         ctx.save_for_backward(grad)
         return loss
 
     @staticmethod
     def backward(ctx, g):
-        if functorch_level() is not None:
-            refuse_functorch("weighted_loss")
+        if functorch_level() is not None or is_batched(g):
+            refuse_functorch("weighted_loss", g)
         (kept,) = ctx.saved_tensors
         call = ctx.call
+        if g.is_neg():
+            g = g.resolve_neg()
         if g.ndim == 0:
             grad = _empty_like(kept) if graph_is_kept() else kept
             launch_scale(kept.data_ptr(), grad.data_ptr(), call.dtype, 1, call.count, g.data_ptr(), 0, _threads())
         else:
             grad = scale_kept(sys.modules[__name__], kept, g, call.grad_runs)
-        return (forbid_second_derivative(grad, "weighted_loss") if _is_grad_enabled() else grad), None
+        return (forbid_second_derivative(grad, ctx.x(), "weighted_loss") if _is_grad_enabled() else grad), None
 
 
 # Function.apply without what it does first for functorch, which was refused above: it takes as long again as the rest.

@@ -207,7 +207,8 @@ def _weighted_loss_backward(ctx, g, *_):
             g, model_pred, terms, confidence, mask, weighting, per_sample, *ctx.plain
         )
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        grad = forbid_second_derivative(grad, "weighted_loss")
+        x = torch.empty(0, requires_grad=True) if ctx.kept else model_pred
+        grad = forbid_second_derivative(grad, x, "weighted_loss")
     return grad, *ctx.none
 
 

@@ -15,7 +15,7 @@ ONE = PerSample()
 def meta(x):
     """What a plan depends on in an argument: a tensor's metadata, or the argument itself."""
     if isinstance(x, Tensor):
-        return (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
+        return (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_neg())
     return x
 
 

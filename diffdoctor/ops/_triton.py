@@ -186,7 +186,9 @@ def artifact_arguments(problem: ArtifactProblem, gathers: bool) -> dict:
 
 def _ratio(size: int, out_size: int, acc: torch.dtype) -> float:
     """size / out_size as ATen rounds it."""
-    return size / out_size if acc is torch.float64 else (torch.tensor(float(size)) / float(out_size)).item()
+    if acc is torch.float64:
+        return size / out_size
+    return (torch.tensor(float(size), dtype=torch.float32, device="cpu") / float(out_size)).item()
 
 
 def artifact_loss_backward(kept: Tensor, factor: Tensor, grad_output: Tensor, out: Tensor) -> None:

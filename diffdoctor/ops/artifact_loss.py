@@ -68,6 +68,7 @@ def check_arguments(logits, size, threshold, method, reduction) -> tuple[int, in
     if not isinstance(logits, Tensor):
         raise checks.kind_error("logits", "a tensor", logits)
     checks.check_dtype("logits", logits, checks.FLOATS)
+    checks.check_memory("logits", logits)
     if logits.ndim not in (3, 4) or (logits.ndim == 4 and logits.shape[1] != 1):
         raise ValueError(f"logits must have shape (B, 1, h, w) or (B, h, w), got {tuple(logits.shape)}")
     checks.check_number("threshold", threshold, 0.0, 1.0)

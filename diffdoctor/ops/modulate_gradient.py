@@ -138,7 +138,7 @@ class GradientModulator:
             if not isinstance(confidence, Tensor):
                 raise checks.kind_error("confidence", "a tensor or None", confidence)
             checks.check_dtype("confidence", confidence, checks.MAPS)
-            confidence = confidence.detach()
+            confidence = confidence.detach().resolve_neg()
         self.confidence = confidence
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -177,23 +177,24 @@ def modulator_of(key: int) -> GradientModulator:
 class _Modulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, modulator):
-        ctx.modulator = modulator
+        ctx.modulator, ctx.x = modulator, weakref.ref(x)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        refuse_functorch("modulate_gradient")
+        refuse_functorch("modulate_gradient", grad)
         if not torch.is_grad_enabled():
             return ctx.modulator.scaled(grad), None
         with torch.no_grad():
             result = ctx.modulator.scaled(grad)
-        return forbid_second_derivative(result, "modulate_gradient"), None
+        return forbid_second_derivative(result, ctx.x(), "modulate_gradient"), None
 
 
 def scaled(grad: Tensor, confidence: Tensor, options: Options, interpolation: str, layout) -> Tensor:
     """grad times the modulation, as a new tensor."""
     if grad.numel() == 0:
         return grad
+    grad = grad.resolve_neg()
     module = pick(requested(None), "modulate_gradient", grad.device.type)
     if module is None:
         probe = grad.detach().requires_grad_()

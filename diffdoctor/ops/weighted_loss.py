@@ -125,14 +125,18 @@ def weighted_loss(
     grad_mode = _is_grad_enabled()
     # Written out: with cold caches each function that is called costs microseconds.
     key = (
-        model_pred.shape, model_pred.stride(), model_pred.dtype, model_pred.device, model_pred.requires_grad, grad_mode,
-        (target.shape, target.stride(), target.dtype, target.device, target.requires_grad)
+        model_pred.shape, model_pred.stride(), model_pred.dtype, model_pred.device, model_pred.requires_grad,
+        model_pred.is_neg(), grad_mode,
+        (target.shape, target.stride(), target.dtype, target.device, target.requires_grad, target.is_neg())
         if type(target) is Tensor else target_meta(target),
-        (confidence.shape, confidence.stride(), confidence.dtype, confidence.device, confidence.requires_grad)
+        (
+            confidence.shape, confidence.stride(), confidence.dtype, confidence.device, confidence.requires_grad,
+            confidence.is_neg(),
+        )
         if type(confidence) is Tensor else meta(confidence), None if mask is None else meta(mask),
         None if weighting is None else meta(weighting), huber_c if type(huber_c) is float else meta(huber_c),
         None if normalizer is None else meta(normalizer), maps,
-        loss_type if type(loss_type) is not dict else tuple(loss_type.items()), normalize, reduction, layout,
+        tuple(loss_type.items()) if isinstance(loss_type, dict) else loss_type, normalize, reduction, layout,
     )  # fmt: skip
     try:
         prepared = _cache.get(key)
@@ -190,7 +194,7 @@ def _takes_short_way(problem, module, normalize) -> bool:
 def _run_short(prepared: Prepared, arguments, differentiable: bool, return_stats: bool):
     if not return_stats:
         return prepared.short(*arguments, differentiable)
-    sums = torch.empty(prepared.plan.batch, SUMS, dtype=prepared.plan.acc_dtype)
+    sums = torch.empty(prepared.plan.batch, SUMS, dtype=prepared.plan.acc_dtype, device="cpu")
     loss = prepared.short(*arguments, differentiable, sums)
     return loss, LossStats.from_sums(sums, prepared.plan.count)
 
@@ -200,6 +204,7 @@ def check_arguments(
 ):
     """Every check of weighted_loss; returns the scalars."""
     checks.check_pred("model_pred", model_pred, layout)
+    checks.check_memory("model_pred", model_pred)
     checks.check_target(target, model_pred, layout)
     for name, value in (("confidence", confidence), ("mask", mask)):
         if value is not None:

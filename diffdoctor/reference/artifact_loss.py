@@ -23,7 +23,7 @@ def artifact_loss(
         x = F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
     c = torch.sigmoid(x).flatten(1)
     if method == "threshold":
-        above = c > torch.tensor(threshold, dtype=torch.float32).item()
+        above = c > torch.tensor(threshold, dtype=torch.float32, device="cpu").item()
         value = torch.where(above, c, torch.zeros_like(c)).sum(1) / (above.sum(1, dtype=dtype) + 1e-5)
     else:
         value = {"mean": c.mean, "sum": c.sum, "max": c.amax}[method](1)

@@ -59,14 +59,15 @@ def resample(values: Tensor, size: tuple[int, int, int], interpolation: str) -> 
 
 def nearest_index(size_in: int, size_out: int, offset: float) -> Tensor:
     """floor((i + offset) * in / out) in fp32, as ATen computes it for images."""
-    scale = torch.tensor(size_in, dtype=torch.float32) / torch.tensor(size_out, dtype=torch.float32)
-    index = torch.floor((torch.arange(size_out, dtype=torch.float32) + offset) * scale)
+    fp32 = {"dtype": torch.float32, "device": "cpu"}
+    scale = torch.tensor(size_in, **fp32) / torch.tensor(size_out, **fp32)
+    index = torch.floor((torch.arange(size_out, **fp32) + offset) * scale)
     return index.long().clamp(max=size_in - 1)
 
 
 def artifact_level(confidence: Tensor, threshold: float, gamma: float) -> Tensor:
     """u = c ** gamma where c >= threshold (rounded to fp32), else 0."""
-    threshold = torch.tensor(threshold, dtype=torch.float32).item()
+    threshold = torch.tensor(threshold, dtype=torch.float32, device="cpu").item()
     above = confidence >= threshold
     level = confidence if gamma == 1.0 else confidence.pow(gamma)
     return torch.where(above, level, torch.zeros_like(level))

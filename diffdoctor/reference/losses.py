@@ -57,4 +57,6 @@ ELEMENT_LOSSES = {
 def element_loss(loss_type, d: Tensor, c: Tensor) -> Tensor:
     """The loss named by `loss_type`, or the mixture {name: strength}."""
     mixture = {loss_type: 1.0} if isinstance(loss_type, str) else loss_type
-    return sum(strength * ELEMENT_LOSSES[name](d, c) for name, strength in mixture.items() if strength != 0)
+    losses = [strength * ELEMENT_LOSSES[name](d, c) for name, strength in mixture.items() if strength != 0]
+    # Connected to the graph also where all strengths are 0.
+    return sum(losses) if losses else d * 0
