@@ -71,7 +71,8 @@ def check_memory(name: str, value: Tensor) -> None:
     """A tensor whose memory holds its values."""
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got {value.layout}")
-    if value.is_neg():
+    # A compiled graph hands its operators tensors that are resolved.
+    if not torch.compiler.is_compiling() and value.is_neg():
         raise ValueError(f"{name} must not be negated lazily, as z.conj().imag is: pass {name}.resolve_neg()")
 
 
