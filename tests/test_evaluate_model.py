@@ -15,7 +15,7 @@ from diffdoctor.evaluate.features import frechet_distance, frechet_distance_of_b
 from diffdoctor.evaluate.model import networks
 from diffdoctor.evaluate.model.measuring import count_real, fitted, read_unit, real_units, spoil
 from diffdoctor.evaluate.model.networks import Classifier, Clip, load_features
-from diffdoctor.evaluate.model.store import FeatureFiles, MeasureFiles
+from diffdoctor.evaluate.model.store import EvaluationFolder, FeatureFiles, MeasureFiles
 from diffdoctor.evaluate.model.summary import PictureMeasures, summarise, summarise_groups
 from diffdoctor.evaluate.rates import paired_mean
 
@@ -216,6 +216,26 @@ class TestStore:
         everything = rows[torch.arange(600)]
         assert torch.equal(everything[:, 0], torch.arange(300).repeat_interleave(2).float())
         assert rows._open.cache_info().currsize <= 128
+
+    @pytest.mark.parametrize("run", [None, "[]", '{"pictures": 5}', "not JSON"])
+    def test_what_something_else_left_is_never_replaced(self, tmp_path, run):
+        (tmp_path / "pictures").mkdir()
+        (tmp_path / "pictures" / "holiday.jpg").write_bytes(b"mine")
+        if run is not None:
+            (tmp_path / "run.json").write_text(run)
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match="holds something else"):
+                EvaluationFolder(tmp_path).check({"seed": 0}, overwrite)
+
+    def test_a_folder_whose_first_file_was_cut_short_by_a_kill_is_gone_on_with(self, tmp_path):
+        (tmp_path / ".run.json.abcd1234.tmp.json").write_text("{")
+        folder = EvaluationFolder(tmp_path)
+        folder.check({"seed": 0}, overwrite=False)
+        folder.prepare({"seed": 0}, {})
+        assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+        with pytest.raises(UserError, match="another seed"):
+            folder.check({"seed": 1}, overwrite=False)
+        folder.check({"seed": 1}, overwrite=True)
 
     def test_units_without_a_picture_are_passed_over(self, tmp_path):
         store = MeasureFiles(tmp_path)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from diffdoctor._errors import UserError
-from diffdoctor._io import atomic_path, atomic_write_bytes, atomic_write_json
+from diffdoctor._io import atomic_path, atomic_write_bytes, atomic_write_json, clear_temporaries
 from diffdoctor.detector.codec import decode, encode_picture
 from diffdoctor.evaluate.model.summary import PictureMeasures
 
@@ -169,13 +169,13 @@ class EvaluationFolder:
             overwrite: whether pictures drawn otherwise may be deleted.
 
         Raises:
-            UserError: if there are such pictures, or the folder holds something else.
+            UserError: if there are such pictures, or the folder holds something else, which is never replaced.
         """
         if self.output.exists() and not self.output.is_dir():
             raise UserError(f"--output {self.output}: is a file; choose another folder")
         theirs = self._read().get("pictures")
         if theirs is None:
-            if self.output.is_dir() and any(self.output.iterdir()) and not overwrite:
+            if self.output.is_dir() and any(not _begun(entry) for entry in self.output.iterdir()):
                 raise UserError(f"--output {self.output}: holds something else; choose another folder")
             return
         other = sorted(name for name in {*theirs, *pictures} if theirs.get(name) != pictures.get(name))
@@ -187,6 +187,7 @@ class EvaluationFolder:
 
     def prepare(self, pictures: dict, measures: dict) -> None:
         """Delete what was made with other settings, and note the present ones; `check` comes first."""
+        clear_temporaries(self.output, RUN)
         found = self._read()
         if found.get("pictures") != pictures:
             shutil.rmtree(self.output / "pictures", ignore_errors=True)
@@ -204,6 +205,12 @@ class EvaluationFolder:
 
     def _read(self) -> dict:
         try:
-            return json.loads((self.output / RUN).read_text(encoding="utf-8"))
+            found = json.loads((self.output / RUN).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
+        return found if isinstance(found, dict) and isinstance(found.get("pictures"), dict) else {}
+
+
+def _begun(entry: Path) -> bool:
+    """Whether this is the run.json of an evaluation that was killed while it wrote it first."""
+    return entry.name.startswith(f".{RUN}.")
