@@ -135,16 +135,21 @@ def _from_treatment(config: EvaluateModelConfig) -> dict:
         raise UserError(
             f"--treatment {folder}: no config.yaml there; a folder that `diffdoctor treat` made was expected"
         )
-    # A guidance scale of 0 is one that was given.
-    given = {name for name in _OF_TREATMENT if getattr(config, name) not in ("", 0, None)}
-    if config.guidance_scale is not None:
-        given.add("guidance_scale")
-    values = {name: settings[name] for name in _OF_TREATMENT if settings.get(name) and name not in given}
+    values = {
+        name: settings[name]
+        for name in _OF_TREATMENT
+        if _said(name, getattr(config, name)) is None and _said(name, settings.get(name)) is not None
+    }
     if not (config.lora or config.treated):
         if not (folder / "lora").is_dir():
             raise UserError(f"--treatment {folder}: holds no lora: the treatment is not finished")
         values["lora"] = str(folder / "lora")
     return values
+
+
+def _said(name: str, value):
+    """An option's value; None for one that leaves it to the pipeline, as 0 does for all but the guidance scale."""
+    return None if value in (None, "") or (value == 0 and name != "guidance_scale") else value
 
 
 def read_settings(folder: Path) -> dict | None:
@@ -166,7 +171,7 @@ def _warn_of_other_sampling(config: EvaluateModelConfig) -> None:
     settings = read_settings(folder) if (folder / "treat.json").is_file() else None
     if settings is None:
         return
-    other = [name for name in _SAMPLING if (settings.get(name) or None) != (getattr(config, name) or None)]
+    other = [name for name in _SAMPLING if _said(name, settings.get(name)) != _said(name, getattr(config, name))]
     if other:
         said = json.dumps({name: settings.get(name) for name in other})
         print(f"notice: the LoRA was tuned with {said}; give --treatment {folder} to sample alike", file=sys.stderr)
