@@ -164,6 +164,16 @@ def test_an_output_that_cannot_be(files, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "taken"
 
 
+@pytest.mark.parametrize("name", ["mine.safetensors", WEIGHTS_NAME])
+def test_a_lora_that_no_treatment_wrote_is_not_replaced(files, tmp_path, capsys, name):
+    theirs = tmp_path / "run" / "lora" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("precious")
+    assert main(arguments(files, tmp_path / "run")) == 2
+    assert f"{theirs.parent}: would be replaced, but holds {name!r}" in error_line(capsys.readouterr())
+    assert names(tmp_path / "run") == [f"lora/{name}"]
+
+
 def test_a_folder_where_another_run_is_at_work(files, tmp_path, capsys):
     output = tmp_path / "run"
     with held(output):

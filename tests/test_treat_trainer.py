@@ -372,7 +372,9 @@ def test_offline_pairs_as_samples():
     [
         ({"offline": ([], [])}, "offline"),
         ({"offline": (np.zeros((2, 16, 16, 3), np.float32), ["a", "b"])}, "uint8"),
-        ({"height": 15}, "multiples of"),
+        ({"height": 15}, "multiples of 2 pixels, 4 at least, were expected, got 15 x 16"),
+        ({"height": 2, "width": 2}, "multiples of 2 pixels, 4 at least, were expected, got 2 x 2"),
+        ({"sampling_steps": 2000}, "sampling_steps: DDPMScheduler does not take them"),
         ({"lora_targets": ("everything",)}, "lora_targets"),
     ],
 )

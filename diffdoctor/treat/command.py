@@ -20,7 +20,7 @@ class TreatFiles:
 
     Args:
         pipeline: folder of a diffusers pipeline, or its id on the Hugging Face hub.
-        detector: folder of a detector, or its id on the hub.
+        detector: folder of a detector, its id on the hub, or the file of the published checkpoint.
         prompts: text file with one prompt per line, or .jsonl or .parquet with `prompt`; blank ones are left out.
         offline: folder of shards with the pipeline's own training pictures and prompts; empty only with
             offline_weight 0.
@@ -70,14 +70,14 @@ def run_treat(config: TreatCommandConfig) -> int:
         import peft  # noqa: F401
     except ImportError as error:
         raise missing_extra(error.name or "diffusers", "stages") from None
-    from diffdoctor.detector import load_detector
+    from diffdoctor.detector.diagnosing import open_detector
     from diffdoctor.treat.processes import Processes
     from diffdoctor.treat.trainer import treat
 
     prompts = [prompt.text for prompt in read_prompt_file(config.prompts)]
     offline = _read_offline(config.offline) if config.offline else None
-    detector = load_detector(config.detector)
-    monitor = load_detector(config.monitor) if config.monitor else None
+    detector = open_detector(config.detector)
+    monitor = open_detector(config.monitor) if config.monitor else None
     # a VAE in half precision overflows in some families
     pipeline = load_pipeline("pipeline", config.pipeline, dtype=config.dtype, vae="fp32")
     replace_scheduler(pipeline, config.scheduler)

@@ -14,11 +14,12 @@ import torch
 
 from diffdoctor._checkpoints import Checkpoints
 from diffdoctor._errors import UserError, first_line
-from diffdoctor._io import atomic_write_text, clear_temporaries
+from diffdoctor._io import atomic_write_text, clear_temporaries, refuse_foreign
 from diffdoctor._locks import FolderLock
 from diffdoctor._weights import weights_digest
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family
+from diffdoctor.treat.lora import WEIGHTS_NAME
 
 # options that change what is kept, watched or held in memory, but not the result: a run may go on with others
 _FREE = (
@@ -74,6 +75,16 @@ def origins_of(
         "prompts": hashlib.sha256("\n".join(prompts).encode("utf-8")).hexdigest(),
         "offline": offline.hexdigest(),
     }
+
+
+def check_lora_folder(output_dir: Path) -> None:
+    """Refuse an output folder whose `lora` is not a treatment's: it would be replaced.
+
+    Raises:
+        UserError: if it holds other files, or nothing beside it says that a treatment wrote it.
+    """
+    treated = (output_dir / "treat.json").exists() or (output_dir / "checkpoints").is_dir()
+    refuse_foreign(output_dir / "lora", [WEIGHTS_NAME] if treated else [])
 
 
 def open_output(lock: FolderLock, settings: dict) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from diffdoctor._errors import UserError
+from diffdoctor._errors import UserError, first_line
 from diffdoctor.ops import Target
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Sampler:
         timestep_options: of `set_timesteps`, from `Family.timestep_options`.
 
     Raises:
-        UserError: for another scheduler, naming the nearest that works.
+        UserError: for another scheduler, naming the nearest that works; for a number of steps that it does not take.
     """
 
     def __init__(self, scheduler, *, device: torch.device, timestep_options: dict):
@@ -58,7 +58,10 @@ class Sampler:
         if clipping:
             logger.warning("%s: %s switched off for the treatment", self.kind, " and ".join(clipping))
         self.scheduler = type(scheduler).from_config(scheduler.config, **dict.fromkeys(clipping, False))
-        self.scheduler.set_timesteps(device=device, **timestep_options)
+        try:
+            self.scheduler.set_timesteps(device=device, **timestep_options)
+        except ValueError as error:
+            raise UserError(f"sampling_steps: {self.kind} does not take them ({first_line(error)})") from error
         self.stochastic = self.kind in _STOCHASTIC
         self._fresh = self.state()
 

@@ -19,7 +19,7 @@ from diffdoctor._progress import progress as show_progress
 from diffdoctor.treat.checks import check_detectors, check_even_batches, check_finite, check_pipeline
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import family_of
-from diffdoctor.treat.files import open_output, origins_of, run_checkpoints, writing
+from diffdoctor.treat.files import check_lora_folder, open_output, origins_of, run_checkpoints, writing
 from diffdoctor.treat.lora import add_lora, load_lora_state, lora_state, merged_lora
 from diffdoctor.treat.methods import kept_steps
 from diffdoctor.treat.monitor import Monitor, measure
@@ -84,6 +84,7 @@ class Treatment:
         self.lock = None if self.output_dir is None else FolderLock(self.output_dir)
         self.checkpoints = None
         if self.output_dir is not None:
+            self.processes.from_main(lambda: check_lora_folder(self.output_dir))
             # the main process alone reads and writes them
             made_of = (family, self.detector, self.second, self.prompts, self.offline)
             origins = origins_of(*made_of) if self.processes.is_main else {}

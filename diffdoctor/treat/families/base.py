@@ -6,6 +6,7 @@ A family works on latents (B, C, h, w) throughout; one whose denoiser takes pack
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -165,13 +166,15 @@ class Family:
         """Height and width in pixels, the pipeline's own default where None.
 
         Raises:
-            UserError: if the size is not a multiple of what the pipeline needs.
+            UserError: if the size is not a multiple of what the pipeline needs, or too small to measure a sharpness.
         """
         own = self.default_size() if not (height and width) else (0, 0)
         height, width = height or own[0], width or own[1]
         multiple = self.size_multiple()
-        if height % multiple or width % multiple:
-            raise UserError(f"height, width: multiples of {multiple} pixels were expected, got {height} x {width}")
+        least = multiple * math.ceil(3 / multiple)
+        if height % multiple or width % multiple or min(height, width) < least:
+            expected = f"multiples of {multiple} pixels, {least} at least, were expected"
+            raise UserError(f"height, width: {expected}, got {height} x {width}")
         return height, width
 
     def default_size(self) -> tuple[int, int]:
