@@ -1,5 +1,6 @@
 """Files that are either whole or absent: written under a temporary name, then renamed."""
 
+import fnmatch
 import json
 import os
 import re
@@ -7,6 +8,8 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+
+from diffdoctor._errors import UserError
 
 # The names that atomic_path and atomic_dir give: the final name, what mkstemp draws, and what it is.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.(?P<what>tmp|old)(\.[^.]+)?")
@@ -107,6 +110,30 @@ def replace_dir(new, path) -> None:
     _sync_folder(path.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_foreign(folder, names) -> None:
+    """Refuse to replace or clear a folder that holds anything but files of ours.
+
+    Args:
+        folder: need not exist.
+        names: what belongs there, as names or patterns such as `part-*`; a folder inside never does.
+
+    Raises:
+        UserError: something else is there, or a file stands where the folder is to be.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        if folder.exists():
+            raise UserError(f"{folder}: expected a folder or nothing, got a file; choose another output folder")
+        return
+    for entry in sorted(folder.iterdir()):
+        known = any(fnmatch.fnmatchcase(entry.name, name) for name in names)
+        if not known or (entry.is_dir() and not entry.is_symlink()):
+            raise UserError(
+                f"{folder}: would be replaced, but holds {entry.name!r}, which diffdoctor did not write there; "
+                "choose another output folder, or move it away"
+            )
 
 
 def clear_temporaries(folder, name: str | None = None, *, deep: bool = False) -> None:

@@ -96,7 +96,7 @@ def test_in_parts_every_figure_is_that_of_all_maps_at_once(tmp_path, detector, m
     result = evaluated(tmp_path, detector, sets, batch_size=4)
     assert_close({name: result[name] for name in expected}, expected)
     assert set(result["per_category"]) == {"", "cat", "dog"}
-    assert not (tmp_path / "out" / "parts").exists()
+    assert not (tmp_path / "out" / ".parts").exists()
 
 
 @settings(max_examples=60, deadline=None)
@@ -206,6 +206,38 @@ def test_pictures_of_several_sizes_are_refused_before_the_work_or_brought_to_one
         evaluated(tmp_path, detector, sets)
     assert not (tmp_path / "out").exists()
     assert evaluated(tmp_path, detector, sets, size=16)["overall"]["pictures"] == 6
+
+
+def test_what_lies_in_the_output_folder_is_left_alone(tmp_path, detector):
+    write_shards(samples(3), tmp_path / "set")
+    for folder in ("parts", ".parts"):
+        (tmp_path / "out" / folder).mkdir(parents=True)
+        (tmp_path / "out" / folder / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"\.parts: .*'mine\.txt', which diffdoctor did not write"):
+        evaluated(tmp_path, detector, [tmp_path / "set"])
+    assert (tmp_path / "out" / ".parts" / "mine.txt").is_file()
+    (tmp_path / "out" / ".parts" / "mine.txt").unlink()
+    evaluated(tmp_path, detector, [tmp_path / "set"])
+    assert (tmp_path / "out" / "parts" / "mine.txt").read_text() == "mine"
+    assert not (tmp_path / "out" / ".parts").exists()
+
+
+def test_an_evaluation_that_failed_before_its_first_part_does_not_bind_the_next(tmp_path, detector, monkeypatch):
+    write_shards(samples(3), tmp_path / "set")
+    monkeypatch.setattr(detector_parts, "diagnosed_batches", lambda *_, **__: iter([None]))
+    with pytest.raises(AttributeError):
+        evaluated(tmp_path, detector, [tmp_path / "set"], size=24)
+    monkeypatch.undo()
+    ConvDetector((8, 16)).save_pretrained(tmp_path / "detector")
+    assert evaluated(tmp_path, detector, [tmp_path / "set"], size=16)["overall"]["pictures"] == 3
+
+
+@pytest.mark.parametrize("option", ["batch_size", "size"])
+def test_sizes_below_one_are_refused_by_name(option):
+    with pytest.raises(UserError, match=f"^{option}: expected >= 1, got 0"):
+        EvaluateDetectorConfig("d", ["set"], "out", **{option: 0})
+    with pytest.raises(UserError, match="^seed: expected >= 0, got -1"):
+        EvaluateDetectorConfig("d", ["set"], "out", seed=-1)
 
 
 def test_no_pictures_are_refused():

@@ -3,7 +3,8 @@ import os
 
 import pytest
 
-from diffdoctor._io import atomic_dir, atomic_path, atomic_write_json, atomic_write_text
+from diffdoctor._errors import UserError
+from diffdoctor._io import atomic_dir, atomic_path, atomic_write_json, atomic_write_text, refuse_foreign
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
@@ -38,3 +39,20 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path):
         (folder / "b").write_text("new")
     assert os.listdir(tmp_path / "stage") == ["b"]
     assert os.listdir(tmp_path) == ["stage"]
+
+
+def test_a_folder_with_anything_but_our_files_is_refused(tmp_path):
+    place = tmp_path / "detector"
+    refuse_foreign(place, ("part-*",))
+    place.mkdir()
+    (place / "part-1").write_text("")
+    refuse_foreign(place, ("part-*",))
+    (place / "part-2").mkdir()
+    with pytest.raises(UserError, match=r"detector: .*'part-2', which diffdoctor did not write"):
+        refuse_foreign(place, ("part-*",))
+    (place / "part-2").rmdir()
+    (place / "mine.txt").write_text("")
+    with pytest.raises(UserError, match=r"detector: .*'mine\.txt'"):
+        refuse_foreign(place, ("part-*",))
+    with pytest.raises(UserError, match="expected a folder or nothing, got a file"):
+        refuse_foreign(place / "mine.txt", ("mine.txt",))

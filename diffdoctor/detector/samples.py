@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -15,7 +16,8 @@ class DetectorData(Protocol):
     """A set of labelled pictures: `len(data)`, and `data[i]` as a dict.
 
     The dict holds `picture` (H, W, 3) uint8 and `mask` (H, W) float32 in [0, 1], and may hold `category`, `generator`,
-    `prompt`, `label` (real, injected, human, pseudo) and `round`.
+    `prompt`, `label` (real, injected, human, pseudo) and `round`. A set may also have `fingerprint()`, a text that tells
+    it from other sets, so that a training is not taken up with other data.
     """
 
     def __len__(self) -> int: ...
@@ -77,9 +79,20 @@ class JoinedData:
         part = int(np.searchsorted(self.ends, place, side="right"))
         return self.parts[part][place - int(self.ends[part - 1] if part else 0)]
 
+    def fingerprint(self) -> str:
+        """A hash of which pictures these are."""
+        digest = hashlib.sha256("".join(map(str, map(fingerprint_of, self.parts))).encode())
+        digest.update(np.ascontiguousarray(self.chosen).tobytes())
+        return digest.hexdigest()
+
     def where(self, chosen: np.ndarray) -> JoinedData:
         """The pictures that a boolean mask or an index array (N,) chooses."""
         return JoinedData(self.parts, self.chosen[chosen])
+
+
+def fingerprint_of(data) -> str | int:
+    """What tells a set from others: its `fingerprint()`, or its length where it has none."""
+    return data.fingerprint() if hasattr(data, "fingerprint") else len(data)
 
 
 def as_mask(mask) -> np.ndarray:

@@ -7,6 +7,7 @@ may hold. `manifest.parquet` says where each picture stands, so that any of them
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -169,6 +170,15 @@ class ShardData:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def fingerprint(self) -> str:
+        """A hash of which pictures the set holds and where, from the manifest alone."""
+        digest = hashlib.sha256()
+        for begin in range(0, len(self), _BLOCK):
+            block = slice(begin, begin + _BLOCK)
+            for column in (self.keys[block], self.shards[block].astype(str), self.places[block]):
+                digest.update(np.ascontiguousarray(column).tobytes())
+        return digest.hexdigest()
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         parts = []
         key, where = str(self.keys[index]), f"{self.folder / self.shards[index]}:{self.keys[index]}"
@@ -193,4 +203,5 @@ def one_size(sets: Sequence[ShardData], option: str) -> None:
         )
 
 
+_BLOCK = 2**16  # pictures whose shards' names are held as an array
 _KEPT = ("key", "category", "generator", "label", "shard", "mask_max", "height", "width")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,15 @@ class ShardStream(torch.utils.data.IterableDataset):
         self.paths = shard_paths(source)
         self.buffer, self.resampled, self.seed, self.epoch = buffer, resampled, seed, epoch
         self.process, self.strict, self.counts = process, strict, SkipCounts()
+
+    def fingerprint(self) -> str:
+        """A hash of the shards' names and sizes, and of how each begins (64 KiB)."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            with open(path, "rb") as file:
+                start = file.read(2**16)
+            digest.update(repr((path.name, path.stat().st_size)).encode() + start)
+        return digest.hexdigest()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = torch.utils.data.get_worker_info()

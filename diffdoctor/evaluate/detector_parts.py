@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from diffdoctor._errors import UserError
-from diffdoctor._io import atomic_path, atomic_write_json, clear_temporaries
+from diffdoctor._io import atomic_path, atomic_write_json, clear_temporaries, refuse_foreign
 from diffdoctor._progress import progress
 from diffdoctor.detector.archive import SkipCounts
 from diffdoctor.detector.samples import JoinedData
@@ -22,6 +20,9 @@ from diffdoctor.evaluate.detector_pixels import PixelCurves, Run, average_precis
 from diffdoctor.evaluate.detector_statistics import PictureStatistics, slices
 
 _BATCHES = 4  # in a part
+_RECORD = "run.json"
+# What lies among the parts, what a kill left half-written included.
+_NAMES = (_RECORD, "part-*", f".{_RECORD}.*", ".part-*")
 # Held until they are sorted and written: 4 bytes each.
 _PIXELS_IN_RUN = 2**22
 
@@ -53,15 +54,6 @@ class Evaluated:
         return average_precision_of_runs(self.runs[column, name], int(true_positive + false_negative))
 
 
-def data_fingerprint(sets: Sequence[ShardData]) -> str:
-    """A hash of which pictures the sets hold and where."""
-    digest = hashlib.sha256()
-    for one in sets:
-        for column in (one.keys, one.shards.astype(str), one.places):
-            digest.update(np.ascontiguousarray(column).tobytes())
-    return digest.hexdigest()
-
-
 def evaluate_in_parts(
     detector, sets: Sequence[ShardData], folder: Path, settings: dict, state, *, batch_size: int, size, strict: bool
 ) -> Evaluated | None:
@@ -81,23 +73,27 @@ def evaluate_in_parts(
         What was found on the main process, None on the others.
 
     Raises:
-        UserError: the folder holds parts that were made with other settings; pictures differ in size.
+        UserError: the folder holds parts that were made with other settings, or what is no part; pictures differ in
+            size.
     """
-    settings = json.loads(
-        json.dumps(settings | {"data": data_fingerprint(sets), "batch_size": batch_size, "size": size, "format": 2})
-    )
-    record = folder / "run.json"
-    if record.is_file() and json.loads(record.read_text()) != settings:
+    data, length = JoinedData(sets), _BATCHES * batch_size
+    settings = settings | {"data": data.fingerprint(), "batch_size": batch_size, "size": size, "format": 2}
+    settings = json.loads(json.dumps(settings))
+    refuse_foreign(folder, _NAMES)
+    record = folder / _RECORD
+    known = record.is_file() and json.loads(record.read_text()) == settings
+    if record.is_file() and not known and any(folder.glob("part-*.npz")):
         raise UserError(f"{folder}: holds parts of an evaluation with other settings or data; remove it")
     state.wait_for_everyone()
     if state.is_main_process:
-        if not record.is_file():
-            # Nobody knows what parts without it were made with.
-            shutil.rmtree(folder, ignore_errors=True)
-        clear_temporaries(folder.parent, deep=True)
+        clear_temporaries(folder.parent)
+        clear_temporaries(folder)
+        if not known:
+            # Nobody knows what parts without a record were made with.
+            for part in folder.glob("part-*"):
+                part.unlink()
         atomic_write_json(record, settings)
     state.wait_for_everyone()
-    data, length = JoinedData(sets), _BATCHES * batch_size
     paths = [folder / f"part-{first // length:06d}.npz" for first in range(0, len(data), length)]
     with progress(len(data), desc="evaluate", unit="picture", enabled=state.is_main_process) as bar:
         for number, path in enumerate(paths):

@@ -17,6 +17,9 @@ from diffdoctor.evaluate.draw import enlarge, grid, heat_colours, overlay, png_b
 from diffdoctor.evaluate.pixel import FLAG_SHARE
 from diffdoctor.evaluate.report import Report, new_figure
 
+# Hidden: a folder of this command's own, which it removes.
+PARTS = ".parts"
+
 
 @dataclasses.dataclass
 class EvaluateDetectorConfig:
@@ -48,9 +51,10 @@ class EvaluateDetectorConfig:
     strict: bool = False
 
     def __post_init__(self):
-        for name, least in (("batch_size", 1), ("bootstrap", 0), ("examples", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}: expected >= {least}, got {getattr(self, name)}")
+        for name, least in (("batch_size", 1), ("size", 1), ("bootstrap", 0), ("examples", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name}: expected >= {least}, got {value}")
 
 
 def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
@@ -86,7 +90,7 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
     settings = {"weights": weights_digest(detector)}
     options = {"batch_size": config.batch_size, "size": config.size, "strict": config.strict}
     try:
-        found = evaluate_in_parts(detector, sets, output / "parts", settings, state, **options)
+        found = evaluate_in_parts(detector, sets, output / PARTS, settings, state, **options)
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
     if found is None:
@@ -108,7 +112,7 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
 
     worst = found.statistics.worst(config.examples)
     _write_page(output / "report.html", result, found.curves.result(), worst, views)
-    shutil.rmtree(output / "parts")
+    shutil.rmtree(output / PARTS)
     overall = result["overall"]
     rates = f"mAP@0.5 {_number(overall['map50'])}, {_percent(overall['false_positive_rate'])} of the clean flagged"
     tell(f"{rates}: {output / 'report.html'}", found.skipped)
