@@ -63,6 +63,7 @@ BAD = {
     "clean_grad inf": (ValueError, "clean_grad must be finite", {"clean_grad": float("inf")}),
     "threshold": (ValueError, r"threshold must be in \[0, 1\], got 1.5", {"threshold": 1.5}),
     "gamma": (ValueError, "gamma must be greater than 0, got 0", {"gamma": 0.0}),
+    "gamma inf": (ValueError, "gamma must be finite and greater than 0, got inf", {"gamma": float("inf")}),
     "interpolation": (ValueError, "interpolation must be one of .*'area'.* got 'cubic'", {"interpolation": "cubic"}),
     "interpolation kind": (TypeError, "interpolation must be one of", {"interpolation": 3}),
     "loss_type": (ValueError, "loss_type must be one of .* got 'mse'", {"loss_type": "mse"}),

@@ -40,7 +40,9 @@ def check_number(name: str, value, low: float = -math.inf, high: float = math.in
     # Comparisons, not math.isfinite: Dynamo traces them on symbolic floats too.
     if not -math.inf < value < math.inf or not low <= value <= high or (open_low and value == low):
         bounds = "finite"
-        if low > -math.inf or high < math.inf:
+        if value == math.inf and low > -math.inf and high == math.inf:
+            bounds = f"finite and {'greater than' if open_low else 'at least'} {low:g}"
+        elif low > -math.inf or high < math.inf:
             bounds = (
                 f"in {'(' if open_low else '['}{low:g}, {high:g}]"
                 if high < math.inf
