@@ -146,6 +146,92 @@ def test_where_the_disk_is_full_the_error_says_so_and_nothing_half_is_left(tmp_p
     assert tree(tmp_path) == {}
 
 
+def diagnosed(pictures, detector, output, **options):
+    """Metrics of a run, {name: record} and {name: bytes of the map}."""
+    metrics = run_diagnose(DiagnoseConfig([str(pictures)], detector, str(output), batch_size=2, **options))
+    records = [json.loads(line) for line in (output / "diagnosis.jsonl").read_text().splitlines()]
+    maps = {record["name"]: (output / "maps" / f"{record['name']}.png").read_bytes() for record in records}
+    return metrics, {record["name"]: record for record in records}, maps
+
+
+@pytest.mark.parametrize("change", ["the picture", "its prompt"])
+def test_a_picture_that_was_replaced_is_diagnosed_again_and_no_other(tmp_path, detector, change):
+    write_pictures(tmp_path / "pictures", 5)
+    (tmp_path / "pictures" / "02.txt").write_text("a cat")
+    diagnosed(tmp_path / "pictures", detector, tmp_path / "out")
+    stamps = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "maps").iterdir()}
+    if change == "the picture":
+        Image.fromarray(picture(seed=99)).save(tmp_path / "pictures" / "02.png")
+    else:
+        (tmp_path / "pictures" / "02.txt").write_text("a dog in the rain")
+    again = diagnosed(tmp_path / "pictures", detector, tmp_path / "out")
+    assert again == diagnosed(tmp_path / "pictures", detector, tmp_path / "fresh")
+    changed = [name for name, stamp in stamps.items() if (tmp_path / "out" / "maps" / name).stat().st_mtime_ns != stamp]
+    assert changed == ["02.png"]
+    assert (tmp_path / "out" / "gallery.html").read_bytes() == (tmp_path / "fresh" / "gallery.html").read_bytes()
+
+
+def test_pictures_that_are_not_given_any_more_do_not_count(tmp_path, detector):
+    write_pictures(tmp_path / "pictures", 5)
+    assert diagnosed(tmp_path / "pictures", detector, tmp_path / "out")[0]["pictures"] == 5
+    (tmp_path / "pictures" / "01.png").unlink()
+    (tmp_path / "pictures" / "03.png").write_bytes(b"broken")
+    metrics, records, _ = diagnosed(tmp_path / "pictures", detector, tmp_path / "out")
+    assert (metrics["pictures"], list(records)) == (3, ["00", "02", "04"])
+    assert "01:" not in (tmp_path / "out" / "gallery.html").read_text()
+    assert (tmp_path / "out" / "maps" / "01.png").is_file()
+
+
+def test_a_shard_that_was_replaced_is_diagnosed_again(tmp_path, detector, monkeypatch):
+    from diffdoctor.detector import diagnosing
+
+    options = {"damaged": 0, "shard_size": 3}
+    for name, count in (("set", 7), ("other", 5)):
+        write_pictures(tmp_path / f"{name}-pictures", count, seed=count)
+        run_inject(InjectConfig([str(tmp_path / f"{name}-pictures")], str(tmp_path / name), **options))
+    diagnosed(tmp_path / "set", detector, tmp_path / "out")
+    read = []
+    monkeypatch.setattr(diagnosing, "read_source", lambda source, **_: read.append(source.name) or [])
+    assert diagnosed(tmp_path / "set", detector, tmp_path / "out")[0]["pictures"] == 7
+    assert read == []
+    monkeypatch.undo()
+    first, second = (tmp_path / "set" / f"shard-00000{number}.tar" for number in (0, 1))
+    kept = first.read_bytes(), first.stat().st_mtime_ns
+    # Of three pictures there are two left, and others.
+    first.write_bytes((tmp_path / "other" / "shard-000001.tar").read_bytes())
+    # The second one only looks replaced.
+    os.utime(second, ns=(0, 0))
+    result = diagnosed(tmp_path / "set", detector, tmp_path / "out")
+    assert result[0]["pictures"] == 6
+    assert result == diagnosed(tmp_path / "set", detector, tmp_path / "fresh")
+    # The first one comes back as it was when it was done: its later maps are another's.
+    first.write_bytes(kept[0])
+    os.utime(first, ns=(kept[1], kept[1]))
+    result = diagnosed(tmp_path / "set", detector, tmp_path / "out")
+    assert result[0]["pictures"] == 7
+    assert result == diagnosed(tmp_path / "set", detector, tmp_path / "fresh-again")
+
+
+def test_maps_of_another_folders_pictures_are_refused_wherever_the_command_is_called(tmp_path, detector, monkeypatch):
+    for index, name in enumerate("AB"):
+        write_pictures(tmp_path / name, 3, seed=10 * index)
+    monkeypatch.chdir(tmp_path / "A")
+    diagnosed(".", detector, tmp_path / "out")
+    before = tree(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    diagnosed("A", detector, tmp_path / "out")
+    after = tree(tmp_path / "out")
+    assert before.pop("config.yaml") != after["config.yaml"]
+    assert before == {name: data for name, data in after.items() if name != "config.yaml"}
+    monkeypatch.chdir(tmp_path / "B")
+    with pytest.raises(UserError, match=r"holds a map 00 of .*A/00.png, not of .*B/00.png"):
+        diagnosed(".", detector, tmp_path / "out")
+    # What is refused changes nothing, not even the note of what was asked.
+    with pytest.raises(UserError, match="device"):
+        diagnosed(tmp_path / "A", detector, tmp_path / "out", device="nonsense")
+    assert tree(tmp_path / "out") == after
+
+
 def write_pictures(folder, count, seed=0):
     folder.mkdir(exist_ok=True)
     for index in range(count):

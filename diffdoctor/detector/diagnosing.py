@@ -1,8 +1,10 @@
 """`diffdoctor diagnose`: confidence maps, boxes and a gallery for any pictures; several processes; resumable."""
 
+import collections
 import dataclasses
 import heapq
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +37,8 @@ class DiagnoseConfig:
         pictures: files, folders, patterns, shards.
         detector: the detector's folder or hub id, or the published checkpoint's .bin file.
         output: the folder to make: maps, overlays, diagnosis.jsonl, gallery.html, config.yaml, metrics.json, records.
-            Run again, it goes on with the pictures that are not there yet.
+            Run again, it goes on with the pictures that are not there yet or whose files were replaced, and reports
+            those that are given now.
         batch_size: pictures of one size that are diagnosed together; files are shared among processes by as many.
         tile: side in pixels of the tiles that larger pictures are cut into; null: pictures are diagnosed whole.
         overlap: share of a tile that it has in common with the next.
@@ -97,6 +100,8 @@ def _diagnose(detector: Detector, config: DiagnoseConfig, sources: list[Source],
     output = Path(config.output)
     settings = {name: getattr(config, name) for name in _SAME} | {"weights": weights_digest(detector)}
     _same_run(output, settings)
+    inputs = _Inputs(sources)
+    done = _Done(inputs, output)
     detector.to(open_device(config.device, state.device))
     detector.to(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
     state.wait_for_everyone()
@@ -105,14 +110,11 @@ def _diagnose(detector: Detector, config: DiagnoseConfig, sources: list[Source],
         write_config(output, config)
         atomic_write_json(output / RECORDS / "run.json", settings)
     state.wait_for_everyone()
-    done = Records(output / RECORDS)
-    _same_pictures(output, sources, done)
-    state.wait_for_everyone()
-    skipped = _diagnose_units(detector, config, _units(sources, config.batch_size), done, state)
+    skipped = _diagnose_units(detector, config, inputs, done, state)
     state.wait_for_everyone()
     metrics: dict = {}
     if state.is_main_process:
-        metrics = _finish(output, config, skipped)
+        metrics = _finish(inputs, config, skipped)
         page = output / ("gallery.html" if config.gallery else "diagnosis.jsonl")
         tell(f"{metrics['flagged']} of {metrics['pictures']} pictures are flagged: {page}", skipped)
     state.wait_for_everyone()
@@ -130,29 +132,82 @@ def _units(sources: list[Source], size: int) -> list[list[Source]]:
     return groups + [[source] for source in sources if source.is_shard]
 
 
-def _diagnose_units(detector, config: DiagnoseConfig, units, done: Records, state) -> dict[str, int]:
+class _Inputs:
+    """The sources as their files are at the start of this life, and which records are of these."""
+
+    def __init__(self, sources: list[Source]):
+        self.sources = sources
+        self.stamps = {source.name: source.stamp() for source in sources}
+        self._named = {source.name: source for source in sources}
+
+    def source(self, name: str) -> Source | None:
+        """The picture file of this name, or the shard of the picture of this name."""
+        for found, is_shard in ((self._named.get(name), False), (self._named.get(name.rpartition("/")[0]), True)):
+            if found is not None and found.is_shard == is_shard:
+                return found
+        return None
+
+    def of_these(self, output: Path, records: Records) -> Iterator[dict]:
+        """The records, by name, of pictures that are given and whose files are as they were.
+
+        Raises:
+            UserError: there is one of another picture of the same name.
+        """
+        for record in records:
+            source, stamp = self.source(record["name"]), record.pop("stamp", None)
+            if source is None or stamp is None:
+                continue
+            if record["path"] != _place(source):
+                what = f"a map {record['name']} of {record['path']}, not of {_place(source)}"
+                raise UserError(f"{output}: holds {what}; choose another output folder")
+            if stamp == self.stamps[source.name]:
+                yield record
+
+    def mark(self, shard: str, pictures: int) -> str:
+        """What says in the records that a shard, as it is, is done with this many pictures."""
+        return f"{shard} {self.stamps[shard]} {pictures}"
+
+
+class _Done:
+    """What earlier lives have done, by name: pictures and whole shards."""
+
+    def __init__(self, inputs: _Inputs, output: Path):
+        records = Records(output / RECORDS)
+        self.names = {record["name"] for record in inputs.of_these(output, records)}
+        counts = collections.Counter(inputs.source(name).name for name in self.names)
+        shards = [source.name for source in inputs.sources if source.is_shard]
+        self.shards = {shard for shard in shards if inputs.mark(shard, counts[shard]) in records.whole}
+
+
+def _place(source: Source) -> str:
+    """The source's file, wherever the command is called from."""
+    return os.path.abspath(source.path)
+
+
+def _diagnose_units(detector, config: DiagnoseConfig, inputs: _Inputs, done: _Done, state) -> dict[str, int]:
     """Diagnose this process' share of the units; returns what all processes left out, by reason."""
-    output, counts = Path(config.output), SkipCounts()
+    output, counts, units = Path(config.output), SkipCounts(), _units(inputs.sources, config.batch_size)
     files = sum(len(unit) for unit in units if not unit[0].is_shard)
     total = files if not any(unit[0].is_shard for unit in units) else None
     show = progress(total, desc="diagnose", unit="picture", enabled=state.is_main_process)
     with RecordWriter(output / RECORDS, state.process_index) as records, show as bar:
         for number, unit in enumerate(units):
             shard = unit[0].name if unit[0].is_shard else None
-            whole = shard in done.whole if shard else all(source.name in done.paths for source in unit)
+            whole = shard in done.shards if shard else all(source.name in done.names for source in unit)
             if whole or number % state.num_processes != state.process_index:
                 bar.update(0 if shard else len(unit))
                 continue
-            before = counts.total
-            for batch in _batches(unit, config, counts):
-                missing = {sample["name"] for sample in batch if sample["name"] not in done.paths}
+            before, pictures = counts.total, 0
+            for batch in _batches(unit, config, counts, inputs.stamps):
+                pictures += len(batch)
+                missing = {sample["name"] for sample in batch if sample["name"] not in done.names}
                 if missing:
                     # The maps are on the disk before their records say so.
                     records.add(list(_diagnose_batch(detector, batch, missing, config)))
                 bar.update(len(batch))
             # A shard of which something was left out is read again in the next life, and that counted again.
             if shard and counts.total == before:
-                records.add([{"shard": shard}])
+                records.add([{"shard": inputs.mark(shard, pictures)}])
     return _gather_counts(counts, state)
 
 
@@ -189,22 +244,12 @@ def _same_run(output: Path, settings: dict) -> None:
             raise UserError(f"{output}: holds maps made with {what}; choose another output folder or remove it")
 
 
-def _same_pictures(output: Path, sources: list[Source], done: Records) -> None:
-    """Refuse to take another picture's map for that of one with the same name."""
-    shards = {source.name: str(source.path) for source in sources if source.is_shard}
-    files = {source.name: str(source.path) for source in sources if not source.is_shard}
-    for name, path in done.paths.items():
-        now = files.get(name) or shards.get(name.rpartition("/")[0])
-        if now is not None and now != path:
-            raise UserError(f"{output}: holds a map {name} of {path}, not of {now}; choose another output folder")
-
-
-def _batches(unit: list[Source], config: DiagnoseConfig, counts: SkipCounts) -> Iterator[list[dict]]:
+def _batches(unit: list[Source], config: DiagnoseConfig, counts: SkipCounts, stamps: dict) -> Iterator[list[dict]]:
     """The pictures of a unit in batches of one size."""
     batch: list[dict] = []
     for source in unit:
         for sample in read_source(source, strict=config.strict, counts=counts, masks="ignored"):
-            sample["path"] = str(source.path)
+            sample |= {"path": _place(source), "stamp": stamps[source.name]}
             if batch and (len(batch) == config.batch_size or batch[0]["picture"].shape != sample["picture"].shape):
                 yield batch
                 batch = []
@@ -229,7 +274,7 @@ def _diagnose_batch(detector: Detector, batch: list[dict], missing: set[str], co
         if config.overlays:
             reddened = overlay(sample["picture"], confidence)
             atomic_write_bytes(output / "overlays" / f"{name}.png", png_bytes(reddened))
-        known = {key: sample[key] for key in ("path", "category", "generator", "prompt") if sample.get(key)}
+        known = {key: sample[key] for key in ("path", "stamp", "category", "generator", "prompt") if sample.get(key)}
         yield describe(name, confidence) | known
 
 
@@ -272,26 +317,31 @@ def _gather_counts(counts: SkipCounts, state) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def _finish(output: Path, config: DiagnoseConfig, skipped: dict[str, int]) -> dict:
+def _finish(inputs: _Inputs, config: DiagnoseConfig, skipped: dict[str, int]) -> dict:
+    output, pictures, flagged, confidence = Path(config.output), 0, 0, 0.0
     records = Records(output / RECORDS)
-    flagged, confidence = 0, 0.0
     with atomic_path(output / "diagnosis.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as lines:
-        for record in records:
+        for record in inputs.of_these(output, records):
             lines.write(json.dumps(record) + "\n")
-            flagged, confidence = flagged + record["flagged"], confidence + record["mean"]
+            pictures, flagged = pictures + 1, flagged + record["flagged"]
+            confidence += record["mean"]
     metrics = {
-        "pictures": len(records),
+        "pictures": pictures,
         "flagged": flagged,
-        "artifact_rate": flagged / len(records) if len(records) else None,
-        "mean_confidence": confidence / len(records) if len(records) else None,
+        "artifact_rate": flagged / pictures if pictures else None,
+        "mean_confidence": confidence / pictures if pictures else None,
         "skipped": skipped,
         "versions": versions(),
     }
     if config.gallery:
-        worst = heapq.nsmallest(config.gallery, records, key=lambda r: (-r["flagged_share"], -r["max"], r["name"]))
+        worst = heapq.nsmallest(config.gallery, inputs.of_these(output, records), key=_worst_first)
         _write_gallery(output, config, worst, metrics)
     atomic_write_json(output / "metrics.json", metrics)
     return metrics
+
+
+def _worst_first(record: dict) -> tuple:
+    return -record["flagged_share"], -record["max"], record["name"]
 
 
 def _write_gallery(output: Path, config: DiagnoseConfig, records: list[dict], metrics: dict) -> None:

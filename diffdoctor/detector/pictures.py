@@ -41,6 +41,12 @@ class Source:
     def is_shard(self) -> bool:
         return self.path.suffix == ".tar"
 
+    def stamp(self) -> str:
+        """Size and time of the file, and of the text beside a picture; another one after a file was replaced."""
+        files = [self.path] if self.is_shard else [self.path, self.path.with_suffix(".txt")]
+        stats = [file.stat() if file.is_file() else None for file in files]
+        return " ".join(f"{stat.st_size}@{stat.st_mtime_ns}" if stat else "-" for stat in stats)
+
 
 def find_sources(places: Sequence[str | Path]) -> list[Source]:
     """Picture files and shards that are named, lie in a named folder (searched to its depths) or match a pattern.
