@@ -7,12 +7,13 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from diffdoctor._average import RunningAverage, put
 from diffdoctor._errors import UserError
 from diffdoctor._locks import FolderLock
 from diffdoctor._progress import progress as show_progress
@@ -141,7 +142,7 @@ class Treatment:
         )
         # the scaler's skipping and halving for fp16; for other precisions its scale is 1 and it changes nothing
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        self.average = [p.detach().clone() for p in self.parameters] if config.ema_decay else []
+        self.average = RunningAverage(self.parameters, config.ema_decay)
 
     def run(self, progress: bool) -> str | None:
         """Take all steps that are still to take; returns why it ended before the last one, or None.
@@ -234,9 +235,7 @@ class Treatment:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.scaler.step(self.optimizer)
-            if self.average:
-                decay = min(config.ema_decay, (1 + step) / (10 + step))
-                torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+            self.average.update(step)
         else:
             self._skip(loss, norm)
         self.scaler.update()
@@ -343,7 +342,7 @@ class Treatment:
         measurement = measure(pictures, confidence, rows.tolist(), self.step, second)
         # one process decides, lest rounding on another machine make it decide otherwise
         measurement = self.processes.from_main(lambda: measurement)
-        with self._averaged():
+        with self.average.in_place():
             stopped = self.monitor.add(measurement, lambda: lora_state(self.family))
         measures = {f"pictures/{name}": value for name, value in asdict(measurement).items() if name != "step"}
         self.tracking.curves(self.step, **measures)
@@ -356,7 +355,7 @@ class Treatment:
         """The first fixed pictures (count, 3, H, W) and their maps, on the CPU, drawn by all processes together."""
         numbers = self.processes.even_share(count)
         pictures, maps = [], []
-        with self._averaged():
+        with self.average.in_place():
             for part in _parts(numbers, self.chunk):
                 rows = torch.tensor([i % len(self.prompts) for i in part])
                 final = self._sample(rows, [seed_of(self.config.seed, _FIXED, i) for i in part], ()).final
@@ -367,21 +366,6 @@ class Treatment:
                 maps.append(self.processes.gather(confidence, len(part) * self.processes.count))
         return torch.cat(pictures)[:count], torch.cat(maps)[:count]
 
-    @contextmanager
-    def _averaged(self):
-        """Inside, the LoRA holds the running average of its weights, where there is one."""
-        trained = [p.detach().clone() for p in self.parameters] if self.average else []
-        self._put(self.average)
-        try:
-            yield
-        finally:
-            self._put(trained)
-
-    def _put(self, values: Sequence[torch.Tensor]) -> None:
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, values, strict=bool(values)):
-                parameter.copy_(value)
-
     def _checkpoint(self) -> None:
         if self.checkpoints is None:
             return
@@ -389,7 +373,7 @@ class Treatment:
             state = {
                 "step": self.step,
                 "lora": [p.detach() for p in self.parameters],
-                "average": self.average,
+                "average": self.average.values,
                 # the last one only says that all is done, and what came of it
                 "optimizer": None if self._is_over() else self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -413,8 +397,8 @@ class Treatment:
         self.step, self.history, self.seconds_before = found["step"], found["history"], found["seconds"]
         self.saved = self.step
         self.skipped, self.skipped_in_a_row = found["skipped"]
-        self._put(found["lora"])
-        self.average = [value.to(self.device) for value in found["average"]]
+        put(found["lora"], self.parameters)
+        self.average.load(found["average"])
         if found["optimizer"] is not None:
             self.optimizer.load_state_dict(found["optimizer"])
         self.scaler.load_state_dict(found["scaler"])
