@@ -120,6 +120,22 @@ def test_pictures_of_any_name_go_through_every_command(odd_names, tmp_path, dete
     assert run_evaluate_detector(config)["overall"]["pictures"] == 14
 
 
+def test_a_pattern_that_matches_only_folders_stands_for_them(tmp_path, detector, monkeypatch):
+    for name, seeds in (("animals/cats", (0, 1)), ("animals/dogs/small", (2,)), ("animals/dogs", ()), ("empty/a", ())):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        for seed in seeds:
+            Image.fromarray(picture(seed=seed)).save(tmp_path / name / f"{seed}.png")
+    monkeypatch.chdir(tmp_path)
+    assert [source.name for source in find_sources(["animals/*"])] == ["0", "1", "small/2"]
+    assert [source.name for source in find_sources(["animals/**/"])] == ["cats/0", "cats/1", "dogs/small/2"]
+    assert [source.name for source in find_sources(["animals/**/*.png"])] == ["0", "1", "2"]
+    assert run_diagnose(DiagnoseConfig(["animals/*"], detector, "out"))["pictures"] == 3
+    with pytest.raises(UserError, match=r"empty/\*: no pictures .* in the folders that match"):
+        find_sources(["animals/*", "empty/*"])
+    with pytest.raises(UserError, match="no such file, folder or pattern"):
+        find_sources(["nothing/*"])
+
+
 @contextmanager
 def small_disk(size):
     """Inside, no file can grow beyond `size` bytes."""

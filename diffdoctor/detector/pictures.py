@@ -51,6 +51,8 @@ class Source:
 def find_sources(places: Sequence[str | Path]) -> list[Source]:
     """Picture files and shards that are named, lie in a named folder (searched to its depths) or match a pattern.
 
+    A pattern that matches folders and no file stands for these folders; of several in one another, for the outermost.
+
     Raises:
         UserError: a place that does not exist or holds neither pictures nor shards; two pictures of one name.
     """
@@ -58,33 +60,50 @@ def find_sources(places: Sequence[str | Path]) -> list[Source]:
     for place in places:
         path = Path(place)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in (*SUFFIXES, ".tar") and p.is_file())
-            # Hidden: what an interrupted write left, or a system's own files.
-            inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-            # Pictures beside shards are about the shards, such as the contact sheet.
-            of_shards = {p.parent for p in inside if p.suffix == ".tar"}
-            inside = [p for p in inside if p.suffix == ".tar" or p.parent not in of_shards]
-            if not inside:
-                raise UserError(f"{place}: no pictures ({', '.join(SUFFIXES)}) and no .tar shards in this folder")
-            alike = collections.Counter(file.with_suffix("") for file in inside)
-            for file in inside:
-                relative = file.relative_to(path)
-                category = relative.parent.name if file.suffix != ".tar" else ""
-                name = relative.with_suffix("") if alike[file.with_suffix("")] == 1 else relative
-                found.append(Source(file, _readable(name), _readable(category)))
+            inside = _in_folder(path)
         elif path.is_file():
-            found.append(Source(path, _readable(path.stem)))
+            inside = [Source(path, _readable(path.stem))]
         else:
-            matches = sorted(glob.glob(str(place), recursive=True))
-            if not matches:
-                raise UserError(f"{place}: no such file, folder or pattern")
-            found += [Source(Path(match), _readable(Path(match).stem)) for match in matches if Path(match).is_file()]
+            inside = _matching(str(place))
+        if not inside:
+            where = "in this folder" if path.is_dir() else "in the folders that match"
+            raise UserError(f"{place}: no pictures ({', '.join(SUFFIXES)}) and no .tar shards {where}")
+        found += inside
     names: dict[str, Path] = {}
     for source in found:
         if source.name in names:
             raise UserError(f"{source.path}: has the same name as {names[source.name]}; give the folder above them")
         names[source.name] = source.path
     return found
+
+
+def _in_folder(folder: Path) -> list[Source]:
+    inside = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (*SUFFIXES, ".tar") and p.is_file())
+    # Hidden: what an interrupted write left, or a system's own files.
+    inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    # Pictures beside shards are about the shards, such as the contact sheet.
+    of_shards = {p.parent for p in inside if p.suffix == ".tar"}
+    inside = [p for p in inside if p.suffix == ".tar" or p.parent not in of_shards]
+    alike = collections.Counter(file.with_suffix("") for file in inside)
+    found = []
+    for file in inside:
+        relative = file.relative_to(folder)
+        category = relative.parent.name if file.suffix != ".tar" else ""
+        name = relative.with_suffix("") if alike[file.with_suffix("")] == 1 else relative
+        found.append(Source(file, _readable(name), _readable(category)))
+    return found
+
+
+def _matching(pattern: str) -> list[Source]:
+    matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
+    files = [path for path in matches if path.is_file()]
+    folders = [path for path in matches if path.is_dir()]
+    if not (files or folders):
+        raise UserError(f"{pattern}: no such file, folder or pattern")
+    if files:
+        return [Source(path, _readable(path.stem)) for path in files]
+    outermost = [path for path in folders if not set(path.parents) & set(folders)]
+    return [source for folder in outermost for source in _in_folder(folder)]
 
 
 def _readable(name: str | Path) -> str:
