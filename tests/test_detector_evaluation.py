@@ -236,7 +236,7 @@ def test_an_evaluation_that_failed_before_its_first_part_does_not_bind_the_next(
 def test_sizes_below_one_are_refused_by_name(option):
     with pytest.raises(UserError, match=f"^{option}: expected >= 1, got 0"):
         EvaluateDetectorConfig("d", ["set"], "out", **{option: 0})
-    with pytest.raises(UserError, match="^seed: expected >= 0, got -1"):
+    with pytest.raises(UserError, match=r"^seed: expected >= 0, got -1"):
         EvaluateDetectorConfig("d", ["set"], "out", seed=-1)
 
 

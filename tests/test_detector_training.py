@@ -118,7 +118,16 @@ def test_logits_are_brought_to_the_mask_s_size():
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"precision": "fp8"}, "precision"),
+        ({"size": 0}, "size: expected >= 1 pixels, got 0"),
+        ({"size": -3}, "size"),
+        ({"betas": (2.0, 3.0)}, "betas: expected two numbers"),
+        ({"betas": (0.9,)}, "betas"),
+        ({"seed": -1}, "seed: expected >= 0"),
         ({"augment": {"inject_share": 2}}, "inject_share"),
+        ({"augment": {"kinds": ("foo",)}}, "kinds: .*foo"),
+        ({"augment": {"area": (2.0, 3.0)}}, "area: expected low <= high"),
+        ({"augment": {"strength": (0.0, 1.0)}}, "strength"),
+        ({"augment": {"visible": 5.0}}, "visible"),
     ],
 )
 def test_bad_options_are_refused(options, match):

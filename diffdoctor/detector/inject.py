@@ -85,7 +85,8 @@ def damage_kinds() -> tuple[str, ...]:
     return tuple(sorted(_KINDS))
 
 
-def _check_kinds(kinds: Sequence[str] | None) -> tuple[str, ...]:
+def check_kinds(kinds: Sequence[str] | None) -> tuple[str, ...]:
+    """The names of these kinds of damage, of all for None; raises where one is unknown or there is none."""
     known = damage_kinds()
     if kinds is None:
         return known
@@ -97,7 +98,8 @@ def _check_kinds(kinds: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-def _check_range(name: str, value, low: float, high: float) -> tuple[float, float]:
+def check_range(name: str, value, low: float, high: float) -> tuple[float, float]:
+    """A number or a pair as (lowest, highest); raises `ValueError` naming `name` where it is not within (low, high]."""
     pair = (value, value) if np.isscalar(value) else tuple(value)
     if len(pair) != 2 or not (low < pair[0] <= pair[1] <= high):
         raise ValueError(f"{name}: expected low <= high in ({low}, {high}], got {value!r}")
@@ -158,9 +160,9 @@ def inject(
         NoVisibleDamage: `attempts` draws in a row left no visible change.
     """
     clean = to_float(picture)
-    names = _check_kinds(kinds)
-    strength = _check_range("strength", strength, 0, 1)
-    area = _check_range("area", area, 0, 1)
+    names = check_kinds(kinds)
+    strength = check_range("strength", strength, 0, 1)
+    area = check_range("area", area, 0, 1)
     quantised = _quantise(clean).astype(np.float32) / 255.0
     kind = names[rng.integers(len(names))]
     for attempt in range(attempts):

@@ -9,15 +9,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from diffdoctor.detector.inject import NoVisibleDamage, benign, inject
+from diffdoctor.detector.inject import NoVisibleDamage, benign, check_kinds, check_range, inject
 
 
 class DetectorData(Protocol):
     """A set of labelled pictures: `len(data)`, and `data[i]` as a dict.
 
     The dict holds `picture` (H, W, 3) uint8 and `mask` (H, W) float32 in [0, 1], and may hold `category`, `generator`,
-    `prompt`, `label` (real, injected, human, pseudo) and `round`. A set may also have `fingerprint()`, a text that tells
-    it from other sets, so that a training is not taken up with other data.
+    `prompt`, `label` (real, injected, human, pseudo) and `round`. A set may also have `fingerprint()`, a text that
+    tells it from other sets, so that a training is not taken up with other data.
     """
 
     def __len__(self) -> int: ...
@@ -144,6 +144,11 @@ class AugmentConfig:
         for name in ("shift", "exposure", "noise"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a share in [0, 1), got {getattr(self, name)!r}")
+        if not 0 <= self.visible <= 1:
+            raise ValueError(f"visible: expected a change within [0, 1], got {self.visible!r}")
+        check_kinds(self.kinds)
+        for name in ("strength", "area"):
+            check_range(name, getattr(self, name), 0, 1)
 
     @classmethod
     def none(cls) -> AugmentConfig:
