@@ -95,7 +95,7 @@ def test_kill_minus_nine_at_random_moments_changes_no_bit(tmp_path):
         train_detector(config, _StopAt(shapes(), 20), detector=fresh(), output_dir=tmp_path / "run", progress=False)
     subprocess.run([sys.executable, "-c", KILLER, str(tmp_path / "run")], check=True, env=_environment(), timeout=500)
     assert torch.equal(weights_of(load_detector(tmp_path / "run" / "detector")), weights_of(whole.detector))
-    left = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    left = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*"))
     assert left == ["step-00000014", "step-00000016"]
 
 
@@ -115,7 +115,17 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
             output_dir=tmp_path,
             progress=False,
         )
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 2
+    # Not even what this call would not have kept is gone.
+    with pytest.raises(UserError, match=r"other settings \(keep_checkpoints, steps\)"):
+        train_detector(
+            quick(checkpoint_every=4, keep_checkpoints=1, steps=14),
+            shapes(),
+            detector=fresh(),
+            output_dir=tmp_path,
+            progress=False,
+        )
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 2
 
 
 PROCESSES = """

@@ -5,97 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from diffdoctor._checkpoints import Checkpoints
 from diffdoctor._errors import UserError, missing_extra
-from diffdoctor._io import clear_temporaries
 from diffdoctor._pictures import to_images
 from diffdoctor._progress import progress as progress_bar
 from diffdoctor.detector.feeding import PlannedSamples, ResampledSamples, StepPlan, collate
 from diffdoctor.detector.losses import detector_loss
-from diffdoctor.detector.samples import AugmentConfig, DetectorData
+from diffdoctor.detector.options import DetectorTrainingConfig
+from diffdoctor.detector.run_folder import RunFolder, describe
+from diffdoctor.detector.samples import DetectorData
 from diffdoctor.detector.streaming import ShardStream
-
-
-@dataclasses.dataclass
-class DetectorTrainingConfig:
-    """Options of `train_detector`.
-
-    Attributes:
-        steps: optimizer steps.
-        batch_size: pictures in a step, over all processes and accumulated parts.
-        accumulate: parts that a process' share of the batch is computed in, to save memory.
-        learning_rate: AdamW's peak rate.
-        warmup: steps of linear warm-up; afterwards the rate falls along a cosine to 0.
-        weight_decay: AdamW's, on weights of two or more dimensions.
-        betas: AdamW's.
-        max_grad_norm: the gradient is clipped to this norm; 0 leaves it.
-        mse, bce, dice: weights of the losses, see `losses.detector_loss`.
-        ema_decay: decay a step of the averaged weights, which are the result; 0: the last weights are.
-        precision: "fp32", or "bf16" for autocast.
-        size: side in pixels that training pictures are resized to; None: they must agree in size.
-        augment: what happens to the pictures, see `AugmentConfig`.
-        balance: sample categories evenly, and damaged and clean pictures evenly within each, where the data say
-            their category.
-        damaged_share: with `balance`, the share of damaged pictures within each category.
-        seed: of the samples and the noise.
-        workers: processes that prepare samples; 0: the training process does.
-        checkpoint_every: steps between checkpoints, where there is an output folder; 0: none.
-        keep_checkpoints: how many of the last checkpoints to keep.
-        validate_every: steps between validations, where there are validation data; 0: only at the end.
-        strict: stop at the first broken picture of the data instead of taking another in its place and counting it.
-        tensorboard: write the curves as TensorBoard events to the output folder's `logs`.
-    """
-
-    steps: int = 500
-    batch_size: int = 64
-    accumulate: int = 1
-    learning_rate: float = 3e-3
-    warmup: int = 50
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
-    mse: float = 1.0
-    bce: float = 0.0
-    dice: float = 0.0
-    ema_decay: float = 0.99
-    precision: str = "fp32"
-    size: int | None = None
-    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
-    balance: bool = False
-    damaged_share: float = 0.5
-    seed: int = 0
-    workers: int = 0
-    checkpoint_every: int = 0
-    keep_checkpoints: int = 2
-    validate_every: int = 0
-    strict: bool = False
-    tensorboard: bool = False
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "max_grad_norm", "mse", "bce", "dice", "workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)}")
-        if not self.mse + self.bce + self.dice > 0:
-            raise ValueError("mse, bce, dice: expected at least one weight above 0")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate: expected > 0, got {self.learning_rate}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay: expected within [0, 1), got {self.ema_decay}")
-        if not 0 < self.damaged_share < 1:
-            raise ValueError(f"damaged_share: expected within (0, 1), got {self.damaged_share}")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision: expected fp32 or bf16, got {self.precision!r}")
-        if isinstance(self.augment, dict):
-            self.augment = AugmentConfig(**self.augment)
 
 
 @dataclasses.dataclass
@@ -144,7 +69,32 @@ def train_detector(
         name: what the progress bar calls it.
 
     Raises:
-        UserError: the loss is not finite; the output folder holds another run's checkpoints.
+        UserError: the loss is not finite; the output folder holds another run's checkpoints or results, or `detector`
+            or `best` there holds files that are no detector's.
+    """
+    options = {"detector": detector, "validation": validation, "output_dir": output_dir}
+    with prepared_run(config, data, **options) as run:
+        return run.train(progress, name)
+
+
+@contextlib.contextmanager
+def prepared_run(
+    config: DetectorTrainingConfig,
+    data: DetectorData | ShardStream,
+    *,
+    detector: nn.Module | None,
+    validation: DetectorData | None,
+    output_dir: str | Path | None,
+    described: dict | None = None,
+) -> Iterator[TrainingRun]:
+    """A training that is checked, loaded from its last checkpoint and about to take its next step.
+
+    Args:
+        config, data, detector, validation, output_dir: see `train_detector`.
+        described: JSON values that tell this run from others besides these.
+
+    Raises:
+        UserError: see `train_detector`; then nothing was written.
     """
     try:
         from accelerate import Accelerator
@@ -162,14 +112,16 @@ def train_detector(
             from diffdoctor.detector.segformer import ArtifactDetector
 
             detector = ArtifactDetector.tiny()
-        run = _Run(config, data, detector, validation, output_dir, accelerator)
-        return run.train(progress, name)
+        run = TrainingRun(config, data, detector, validation, accelerator)
+        if output_dir is not None:
+            run.open(Path(output_dir), described or {})
+        yield run
 
 
-class _Run:
-    """One training run: the state that a checkpoint holds, and the loop over it."""
+class TrainingRun:
+    """One training run: the state that a checkpoint holds, and the loop over it. Made by `prepared_run`."""
 
-    def __init__(self, config, data, detector, validation, output_dir, accelerator):
+    def __init__(self, config, data, detector, validation, accelerator):
         self.config, self.detector, self.validation, self.accelerator = config, detector, validation, accelerator
         detector.to(accelerator.device).train()
         groups = _parameter_groups(detector, config.weight_decay)
@@ -188,33 +140,25 @@ class _Run:
             from diffdoctor.detector.balance import sampling_weights
 
             self.weights = sampling_weights(data, damaged_share=config.damaged_share)
-        self.output_dir = Path(output_dir) if output_dir is not None else None
-        self.checkpoints = None
-        if self.output_dir is not None:
-            if accelerator.is_main_process:
-                clear_temporaries(self.output_dir)
-            # A picture that turns up broken makes no other run, and neither do workers, unless they draw the stream.
-            described = dataclasses.asdict(config) | {"detector": type(detector).__name__}
-            if isinstance(data, ShardStream):
-                described |= {"shards": len(data.paths), "buffer": data.buffer, "processes": accelerator.num_processes}
-            else:
-                described |= {"pictures": len(data)}
-                del described["workers"]
-            del described["strict"]
-            self.checkpoints = Checkpoints(
-                self.output_dir / "checkpoints",
-                described,
-                keep=config.keep_checkpoints,
-                refusal="holds checkpoints of a run with other settings ({}); "
-                "choose another output folder or remove it",
-            )
-            if accelerator.is_main_process:
-                self.checkpoints.tidy()
-        self.writer = None
+        self.output_dir = self.folder = self.writer = None
+
+    def open(self, output_dir: Path, described: dict) -> None:
+        """Check the output folder, and go on from its last checkpoint."""
+        accelerator = self.accelerator
+        described = (
+            describe(self.config, self.data, self.detector, self.validation, accelerator.num_processes) | described
+        )
+        options = {"keep": self.config.keep_checkpoints, "main": accelerator.is_main_process}
+        self.output_dir, self.folder = output_dir, RunFolder(output_dir, described, **options)
+        if (found := self.folder.load(accelerator.device)) is not None:
+            self._resume(*found)
+        # Another process must have looked before anything changes.
+        accelerator.wait_for_everyone()
+        self.folder.begin()
 
     def train(self, progress: bool, name: str) -> TrainedDetector:
+        """Take all steps that are still to take; see `train_detector`."""
         config = self.config
-        self._resume()
         if config.tensorboard and self.output_dir is not None and self.accelerator.is_main_process:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -317,7 +261,7 @@ class _Run:
                 self.writer.add_scalar(f"train/{name}", self.history[-1][name], self.step)
         if self.validation is not None and config.validate_every and self.step % config.validate_every == 0:
             self._validate()
-        if self.checkpoints is not None and config.checkpoint_every and self.step % config.checkpoint_every == 0:
+        if self.folder is not None and config.checkpoint_every and self.step % config.checkpoint_every == 0:
             if self.accelerator.is_main_process:
                 if self.writer is not None:
                     # What is before a checkpoint is not logged again.
@@ -329,14 +273,10 @@ class _Run:
                 }
                 record = {"step": self.step, "history": self.history, "validations": self.validations}
                 record["broken"] = self.broken
-                self.checkpoints.save(self.step, state, record)
+                self.folder.save(self.step, state, record)
             self.accelerator.wait_for_everyone()
 
-    def _resume(self) -> None:
-        found = None if self.checkpoints is None else self.checkpoints.load(self.accelerator.device)
-        if found is None:
-            return
-        state, record = found
+    def _resume(self, state: dict, record: dict) -> None:
         self.detector.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema = state["ema"]

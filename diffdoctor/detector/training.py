@@ -6,14 +6,16 @@ from pathlib import Path
 import numpy as np
 
 from diffdoctor._errors import UserError, missing_extra
-from diffdoctor._io import atomic_write_json, clear_temporaries
+from diffdoctor._io import atomic_write_json
 from diffdoctor._locks import held
-from diffdoctor.detector.base import Detector, load_detector
+from diffdoctor._weights import weights_digest
+from diffdoctor.detector.base import Detector
 from diffdoctor.detector.pictures import finite, tell, versions, write_config
+from diffdoctor.detector.run_folder import refuse_foreign_results
 from diffdoctor.detector.samples import JoinedData
 from diffdoctor.detector.shards import ShardData, one_size
 from diffdoctor.detector.streaming import ShardStream
-from diffdoctor.detector.train import DetectorTrainingConfig, train_detector
+from diffdoctor.detector.train import DetectorTrainingConfig, prepared_run
 
 ARCHITECTURES = ("tiny", "b0", "b1", "b2", "b3", "b4", "b5", "conv")
 
@@ -30,14 +32,15 @@ class TrainDetectorConfig:
         validation_share: share of the data that is held out where no validation folders are given; all versions of one
             picture stay on the same side.
         architecture: tiny, b0 ... b5 (SegFormer) or conv.
-        initial: a detector's folder or hub id to go on from, instead of a fresh network.
+        initial: a detector's folder or hub id, or the published checkpoint's .bin file, to go on from instead of a
+            fresh network; its own architecture and sizes are kept.
         encoder: a folder or hub id of transformers' SegFormer weights for the encoder, such as nvidia/mit-b2.
         resampled: stream the data instead: shards are drawn with replacement, without end, and nothing of the set is
             held in memory. For sets that are too large to index. Then another number of processes or workers sees other
             pictures, and class balance and `validation_share` are not to be had: give `validation`.
         shuffle_buffer: pictures that a worker shuffles among when resampled, held as the bytes of their files.
         strict: stop at the first broken picture instead of taking another in its place and counting it.
-        min_side: pictures whose short side is smaller are enlarged to it before the network, in pixels.
+        min_side: pictures whose short side is smaller are enlarged to it before a fresh network, in pixels.
         training: the training itself, see `DetectorTrainingConfig`.
     """
 
@@ -56,6 +59,12 @@ class TrainDetectorConfig:
         default_factory=lambda: DetectorTrainingConfig(checkpoint_every=100, validate_every=100)
     )
 
+    def __post_init__(self):
+        if self.min_side < 1:
+            raise UserError(f"min_side: expected >= 1 pixels, got {self.min_side}")
+        if self.architecture not in ARCHITECTURES:
+            raise UserError(f"architecture: expected one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}")
+
 
 def run_train_detector(config: TrainDetectorConfig) -> dict:
     """Run `diffdoctor train-detector`; returns what metrics.json holds."""
@@ -68,6 +77,7 @@ def run_train_detector(config: TrainDetectorConfig) -> dict:
     training = dataclasses.replace(config.training, strict=config.strict or config.training.strict)
     config = dataclasses.replace(config, training=training)
     output = Path(config.output)
+    refuse_foreign_results(output)
     data, validation = _data(config)
     detector = _network(config)
     state = PartialState(cpu=not torch.accelerator.is_available())
@@ -77,11 +87,11 @@ def run_train_detector(config: TrainDetectorConfig) -> dict:
 
 def _train(config: TrainDetectorConfig, state, data, validation, detector: Detector) -> dict:
     output = Path(config.output)
-    if state.is_main_process:
-        clear_temporaries(output)
-        write_config(output, config)
-    state.wait_for_everyone()
-    result = train_detector(config.training, data, detector=detector, validation=validation, output_dir=output)
+    options = {"detector": detector, "validation": validation, "output_dir": output}
+    with prepared_run(config.training, data, **options, described={"weights": weights_digest(detector)}) as run:
+        if state.is_main_process:
+            write_config(output, config)
+        result = run.train(True, "detector")
     reasons = list(result.broken.values())
     metrics = {
         "steps": len(result.history),
@@ -146,10 +156,17 @@ def _stream(config: TrainDetectorConfig, validation) -> ShardStream:
 def _network(config: TrainDetectorConfig) -> Detector:
     import torch
 
+    if config.encoder is not None and (config.initial is not None or config.architecture == "conv"):
+        other = "initial" if config.initial is not None else "architecture conv"
+        raise UserError(f"encoder: expected none with {other}, got {config.encoder!r}")
     if config.initial is not None:
-        return load_detector(config.initial)
-    if config.architecture not in ARCHITECTURES:
-        raise UserError(f"architecture: expected one of {', '.join(ARCHITECTURES)}, got {config.architecture!r}")
+        from diffdoctor.detector.diagnosing import open_detector
+
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if field.name in ("architecture", "min_side") and value != field.default:
+                raise UserError(f"{field.name}: expected none with initial, whose own is kept; got {value!r}")
+        return open_detector(config.initial)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
         if config.architecture == "conv":
