@@ -12,6 +12,7 @@ import os
 import sys
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 
 from diffdoctor._errors import UserError, missing_extra
 from diffdoctor.version import __version__
@@ -154,7 +155,8 @@ def _run(name, command, argv):
     config_class = _load(command.config)
     parser = _parser(name, command, config_class)
     with contextlib.suppress(BrokenPipeError):
-        options = parser.parse_args(_with_lists(_with_switches(argv, config_class), config_class))
+        argv = _with_switches(argv, config_class, has_positional=bool(command.positional))
+        options = parser.parse_args(_with_lists(argv, config_class))
         try:
             values = {key: value for key, value in vars(parser.instantiate(options)).items() if key != "config"}
             config = config_class(**values)
@@ -175,6 +177,9 @@ def _parser(name, command, config_class):
         def error(self, message, ex=None):
             raise UserError(f"{message} (see `diffdoctor {name} --help`)")
 
+        def parse_path(self, path, **kwargs):
+            return self.parse_string(_config_text(path, _list_options(config_class)), **kwargs)
+
     parser = Parser(prog=f"diffdoctor {name}", description=command.summary, default_env=False)
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file that holds any of these options")
     described = _described(config_class)
@@ -192,14 +197,55 @@ def _described(config_class) -> dict[str, str]:
     return {param.arg_name: " ".join((param.description or "").split()) for param in parsed.params}
 
 
-def _with_switches(argv, config_class):
-    """`--strict` as the parser wants it, `--strict=true`, for the options that are true or false."""
-    hints = typing.get_type_hints(config_class)
-    switches = {f"--{name}" for name, kind in hints.items() if kind is bool}
-    result = []
-    for place, word in enumerate(argv):
-        has_value = argv[place + 1 : place + 2] in (["true"], ["false"])
-        result.append(f"{word}=true" if word in switches and not has_value else word)
+def _config_text(path, lists) -> str:
+    """A YAML file's text, in which each of the list options stands as a list also where the file has one word."""
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        root = yaml.compose(text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path}: a YAML file in UTF-8 was expected ({error})") from None
+    except yaml.YAMLError:
+        # The parser says what is wrong.
+        return text
+    # The text changes where it has to and nowhere else: reading and writing it would turn 1e-4 into a word.
+    return yaml.serialize(root) if _lists_made(root, lists) else text
+
+
+def _lists_made(node, lists, prefix="") -> bool:
+    """Make single words of list options lists, in place; returns whether there were any."""
+    import yaml
+
+    changed = False
+    for place, (key, value) in enumerate(node.value if isinstance(node, yaml.MappingNode) else ()):
+        name = f"{prefix}{key.value}"
+        if isinstance(value, yaml.MappingNode):
+            changed |= _lists_made(value, lists, f"{name}.")
+        elif isinstance(value, yaml.ScalarNode) and lists.get(name) == "str" and not value.tag.endswith(":null"):
+            word = yaml.ScalarNode("tag:yaml.org,2002:str", value.value, style='"')
+            node.value[place] = key, yaml.SequenceNode("tag:yaml.org,2002:seq", [word], flow_style=True)
+            changed = True
+    return changed
+
+
+def _with_switches(argv, config_class, has_positional):
+    """`--strict` or `--strict True` as the parser wants it, `--strict=true`, for the options that are true or false."""
+    switches = {f"--{name}" for name, kind in _options(config_class) if kind is bool}
+    result, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word not in switches:
+            result.append(word)
+            continue
+        value = rest[0].lower() if rest else ""
+        if value in ("true", "false"):
+            result.append(f"{word}={value}")
+            rest.pop(0)
+        elif value in ("yes", "no", "on", "off", "1", "0") or (value and not has_positional and value[0] != "-"):
+            raise UserError(f"{word}: true or false was expected, got {rest[0]!r}")
+        else:
+            result.append(f"{word}=true")
     return result
 
 
@@ -215,25 +261,44 @@ def _with_lists(argv, config_class):
             result.append(word)
             continue
         values = [value] if equals else []
-        while not equals and rest and not rest[0].startswith("--") and not (values and values[0].startswith("[")):
+        while not equals and rest and not rest[0].startswith("--") and not (values and _is_list(values[0])):
             values.append(rest.pop(0))
-        if values and not values[0].startswith("[") and values != ["null"]:
+        if values and not _is_list(values[0]) and values != ["null"]:
             # Numbers stay numbers, and names of files are not read as anything else.
             values = [json.dumps(values) if kind == "str" else f"[{', '.join(values)}]"]
         result += [name, *values]
     return result
 
 
-def _list_options(config_class, prefix="") -> dict[str, str]:
-    """The options that hold several values, by name, with the kind of a value: "str" or "other"."""
-    found = {}
+def _is_list(text) -> bool:
+    """Whether a word is a whole list, rather than a name that begins with a bracket."""
+    import yaml
+
+    if not (text.startswith("[") and text.endswith("]")):
+        return False
+    try:
+        return isinstance(yaml.safe_load(text), list)
+    except yaml.YAMLError:
+        return False
+
+
+def _options(config_class, prefix=""):
+    """Name and type of every option, with those of its parts."""
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        if dataclasses.is_dataclass(hints[field.name]):
-            found |= _list_options(hints[field.name], f"{prefix}{field.name}.")
-        for kind in (hints[field.name], *typing.get_args(hints[field.name])):
+        name, kind = prefix + field.name, hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            yield from _options(kind, f"{name}.")
+        yield name, kind
+
+
+def _list_options(config_class) -> dict[str, str]:
+    """The options that hold several values, by name, with the kind of a value: "str" or "other"."""
+    found = {}
+    for name, declared in _options(config_class):
+        for kind in (declared, *typing.get_args(declared)):
             if typing.get_origin(kind) in (list, tuple):
-                found[prefix + field.name] = "str" if typing.get_args(kind)[0] is str else "other"
+                found[name] = "str" if typing.get_args(kind)[0] is str else "other"
     return found
 
 

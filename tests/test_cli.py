@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import shlex
 import subprocess
 import sys
 
@@ -66,9 +67,11 @@ class Nested:
 
     Args:
         betas: two numbers.
+        balance: a switch.
     """
 
     betas: tuple[float, float] = (0.9, 0.99)
+    balance: bool = False
 
 
 @dataclasses.dataclass
@@ -81,6 +84,7 @@ class ListOptions:
         area: a range.
         part: a part.
         seed: a number.
+        strict: a switch.
     """
 
     places: list[str]
@@ -88,6 +92,7 @@ class ListOptions:
     area: tuple[float, float] = (0.0, 1.0)
     part: Nested = dataclasses.field(default_factory=Nested)
     seed: int = 0
+    strict: bool = False
 
 
 @pytest.fixture
@@ -111,12 +116,75 @@ def list_options(monkeypatch):
         ("a --kinds 007 null", ListOptions(["a"], ["007", "null"])),
         ("a --kinds null", ListOptions(["a"])),
         ("a --part.betas 0.5 0.6", ListOptions(["a"], part=Nested((0.5, 0.6)))),
+        ("a --area [0.1,0.5]", ListOptions(["a"], area=(0.1, 0.5))),
+        ("a --kinds '[2024] set'", ListOptions(["a"], ["[2024] set"])),
+        ("a --kinds='[2024] set'", ListOptions(["a"], ["[2024] set"])),
+        ("a --kinds '[2024] set' '[x] [y]'", ListOptions(["a"], ["[2024] set", "[x] [y]"])),
+        ("'[2024] set' --strict", ListOptions(["[2024] set"], strict=True)),
+        ("--strict a", ListOptions(["a"], strict=True)),
+        ("a --strict False", ListOptions(["a"])),
+        ("--strict TRUE a", ListOptions(["a"], strict=True)),
+        ("--part.balance a", ListOptions(["a"], part=Nested(balance=True))),
+        ("a --part.balance True --strict=false", ListOptions(["a"], part=Nested(balance=True))),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_lists_are_given_as_a_shell_gives_them(list_options, argv, expected):
-    assert cli.main(["lists", *argv.split()]) == 0
+def test_lists_and_switches_are_given_as_a_shell_gives_them(list_options, argv, expected):
+    assert cli.main(["lists", *shlex.split(argv)]) == 0
     assert list_options == [expected]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["diagnose", "a", "--strict", "yes"], "--strict: true or false was expected, got 'yes'"),
+        (["evaluate", "model", "--guide", "ture"], "--guide: true or false was expected, got 'ture'"),
+        (["evaluate", "model", "--guide", "--sede"], "sede"),
+    ],
+    ids=["yes", "typing-error", "unknown-option"],
+)
+def test_a_switch_says_what_it_takes(argv, words, capsys):
+    assert cli.main(argv) == 2
+    errors = capsys.readouterr().err
+    assert words in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("clean", ["clean"]), ("[a, b]", ["a", "b"]), ("2024", ["2024"]), ("été # there", ["été"])],
+    ids=["word", "list", "number", "accents"],
+)
+def test_a_file_may_give_one_place_as_a_word(list_options, tmp_path, text, expected):
+    more = "seed: 3\nkinds: tint\narea: [1e-4, 1]\npart:\n  betas: [1e-3, .5]\n"
+    (tmp_path / "options.yaml").write_text(f"places: {text}\n{more}", encoding="utf-8")
+    assert cli.main(["lists", "--config", str(tmp_path / "options.yaml")]) == 0
+    assert list_options == [ListOptions(expected, ["tint"], (1e-4, 1.0), Nested((1e-3, 0.5)), seed=3)]
+    # The command line wins.
+    assert cli.main(["lists", "--config", str(tmp_path / "options.yaml"), "b", "c", "--seed", "4"]) == 0
+    assert list_options[1] == dataclasses.replace(list_options[0], places=["b", "c"], seed=4)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\x89PNG\r\n", "options.yaml: a YAML file in UTF-8 was expected"),
+        ("places: clean\n".encode("utf-16"), "options.yaml: a YAML file in UTF-8 was expected"),
+        (b"places: [clean, 7]\n", "Got value: 7"),
+        (b"places: null\n", "required: places"),
+        (b"places: clean\nseed: [\n", "Problems parsing config"),
+        (b"- clean\n", "Unexpected config"),
+        (b"", "Unexpected config"),
+    ],
+    ids=["picture", "utf-16", "number-in-a-list", "null", "no-yaml", "list", "empty"],
+)
+def test_a_file_that_cannot_be_taken_is_one_line(list_options, tmp_path, capsys, content, words):
+    (tmp_path / "options.yaml").write_bytes(content)
+    assert cli.main(["lists", "--config", str(tmp_path / "options.yaml")]) == 2
+    errors = capsys.readouterr().err
+    assert words in errors
+    assert errors.count("\n") == 1
+    assert list_options == []
 
 
 def test_every_positional_option_is_described(capsys):
