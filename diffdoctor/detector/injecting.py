@@ -18,10 +18,10 @@ from diffdoctor._errors import UserError
 from diffdoctor._io import atomic_write_bytes, atomic_write_json, clear_temporaries
 from diffdoctor._locks import held
 from diffdoctor._progress import track
-from diffdoctor.detector.inject import MIN_SIDE, NoVisibleDamage, benign, damage_kinds, inject
+from diffdoctor.detector.inject import MIN_SIDE, NoVisibleDamage, benign, check_range, damage_kinds, inject
 from diffdoctor.detector.pictures import Source, find_sources, read_source, shrink_to, tell, versions, write_config
 from diffdoctor.detector.resumable import ResumableSet, State, clear_finished, work_folder
-from diffdoctor.detector.shard_writer import check_options
+from diffdoctor.detector.shard_writer import SHEET, check_options, refuse_no_set
 from diffdoctor.detector.shards import SkipCounts
 
 # Of each kind, on the contact sheet, and the side of their tiles in pixels.
@@ -52,7 +52,7 @@ class InjectConfig:
         shard_size: pictures in a shard.
         picture_type: png, webp (both exact) or jpg.
         strict: stop at the first broken picture instead of leaving it out and counting it.
-        overwrite: replace the output folder when it is there.
+        overwrite: replace the output folder when it is there: a set of shards, and none that the pictures come from.
     """
 
     pictures: list[str]
@@ -75,15 +75,7 @@ class InjectConfig:
 
 def run_inject(config: InjectConfig) -> dict:
     """Run `diffdoctor inject`; returns what metrics.json holds."""
-    unknown = sorted(set(config.kinds or ()) - set(damage_kinds()))
-    if unknown:
-        raise UserError(f"kinds: no such kind {', '.join(unknown)}; there are {', '.join(damage_kinds())}")
-    if min(config.damaged, config.benign, config.workers - 1) < 0:
-        raise UserError("damaged and benign: expected >= 0, workers: expected >= 1")
-    try:
-        check_options(config.shard_size, config.picture_type)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    _check(config)
     output, sources = Path(config.output), find_sources(config.pictures)
     made_from = _made_from(config, sources)
     # An output that was killed while it was replaced gets its old content back.
@@ -95,8 +87,41 @@ def run_inject(config: InjectConfig) -> dict:
             return metrics
         if not output.is_dir() or any(output.iterdir()):
             raise UserError(f"{output}: is there already; choose another folder or give --overwrite true")
+    _refuse_loss(output, sources)
     with held(work_folder(output)):
         return _make(config, output, sources, made_from)
+
+
+def _check(config: InjectConfig) -> None:
+    unknown = sorted(set(config.kinds or ()) - set(damage_kinds()))
+    if unknown:
+        raise UserError(f"kinds: no such kind {', '.join(unknown)}; there are {', '.join(damage_kinds())}")
+    least = {"damaged": 0, "benign": 0, "workers": 1, "seed": 0, "longest": MIN_SIDE}
+    for name, value in least.items():
+        given = getattr(config, name)
+        if given is not None and given < value:
+            raise UserError(f"{name}: expected >= {value}, got {given}")
+    if not (config.damaged or config.benign or config.clean):
+        raise UserError("damaged, benign, clean: expected at least one version of each picture, got none")
+    if not 0 <= config.visible <= 1:
+        raise UserError(f"visible: expected a change within [0, 1], got {config.visible}")
+    try:
+        for name in ("strength", "area"):
+            check_range(name, getattr(config, name), 0, 1)
+        check_options(config.shard_size, config.picture_type)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _refuse_loss(output: Path, sources: list[Source]) -> None:
+    """Refuse an output where giving the set its name would remove anything but an earlier set, or a source."""
+    place = output.resolve()
+    for source in sources:
+        # A link inside would go too, wherever it leads.
+        itself = source.path.parent.resolve() / source.path.name
+        if itself.is_relative_to(place) or source.path.resolve().is_relative_to(place):
+            raise UserError(f"{output}: would be replaced, but {source.path} is to be read; choose another folder")
+    refuse_no_set(output)
 
 
 def _make(config: InjectConfig, output: Path, sources: list[Source], made_from: str) -> dict:
@@ -106,15 +131,25 @@ def _make(config: InjectConfig, output: Path, sources: list[Source], made_from: 
     tally = _Tally(run.state)
     run.write(tally.watch(_samples(config, sources, tally)), tally.record)
     metrics = tally.metrics() | {"made_from": made_from, "versions": versions()}
+    left_out = dict(tally.skipped.reasons)
+    if tally.failed:
+        left_out["a damage that could not be seen"] = tally.failed
+    if not metrics["pictures"]:
+        run.drop()
+        raise UserError(
+            f"{output}: no pictures to write ({', '.join(f'{count} x {why}' for why, count in left_out.items())})"
+        )
 
     def add(folder: Path) -> None:
         if tally.sheet:
-            atomic_write_bytes(folder / "contact_sheet.png", contact_sheet(tally.examples()))
+            atomic_write_bytes(folder / SHEET, contact_sheet(tally.examples()))
         write_config(folder, config)
         atomic_write_json(folder / "metrics.json", metrics)
 
+    # Something may have been put there meanwhile.
+    _refuse_loss(output, sources)
     run.finish(add)
-    tell(f"{metrics['pictures']} pictures: {output}", tally.skipped.reasons)
+    tell(f"{metrics['pictures']} pictures: {output}", left_out)
     return metrics
 
 

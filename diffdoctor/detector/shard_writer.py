@@ -13,11 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from diffdoctor._io import atomic_dir, clear_temporaries
+from diffdoctor._errors import UserError
+from diffdoctor._io import atomic_dir, clear_temporaries, refuse_foreign
 from diffdoctor.detector.archive import KEY
 from diffdoctor.detector.codec import PICTURE_TYPES, encode_mask, encode_picture
 from diffdoctor.detector.manifest import MANIFEST, ManifestWriter
 
+# What `inject` puts beside the shards.
+RECORDS = (SHEET := "contact_sheet.png", "config.yaml", "metrics.json")
 LABELS = ("real", "injected", "human", "pseudo")
 
 
@@ -30,7 +33,7 @@ def write_shards(
         samples: dicts with `picture` (H, W, 3) uint8 and `mask` (H, W) float in [0, 1] or uint8 (absent: clean), and
             any of `key` (a unique name of letters, digits, _ and -), `prompt`, `category`, `generator`, `label` (real,
             injected, human, pseudo), `round`, and further JSON values, which come back as they are.
-        folder: where to; an existing folder is replaced.
+        folder: where to; a set that is there is replaced, and nothing else.
         shard_size: pictures in a shard.
         picture_type: png (exact), webp (written without loss) or jpg (quality 95).
 
@@ -39,10 +42,12 @@ def write_shards(
 
     Raises:
         ValueError: a sample's picture, mask, key or label is not as described.
+        UserError: at `folder` stands a file, or a folder that holds something else than a set.
     """
     check_options(shard_size, picture_type)
     # What a writer that was killed left beside the folder.
     clear_temporaries(Path(folder).parent, Path(folder).name)
+    refuse_no_set(folder)
     keys, count = _Unique(), 0
     with atomic_dir(folder) as temporary:
         manifest = ManifestWriter(temporary / MANIFEST, min(shard_size, 1000))
@@ -57,6 +62,18 @@ def write_shards(
         finally:
             manifest.close()
     return count
+
+
+def refuse_no_set(folder: str | Path) -> None:
+    """Refuse to replace what is no set of shards; a folder that is empty or not there is fine.
+
+    Raises:
+        UserError: it is a file, holds no manifest, or holds more than a set's files.
+    """
+    refuse_foreign(folder, ("shard-*.tar", MANIFEST, *RECORDS))
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder}: would be replaced, but is no set of shards (no {MANIFEST}); choose another folder")
 
 
 def check_options(shard_size: int, picture_type: str) -> None:
