@@ -131,7 +131,7 @@ def refuse_foreign(folder, names) -> None:
         known = any(fnmatch.fnmatchcase(entry.name, name) for name in names)
         if not known or (entry.is_dir() and not entry.is_symlink()):
             raise UserError(
-                f"{folder}: would be replaced, but holds {entry.name!r}, which diffdoctor did not write there; "
+                f"{folder}: would be replaced, but holds {entry.name!r}, which is none of the files that belong there; "
                 "choose another output folder, or move it away"
             )
 

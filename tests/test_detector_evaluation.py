@@ -213,7 +213,7 @@ def test_what_lies_in_the_output_folder_is_left_alone(tmp_path, detector):
     for folder in ("parts", ".parts"):
         (tmp_path / "out" / folder).mkdir(parents=True)
         (tmp_path / "out" / folder / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"\.parts: .*'mine\.txt', which diffdoctor did not write"):
+    with pytest.raises(UserError, match=r"\.parts: .*'mine\.txt', which is none of the files"):
         evaluated(tmp_path, detector, [tmp_path / "set"])
     assert (tmp_path / "out" / ".parts" / "mine.txt").is_file()
     (tmp_path / "out" / ".parts" / "mine.txt").unlink()

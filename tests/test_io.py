@@ -48,7 +48,7 @@ def test_a_folder_with_anything_but_our_files_is_refused(tmp_path):
     (place / "part-1").write_text("")
     refuse_foreign(place, ("part-*",))
     (place / "part-2").mkdir()
-    with pytest.raises(UserError, match=r"detector: .*'part-2', which diffdoctor did not write"):
+    with pytest.raises(UserError, match=r"detector: .*'part-2', which is none of the files"):
         refuse_foreign(place, ("part-*",))
     (place / "part-2").rmdir()
     (place / "mine.txt").write_text("")

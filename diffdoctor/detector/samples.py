@@ -81,7 +81,7 @@ class JoinedData:
 
     def fingerprint(self) -> str:
         """A hash of which pictures these are."""
-        digest = hashlib.sha256("".join(map(str, map(fingerprint_of, self.parts))).encode())
+        digest = hashlib.sha256(" ".join(map(str, map(fingerprint_of, self.parts))).encode())
         digest.update(np.ascontiguousarray(self.chosen).tobytes())
         return digest.hexdigest()
 
