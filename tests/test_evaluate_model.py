@@ -1,6 +1,7 @@
 """The parts of `diffdoctor evaluate model`: networks, prompts, stored measures, and the summary of both sides."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,6 +237,23 @@ class TestStore:
         with pytest.raises(UserError, match="another seed"):
             folder.check({"seed": 1}, overwrite=False)
         folder.check({"seed": 1}, overwrite=True)
+
+    def test_a_folder_that_is_taken_away_is_known_until_the_end(self, tmp_path, monkeypatch):
+        folder, unlink = EvaluationFolder(tmp_path / "out"), Path.unlink
+        folder.prepare({"seed": 0}, {})
+        (tmp_path / "out" / "config.yaml").write_text("")
+
+        def killed(path, missing_ok=False):
+            unlink(path, missing_ok)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.discard_if_empty()
+        folder.check({"seed": 0}, overwrite=False)
+        monkeypatch.undo()
+        folder.discard_if_empty()
+        assert not (tmp_path / "out").exists()
 
     def test_units_without_a_picture_are_passed_over(self, tmp_path):
         store = MeasureFiles(tmp_path)

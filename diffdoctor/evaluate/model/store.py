@@ -198,7 +198,8 @@ class EvaluationFolder:
     def discard_if_empty(self) -> None:
         """Take the folder away again when not a single picture came of it."""
         if not (self.output / "pictures").is_dir():
-            for name in (RUN, "config.yaml"):
+            # run.json last: without it the folder would be something else's.
+            for name in ("config.yaml", RUN):
                 (self.output / name).unlink(missing_ok=True)
             if self.output.is_dir() and not any(self.output.iterdir()):
                 self.output.rmdir()
