@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 
 import numpy as np
@@ -241,6 +242,18 @@ def test_a_full_disk_keeps_the_last_checkpoint(files, tmp_path, capsys, monkeypa
     assert "was done after step 3 of 3" in capsys.readouterr().err
     ours, whole = (folder / "lora" / WEIGHTS_NAME for folder in (output, tmp_path / "whole"))
     assert ours.read_bytes() == whole.read_bytes()
+
+
+def test_the_settings_can_be_read_from_another_working_folder(files, tmp_path, monkeypatch):
+    import yaml
+
+    monkeypatch.chdir(files)
+    paths = {"pipeline": "pipeline", "detector": "detector", "prompts": "prompts.txt", "offline": "shards"}
+    output = os.path.relpath(tmp_path / "run")
+    assert main(arguments(files, output, log_with="none", sample_pictures=0, **paths)) == 0
+    asked = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert {name: asked[name] for name in paths} == {name: str(files / path) for name, path in paths.items()}
+    assert asked["monitor"] == ""
 
 
 def test_options_from_a_file_and_what_was_asked(files, tmp_path, capsys):

@@ -90,7 +90,7 @@ def run_treat(config: TreatCommandConfig) -> int:
         offline=offline,
         monitor=monitor,
         output_dir=Path(config.output),
-        settings=asdict(config),
+        settings=_with_absolute_paths(asdict(config)),
     )
     if not Processes().is_main:
         return 0
@@ -103,6 +103,13 @@ def run_treat(config: TreatCommandConfig) -> int:
     )
     print(f"pipeline.load_lora_weights({str(result.lora_dir)!r})")
     return 0
+
+
+def _with_absolute_paths(settings: dict) -> dict:
+    """For `config.yaml`, which may be read from another working folder; what is no path here is the hub's id."""
+    paths = ("pipeline", "detector", "monitor", "prompts", "offline", "output")
+    found = {name: Path(settings[name]).absolute() for name in paths if settings[name]}
+    return settings | {name: str(path) for name, path in found.items() if path.exists() or name == "output"}
 
 
 def _read_offline(folder: str):

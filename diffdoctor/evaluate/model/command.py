@@ -23,7 +23,7 @@ from diffdoctor.evaluate.model import measuring
 from diffdoctor.evaluate.model import pipeline as pipelines
 from diffdoctor.evaluate.model.comparing import draw_pictures
 from diffdoctor.evaluate.model.networks import Classifier, Clip, load_features
-from diffdoctor.evaluate.model.options import EvaluateModelConfig, completed, origin, read_settings
+from diffdoctor.evaluate.model.options import EvaluateModelConfig, completed, read_settings
 from diffdoctor.evaluate.model.store import EvaluationFolder
 from diffdoctor.evaluate.model.summary import summarise, summarise_groups
 from diffdoctor.treat.prompts import check_prompts
@@ -37,14 +37,7 @@ def run_evaluate_model(config: EvaluateModelConfig) -> dict:
     Raises:
         UserError: what is missing, does not fit or cannot be read, in one line, before anything is written.
     """
-    config = completed(config)
-    try:
-        evaluation = Evaluation(config)
-    except UserError as error:
-        if explained := origin(error, config):
-            raise UserError(f"{error}; {explained}") from error
-        raise
-    return evaluation.run()
+    return Evaluation(completed(config)).run()
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -146,22 +145,6 @@ def _from_treatment(config: EvaluateModelConfig) -> dict:
             raise UserError(f"--treatment {folder}: holds no lora: the treatment is not finished")
         values["lora"] = str(folder / "lora")
     return values
-
-
-def origin(error: UserError, config: EvaluateModelConfig) -> str:
-    """What explains an error about a relative path that the treatment's folder gave; "" for other errors."""
-    settings = (read_settings(Path(config.treatment)) if config.treatment else None) or {}
-    for name in ("pipeline", "detector", "prompts", "monitor"):
-        value = settings.get(name)
-        if not isinstance(value, str) or value != getattr(config, name, value) or Path(value).expanduser().exists():
-            continue
-        if not Path(value).is_absolute() and re.search(rf"(^|\s){re.escape(value)}:", str(error)):
-            instead = "" if name == "monitor" else f", or give --{name}"
-            return (
-                f"this {name} stands in {Path(config.treatment) / 'config.yaml'}, where paths are relative to the "
-                f"folder that `treat` was called in: call from there{instead}"
-            )
-    return ""
 
 
 def _said(name: str, value):
