@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +16,7 @@ class RunningAverage:
         decay: in [0, 1); 0 keeps no average, and every method does nothing.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], decay: float):
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], decay: float):
         self.parameters, self.decay = list(parameters), decay
         self.values = [p.detach().clone() for p in self.parameters] if decay else []
 
@@ -29,6 +29,10 @@ class RunningAverage:
     def load(self, values: Sequence[torch.Tensor]) -> None:
         """Go on with `values` of a checkpoint."""
         self.values = [value.to(p.device) for value, p in zip(values, self.parameters, strict=bool(values))]
+
+    def keep(self) -> None:
+        """Put the average into the parameters for good."""
+        put(self.values, self.parameters)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from diffdoctor._average import RunningAverage
 from diffdoctor._errors import UserError, missing_extra
 from diffdoctor._pictures import to_images
 from diffdoctor._progress import progress as progress_bar
@@ -127,7 +128,7 @@ class TrainingRun:
         groups = _parameter_groups(detector, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, config.learning_rate, config.betas)
         self.model = accelerator.prepare(detector) if accelerator.num_processes > 1 else detector
-        self.ema = [p.detach().clone() for p in detector.parameters()] if config.ema_decay else None
+        self.average = RunningAverage(detector.parameters(), config.ema_decay)
         self.step = 0
         self.history: list[dict] = []
         self.validations: list[dict] = []
@@ -174,7 +175,7 @@ class TrainingRun:
                 bar.update(1)
         if self.validation is not None and (not self.validations or self.validations[-1]["step"] != self.step):
             self._validate()
-        self._use_ema()
+        self.average.keep()
         self.detector.eval()
         if self.output_dir is not None and self.accelerator.is_main_process:
             self.detector.save_pretrained(self.output_dir / "detector")
@@ -248,9 +249,7 @@ class TrainingRun:
         if not math.isfinite(loss):
             raise UserError(f"the loss became {loss} at step {self.step}: lower learning_rate = {config.learning_rate}")
         self.optimizer.step()
-        if self.ema is not None:
-            decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(self.ema, [p.detach() for p in self.detector.parameters()], 1 - decay)
+        self.average.update(self.step)
         self.step += 1
         self.history.append({"step": self.step, "loss": loss, "learning_rate": rate, "grad_norm": norm.item()})
 
@@ -269,7 +268,7 @@ class TrainingRun:
                 state = {
                     "model": self.detector.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
-                    "ema": self.ema,
+                    "ema": self.average.values,
                 }
                 record = {"step": self.step, "history": self.history, "validations": self.validations}
                 record["broken"] = self.broken
@@ -279,41 +278,29 @@ class TrainingRun:
     def _resume(self, state: dict, record: dict) -> None:
         self.detector.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.ema = state["ema"]
+        self.average.load(state["ema"])
         self.step, self.history, self.validations = record["step"], record["history"], record["validations"]
         self.broken = record["broken"]
 
     def _validate(self) -> None:
-        trained = [p.detach().clone() for p in self.detector.parameters()]
-        self._use_ema()
         self.detector.eval()
-        measures = {"step": self.step, **self._measures()}
-        best = max((v["map50"] for v in self.validations), default=-math.inf)
-        self.validations.append(measures)
-        main = self.accelerator.is_main_process
-        if main and self.output_dir is not None and measures["map50"] > best:
-            self.detector.save_pretrained(self.output_dir / "best")
+        with self.average.in_place():
+            measures = {"step": self.step, **self._measures()}
+            best = max((v["map50"] for v in self.validations), default=-math.inf)
+            self.validations.append(measures)
+            main = self.accelerator.is_main_process
+            if main and self.output_dir is not None and measures["map50"] > best:
+                self.detector.save_pretrained(self.output_dir / "best")
         if self.writer is not None:
             for name, value in measures.items():
                 if name != "step":
                     self.writer.add_scalar(f"validation/{name}", value, self.step)
-        _assign(self.detector, trained)
         self.detector.train()
 
     def _measures(self) -> dict[str, float]:
         from diffdoctor.evaluate.detector import quick_measures
 
         return quick_measures(self.detector, self.validation, size=self.config.size, strict=self.config.strict)
-
-    def _use_ema(self) -> None:
-        if self.ema is not None:
-            _assign(self.detector, self.ema)
-
-
-@torch.no_grad()
-def _assign(module: nn.Module, values: list[torch.Tensor]) -> None:
-    for parameter, value in zip(module.parameters(), values, strict=True):
-        parameter.copy_(value)
 
 
 def _schedule(step: int, warmup: int, steps: int) -> float:
