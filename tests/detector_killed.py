@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -127,10 +128,13 @@ SHARED = ("diagnose", "evaluate")
 
 
 class Killer:
-    """Notes the operations on `work`/out and on what is made for it, and kills this process' group at the `at`-th."""
+    """Notes the operations on `work`/out and on what is made for it, and kills this process' group at the `at`-th.
+
+    An operation is noted as its kind and the form of its file's name, with # for numbers and for what is drawn by lot.
+    """
 
     def __init__(self, work, at, chance):
-        self.places, self.at, self.chance, self.kinds = (str(work / "out"), str(work / ".out")), at, chance, []
+        self.work, self.places, self.at, self.chance, self.kinds = work, (str(work / "out"), str(work / ".out")), at, chance, []
         # What of a file is on the disk, in bytes; what an earlier life left is.
         self.sync, self.synced = os.fsync, {str(p): p.stat().st_size for p in Path(work).rglob("*") if p.is_file()}
         sys.addaudithook(self.hook)
@@ -145,10 +149,11 @@ class Killer:
             if event == "os.rename" and size is not None:
                 self.synced[os.path.abspath(os.fspath(arguments[1]))] = size
         if path.startswith(self.places):
-            self.tick(event)
+            self.tick(event, path)
 
-    def tick(self, kind):
-        self.kinds.append(kind)
+    def tick(self, kind, path):
+        form = re.sub(r"\.[^./]{8}\.tmp|\d+", "#", os.path.relpath(path, self.work))
+        self.kinds.append(f"{kind} {form}")
         if len(self.kinds) == self.at:
             os.killpg(0, signal.SIGKILL)
 
@@ -158,7 +163,7 @@ class Killer:
             # Lines that an earlier call has synchronised stay.
             size = os.path.getsize(path)
             os.ftruncate(descriptor, self.chance.randint(min(self.synced.get(path, 0), size), size))
-        self.tick("fsync")
+        self.tick("fsync", path)
         self.sync(descriptor)
         if os.path.isfile(path):
             self.synced[path] = os.path.getsize(path)
@@ -242,9 +247,13 @@ def compare(work, expected):
 
 
 def kill_points(kinds, chance):
-    """Numbers of the operations to be killed at: commits and others, and the last ones, after which nothing tidies."""
-    commits = [number for number, kind in enumerate(kinds, 1) if kind in COMMITS]
-    chosen = {*commits[-4:], *chance.sample(commits, min(6, len(commits))), *chance.sample(range(1, len(kinds) + 1), 3)}
+    """Numbers of the operations to be killed at: one of every kind, and the last ones, after which nothing tidies."""
+    forms, commits = {}, []
+    for number, kind in enumerate(kinds, 1):
+        forms.setdefault(kind, []).append(number)
+        if kind.split()[0] in COMMITS:
+            commits.append(number)
+    chosen = {*commits[-4:], *(chance.choice(numbers) for numbers in forms.values())}
     return chance.sample(sorted(chosen), len(chosen))
 
 
