@@ -134,7 +134,8 @@ class Killer:
     """
 
     def __init__(self, work, at, chance):
-        self.work, self.places, self.at, self.chance, self.kinds = work, (str(work / "out"), str(work / ".out")), at, chance, []
+        self.work, self.places = work, (str(work / "out"), str(work / ".out"))
+        self.at, self.chance, self.kinds = at, chance, []
         # What of a file is on the disk, in bytes; what an earlier life left is.
         self.sync, self.synced = os.fsync, {str(p): p.stat().st_size for p in Path(work).rglob("*") if p.is_file()}
         sys.addaudithook(self.hook)

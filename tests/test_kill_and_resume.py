@@ -63,6 +63,6 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(folder, command):
     assert result.returncode == 0, result.stderr[-4000:]
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["operations"] > 30
-    assert report["points"] >= 8
-    assert report["points"] + sum(report["kills"]) >= 15
+    assert report["points"] >= 20
+    assert sum(report["kills"]) >= 2
     assert report["processes"][-1] == (2 if command in ("diagnose", "evaluate") else 1)
