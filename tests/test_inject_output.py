@@ -100,6 +100,51 @@ def test_inject_refuses_what_makes_no_sense_by_name(tmp_path, options, match):
     assert sorted(os.listdir(tmp_path)) == ["pictures"]
 
 
+PLUGIN = """
+from diffdoctor.detector import damage_kind
+
+@damage_kind("{name}")
+def hole(picture, region, rng, strength):
+    return picture * 0
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kinds_of_ones_own(tmp_path, workers):
+    write_pictures(tmp_path / "clean", 2)
+    name = f"hole-{workers}"
+    (tmp_path / "kinds.py").write_text(PLUGIN.format(name=name))
+    options = {"plugins": [str(tmp_path / "kinds.py")], "kinds": [name], "visible": 0.01, "workers": workers}
+    for _ in range(2):
+        metrics = run_inject(InjectConfig([str(tmp_path / "clean")], str(tmp_path / "set"), **options))
+        assert metrics["kinds"] == {"clean": 2, name: 2}
+    (tmp_path / "kinds.py").write_text(PLUGIN.format(name=f"{name}-b"))
+    with pytest.raises(UserError, match="is there already"):
+        run_inject(InjectConfig([str(tmp_path / "clean")], str(tmp_path / "set"), **options))
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "match"),
+    [
+        ("gone.py", None, "plugins: .*gone.py: cannot be read"),
+        ("bad.py", "1 / 0", "plugins: .*bad.py: ZeroDivisionError: division by zero"),
+        ("kinds.txt", "x", r"plugins: .*kinds.txt: expected a Python file \(.py\)"),
+        (
+            "twice.py",
+            PLUGIN.format(name="warp"),
+            "plugins: .*twice.py: ValueError: name: .* got 'warp'",
+        ),
+    ],
+)
+def test_files_that_are_no_plugins(tmp_path, file, text, match):
+    write_pictures(tmp_path / "clean", 1)
+    if text:
+        (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match=match):
+        run_inject(InjectConfig([str(tmp_path / "clean")], str(tmp_path / "set"), plugins=[str(tmp_path / file)]))
+    assert not (tmp_path / "set").exists()
+
+
 def test_inject_says_what_could_not_be_damaged_and_makes_no_empty_set(tmp_path, capsys):
     write_pictures(tmp_path / "pictures", 2)
     places = [str(tmp_path / "pictures")]

@@ -20,6 +20,7 @@ from diffdoctor._locks import held
 from diffdoctor._progress import track
 from diffdoctor.detector.inject import MIN_SIDE, NoVisibleDamage, benign, check_range, damage_kinds, inject
 from diffdoctor.detector.pictures import Source, find_sources, read_source, shrink_to, tell, versions, write_config
+from diffdoctor.detector.plugins import load_plugins
 from diffdoctor.detector.resumable import ResumableSet, State, clear_finished, work_folder
 from diffdoctor.detector.shard_writer import SHEET, check_options, refuse_no_set
 from diffdoctor.detector.shards import SkipCounts
@@ -43,6 +44,7 @@ class InjectConfig:
         benign: mildly changed look-alikes of each picture, with empty masks.
         clean: put each picture itself in as well, with an empty mask.
         kinds: kinds of damage to draw from; none named: all.
+        plugins: Python files to run first, which register kinds of their own by `diffdoctor.detector.damage_kind`.
         strength: range of the damage's strength, within (0, 1].
         area: range of the damaged region's size, share of the picture.
         visible: smallest mean change of the changed pixels, of 1.
@@ -61,6 +63,7 @@ class InjectConfig:
     benign: int = 0
     clean: bool = True
     kinds: list[str] | None = None
+    plugins: list[str] | None = None
     strength: tuple[float, float] = (0.5, 1.0)
     area: tuple[float, float] = (0.03, 0.33)
     visible: float = 0.2
@@ -75,9 +78,10 @@ class InjectConfig:
 
 def run_inject(config: InjectConfig) -> dict:
     """Run `diffdoctor inject`; returns what metrics.json holds."""
+    plugins = load_plugins(config.plugins)
     _check(config)
     output, sources = Path(config.output), find_sources(config.pictures)
-    made_from = _made_from(config, sources)
+    made_from = _made_from(config, sources, plugins)
     # An output that was killed while it was replaced gets its old content back.
     clear_temporaries(output.parent, output.name)
     if not config.overwrite and output.exists():
@@ -153,9 +157,9 @@ def _make(config: InjectConfig, output: Path, sources: list[Source], made_from: 
     return metrics
 
 
-def _made_from(config: InjectConfig, sources: list[Source]) -> str:
+def _made_from(config: InjectConfig, sources: list[Source], plugins: list[str]) -> str:
     """A hash of all that the set is a function of."""
-    options = dataclasses.asdict(config)
+    options = dataclasses.asdict(config) | {"plugins": plugins}
     for name in ("pictures", "output", "workers", "overwrite"):
         del options[name]
     digest = hashlib.sha256(json.dumps([options, damage_kinds(), versions()], sort_keys=True).encode())
@@ -287,7 +291,8 @@ def _samples(config: InjectConfig, sources: list[Source], tally: _Tally) -> Iter
     with contextlib.ExitStack() as stack:
         if config.workers > 1:
             # "spawn": a process that has used threads must not be forked.
-            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(config.workers))
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(context.Pool(config.workers, load_plugins, (config.plugins,)))
             room, ended = threading.Semaphore(4 * _CHUNK * config.workers), threading.Event()
             stack.callback(ended.set)
             results = pool.imap(_variants, _bounded(jobs(), room, ended), chunksize=_CHUNK)
