@@ -35,7 +35,7 @@ demo-seeds: $(STAMP)  ## The demo for several seeds (SEEDS="0 1 2"), one after a
 	$(BIN)/python -m diffdoctor.demo.table $(foreach seed,$(SEEDS),runs/demo-seed-$(seed))
 
 test: $(STAMP)  ## Run the tests, TEST_JOBS at a time
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)  ## Check style: ruff and clang-format
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -219,9 +220,14 @@ def scalars(folder):
     """What TensorBoard would show: {tag: [(step, value)]}."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    # The files' names begin with the second and the process: lives of one second need not be in their order.
+    files = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    with tempfile.TemporaryDirectory() as ordered:
+        for number, path in enumerate(files):
+            shutil.copy(path, os.path.join(ordered, f"events.out.tfevents.{number:010d}"))
+        events = EventAccumulator(ordered, size_guidance={"scalars": 0})
+        events.Reload()
+        return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def contents(work):

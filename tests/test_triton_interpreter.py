@@ -23,6 +23,7 @@ PARTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)  # half a minute each on an idle machine; the interpreter is slow on a busy one
 @pytest.mark.parametrize(("file", "part"), PARTS, ids=["weighted_loss", "others", "formulas"])
 def test_in_the_interpreter(file, part):
