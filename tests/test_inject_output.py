@@ -1,5 +1,6 @@
 """inject's output: a set is replaced where asked for, and nothing else; options that make no sense are refused."""
 
+import importlib
 import os
 
 import pytest
@@ -109,6 +110,16 @@ def hole(picture, region, rng, strength):
 """
 
 
+@pytest.fixture
+def kinds_of_this_test(monkeypatch):
+    """What a test registers is not there for the next one, whose workers would not know it."""
+    # By its full name: the package's attribute is the function.
+    module = importlib.import_module("diffdoctor.detector.inject")
+    module.damage_kinds()
+    monkeypatch.setattr(module, "_KINDS", dict(module._KINDS))
+
+
+@pytest.mark.usefixtures("kinds_of_this_test")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_kinds_of_ones_own(tmp_path, workers):
     write_pictures(tmp_path / "clean", 2)
