@@ -1,6 +1,20 @@
-"""The order of the tests: files with slow ones first, so that several processes end together."""
+"""What all tests share: their order, and the backends of a GPU."""
+
+import pytest
 
 
 def pytest_collection_modifyitems(items):
+    """Files with slow tests first, so that several processes end together."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def gpu_backend(request):
+    """The name of each backend for CUDA tensors that can be used here."""
+    from diffdoctor import backends
+
+    reason = backends()[request.param]
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param

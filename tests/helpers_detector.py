@@ -39,3 +39,19 @@ def held_out():
     pairs = [inject(clean.pictures[i], rng, ["texture_noise"], area=(0.1, 0.3)) for i in range(30)]
     pictures = np.concatenate([[p.picture for p in pairs], clean.pictures[30:]])
     return ArrayData(pictures, np.concatenate([[p.mask for p in pairs], np.zeros((30, 16, 16), np.float32)]))
+
+
+class StopAt:
+    """Data that end the run, as a kill would, when a picture is asked for the n-th time."""
+
+    def __init__(self, data, reads):
+        self.data, self.reads = data, reads
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        self.reads -= 1
+        if self.reads < 0:
+            raise KeyboardInterrupt
+        return self.data[index]

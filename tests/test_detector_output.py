@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers_detector import fresh, held_out, quick, shapes, weights_of
+from helpers_detector import StopAt, fresh, held_out, quick, shapes, weights_of
 
 from diffdoctor._errors import UserError
 from diffdoctor.cli import main
@@ -102,28 +102,12 @@ def test_results_of_which_nobody_knows_the_run_are_refused(tmp_path):
         assert tree(tmp_path / name) == before
 
 
-class _Stopping:
-    """Pictures that end the run, as a kill would, when the n-th is asked for."""
-
-    def __init__(self, data, reads):
-        self.data, self.reads = data, reads
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        self.reads -= 1
-        if self.reads < 0:
-            raise KeyboardInterrupt
-        return self.data[index]
-
-
 def test_a_run_stopped_between_its_best_and_its_first_checkpoint_goes_on(tmp_path):
     config = quick(checkpoint_every=10, validate_every=2)
     options = {"validation": held_out(), "progress": False}
     whole = train_detector(config, shapes(), detector=fresh(), output_dir=tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
-        train_detector(config, _Stopping(shapes(), 40), detector=fresh(), output_dir=tmp_path / "out", **options)
+        train_detector(config, StopAt(shapes(), 40), detector=fresh(), output_dir=tmp_path / "out", **options)
     assert (tmp_path / "out" / "best").is_dir()
     assert not any((tmp_path / "out" / "checkpoints").glob("step-*"))
     result = train_detector(config, shapes(), detector=fresh(), output_dir=tmp_path / "out", **options)
@@ -134,7 +118,7 @@ def test_a_run_stopped_between_its_best_and_its_first_checkpoint_goes_on(tmp_pat
 
 def test_a_run_that_left_no_result_does_not_bind_the_next(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        train_detector(quick(), _Stopping(shapes(), 0), detector=fresh(), output_dir=tmp_path, progress=False)
+        train_detector(quick(), StopAt(shapes(), 0), detector=fresh(), output_dir=tmp_path, progress=False)
     changed = quick(steps=1)
     train_detector(changed, shapes(), detector=fresh(), output_dir=tmp_path, progress=False)
     assert json.loads((tmp_path / "checkpoints" / "run.json").read_text())["steps"] == 1

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers_detector import fresh, held_out, quick, shapes, weights_of
+from helpers_detector import StopAt, fresh, held_out, quick, shapes, weights_of
 from helpers_launch import launched
 
 from diffdoctor._errors import UserError
@@ -20,22 +20,6 @@ pytest.importorskip("accelerate")
 pytest.importorskip("pycocotools")
 
 
-class _StopAt:
-    """Data that end the run, as a kill would, when a picture is asked for the n-th time."""
-
-    def __init__(self, data, reads):
-        self.data, self.reads = data, reads
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        self.reads -= 1
-        if self.reads < 0:
-            raise KeyboardInterrupt
-        return self.data[index]
-
-
 @pytest.mark.parametrize("kind", ["conv", "segformer"])
 @pytest.mark.parametrize("reads", [0, 20, 35, 50, 90])
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, reads, kind):
@@ -43,7 +27,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, reads, kind):
     whole = train_detector(config, shapes(), detector=fresh(kind=kind), validation=held_out(), progress=False)
     options = {"validation": held_out(), "output_dir": tmp_path, "progress": False}
     with pytest.raises(KeyboardInterrupt):
-        train_detector(config, _StopAt(shapes(), reads), detector=fresh(kind=kind), **options)
+        train_detector(config, StopAt(shapes(), reads), detector=fresh(kind=kind), **options)
     # From the first checkpoint on, the weights that the run is started with do not matter.
     started = any((tmp_path / "checkpoints").glob("step-*"))
     assert started == (reads >= 35)
@@ -54,7 +38,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, reads, kind):
     assert torch.equal(weights_of(load_detector(tmp_path / "detector")), weights_of(whole.detector))
     assert (tmp_path / "best" / "detector.json").is_file()
     # A finished run is not trained again.
-    again = train_detector(config, _StopAt(shapes(), 0), detector=fresh(7, kind), **options)
+    again = train_detector(config, StopAt(shapes(), 0), detector=fresh(7, kind), **options)
     assert torch.equal(weights_of(again.detector), weights_of(whole.detector))
 
 
@@ -92,7 +76,7 @@ def test_kill_minus_nine_at_random_moments_changes_no_bit(tmp_path):
     whole = train_detector(config, shapes(), detector=fresh(), output_dir=tmp_path / "whole", progress=False)
     # The first life's initial weights must hold for all, so its first checkpoint is made before the killing starts.
     with pytest.raises(KeyboardInterrupt):
-        train_detector(config, _StopAt(shapes(), 20), detector=fresh(), output_dir=tmp_path / "run", progress=False)
+        train_detector(config, StopAt(shapes(), 20), detector=fresh(), output_dir=tmp_path / "run", progress=False)
     subprocess.run([sys.executable, "-c", KILLER, str(tmp_path / "run")], check=True, env=_environment(), timeout=500)
     assert torch.equal(weights_of(load_detector(tmp_path / "run" / "detector")), weights_of(whole.detector))
     left = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*"))

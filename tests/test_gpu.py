@@ -25,12 +25,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
-@pytest.fixture(params=["cuda", "triton"])
-def name(request):
-    reason = backends()[request.param]
-    if reason is not None:
-        pytest.skip(reason)
-    return request.param
+@pytest.fixture
+def name(gpu_backend):
+    return gpu_backend
 
 
 @pytest.fixture
