@@ -16,3 +16,15 @@ def missing_extra(module: str, extra: str) -> UserError:
 def first_line(error: BaseException) -> str:
     """An exception's message, cut to its first line; its class's name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def check_least(options: object, **least: float) -> None:
+    """Refuse options that are below what is given here by their names; None passes.
+
+    Raises:
+        UserError: names the first of them, what was expected and what came.
+    """
+    for name, value in least.items():
+        given = getattr(options, name)
+        if given is not None and given < value:
+            raise UserError(f"{name}: expected >= {value}, got {given}")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffdoctor._errors import UserError
+from diffdoctor._errors import UserError, check_least
 from diffdoctor._io import atomic_write_bytes, atomic_write_json, clear_temporaries
 from diffdoctor._locks import held
 from diffdoctor._progress import track
@@ -100,11 +100,7 @@ def _check(config: InjectConfig) -> None:
     unknown = sorted(set(config.kinds or ()) - set(damage_kinds()))
     if unknown:
         raise UserError(f"kinds: no such kind {', '.join(unknown)}; there are {', '.join(damage_kinds())}")
-    least = {"damaged": 0, "benign": 0, "workers": 1, "seed": 0, "longest": MIN_SIDE}
-    for name, value in least.items():
-        given = getattr(config, name)
-        if given is not None and given < value:
-            raise UserError(f"{name}: expected >= {value}, got {given}")
+    check_least(config, damaged=0, benign=0, workers=1, seed=0, longest=MIN_SIDE)
     if not (config.damaged or config.benign or config.clean):
         raise UserError("damaged, benign, clean: expected at least one version of each picture, got none")
     if not 0 <= config.visible <= 1:
@@ -164,10 +160,7 @@ def _made_from(config: InjectConfig, sources: list[Source], plugins: list[str]) 
         del options[name]
     digest = hashlib.sha256(json.dumps([options, damage_kinds(), versions()], sort_keys=True).encode())
     for source in sources:
-        for path in (source.path, source.path.with_suffix(".txt")):
-            stat = path.stat() if path.is_file() else None
-            stamp = stat and (stat.st_size, stat.st_mtime_ns)
-            digest.update(repr((source.name, source.category, path.suffix, stamp)).encode())
+        digest.update(repr((source.name, source.category, source.path.suffix, source.stamp())).encode())
     return digest.hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from diffdoctor._errors import check_least
 from diffdoctor.detector.samples import AugmentConfig
 
 
@@ -63,12 +64,8 @@ class DetectorTrainingConfig:
     tensorboard: bool = False
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "max_grad_norm", "mse", "bce", "dice", "seed", "workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)}")
+        check_least(self, steps=1, batch_size=1, accumulate=1)
+        check_least(self, warmup=0, weight_decay=0, max_grad_norm=0, mse=0, bce=0, dice=0, seed=0, workers=0)
         if not self.mse + self.bce + self.dice > 0:
             raise ValueError("mse, bce, dice: expected at least one weight above 0")
         if not self.learning_rate > 0:

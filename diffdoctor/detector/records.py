@@ -19,12 +19,10 @@ class Records:
         folder: of the records; need not exist.
 
     Attributes:
-        paths: {name: the picture's file, or the shard that holds it}.
-        whole: the shards of which every picture is recorded, by name.
+        whole: the marks of the shards of which every picture is recorded, as they were written.
     """
 
     def __init__(self, folder: Path):
-        self.paths: dict[str, str] = {}
         self.whole: set[str] = set()
         self._places: dict[str, tuple[Path, int]] = {}
         for file in sorted(folder.glob(_PART), key=lambda path: path.stat().st_mtime_ns):
@@ -39,13 +37,13 @@ class Records:
             entry = json.loads(line) if line.endswith(b"\n") else None
             if "shard" in entry:
                 self.whole.add(entry["shard"])
-            else:
-                self.paths[entry["name"]], self._places[entry["name"]] = entry["path"], (file, offset)
+            elif "path" in entry:
+                self._places[entry["name"]] = file, offset
         except (ValueError, KeyError, TypeError):
             return
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self._places)
 
     def __iter__(self) -> Iterator[dict]:
         """The records in the order of their names."""
@@ -74,7 +72,7 @@ class RecordWriter:
         self.folder, self.process, self.file = folder, process, None
 
     def add(self, records: list[dict]) -> None:
-        """Write records, or {"shard": name} for a shard that is done; on the disk when this returns."""
+        """Write records, or {"shard": mark} for a shard that is done; on the disk when this returns."""
         if not records:
             return
         if self.file is None:

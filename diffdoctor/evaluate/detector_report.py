@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffdoctor._errors import UserError, missing_extra
+from diffdoctor._errors import UserError, check_least, missing_extra
 from diffdoctor._io import atomic_write_json
 from diffdoctor._locks import held
 from diffdoctor._weights import weights_digest
@@ -51,10 +51,7 @@ class EvaluateDetectorConfig:
     strict: bool = False
 
     def __post_init__(self):
-        for name, least in (("batch_size", 1), ("size", 1), ("bootstrap", 0), ("examples", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name}: expected >= {least}, got {value}")
+        check_least(self, batch_size=1, size=1, bootstrap=0, examples=0, seed=0)
 
 
 def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:

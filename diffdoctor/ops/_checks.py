@@ -69,10 +69,14 @@ def check_input(name: str, value: Tensor, model_pred: Tensor) -> None:
         raise ValueError(f"{name} must not require a gradient (only model_pred gets one): pass {name}.detach()")
 
 
-def check_memory(name: str, value: Tensor) -> None:
-    """A tensor whose memory holds its values."""
+def check_dense(name: str, value: Tensor) -> None:
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got {value.layout}")
+
+
+def check_memory(name: str, value: Tensor) -> None:
+    """A tensor whose memory holds its values."""
+    check_dense(name, value)
     # A compiled graph hands its operators tensors that are resolved.
     if not torch.compiler.is_compiling() and value.is_neg():
         raise ValueError(f"{name} must not be negated lazily, as z.conj().imag is: pass {name}.resolve_neg()")
@@ -82,8 +86,7 @@ def check_pred(name: str, model_pred, layout) -> None:
     if not isinstance(model_pred, Tensor):
         raise kind_error(name, "a tensor", model_pred)
     check_dtype(name, model_pred, FLOATS)
-    if model_pred.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got {model_pred.layout}")
+    check_dense(name, model_pred)
     if layout is not None and not isinstance(layout, Packed):
         raise kind_error("layout", "None or a diffdoctor.Packed", layout)
     if layout is None and model_pred.ndim not in (3, 4, 5):
