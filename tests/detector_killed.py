@@ -179,6 +179,8 @@ def life(command, folder, work, *, at=0, seconds=None, processes=1, chance=None)
     for rank in range(processes):
         child = os.fork()
         if child == 0:
+            # Here and below, so that it is done before either goes on: a life kills its whole group.
+            os.setpgid(0, group)
             _child(command, folder, work, at if rank == processes - 1 else 0, processes, rank, port, chance)
         children.append(child)
         group = group or child
@@ -197,7 +199,6 @@ def life(command, folder, work, *, at=0, seconds=None, processes=1, chance=None)
 
 def _child(command, folder, work, at, processes, rank, port, chance):
     try:
-        time.sleep(0.02)  # until the parent has put it into its group
         os.chdir(work)
         if processes > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))

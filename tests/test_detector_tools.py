@@ -80,27 +80,6 @@ def test_inject_gives_the_same_whatever_the_number_of_workers(pictures, tmp_path
         assert np.array_equal(one["mask"], two["mask"])
 
 
-def test_inject_reads_little_ahead_of_its_workers(tmp_path, monkeypatch):
-    from diffdoctor.detector import injecting
-
-    read = 0
-
-    def endless(*_):
-        nonlocal read
-        while True:
-            read += 1
-            place = injecting._Place(0, read, read, {}, {})
-            yield place, {"name": str(read), "picture": np.full((24, 24, 3), read % 256, np.uint8)}
-
-    monkeypatch.setattr(injecting, "_pictures", endless)
-    config = InjectConfig(["x"], str(tmp_path), damaged=0, benign=1, workers=2)
-    samples = injecting._samples(config, [], injecting._Tally())
-    for _ in range(40):
-        next(samples)
-    assert 20 <= read <= 20 + 4 * 8 * 2 + 2
-    samples.close()
-
-
 def test_inject_reads_shards_and_leaves_out_what_is_broken_or_damaged(pictures, tmp_path):
     injected(pictures, tmp_path / "first")
     (pictures / "cats" / "broken.png").write_bytes(b"\x89PNG but not really")

@@ -1,5 +1,6 @@
 """inject's output: a set is replaced where asked for, and nothing else; options that make no sense are refused."""
 
+import dataclasses
 import importlib
 import os
 
@@ -7,7 +8,7 @@ import pytest
 from test_detector_inputs import picture, tree, write_pictures
 
 from diffdoctor._errors import UserError
-from diffdoctor.detector import injecting
+from diffdoctor.detector import damage_kind, injecting
 from diffdoctor.detector.injecting import InjectConfig, run_inject
 from diffdoctor.detector.shards import write_shards
 
@@ -132,6 +133,17 @@ def test_kinds_of_ones_own(tmp_path, workers):
     (tmp_path / "kinds.py").write_text(PLUGIN.format(name=f"{name}-b"))
     with pytest.raises(UserError, match="is there already"):
         run_inject(InjectConfig([str(tmp_path / "clean")], str(tmp_path / "set"), **options))
+
+
+@pytest.mark.usefixtures("kinds_of_this_test")
+def test_a_kind_that_the_workers_do_not_know_is_refused(tmp_path):
+    write_pictures(tmp_path / "clean", 2)
+    damage_kind("known-here-alone")(lambda picture, region, rng, strength: picture * 0)
+    for kinds in (None, ["known-here-alone"]):
+        config = InjectConfig([str(tmp_path / "clean")], str(tmp_path / "set"), kinds=kinds, workers=2)
+        with pytest.raises(UserError, match="kinds: known-here-alone: not registered in the worker processes"):
+            run_inject(config)
+    run_inject(dataclasses.replace(config, workers=1))
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import multiprocessing
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ from diffdoctor._errors import UserError, check_least
 from diffdoctor._io import atomic_write_bytes, atomic_write_json, clear_temporaries
 from diffdoctor._locks import held
 from diffdoctor._progress import track
+from diffdoctor._workers import ordered_map
 from diffdoctor.detector.inject import MIN_SIDE, NoVisibleDamage, benign, check_range, damage_kinds, inject
 from diffdoctor.detector.pictures import Source, find_sources, read_source, shrink_to, tell, versions, write_config
 from diffdoctor.detector.plugins import load_plugins
@@ -28,8 +27,6 @@ from diffdoctor.detector.shards import SkipCounts
 # Of each kind, on the contact sheet, and the side of their tiles in pixels.
 EXAMPLES = 6
 TILE = 128
-
-_CHUNK = 8  # pictures that a worker gets at once
 
 
 @dataclasses.dataclass
@@ -274,43 +271,29 @@ def _samples(config: InjectConfig, sources: list[Source], tally: _Tally) -> Iter
     With each: its picture's place, how many versions of the picture have come with it, and how many failed before.
     """
     places: collections.deque[_Place] = collections.deque()
+    # Named here, so that a worker in which one of them was never registered says so and does not draw from the rest.
+    config = dataclasses.replace(config, kinds=list(config.kinds or damage_kinds()))
 
     def jobs():
         for place, sample in _pictures(config, sources, tally.skipped, tally.place):
             places.append(place)
             yield config, place.index, sample
 
+    if config.workers > 1:
+        results = ordered_map(_variants, jobs(), config.workers, load_plugins, config.plugins)
+    else:
+        results = (_variants(job) for job in jobs())
+    total = None
+    if not any(source.is_shard for source in sources):
+        total = len(sources) - (tally.place.source if tally.place else 0)
     written = tally.versions
-    with contextlib.ExitStack() as stack:
-        if config.workers > 1:
-            # "spawn": a process that has used threads must not be forked.
-            context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(context.Pool(config.workers, load_plugins, (config.plugins,)))
-            room, ended = threading.Semaphore(4 * _CHUNK * config.workers), threading.Event()
-            stack.callback(ended.set)
-            results = pool.imap(_variants, _bounded(jobs(), room, ended), chunksize=_CHUNK)
-        else:
-            room, results = None, map(_variants, jobs())
-        total = None
-        if not any(source.is_shard for source in sources):
-            total = len(sources) - (tally.place.source if tally.place else 0)
+    with contextlib.closing(results):
         for variants, failed in track(results, desc="inject", unit="picture", total=total):
             place = places.popleft()
             for number, sample in enumerate(variants[written:], written + 1):
                 yield place, number, tally.failed, sample
             written = 0
             tally.failed += failed
-            if room is not None:
-                room.release()
-
-
-def _bounded(jobs: Iterator, room: threading.Semaphore, ended: threading.Event) -> Iterator:
-    """The jobs, as far ahead of the results as there is room: Pool.imap alone would read them all into memory."""
-    for job in jobs:
-        while not room.acquire(timeout=0.1):
-            if ended.is_set():
-                return
-        yield job
 
 
 def _pictures(
@@ -340,6 +323,7 @@ def _pictures(
 def _variants(job) -> tuple[list[dict], int]:
     """The labelled versions of one picture, and how many more were asked for that left no visible damage."""
     config, index, sample = job
+    _check_known(config)
     picture, empty = sample["picture"], np.zeros(sample["picture"].shape[:2], np.float32)
     known = {name: sample[name] for name in ("prompt", "category", "generator", "round") if name in sample}
     common = {**known, "source": sample["name"], "original": picture}
@@ -361,6 +345,14 @@ def _variants(job) -> tuple[list[dict], int]:
         entry = {"key": f"{index:08d}-damaged-{number}", "label": "injected", "kind": damaged.kind}
         result.append(common | entry | {"picture": damaged.picture, "mask": damaged.mask})
     return result, failed
+
+
+def _check_known(config: InjectConfig) -> None:
+    if unknown := sorted(set(config.kinds) - set(damage_kinds())):
+        raise UserError(
+            f"kinds: {', '.join(unknown)}: not registered in the worker processes; register it in a Python file and "
+            "give this as plugins, or take workers 1"
+        )
 
 
 def contact_sheet(examples: dict[str, list[tuple]], side: int = TILE) -> bytes:

@@ -1,0 +1,126 @@
+"""Jobs in processes of their own: order, reading ahead, and every way in which it can end."""
+
+import itertools
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from diffdoctor._errors import UserError
+from diffdoctor._workers import AHEAD, ordered_map
+
+PROGRAM = """
+import os, sys, time
+from diffdoctor._workers import ordered_map
+
+def job(number):
+    return os.getpid() if number < 2 else time.sleep(3600)
+
+if __name__ == "__main__":
+    results = ordered_map(job, range(4), 2, os.getpid)
+    print(next(results), next(results), flush=True)
+    next(results)
+"""
+
+
+def negative(number):
+    return -number
+
+
+def large(number):
+    return bytes(4_000_000)
+
+
+def ends(number):
+    os._exit(3)
+
+
+def fails(number):
+    if number == 2:
+        raise UserError(f"job {number} cannot be done")
+    return number
+
+
+def says(name, value):
+    os.environ[name] = value
+
+
+def said(name):
+    return os.environ.get(name)
+
+
+def refuses():
+    raise RuntimeError("not here")
+
+
+def test_results_come_in_order_and_little_is_read_ahead():
+    numbers = itertools.count()
+    results = ordered_map(negative, numbers, 2, os.getpid)
+    assert [next(results) for _ in range(100)] == [-number for number in range(100)]
+    read = next(numbers)
+    assert 100 <= read <= 100 + 2 * AHEAD
+    results.close()
+    assert next(numbers) == read + 1
+
+
+def test_fewer_jobs_than_processes_and_none():
+    assert list(ordered_map(negative, [1], 2, os.getpid)) == [-1]
+    assert list(ordered_map(negative, [], 2, os.getpid)) == []
+
+
+def test_each_process_is_started_with_the_arguments():
+    assert set(ordered_map(said, ["DIFFDOCTOR_TEST"] * 8, 2, says, "DIFFDOCTOR_TEST", "7")) == {"7"}
+    assert "DIFFDOCTOR_TEST" not in os.environ
+
+
+@pytest.mark.timeout(120)
+def test_closed_while_results_are_being_sent():
+    # Far more than a pipe holds: the workers are in the middle of sending when the others are given up.
+    for taken in (0, 1, 5):
+        results = ordered_map(large, itertools.count(), 2, os.getpid)
+        for _ in range(taken):
+            next(results)
+        results.close()
+
+
+def test_an_error_of_a_job_is_raised_in_its_place():
+    results = ordered_map(fails, range(4), 2, os.getpid)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(UserError, match="job 2 cannot be done"):
+        next(results)
+    with pytest.raises(StopIteration):
+        next(results)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("job", "start"), [(ends, os.getpid), (negative, refuses)])
+def test_a_process_that_ends_by_itself_is_an_error(job, start):
+    with pytest.raises(UserError, match="workers: a worker process ended by itself"):
+        list(ordered_map(job, range(8), 2, start))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
+def test_workers_of_a_killed_process_end(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment = {**os.environ, "PYTHONPATH": root}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "env": environment}
+    with subprocess.Popen([sys.executable, str(script)], **options) as process:
+        workers = {int(number) for number in process.stdout.readline().split()}
+        assert workers and process.pid not in workers
+        process.kill()
+    while any(_runs(number) for number in workers):
+        time.sleep(0.05)
+
+
+def _runs(number):
+    try:
+        with open(f"/proc/{number}/stat") as file:
+            # Z: it has ended, and nobody has asked about it yet.
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
