@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import urllib.parse
 from contextlib import contextmanager
 
 import numpy as np
@@ -112,6 +114,9 @@ def test_pictures_of_any_name_go_through_every_command(odd_names, tmp_path, dete
     page = (out / "gallery.html").read_text(encoding="utf-8")
     assert "日本" in page
     assert "quote&#39;&#34;&lt;b&gt;&amp;" in page
+    links = [urllib.parse.unquote(link) for link in re.findall('href="([^"]+)"', page)]
+    assert sorted(links) == sorted(f"overlays/{name}.png" for name in names)
+    assert all((out / link).is_file() for link in links)
     # Again: nothing is diagnosed twice.
     assert run_diagnose(DiagnoseConfig([str(odd_names)], detector, str(out)))["pictures"] == 7
     metrics = run_inject(InjectConfig([str(odd_names)], str(tmp_path / "set"), kinds=["tint"]))

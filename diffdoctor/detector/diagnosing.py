@@ -5,6 +5,7 @@ import dataclasses
 import heapq
 import json
 import os
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from diffdoctor.evaluate.draw import overlay, png_bytes
 from diffdoctor.evaluate.pixel import FLAG_SHARE, flagged_share
 
 RECORDS = "records"
+TILE = 240  # smallest width of a picture in the gallery, in pixels
 # What two runs must have in common to share an output folder.
 _SAME = ("detector", "tile", "overlap", "bits", "dtype", "overlays")
 
@@ -351,17 +353,17 @@ def _write_gallery(output: Path, config: DiagnoseConfig, records: list[dict], me
 
     report = Report("Diagnosis")
     report.lead(f"{metrics['flagged']} of {metrics['pictures']} pictures are flagged, the worst first.")
-    folder = output / ("overlays" if config.overlays else "maps")
-    for record in records:
-        path = folder / f"{record['name']}.png"
-        if not path.is_file():
-            continue
-        with Image.open(path) as picture:
-            small = picture.convert("RGB")
-            small.thumbnail((384, 384))
-            if max(small.size) < 128:
-                scale = 128 // max(small.size)
-                small = small.resize((small.width * scale, small.height * scale), Image.Resampling.NEAREST)
-        caption = f"{record['name']}: {record['flagged_share']:.1%} flagged, largest confidence {record['max']:.2f}"
-        report.image(png_bytes(np.asarray(small)), caption)
+    folder = "overlays" if config.overlays else "maps"
+    with report.tiles(TILE):
+        for record in records:
+            path = output / folder / f"{record['name']}.png"
+            if not path.is_file():
+                continue
+            with Image.open(path) as picture:
+                small = picture.convert("RGB")
+                small.thumbnail((384, 384))
+            caption = f"{record['name']}: {record['flagged_share']:.1%} flagged, largest confidence {record['max']:.2f}"
+            # Small pictures are enlarged by the page, in sharp pixels.
+            link = urllib.parse.quote(f"{folder}/{record['name']}.png")
+            report.image(png_bytes(np.asarray(small)), caption, pixels=max(small.size) < TILE, link=link)
     report.write(output / "gallery.html")

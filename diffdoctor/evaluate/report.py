@@ -1,6 +1,7 @@
 """A report to look at: one HTML file that holds its pictures and opens from the disk."""
 
 import base64
+import contextlib
 import io
 from importlib import resources
 
@@ -40,11 +41,20 @@ class Report:
         cells = [[self._cell(cell) for cell in row] for row in rows]
         self._parts.append(("table", {"header": list(header), "rows": cells}))
 
-    def image(self, data: bytes, caption: str = "", alt: str | None = None, pixels: bool = True):
-        """A PNG or JPEG file's bytes; `pixels` keeps enlarged pixels sharp."""
+    @contextlib.contextmanager
+    def tiles(self, width: int):
+        """What is added inside stands side by side, as many in a row as fit when each has `width` pixels or more."""
+        self._parts.append(("tiles", width))
+        yield
+        self._parts.append(("end", None))
+
+    def image(
+        self, data: bytes, caption: str = "", alt: str | None = None, pixels: bool = True, link: str | None = None
+    ):
+        """A PNG or JPEG file's bytes; `pixels` keeps enlarged pixels sharp, `link` is a URL to go to from it."""
         kind = "jpeg" if data.startswith(b"\xff\xd8") else "png"
         source = f"data:image/{kind};base64," + base64.b64encode(data).decode("ascii")
-        item = {"source": source, "caption": caption, "alt": alt or caption, "pixels": pixels}
+        item = {"source": source, "caption": caption, "alt": alt or caption, "pixels": pixels, "link": link}
         self._parts.append(("image", item))
 
     def figure(self, figure, caption: str = ""):

@@ -152,19 +152,18 @@ def _severities(before: np.ndarray, after: np.ndarray):
 
 
 def _strips(report: Report, title: str, evaluation, numbers: list[int], before, after) -> None:
-    """A row per picture: before, before with the judge's map, after, after with the map."""
+    """A strip per picture: before, before with the judge's map, after, after with the map."""
     if not numbers:
         return
     report.heading(title)
-    report.text("Each row: before, before with the judge's map in red, after, after with the map.")
-    judge = evaluation.measurer.judge
+    report.text("Each strip: before, before with the judge's map in red, after, after with the map.")
+    judge, sheets = evaluation.measurer.judge, []
     for number in numbers:
-        views, small = [], False
+        views = []
         for side in ("before", "after"):
             picture = evaluation.folder.pictures(side).load([number])
             confidence = diagnose_pictures(judge, picture)[0, 0].numpy()
             shown = as_hwc(picture)[0]
-            small = max(shown.shape[:2]) <= SMALL
             views += [_sized(shown), _sized(overlay(shown, confidence))]
         prompt = evaluation.drawn.prompt(number)
         category = f" [{prompt.category}]" if prompt.category else ""
@@ -172,8 +171,11 @@ def _strips(report: Report, title: str, evaluation, numbers: list[int], before, 
             f"{prompt.text}{category}; seed {evaluation.config.seed + number}; flagged area "
             f"{float(before[number]):.1%} before, {float(after[number]):.1%} after"
         )
-        sheet = grid([views])
-        report.image(png_bytes(sheet) if small else jpeg_bytes(sheet), caption, pixels=small)
+        sheets.append((grid([views]), caption))
+    small = max(shown.shape[:2]) <= SMALL
+    with report.tiles(480 if small else 4 * LARGE):
+        for sheet, caption in sheets:
+            report.image(png_bytes(sheet) if small else jpeg_bytes(sheet), caption, pixels=small)
 
 
 def _sized(picture: np.ndarray) -> np.ndarray:
