@@ -88,7 +88,8 @@ class Context:
             )  # fmt: skip
             self._alive.add(process)
             try:
-                code = process.wait(limit)
+                # What stops the run may have come between the start of the process and its being noted.
+                code = process.wait(max(0.0, min(limit, self.seconds_left())))
             except subprocess.TimeoutExpired:
                 code = None
             finally:
