@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+_taken: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 
 class FolderLock:
@@ -48,12 +51,28 @@ class FolderLock:
                 ) from None
             return
         self._descriptor = descriptor
+        _taken.add(self)
 
     def release(self) -> None:
         """Let others have the folder; does nothing where it is not held."""
         if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+            # Closing alone would leave it to a child that was forked a moment ago and has not closed its own yet.
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            self._close()
+
+    def _close(self) -> None:
+        os.close(self._descriptor)
+        self._descriptor = None
+        _taken.discard(self)
+
+
+def _close_in_child() -> None:
+    for lock in list(_taken):
+        lock._close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextmanager

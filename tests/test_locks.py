@@ -1,5 +1,7 @@
 """One process at a time in an output folder."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -44,6 +46,48 @@ def test_a_killed_process_holds_nothing(holder, tmp_path):
     holder.wait()
     with held(tmp_path / "out"):
         pass
+
+
+PARENT = """
+import os, sys, time
+from diffdoctor._locks import FolderLock
+lock = FolderLock(sys.argv[1])
+lock.take()
+child = os.fork()
+if child == 0:
+    # One write, so that the two lines do not mix.
+    os.write(1, b"forked\\n")
+    time.sleep(600)
+    os._exit(0)
+os.write(1, b"%d\\n" % child)
+sys.stdin.read()
+if sys.argv[2] == "release":
+    lock.release()
+    print("released", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("how", ["kill", "release"])
+def test_a_child_does_not_hold_its_parent_s_folder_on(tmp_path, how):
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-c", PARENT, str(tmp_path / "out"), how]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        lines = {parent.stdout.readline().strip(), parent.stdout.readline().strip()}
+        (child,) = map(int, lines - {"forked"})
+        try:
+            if how == "kill":
+                parent.kill()
+                parent.wait()
+            else:
+                parent.stdin.close()
+                assert parent.stdout.readline() == "released\n"
+            with held(tmp_path / "out"):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+            parent.kill()
 
 
 def test_a_lock_is_taken_once_the_folder_is_there(tmp_path):
