@@ -42,15 +42,23 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, reads, kind):
     assert torch.equal(weights_of(again.detector), weights_of(whole.detector))
 
 
-# One process that has imported everything forks the runs, and kills each at a random moment.
+# One process that has imported everything forks the runs. The first kills itself at a picture, so that one kill is sure
+# however fast the machine has become since it was timed; the others are killed at random moments.
 KILLER = """
 import os, random, signal, sys, time
 import test_detector_resuming as t
 t.torch.set_num_threads(1)
 output, config, chance, kills = sys.argv[1], t.quick(steps=16, checkpoint_every=2), random.Random(0), 0
 
-def train(folder):
-    t.train_detector(config, t.shapes(), detector=t.fresh(kills), output_dir=folder, progress=False)
+class KillAt(t.StopAt):
+    def __getitem__(self, index):
+        if self.reads == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+def train(folder, reads=10**9):
+    data = KillAt(t.shapes(), reads)
+    t.train_detector(config, data, detector=t.fresh(kills), output_dir=folder, progress=False)
 
 train(output + "-imports")
 start = time.monotonic()
@@ -59,11 +67,12 @@ whole = time.monotonic() - start
 while True:
     child = os.fork()
     if child == 0:
-        train(output)
+        train(output, 10**9 if kills else 30)
         os._exit(0)
-    # Longer from life to life, so that it ends although the machine becomes busier.
-    time.sleep(whole * (chance.uniform(0.1, 0.4) + 0.05 * kills))
-    os.kill(child, signal.SIGKILL)
+    if kills:
+        # Longer from life to life, so that it ends although the machine becomes busier.
+        time.sleep(whole * (chance.uniform(0.1, 0.4) + 0.05 * kills))
+        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if os.WIFEXITED(status):
         sys.exit(0 if os.WEXITSTATUS(status) == 0 and kills else f"{status} after {kills} kills")
