@@ -152,3 +152,20 @@ def test_batched_gradients_are_refused(backend):
     else:
         with pytest.raises(RuntimeError, match="is_grads_batched"):
             torch.autograd.grad(loss, x, torch.eye(2), is_grads_batched=True)
+
+
+def test_forward_mode_is_refused(op):
+    x = torch.randn(TARGET.shape)
+    with torch.autograd.forward_ad.dual_level():
+        assert op(x).isfinite().all()
+        with pytest.raises(RuntimeError, match=r"forward-mode|forward AD|jvp"):
+            op(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+def test_a_tangent_of_a_target_is_refused():
+    latents = torch.randn(TARGET.shape)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(latents, torch.ones_like(latents))
+        for target in (dual, diffdoctor.Target.flow(dual, latents)):
+            with pytest.raises(RuntimeError, match="forward-mode"):
+                diffdoctor.weighted_loss(latents, target)

@@ -7,6 +7,7 @@ import weakref
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from diffdoctor.ops._lowering import WRITE_GRAD, WRITE_LOSS, ArtifactProblem, PerSample, Problem
 
@@ -22,6 +23,14 @@ def refuse_functorch(op: str, g: Tensor | None = None) -> None:
             f"diffdoctor.{op} does not support torch.func transforms (vmap, grad, jvp, is_grads_batched): "
             'call diffdoctor.reference, or pass reduction="sample" for per-sample losses'
         )
+
+
+def refuse_forward_mode(op: str, *tensors) -> None:
+    """Raise where a tensor carries a tangent (`torch.autograd.forward_ad`), which no kernel carries on."""
+    if forward_ad._current_level < 0:
+        return
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(f"diffdoctor.{op} has no forward-mode derivative; diffdoctor.reference.{op} has one")
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -207,6 +216,7 @@ __all__ = [
     "functorch_level",
     "graph_is_kept",
     "guard_reference",
+    "refuse_forward_mode",
     "refuse_functorch",
     "scale_kept",
 ]

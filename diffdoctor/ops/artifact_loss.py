@@ -8,7 +8,7 @@ from torch import Tensor
 from diffdoctor import reference
 from diffdoctor.backends import pick, requested
 from diffdoctor.ops import _checks as checks
-from diffdoctor.ops._autograd import ArtifactLoss, guard_reference, refuse_functorch
+from diffdoctor.ops._autograd import ArtifactLoss, guard_reference, refuse_forward_mode, refuse_functorch
 from diffdoctor.ops._lowering import ARTIFACT_METHODS, ArtifactProblem
 from diffdoctor.ops._prepare import round_to_fp32
 
@@ -49,6 +49,7 @@ def artifact_loss(
 
         return _library_artifact_loss.artifact_loss(logits, height, width, threshold, method, reduction, backend)
     refuse_functorch("artifact_loss")
+    refuse_forward_mode("artifact_loss", logits)
     module = pick(requested(backend), "artifact_loss", logits.device.type)
     if logits.shape[0] == 0 or module is None:
         x = guard_reference(logits, "artifact_loss")

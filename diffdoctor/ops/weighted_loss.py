@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from diffdoctor import reference
 from diffdoctor.backends import for_device, overridden, pick, requested
 from diffdoctor.ops import _checks as checks
-from diffdoctor.ops._autograd import WeightedLoss, functorch_level, guard_reference, refuse_functorch
+from diffdoctor.ops._autograd import (
+    WeightedLoss,
+    functorch_level,
+    guard_reference,
+    refuse_forward_mode,
+    refuse_functorch,
+)
 from diffdoctor.ops._lowering import SUMS
 from diffdoctor.ops._prepare import Prepared, make_options, prepare, remember
 from diffdoctor.ops._problem import add_divisor, allocate, make_problem, meta, target_meta
@@ -119,6 +126,8 @@ def weighted_loss(
         )
     if functorch_level() is not None:
         refuse_functorch("weighted_loss")
+    if forward_ad._current_level >= 0:
+        refuse_forward_mode("weighted_loss", model_pred, target, *getattr(target, "terms", ()))
     maps = (
         artifact_weight, clean_weight, artifact_grad, clean_grad, threshold, gamma, interpolation
     )  # fmt: skip
