@@ -16,12 +16,12 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
 
 import torch
+from helpers_curves import events_of
 from helpers_launch import free_port
 
 from diffdoctor.detector.conv import ConvDetector
@@ -219,16 +219,8 @@ def _child(command, folder, work, at, processes, rank, port, chance):
 
 def scalars(folder):
     """What TensorBoard would show: {tag: [(step, value)]}."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    # The files' names begin with the second and the process: lives of one second need not be in their order.
-    files = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    with tempfile.TemporaryDirectory() as ordered:
-        for number, path in enumerate(files):
-            shutil.copy(path, os.path.join(ordered, f"events.out.tfevents.{number:010d}"))
-        events = EventAccumulator(ordered, size_guidance={"scalars": 0})
-        events.Reload()
-        return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    events = events_of(folder, scalars=0)
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def contents(work):

@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from helpers_curves import events_of
 from helpers_tiny_pipelines import tiny_pipeline
 from test_treat_trainer import random_detector, run
 
@@ -12,17 +13,9 @@ from diffdoctor._errors import UserError
 from diffdoctor.treat.tracking import sample_sheet
 
 
-def curves(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
-    events.Reload()
-    return events
-
-
 def test_curves_and_samples_of_a_run(tmp_path):
     result = run(output_dir=tmp_path, steps=4, evaluate_every=2, sample_every=1, sample_pictures=2)
-    events = curves(tmp_path / "logs")
+    events = events_of(tmp_path / "logs", images=0, scalars=0)
     names = {"loss", "artifact_loss", "offline_loss", "grad_norm", "learning_rate", "replayed", "skipped"}
     assert {f"train/{name}" for name in names} <= set(events.Tags()["scalars"])
     assert [point.step for point in events.Scalars("train/loss")] == [1, 2, 3, 4]
@@ -53,8 +46,11 @@ def test_a_run_that_goes_on_cuts_its_curves_off_there(tmp_path, monkeypatch):
     with pytest.raises(Stop):
         run(output_dir=tmp_path, steps=4, checkpoint_every=2)
     monkeypatch.setattr(treatment.Treatment, "_take_step", take)
+    # Within one second the first file's name may well come after the second's.
+    (first,) = (tmp_path / "logs").iterdir()
+    first.rename(first.with_name("events.out.tfevents.9999999999.first"))
     run(output_dir=tmp_path, steps=4, checkpoint_every=2, log_with="tensorboard")
-    assert [point.step for point in curves(tmp_path / "logs").Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [point.step for point in events_of(tmp_path / "logs", scalars=0).Scalars("train/loss")] == [1, 2, 3, 4]
 
 
 def test_no_tracker_and_no_samples(tmp_path):
