@@ -17,7 +17,7 @@ needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="no compiled module")
 
 def run(script, **env):
     return subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, **env}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script], env={**os.environ, **env}, capture_output=True, text=True, timeout=600
     )
 
 
@@ -131,7 +131,7 @@ def test_description_knows_the_environment_variable(monkeypatch, value, served):
 def test_env_prints_what_the_environment_variable_does():
     done = subprocess.run(
         [sys.executable, "-m", "diffdoctor", "env"],
-        env={**os.environ, "DIFFDOCTOR_BACKEND": "nope"}, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "DIFFDOCTOR_BACKEND": "nope"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert "weighted_loss: nothing: DIFFDOCTOR_BACKEND must be one of" in done.stdout
 

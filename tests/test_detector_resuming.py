@@ -86,7 +86,7 @@ def test_kill_minus_nine_at_random_moments_changes_no_bit(tmp_path):
     # The first life's initial weights must hold for all, so its first checkpoint is made before the killing starts.
     with pytest.raises(KeyboardInterrupt):
         train_detector(config, StopAt(shapes(), 20), detector=fresh(), output_dir=tmp_path / "run", progress=False)
-    subprocess.run([sys.executable, "-c", KILLER, str(tmp_path / "run")], check=True, env=_environment(), timeout=500)
+    subprocess.run([sys.executable, "-c", KILLER, str(tmp_path / "run")], check=True, env=_environment(), timeout=900)
     assert torch.equal(weights_of(load_detector(tmp_path / "run" / "detector")), weights_of(whole.detector))
     left = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*"))
     assert left == ["step-00000014", "step-00000016"]
@@ -143,7 +143,7 @@ def test_one_and_two_processes_give_the_same_losses(tmp_path):
     script, out = tmp_path / "script.py", tmp_path / "losses.json"
     script.write_text(PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*command, str(script), str(out)], check=True, env=_environment(), timeout=300)
+    subprocess.run([*command, str(script), str(out)], check=True, env=_environment(), timeout=900)
     two = json.loads(out.read_text())
     assert two["processes"] == 2
     for kind in ("conv", "segformer"):

@@ -236,7 +236,7 @@ def test_two_processes_share_the_work(files, evaluated, tmp_path):
         command = [sys.executable, "-m", "diffdoctor", *options(files, output)]
         running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     for process in running:
-        _, errors = process.communicate(timeout=500)
+        _, errors = process.communicate(timeout=900)
         assert process.returncode == 0, errors[-3000:]
     metrics, one = json.loads((output / "metrics.json").read_text()), evaluated[1]
     assert (pictures_of(output, "after").int() - pictures_of(evaluated[0], "after").int()).abs().max() <= 1

@@ -61,7 +61,7 @@ def run(count, output, options, environment=None):
     port = free_port()
     running = [start(count, rank, port, output, options, environment or {}) for rank in range(count)]
     for process in running:
-        _, errors = process.communicate(timeout=500)
+        _, errors = process.communicate(timeout=900)
         assert process.returncode == 0, errors[-3000:]
     return load_file(output / "lora" / "pytorch_lora_weights.safetensors")
 

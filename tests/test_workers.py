@@ -75,7 +75,7 @@ def test_each_process_is_started_with_the_arguments():
     assert "DIFFDOCTOR_TEST" not in os.environ
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_closed_while_results_are_being_sent():
     # Far more than a pipe holds: the workers are in the middle of sending when the others are given up.
     for taken in (0, 1, 5):
@@ -94,14 +94,14 @@ def test_an_error_of_a_job_is_raised_in_its_place():
         next(results)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("job", "start"), [(ends, os.getpid), (negative, refuses)])
 def test_a_process_that_ends_by_itself_is_an_error(job, start):
     with pytest.raises(UserError, match="workers: a worker process ended by itself"):
         list(ordered_map(job, range(8), 2, start))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
 def test_workers_of_a_killed_process_end(tmp_path):
     script = tmp_path / "program.py"
