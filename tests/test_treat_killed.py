@@ -16,13 +16,14 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_treatments_end_with_the_same_lora(tmp_path):
     seed = 0
     operations = [str(number) for number in (5, 31, 58, 90, 120, 140, 155, 165)]
     command = [sys.executable, str(HERE / "treat_killed.py"), str(tmp_path), str(seed), *operations]
     done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1100, check=False
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=2300, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.count("killed True, same True") >= len(operations) + 3
