@@ -240,8 +240,10 @@ def test_two_processes_share_the_work(files, evaluated, tmp_path):
         assert process.returncode == 0, errors[-3000:]
     metrics, one = json.loads((output / "metrics.json").read_text()), evaluated[1]
     assert (pictures_of(output, "after").int() - pictures_of(evaluated[0], "after").int()).abs().max() <= 1
-    for group in ("flagged_area", "variance", "accuracy"):
+    for group in ("flagged_area", "variance"):
         assert flat(metrics[group]) == pytest.approx(flat(one[group]), rel=0.02), group
+    # Such a rounding may turn a guess of the random classifier.
+    assert flat(metrics["accuracy"]) == pytest.approx(flat(one["accuracy"]), abs=1.01 / COUNT)
 
 
 def test_a_treatments_folder_answers_for_its_options(files, evaluated, tmp_path):
