@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers_tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
 
+from benchmarks.treat_memory import real
 from benchmarks.treat_memory.demo import Step
 from diffdoctor._errors import UserError
 from diffdoctor.detector import ConvDetector
@@ -33,6 +34,34 @@ def test_a_replay_of_three_steps_keeps_a_third():
 
 def test_more_sampling_steps_keep_no_more():
     assert sum(kept(40).values()) == pytest.approx(sum(kept(10).values()), rel=0.02)
+
+
+def small_network(_):
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    blocks = {"block_out_channels": (32, 32, 32), "layers_per_block": 1, "norm_num_groups": 8}
+    denoiser = UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        **blocks,
+    )
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    vae = AutoencoderKL(**kinds, **blocks)
+
+    def predict(latents):
+        return denoiser(latents, torch.full((1,), 500), torch.zeros(1, 7, 16), return_dict=False)[0]
+
+    return denoiser, vae, predict, (4, 16, 16), ("to_q", "to_v")
+
+
+def test_shapes_alone_are_counted():
+    step = real.real_step(small_network, torch.float32, 1, "kl", True, True)
+    assert min(step["kept"][place] for place in ("denoiser", "vae", "detector")) > 10_000
+    assert sum(step["kept"].values()) < step["peak"] < 2 * sum(step["kept"].values())
+    assert step["operations"] > 1e9
 
 
 def test_options_keep_less():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import time
 from unittest import mock
@@ -96,13 +97,18 @@ def real_rows(name: str) -> list[dict]:
     rows = []
     for case, options in cases.items():
         started = time.perf_counter()
-        rows.append({"network": title, "case": case, **_real_step(build, dtype, *options)})
+        rows.append({"network": title, "case": case, **real_step(build, dtype, *options)})
         print(f"{title}: {case}: counted in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     return rows
 
 
-def _real_step(build, dtype, count, decoder, denoiser_checkpointed, vae_checkpointed) -> dict:
-    """count denoiser passes, decoder (fp32) and detector (SegFormer-b5, fp32) of one picture, with their backward."""
+def real_step(build, dtype, count, decoder, denoiser_checkpointed, vae_checkpointed) -> dict:
+    """count denoiser passes, decoder (fp32) and detector (SegFormer-b5, fp32) of one picture, with their backward.
+
+    Returns:
+        `kept` (bytes for backward by place, at the worst moment), `peak` (bytes of new tensors alive at once) and
+        `operations` (floating-point operations).
+    """
     from diffusers import AutoencoderTiny
     from peft import LoraConfig
     from torch.utils.flop_counter import FlopCounterMode
@@ -133,7 +139,12 @@ def _real_step(build, dtype, count, decoder, denoiser_checkpointed, vae_checkpoi
             logits.sigmoid().mean().backward()
             latents.backward(ends.grad.to(dtype))
 
-        with _fused_attention(), FlopCounterMode(display=False) as operations, Alive() as alive, kept.hooks():
+        # One after the other: the counter of operations leaves tensors in cycles, alive until the collector comes by.
+        with _fused_attention(), FlopCounterMode(display=False) as operations:
+            step()
+        denoiser.zero_grad()
+        gc.collect()
+        with _fused_attention(), Alive() as alive, kept.hooks():
             step()
         return {"kept": kept.worst, "peak": alive.peak, "operations": operations.get_total_flops()}
 
