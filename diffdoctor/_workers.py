@@ -17,7 +17,7 @@ from diffdoctor._errors import UserError
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-AHEAD = 16  # jobs that are read and not yet done, per process
+AHEAD = 4  # jobs per process that are read and whose results are not yet taken: they are held in memory
 
 
 def ordered_map(
@@ -40,13 +40,13 @@ def ordered_map(
     # "spawn": a process that has used threads must not be forked.
     # Not multiprocessing.Pool: ended early, it kills its processes, and one that is just writing a result leaves a
     # half of it in the pipe, for whose rest the parent then waits for ever.
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _begin, (start, *arguments)
-    )
+    context = multiprocessing.get_context("spawn")
+    ended = context.Event()
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _begin, (ended, start, *arguments))
     waiting: collections.deque[concurrent.futures.Future] = collections.deque()
     try:
         for job in jobs:
-            waiting.append(pool.submit(function, job))
+            waiting.append(pool.submit(_do, function, job))
             if len(waiting) == AHEAD * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -57,14 +57,25 @@ def ordered_map(
             "Fewer workers need less of it."
         ) from error
     finally:
+        # Some jobs are with the processes already and cannot be cancelled any more.
+        ended.set()
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(start: Callable[..., Any], *arguments) -> None:
+_ended = None  # in a worker: set when no more results are wanted
+
+
+def _begin(ended, start: Callable[..., Any], *arguments) -> None:
+    global _ended
+    _ended = ended
     # Control-C reaches the whole group; it is the parent that ends, and its workers with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     start(*arguments)
+
+
+def _do(function: Callable[[Job], Result], job: Job) -> Result | None:
+    return None if _ended.is_set() else function(job)
 
 
 def _end_with_parent() -> None:

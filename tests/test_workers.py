@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -31,6 +32,14 @@ def negative(number):
 
 def large(number):
     return bytes(4_000_000)
+
+
+def marks(job):
+    folder, number = job
+    (folder / str(number)).touch()
+    while number == 1 and not (folder / "go").exists():
+        time.sleep(0.01)
+    return number
 
 
 def ends(number):
@@ -83,6 +92,23 @@ def test_closed_while_results_are_being_sent():
         for _ in range(taken):
             next(results)
         results.close()
+
+
+@pytest.mark.timeout(600)
+def test_jobs_that_wait_in_a_process_are_not_begun_any_more(tmp_path):
+    results = ordered_map(marks, [(tmp_path, number) for number in range(AHEAD)], 1, os.getpid)
+    assert next(results) == 0
+    # The second is being done, and it waits for this test.
+    while not (tmp_path / "1").exists():
+        time.sleep(0.01)
+    ended = results.gi_frame.f_locals["ended"]
+    closing = threading.Thread(target=results.close)
+    closing.start()
+    while not ended.is_set():
+        time.sleep(0.01)
+    (tmp_path / "go").touch()
+    closing.join()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "go"]
 
 
 def test_an_error_of_a_job_is_raised_in_its_place():
