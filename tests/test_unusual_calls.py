@@ -154,6 +154,14 @@ def test_batched_gradients_are_refused(backend):
             torch.autograd.grad(loss, x, torch.eye(2), is_grads_batched=True)
 
 
+@pytest.mark.parametrize("name", ["artifact_weight", "clean_weight", "artifact_grad", "threshold", "gamma", "huber_c"])
+def test_a_bool_is_no_number_whatever_was_called_before(name):
+    for _ in range(2):
+        with pytest.raises(TypeError, match=f"{name} must be a number, got bool"):
+            diffdoctor.weighted_loss(prediction(), TARGET, MAP, **{name: True})
+        diffdoctor.weighted_loss(prediction(), TARGET, MAP, **{name: 1.0})
+
+
 def test_forward_mode_is_refused(op):
     x = torch.randn(TARGET.shape)
     with torch.autograd.forward_ad.dual_level():

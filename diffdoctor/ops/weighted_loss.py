@@ -148,7 +148,8 @@ def weighted_loss(
         tuple(loss_type.items()) if isinstance(loss_type, dict) else loss_type, normalize, reduction, layout,
     )  # fmt: skip
     try:
-        prepared = _cache.get(key)
+        # True is equal to 1 in a key; the checks refuse it.
+        prepared = None if bool in map(type, maps) or type(huber_c) is bool else _cache.get(key)
     except TypeError:  # something unhashable came: the checks below name it
         prepared = None
     if prepared is None:
