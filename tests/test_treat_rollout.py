@@ -60,7 +60,7 @@ def test_roll_out_draws_what_the_pipeline_draws(name, scheduler, scale):
 
 @pytest.mark.parametrize(("name", "scheduler", "scale"), CASES)
 def test_replay_of_some_pictures_repeats_the_roll_out(name, scheduler, scale):
-    family, sampler, conditioning, latents, generators = prepared(name, scheduler, scale, steps=5)
+    family, sampler, conditioning, latents, generators = prepared(name, scheduler, scale, steps=5, dtype=torch.float64)
     rollout = roll_out(family, sampler, conditioning, latents, generators, Guidance(scale), keep=(0, 3))
     index = torch.tensor([2, 0])
     for first in (3, 0):
