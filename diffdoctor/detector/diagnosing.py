@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffdoctor._errors import UserError, first_line, missing_extra
+from diffdoctor._errors import UserError, check_least, first_line, missing_extra
 from diffdoctor._io import atomic_path, atomic_write_bytes, atomic_write_json, clear_temporaries
 from diffdoctor._locks import held
 from diffdoctor._pictures import to_images
@@ -70,8 +70,7 @@ class DiagnoseConfig:
             raise UserError(f"bits: expected 8 or 16, got {self.bits}")
         if self.dtype not in ("fp32", "bf16"):
             raise UserError(f"dtype: expected fp32 or bf16, got {self.dtype!r}")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size: expected >= 1, got {self.batch_size}")
+        check_least(self, batch_size=1)
         if self.tile is not None and self.tile < 16:
             raise UserError(f"tile: expected >= 16 pixels, got {self.tile}")
         if not 0 <= self.overlap <= 0.5:
