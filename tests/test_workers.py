@@ -132,9 +132,7 @@ def test_a_process_that_ends_by_itself_is_an_error(job, start):
 def test_workers_of_a_killed_process_end(tmp_path):
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    environment = {**os.environ, "PYTHONPATH": root}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "env": environment}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     with subprocess.Popen([sys.executable, str(script)], **options) as process:
         workers = {int(number) for number in process.stdout.readline().split()}
         assert workers and process.pid not in workers
