@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffdoctor._io import atomic_write_json
+from diffdoctor.runs.files import atomic_write_json
 
 SIDE = 64
 WAYS = {"parts": "in parts, as the command does", "whole": "all maps at once"}
@@ -53,10 +53,10 @@ def evaluate(way: str, folder: Path, count: int, bootstrap: int) -> dict:
     """Evaluate the set in this process; seconds, peak resident MiB and figures."""
     from accelerate import PartialState
 
-    from diffdoctor.detector.pictures import finite
-    from diffdoctor.detector.shards import ShardData
-    from diffdoctor.evaluate.detector import diagnose_data, measure, measure_statistics
-    from diffdoctor.evaluate.detector_parts import evaluate_in_parts
+    from diffdoctor.data.shards import ShardData
+    from diffdoctor.data.sources import finite
+    from diffdoctor.evaluate.detector.measure import diagnose_data, measure, measure_statistics
+    from diffdoctor.evaluate.detector.parts import evaluate_in_parts
 
     data, model = ShardData(folder / str(count)), detector()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -104,7 +104,7 @@ def main(argv=None) -> None:
         way, count = arguments.part
         print(json.dumps(evaluate(way, folder, int(count), arguments.bootstrap)))
         return
-    from diffdoctor.detector.shards import write_shards
+    from diffdoctor.data.shards import write_shards
 
     rows = []
     for count in arguments.pictures:

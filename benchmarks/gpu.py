@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from benchmarks import bar, history, machine, static_report, step, table
 from benchmarks.gpu_context import Context, PartError, json_lines, last_json
-from diffdoctor._io import atomic_write_text
+from diffdoctor.runs.files import atomic_write_text
 
 ROOT = machine.ROOT
 DEFAULT_MINUTES = 8.75
@@ -56,7 +56,7 @@ def part_build(context: Context) -> dict:
         found = {"how": "nvcc alone", "not_cmake": str(error)}
         context.run([sys.executable, "-m", "benchmarks.gpu_build", arch], 110)
     found["seconds"] = round(time.monotonic() - began, 1)
-    code = "from diffdoctor.backends import backends; import json; print(json.dumps(backends()))"
+    code = "from diffdoctor.backends.select import backends; import json; print(json.dumps(backends()))"
     found["backends"] = last_json(context.run([sys.executable, "-c", code], 60))
     if found["backends"]["cuda"] is not None:
         raise PartError(f"built, but: {found['backends']['cuda']}")

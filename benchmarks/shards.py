@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffdoctor._io import atomic_write_json
+from diffdoctor.runs.files import atomic_write_json
 
 SIDE = 32
 TURNS = 10
@@ -87,7 +87,7 @@ def samples(count: int, memory: Memory):
 
 def write(folder: Path, count: int) -> dict:
     """Write the shards; returns pictures per second and memory."""
-    from diffdoctor.detector.shards import write_shards
+    from diffdoctor.data.shards import write_shards
 
     memory = Memory()
     started = time.perf_counter()
@@ -98,7 +98,7 @@ def write(folder: Path, count: int) -> dict:
 
 def lay_out(folder: Path) -> dict:
     """The members of the shards as loose files, a folder for each shard."""
-    from diffdoctor.detector.archive import SkipCounts, read_groups
+    from diffdoctor.data.tar import SkipCounts, read_groups
 
     started = time.perf_counter()
     for path in sorted((folder / "shards").glob("*.tar")):
@@ -141,8 +141,8 @@ def loader(reader: str, folder: Path, workers: int, batch_size: int):
     """The DataLoader of one of READERS."""
     import torch
 
-    from diffdoctor.detector.shards import ShardData
-    from diffdoctor.detector.streaming import ShardStream
+    from diffdoctor.data.shards import ShardData
+    from diffdoctor.data.stream import ShardStream
 
     options = {"batch_size": batch_size, "num_workers": workers, "collate_fn": collate}
     if reader == "stream":

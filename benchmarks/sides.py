@@ -28,7 +28,7 @@ def own_backends(op: str, device: torch.device) -> tuple[str, ...]:
     names = OWN[device.type]
     if op != "modulate_gradient":
         return names
-    from diffdoctor.backends import why_not
+    from diffdoctor.backends.select import why_not
 
     return next(((name,) for name in names if why_not(name) is None), ("reference",))
 
@@ -71,8 +71,8 @@ class Call:
 
 
 def backend_module(name: str):
-    """diffdoctor.ops._cpu, ._triton or ._cuda: what stands between the checks and the kernels."""
-    return importlib.import_module(f"diffdoctor.ops._{name}")
+    """diffdoctor.backends.cpu.weighted_loss, ._triton or ._cuda: what stands between the checks and the kernels."""
+    return importlib.import_module(f"diffdoctor.backends.{name}.weighted_loss")
 
 
 def kernel_of(call: Call) -> Callable[[], None]:

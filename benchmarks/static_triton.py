@@ -66,7 +66,7 @@ def launched(case: Case, launches: list) -> list:
     launches.clear()
     module = backend_module("triton")
     side = Side("triton", lambda **tensors: case.fused(tensors, None), True)
-    with mock.patch.dict("diffdoctor.backends._chosen", {"cpu": module}):
+    with mock.patch.dict("diffdoctor.backends.select._chosen", {"cpu": module}):
         call = Call(case, case.inputs(case, torch.device("cpu")), side)
         launches.clear()  # Call has run one forward
         result = call.forward()

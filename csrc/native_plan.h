@@ -1,4 +1,4 @@
-// From Python's plan (diffdoctor/ops/_native_plan.py) to the C++ structs: the static half once per plan, addresses and
+// From Python's plan (diffdoctor/backends/native_call.py) to the C++ structs: the static half once per plan, addresses and
 // per-sample numbers per call.
 #pragma once
 

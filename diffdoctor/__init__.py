@@ -16,11 +16,11 @@ if (_checkout / "CMakeLists.txt").is_file() and (_checkout / "kernels").is_dir()
 del _checkout
 
 from diffdoctor import ops as _ops  # noqa: E402
-from diffdoctor.backends import backends  # noqa: E402
+from diffdoctor.backends.select import backends  # noqa: E402
 from diffdoctor.ops import *  # noqa: E402, F403
 from diffdoctor.version import __version__  # noqa: E402
 
-_LAZY = {"guide": "diffdoctor.treat.guiding"}
+_LAZY = {"guide": "diffdoctor.treat.guide"}
 _STAGES = ("demo", "detector", "evaluate", "maps", "treat")
 
 __all__ = [*_ops.__all__, "__version__", "backends", *_LAZY]  # noqa: PLE0604

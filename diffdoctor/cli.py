@@ -14,7 +14,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffdoctor._errors import UserError, missing_extra
+from diffdoctor.runs.errors import UserError, missing_extra
 from diffdoctor.version import __version__
 
 USER_ERROR = 2
@@ -51,31 +51,31 @@ COMMANDS = {
     ),
     "inject": Command(
         "damage clean pictures: labelled shards with exact masks",
-        "diffdoctor.detector.injecting:InjectConfig",
-        "diffdoctor.detector.injecting:run_inject",
+        "diffdoctor.detector.commands.inject:InjectConfig",
+        "diffdoctor.detector.commands.inject:run_inject",
         ("pictures",),
     ),
     "train-detector": Command(
         "train a detector on labelled shards",
-        "diffdoctor.detector.training:TrainDetectorConfig",
-        "diffdoctor.detector.training:run_train_detector",
+        "diffdoctor.detector.commands.train:TrainDetectorConfig",
+        "diffdoctor.detector.commands.train:run_train_detector",
         ("data",),
     ),
     "diagnose": Command(
         "write a confidence map of every picture, and a gallery of the worst",
-        "diffdoctor.detector.diagnosing:DiagnoseConfig",
-        "diffdoctor.detector.diagnosing:run_diagnose",
+        "diffdoctor.detector.commands.diagnose:DiagnoseConfig",
+        "diffdoctor.detector.commands.diagnose:run_diagnose",
         ("pictures",),
     ),
     "evaluate detector": Command(
         "measure a detector on labelled shards",
-        "diffdoctor.evaluate.detector_report:EvaluateDetectorConfig",
-        "diffdoctor.evaluate.detector_report:run_evaluate_detector",
+        "diffdoctor.evaluate.detector.command:EvaluateDetectorConfig",
+        "diffdoctor.evaluate.detector.command:run_evaluate_detector",
         ("data",),
     ),
     "evaluate model": Command(
         "draw before and after a treatment, and measure both with an independent judge",
-        "diffdoctor.evaluate.model.options:EvaluateModelConfig",
+        "diffdoctor.evaluate.model.config:EvaluateModelConfig",
         "diffdoctor.evaluate.model.command:run_evaluate_model",
     ),
     "env": Command(

@@ -33,7 +33,7 @@ def collect() -> dict:
     """Everything that `diffdoctor env` shows, as nested dictionaries of strings, numbers, lists and None."""
     import torch
 
-    from diffdoctor.backends import describe
+    from diffdoctor.backends.select import describe
 
     cuda = torch.cuda.is_available()
     return {

@@ -14,8 +14,8 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.utils.data import DataLoader
 
-from diffdoctor._io import atomic_dir, atomic_path
 from diffdoctor.maps import MapDataset, PairedTransform, StepBatches, aspect_buckets, check_maps, collate, read_folder
+from diffdoctor.runs.files import atomic_dir, atomic_path
 
 CHECKPOINT_NAME = "checkpoint.pt"
 

@@ -24,13 +24,13 @@ import torch
 from helpers_curves import events_of
 from helpers_launch import free_port
 
-from diffdoctor.detector.conv import ConvDetector
-from diffdoctor.detector.diagnosing import DiagnoseConfig, run_diagnose
-from diffdoctor.detector.injecting import InjectConfig, run_inject
+from diffdoctor.detector.commands.diagnose import DiagnoseConfig, run_diagnose
+from diffdoctor.detector.commands.inject import InjectConfig, run_inject
+from diffdoctor.detector.commands.train import TrainDetectorConfig, run_train_detector
+from diffdoctor.detector.models.conv import ConvDetector
 from diffdoctor.detector.samples import AugmentConfig
 from diffdoctor.detector.train import DetectorTrainingConfig
-from diffdoctor.detector.training import TrainDetectorConfig, run_train_detector
-from diffdoctor.evaluate.detector_report import EvaluateDetectorConfig, run_evaluate_detector
+from diffdoctor.evaluate.detector.command import EvaluateDetectorConfig, run_evaluate_detector
 
 # What a life would import, so that only the first process pays for it.
 for name in (
@@ -45,7 +45,7 @@ for name in (
     "PIL.PngImagePlugin",
 ):
     importlib.import_module(name)
-for name in ("detector.damage", "detector.resumable", "evaluate.detector", "evaluate.report"):
+for name in ("detector.damage.kinds", "data.resumable", "evaluate.detector.measure", "viz.report"):
     importlib.import_module(f"diffdoctor.{name}")
 importlib.import_module("torch.utils.tensorboard")
 gfile = importlib.import_module("tensorboard.compat").tf.io.gfile.GFile

@@ -8,7 +8,7 @@ import helpers_cases
 import torch
 
 from diffdoctor import reference
-from diffdoctor.ops._lowering import ArtifactProblem
+from diffdoctor.lowering.plan import ArtifactProblem
 from diffdoctor.ops.artifact_loss import make_problem
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64

@@ -12,16 +12,9 @@ from dataclasses import dataclass, field
 import torch
 
 from diffdoctor import Packed, Target, reference
-from diffdoctor.ops._lowering import (
-    SUMS,
-    WRITE_GRAD,
-    WRITE_LOSS,
-    WRITE_SUMS,
-    PerSample,
-    Problem,
-)
-from diffdoctor.ops._prepare import prepare
-from diffdoctor.ops._problem import make_problem, per_sample
+from diffdoctor.lowering.plan import SUMS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, PerSample, Problem
+from diffdoctor.ops.arguments import make_problem, per_sample
+from diffdoctor.ops.prepare import prepare
 from diffdoctor.ops.weighted_loss import check_arguments
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64

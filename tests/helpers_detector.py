@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from diffdoctor.detector import ArtifactDetector, ConvDetector, DetectorTrainingConfig
-from diffdoctor.detector.inject import inject
+from diffdoctor.detector.damage.injection import inject
 from diffdoctor.detector.samples import ArrayData
 
 

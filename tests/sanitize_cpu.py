@@ -72,7 +72,7 @@ def environment(instruction_set: str) -> dict[str, str]:
 
 
 def chosen_set(env: dict[str, str]) -> str:
-    code = "import sanitize_cpu; from diffdoctor import native; print(native.load().instruction_set())"
+    code = "import sanitize_cpu; from diffdoctor.backends import native; print(native.load().instruction_set())"
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, check=True, capture_output=True, text=True)
     return done.stdout.split()[-1]
 

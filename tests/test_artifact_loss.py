@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import diffdoctor
-from diffdoctor.backends import why_not
+from diffdoctor.backends.select import why_not
 
 HAS_CPU = why_not("cpu") is None
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not HAS_CPU, reason="no compiled module"))]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import diffdoctor
-from diffdoctor import native
-from diffdoctor.backends import NAMES, OPS, BackendUnavailable, describe, for_device, pick, why_not
+from diffdoctor.backends import native
+from diffdoctor.backends.select import NAMES, OPS, BackendUnavailable, describe, for_device, pick, why_not
 
 HAS_CPU = why_not("cpu") is None
 needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="no compiled module")
@@ -38,7 +38,7 @@ def test_without_a_gpu_the_gpu_backends_say_so():
 
 @needs_cpu
 def test_a_cpu_tensor_goes_to_the_compiled_module():
-    assert for_device("cpu").__name__ == "diffdoctor.ops._cpu"
+    assert for_device("cpu").__name__ == "diffdoctor.backends.cpu.weighted_loss"
     assert pick(None, "weighted_loss", "cpu") is for_device("cpu")
     assert pick("reference", "weighted_loss", "cpu") is None
 
@@ -50,9 +50,7 @@ def test_a_backend_refuses_a_tensor_on_another_device():
 
 
 def test_a_cuda_tensor_on_the_reference_warns_once(monkeypatch):
-    from diffdoctor import backends as _function  # noqa: F401  the public function hides the module's name
-
-    module = sys.modules["diffdoctor.backends"]
+    module = sys.modules["diffdoctor.backends.select"]
     monkeypatch.setattr(module, "_chosen", {"cuda": None})
     monkeypatch.setattr(module, "_warned", set())
     with pytest.warns(UserWarning, match="served by the slow reference"):
@@ -143,7 +141,7 @@ def test_an_instruction_set_that_is_none_is_said_once(value):
         "import torch, warnings\n"
         "warnings.simplefilter('always')\n"
         "import diffdoctor\n"
-        "from diffdoctor import native\n"
+        "from diffdoctor.backends import native\n"
         "x = torch.ones(1, 1, 2, 2)\n"
         "for _ in range(3): diffdoctor.weighted_loss(x, x)\n"
         "print(native.describe().get('ignored'))\n"

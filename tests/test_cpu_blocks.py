@@ -5,7 +5,7 @@ import torch
 
 import diffdoctor
 from diffdoctor import Packed, Target
-from diffdoctor.backends import why_not
+from diffdoctor.backends.select import why_not
 
 pytestmark = pytest.mark.skipif(why_not("cpu") is not None, reason="no compiled module")
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64

@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 
 import diffdoctor
 from diffdoctor import Target
-from diffdoctor.ops import _cuda
-from diffdoctor.ops._lowering import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
-from diffdoctor.ops._native_plan import native_plan
+from diffdoctor.backends.cuda import weighted_loss as _cuda
+from diffdoctor.backends.native_call import native_plan
+from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -44,7 +44,7 @@ def cuda(shim, monkeypatch):
 @pytest.fixture
 def public(cuda, monkeypatch):
     """The public functions on CPU tensors, served by the CUDA backend."""
-    backends = importlib.import_module("diffdoctor.backends")  # the name in the package is the function
+    backends = importlib.import_module("diffdoctor.backends.select")  # the name in the package is the function
     monkeypatch.setitem(backends._chosen, "cpu", cuda)
     # A plan holds its backend's form: those of other tests would lead around the kernels, and these around theirs.
     for name, plans in (

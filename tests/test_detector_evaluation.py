@@ -10,15 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffdoctor._errors import UserError
+from diffdoctor.data.shards import ShardData, write_shards
 from diffdoctor.detector import ConvDetector, load_detector
 from diffdoctor.detector.samples import JoinedData
-from diffdoctor.detector.shards import ShardData, write_shards
-from diffdoctor.evaluate import detector_parts, detector_pixels, detector_statistics
-from diffdoctor.evaluate.detector import diagnose_data, evaluate_maps, measure
-from diffdoctor.evaluate.detector_pixels import Run, average_precision_of_runs, encode
-from diffdoctor.evaluate.detector_report import EvaluateDetectorConfig, curves, run_evaluate_detector
-from diffdoctor.evaluate.pixel import average_precision_of
+from diffdoctor.evaluate.detector import parts as detector_parts
+from diffdoctor.evaluate.detector.command import EvaluateDetectorConfig, curves, run_evaluate_detector
+from diffdoctor.evaluate.detector.measure import diagnose_data, evaluate_maps, measure
+from diffdoctor.measures import curves as detector_pixels
+from diffdoctor.measures import statistics as detector_statistics
+from diffdoctor.measures.curves import Run, average_precision_of_runs, encode
+from diffdoctor.measures.pixels import average_precision_of
+from diffdoctor.runs.errors import UserError
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("accelerate")

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from diffdoctor._checkpoints import Checkpoints
-from diffdoctor._errors import UserError
-from diffdoctor._locks import held
+from diffdoctor.data.codec import decode
+from diffdoctor.data.sources import find_sources
 from diffdoctor.detector import ConvDetector
-from diffdoctor.detector.codec import decode
-from diffdoctor.detector.diagnosing import DiagnoseConfig, run_diagnose
-from diffdoctor.detector.injecting import InjectConfig, run_inject
-from diffdoctor.detector.pictures import find_sources
-from diffdoctor.detector.training import TrainDetectorConfig, run_train_detector
-from diffdoctor.evaluate.detector_report import EvaluateDetectorConfig, run_evaluate_detector
+from diffdoctor.detector.commands.diagnose import DiagnoseConfig, run_diagnose
+from diffdoctor.detector.commands.inject import InjectConfig, run_inject
+from diffdoctor.detector.commands.train import TrainDetectorConfig, run_train_detector
+from diffdoctor.evaluate.detector.command import EvaluateDetectorConfig, run_evaluate_detector
+from diffdoctor.runs.checkpoints import Checkpoints
+from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.lock import held
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("pyarrow")
@@ -204,7 +204,7 @@ def test_pictures_that_are_not_given_any_more_do_not_count(tmp_path, detector):
 
 
 def test_a_shard_that_was_replaced_is_diagnosed_again(tmp_path, detector, monkeypatch):
-    from diffdoctor.detector import diagnosing
+    from diffdoctor.detector.commands import diagnose as diagnosing
 
     options = {"damaged": 0, "shard_size": 3}
     for name, count in (("set", 7), ("other", 5)):
@@ -261,7 +261,7 @@ def write_pictures(folder, count, seed=0):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_inject_goes_on_where_it_was_stopped_to_the_same_files(tmp_path, workers, monkeypatch):
-    from diffdoctor.detector import resumable
+    from diffdoctor.data import resumable
 
     write_pictures(tmp_path / "pictures", 9)
     for name in ("03.png", "00.png", "06.png"):
@@ -311,7 +311,7 @@ def test_inject_goes_on_where_it_was_stopped_to_the_same_files(tmp_path, workers
 
 
 def test_a_set_that_was_begun_otherwise_is_begun_anew(tmp_path, monkeypatch, capsys):
-    from diffdoctor.detector import resumable
+    from diffdoctor.data import resumable
 
     write_pictures(tmp_path / "pictures", 4)
     options = {"damaged": 1, "shard_size": 2, "kinds": ["tint"]}

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffdoctor._errors import UserError
 from diffdoctor.detector import ArtifactDetector, ConvDetector, PreprocessConfig, load_detector
+from diffdoctor.runs.errors import UserError
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from helpers_detector import StopAt, fresh, held_out, quick, shapes, weights_of
 
-from diffdoctor._errors import UserError
 from diffdoctor.cli import main
+from diffdoctor.data.shards import write_shards
 from diffdoctor.detector import load_detector, train_detector
-from diffdoctor.detector.shards import write_shards
+from diffdoctor.runs.errors import UserError
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("accelerate")

@@ -11,10 +11,10 @@ import torch
 from helpers_detector import StopAt, fresh, held_out, quick, shapes, weights_of
 from helpers_launch import launched
 
-from diffdoctor._errors import UserError
 from diffdoctor.cli import main
+from diffdoctor.data.shards import write_shards
 from diffdoctor.detector import load_detector, train_detector
-from diffdoctor.detector.shards import write_shards
+from diffdoctor.runs.errors import UserError
 
 pytest.importorskip("accelerate")
 pytest.importorskip("pycocotools")

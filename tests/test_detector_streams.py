@@ -7,12 +7,12 @@ import pytest
 import torch
 from helpers_detector import fresh, quick, shapes
 
-from diffdoctor._errors import UserError
+from diffdoctor.data.shards import ShardData, write_shards
+from diffdoctor.data.stream import ShardStream
 from diffdoctor.detector import train_detector
-from diffdoctor.detector.feeding import ResampledSamples, StepPlan
+from diffdoctor.detector.loading import ResampledSamples, StepPlan
 from diffdoctor.detector.samples import ArrayData, AugmentConfig
-from diffdoctor.detector.shards import ShardData, write_shards
-from diffdoctor.detector.streaming import ShardStream
+from diffdoctor.runs.errors import UserError
 
 pytest.importorskip("accelerate")
 pytest.importorskip("pycocotools")
@@ -92,7 +92,7 @@ def test_a_broken_picture_is_replaced_and_named_or_stops_the_run(tmp_path, worke
 
 
 def test_the_command_streams_and_refuses_early_what_cannot_be(tmp_path):
-    from diffdoctor.detector.training import TrainDetectorConfig, run_train_detector
+    from diffdoctor.detector.commands.train import TrainDetectorConfig, run_train_detector
 
     a_set(tmp_path / "set", broken=(1,))
     a_set(tmp_path / "other", 8)

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks.detector_study import __main__ as study
 from benchmarks.detector_study import drawing, parts, pictures, report
-from diffdoctor._errors import UserError
-from diffdoctor.detector.inject import damage_kinds
+from diffdoctor.detector.damage.injection import damage_kinds
+from diffdoctor.runs.errors import UserError
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from helpers_launch import launched
 
-from diffdoctor._errors import UserError
+from diffdoctor.data.shards import ShardData, read_manifest, read_shards
+from diffdoctor.data.sources import find_sources
 from diffdoctor.detector import ConvDetector, DetectorTrainingConfig, load_detector
 from diffdoctor.detector.balance import sampling_weights
-from diffdoctor.detector.diagnosing import DiagnoseConfig, run_diagnose
-from diffdoctor.detector.injecting import InjectConfig, run_inject
-from diffdoctor.detector.pictures import find_sources
-from diffdoctor.detector.records import Records
+from diffdoctor.detector.commands.diagnose import DiagnoseConfig, run_diagnose
+from diffdoctor.detector.commands.inject import InjectConfig, run_inject
+from diffdoctor.detector.commands.train import TrainDetectorConfig, run_train_detector
 from diffdoctor.detector.samples import ArrayData
-from diffdoctor.detector.shards import ShardData, read_manifest, read_shards
-from diffdoctor.detector.training import TrainDetectorConfig, run_train_detector
+from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.journal import Records
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("pyarrow")
@@ -142,7 +142,7 @@ def test_train_detector_makes_a_detector_and_goes_on_where_it_was(pictures, tmp_
 
 
 def test_versions_of_one_picture_stay_on_one_side_of_the_split(pictures, tmp_path):
-    from diffdoctor.detector.training import _data
+    from diffdoctor.detector.commands.train import _data
 
     injected(pictures, tmp_path / "data", damaged=2, benign=1)
     train, validation = _data(TrainDetectorConfig([str(tmp_path / "data")], "", validation_share=0.5))
@@ -213,7 +213,7 @@ def test_diagnose_reads_shards_and_goes_on(pictures, tmp_path, detector):
 
 KILLED = """
 import os, signal, sys
-from diffdoctor.detector import diagnosing
+from diffdoctor.detector.commands import diagnose as diagnosing
 real, limit = diagnosing.atomic_write_bytes, int(sys.argv[1])
 def write(path, data):
     global limit
@@ -251,7 +251,7 @@ def test_diagnose_tiles_large_pictures(tmp_path, detector):
 def test_evaluate_detector_writes_measures_and_a_report(pictures, tmp_path, detector):
     pytest.importorskip("matplotlib")
     pytest.importorskip("pycocotools")
-    from diffdoctor.evaluate.detector_report import EvaluateDetectorConfig, run_evaluate_detector
+    from diffdoctor.evaluate.detector.command import EvaluateDetectorConfig, run_evaluate_detector
 
     injected(pictures, tmp_path / "data", damaged=2)
     config = EvaluateDetectorConfig(str(detector), [str(tmp_path / "data")], str(tmp_path / "out"), bootstrap=20)
@@ -270,7 +270,7 @@ def test_evaluate_detector_writes_measures_and_a_report(pictures, tmp_path, dete
 
 
 def test_curves_of_a_calibrated_detector_lie_on_the_diagonal():
-    from diffdoctor.evaluate.detector_report import curves
+    from diffdoctor.evaluate.detector.command import curves
 
     rng = np.random.default_rng(0)
     confidence = rng.uniform(size=(40, 50, 50))

@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers_detector import fresh, held_out, quick, shapes, weights_of
 
-from diffdoctor._errors import UserError
 from diffdoctor.detector import DetectorTrainingConfig, train_detector
 from diffdoctor.detector.losses import detector_loss
 from diffdoctor.detector.samples import ArrayData, AugmentConfig
+from diffdoctor.runs.errors import UserError
 
 pytest.importorskip("accelerate")
 pytest.importorskip("pycocotools")

@@ -8,17 +8,17 @@ import pytest
 import torch
 from helpers_tiny_clip import save_tiny_clip
 
-from diffdoctor._errors import UserError
-from diffdoctor._prompts import Prompt, read_prompt_file
-from diffdoctor._weights import same_weights, weights_digest
+from diffdoctor.data.prompts import Prompt, read_prompt_file
 from diffdoctor.detector import ConvDetector, write_shards
-from diffdoctor.evaluate.features import frechet_distance, frechet_distance_of_blocks, within_class_variance
 from diffdoctor.evaluate.model import networks
-from diffdoctor.evaluate.model.measuring import count_real, fitted, read_unit, real_units, spoil
+from diffdoctor.evaluate.model.measure import count_real, fitted, read_unit, real_units, spoil
 from diffdoctor.evaluate.model.networks import Classifier, Clip, load_features
 from diffdoctor.evaluate.model.store import EvaluationFolder, FeatureFiles, MeasureFiles
 from diffdoctor.evaluate.model.summary import PictureMeasures, summarise, summarise_groups
-from diffdoctor.evaluate.rates import paired_mean
+from diffdoctor.measures.features import frechet_distance, frechet_distance_of_blocks, within_class_variance
+from diffdoctor.measures.rates import paired_mean
+from diffdoctor.runs.errors import UserError
+from diffdoctor.training.weights import same_weights, weights_digest
 
 PROMPTS = ("a photo of a red square", "a photo of a green circle")
 
@@ -266,7 +266,7 @@ class TestStore:
 
 class TestRealPictures:
     def test_labelled_shards_are_told_apart(self, tmp_path):
-        from diffdoctor.detector.shards import SkipCounts
+        from diffdoctor.data.shards import SkipCounts
 
         pictures = random_pictures(6).permute(0, 2, 3, 1).numpy()
         mask = np.zeros((16, 16), np.float32)

@@ -19,7 +19,7 @@ from helpers_tiny_pipelines import PROMPTS, tiny_pipeline
 from diffdoctor.cli import main
 from diffdoctor.detector import ConvDetector, load_detector
 from diffdoctor.evaluate.model import compare_pictures, networks, sample_pictures
-from diffdoctor.evaluate.model.measuring import spoil
+from diffdoctor.evaluate.model.measure import spoil
 from diffdoctor.evaluate.model.networks import Clip
 from diffdoctor.evaluate.model.store import PictureFiles
 

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from diffdoctor.evaluate.model.options import EvaluateModelConfig, completed
-from diffdoctor.evaluate.model.pipeline import call_options
+from diffdoctor.evaluate.model.config import EvaluateModelConfig, completed
+from diffdoctor.evaluate.model.draw import call_options
 
 
 class TestOptionsOfATreatment:

@@ -13,7 +13,7 @@ import torch
 
 import diffdoctor
 from diffdoctor import Target, backends
-from diffdoctor.ops._lowering import WRITE_GRAD, WRITE_LOSS
+from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS
 
 try:
     import helpers_search as search
@@ -32,7 +32,7 @@ def name(gpu_backend):
 
 @pytest.fixture
 def glue(name):
-    return importlib.import_module(f"diffdoctor.ops._{name}")
+    return importlib.import_module(f"diffdoctor.backends.{name}.weighted_loss")
 
 
 def solve(glue, inputs, device="cuda"):
@@ -77,7 +77,9 @@ if search is not None:
         if reason is not None:
             pytest.skip(reason)
         inputs = cases.build(case)
-        cases.check(solve(importlib.import_module("diffdoctor.ops._cuda"), inputs), cases.expected(inputs))
+        cases.check(
+            solve(importlib.import_module("diffdoctor.backends.cuda.weighted_loss"), inputs), cases.expected(inputs)
+        )
 
 
 @pytest.mark.parametrize("place", [cases.shifted, cases.spaced], ids=["shifted", "spaced"])

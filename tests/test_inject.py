@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffdoctor.detector.inject import (
+from diffdoctor.detector.damage.injection import (
     CHANGE_EPS,
     Injected,
     NoVisibleDamage,
@@ -153,7 +153,7 @@ def test_a_user_s_kind_is_registered_and_used():
         with pytest.raises(ValueError, match="registered already"):
             damage_kind("test_black_hole")(lambda *_: None)
     finally:
-        from diffdoctor.detector import inject as module
+        from diffdoctor.detector.damage import injection as module
 
         del module._KINDS["test_black_hole"]
 

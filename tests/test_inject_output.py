@@ -7,10 +7,11 @@ import os
 import pytest
 from test_detector_inputs import picture, tree, write_pictures
 
-from diffdoctor._errors import UserError
-from diffdoctor.detector import damage_kind, injecting
-from diffdoctor.detector.injecting import InjectConfig, run_inject
-from diffdoctor.detector.shards import write_shards
+from diffdoctor.data.shards import write_shards
+from diffdoctor.detector import damage_kind
+from diffdoctor.detector.commands import inject as injecting
+from diffdoctor.detector.commands.inject import InjectConfig, run_inject
+from diffdoctor.runs.errors import UserError
 
 
 def overwriting(places, output, **options):
@@ -115,7 +116,7 @@ def hole(picture, region, rng, strength):
 def kinds_of_this_test(monkeypatch):
     """What a test registers is not there for the next one, whose workers would not know it."""
     # By its full name: the package's attribute is the function.
-    module = importlib.import_module("diffdoctor.detector.inject")
+    module = importlib.import_module("diffdoctor.detector.damage.injection")
     module.damage_kinds()
     monkeypatch.setattr(module, "_KINDS", dict(module._KINDS))
 

@@ -3,8 +3,8 @@ import os
 
 import pytest
 
-from diffdoctor._errors import UserError
-from diffdoctor._io import atomic_dir, atomic_path, atomic_write_json, atomic_write_text, refuse_foreign
+from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.files import atomic_dir, atomic_path, atomic_write_json, atomic_write_text, refuse_foreign
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):

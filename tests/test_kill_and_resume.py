@@ -37,8 +37,8 @@ def folder(tmp_path):
     import torch
     from PIL import Image
 
+    from diffdoctor.data.shards import write_shards
     from diffdoctor.detector import ConvDetector
-    from diffdoctor.detector.shards import write_shards
 
     write_shards(things(10, 0), tmp_path / "data", shard_size=4)
     write_shards(things(6, 1), tmp_path / "validation")

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from diffdoctor._errors import UserError
-from diffdoctor._locks import FolderLock, held
+from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.lock import FolderLock, held
 
 pytest.importorskip("fcntl")
 
 HOLDER = """
 import sys
-from diffdoctor._locks import held
+from diffdoctor.runs.lock import held
 with held(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
@@ -50,7 +50,7 @@ def test_a_killed_process_holds_nothing(holder, tmp_path):
 
 PARENT = """
 import os, sys, time
-from diffdoctor._locks import FolderLock
+from diffdoctor.runs.lock import FolderLock
 lock = FolderLock(sys.argv[1])
 lock.take()
 child = os.fork()

@@ -11,7 +11,6 @@ from helpers_maps import marked_pair
 pytest.importorskip("PIL")
 from PIL import Image
 
-from diffdoctor._errors import UserError
 from diffdoctor.maps import (
     MapDataset,
     MapWarning,
@@ -26,6 +25,7 @@ from diffdoctor.maps import (
     write_map,
     write_metadata,
 )
+from diffdoctor.runs.errors import UserError
 
 
 def test_folder_of_pictures_captions_and_maps(tmp_path):
@@ -143,7 +143,7 @@ def test_what_diagnose_writes_is_found_and_fits(tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     from diffdoctor.detector import ArtifactDetector
-    from diffdoctor.detector.diagnosing import DiagnoseConfig, run_diagnose
+    from diffdoctor.detector.commands.diagnose import DiagnoseConfig, run_diagnose
 
     ArtifactDetector.tiny().save_pretrained(tmp_path / "detector")
     (tmp_path / "set" / "more").mkdir(parents=True)
@@ -162,7 +162,7 @@ def test_what_diagnose_writes_is_found_and_fits(tmp_path):
 
 def test_shards_are_a_training_set(tmp_path):
     pytest.importorskip("pyarrow")
-    from diffdoctor.detector.shards import write_shards
+    from diffdoctor.data.shards import write_shards
 
     pairs = [marked_pair(24, 24, i, i, 9, 8) for i in range(4)]
     samples = ({"picture": p, "mask": m, "prompt": f"picture {i}"} for i, (p, m) in enumerate(pairs))

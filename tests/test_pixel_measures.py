@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffdoctor.evaluate.components import ComponentAP, Matches, components, match_components, mean_average_precision
-from diffdoctor.evaluate.detector import evaluate_maps
-from diffdoctor.evaluate.pixel import (
+from diffdoctor.evaluate.detector.measure import evaluate_maps
+from diffdoctor.measures.components import ComponentAP, Matches, components, match_components, mean_average_precision
+from diffdoctor.measures.pixels import (
     auroc_of,
     average_precision,
     flagged,

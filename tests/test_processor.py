@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffdoctor._processor import denormals_are_flushed, processor
+from diffdoctor.training.cpu_settings import denormals_are_flushed, processor
 
 
 def test_threads_and_denormals_are_put_back():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from diffdoctor.evaluate.rates import paired_bootstrap, wilson_interval
+from diffdoctor.measures.rates import paired_bootstrap, wilson_interval
 
 
 @pytest.mark.parametrize(("count", "total"), [(0, 10), (10, 10), (3, 100), (702, 2000), (1, 1)])

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from diffdoctor._errors import UserError
-from diffdoctor.detector import archive, codec, shards
-from diffdoctor.detector.shards import ShardData, SkipCounts, read_manifest, read_shards, write_shards
-from diffdoctor.detector.streaming import ShardStream
+from diffdoctor.data import codec, shards
+from diffdoctor.data import tar as archive
+from diffdoctor.data.shards import ShardData, SkipCounts, read_manifest, read_shards, write_shards
+from diffdoctor.data.stream import ShardStream
+from diffdoctor.runs.errors import UserError
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("PIL")

@@ -11,7 +11,7 @@ from formulas_diffusers import *  # noqa: F403
 from formulas_trainers import *  # noqa: F403
 from helpers_formulas import *  # noqa: F403
 
-from diffdoctor.backends import why_not
+from diffdoctor.backends.select import why_not
 
 HAS_CPU = why_not("cpu") is None
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not HAS_CPU, reason="no compiled module"))]

@@ -13,10 +13,10 @@ from helpers_launch import launched
 from helpers_tiny_pipelines import PROMPTS, tiny_pipeline
 from safetensors.torch import load_file
 
-from diffdoctor._locks import held
-from diffdoctor._pipelines import load_pipeline
 from diffdoctor.cli import main
 from diffdoctor.detector import ConvDetector, write_shards
+from diffdoctor.runs.lock import held
+from diffdoctor.treat.loading import load_pipeline
 from diffdoctor.treat.lora import WEIGHTS_NAME
 from diffdoctor.treat.treatment import Treatment
 

@@ -6,9 +6,9 @@ import torch
 from helpers_tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
 
 import diffdoctor
-from diffdoctor._errors import UserError
+from diffdoctor.runs.errors import UserError
 from diffdoctor.treat.families import family_of
-from diffdoctor.treat.repredict import Predictor
+from diffdoctor.treat.prediction_replay import Predictor
 from diffdoctor.treat.schedulers import Sampler
 
 

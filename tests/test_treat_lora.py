@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers_tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
 
-from diffdoctor._errors import UserError
+from diffdoctor.runs.errors import UserError
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import (
     WEIGHTS_NAME,

@@ -9,13 +9,13 @@ from helpers_tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
 
 from benchmarks.treat_memory import real
 from benchmarks.treat_memory.demo import Step
-from diffdoctor._errors import UserError
 from diffdoctor.detector import ConvDetector
+from diffdoctor.runs.errors import UserError
 from diffdoctor.treat import TreatConfig
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import add_lora
 from diffdoctor.treat.methods import kept_steps
-from diffdoctor.treat.preparing import memory_options, release_text_encoders
+from diffdoctor.treat.prepare import memory_options, release_text_encoders
 from diffdoctor.treat.rollout import Guidance, initial_latents, picture_generators, roll_out
 from diffdoctor.treat.schedulers import Sampler
 from diffdoctor.treat.terms import artifact_term
@@ -124,7 +124,7 @@ def test_tiles_are_recomputed_with_the_gradient_of_tiles_kept(name, monkeypatch)
     assert not family.vae.use_tiling
     assert "forward" not in vars(family.vae.decoder)
     # what a checkpoint recomputes, kept instead
-    monkeypatch.setattr("diffdoctor.treat.preparing.checkpoint", counting)
+    monkeypatch.setattr("diffdoctor.treat.prepare.checkpoint", counting)
     kept_whole, _ = lora_gradient(name, size=32, vae_tiling=16)
     assert len(calls) == 9
     assert calls[0] == (8, 8)

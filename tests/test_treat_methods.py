@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from helpers_tiny_pipelines import PROMPTS, tiny_pipeline
 
 from diffdoctor.detector import ConvDetector
+from diffdoctor.training.processes import seed_of
 from diffdoctor.treat import TreatConfig
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import add_lora
 from diffdoctor.treat.methods import graph_step_count, kept_steps
-from diffdoctor.treat.processes import seed_of
 from diffdoctor.treat.rollout import Guidance, initial_latents, picture_generators, roll_out
 from diffdoctor.treat.schedulers import Sampler
 from diffdoctor.treat.terms import artifact_term, diagnose

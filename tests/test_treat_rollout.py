@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers_tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
 
-from diffdoctor._errors import UserError
+from diffdoctor.runs.errors import UserError
 from diffdoctor.treat.families import Family, family_of, register_family
 from diffdoctor.treat.families.flux import pack, unpack
 from diffdoctor.treat.rollout import Guidance, initial_latents, picture_generators, replay, roll_out

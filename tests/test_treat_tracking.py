@@ -9,7 +9,7 @@ from helpers_curves import events_of
 from helpers_tiny_pipelines import tiny_pipeline
 from test_treat_trainer import random_detector, run
 
-from diffdoctor._errors import UserError
+from diffdoctor.runs.errors import UserError
 from diffdoctor.treat.tracking import sample_sheet
 
 

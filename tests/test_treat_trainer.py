@@ -10,9 +10,10 @@ import pytest
 import torch
 from helpers_tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
 
-from diffdoctor._errors import UserError
 from diffdoctor.detector import ConvDetector
-from diffdoctor.treat import TreatConfig, trainer, treat, treatment
+from diffdoctor.runs.errors import UserError
+from diffdoctor.treat import TreatConfig, treat, treatment
+from diffdoctor.treat import train as trainer
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import WEIGHTS_NAME, lora_state
 from diffdoctor.treat.methods import METHODS

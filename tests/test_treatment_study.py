@@ -11,7 +11,7 @@ from test_demo import metrics_of
 from benchmarks.treatment.__main__ import main, parser, parts
 from benchmarks.treatment.study import METHODS, Settings, treat_options
 from benchmarks.treatment.table import END, START, markdown, missed, put_into
-from diffdoctor._errors import UserError
+from diffdoctor.runs.errors import UserError
 
 DEMO = dict.fromkeys(("classifier_steps", "autoencoder_steps", "base_steps"), 8) | {
     "detector_steps": 3,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import diffdoctor
-from diffdoctor.backends import why_not
+from diffdoctor.backends.select import why_not
 
 HAS_CPU = why_not("cpu") is None
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not HAS_CPU, reason="no compiled module"))]
@@ -40,7 +40,7 @@ def loss_and_grad(inputs, backend):
 @pytest.mark.parametrize("work", [7, 3, 1, 2], ids=["all", "loss+grad", "loss", "grad"])
 @pytest.mark.parametrize("case", ALL, ids=[case.id for case in ALL])
 def test_cpu_fills_every_output_as_the_reference(case, work):
-    from diffdoctor.ops import _cpu
+    from diffdoctor.backends.cpu import weighted_loss as _cpu
 
     inputs = cases.build(case)
     problem = cases.lower(inputs, work=work, weight_mean=_cpu.weight_mean)
@@ -68,13 +68,13 @@ def test_public_call_equals_the_reference(case):
 def test_every_instruction_set_passes_the_cases(isa):
     script = (
         "import helpers_cases as c, torch\n"
-        "from diffdoctor.ops import _cpu\n"
+        "from diffdoctor.backends.cpu import weighted_loss as _cpu\n"
         "for case in c.all_cases():\n"
         "    inputs = c.build(case)\n"
         "    problem = c.lower(inputs, weight_mean=_cpu.weight_mean)\n"
         "    _cpu.weighted_loss(problem)\n"
         "    c.check(problem, c.expected(inputs))\n"
-        "from diffdoctor import native\n"
+        "from diffdoctor.backends import native\n"
         "print(native.load().instruction_set())\n"
     )
     env = {**os.environ, "DIFFDOCTOR_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}

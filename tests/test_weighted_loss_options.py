@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import diffdoctor
 from diffdoctor import Packed, Target
-from diffdoctor.backends import BackendUnavailable, why_not
+from diffdoctor.backends.select import BackendUnavailable, why_not
 
 HAS_CPU = why_not("cpu") is None
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not HAS_CPU, reason="no compiled module"))]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from diffdoctor.backends import why_not
+from diffdoctor.backends.select import why_not
 
 pytestmark = pytest.mark.skipif(why_not("cpu") is not None, reason="no compiled module")
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(why_not("cpu") is not None, reason="no compiled 
 )
 @given(case=search.cases())
 def test_cpu_agrees_with_the_reference(case):
-    from diffdoctor.ops import _cpu
+    from diffdoctor.backends.cpu import weighted_loss as _cpu
 
     inputs = cases.build(case)
     want = cases.expected(inputs)

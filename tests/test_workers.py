@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from diffdoctor._errors import UserError
-from diffdoctor._workers import AHEAD, ordered_map
+from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.workers import AHEAD, ordered_map
 
 PROGRAM = """
 import os, sys, time
-from diffdoctor._workers import ordered_map
+from diffdoctor.runs.workers import ordered_map
 
 def job(number):
     return os.getpid() if number < 2 else time.sleep(3600)

@@ -20,8 +20,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from diffdoctor import Packed
-from diffdoctor.ops import _triton
-from diffdoctor.ops._lowering import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
+from diffdoctor.backends.triton import weighted_loss as _triton
+from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 TRAIN = WRITE_LOSS | WRITE_GRAD

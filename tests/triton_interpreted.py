@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from triton.runtime import interpreter
 
 import diffdoctor
+from diffdoctor.backends.triton import weighted_loss as _triton
+from diffdoctor.backends.triton_tiles import index_type, make_box
 from diffdoctor.kernels.common import to_storage
 from diffdoctor.kernels.element_loss import element_loss
 from diffdoctor.kernels.weighted_loss import count_of, decode
-from diffdoctor.ops import _triton
-from diffdoctor.ops._lowering import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
-from diffdoctor.ops._triton_plan import index_type, make_box
+from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def no_division_warnings():
 @pytest.fixture
 def served(monkeypatch):
     """The public functions, served by the interpreted kernels."""
-    backends = sys.modules["diffdoctor.backends"]  # the package's attribute of that name is the function
+    backends = sys.modules["diffdoctor.backends.select"]  # the package's attribute of that name is the function
     monkeypatch.setattr(backends, "_BY_DEVICE", {"cpu": ("triton",)})
     monkeypatch.setattr(backends, "_chosen", {})
 

@@ -6,8 +6,8 @@ from formulas_trainers import *  # noqa: F403
 from helpers_formulas import *  # noqa: F403
 from triton_interpreted import no_division_warnings, served  # noqa: F401
 
-from diffdoctor.backends import pick
-from diffdoctor.ops import _triton
+from diffdoctor.backends.select import pick
+from diffdoctor.backends.triton import weighted_loss as _triton
 
 
 @pytest.fixture

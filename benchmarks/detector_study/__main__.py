@@ -13,8 +13,8 @@ import sys
 import time
 
 from benchmarks.detector_study import parts, report
-from diffdoctor._errors import UserError
-from diffdoctor._locks import held
+from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.lock import held
 
 STEPS, ABLATION_STEPS = 12000, 1500
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from benchmarks.detector_study import pictures
 from benchmarks.detector_study.drawing import KINDS
-from diffdoctor._errors import UserError
-from diffdoctor._io import atomic_write_json
+from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.files import atomic_write_json
 
 TESTS = ("digits", "pieces", "photographs")
 # Trained on: what puts in something foreign, or breaks the order with sharp edges. Only tested on: what softens, moves
@@ -111,7 +111,7 @@ def finish(part: Path, settings: dict, result: dict) -> dict:
 
 def make_sets(output: Path, seed: int, workers: int) -> dict:
     """Pictures, and the labelled sets made from them at `inject`'s default strengths; returns their metrics."""
-    from diffdoctor.detector.injecting import InjectConfig, run_inject
+    from diffdoctor.detector.commands.inject import InjectConfig, run_inject
 
     clean = output / "pictures"
     counts = {name: getattr(pictures, name) for name in ("TRAINING_PIECES", "TEST_PIECES", "DRAWN_PICTURES")}
@@ -142,8 +142,8 @@ def make_sets(output: Path, seed: int, workers: int) -> dict:
 
 def _small(output: Path, seed: int) -> dict:
     """Clean test pictures shrunk and padded: small things, all of them right."""
+    from diffdoctor.data.shards import ShardData, write_shards
     from diffdoctor.detector.samples import shrink_and_pad
-    from diffdoctor.detector.shards import ShardData, write_shards
 
     folder, settings = output / "sets" / "small", {"seed": seed}
     found = done(folder, settings)
@@ -166,10 +166,10 @@ def _small(output: Path, seed: int) -> dict:
 
 def train(output: Path, name: str, variant: str, steps: int, seed: int) -> dict:
     """Train one detector and measure it; returns its measures, as `measures` gives them, and the seconds."""
-    from diffdoctor._processor import processor
+    from diffdoctor.data.shards import ShardData
     from diffdoctor.detector.samples import AugmentConfig, JoinedData
-    from diffdoctor.detector.shards import ShardData
     from diffdoctor.detector.train import DetectorTrainingConfig, train_detector
+    from diffdoctor.training.cpu_settings import processor
 
     chosen = VARIANTS[variant]
     config = DetectorTrainingConfig(
@@ -218,11 +218,11 @@ def measures(output: Path, detector, folder: Path) -> dict:
         "per_category", "per_kind"}, "shifted": what moved logits would give, kinds trained on, "small": the share of
         small clean pictures that is flagged}.
     """
-    from diffdoctor.detector.pictures import finite
+    from diffdoctor.data.shards import ShardData
+    from diffdoctor.data.sources import finite
     from diffdoctor.detector.samples import JoinedData
-    from diffdoctor.detector.shards import ShardData
-    from diffdoctor.evaluate.detector import diagnose_data, evaluate_maps, measure
-    from diffdoctor.evaluate.detector_report import write_report
+    from diffdoctor.evaluate.detector.command import write_report
+    from diffdoctor.evaluate.detector.measure import diagnose_data, evaluate_maps, measure
 
     result: dict = {}
     for part in ("seen", "unseen"):
@@ -252,8 +252,8 @@ def measures(output: Path, detector, folder: Path) -> dict:
 
 def _shifted(found, shift: float) -> dict:
     """What the detector would reach were its logits moved by `shift`."""
-    from diffdoctor.evaluate.components import ComponentAP
-    from diffdoctor.evaluate.pixel import FLAG_SHARE, flagged_share
+    from diffdoctor.measures.components import ComponentAP
+    from diffdoctor.measures.pixels import FLAG_SHARE, flagged_share
 
     odds = np.exp(shift) * found.confidence / np.maximum(1 - found.confidence, 1e-7)
     confidence = odds / (1 + odds)
@@ -276,8 +276,8 @@ def _picture(data, index: int) -> np.ndarray:
 
 def _per_kind(data, found) -> dict:
     """mAP@0.5 and the share that is flagged, of the damaged pictures of each kind."""
-    from diffdoctor.evaluate.components import ComponentAP
-    from diffdoctor.evaluate.pixel import FLAG_SHARE, flagged_share
+    from diffdoctor.measures.components import ComponentAP
+    from diffdoctor.measures.pixels import FLAG_SHARE, flagged_share
 
     names = np.array([str(data[index].get("kind") or "") for index in range(len(data))])
     flags = flagged_share(found.confidence) >= FLAG_SHARE

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.detector_study.drawing import FINE, KINDS, SIDE, drawn
-from diffdoctor._io import atomic_dir
+from diffdoctor.runs.files import atomic_dir
 
 # By category: photographs that are trained on, and photographs that are not.
 PHOTOGRAPHS = {

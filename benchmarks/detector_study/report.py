@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.detector_study.parts import SEEN, TESTS, UNSEEN
 from benchmarks.detector_study.pictures import SIDE, SKEWED
-from diffdoctor._io import atomic_write_bytes, atomic_write_json, atomic_write_text
+from diffdoctor.runs.files import atomic_write_bytes, atomic_write_json, atomic_write_text
 
 REQUIRED_MAP50, ALLOWED_FALSE_POSITIVES = 0.70, 0.02
 MAIN = "detector-seed-0"
@@ -15,7 +15,7 @@ MAIN = "detector-seed-0"
 
 def write(output: Path, sets: dict, results: dict, seconds: float) -> dict:
     """Write metrics.json, tables.md, report.html and found.png; returns the metrics."""
-    from diffdoctor.detector.pictures import versions
+    from diffdoctor.data.sources import versions
 
     metrics = {
         "runs": results,
@@ -155,7 +155,7 @@ def text(metrics: dict) -> str:
 
 
 def _page(output: Path, metrics: dict) -> None:
-    from diffdoctor.evaluate.report import Report
+    from diffdoctor.viz.report import Report
 
     report = Report("Detector study")
     if MAIN in metrics["runs"]:
@@ -181,9 +181,9 @@ def found_picture(output: Path) -> bytes:
     Four rows of damage of kinds that were trained on, two of kinds never seen, one of clean pictures; in a row three
     photographs never seen, two pieces of known ones and a digit.
     """
-    from diffdoctor.detector.base import load_detector
-    from diffdoctor.detector.shards import ShardData
-    from diffdoctor.evaluate.draw import grid, png_bytes
+    from diffdoctor.data.shards import ShardData
+    from diffdoctor.detector.models.base import load_detector
+    from diffdoctor.viz.draw import grid, png_bytes
 
     detector = load_detector(output / "runs" / MAIN / "detector")
     rng = np.random.default_rng(0)
@@ -203,7 +203,7 @@ def _views(detector, sample: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     import torch
 
     from diffdoctor.detector.samples import resize_pair
-    from diffdoctor.evaluate.draw import enlarge, overlay
+    from diffdoctor.viz.draw import enlarge, overlay
 
     picture, mask = resize_pair(sample["picture"], sample["mask"], SIDE)
     images = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255.0

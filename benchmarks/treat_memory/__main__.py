@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.treat_memory.demo import demo_table
 from benchmarks.treat_memory.real import REAL, real_rows
 from benchmarks.treat_memory.table import BOUNDS, GROWTH, demo_markdown, judged, real_markdown
-from diffdoctor._io import atomic_write_json
+from diffdoctor.runs.files import atomic_write_json
 
 
 def main(arguments: list[str] | None = None) -> int:

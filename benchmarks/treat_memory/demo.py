@@ -15,7 +15,7 @@ from diffdoctor.treat import TreatConfig
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import add_lora, merged_lora
 from diffdoctor.treat.methods import kept_steps
-from diffdoctor.treat.preparing import memory_options
+from diffdoctor.treat.prepare import memory_options
 from diffdoctor.treat.rollout import Guidance, initial_latents, picture_generators, roll_out
 from diffdoctor.treat.schedulers import Sampler
 from diffdoctor.treat.terms import artifact_term, diagnose

@@ -18,11 +18,11 @@ import torch
 from benchmarks import machine
 from benchmarks.treatment.study import METHODS, PIPELINES, SHARED, Settings, Study
 from benchmarks.treatment.table import LIMITS, markdown, missed, put_into
-from diffdoctor._errors import UserError
-from diffdoctor._io import atomic_write_json, atomic_write_text
-from diffdoctor._locks import held
-from diffdoctor._processor import processor
-from diffdoctor._progress import quiet_loaders
+from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.files import atomic_write_json, atomic_write_text
+from diffdoctor.runs.lock import held
+from diffdoctor.runs.progress import quiet_loaders
+from diffdoctor.training.cpu_settings import processor
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.treatment.memory import PeakMemory
-from diffdoctor._io import atomic_write_json
-from diffdoctor._progress import progress
 from diffdoctor.demo import data as demo_data
 from diffdoctor.demo.config import DemoConfig
 from diffdoctor.demo.run import EVALUATION_SEED, SAMPLING, Demo
 from diffdoctor.demo.stages import Stages
 from diffdoctor.evaluate.model import compare_pictures, sample_pictures
+from diffdoctor.runs.files import atomic_write_json
+from diffdoctor.runs.progress import progress
 from diffdoctor.version import __version__
 
 SHARED = "shared"

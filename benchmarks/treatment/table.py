@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffdoctor._errors import UserError
-from diffdoctor._io import atomic_write_text
+from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.files import atomic_write_text
 
 START, END = "<!-- table of python -m benchmarks.treatment -->", "<!-- end of table -->"
 LIMITS = {"draft_k": 0.1, "drtune": 0.1, "weighted": 0.5, "guide": 0.2}

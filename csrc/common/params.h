@@ -1,12 +1,12 @@
 // Plain structs and enums that every native backend receives. No functions, no torch, no CUDA headers: this file is the
-// interface between the Python lowering (diffdoctor/ops/_lowering.py, _native_plan.py) and the kernels.
+// interface between the Python lowering (diffdoctor/lowering/plan.py) and the kernels.
 #pragma once
 
 #include <cstdint>
 
 namespace diffdoctor {
 
-// The numeric values are shared with diffdoctor/ops/_lowering.py.
+// The numeric values are shared with diffdoctor/lowering/plan.py.
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kUInt8 = 4, kBool = 5 };
 
 // How a map reaches the grid. kSame: the map has the grid's size and is read through `stride`, like any operand.

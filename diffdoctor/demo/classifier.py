@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from diffdoctor._pictures import to_images
+from diffdoctor.data.pictures import to_images
 
 
 class DigitClassifier(nn.Module):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffdoctor._errors import UserError, missing_extra
+from diffdoctor.runs.errors import UserError, missing_extra
 
 SIDE = 16
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -119,7 +119,7 @@ def make_demo_data(seed: int = 0) -> DemoData:
 
     The detector's part has no damage of `HIDDEN_KIND`; the judge's and the held-out part have all `KINDS`.
     """
-    from diffdoctor.detector.inject import inject
+    from diffdoctor.detector.damage.injection import inject
 
     pictures, digits = clean_digits()
     count = len(pictures)
@@ -187,7 +187,7 @@ def train_demo_judge(data: DemoData, config, *, progress: bool = True):
     """Train the demo's judge, another architecture on another 40 %, by `judge_training_config()`."""
     import torch
 
-    from diffdoctor.detector.conv import ConvDetector
+    from diffdoctor.detector.models.conv import ConvDetector
     from diffdoctor.detector.train import train_detector
 
     with torch.random.fork_rng(devices=[]):
@@ -197,15 +197,15 @@ def train_demo_judge(data: DemoData, config, *, progress: bool = True):
 
 
 def write_demo_data(data: DemoData, folder: str | Path) -> None:
-    """Write the pictures as shards (see `diffdoctor.detector.shards`)."""
-    from diffdoctor.detector.shards import write_shards
+    """Write the pictures as shards (see `diffdoctor.data.shards`)."""
+    from diffdoctor.data.shards import write_shards
 
     write_shards((data[i] for i in range(len(data))), folder, shard_size=600)
 
 
 def read_demo_data(folder: str | Path) -> DemoData:
     """Read what `write_demo_data` wrote; masks come back to 8 bits of precision."""
-    from diffdoctor.detector.shards import read_shards
+    from diffdoctor.data.shards import read_shards
 
     samples = list(read_shards(folder, strict=True))
     if not samples:

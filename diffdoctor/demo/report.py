@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from diffdoctor._io import atomic_path, atomic_write_bytes
 from diffdoctor.demo.bar import the_bar
-from diffdoctor.evaluate.draw import as_hwc, enlarge, grid, overlay, png_bytes
 from diffdoctor.evaluate.model.report import verdict
-from diffdoctor.evaluate.report import Report, new_figure
+from diffdoctor.runs.files import atomic_path, atomic_write_bytes
+from diffdoctor.viz.draw import as_hwc, enlarge, grid, overlay, png_bytes
+from diffdoctor.viz.report import Report, new_figure
 
 SCALE = 5
 COLUMNS = 12

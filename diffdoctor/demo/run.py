@@ -8,10 +8,6 @@ from pathlib import Path
 
 import torch
 
-from diffdoctor._io import atomic_write_json
-from diffdoctor._locks import held
-from diffdoctor._processor import processor
-from diffdoctor._progress import progress, quiet_loaders
 from diffdoctor.demo import data as demo_data
 from diffdoctor.demo.bar import judge_is_calibrated, the_bar
 from diffdoctor.demo.classifier import DigitClassifier, train_classifier
@@ -19,9 +15,13 @@ from diffdoctor.demo.config import DemoConfig
 from diffdoctor.demo.report import write_pictures, write_report
 from diffdoctor.demo.stages import Stages
 from diffdoctor.detector import load_detector
-from diffdoctor.evaluate.components import mean_average_precision
 from diffdoctor.evaluate.model import artifact_rates, compare_pictures, diagnose_pictures, sample_pictures
-from diffdoctor.evaluate.pixel import flagged, pixel_measures
+from diffdoctor.measures.components import mean_average_precision
+from diffdoctor.measures.pixels import flagged, pixel_measures
+from diffdoctor.runs.files import atomic_write_json
+from diffdoctor.runs.lock import held
+from diffdoctor.runs.progress import progress, quiet_loaders
+from diffdoctor.training.cpu_settings import processor
 from diffdoctor.version import __version__
 
 SAMPLING = {"num_inference_steps": 10, "guidance_scale": 1.0}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from diffdoctor._errors import UserError
-from diffdoctor._io import atomic_dir, atomic_write_json, atomic_write_text
+from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.files import atomic_dir, atomic_write_json, atomic_write_text
 
 RECORD = "stage.json"
 

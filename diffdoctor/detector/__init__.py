@@ -1,24 +1,24 @@
 """Stage 1: where is a picture broken, pixel by pixel?"""
 
-from diffdoctor._lazy import lazy_names
+from diffdoctor.lazy import lazy_names
 
-# `inject` is left out: the module of that name must stay importable as an attribute of the package.
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "ArtifactDetector": "segformer",
-        "ConvDetector": "conv",
-        "Detector": "base",
-        "PreprocessConfig": "base",
-        "load_detector": "base",
-        "DetectorTrainingConfig": "train",
-        "TrainedDetector": "train",
-        "train_detector": "train",
-        "Injected": "inject",
-        "benign": "inject",
-        "damage_kind": "inject",
-        "damage_kinds": "inject",
-        "read_shards": "shards",
-        "write_shards": "shards",
+        "ArtifactDetector": "diffdoctor.detector.models.segformer",
+        "ConvDetector": "diffdoctor.detector.models.conv",
+        "Detector": "diffdoctor.detector.models.base",
+        "PreprocessConfig": "diffdoctor.detector.models.base",
+        "load_detector": "diffdoctor.detector.models.base",
+        "DetectorTrainingConfig": "diffdoctor.detector.config",
+        "TrainedDetector": "diffdoctor.detector.train",
+        "train_detector": "diffdoctor.detector.train",
+        "Injected": "diffdoctor.detector.damage.injection",
+        "benign": "diffdoctor.detector.damage.injection",
+        "damage_kind": "diffdoctor.detector.damage.injection",
+        "damage_kinds": "diffdoctor.detector.damage.injection",
+        "inject": "diffdoctor.detector.damage.injection",
+        "read_shards": "diffdoctor.data.shards",
+        "write_shards": "diffdoctor.data.shards",
     },
 )

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import nn
 
-from diffdoctor._checkpoints import Checkpoints
-from diffdoctor._errors import UserError
-from diffdoctor._io import atomic_write_json, clear_temporaries, refuse_foreign
-from diffdoctor.detector.base import CONFIG_NAME, WEIGHTS_NAME, Detector
+from diffdoctor.data.stream import ShardStream
+from diffdoctor.detector.models.base import CONFIG_NAME, WEIGHTS_NAME, Detector
 from diffdoctor.detector.samples import fingerprint_of
-from diffdoctor.detector.streaming import ShardStream
+from diffdoctor.runs.checkpoints import Checkpoints
+from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.files import atomic_write_json, clear_temporaries, refuse_foreign
 
 RESULTS = ("detector", "best")
 _ADVICE = "choose another output folder or remove it"

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from diffdoctor.detector.inject import NoVisibleDamage, benign, check_kinds, check_range, inject
+from diffdoctor.detector.damage.injection import NoVisibleDamage, benign, check_kinds, check_range, inject
 
 
 class DetectorData(Protocol):

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffdoctor._average import RunningAverage
-from diffdoctor._errors import UserError, missing_extra
-from diffdoctor._pictures import to_images
-from diffdoctor._progress import progress as progress_bar
-from diffdoctor.detector.feeding import PlannedSamples, ResampledSamples, StepPlan, collate
+from diffdoctor.data.pictures import to_images
+from diffdoctor.data.stream import ShardStream
+from diffdoctor.detector.config import DetectorTrainingConfig
+from diffdoctor.detector.loading import PlannedSamples, ResampledSamples, StepPlan, collate
 from diffdoctor.detector.losses import detector_loss
-from diffdoctor.detector.options import DetectorTrainingConfig
 from diffdoctor.detector.run_folder import RunFolder, describe
 from diffdoctor.detector.samples import DetectorData
-from diffdoctor.detector.streaming import ShardStream
+from diffdoctor.runs.errors import UserError, missing_extra
+from diffdoctor.runs.progress import progress as progress_bar
+from diffdoctor.training.ema import RunningAverage
 
 
 @dataclasses.dataclass
@@ -110,7 +110,7 @@ def prepared_run(
     with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         if detector is None:
-            from diffdoctor.detector.segformer import ArtifactDetector
+            from diffdoctor.detector.models.segformer import ArtifactDetector
 
             detector = ArtifactDetector.tiny()
         run = TrainingRun(config, data, detector, validation, accelerator)
@@ -298,7 +298,7 @@ class TrainingRun:
         self.detector.train()
 
     def _measures(self) -> dict[str, float]:
-        from diffdoctor.evaluate.detector import quick_measures
+        from diffdoctor.evaluate.detector.measure import quick_measures
 
         return quick_measures(self.detector, self.validation, size=self.config.size, strict=self.config.strict)
 

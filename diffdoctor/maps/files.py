@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffdoctor._errors import UserError
-from diffdoctor._io import atomic_path, atomic_write_text
+from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.files import atomic_path, atomic_write_text
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAP_ENDING = ".mask.png"  # the ending that maps have in shards too
@@ -146,11 +146,11 @@ class ShardRecords(Sequence):
     """The pictures of shards with a manifest as records, read one by one when they are asked for.
 
     Args:
-        folder: what `diffdoctor.detector.shards.write_shards` wrote; the masks are the confidence maps.
+        folder: what `diffdoctor.data.shards.write_shards` wrote; the masks are the confidence maps.
     """
 
     def __init__(self, folder):
-        from diffdoctor.detector.shards import ShardData
+        from diffdoctor.data.shards import ShardData
 
         self.data = ShardData(folder)
 

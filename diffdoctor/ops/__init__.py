@@ -1,7 +1,7 @@
 """The operations: checks, autograd, dispatch to a backend, and the helpers beside them."""
 
-# Registers the operators before anything is traced.
-from diffdoctor.ops import _library_artifact_loss, _library_modulate_gradient, _library_weighted_loss  # noqa: F401
+# The library registers the operators before anything is traced.
+from diffdoctor.ops import library as _library  # noqa: F401
 from diffdoctor.ops.artifact_loss import artifact_loss
 from diffdoctor.ops.layout import Packed
 from diffdoctor.ops.modulate_gradient import GradientModulator, modulate_gradient

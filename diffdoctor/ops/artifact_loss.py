@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from diffdoctor import reference
-from diffdoctor.backends import pick, requested
-from diffdoctor.ops import _checks as checks
-from diffdoctor.ops._autograd import ArtifactLoss, guard_reference, refuse_forward_mode, refuse_functorch
-from diffdoctor.ops._lowering import ARTIFACT_METHODS, ArtifactProblem
-from diffdoctor.ops._prepare import round_to_fp32
+from diffdoctor.backends.select import pick, requested
+from diffdoctor.lowering.plan import ARTIFACT_METHODS, ArtifactProblem
+from diffdoctor.ops import checks
+from diffdoctor.ops.autograd import ArtifactLoss, guard_reference, refuse_forward_mode, refuse_functorch
+from diffdoctor.ops.prepare import round_to_fp32
 
 
 def artifact_loss(
@@ -45,7 +45,7 @@ def artifact_loss(
     """
     height, width = check_arguments(logits, size, threshold, method, reduction)
     if torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter):
-        from diffdoctor.ops import _library_artifact_loss
+        from diffdoctor.ops.library import artifact_loss as _library_artifact_loss
 
         return _library_artifact_loss.artifact_loss(logits, height, width, threshold, method, reduction, backend)
     refuse_functorch("artifact_loss")

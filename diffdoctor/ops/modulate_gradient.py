@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from diffdoctor import reference
-from diffdoctor.backends import pick, requested
-from diffdoctor.ops import _checks as checks
-from diffdoctor.ops._autograd import forbid_second_derivative, refuse_functorch
-from diffdoctor.ops._lowering import WRITE_GRAD, Options, PerSample, Problem
-from diffdoctor.ops._prepare import Prepared, make_options, prepare, remember
+from diffdoctor.backends.select import pick, requested
+from diffdoctor.lowering.plan import WRITE_GRAD, Options, PerSample, Problem
+from diffdoctor.ops import checks
+from diffdoctor.ops.autograd import forbid_second_derivative, refuse_functorch
+from diffdoctor.ops.prepare import Prepared, make_options, prepare, remember
 
 _ONE = PerSample()
 _keys = itertools.count()
@@ -66,7 +66,7 @@ def modulate_gradient(
     checks.check_pred("x", x, layout)
     checks.check_map("confidence", confidence, x, layout)
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
-        from diffdoctor.ops import _library_modulate_gradient
+        from diffdoctor.ops.library import modulate_gradient as _library_modulate_gradient
 
         return _library_modulate_gradient.modulate_gradient(x, confidence, modulator)
     modulator.set(confidence)
@@ -144,7 +144,7 @@ class GradientModulator:
     def __call__(self, x: Tensor) -> Tensor:
         """x unchanged, its gradient modulated in backward."""
         if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
-            from diffdoctor.ops import _library_modulate_gradient
+            from diffdoctor.ops.library import modulate_gradient as _library_modulate_gradient
 
             checks.check_pred("x", x, self.layout)
             if self._key is None:

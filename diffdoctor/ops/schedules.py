@@ -8,7 +8,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from diffdoctor.ops._checks import kind_error
+from diffdoctor.ops.checks import kind_error
 
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 _SCHEDULES = ("constant", "exponential", "snr")

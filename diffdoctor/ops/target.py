@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffdoctor.ops._lowering import MAX_TERMS
+from diffdoctor.lowering.plan import MAX_TERMS
 
 
 class Target:

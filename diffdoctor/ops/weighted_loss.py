@@ -7,18 +7,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffdoctor import reference
-from diffdoctor.backends import for_device, overridden, pick, requested
-from diffdoctor.ops import _checks as checks
-from diffdoctor.ops._autograd import (
+from diffdoctor.backends.select import for_device, overridden, pick, requested
+from diffdoctor.lowering.plan import SUMS
+from diffdoctor.ops import checks
+from diffdoctor.ops.arguments import add_divisor, allocate, make_problem, meta, target_meta
+from diffdoctor.ops.autograd import (
     WeightedLoss,
     functorch_level,
     guard_reference,
     refuse_forward_mode,
     refuse_functorch,
 )
-from diffdoctor.ops._lowering import SUMS
-from diffdoctor.ops._prepare import Prepared, make_options, prepare, remember
-from diffdoctor.ops._problem import add_divisor, allocate, make_problem, meta, target_meta
+from diffdoctor.ops.prepare import Prepared, make_options, prepare, remember
 from diffdoctor.ops.stats import LossStats
 from diffdoctor.ops.target import Target
 
@@ -100,7 +100,7 @@ def weighted_loss(
         >>> loss.backward()
     """
     if _is_compiling() or type(model_pred) not in _PLAIN:
-        from diffdoctor.ops import _library_weighted_loss
+        from diffdoctor.ops.library import weighted_loss as _library_weighted_loss
 
         return _library_weighted_loss.weighted_loss(
             model_pred,

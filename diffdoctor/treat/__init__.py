@@ -1,17 +1,16 @@
 """Stage 2: tune a pipeline, or guide one sampling run, exactly where its pictures are broken."""
 
-from diffdoctor._lazy import lazy_names
+from diffdoctor.lazy import lazy_names
 
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "Family": "families",
-        "register_family": "families",
-        "TreatConfig": "config",
-        "TreatResult": "trainer",
-        "treat": "trainer",
-        "guide": "guiding",
-        "GuideLog": "guiding",
-        "save_lora": "lora",
+        "Family": "diffdoctor.treat.families",
+        "register_family": "diffdoctor.treat.families",
+        "TreatConfig": "diffdoctor.treat.config",
+        "TreatResult": "diffdoctor.treat.train",
+        "treat": "diffdoctor.treat.train",
+        "GuideLog": "diffdoctor.treat.guide",
+        "save_lora": "diffdoctor.treat.lora",
     },
 )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from diffdoctor._errors import UserError
-from diffdoctor._weights import same_weights
+from diffdoctor.runs.errors import UserError
+from diffdoctor.training.processes import Processes
+from diffdoctor.training.weights import same_weights
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family
-from diffdoctor.treat.processes import Processes
 
 
 def check_pipeline(family: Family) -> None:

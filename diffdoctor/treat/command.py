@@ -6,10 +6,10 @@ import logging
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from diffdoctor._errors import UserError, missing_extra
-from diffdoctor._pipelines import DTYPES, load_pipeline, replace_scheduler
-from diffdoctor._prompts import read_prompt_file
+from diffdoctor.data.prompts import read_prompt_file
+from diffdoctor.runs.errors import UserError, missing_extra
 from diffdoctor.treat.config import TreatConfig
+from diffdoctor.treat.loading import DTYPES, load_pipeline, replace_scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +70,9 @@ def run_treat(config: TreatCommandConfig) -> int:
         import peft  # noqa: F401
     except ImportError as error:
         raise missing_extra(error.name or "diffusers", "stages") from None
-    from diffdoctor.detector.diagnosing import open_detector
-    from diffdoctor.treat.processes import Processes
-    from diffdoctor.treat.trainer import treat
+    from diffdoctor.detector.commands.diagnose import open_detector
+    from diffdoctor.training.processes import Processes
+    from diffdoctor.treat.train import treat
 
     prompts = [prompt.text for prompt in read_prompt_file(config.prompts)]
     offline = _read_offline(config.offline) if config.offline else None
@@ -113,7 +113,7 @@ def _with_absolute_paths(settings: dict) -> dict:
 
 
 def _read_offline(folder: str):
-    from diffdoctor.detector.shards import read_shards
+    from diffdoctor.data.shards import read_shards
 
     samples = [(sample["picture"], str(sample.get("prompt") or "")) for sample in read_shards(folder)]
     if not samples:

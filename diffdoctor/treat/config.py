@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from diffdoctor._errors import UserError
+from diffdoctor.runs.errors import UserError
 
 
 @dataclass

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffdoctor._checkpoints import Checkpoints
-from diffdoctor._errors import UserError, first_line
-from diffdoctor._io import atomic_write_text, clear_temporaries, refuse_foreign
-from diffdoctor._locks import FolderLock
-from diffdoctor._weights import weights_digest
+from diffdoctor.runs.checkpoints import Checkpoints
+from diffdoctor.runs.errors import UserError, first_line
+from diffdoctor.runs.files import atomic_write_text, clear_temporaries, refuse_foreign
+from diffdoctor.runs.lock import FolderLock
+from diffdoctor.training.weights import weights_digest
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family
 from diffdoctor.treat.lora import WEIGHTS_NAME

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from diffdoctor._errors import UserError
-from diffdoctor._io import atomic_dir
+from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.files import atomic_dir
 from diffdoctor.treat.families import Family
 
 ADAPTER = "diffdoctor"

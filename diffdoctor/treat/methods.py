@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from diffdoctor.training.processes import seed_of
 from diffdoctor.treat.families import Family
-from diffdoctor.treat.processes import seed_of
 from diffdoctor.treat.rollout import Guidance, Rollout, replay
 from diffdoctor.treat.schedulers import Sampler
 

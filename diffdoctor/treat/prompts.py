@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Sequence
 
-from diffdoctor._errors import UserError
+from diffdoctor.runs.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from diffdoctor._errors import UserError, first_line
 from diffdoctor.ops import Target
+from diffdoctor.runs.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 

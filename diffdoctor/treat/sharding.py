@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from diffdoctor._errors import UserError
+from diffdoctor.runs.errors import UserError
+from diffdoctor.training.processes import Processes
 from diffdoctor.treat.families import Family
-from diffdoctor.treat.processes import Processes
 
 
 def wants_sharding(processes: Processes) -> bool:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from diffdoctor._errors import UserError
-from diffdoctor._pictures import to_images
+from diffdoctor.data.pictures import to_images
 from diffdoctor.ops import GradientModulator, artifact_loss, weighted_loss
+from diffdoctor.runs.errors import UserError
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Conditioning, Family
 from diffdoctor.treat.methods import FINAL_LATENTS, LV_REPEATS, Replay

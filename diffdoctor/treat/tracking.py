@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffdoctor._errors import UserError, first_line, missing_extra
-from diffdoctor._io import atomic_write_bytes, atomic_write_text
+from diffdoctor.runs.errors import UserError, first_line, missing_extra
+from diffdoctor.runs.files import atomic_write_bytes, atomic_write_text
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.files import writing
 
@@ -76,7 +76,7 @@ class Tracking:
         """
         if self.output_dir is None or not self.is_main:
             return
-        from diffdoctor.evaluate.draw import png_bytes
+        from diffdoctor.viz.draw import png_bytes
 
         picture = sample_sheet(pictures, confidence)
         with writing(self.output_dir):
@@ -96,7 +96,7 @@ class Tracking:
 
 def sample_sheet(pictures: torch.Tensor, confidence: torch.Tensor) -> np.ndarray:
     """uint8 (H', W', 3): rows of pictures (B, 3, H, W) in [0, 1], each above a row of their diagnoses (B, 1, H, W)."""
-    from diffdoctor.evaluate.draw import enlarge, grid, overlay
+    from diffdoctor.viz.draw import enlarge, grid, overlay
 
     plain = (pictures.float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     maps = confidence[:, 0].float().nan_to_num().cpu().numpy()

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
-from diffdoctor._average import RunningAverage, put
-from diffdoctor._errors import UserError
-from diffdoctor._locks import FolderLock
-from diffdoctor._progress import progress as show_progress
+from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.lock import FolderLock
+from diffdoctor.runs.progress import progress as show_progress
+from diffdoctor.runs.signals import deferred_signals
+from diffdoctor.training.ema import RunningAverage, put
+from diffdoctor.training.processes import Processes, seed_of
 from diffdoctor.treat.checks import check_detectors, check_even_batches, check_finite, check_pipeline
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import family_of
@@ -24,18 +26,11 @@ from diffdoctor.treat.files import check_lora_folder, open_output, origins_of, r
 from diffdoctor.treat.lora import add_lora, load_lora_state, lora_state, merged_lora
 from diffdoctor.treat.methods import kept_steps
 from diffdoctor.treat.monitor import Monitor, measure
-from diffdoctor.treat.preparing import (
-    memory_options,
-    place,
-    release_text_encoders,
-    restore_text_encoders,
-)
-from diffdoctor.treat.processes import Processes, seed_of
+from diffdoctor.treat.prepare import memory_options, place, release_text_encoders, restore_text_encoders
 from diffdoctor.treat.prompts import check_prompts
 from diffdoctor.treat.rollout import Guidance, Rollout, initial_latents, picture_generators, roll_out
 from diffdoctor.treat.schedulers import Sampler
 from diffdoctor.treat.sharding import shard_denoiser, wants_sharding
-from diffdoctor.treat.signals import deferred_signals
 from diffdoctor.treat.terms import artifact_term, diagnose, offline_term, pairs_of, prepare_offline
 from diffdoctor.treat.tracking import Tracking
 

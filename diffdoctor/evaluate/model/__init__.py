@@ -3,16 +3,16 @@
 The public names work on pictures in memory; `diffdoctor evaluate model` measures the same from files.
 """
 
-from diffdoctor._lazy import lazy_names
+from diffdoctor.lazy import lazy_names
 
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "Comparison": "comparing",
-        "artifact_rates": "summary",
-        "compare_pictures": "comparing",
-        "diagnose_pictures": "comparing",
-        "draw_pictures": "comparing",
-        "sample_pictures": "comparing",
+        "Comparison": "diffdoctor.evaluate.model.compare",
+        "artifact_rates": "diffdoctor.evaluate.model.summary",
+        "compare_pictures": "diffdoctor.evaluate.model.compare",
+        "diagnose_pictures": "diffdoctor.evaluate.model.compare",
+        "draw_pictures": "diffdoctor.evaluate.model.compare",
+        "sample_pictures": "diffdoctor.evaluate.model.compare",
     },
 )

@@ -10,22 +10,22 @@ from pathlib import Path
 
 import torch
 
-from diffdoctor._errors import UserError, missing_extra
-from diffdoctor._io import atomic_write_json
-from diffdoctor._locks import FolderLock
-from diffdoctor._progress import progress, quiet_loaders
-from diffdoctor._prompts import Prompt, read_prompt_file
-from diffdoctor._weights import same_weights, weights_digest
-from diffdoctor.detector.diagnosing import open_detector, open_device
-from diffdoctor.detector.pictures import finite, versions, write_config
-from diffdoctor.detector.shards import SkipCounts
-from diffdoctor.evaluate.model import measuring
-from diffdoctor.evaluate.model import pipeline as pipelines
-from diffdoctor.evaluate.model.comparing import draw_pictures
+from diffdoctor.data.prompts import Prompt, read_prompt_file
+from diffdoctor.data.shards import SkipCounts
+from diffdoctor.data.sources import finite, versions, write_config
+from diffdoctor.detector.commands.diagnose import open_detector, open_device
+from diffdoctor.evaluate.model import draw as pipelines
+from diffdoctor.evaluate.model import measure as measuring
+from diffdoctor.evaluate.model.compare import draw_pictures
+from diffdoctor.evaluate.model.config import EvaluateModelConfig, completed, read_settings
 from diffdoctor.evaluate.model.networks import Classifier, Clip, load_features
-from diffdoctor.evaluate.model.options import EvaluateModelConfig, completed, read_settings
 from diffdoctor.evaluate.model.store import EvaluationFolder
 from diffdoctor.evaluate.model.summary import summarise, summarise_groups
+from diffdoctor.runs.errors import UserError, missing_extra
+from diffdoctor.runs.files import atomic_write_json
+from diffdoctor.runs.lock import FolderLock
+from diffdoctor.runs.progress import progress, quiet_loaders
+from diffdoctor.training.weights import same_weights, weights_digest
 from diffdoctor.treat.prompts import check_prompts
 
 SIDES = ("before", "after")

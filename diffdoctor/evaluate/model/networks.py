@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from diffdoctor._errors import UserError, first_line, missing_extra
-from diffdoctor._pictures import to_images
+from diffdoctor.data.pictures import to_images
+from diffdoctor.runs.errors import UserError, first_line, missing_extra
 
 INCEPTION_SIZES = (64, 192, 768, 2048)
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from diffdoctor.evaluate.draw import as_hwc, enlarge, grid, jpeg_bytes, overlay, png_bytes
-from diffdoctor.evaluate.model.comparing import diagnose_pictures
-from diffdoctor.evaluate.pixel import FLAG_CONFIDENCE, FLAG_SHARE
-from diffdoctor.evaluate.report import Report, new_figure
+from diffdoctor.evaluate.model.compare import diagnose_pictures
+from diffdoctor.measures.pixels import FLAG_CONFIDENCE, FLAG_SHARE
+from diffdoctor.viz.draw import as_hwc, enlarge, grid, jpeg_bytes, overlay, png_bytes
+from diffdoctor.viz.report import Report, new_figure
 
 SMALL, LARGE = 128, 288
 

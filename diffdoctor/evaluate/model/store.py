@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffdoctor._errors import UserError
-from diffdoctor._io import atomic_path, atomic_write_bytes, atomic_write_json, clear_temporaries
-from diffdoctor.detector.codec import decode, encode_picture
+from diffdoctor.data.codec import decode, encode_picture
 from diffdoctor.evaluate.model.summary import PictureMeasures
+from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json, clear_temporaries
 
 RUN = "run.json"
 

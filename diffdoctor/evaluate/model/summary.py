@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from diffdoctor.evaluate.features import blocks, frechet_distance_of_blocks, within_class_variance
-from diffdoctor.evaluate.pixel import FLAG_SHARE
-from diffdoctor.evaluate.rates import paired_bootstrap, paired_mean, wilson_interval
+from diffdoctor.measures.features import blocks, frechet_distance_of_blocks, within_class_variance
+from diffdoctor.measures.pixels import FLAG_SHARE
+from diffdoctor.measures.rates import paired_bootstrap, paired_mean, wilson_interval
 
 
 @dataclass

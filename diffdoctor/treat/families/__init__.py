@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffdoctor._errors import UserError
+from diffdoctor.runs.errors import UserError
 from diffdoctor.treat.families.base import Conditioning, Family
 from diffdoctor.treat.families.flux import FluxFamily
 from diffdoctor.treat.families.sdxl import SDXLFamily

@@ -14,8 +14,8 @@ from typing import ClassVar
 
 import torch
 
-from diffdoctor._errors import UserError
 from diffdoctor.reference.modulate_gradient import scale_gradient
+from diffdoctor.runs.errors import UserError
 
 
 @dataclass

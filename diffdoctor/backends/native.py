@@ -1,0 +1,78 @@
+"""The compiled module, loaded at first use; why it could not be is remembered."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pathlib
+import warnings
+
+_INSTRUCTION_SETS = ("generic", "avx2", "avx512")
+_module = None
+_reason: str | None = None
+_tried = False
+_ignored: str | None = None
+
+
+def load():
+    """The compiled module `diffdoctor._native`, or None; see `reason`. Warns where DIFFDOCTOR_CPU_ISA has no effect."""
+    global _module, _reason, _tried, _ignored
+    if not _tried:
+        _tried = True
+        info = build_info()
+        left_out = info.get("left_out", {}).get("cpu")
+        if info.get("built") == []:
+            # A module that lies here is left over from an earlier build.
+            _reason = left_out
+            return None
+        try:
+            _module = importlib.import_module("diffdoctor._native")
+        except ImportError as error:
+            _reason = left_out or (
+                f"the compiled module is not there ({error}); DIFFDOCTOR_BUILD=none installs go without it"
+            )
+        else:
+            _ignored = _ignored_instruction_set(_module)
+            if _ignored:
+                warnings.warn(_ignored, stacklevel=2)
+    return _module
+
+
+def _ignored_instruction_set(module) -> str | None:
+    wanted = os.environ.get("DIFFDOCTOR_CPU_ISA")
+    if not wanted or wanted == module.instruction_set():
+        return None
+    if wanted in _INSTRUCTION_SETS:
+        expected = "one that this CPU and this build have"
+    else:
+        expected = f"one of {', '.join(_INSTRUCTION_SETS)}"
+    return f"DIFFDOCTOR_CPU_ISA must be {expected}, got {wanted!r}; {module.instruction_set()} is used"
+
+
+def reason() -> str | None:
+    """Why the compiled module is not there, or None where it is."""
+    load()
+    return _reason
+
+
+def build_info() -> dict:
+    """What the build put into the package and what it left out; empty for a tree that was never built."""
+    path = pathlib.Path(__file__).resolve().parent.parent / "_build_info.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def describe() -> dict:
+    """For `diffdoctor env`: whether the module loads, its instruction set, and the build's own account."""
+    module = load()
+    account = {"loaded": module is not None}
+    if module is None:
+        account["reason"] = _reason
+    else:
+        account["instruction_set"] = module.instruction_set()
+        if _ignored:
+            account["ignored"] = _ignored
+    return {**account, "build": build_info()}

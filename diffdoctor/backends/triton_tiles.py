@@ -1,0 +1,218 @@
+"""How the Triton kernels walk a plan: tiles, strides by group, and the arguments that launches of one plan share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from math import gcd, prod
+
+import torch
+import triton.language as tl
+
+from diffdoctor.lowering.plan import LOSS_KINDS, MAP_MODES, MAX_DIMS, REDUCTIONS, MapPlan, Plan
+
+ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
+# The fusion is said aloud because Triton 3.10 changes the default; where a rounding must not depend on it there is fma.
+LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
+_ABSENT, _SAME, _RESAMPLED = 0, 1, 2  # kernels/resample.py
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """How a plan's elements are cut into tiles: see kernels/weighted_loss.py."""
+
+    groups: tuple[tuple[int, ...], ...]  # which of the plan's six dims are outer, free, inner
+    count: tuple[int, int, int]  # elements of each group
+    block: tuple[int, int, int]
+    inner_blocks: int
+    spots: int  # tiles of outer × inner positions
+    walks: int  # programs that share one spot's free positions ...
+    steps: int  # ... and the blocks of them that each visits
+
+    @property
+    def programs(self) -> int:
+        return self.spots * self.walks
+
+
+def make_box(plan: Plan) -> Box:
+    """The free dims are the longest run along which every map is constant; without maps all but the last of several."""
+    dims = tuple(range(MAX_DIMS - plan.ndim, MAX_DIMS))
+    maps = [map_plan for map_plan in (plan.confidence, plan.mask) if map_plan is not None]
+    begin, end = _longest_run([all(_constant(plan, map_plan, d) for map_plan in maps) for d in dims], plan, dims)
+    if not maps and len(dims) > 1:
+        end -= 1
+    groups = (dims[:begin], dims[begin:end], dims[end:])
+    count = tuple(prod(plan.size[d] for d in group) for group in groups)
+    n_outer, n_free, n_inner = count
+    tile = 256 if plan.batch * plan.count <= 1 << 18 else 1024
+    inner = _block(n_inner, tile)
+    free = _block(n_free, tile // inner)
+    outer = _block(n_outer, tile // (inner * free))
+    inner_blocks = -(-n_inner // inner)
+    spots = -(-n_outer // outer) * inner_blocks
+    free_blocks = -(-n_free // free)
+    walks = min(free_blocks, max(1, (1024 if maps else 8192) // (spots * plan.batch)))
+    steps = -(-free_blocks // walks)
+    return Box(groups, count, (outer, free, inner), inner_blocks, spots, -(-free_blocks // steps), steps)
+
+
+def _constant(plan: Plan, map_plan: MapPlan, d: int) -> bool:
+    if map_plan.mode == "same":
+        return map_plan.strides[1 + d] == 0
+    return all(axis[d] == 0 for axis in plan.coord)
+
+
+def _longest_run(free: list[bool], plan: Plan, dims: tuple[int, ...]) -> tuple[int, int]:
+    """[begin, end) of the run of True with most elements; (0, 0) where there is none."""
+    best, most, begin = (0, 0), 0, 0
+    for d in range(len(dims) + 1):
+        if d == len(dims) or not free[d]:
+            size = prod(plan.size[k] for k in dims[begin:d])
+            if d > begin and size > most:
+                best, most = (begin, d), size
+            begin = d + 1
+    return best
+
+
+def _block(n: int, limit: int) -> int:
+    """A power of two ≤ `limit`: n rounded up where it is small, else the largest that pads it by at most a quarter."""
+    size = 1
+    while size < min(n, limit):
+        size *= 2
+    while size > 64 and -(-n // size) * size > 1.25 * n:
+        size //= 2
+    return size
+
+
+def _grouped(plan: Plan, box: Box, strides) -> tuple[tuple[int, ...], ...]:
+    """Strides of the plan's six dims by group; one stride where the group's dims advance evenly."""
+    grouped = []
+    for group in box.groups:
+        steps = tuple(strides[d] for d in group) or (0,)
+        if all(strides[a] == strides[b] * plan.size[b] for a, b in pairwise(group)):
+            steps = steps[-1:]
+        grouped.append(steps)
+    return tuple(grouped)
+
+
+def _in_units(groups: tuple[tuple[int, ...], ...] | None):
+    """(groups divided by their units, the units): per group the power of two up to 16 that divides all of it."""
+    if groups is None:
+        return None, (1, 1, 1)
+    units = tuple(gcd(16, *group) for group in groups)
+    return tuple(tuple(n // unit for n in group) for group, unit in zip(groups, units, strict=True)), units
+
+
+def index_type(plan: Plan):
+    """int32 where every offset within a sample, and every product of the resampling, stays far from 2³¹."""
+    operands = [plan.pred_strides, plan.grad_strides, *plan.term_strides]
+    if plan.weighting_strides is not None:
+        operands.append(plan.weighting_strides)
+    reach = [plan.count]
+    for map_plan in (plan.confidence, plan.mask):
+        if map_plan is None:
+            continue
+        if map_plan.mode == "same":
+            operands.append(map_plan.strides)
+            continue
+        reach.append(sum((n - 1) * s for n, s in zip(map_plan.in_size, map_plan.in_stride, strict=True)))
+        reach += [(n + 1) * (out + 1) for n, out in zip(map_plan.in_size, plan.grid, strict=True)]
+    reach += [sum((n - 1) * abs(s) for n, s in zip(plan.size, strides[1:], strict=True)) for strides in operands]
+    return tl.int64 if max(reach) >= 1 << 30 else tl.int32
+
+
+def _axes(plan: Plan, map_plan: MapPlan | None) -> tuple[int, ...] | None:
+    if map_plan is None or map_plan.mode == "same":
+        return None
+    windows = (n // out + (2 if n % out else 0) for n, out in zip(map_plan.in_size, plan.grid, strict=True))
+    return (*map_plan.in_size, *map_plan.in_stride, *windows)
+
+
+def _kind(map_plan: MapPlan | None) -> int:
+    if map_plan is None:
+        return _ABSENT
+    return _SAME if map_plan.mode == "same" else _RESAMPLED
+
+
+def _strides(plan: Plan, box: Box, strides) -> tuple[tuple[int, ...], ...] | None:
+    """An operand's strides (batch first) by group; None for one that is not there."""
+    return None if strides is None else _grouped(plan, box, strides[1:])
+
+
+def map_arguments(plan: Plan, box: Box) -> dict:
+    """What both weighted-loss kernels are told about the maps."""
+    options = plan.options
+    maps = (plan.confidence, plan.mask)
+    resampled = [map_plan.mode for map_plan in maps if _kind(map_plan) == _RESAMPLED]
+    operands = (plan.pred_strides, plan.grad_strides, *(*plan.term_strides, None, None)[:2], plan.weighting_strides)
+    batch_strides = [0 if strides is None else strides[0] for strides in operands]
+    batch_strides += [0 if map_plan is None else map_plan.strides[0] for map_plan in maps]
+    arguments = {
+        "sizes": tuple(tuple(plan.size[d] for d in group) or (1,) for group in box.groups),
+        "coords": tuple(_grouped(plan, box, axis) for axis in plan.coord) if resampled else None,
+        "batch_strides": tuple(batch_strides),
+        "map_grid": plan.grid if resampled else None,
+        "mode": MAP_MODES[resampled[0]] if resampled else 0,
+        "clean_weight": options.clean_weight,
+        "artifact_weight": options.artifact_weight,
+        "threshold": options.threshold,
+        "gamma": options.gamma,
+        "batch": plan.batch,
+        "BLOCK_PARTIAL": 256 if max(box.programs, plan.batch) <= 256 else 1024,
+        "ACC": ACC[plan.acc_dtype],
+        "IDX": index_type(plan),
+        **LAUNCH,
+    }
+    for name, map_plan in (("confidence", plan.confidence), ("mask", plan.mask)):
+        kind = arguments[name.upper()] = _kind(map_plan)
+        arguments[f"{name}_strides"] = _strides(plan, box, map_plan.strides) if kind == _SAME else None
+        arguments[f"{name}_axes"] = _axes(plan, map_plan)
+    return arguments
+
+
+def loss_arguments(plan: Plan, box: Box) -> dict:
+    """What launches of weighted_loss_kernel on one plan share."""
+    options = plan.options
+    plain = not any(options.strength[1:])
+    counts, count_units = _in_units(tuple((n,) for n in box.count))
+    arguments = {
+        **map_arguments(plan, box),
+        **dict(zip(LOSS_KINDS, options.strength, strict=True)),
+        "weighting_strides": _strides(plan, box, plan.weighting_strides),
+        "outer_count": counts[0][0],
+        "free_count": counts[1][0],
+        "inner_count": counts[2][0],
+        "COUNT_UNITS": count_units,
+        "programs": box.programs,
+        "walks": box.walks,
+        "steps": box.steps,
+        "inner_blocks": box.inner_blocks,
+        "reduction": REDUCTIONS[options.reduction],
+        "clean_grad": options.clean_grad,
+        "artifact_grad": options.artifact_grad,
+        "PLAIN": plain,
+        "num_warps": 4 if plain else 8,  # a mixture's branches need registers: with 4 warps a few are spilled
+        "BLOCK_OUTER": box.block[0],
+        "BLOCK_FREE": box.block[1],
+        "BLOCK_INNER": box.block[2],
+    }
+    operands = (plan.pred_strides, plan.grad_strides, *(*plan.term_strides, None, None)[:2])
+    for name, strides in zip(("pred", "grad", "term0", "term1"), operands, strict=True):
+        arguments[f"{name}_strides"], arguments[f"{name.upper()}_UNITS"] = _in_units(_strides(plan, box, strides))
+    return arguments
+
+
+def mean_arguments(plan: Plan, box: Box) -> dict:
+    """What launches of weight_mean_kernel on one plan share: it walks no free positions, so it has tiles of its own."""
+    inner = _block(box.count[2], 1024)
+    outer = _block(box.count[0], 1024 // inner)
+    inner_blocks = -(-box.count[2] // inner)
+    return {
+        **map_arguments(plan, box),
+        "n_outer": box.count[0],
+        "n_inner": box.count[2],
+        "programs": -(-box.count[0] // outer) * inner_blocks,
+        "inner_blocks": inner_blocks,
+        "BLOCK_OUTER": outer,
+        "BLOCK_INNER": inner,
+    }

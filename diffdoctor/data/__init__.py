@@ -1,0 +1,1 @@
+"""Pictures, labels and prompts as files: sources, tar shards and their manifest, streams."""

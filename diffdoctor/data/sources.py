@@ -1,0 +1,190 @@
+"""Pictures from files, folders, globs and shards, one at a time and in a fixed order; and a run's records."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import glob
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from diffdoctor.data.codec import decode
+from diffdoctor.data.shards import read_shards
+from diffdoctor.data.tar import SkipCounts
+from diffdoctor.runs.errors import UserError, missing_extra
+from diffdoctor.runs.files import atomic_write_text
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where pictures come from: one picture file, or one shard of many.
+
+    Attributes:
+        path: the file.
+        name: what it is called in results: its path below the folder it was found in, without the suffix, which is
+            kept where two files differ in nothing else. What is no Unicode in a file's name stands there as \\udcff.
+        category: the folder's name right above the picture, "" for one named on the command line.
+    """
+
+    path: Path
+    name: str
+    category: str = ""
+
+    @property
+    def is_shard(self) -> bool:
+        return self.path.suffix == ".tar"
+
+    def stamp(self) -> str:
+        """Size and time of the file, and of the text beside a picture; another one after a file was replaced."""
+        files = [self.path] if self.is_shard else [self.path, self.path.with_suffix(".txt")]
+        stats = [file.stat() if file.is_file() else None for file in files]
+        return " ".join(f"{stat.st_size}@{stat.st_mtime_ns}" if stat else "-" for stat in stats)
+
+
+def find_sources(places: Sequence[str | Path]) -> list[Source]:
+    """Picture files and shards that are named, lie in a named folder (searched to its depths) or match a pattern.
+
+    A pattern that matches folders and no file stands for these folders; of several in one another, for the outermost.
+
+    Raises:
+        UserError: a place that does not exist or holds neither pictures nor shards; two pictures of one name.
+    """
+    found: list[Source] = []
+    for place in places:
+        path = Path(place)
+        if path.is_dir():
+            inside = _in_folder(path)
+        elif path.is_file():
+            inside = [Source(path, _readable(path.stem))]
+        else:
+            inside = _matching(str(place))
+        if not inside:
+            where = "in this folder" if path.is_dir() else "in the folders that match"
+            raise UserError(f"{place}: no pictures ({', '.join(SUFFIXES)}) and no .tar shards {where}")
+        found += inside
+    names: dict[str, Path] = {}
+    for source in found:
+        if source.name in names:
+            raise UserError(f"{source.path}: has the same name as {names[source.name]}; give the folder above them")
+        names[source.name] = source.path
+    return found
+
+
+def _in_folder(folder: Path) -> list[Source]:
+    inside = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (*SUFFIXES, ".tar") and p.is_file())
+    # Hidden: what an interrupted write left, or a system's own files.
+    inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    # Pictures beside shards are about the shards, such as the contact sheet.
+    of_shards = {p.parent for p in inside if p.suffix == ".tar"}
+    inside = [p for p in inside if p.suffix == ".tar" or p.parent not in of_shards]
+    alike = collections.Counter(file.with_suffix("") for file in inside)
+    found = []
+    for file in inside:
+        relative = file.relative_to(folder)
+        category = relative.parent.name if file.suffix != ".tar" else ""
+        name = relative.with_suffix("") if alike[file.with_suffix("")] == 1 else relative
+        found.append(Source(file, _readable(name), _readable(category)))
+    return found
+
+
+def _matching(pattern: str) -> list[Source]:
+    matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
+    files = [path for path in matches if path.is_file()]
+    folders = [path for path in matches if path.is_dir()]
+    if not (files or folders):
+        raise UserError(f"{pattern}: no such file, folder or pattern")
+    if files:
+        return [Source(path, _readable(path.stem)) for path in files]
+    outermost = [path for path in folders if not set(path.parents) & set(folders)]
+    return [source for folder in outermost for source in _in_folder(folder)]
+
+
+def _readable(name: str | Path) -> str:
+    return str(name).encode("utf-8", "backslashreplace").decode()
+
+
+def read_source(
+    source: Source, *, strict: bool = False, counts: SkipCounts | None = None, masks: str = "optional"
+) -> Iterator[dict]:
+    """The pictures of a source: dicts with `picture` (H, W, 3) uint8, `name`, and what a shard says besides.
+
+    A picture file has the prompt that a text file of its name beside it holds (`cat.png`, `cat.txt`), if there is one.
+    A picture that cannot be read is left out and counted, or stops the run with `strict`. `masks` is `read_shards`'.
+    """
+    counts = SkipCounts() if counts is None else counts
+    if source.is_shard:
+        for sample in read_shards(source.path, strict=strict, counts=counts, masks=masks):
+            yield {**sample, "name": f"{source.name}/{sample['key']}"}
+        return
+    try:
+        picture = decode(source.path.read_bytes(), "RGB")
+    except (OSError, ValueError):
+        counts.add("a broken picture", str(source.path), strict)
+        return
+    caption = source.path.with_suffix(".txt")
+    prompt = caption.read_text(encoding="utf-8", errors="replace").strip() if caption.is_file() else ""
+    yield {"picture": picture, "name": source.name, "category": source.category, "prompt": prompt}
+
+
+def shrink_to(picture: np.ndarray, longest: int | None) -> np.ndarray:
+    """A picture (H, W, 3) uint8 whose longest side is at most `longest` pixels, antialiased; None leaves it."""
+    from PIL import Image
+
+    if longest is None or max(picture.shape[:2]) <= longest:
+        return picture
+    scale = longest / max(picture.shape[:2])
+    size = tuple(max(1, round(side * scale)) for side in picture.shape[1::-1])
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
+
+
+def write_config(folder: Path, config) -> None:
+    """What a run was asked, as `config.yaml`."""
+    try:
+        import yaml
+    except ImportError:
+        raise missing_extra("pyyaml", "stages") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(folder / "config.yaml", yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def versions() -> dict[str, str]:
+    """What a run was made with, for its metrics.json."""
+    result = {"python": platform.python_version()}
+    for name in ("diffdoctor", "torch", "numpy", "scipy", "transformers", "accelerate", "pillow"):
+        try:
+            result[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return result
+
+
+def tell(line: str, skipped: dict[str, int] | None = None) -> None:
+    """A command's last words on standard error: what came of it, and what it left out."""
+    left = ", ".join(f"{count} x {reason}" for reason, count in (skipped or {}).items())
+    print(f"{line}; left out: {left}" if left else line, file=sys.stderr)
+
+
+def finite(value):
+    """JSON has no NaN: numbers that are not finite become null, in nested lists and dicts."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,1 @@
+"""The detector's commands: inject, train-detector, diagnose."""

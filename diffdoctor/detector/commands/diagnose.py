@@ -1,0 +1,368 @@
+"""`diffdoctor diagnose`: confidence maps, boxes and a gallery for any pictures; several processes; resumable."""
+
+import collections
+import dataclasses
+import heapq
+import json
+import os
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from diffdoctor.data.pictures import to_images
+from diffdoctor.data.sources import Source, find_sources, read_source, tell, versions, write_config
+from diffdoctor.data.tar import SkipCounts
+from diffdoctor.detector.models.base import Detector, load_detector
+from diffdoctor.measures.components import components
+from diffdoctor.measures.pixels import FLAG_SHARE, flagged_share
+from diffdoctor.runs.errors import UserError, check_least, first_line, missing_extra
+from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json, clear_temporaries
+from diffdoctor.runs.journal import Records, RecordWriter
+from diffdoctor.runs.lock import held
+from diffdoctor.runs.progress import progress
+from diffdoctor.training.weights import weights_digest
+from diffdoctor.viz.draw import overlay, png_bytes
+
+RECORDS = "records"
+TILE = 240  # smallest width of a picture in the gallery, in pixels
+# What two runs must have in common to share an output folder.
+_SAME = ("detector", "tile", "overlap", "bits", "dtype", "overlays")
+
+
+@dataclasses.dataclass
+class DiagnoseConfig:
+    """Options of `diffdoctor diagnose`.
+
+    Attributes:
+        pictures: files, folders, patterns, shards.
+        detector: the detector's folder or hub id, or the published checkpoint's .bin file.
+        output: the folder to make: maps, overlays, diagnosis.jsonl, gallery.html, config.yaml, metrics.json, records.
+            Run again, it goes on with the pictures that are not there yet or whose files were replaced, and reports
+            those that are given now.
+        batch_size: pictures of one size that are diagnosed together; files are shared among processes by as many.
+        tile: side in pixels of the tiles that larger pictures are cut into; null: pictures are diagnosed whole.
+        overlap: share of a tile that it has in common with the next.
+        bits: of the confidence maps, 8 or 16.
+        overlays: write the pictures reddened where the detector is confident.
+        gallery: pictures in the gallery, the worst first; 0: none.
+        dtype: fp32 or bf16: what the detector is loaded in.
+        device: such as cpu or cuda:1; null: the fastest there is.
+        strict: stop at the first broken picture instead of leaving it out and counting it.
+    """
+
+    pictures: list[str]
+    detector: str
+    output: str
+    batch_size: int = 16
+    tile: int | None = None
+    overlap: float = 0.25
+    bits: int = 8
+    overlays: bool = True
+    gallery: int = 200
+    dtype: str = "fp32"
+    device: str | None = None
+    strict: bool = False
+
+    def __post_init__(self):
+        if self.bits not in (8, 16):
+            raise UserError(f"bits: expected 8 or 16, got {self.bits}")
+        if self.dtype not in ("fp32", "bf16"):
+            raise UserError(f"dtype: expected fp32 or bf16, got {self.dtype!r}")
+        check_least(self, batch_size=1)
+        if self.tile is not None and self.tile < 16:
+            raise UserError(f"tile: expected >= 16 pixels, got {self.tile}")
+        if not 0 <= self.overlap <= 0.5:
+            raise UserError(f"overlap: expected a share in [0, 0.5], got {self.overlap}")
+        if self.gallery < 0:
+            raise UserError(f"gallery: expected >= 0 pictures, got {self.gallery}")
+
+
+def run_diagnose(config: DiagnoseConfig) -> dict:
+    """Run `diffdoctor diagnose`; returns what metrics.json holds."""
+    try:
+        from accelerate import PartialState
+    except ImportError:
+        raise missing_extra("accelerate", "stages") from None
+    import torch
+
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    output = Path(config.output)
+    sources = find_sources(config.pictures)
+    detector = open_detector(config.detector)
+    with held(output, main=state.is_main_process):
+        return _diagnose(detector, config, sources, state)
+
+
+def _diagnose(detector: Detector, config: DiagnoseConfig, sources: list[Source], state) -> dict:
+    import torch
+
+    output = Path(config.output)
+    settings = {name: getattr(config, name) for name in _SAME} | {"weights": weights_digest(detector)}
+    _same_run(output, settings)
+    inputs = _Inputs(sources)
+    done = _Done(inputs, output)
+    detector.to(open_device(config.device, state.device))
+    detector.to(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        clear_temporaries(output, deep=True)
+        write_config(output, config)
+        atomic_write_json(output / RECORDS / "run.json", settings)
+    state.wait_for_everyone()
+    skipped = _diagnose_units(detector, config, inputs, done, state)
+    state.wait_for_everyone()
+    metrics: dict = {}
+    if state.is_main_process:
+        metrics = _finish(inputs, config, skipped)
+        page = output / ("gallery.html" if config.gallery else "diagnosis.jsonl")
+        tell(f"{metrics['flagged']} of {metrics['pictures']} pictures are flagged: {page}", skipped)
+    state.wait_for_everyone()
+    return metrics
+
+
+def _units(sources: list[Source], size: int) -> list[list[Source]]:
+    """What is done by one process, from its start: a shard each, and picture files by `size`.
+
+    Which pictures share a batch depends on neither the processes nor on what is done, so that their maps' last bits
+    do not either.
+    """
+    files = [source for source in sources if not source.is_shard]
+    groups = [files[first : first + size] for first in range(0, len(files), size)]
+    return groups + [[source] for source in sources if source.is_shard]
+
+
+class _Inputs:
+    """The sources as their files are at the start of this life, and which records are of these."""
+
+    def __init__(self, sources: list[Source]):
+        self.sources = sources
+        self.stamps = {source.name: source.stamp() for source in sources}
+        self._named = {source.name: source for source in sources}
+
+    def source(self, name: str) -> Source | None:
+        """The picture file of this name, or the shard of the picture of this name."""
+        for found, is_shard in ((self._named.get(name), False), (self._named.get(name.rpartition("/")[0]), True)):
+            if found is not None and found.is_shard == is_shard:
+                return found
+        return None
+
+    def of_these(self, output: Path, records: Records) -> Iterator[dict]:
+        """The records, by name, of pictures that are given and whose files are as they were.
+
+        Raises:
+            UserError: there is one of another picture of the same name.
+        """
+        for record in records:
+            source, stamp = self.source(record["name"]), record.pop("stamp", None)
+            if source is None or stamp is None:
+                continue
+            if record["path"] != _place(source):
+                what = f"a map {record['name']} of {record['path']}, not of {_place(source)}"
+                raise UserError(f"{output}: holds {what}; choose another output folder")
+            if stamp == self.stamps[source.name]:
+                yield record
+
+    def mark(self, shard: str, pictures: int) -> str:
+        """What says in the records that a shard, as it is, is done with this many pictures."""
+        return f"{shard} {self.stamps[shard]} {pictures}"
+
+
+class _Done:
+    """What earlier lives have done, by name: pictures and whole shards."""
+
+    def __init__(self, inputs: _Inputs, output: Path):
+        records = Records(output / RECORDS)
+        self.names = {record["name"] for record in inputs.of_these(output, records)}
+        counts = collections.Counter(inputs.source(name).name for name in self.names)
+        shards = [source.name for source in inputs.sources if source.is_shard]
+        self.shards = {shard for shard in shards if inputs.mark(shard, counts[shard]) in records.whole}
+
+
+def _place(source: Source) -> str:
+    """The source's file, wherever the command is called from."""
+    return os.path.abspath(source.path)
+
+
+def _diagnose_units(detector, config: DiagnoseConfig, inputs: _Inputs, done: _Done, state) -> dict[str, int]:
+    """Diagnose this process' share of the units; returns what all processes left out, by reason."""
+    output, counts, units = Path(config.output), SkipCounts(), _units(inputs.sources, config.batch_size)
+    files = sum(len(unit) for unit in units if not unit[0].is_shard)
+    total = files if not any(unit[0].is_shard for unit in units) else None
+    show = progress(total, desc="diagnose", unit="picture", enabled=state.is_main_process)
+    with RecordWriter(output / RECORDS, state.process_index) as records, show as bar:
+        for number, unit in enumerate(units):
+            shard = unit[0].name if unit[0].is_shard else None
+            whole = shard in done.shards if shard else all(source.name in done.names for source in unit)
+            if whole or number % state.num_processes != state.process_index:
+                bar.update(0 if shard else len(unit))
+                continue
+            before, pictures = counts.total, 0
+            for batch in _batches(unit, config, counts, inputs.stamps):
+                pictures += len(batch)
+                missing = {sample["name"] for sample in batch if sample["name"] not in done.names}
+                if missing:
+                    # The maps are on the disk before their records say so.
+                    records.add(list(_diagnose_batch(detector, batch, missing, config)))
+                bar.update(len(batch))
+            # A shard of which something was left out is read again in the next life, and that counted again.
+            if shard and counts.total == before:
+                records.add([{"shard": inputs.mark(shard, pictures)}])
+    return _gather_counts(counts, state)
+
+
+def open_detector(source: str) -> Detector:
+    """A detector from a folder, a hub id, or the published checkpoint's file."""
+    if Path(source).is_file():
+        from diffdoctor.detector.models.segformer import ArtifactDetector
+
+        return ArtifactDetector.from_official(source)
+    return load_detector(source)
+
+
+def open_device(name: str | None, default):
+    """The torch device of this name, or `default` for None; raises `UserError` for one that is not there."""
+    import torch
+
+    try:
+        device = torch.device(name) if name else torch.device(default)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {name!r} cannot be used ({first_line(error)})") from None
+    return device
+
+
+def _same_run(output: Path, settings: dict) -> None:
+    """Refuse to mix maps of two detectors or settings in one folder."""
+    path = output / RECORDS / "run.json"
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text())
+    for name, value in settings.items():
+        if before.get(name) != value:
+            what = "other weights of the detector" if name == "weights" else f"{name}={before.get(name)}, not {value}"
+            raise UserError(f"{output}: holds maps made with {what}; choose another output folder or remove it")
+
+
+def _batches(unit: list[Source], config: DiagnoseConfig, counts: SkipCounts, stamps: dict) -> Iterator[list[dict]]:
+    """The pictures of a unit in batches of one size."""
+    batch: list[dict] = []
+    for source in unit:
+        for sample in read_source(source, strict=config.strict, counts=counts, masks="ignored"):
+            sample |= {"path": _place(source), "stamp": stamps[source.name]}
+            if batch and (len(batch) == config.batch_size or batch[0]["picture"].shape != sample["picture"].shape):
+                yield batch
+                batch = []
+            batch.append(sample)
+    if batch:
+        yield batch
+
+
+def _diagnose_batch(detector: Detector, batch: list[dict], missing: set[str], config: DiagnoseConfig) -> Iterator[dict]:
+    """Diagnose a batch; write the maps, and yield the records, of the `missing` ones."""
+    import torch
+
+    output = Path(config.output)
+    images = to_images([sample["picture"] for sample in batch], next(detector.parameters()).device)
+    with torch.no_grad():
+        maps = detector.confidence(images, tile=config.tile, overlap=config.overlap)[:, 0].cpu().numpy()
+    for sample, confidence in zip(batch, maps, strict=True):
+        name = sample["name"]
+        if name not in missing:
+            continue
+        atomic_write_bytes(output / "maps" / f"{name}.png", map_png(confidence, config.bits))
+        if config.overlays:
+            reddened = overlay(sample["picture"], confidence)
+            atomic_write_bytes(output / "overlays" / f"{name}.png", png_bytes(reddened))
+        known = {key: sample[key] for key in ("path", "stamp", "category", "generator", "prompt") if sample.get(key)}
+        yield describe(name, confidence) | known
+
+
+def describe(name: str, confidence: np.ndarray) -> dict:
+    """One picture's diagnosis, as JSON values: largest and mean confidence, flagged area, components.
+
+    Args:
+        name: of the picture.
+        confidence: (H, W) in [0, 1].
+    """
+    share = float(flagged_share(confidence[None])[0])
+    return {
+        "name": name,
+        "height": confidence.shape[0],
+        "width": confidence.shape[1],
+        "max": float(confidence.max()),
+        "mean": float(confidence.mean()),
+        "flagged_share": share,
+        "flagged": share >= FLAG_SHARE,
+        "components": [
+            {"box": list(found.box), "area": found.area, "score": found.score} for found in components(confidence)
+        ],
+    }
+
+
+def map_png(confidence: np.ndarray, bits: int) -> bytes:
+    """A confidence map (H, W) in [0, 1] as an 8 or 16 bit grey PNG."""
+    scale, dtype = (255, np.uint8) if bits == 8 else (65535, np.uint16)
+    return png_bytes(np.rint(np.clip(confidence, 0, 1).astype(np.float64) * scale).astype(dtype))
+
+
+def _gather_counts(counts: SkipCounts, state) -> dict[str, int]:
+    if state.num_processes == 1:
+        return dict(sorted(counts.reasons.items()))
+    from accelerate.utils import gather_object
+
+    total: dict[str, int] = {}
+    for reason, count in gather_object(list(counts.reasons.items())):
+        total[reason] = total.get(reason, 0) + count
+    return dict(sorted(total.items()))
+
+
+def _finish(inputs: _Inputs, config: DiagnoseConfig, skipped: dict[str, int]) -> dict:
+    output, pictures, flagged, confidence = Path(config.output), 0, 0, 0.0
+    records = Records(output / RECORDS)
+    with atomic_path(output / "diagnosis.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as lines:
+        for record in inputs.of_these(output, records):
+            lines.write(json.dumps(record) + "\n")
+            pictures, flagged = pictures + 1, flagged + record["flagged"]
+            confidence += record["mean"]
+    metrics = {
+        "pictures": pictures,
+        "flagged": flagged,
+        "artifact_rate": flagged / pictures if pictures else None,
+        "mean_confidence": confidence / pictures if pictures else None,
+        "skipped": skipped,
+        "versions": versions(),
+    }
+    if config.gallery:
+        worst = heapq.nsmallest(config.gallery, inputs.of_these(output, records), key=_worst_first)
+        _write_gallery(output, config, worst, metrics)
+    atomic_write_json(output / "metrics.json", metrics)
+    return metrics
+
+
+def _worst_first(record: dict) -> tuple:
+    return -record["flagged_share"], -record["max"], record["name"]
+
+
+def _write_gallery(output: Path, config: DiagnoseConfig, records: list[dict], metrics: dict) -> None:
+    from PIL import Image
+
+    from diffdoctor.viz.report import Report
+
+    report = Report("Diagnosis")
+    report.lead(f"{metrics['flagged']} of {metrics['pictures']} pictures are flagged, the worst first.")
+    folder = "overlays" if config.overlays else "maps"
+    with report.tiles(TILE):
+        for record in records:
+            path = output / folder / f"{record['name']}.png"
+            if not path.is_file():
+                continue
+            with Image.open(path) as picture:
+                small = picture.convert("RGB")
+                small.thumbnail((384, 384))
+            caption = f"{record['name']}: {record['flagged_share']:.1%} flagged, largest confidence {record['max']:.2f}"
+            # Small pictures are enlarged by the page, in sharp pixels.
+            link = urllib.parse.quote(f"{folder}/{record['name']}.png")
+            report.image(png_bytes(np.asarray(small)), caption, pixels=max(small.size) < TILE, link=link)
+    report.write(output / "gallery.html")

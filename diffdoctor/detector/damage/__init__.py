@@ -1,0 +1,1 @@
+"""Injected damage: kinds, regions, exact masks and benign look-alikes."""

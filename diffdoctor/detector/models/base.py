@@ -1,0 +1,296 @@
+"""What every detector shares: differentiable preprocessing, confidence maps, tiles, files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diffdoctor.runs.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CONFIG_NAME = "detector.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+@dataclasses.dataclass
+class PreprocessConfig:
+    """How a picture of any size is brought to the network's size.
+
+    Attributes:
+        input_size: side in pixels of the square that every picture is resized to, whatever its aspect; None keeps the
+            picture's size and aspect within the next two.
+        min_side: pictures whose short side is smaller are enlarged to it, in pixels. Logits come at a quarter of the
+            network's size, so this decides how fine the map of a small picture is.
+        max_side: pictures whose long side is larger are shrunk to it, in pixels; None: never.
+        multiple: the network's height and width are rounded to multiples of this, in pixels.
+    """
+
+    input_size: int | None = None
+    min_side: int = 64
+    max_side: int | None = None
+    multiple: int = 32
+
+    def __post_init__(self):
+        for name in ("input_size", "min_side", "max_side", "multiple"):
+            value = getattr(self, name)
+            if value is None and name in ("input_size", "max_side"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}: expected an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name}: expected >= 1 pixels, got {value}")
+        if self.max_side is not None and self.max_side < self.min_side:
+            raise ValueError(f"max_side: expected >= min_side = {self.min_side}, got {self.max_side}")
+
+    def network_size(self, height: int, width: int) -> tuple[int, int]:
+        """The height and width in pixels at which the network sees a picture of height x width pixels."""
+        if self.input_size is not None:
+            return self.input_size, self.input_size
+        scale = max(1.0, self.min_side / min(height, width))
+        if self.max_side is not None:
+            scale = min(scale, self.max_side / max(height, width))
+        return tuple(max(1, round(side * scale / self.multiple)) * self.multiple for side in (height, width))
+
+
+class Detector(nn.Module):
+    """A network from pictures to artifact logits. Subclasses implement `network` and `config_dict`/`from_config`."""
+
+    kind: str = ""
+
+    def __init__(self, preprocess: PreprocessConfig):
+        super().__init__()
+        self.preprocess_config = preprocess
+        self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    def network(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Logits (B, 1, h, w) of normalised pictures (B, 3, H, W)."""
+        raise NotImplementedError
+
+    def config_dict(self) -> dict:
+        """What `from_config` needs to build this network again, as JSON values."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config: dict, preprocess: PreprocessConfig) -> Detector:
+        """A network with fresh weights from `config_dict()`'s result."""
+        raise NotImplementedError
+
+    def to_file_keys(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The state dict under the names that stand in the file."""
+        return state
+
+    def from_file_keys(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inverse of `to_file_keys`."""
+        return state
+
+    def preprocess(self, images: torch.Tensor, value_range: tuple[float, float] = (0.0, 1.0)) -> torch.Tensor:
+        """Bring pictures to the network's size and to ImageNet's mean and deviation, differentiably.
+
+        Args:
+            images: (B, 3, H, W), floating point, in `value_range`.
+            value_range: (low, high) of a black and a white pixel: (0, 1) or, for what a VAE decodes, (-1, 1).
+
+        Returns:
+            (B, 3, h, w) in the network's dtype.
+        """
+        if not isinstance(images, torch.Tensor):
+            raise TypeError(f"images: expected a torch.Tensor, got {type(images).__name__}")
+        if not images.is_floating_point():
+            raise TypeError(f"images: expected a floating-point dtype with values in {value_range}, got {images.dtype}")
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images: expected shape (B, 3, H, W), got {tuple(images.shape)}")
+        low, high = value_range
+        if not low < high:
+            raise ValueError(f"value_range: expected (low, high) with low < high, got {value_range}")
+        dtype = next(self.parameters()).dtype
+        pixels = images if images.dtype == torch.float64 else images.float()
+        if (low, high) != (0, 1):
+            pixels = (pixels - low) / (high - low)
+        size = self.preprocess_config.network_size(*pixels.shape[2:])
+        if size != tuple(pixels.shape[2:]):
+            shrinks = size[0] < pixels.shape[2] or size[1] < pixels.shape[3]
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
+        return ((pixels - self.image_mean) / self.image_std).to(dtype)
+
+    def forward(self, images: torch.Tensor, *, value_range: tuple[float, float] = (0.0, 1.0)) -> torch.Tensor:
+        """Artifact logits of pictures; sigmoid makes them confidences. Differentiable with respect to the pictures.
+
+        Args:
+            images: (B, 3, H, W), floating point, in `value_range`.
+            value_range: (low, high) of a black and a white pixel.
+
+        Returns:
+            logits (B, 1, h, w), at a quarter of the network's size for SegFormer.
+        """
+        return self.network(self.preprocess(images, value_range))
+
+    def confidence(
+        self,
+        images: torch.Tensor,
+        *,
+        value_range: tuple[float, float] = (0.0, 1.0),
+        tile: int | None = None,
+        overlap: float = 0.25,
+    ) -> torch.Tensor:
+        """How sure the detector is of an artifact, pixel by pixel.
+
+        Args:
+            images: (B, 3, H, W), floating point, in `value_range`.
+            value_range: (low, high) of a black and a white pixel.
+            tile: for large pictures, the side in pixels of overlapping square tiles that are diagnosed one by one and
+                blended; None diagnoses the picture whole.
+            overlap: share of a tile's side that it has in common with the next, in [0, 0.5].
+
+        Returns:
+            (B, 1, H, W) in [0, 1], fp32 (fp64 for an fp64 network).
+        """
+        if tile is not None and max(images.shape[2:]) > tile:
+            return self._tiled_confidence(images, value_range, tile, overlap)
+        logits = self(images, value_range=value_range)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if logits.shape[2:] != images.shape[2:]:
+            logits = F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
+        return logits.sigmoid()
+
+    def _tiled_confidence(self, images, value_range, tile, overlap) -> torch.Tensor:
+        if tile < 16:
+            raise ValueError(f"tile: expected >= 16 pixels, got {tile}")
+        if not 0 <= overlap <= 0.5:
+            raise ValueError(f"overlap: expected a share in [0, 0.5], got {overlap}")
+        height, width = images.shape[2:]
+        total = weight = 0.0
+        for y in _tile_starts(height, tile, overlap):
+            for x in _tile_starts(width, tile, overlap):
+                part = images[:, :, y : y + tile, x : x + tile]
+                confidence = self.confidence(part, value_range=value_range)
+                h, w = part.shape[2:]
+                blend = torch.minimum(_ramp(h, tile * overlap, images)[:, None], _ramp(w, tile * overlap, images))
+                place = (x, width - x - w, y, height - y - h)
+                total = total + F.pad(confidence * blend, place)
+                weight = weight + F.pad(blend, place)
+        return total / weight
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the configuration and the weights (safetensors) to `folder`; the folder is whole or not there."""
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        from diffdoctor.runs.files import atomic_dir
+
+        config = {
+            "detector": self.kind,
+            "format": 1,
+            "preprocess": dataclasses.asdict(self.preprocess_config),
+            "network": self.config_dict(),
+        }
+        state = self.to_file_keys({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()})
+        with atomic_dir(folder) as temporary:
+            try:
+                save_file(state, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+            except SafetensorError as error:
+                # What it makes of an error of the file system.
+                raise OSError(f"{folder}: the weights could not be written ({error})") from error
+            (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Detector:
+        """Load what `save_pretrained` wrote, in evaluation mode on the CPU.
+
+        Args:
+            source: a folder, or the id of a repository on the Hugging Face hub that holds such a folder's files.
+
+        Raises:
+            UserError: the folder is not a detector's, is one of another class, or weights are missing or left over.
+        """
+        detector = load_detector(source)
+        if not isinstance(detector, cls):
+            raise UserError(f"{source}: expected a detector of class {cls.__name__}, got {type(detector).__name__}")
+        return detector
+
+
+def detector_classes() -> dict[str, type[Detector]]:
+    """The detector classes by the name that stands in their files."""
+    from diffdoctor.detector.models.conv import ConvDetector
+    from diffdoctor.detector.models.segformer import ArtifactDetector
+
+    return {cls.kind: cls for cls in (ArtifactDetector, ConvDetector)}
+
+
+def load_detector(source: str | Path) -> Detector:
+    """Load a detector of any class from a folder or a hub id; its own files say which class it is.
+
+    Returns:
+        The detector, in evaluation mode on the CPU.
+
+    Raises:
+        UserError: no detector is there, or its weights do not fit its configuration.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = _find_folder(source)
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text())
+        cls = detector_classes()[config["detector"]]
+        if config["format"] != 1:
+            raise UserError(f"{source}: written in format {config['format']}, this version reads format 1")
+        detector = cls.from_config(config["network"], PreprocessConfig(**config["preprocess"]))
+        state = load_file(folder / WEIGHTS_NAME)
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{source}: not a complete detector ({type(error).__name__}: {error})") from error
+    load_exactly(detector, detector.from_file_keys(state), source)
+    return detector.eval()
+
+
+def load_exactly(module: nn.Module, state: dict[str, torch.Tensor], source: object) -> None:
+    """`load_state_dict` that names what is missing, left over or of another shape in one line."""
+    own = module.state_dict()
+    faults = [f"missing {key}" for key in own if key not in state]
+    faults += [f"unexpected {key}" for key in state if key not in own]
+    faults += [
+        f"{key} of shape {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise UserError(f"{source}: the weights do not fit: {'; '.join(faults[:5])}{more}")
+    module.load_state_dict(state)
+
+
+def _find_folder(source: str | Path) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    parts = str(source).split("/")
+    if len(parts) != 2 or not all(parts) or str(source).startswith((".", "~")):
+        raise UserError(f"{source}: expected a folder with a detector, or a hub id such as owner/name")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(source), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+    except ImportError:
+        raise UserError(f"{source}: no such folder (hub ids need `pip install 'diffdoctor[stages]'`)") from None
+    except Exception as error:  # the hub client raises its own, httpx's and requests' classes
+        raise UserError(f"{source}: no such folder, and the hub gave no detector ({type(error).__name__})") from error
+
+
+def _tile_starts(length: int, tile: int, overlap: float) -> list[int]:
+    if length <= tile:
+        return [0]
+    count = -(-(length - tile) // max(1, int(tile * (1 - overlap)))) + 1
+    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
+
+
+def _ramp(length: int, rim: float, like: torch.Tensor) -> torch.Tensor:
+    """(length,) weights that rise linearly over `rim` pixels from both ends; never 0."""
+    position = torch.arange(length, device=like.device, dtype=torch.float32) + 0.5
+    distance = torch.minimum(position, length - position)
+    return (distance / max(rim, 0.5)).clamp(max=1.0)

@@ -1,0 +1,257 @@
+"""The artifact detector: transformers' SegFormer with one output channel."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from diffdoctor.detector.models.base import Detector, PreprocessConfig, load_exactly
+from diffdoctor.runs.errors import UserError, missing_extra
+
+# MiT sizes, table 6 of the SegFormer paper (arXiv 2105.15203): (depths, hidden_sizes, decoder_hidden_size).
+SIZES = {
+    "b0": ((2, 2, 2, 2), (32, 64, 160, 256), 256),
+    "b1": ((2, 2, 2, 2), (64, 128, 320, 512), 256),
+    "b2": ((3, 4, 6, 3), (64, 128, 320, 512), 768),
+    "b3": ((3, 4, 18, 3), (64, 128, 320, 512), 768),
+    "b4": ((3, 8, 27, 3), (64, 128, 320, 512), 768),
+    "b5": ((3, 6, 40, 3), (64, 128, 320, 512), 768),
+}
+
+# Weights stand in files under the names that transformers 4 used and the published checkpoint has; transformers 5
+# renamed them. Pairs of (file, transformers 5); {0}, {1} are numbers.
+_RENAMES = (
+    ("segformer.encoder.patch_embeddings.{0}.", "segformer.stages.{0}.patch_embeddings."),
+    ("segformer.encoder.block.{0}.{1}.attention.self.query.", "segformer.stages.{0}.blocks.{1}.attention.q_proj."),
+    ("segformer.encoder.block.{0}.{1}.attention.self.key.", "segformer.stages.{0}.blocks.{1}.attention.k_proj."),
+    ("segformer.encoder.block.{0}.{1}.attention.self.value.", "segformer.stages.{0}.blocks.{1}.attention.v_proj."),
+    (
+        "segformer.encoder.block.{0}.{1}.attention.self.sr.",
+        "segformer.stages.{0}.blocks.{1}.attention.sequence_reduction.sequence_reduction.",
+    ),
+    (
+        "segformer.encoder.block.{0}.{1}.attention.self.layer_norm.",
+        "segformer.stages.{0}.blocks.{1}.attention.sequence_reduction.layer_norm.",
+    ),
+    ("segformer.encoder.block.{0}.{1}.attention.output.dense.", "segformer.stages.{0}.blocks.{1}.attention.o_proj."),
+    ("segformer.encoder.block.{0}.{1}.mlp.dense1.", "segformer.stages.{0}.blocks.{1}.mlp.fc1."),
+    ("segformer.encoder.block.{0}.{1}.mlp.dense2.", "segformer.stages.{0}.blocks.{1}.mlp.fc2."),
+    ("segformer.encoder.block.{0}.{1}.layer_norm_1.", "segformer.stages.{0}.blocks.{1}.layernorm_before."),
+    ("segformer.encoder.block.{0}.{1}.layer_norm_2.", "segformer.stages.{0}.blocks.{1}.layernorm_after."),
+    ("segformer.encoder.block.{0}.{1}.", "segformer.stages.{0}.blocks.{1}."),
+    ("segformer.encoder.layer_norm.{0}.", "segformer.stages.{0}.layer_norm."),
+    ("decode_head.linear_c.{0}.", "decode_head.linear_projections.{0}."),
+)
+
+
+def _rename(key: str, source: int) -> str:
+    """A key of one layout (0: file, 1: transformers 5) in the other; a key of neither stays as it is."""
+    for pair in _RENAMES:
+        pattern = re.escape(pair[source]).replace(r"\{0\}", r"(\d+)").replace(r"\{1\}", r"(\d+)")
+        match = re.match(pattern, key)
+        if match:
+            return pair[1 - source].format(*match.groups()) + key[match.end() :]
+    return key
+
+
+class _Fp32Conv2d(nn.Conv2d):
+    """A convolution that bf16 does not reach."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+            bias = None if self.bias is None else self.bias.to(wide.dtype)
+            result = nn.functional.conv2d(wide, self.weight.to(wide.dtype), bias, self.stride, self.padding)
+            return result.to(x.dtype)
+
+
+class ArtifactDetector(Detector):
+    """SegFormer (arXiv 2105.15203) with one output channel: where is this picture broken?
+
+    Args:
+        config: a `transformers.SegformerConfig`, or the dict to make one of. `num_labels` is set to 1.
+        head_norm: the normalisation in the decode head. "group": GroupNorm, for training from scratch; the same
+            losses come with 1 process and with 2. "batch": SegFormer's BatchNorm with its statistics frozen, for
+            published weights.
+        preprocess: a `PreprocessConfig`; or give its fields (input_size, min_side, max_side, multiple) by name.
+
+    Example:
+        >>> detector = ArtifactDetector.from_pretrained("runs/demo/detector")
+        >>> confidence = detector.confidence(images)            # images (B, 3, H, W) in [0, 1]
+        >>> logits = detector(decoded, value_range=(-1, 1))     # differentiable; what a VAE decodes
+    """
+
+    kind = "segformer"
+
+    def __init__(self, config, *, head_norm: str = "group", preprocess: PreprocessConfig | None = None, **fields):
+        if preprocess is not None and fields:
+            raise TypeError("preprocess: expected either a PreprocessConfig or its fields by name, got both")
+        super().__init__(preprocess or PreprocessConfig(**fields))
+        if head_norm not in ("group", "batch"):
+            raise ValueError(f"head_norm: expected 'group' or 'batch', got {head_norm!r}")
+        try:
+            from transformers import SegformerConfig, SegformerForSemanticSegmentation
+        except ImportError:
+            raise missing_extra("transformers", "stages") from None
+        config = SegformerConfig(**config) if isinstance(config, dict) else config
+        config.num_labels = 1
+        self.head_norm = head_norm
+        self.segformer = SegformerForSemanticSegmentation(config)
+        if head_norm == "group":
+            channels = config.decoder_hidden_size
+            groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels // g >= 4)
+            self.segformer.decode_head.batch_norm = nn.GroupNorm(groups, channels)
+        for module in self.segformer.modules():
+            # In bf16 with kernel = stride = 4 and fewer than 32 channels, torch 2.13's CPU convolution (oneDNN on
+            # processors with AMX) is wrong by more than its own size. Only the tiny configuration has such layers.
+            narrow = isinstance(module, nn.Conv2d) and module.groups == 1 and module.in_channels < 32
+            if narrow and module.kernel_size == module.stride == (4, 4):
+                module.__class__ = _Fp32Conv2d
+        self.train(False)
+
+    @classmethod
+    def of_size(cls, size: str, **options) -> ArtifactDetector:
+        """A fresh detector of size "tiny" or "b0" ... "b5"; options as for the class."""
+        if size == "tiny":
+            return cls.tiny(**options)
+        if size not in SIZES:
+            raise ValueError(f"size: expected tiny or one of {', '.join(SIZES)}, got {size!r}")
+        depths, hidden_sizes, decoder = SIZES[size]
+        return cls({"depths": depths, "hidden_sizes": hidden_sizes, "decoder_hidden_size": decoder}, **options)
+
+    @classmethod
+    def tiny(cls, **options) -> ArtifactDetector:
+        """A fresh small detector (0.15 M parameters) for small pictures and tests; options as for the class."""
+        config = {
+            "depths": (1, 1, 1, 1),
+            "hidden_sizes": (24, 32, 48, 64),
+            "num_attention_heads": (1, 2, 2, 2),
+            "sr_ratios": (4, 2, 1, 1),
+            "mlp_ratios": (2, 2, 2, 2),
+            "decoder_hidden_size": 48,
+            "drop_path_rate": 0.0,
+            "classifier_dropout_prob": 0.0,
+            # SegFormer's own 0.02 is for wide layers; narrow ones start so faint that training from scratch stands
+            # still for hundreds of steps.
+            "initializer_range": 0.2,
+        }
+        return cls(config, **options)
+
+    @classmethod
+    def from_official(cls, path: str | Path, *, input_size: int | None = 512) -> ArtifactDetector:
+        """Load the published detector: a state dict written by `torch.save` from transformers 4's SegFormer.
+
+        Args:
+            path: the file, for the published one `ad_pytorch_model.bin`; read with `weights_only=True`. Depths and
+                widths are read off the weights' shapes.
+            input_size: side in pixels that pictures are resized to; the published detector was trained at 512.
+
+        Raises:
+            UserError: the file is not a state dict of tensors, or a key is missing, unexpected or of another shape.
+        """
+        import pickle
+
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path}: not a state dict that can be loaded safely ({error})") from error
+        if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+            raise UserError(f"{path}: expected a state dict of tensors")
+        state = {_rename(key, 1): value for key, value in state.items()}
+        try:
+            config = _config_of(state)
+        except (KeyError, ValueError, IndexError) as error:
+            raise UserError(f"{path}: not a SegFormer's state dict (missing {error})") from error
+        detector = cls(config, head_norm="batch", input_size=input_size)
+        # Some releases of torch's BatchNorm did not count batches; the count has no effect on frozen statistics.
+        state.setdefault("decode_head.batch_norm.num_batches_tracked", torch.tensor(0))
+        state = {f"segformer.{key}": value for key, value in state.items()}
+        load_exactly(detector, detector.from_file_keys(state), path)
+        return detector
+
+    def load_encoder(self, source: str | Path) -> None:
+        """Take the encoder's weights from a SegFormer of transformers, such as the ImageNet-trained `nvidia/mit-b2`.
+
+        Args:
+            source: a folder or a hub id of a model of the same size.
+
+        Raises:
+            UserError: it cannot be loaded, or is of another size.
+        """
+        from transformers import SegformerModel
+
+        try:
+            encoder = SegformerModel.from_pretrained(str(source))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{source}: no SegFormer encoder that can be loaded ({error})") from error
+        load_exactly(self.segformer.segformer, encoder.state_dict(), source)
+
+    def train(self, mode: bool = True) -> ArtifactDetector:
+        super().train(mode)
+        if self.head_norm == "batch":
+            self.segformer.decode_head.batch_norm.eval()
+        return self
+
+    def network(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        stages = getattr(self.segformer.segformer, "stages", None)
+        if stages is None:  # transformers 4
+            return self.segformer(pixel_values=pixel_values).logits
+        # The same computation; transformers' own forward collects the stages' outputs by hooks that it installs under
+        # a lock, which torch.compile cannot trace.
+        outputs = []
+        for stage in stages:
+            pixel_values = stage(pixel_values)
+            outputs.append(pixel_values)
+        return self.segformer.decode_head(outputs)
+
+    def config_dict(self) -> dict:
+        config = self.segformer.config.to_diff_dict()
+        left_out = ("architectures", "transformers_version", "dtype", "id2label", "label2id")
+        return {"segformer": {k: v for k, v in config.items() if k not in left_out}, "head_norm": self.head_norm}
+
+    @classmethod
+    def from_config(cls, config: dict, preprocess: PreprocessConfig) -> ArtifactDetector:
+        options = {k: v for k, v in config["segformer"].items() if k != "model_type"}
+        return cls(options, head_norm=config["head_norm"], preprocess=preprocess)
+
+    def to_file_keys(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {_file_key(key): value for key, value in state.items()}
+
+    def from_file_keys(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        own = {_file_key(key): key for key in self.state_dict()}
+        return {own.get(key, key): value for key, value in state.items()}
+
+
+def _file_key(key: str) -> str:
+    prefix, _, rest = key.partition(".")
+    return f"{prefix}.{_rename(rest, 1)}"
+
+
+def _config_of(state: dict[str, torch.Tensor]) -> dict:
+    """The configuration that a file-layout state dict was made with, from its keys and shapes."""
+    depths, widths, ratios, reductions, patches = [], [], [], [], []
+    stages = 1 + max(int(m[1]) for m in (re.match(r"segformer\.encoder\.block\.(\d+)\.", k) for k in state) if m)
+    for stage in range(stages):
+        prefix = f"segformer.encoder.block.{stage}."
+        depths.append(1 + max(int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix)))
+        patch = state[f"segformer.encoder.patch_embeddings.{stage}.proj.weight"]
+        widths.append(patch.shape[0])
+        patches.append(patch.shape[2])
+        ratios.append(state[f"{prefix}0.mlp.dense1.weight"].shape[0] // patch.shape[0])
+        reduction = state.get(f"{prefix}0.attention.self.sr.weight")
+        reductions.append(1 if reduction is None else reduction.shape[2])
+    return {
+        "num_encoder_blocks": stages,
+        "depths": depths,
+        "hidden_sizes": widths,
+        "mlp_ratios": ratios,
+        "sr_ratios": reductions,
+        "patch_sizes": patches,
+        # Weights do not show the number of heads; all MiT sizes have 1, 2, 5, 8.
+        "num_attention_heads": [1, 2, 5, 8][:stages],
+        "strides": [4, 2, 2, 2][:stages],
+        "decoder_hidden_size": state["decode_head.linear_fuse.weight"].shape[0],
+    }

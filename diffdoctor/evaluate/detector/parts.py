@@ -1,0 +1,204 @@
+"""An evaluation in parts, each on the disk when it is done: shared among processes, resumable, and little in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from diffdoctor.data.shards import ShardData
+from diffdoctor.data.tar import SkipCounts
+from diffdoctor.detector.samples import JoinedData
+from diffdoctor.evaluate.detector.measure import diagnosed_batches
+from diffdoctor.measures.curves import PixelCurves, Run, average_precision_of_runs, encode
+from diffdoctor.measures.statistics import PictureStatistics, slices
+from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.files import atomic_path, atomic_write_json, clear_temporaries, refuse_foreign
+from diffdoctor.runs.progress import progress
+
+_BATCHES = 4  # in a part
+_RECORD = "run.json"
+# What lies among the parts, what a kill left half-written included.
+_NAMES = (_RECORD, "part-*", f".{_RECORD}.*", ".part-*")
+# Held until they are sorted and written: 4 bytes each.
+_PIXELS_IN_RUN = 2**22
+
+
+@dataclasses.dataclass
+class Evaluated:
+    """What an evaluation found, without the maps.
+
+    Attributes:
+        statistics: of N pictures.
+        categories, generators: (N,) lists of str.
+        indices: (N,) the pictures' places in the data.
+        skipped: what was left out, by reason.
+        curves: of all pixels.
+        runs: {("", "") | ("category", name) | ("generator", name): sorted pixels on the disk}.
+    """
+
+    statistics: PictureStatistics
+    categories: list[str]
+    generators: list[str]
+    indices: np.ndarray
+    skipped: dict[str, int]
+    curves: PixelCurves
+    runs: dict[tuple[str, str], list[Run]]
+
+    def auprc(self, column: str, name: str, chosen: np.ndarray) -> float:
+        """The AUPRC of all pixels ("", ""), of a "category" or of a "generator", whose pictures are `chosen` (n,)."""
+        true_positive, _, false_negative = self.statistics.columns["counts"][chosen].sum(axis=0)
+        return average_precision_of_runs(self.runs[column, name], int(true_positive + false_negative))
+
+
+def evaluate_in_parts(
+    detector, sets: Sequence[ShardData], folder: Path, settings: dict, state, *, batch_size: int, size, strict: bool
+) -> Evaluated | None:
+    """Diagnose sets of shards part by part; parts that a former life has done are not done again.
+
+    Memory holds a batch of maps and some 1,200 bytes a picture; the folder takes up to 12 bytes a pixel.
+
+    Args:
+        detector: a `Detector`.
+        sets: the labelled pictures.
+        folder: for the parts; the caller removes it when it has what it wants.
+        settings: what the maps depend on, as JSON values; parts made with others are refused.
+        state: Accelerate's state of the processes that share the work.
+        batch_size, size, strict: see `evaluate.detector.diagnose_data`.
+
+    Returns:
+        What was found on the main process, None on the others.
+
+    Raises:
+        UserError: the folder holds parts that were made with other settings, or what is no part; pictures differ in
+            size.
+    """
+    data, length = JoinedData(sets), _BATCHES * batch_size
+    settings = settings | {"data": data.fingerprint(), "batch_size": batch_size, "size": size, "format": 2}
+    settings = json.loads(json.dumps(settings))
+    refuse_foreign(folder, _NAMES)
+    record = folder / _RECORD
+    known = record.is_file() and json.loads(record.read_text()) == settings
+    if record.is_file() and not known and any(folder.glob("part-*.npz")):
+        raise UserError(f"{folder}: holds parts of an evaluation with other settings or data; remove it")
+    state.wait_for_everyone()
+    if state.is_main_process:
+        clear_temporaries(folder.parent)
+        clear_temporaries(folder)
+        if not known:
+            # Nobody knows what parts without a record were made with.
+            for part in folder.glob("part-*"):
+                part.unlink()
+        atomic_write_json(record, settings)
+    state.wait_for_everyone()
+    paths = [folder / f"part-{first // length:06d}.npz" for first in range(0, len(data), length)]
+    with progress(len(data), desc="evaluate", unit="picture", enabled=state.is_main_process) as bar:
+        for number, path in enumerate(paths):
+            chosen = range(number * length, min((number + 1) * length, len(data)))
+            if number % state.num_processes == state.process_index and (strict or not path.is_file()):
+                counts = SkipCounts()
+                options = {"batch_size": batch_size, "size": size, "strict": strict, "counts": counts}
+                _write(path, diagnosed_batches(detector, data, chosen=chosen, **options), counts)
+            bar.update(len(chosen))
+    state.wait_for_everyone()
+    return _joined(paths) if state.is_main_process else None
+
+
+def _write(path: Path, batches: Iterator, counts: SkipCounts) -> None:
+    """A part's two files; the one at `path` last, so that where it is the part is whole."""
+    statistics, curves = [], PixelCurves()
+    names: dict[str, list[str]] = {"categories": [], "generators": []}
+    indices, shapes = [], set()
+    with atomic_path(path.with_suffix(".pixels")) as temporary, open(temporary, "wb") as file:
+        runs = _RunWriter(file)
+        for batch in batches:
+            for part in slices(batch.confidence):
+                confidence, masks = batch.confidence[part], batch.masks[part]
+                statistics.append(PictureStatistics.of(confidence, masks))
+                curves.add(confidence, masks)
+                runs.add(confidence, masks, batch.categories[part], batch.generators[part])
+            names["categories"] += batch.categories
+            names["generators"] += batch.generators
+            indices.append(batch.indices)
+            shapes.add(batch.confidence.shape[1:])
+        runs.flush()
+    columns = PictureStatistics.joined(statistics).to_arrays() if statistics else {}
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(
+            file,
+            **columns,
+            **{name: np.array(values, dtype=str) for name, values in names.items()},
+            indices=np.concatenate([np.zeros(0, np.int64), *indices]),
+            levels=curves.levels,
+            places=curves.places,
+            run_groups=np.array([group for group, _, _ in runs.written], dtype=str).reshape(-1, 2),
+            run_places=np.array([place for _, *place in runs.written], dtype=np.int64).reshape(-1, 2),
+            shapes=np.array(sorted(shapes), np.int64).reshape(-1, 2),
+            skipped=np.array(json.dumps(counts.reasons)),
+        )
+
+
+class _RunWriter:
+    """Sorted runs of all pixels, of each category's and of each generator's, into one file."""
+
+    def __init__(self, file):
+        self.file, self.written, self.end = file, [], 0
+        self.held: list[tuple[np.ndarray, str, str]] = []  # a picture's codes, its category and generator
+        self.pixels = 0
+
+    def add(self, confidence: np.ndarray, masks: np.ndarray, categories: list[str], generators: list[str]) -> None:
+        self.held += zip(map(encode, confidence, masks), categories, generators, strict=True)
+        self.pixels += confidence.size
+        if self.pixels >= _PIXELS_IN_RUN:
+            self.flush()
+
+    def flush(self) -> None:
+        groups = {("", ""): self.held}
+        for name, column in (("category", 1), ("generator", 2)):
+            for picture in self.held:
+                groups.setdefault((name, picture[column]), []).append(picture)
+        everything = None
+        for group, pictures in groups.items():
+            if not pictures:
+                continue
+            if everything is None or len(pictures) < len(self.held):
+                codes = np.sort(np.concatenate([picture[0] for picture in pictures]))
+                self.file.write(codes.tobytes())
+                place = self.end, self.end + len(codes)
+                everything, self.end = everything or place, place[1]
+            else:
+                # The only category is the whole set: its run stands there already.
+                place = everything
+            self.written.append((group, *place))
+        self.held, self.pixels = [], 0
+
+
+def _joined(paths: Sequence[Path]) -> Evaluated:
+    found = Evaluated(None, [], [], np.zeros(0, np.int64), {}, PixelCurves(), {})
+    statistics, indices, shapes = [], [], set()
+    for path in paths:
+        with np.load(path, allow_pickle=False) as file:
+            part = dict(file)
+        for reason, count in json.loads(str(part["skipped"])).items():
+            found.skipped[reason] = found.skipped.get(reason, 0) + count
+        shapes |= {tuple(shape) for shape in part["shapes"].tolist()}
+        if not len(part["indices"]):
+            continue
+        statistics.append(PictureStatistics.from_arrays(part))
+        indices.append(part["indices"])
+        found.categories += part["categories"].tolist()
+        found.generators += part["generators"].tolist()
+        counted = PixelCurves()
+        counted.levels, counted.places = part["levels"], part["places"]
+        found.curves.merge(counted)
+        for (column, name), (begin, end) in zip(part["run_groups"].tolist(), part["run_places"].tolist(), strict=True):
+            found.runs.setdefault((column, name), []).append(Run(path.with_suffix(".pixels"), begin, end))
+    if len(shapes) != 1:
+        raise UserError(
+            f"size: expected a side in pixels, since pictures differ in size ({sorted(shapes)}), or there are none"
+        )
+    found.statistics, found.indices = PictureStatistics.joined(statistics), np.concatenate(indices)
+    return found

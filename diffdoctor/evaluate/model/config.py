@@ -1,0 +1,177 @@
+"""The options of `diffdoctor evaluate model`, and what of them a treatment's own folder can answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from diffdoctor.runs.errors import UserError, missing_extra
+from diffdoctor.treat.loading import DTYPES
+
+# What `treat` writes into its config.yaml under the same names.
+_OF_TREATMENT = (
+    *("pipeline", "detector", "prompts", "scheduler"),
+    *("sampling_steps", "guidance_scale", "height", "width", "max_sequence_length"),
+)
+_SAMPLING = ("sampling_steps", "guidance_scale", "height", "width", "max_sequence_length", "scheduler")
+
+
+@dataclasses.dataclass
+class EvaluateModelConfig:
+    """Options of `diffdoctor evaluate model`.
+
+    Args:
+        treatment: folder that `diffdoctor treat` made; the LoRA there is what is evaluated, and pipeline, detector,
+            prompts, sampling_steps, guidance_scale, height, width, max_sequence_length and scheduler are those of the
+            treatment where they are not given here.
+        pipeline: folder of the untreated diffusers pipeline, or its id on the Hugging Face hub.
+        lora: folder or file of a LoRA for that pipeline: the treated pipeline is the two together.
+        treated: folder or hub id of another pipeline to take for the treated one.
+        guide: sample the treated side under `diffdoctor.guide` with the detector.
+        guide_options: options of `diffdoctor.guide` by name, such as {"strength": 0.3}.
+        detector: folder or hub id of the detector that steered the treatment.
+        judge: folder or hub id of a detector that had no part in it; the same weights are refused.
+        prompts: text file with a prompt per line, or .jsonl or .parquet with `prompt` and perhaps `category` (gets a
+            table) and `label` (what the classifier must see; else each prompt is its own class for the variance).
+        pictures: how many to draw on each side; the prompts take turns.
+        seed: picture i starts from the latents of seed + i, before and after alike.
+        sampling_steps: denoising steps; 0: the treatment's, else the pipeline's own default.
+        guidance_scale: null: the treatment's, else the pipeline's own default.
+        height: of the pictures, in pixels; 0: the treatment's, else the pipeline's own.
+        width: as height.
+        max_sequence_length: of T5 prompts (SD3, FLUX), in tokens; 0: the treatment's, else the pipeline's own.
+        scheduler: class of a diffusers scheduler in place of the pipeline's own; empty: the treatment's, else its own.
+        dtype: fp32, bf16 or fp16: what the pipelines are loaded in; detectors and measures are in fp32.
+        real: files, folders, patterns or shards of real clean pictures, FID's reference; damaged ones in labelled
+            shards are left out. None: no FID.
+        damaged: likewise, of damaged pictures: FID's ceiling; none: the real ones are damaged as `inject` does it.
+        features: where FID and variance are taken: auto, inception (or inception-64, -192, -768), clip, pixels, none, a
+            folder or hub id of a vision model of transformers, or a TorchScript or .pt2 file from pictures (B, 3, H, W)
+            in [0, 1] to features (B, D). auto: inception where its
+            weights are on this machine, else clip where --clip is given, else pixels.
+        clip: folder or hub id of a CLIP model of transformers, for the prompts' CLIP score; empty: none.
+        classifier: folder or hub id of an image classification model of transformers, or a TorchScript or .pt2
+            file from pictures to logits, that must see the prompts' labels; empty: none.
+        batch_size: pictures that are drawn, and measured, at a time.
+        picture_type: png or webp, both exact: of the drawn pictures' files.
+        examples: pictures shown of each kind in the report.
+        output: the folder to make: report.html, metrics.json, config.yaml, pictures, measures. The same command goes on
+            where it was interrupted; with more pictures it draws those that lack.
+        overwrite: replace pictures in the output folder that were drawn otherwise.
+        device: such as cpu or cuda:1; null: the fastest there is.
+    """
+
+    treatment: str = ""
+    pipeline: str = ""
+    lora: str = ""
+    treated: str = ""
+    guide: bool = False
+    guide_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    detector: str = ""
+    judge: str = ""
+    prompts: str = ""
+    pictures: int = 1000
+    seed: int = 0
+    sampling_steps: int = 0
+    guidance_scale: float | None = None
+    height: int = 0
+    width: int = 0
+    max_sequence_length: int = 0
+    scheduler: str = ""
+    dtype: str = "fp32"
+    real: list[str] = dataclasses.field(default_factory=list)
+    damaged: list[str] = dataclasses.field(default_factory=list)
+    features: str = "auto"
+    clip: str = ""
+    classifier: str = ""
+    batch_size: int = 16
+    picture_type: str = "png"
+    examples: int = 12
+    output: str = ""
+    overwrite: bool = False
+    device: str | None = None
+
+    def __post_init__(self):
+        for name, low in (("pictures", 1), ("batch_size", 1), ("examples", 0), ("seed", 0)):
+            if getattr(self, name) < low:
+                raise UserError(f"{name}: at least {low} was expected, got {getattr(self, name)}")
+        for name in ("sampling_steps", "height", "width", "max_sequence_length"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}: at least 0 was expected, got {getattr(self, name)}")
+        for name, allowed in (("dtype", tuple(DTYPES)), ("picture_type", ("png", "webp"))):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name}: one of {', '.join(allowed)} was expected, got {getattr(self, name)!r}")
+
+
+def completed(config: EvaluateModelConfig) -> EvaluateModelConfig:
+    """The options with what the treatment's folder answers filled in.
+
+    Raises:
+        UserError: if the folder is none, or an option that is needed is still missing.
+    """
+    if config.treatment:
+        config = dataclasses.replace(config, **_from_treatment(config))
+    elif config.lora:
+        _warn_of_other_sampling(config)
+    for name in ("pipeline", "detector", "judge", "prompts", "output"):
+        if not getattr(config, name):
+            raise UserError(f"--{name}: is needed")
+    if config.lora and config.treated:
+        raise UserError("--lora and --treated: one of them was expected, got both")
+    if not (config.lora or config.treated or config.guide):
+        raise UserError("--treatment, --lora, --treated or --guide: one was expected, the treatment to be evaluated")
+    if config.guide_options and not config.guide:
+        raise UserError("--guide_options: needs --guide true")
+    return config
+
+
+def _from_treatment(config: EvaluateModelConfig) -> dict:
+    folder = Path(config.treatment)
+    settings = read_settings(folder)
+    if settings is None:
+        raise UserError(
+            f"--treatment {folder}: no config.yaml there; a folder that `diffdoctor treat` made was expected"
+        )
+    values = {
+        name: settings[name]
+        for name in _OF_TREATMENT
+        if _said(name, getattr(config, name)) is None and _said(name, settings.get(name)) is not None
+    }
+    if not (config.lora or config.treated):
+        if not (folder / "lora").is_dir():
+            raise UserError(f"--treatment {folder}: holds no lora: the treatment is not finished")
+        values["lora"] = str(folder / "lora")
+    return values
+
+
+def _said(name: str, value):
+    """An option's value; None for one that leaves it to the pipeline, as 0 does for all but the guidance scale."""
+    return None if value in (None, "") or (value == 0 and name != "guidance_scale") else value
+
+
+def read_settings(folder: Path) -> dict | None:
+    """What a run's config.yaml holds; None where there is none that can be read."""
+    try:
+        import yaml
+    except ImportError:
+        raise missing_extra("pyyaml", "stages") from None
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def _warn_of_other_sampling(config: EvaluateModelConfig) -> None:
+    """A LoRA that was tuned with one way of sampling and is measured with another is seldom meant."""
+    folder = Path(config.lora).parent
+    settings = read_settings(folder) if (folder / "treat.json").is_file() else None
+    if settings is None:
+        return
+    other = [name for name in _SAMPLING if _said(name, settings.get(name)) != _said(name, getattr(config, name))]
+    if other:
+        said = json.dumps({name: settings.get(name) for name in other})
+        print(f"notice: the LoRA was tuned with {said}; give --treatment {folder} to sample alike", file=sys.stderr)

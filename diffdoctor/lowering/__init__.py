@@ -1,0 +1,1 @@
+"""What a compiled backend receives: a call as plans, options and tensors."""

@@ -1,0 +1,207 @@
+"""Artifacts as objects: the components of a confidence map, and mAP@0.5 over them by pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+from collections.abc import Sequence
+
+import numpy as np
+
+from diffdoctor.measures.pixels import maps_pair
+from diffdoctor.runs.errors import missing_extra
+
+MIN_SHARE = 0.0002
+MIN_PIXELS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """One connected artifact.
+
+    Attributes:
+        mask: (H, W) bool.
+        box: (x, y, width, height) in pixels.
+        area: pixels.
+        score: mean confidence over the component, in [0, 1].
+    """
+
+    mask: np.ndarray
+    box: tuple[int, int, int, int]
+    area: int
+    score: float
+
+
+def components(confidence: np.ndarray, threshold: float = 0.5) -> list[Component]:
+    """The artifacts of one map: confidence >= threshold, a 3x3 closing, 8-connected, at least max(0.02 %, 4 pixels).
+
+    The closing holds the border: a component at the picture's edge is not eaten by it.
+
+    Args:
+        confidence: (H, W) in [0, 1], a detector's map or a mask.
+
+    Returns:
+        `Component`s, the most confident first.
+    """
+    from scipy import ndimage
+
+    confidence = np.asarray(confidence)
+    if confidence.ndim != 2:
+        raise ValueError(f"confidence: expected shape (H, W), got {confidence.shape}")
+    square = np.ones((3, 3), bool)
+    found = np.pad(confidence >= threshold, 2)
+    closed = ndimage.binary_closing(found, square)[2:-2, 2:-2]
+    labels, _ = ndimage.label(closed, square)
+    smallest = max(MIN_SHARE * confidence.size, MIN_PIXELS)
+    result = []
+    for index, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        inside = labels[rows, columns] == index
+        area = int(inside.sum())
+        if area < smallest:
+            continue
+        mask = np.zeros(confidence.shape, bool)
+        mask[rows, columns] = inside
+        box = (columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start)
+        result.append(Component(mask, box, area, float(confidence[rows, columns][inside].mean())))
+    return sorted(result, key=lambda c: -c.score)
+
+
+def _run_length(mask: np.ndarray) -> dict:
+    from pycocotools import mask as coco_mask
+
+    return coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Matches:
+    """Which components of N pictures were found, kept ready for many resamplings of the set.
+
+    Attributes:
+        scores: (K,) of the components that the detector marks, picture by picture, the most confident first.
+        hits: (K,) bool, whether one matches a component of the truth.
+        lengths: (N,) how many of the K belong to each picture.
+        truths: (N,) components of the truth.
+    """
+
+    scores: np.ndarray
+    hits: np.ndarray
+    lengths: np.ndarray
+    truths: np.ndarray
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """The fields by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def joined(cls, parts: Sequence[Matches]) -> Matches:
+        """The matches of all pictures of several parts, in order."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+    @functools.cached_property
+    def _begins(self) -> np.ndarray:
+        return np.cumsum(self.lengths) - self.lengths
+
+    def average_precision(self, pictures: np.ndarray) -> float:
+        """mAP@0.5 of the pictures with these indices (repeats allowed: a bootstrap sample); NaN without a truth.
+
+        One class, 101 recall points, the same arithmetic as pycocotools' `COCOeval.accumulate`.
+        """
+        total = int(self.truths[pictures].sum())
+        if not total:
+            return float("nan")
+        lengths = self.lengths[pictures]
+        # Component k of a chosen picture stands at begin + k.
+        places = np.repeat(self._begins[pictures] - (np.cumsum(lengths) - lengths), lengths)
+        places += np.arange(places.size)
+        order = np.argsort(-self.scores[places], kind="mergesort")
+        found = np.cumsum(self.hits[places][order])
+        recall = found / total
+        precision = found / (np.arange(1, found.size + 1) + np.spacing(1))
+        precision = np.maximum.accumulate(precision[::-1])[::-1]
+        index = np.searchsorted(recall, np.linspace(0, 1, 101), side="left")
+        return float(np.append(precision, 0.0)[np.minimum(index, found.size)].mean())
+
+
+def match_components(confidence, mask) -> Matches:
+    """COCO matching at IoU >= 0.5, by pycocotools, of the components of confidence maps with those of masks.
+
+    One class, at most 100 components a picture.
+
+    Args:
+        confidence: (N, H, W) or (N, 1, H, W) in [0, 1], the detector's maps.
+        mask: the truth, same shape; its components are found in the same way.
+    """
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError:
+        raise missing_extra("pycocotools", "stages") from None
+    confidence, mask = maps_pair(confidence, mask)
+    images, truths, found = [], [], []
+    for index, (prediction, truth) in enumerate(zip(confidence, mask, strict=True), start=1):
+        images.append({"id": index, "height": truth.shape[0], "width": truth.shape[1]})
+        for component in components(truth):
+            truths.append({**_annotation(index, component), "id": len(truths) + 1, "iscrowd": 0})
+        for component in components(prediction)[:100]:
+            found.append({**_annotation(index, component), "id": len(found) + 1, "score": component.score})
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = {"images": images, "annotations": truths, "categories": [{"id": 1, "name": "artifact"}]}
+        coco.createIndex()
+        results = COCO()
+        results.dataset = {"images": images, "annotations": found, "categories": coco.dataset["categories"]}
+        results.createIndex()
+        evaluation = COCOeval(coco, results, "segm")
+        evaluation.params.iouThrs = np.array([0.5])
+        evaluation.params.areaRng = [[0, 1e10]]
+        evaluation.params.areaRngLbl = ["all"]
+        evaluation.params.maxDets = [100]
+        evaluation.evaluate()
+    scores, hits, truths = [np.zeros(0)], [np.zeros(0, bool)], []
+    # An entry is None where a picture has neither truth nor find.
+    for entry in evaluation.evalImgs:
+        scores.append(np.asarray(entry["dtScores"] if entry else (), float))
+        hits.append(np.asarray(entry["dtMatches"])[0] > 0 if entry else np.zeros(0, bool))
+        truths.append(len(entry["gtIds"]) if entry else 0)
+    lengths = np.array([len(s) for s in scores[1:]], np.int64)
+    return Matches(np.concatenate(scores), np.concatenate(hits), lengths, np.array(truths, np.int64))
+
+
+class ComponentAP:
+    """Average precision of components over a set of pictures, kept ready for many resamplings of the set.
+
+    The components of a clean picture are false positives. See `match_components`.
+
+    Args:
+        confidence: (N, H, W) or (N, 1, H, W) in [0, 1], the detector's maps.
+        mask: the truth, same shape.
+
+    Attributes:
+        map50: of all pictures; NaN without a truth.
+    """
+
+    def __init__(self, confidence, mask):
+        self.matches = match_components(confidence, mask)
+        self.map50 = self.of(np.arange(len(self.matches.truths)))
+
+    def of(self, pictures: np.ndarray) -> float:
+        """mAP@0.5 of the pictures with these indices, see `Matches.average_precision`."""
+        return self.matches.average_precision(pictures)
+
+
+def _annotation(image_id: int, component: Component) -> dict:
+    return {
+        "image_id": image_id,
+        "category_id": 1,
+        "segmentation": _run_length(component.mask),
+        "bbox": list(component.box),
+        "area": component.area,
+    }
+
+
+def mean_average_precision(confidence, mask) -> float:
+    """mAP@0.5 of the confidence maps' components against the masks' (see `ComponentAP`); NaN without damage."""
+    return ComponentAP(confidence, mask).map50

@@ -1,0 +1,193 @@
+"""Checks of the public functions' arguments: each names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+from diffdoctor.lowering.plan import LOSS_KINDS
+from diffdoctor.ops.layout import Packed
+from diffdoctor.ops.target import Target
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAPS = (*FLOATS, torch.uint8, torch.bool)
+INTERPOLATIONS = ("area", "bilinear", "nearest", "nearest-exact")
+REDUCTIONS = ("mean", "sample", "sum")
+NORMALIZE = (None, "sample", "batch")
+
+
+def kind_error(name: str, expected: str, value) -> TypeError:
+    return TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+
+
+def names(dtypes) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_dtype(name: str, value: Tensor, allowed) -> None:
+    if value.dtype not in allowed:
+        raise TypeError(f"{name} must have one of the dtypes {names(allowed)}, got {value.dtype}")
+
+
+def check_number(name: str, value, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> float:
+    """The value as a finite float in [low, high], or in (low, high]."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise kind_error(name, "a number", value)
+    value = float(value)
+    # Comparisons, not math.isfinite: Dynamo traces them on symbolic floats too.
+    if not -math.inf < value < math.inf or not low <= value <= high or (open_low and value == low):
+        bounds = "finite"
+        if value == math.inf and low > -math.inf and high == math.inf:
+            bounds = f"finite and {'greater than' if open_low else 'at least'} {low:g}"
+        elif low > -math.inf or high < math.inf:
+            bounds = (
+                f"in {'(' if open_low else '['}{low:g}, {high:g}]"
+                if high < math.inf
+                else (f"{'greater than' if open_low else 'at least'} {low:g}")
+            )
+        raise ValueError(f"{name} must be {bounds}, got {value:g}")
+    return value
+
+
+def check_choice(name: str, value, allowed) -> None:
+    shown = ", ".join(repr(choice) for choice in allowed)
+    if value is not None and not isinstance(value, str):
+        raise kind_error(name, f"one of {shown}", value)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {shown}, got {value!r}")
+
+
+def check_input(name: str, value: Tensor, model_pred: Tensor) -> None:
+    """A target, map or weight: dense, on model_pred's device, and not asking for a gradient."""
+    check_memory(name, value)
+    if value.device != model_pred.device:
+        raise ValueError(f"{name} must be on model_pred's device {model_pred.device}, got {value.device}")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} must not require a gradient (only model_pred gets one): pass {name}.detach()")
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {value.layout}")
+
+
+def check_memory(name: str, value: Tensor) -> None:
+    """A tensor whose memory holds its values."""
+    check_dense(name, value)
+    # A compiled graph hands its operators tensors that are resolved.
+    if not torch.compiler.is_compiling() and value.is_neg():
+        raise ValueError(f"{name} must not be negated lazily, as z.conj().imag is: pass {name}.resolve_neg()")
+
+
+def check_pred(name: str, model_pred, layout) -> None:
+    if not isinstance(model_pred, Tensor):
+        raise kind_error(name, "a tensor", model_pred)
+    check_dtype(name, model_pred, FLOATS)
+    check_dense(name, model_pred)
+    if layout is not None and not isinstance(layout, Packed):
+        raise kind_error("layout", "None or a diffdoctor.Packed", layout)
+    if layout is None and model_pred.ndim not in (3, 4, 5):
+        raise ValueError(
+            f"{name} must have shape (B, C, H, W), (B, C, T, H, W) or (B, N, D), got {tuple(model_pred.shape)}"
+        )
+    if layout is not None:
+        square = layout.patch_size**2
+        if model_pred.ndim != 3 or model_pred.shape[1] != layout.tokens or model_pred.shape[2] % square:
+            raise ValueError(
+                f"{name} must have shape (B, {layout.tokens}, D) with D a multiple of {square} under {layout}, "
+                f"got {tuple(model_pred.shape)}"
+            )
+
+
+def grid_shape(model_pred: Tensor, layout) -> tuple[int, ...]:
+    """model_pred's shape, unpacked under a layout."""
+    if layout is None:
+        return tuple(model_pred.shape)
+    return (
+        model_pred.shape[0],
+        model_pred.shape[2] // layout.patch_size**2,
+        layout.height,
+        layout.width,
+    )
+
+
+def check_target(target, model_pred: Tensor, layout) -> None:
+    if not isinstance(target, (Tensor, Target)):
+        raise kind_error("target", "a tensor or a diffdoctor.Target", target)
+    allowed = [tuple(model_pred.shape)]
+    if layout is not None:
+        allowed.append(grid_shape(model_pred, layout))
+    for term in (target,) if isinstance(target, Tensor) else target.terms:
+        check_dtype("target", term, FLOATS)
+        if tuple(term.shape) not in allowed:
+            shown = " or ".join(map(str, allowed))
+            raise ValueError(f"target must have model_pred's shape {shown}, got {tuple(term.shape)}")
+        check_input("target", term, model_pred)
+    if isinstance(target, Target):
+        for value in (*target.coefs, target.pred_scale):
+            if isinstance(value, Tensor):
+                check_per_sample("target's factor", value, model_pred)
+            else:
+                check_number("target's factor", value)
+
+
+def check_per_sample(name: str, value: Tensor, model_pred: Tensor) -> None:
+    """A tensor with one number per sample: (), (1,) or (B,)."""
+    check_dtype(name, value, FLOATS)
+    batch = model_pred.shape[0]
+    if value.ndim > 1 or (value.ndim == 1 and value.shape[0] not in (1, batch)):
+        raise ValueError(f"{name} must have shape ({batch},), (1,) or (), got {tuple(value.shape)}")
+    check_input(name, value, model_pred)
+
+
+def check_map(name: str, value, model_pred: Tensor, layout) -> None:
+    if not isinstance(value, Tensor):
+        raise kind_error(name, "a tensor or None", value)
+    check_dtype(name, value, MAPS)
+    shape, batch = tuple(value.shape), model_pred.shape[0]
+    if model_pred.ndim == 3 and layout is None:
+        tokens = model_pred.shape[1]
+        if len(shape) != 2 or shape[0] not in (1, batch) or shape[1] != tokens:
+            raise ValueError(
+                f"{name} must have shape ({batch}, {tokens}) for tokens without a layout, got {shape} "
+                "(give layout=diffdoctor.Packed(...) for a map on the picture's grid)"
+            )
+    else:
+        ranks = (3, 4, 5) if model_pred.ndim == 5 else (3, 4)
+        if len(shape) not in ranks or shape[0] not in (1, batch) or (len(shape) > 3 and shape[1] != 1):
+            forms = f"({batch}, H, W) or ({batch}, 1, H, W)" + (f" or ({batch}, 1, T, H, W)" if 5 in ranks else "")
+            raise ValueError(f"{name} must have shape {forms}, with 1 or {batch} maps, got {shape}")
+        if value.numel() == 0 and model_pred.numel() != 0:
+            raise ValueError(f"{name} must not be empty, got shape {shape}")
+    check_input(name, value, model_pred)
+
+
+def check_weighting(value, model_pred: Tensor, layout) -> None:
+    if not isinstance(value, Tensor):
+        raise kind_error("weighting", "a tensor or None", value)
+    check_dtype("weighting", value, FLOATS)
+    shape, full = tuple(value.shape), grid_shape(model_pred, layout)
+    if len(shape) == 1:
+        if shape[0] not in (1, full[0]):
+            raise ValueError(f"weighting with one dim is per sample: it must have length {full[0]} or 1, got {shape}")
+    elif len(shape) > len(full) or any(n not in (1, m) for n, m in zip(reversed(shape), reversed(full), strict=False)):
+        raise ValueError(f"weighting must be (B,) or broadcast to {full}, got {shape}")
+    check_input("weighting", value, model_pred)
+
+
+def check_loss_type(loss_type) -> tuple[float, ...]:
+    """The strength of each loss in the order of LOSS_KINDS."""
+    if isinstance(loss_type, str):
+        check_choice("loss_type", loss_type, LOSS_KINDS)
+        loss_type = {loss_type: 1.0}
+    if not isinstance(loss_type, dict):
+        raise kind_error("loss_type", f"one of {LOSS_KINDS} or a dict of their strengths", loss_type)
+    if not loss_type:
+        raise ValueError("loss_type must name at least one loss, got an empty dict")
+    for name, strength in loss_type.items():
+        check_choice("loss_type", name, LOSS_KINDS)
+        check_number(f"loss_type[{name!r}]", strength)
+    return tuple(float(loss_type.get(name, 0.0)) for name in LOSS_KINDS)

@@ -1,0 +1,84 @@
+"""A function over many jobs in processes of their own, in order."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from diffdoctor.runs.errors import UserError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+AHEAD = 4  # jobs per process that are read and whose results are not yet taken: they are held in memory
+
+
+def ordered_map(
+    function: Callable[[Job], Result], jobs: Iterable[Job], workers: int, start: Callable[..., Any], *arguments
+) -> Iterator[Result]:
+    """`map(function, jobs)`, worked out by processes; the results come in the order of the jobs.
+
+    Reads at most `AHEAD * workers` jobs ahead of the results. The processes end when the iterator does (exhausted,
+    closed, or by an error), each after the job that it has at hand, and when this process is killed.
+
+    Args:
+        function: of a module, like whatever it takes and gives, so that it can be sent to another process.
+        jobs: read in the calling thread.
+        workers: processes, 1 or more.
+        start: called with `arguments` once in each process, before its first job.
+
+    Raises:
+        UserError: a process ended by itself: killed (most often for want of memory), or `start` failed.
+    """
+    # "spawn": a process that has used threads must not be forked.
+    # Not multiprocessing.Pool: ended early, it kills its processes, and one that is just writing a result leaves a
+    # half of it in the pipe, for whose rest the parent then waits for ever.
+    context = multiprocessing.get_context("spawn")
+    ended = context.Event()
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _begin, (ended, start, *arguments))
+    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(_do, function, job))
+            if len(waiting) == AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "workers: a worker process ended by itself; was it killed, for want of memory perhaps? "
+            "Fewer workers need less of it."
+        ) from error
+    finally:
+        # Some jobs are with the processes already and cannot be cancelled any more.
+        ended.set()
+        pool.shutdown(cancel_futures=True)
+
+
+_ended = None  # in a worker: set when no more results are wanted
+
+
+def _begin(ended, start: Callable[..., Any], *arguments) -> None:
+    global _ended
+    _ended = ended
+    # Control-C reaches the whole group; it is the parent that ends, and its workers with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    start(*arguments)
+
+
+def _do(function: Callable[[Job], Result], job: Job) -> Result | None:
+    return None if _ended.is_set() else function(job)
+
+
+def _end_with_parent() -> None:
+    # A worker holds both ends of its queue and would wait for the jobs of a dead parent for ever.
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -1,0 +1,98 @@
+"""One or several processes that treat together: who draws which picture, and the sum of their gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from diffdoctor.runs.errors import UserError
+
+
+def seed_of(*parts: int) -> int:
+    """A 63-bit seed that is a function of all parts; close parts give unrelated seeds."""
+    return int(np.random.SeedSequence([int(part) for part in parts]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class Processes:
+    """The processes that `accelerate launch` or torchrun started; one process where nothing did."""
+
+    def __init__(self):
+        from accelerate import PartialState
+
+        state = PartialState(cpu=not torch.accelerator.is_available())
+        self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, total: int) -> list[int]:
+        """This process's part of range(total)."""
+        return list(range(self.rank, total, self.count))
+
+    def even_share(self, total: int) -> list[int]:
+        """As `share`, but as many for every process: those that have one less do the last one over again."""
+        padded = math.ceil(total / self.count) * self.count
+        return [min(number, total - 1) for number in range(self.rank, padded, self.count)]
+
+    def gather(self, part: torch.Tensor, total: int) -> torch.Tensor:
+        """(total, ...) on the CPU, in order, from what every process has for its `even_share` (n, ...)."""
+        if self.count == 1:
+            return part.cpu()
+        parts = [torch.empty_like(part) for _ in range(self.count)]
+        torch.distributed.all_gather(parts, part.contiguous())
+        return torch.stack([other.cpu() for other in parts], 1).flatten(0, 1)[:total]
+
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Add up the gradients of all processes in place; one that has none contributes zeros."""
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.count == 1:
+            return
+        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        torch.distributed.all_reduce(flat)
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad.copy_(part.view_as(parameter))
+
+    def sum_values(self, *values: float) -> list[float]:
+        """Add up numbers of all processes."""
+        if self.count == 1:
+            return list(values)
+        packed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(packed)
+        return packed.tolist()
+
+    def largest(self, value: int) -> int:
+        """The largest of all processes' numbers."""
+        if self.count == 1:
+            return value
+        packed = torch.tensor(value, dtype=torch.int64, device=self.device)
+        torch.distributed.all_reduce(packed, torch.distributed.ReduceOp.MAX)
+        return int(packed)
+
+    def from_main(self, make: Callable[[], object]):
+        """What make() gives on the main process, on all of them; its UserError is raised on all of them.
+
+        The files of a run belong to the main process: another machine need not see them.
+        """
+        if self.count == 1:
+            return make()
+        answer = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = make()
+            except UserError as error:
+                answer[1] = str(error)
+        torch.distributed.broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise UserError(answer[1])
+        return answer[0]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            torch.distributed.barrier()

@@ -1,0 +1,282 @@
+"""Guidance without tuning: a sampling run is diagnosed as it goes, and moved away from what the detector finds."""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from diffdoctor.ops import GradientModulator, artifact_loss
+from diffdoctor.training.processes import seed_of
+from diffdoctor.treat.families import Family, family_of
+from diffdoctor.treat.prediction_replay import Predictor
+from diffdoctor.treat.schedulers import Sampler
+from diffdoctor.treat.terms import StraightThroughClamp, diagnose
+
+_FLAGGED = 0.5
+
+
+@dataclass
+class GuideLog:
+    """What guided runs saw; a context that draws several times goes on with the same lists.
+
+    Attributes:
+        flagged_area: per guided step, (B,) share of the estimated pictures' pixels at a confidence of 0.5 or more,
+            before the step was moved.
+        rewound: per rewind, how many of the pictures were broken and went back.
+        final_area: per picture, the same share of the finished pictures; empty with rewinds=0.
+    """
+
+    flagged_area: list[list[float]] = field(default_factory=list)
+    rewound: list[int] = field(default_factory=list)
+    final_area: list[float] = field(default_factory=list)
+
+
+@dataclass
+class _Options:
+    strength: float
+    iterations: int
+    start: float
+    stop: float
+    decay: float
+    rewinds: int
+    rewind_to: float
+    rewind_area: float
+    rewind_confidence: float
+    rewind_dilation: int
+    artifact_grad: float
+    clean_grad: float
+    threshold: float
+    seed: int
+
+
+@contextmanager
+def guide(
+    pipeline,
+    detector: torch.nn.Module,
+    *,
+    strength: float = 0.3,
+    iterations: int = 3,
+    start: float = 0.2,
+    stop: float = 0.6,
+    decay: float = 0.0,
+    rewinds: int = 6,
+    rewind_to: float = 0.3,
+    rewind_area: float = 0.005,
+    rewind_confidence: float = 0.05,
+    rewind_dilation: int = 1,
+    artifact_grad: float = 1.0,
+    clean_grad: float = 0.0,
+    threshold: float = 0.1,
+    height: int = 0,
+    width: int = 0,
+    seed: int = 0,
+) -> Iterator[GuideLog]:
+    """Inside this context the pipeline's own call draws with fewer artifacts; afterwards it is as it was.
+
+    Two things happen, and each can be switched off. *Moves*: at each step the clean picture is estimated from the
+    denoiser's prediction and diagnosed; the estimate is moved against the gradient of the artifact loss, modulated by
+    the confidence map, and the prediction changed to match. No gradient passes through the denoiser. *Rewinds*: a
+    finished picture that is still broken is taken back to an earlier noise level, with fresh noise where it is broken,
+    and sampled again from there while the sound part is held; the sounder of the two versions stays.
+
+        with diffdoctor.guide(pipeline, detector):
+            pictures = pipeline("a handwritten seven").images
+
+    Args:
+        pipeline: a pipeline and scheduler that `treat` serves.
+        detector: pictures (B, 3, H, W) in [0, 1] to logits (B, 1, h, w), with `.confidence`.
+        strength: largest move of a latent per iteration, in the latents' own units (their deviation is about 1); 0: no
+            moves.
+        iterations: moves per step, each diagnosed anew; 0: no moves.
+        start, stop: share of the steps before which, and from which on, nothing is moved; in [0, 1]. What is moved late
+            is not smoothed by later steps, and tends to fool the detector rather than to mend the picture.
+        decay: strength falls with (1 - share of steps done) ** decay; 0: constant.
+        rewinds: how often a broken picture is drawn again at most; 0: never.
+        rewind_to: share of the steps that the first rewind goes back to, in [0, 1). What it cannot mend was decided
+            earlier, so each further one goes further back, the last one to the first step.
+        rewind_area, rewind_confidence: a picture is broken when at least this share of its pixels has at least this
+            confidence; those pixels are drawn again. A doubt is enough: drawing again what was sound costs only time.
+        rewind_dilation: latent pixels by which the part drawn again grows.
+        artifact_grad, clean_grad: factors of the gradient where the confidence is 1 and 0.
+        threshold: confidences above it enter the loss, in [0, 1]; a picture with none is left alone.
+        height, width: of the pictures, in pixels; 0: the pipeline's own. Needed for FLUX, whose latents do not say.
+        seed: of the fresh noise, which depends on it and on a picture's first latents alone: the same call gives the
+            same pictures, in any batch.
+
+    Yields:
+        A `GuideLog`.
+
+    Raises:
+        UserError: a pipeline or scheduler that is not served.
+        ValueError: an option out of its range.
+    """
+    options = _Options(
+        strength, iterations, start, stop, decay, rewinds, rewind_to, rewind_area, rewind_confidence, rewind_dilation,
+        artifact_grad, clean_grad, threshold, seed,
+    )  # fmt: skip
+    _check(options)
+    family = family_of(pipeline)
+    scheduler = pipeline.scheduler
+    sampler = Sampler.around(scheduler)
+    size = family.picture_size(height, width)
+    predictor = Predictor(family.denoiser) if rewinds else None
+    run = _Run(family, detector, sampler, size, options, predictor)
+    original = scheduler.step
+
+    @functools.wraps(original)
+    def step(model_output, timestep, sample, *args, **kwargs):
+        place = _place(scheduler, timestep)
+        model_output = run.before_step(place, model_output, sample)
+        result = original(model_output, timestep, sample, *args, **kwargs)
+        if predictor is None or place != len(sampler) - 1:
+            return result
+        final = run.after_last_step(result[0])
+        if isinstance(result, tuple):
+            return (final, *result[1:])
+        result.prev_sample = final
+        return result
+
+    # an attribute of the instance hides the class's method until it is deleted
+    scheduler.step = step
+    try:
+        yield run.log
+    finally:
+        del scheduler.step
+        if predictor is not None:
+            predictor.close()
+
+
+class _Run:
+    def __init__(self, family: Family, detector, sampler: Sampler, size, options: _Options, predictor):
+        self.family, self.detector, self.sampler, self.size = family, detector, sampler, size
+        self.options, self.predictor = options, predictor
+        self.log = GuideLog()
+        self.seeds: list[int] = []
+
+    def before_step(self, place: int, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """The prediction that the scheduler is to receive in place of model_output."""
+        if self.predictor is not None:
+            if place == 0:
+                self.predictor.forget()
+                self.seeds = [seed_of(self.options.seed, _fingerprint(latents)) for latents in sample]
+            self.predictor.keep(place, model_output)
+        if not self._is_moved(place):
+            return model_output
+        prediction, latents = (self.family.from_pipeline(t, *self.size).float() for t in (model_output, sample))
+        clean = self.sampler.denoised(prediction, place, latents)
+        moved, area = self._move(clean, place)
+        self.log.flagged_area.append(area)
+        changed = self.sampler.prediction_for(moved, prediction, place, latents)
+        return self.family.to_pipeline(changed.to(model_output.dtype))
+
+    @torch.no_grad()
+    def after_last_step(self, final: torch.Tensor) -> torch.Tensor:
+        """The finished latents, their broken parts drawn again, as the pipeline's loop holds them."""
+        options = self.options
+        clean = self.family.from_pipeline(final, *self.size).to(torch.float32, copy=True)
+        _, confidence = diagnose(self.family, self.detector, clean)
+        for count in range(options.rewinds):
+            broken = self._broken(confidence)
+            self.log.rewound.append(len(broken))
+            if len(broken) == 0:
+                break
+            drawn = self._draw_again(clean[broken], self._region(confidence[broken], clean), broken, count)
+            _, again = diagnose(self.family, self.detector, drawn)
+            sounder = again.flatten(1).mean(1) < confidence[broken].flatten(1).mean(1)
+            clean[broken[sounder]], confidence[broken[sounder]] = drawn[sounder], again[sounder]
+        self.log.final_area += _flagged_area(confidence)
+        return self.family.to_pipeline(clean.to(final.dtype))
+
+    def _draw_again(self, clean, region, rows, count: int) -> torch.Tensor:
+        """Latents (M, C, h, w) sampled again inside the region, and as they are outside of it.
+
+        Args:
+            clean: (M, C, h, w), the pictures at rows (M,) of the batch.
+            region: (M, 1, h, w), 1 inside and 0 outside.
+            count: of the rewinds so far; each has fresh noise.
+        """
+        sampler, share = self.sampler, 1 - count / max(1, self.options.rewinds - 1)
+        first = int(self.options.rewind_to * share * len(sampler))
+        dtype = next(self.family.denoiser.parameters()).dtype
+        generators = [torch.Generator().manual_seed(seed_of(self.seeds[row], count)) for row in rows.tolist()]
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators]).to(clean.device)
+        latents = sampler.renoised(clean, noise, first)
+        for place in range(first, len(sampler)):
+            model_input = self.family.to_pipeline(sampler.model_input(latents, place).to(dtype))
+            prediction = self.predictor.predict(place, model_input, rows)
+            prediction = self.family.from_pipeline(prediction, *self.size).float()
+            estimate = torch.lerp(clean, sampler.denoised(prediction, place, latents), region)
+            if place + 1 < len(sampler):
+                noise = torch.lerp(noise, sampler.noise_of(estimate, latents, place), region)
+                latents = sampler.renoised(estimate, noise, place + 1)
+        return estimate
+
+    def _broken(self, confidence: torch.Tensor) -> torch.Tensor:
+        """Indices (M,) of the pictures whose maps (B, 1, H, W) ask for another drawing."""
+        share = (confidence >= self.options.rewind_confidence).flatten(1).float().mean(1)
+        return torch.nonzero((share > 0) & (share >= self.options.rewind_area)).flatten()
+
+    def _region(self, confidence: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        flagged = (confidence >= self.options.rewind_confidence).float()
+        region = F.adaptive_max_pool2d(flagged, latents.shape[-2:])
+        reach = self.options.rewind_dilation
+        return F.max_pool2d(region, 2 * reach + 1, 1, reach) if reach else region
+
+    def _is_moved(self, place: int) -> bool:
+        options = self.options
+        inside = options.start <= place / max(1, len(self.sampler)) < options.stop
+        return inside and options.strength > 0 and options.iterations > 0
+
+    @torch.enable_grad()
+    def _move(self, clean: torch.Tensor, place: int) -> tuple[torch.Tensor, list[float]]:
+        """Moved estimates (B, C, h, w), and the flagged share of each before it was moved."""
+        options = self.options
+        reach = options.strength * (1 - place / max(1, len(self.sampler))) ** options.decay
+        area: list[float] = []
+        clean = clean.detach()
+        for _ in range(options.iterations):
+            modulator = GradientModulator(artifact_grad=options.artifact_grad, clean_grad=options.clean_grad)
+            latents = clean.requires_grad_()
+            pictures = self.family.decode(modulator(latents)).float()
+            logits = self.detector(StraightThroughClamp.apply(pictures))
+            size = tuple(pictures.shape[-2:])
+            confidence = F.interpolate(logits.detach().float(), size, mode="bilinear").sigmoid()
+            area = area or _flagged_area(confidence)
+            modulator.set(confidence)
+            loss = artifact_loss(logits, size=size, threshold=options.threshold, reduction="sum")
+            gradient = torch.autograd.grad(loss, latents)[0]
+            largest = gradient.abs().amax((1, 2, 3), keepdim=True)
+            clean = latents.detach() - reach * torch.where(largest > 0, gradient / largest.clamp_min(1e-30), 0.0)
+        return clean, area
+
+
+def _flagged_area(confidence: torch.Tensor) -> list[float]:
+    return (confidence >= _FLAGGED).flatten(1).float().mean(1).tolist()
+
+
+def _fingerprint(latents: torch.Tensor) -> int:
+    return zlib.crc32(latents.detach().float().cpu().contiguous().numpy().tobytes())
+
+
+def _place(scheduler, timestep) -> int:
+    index = getattr(scheduler, "_step_index", None)
+    if index is not None:
+        return int(index)
+    return int((scheduler.timesteps == timestep).nonzero()[0])
+
+
+def _check(options: _Options) -> None:
+    shares = ("start", "stop", "threshold", "rewind_area", "rewind_confidence")
+    for name, value in vars(options).items():
+        high = 1 if name in shares else math.inf
+        if name not in ("artifact_grad", "clean_grad") and not 0 <= value <= high:
+            raise ValueError(f"{name}: a number in [0, {high}] was expected, got {value!r}")
+    if not options.rewind_to < 1:
+        raise ValueError(f"rewind_to: a number in [0, 1) was expected, got {options.rewind_to!r}")

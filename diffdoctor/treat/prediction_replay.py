@@ -1,0 +1,136 @@
+"""Make a pipeline's prediction again, from other latents: with the very inputs that the pipeline gave its denoiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from diffdoctor.runs.errors import UserError
+
+_SAMPLE_NAMES = ("hidden_states", "sample")
+# Positions of tokens, which hold for every picture of the batch.
+_SHARED_NAMES = ("img_ids", "txt_ids")
+
+
+@dataclass
+class _Call:
+    args: tuple
+    kwargs: dict
+    name: str | None
+    parts: int
+
+
+@dataclass
+class _Step:
+    batch: int
+    calls: list[_Call]
+    weight: torch.Tensor | None
+
+
+class Predictor:
+    """Watches a denoiser inside a pipeline's own loop, and repeats the prediction of a step that was watched.
+
+    Classifier-free guidance is recognised by its two predictions, whether they came from one call or from two: the
+    prediction that the scheduler receives is read as a + w (b - a), and w is kept per picture.
+
+    Args:
+        denoiser: the module to watch; a hook stands on it until `close`.
+    """
+
+    def __init__(self, denoiser: torch.nn.Module):
+        self._denoiser = denoiser
+        self._steps: dict[int, _Step] = {}
+        self._seen: list[tuple] = []
+        self._watching = True
+        self._handle = denoiser.register_forward_hook(self._watch, with_kwargs=True)
+
+    def close(self) -> None:
+        """Take the hook away and forget everything."""
+        self._handle.remove()
+        self.forget()
+        self._seen.clear()
+
+    def forget(self) -> None:
+        """Before another run's first `keep`: forget the steps of the last one."""
+        self._steps.clear()
+
+    def _watch(self, module, args, kwargs, output):
+        if self._watching:
+            self._seen.append((args, dict(kwargs), _tensor_of(output)))
+
+    def keep(self, step: int, prediction: torch.Tensor) -> None:
+        """Store how the prediction that the scheduler receives at this step was made.
+
+        Args:
+            prediction: as the pipeline's loop holds it, (B, ...).
+
+        Raises:
+            UserError: when it was not made of one or two passes of the denoiser.
+        """
+        seen, self._seen = self._seen, []
+        batch = len(prediction)
+        calls, outputs = [], []
+        for args, kwargs, output in seen:
+            name = next((name for name in _SAMPLE_NAMES if name in kwargs), None)
+            args, kwargs = (args if name else args[1:]), {k: v for k, v in kwargs.items() if k != name}
+            calls.append(_Call(args, kwargs, name, max(1, len(output) // batch)))
+            outputs += output.chunk(calls[-1].parts)
+        if len(outputs) not in (1, 2):
+            raise UserError(
+                f"guide: a prediction made of 1 or 2 passes of {type(self._denoiser).__name__} was expected, "
+                f"got {len(outputs)}; rewinds=0 does without repeating it"
+            )
+        self._steps[step] = _Step(batch, calls, _weight(*outputs, prediction) if len(outputs) == 2 else None)
+
+    @torch.no_grad()
+    def predict(self, step: int, model_input: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The guided prediction (M, ...) at a watched step of another input, as the pipeline's loop holds the two.
+
+        Args:
+            model_input: (M, ...).
+            rows: (M,) which pictures of the watched batch they stand for. Of the denoiser's other inputs those whose
+                first dimension is the batch's are taken at these rows, all others as they are.
+        """
+        stored = self._steps[step]
+        outputs = []
+        self._watching = False
+        try:
+            for call in stored.calls:
+                index = torch.cat([rows + part * stored.batch for part in range(call.parts)])
+                count = stored.batch * call.parts
+                args, kwargs = _at_rows(call.args, index, count), _at_rows(call.kwargs, index, count)
+                inputs = torch.cat([model_input] * call.parts)
+                if call.name is None:
+                    output = self._denoiser(inputs, *args, **kwargs)
+                else:
+                    output = self._denoiser(*args, **{call.name: inputs}, **kwargs)
+                outputs += _tensor_of(output).chunk(call.parts)
+        finally:
+            self._watching = True
+        if stored.weight is None:
+            return outputs[0]
+        first, second = outputs
+        return first + stored.weight[rows.to(first.device)].to(first.dtype) * (second - first)
+
+
+def _at_rows(value, index: torch.Tensor, count: int):
+    if isinstance(value, torch.Tensor):
+        batched = value.ndim > 0 and len(value) == count
+        return value.index_select(0, index.to(value.device)) if batched else value
+    if isinstance(value, dict):
+        return {k: v if k in _SHARED_NAMES else _at_rows(v, index, count) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_at_rows(entry, index, count) for entry in value)
+    return value
+
+
+def _weight(first, second, prediction) -> torch.Tensor:
+    """w (B, 1, ...) of prediction = first + w (second - first), by least squares."""
+    along = (second - first).flatten(1).float()
+    weight = ((prediction - first).flatten(1).float() * along).sum(1) / along.square().sum(1).clamp_min(1e-30)
+    return weight.view(-1, *(1,) * (prediction.ndim - 1))
+
+
+def _tensor_of(output) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output.sample

@@ -1,0 +1,144 @@
+"""What a treatment changes on a pipeline while it runs, and puts back afterwards."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from diffdoctor.runs.errors import UserError, first_line, missing_extra
+from diffdoctor.treat.config import TreatConfig
+from diffdoctor.treat.families import Family
+
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def place(pipeline, device: torch.device, *, without: str = "") -> None:
+    """Move the pipeline's networks to a device, but for the component named `without`."""
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module) and name != without:
+            part.to(device)
+
+
+def release_text_encoders(family: Family, how: str) -> None:
+    """Let go of the text encoders: `how` is "keep", "offload" (to the CPU) or "free" (out of the pipeline).
+
+    The tokenizers stay. After "free" the pipeline takes prompt embeddings alone, until it is loaded again.
+    """
+    for name in _TEXT_ENCODERS:
+        encoder = getattr(family.pipeline, name, None)
+        if encoder is None:
+            continue
+        if how == "offload":
+            encoder.to("cpu")
+        elif how == "free":
+            setattr(family.pipeline, name, None)
+    if how != "keep" and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def restore_text_encoders(family: Family, device: torch.device) -> None:
+    """Bring those that are still there back to the device."""
+    for encoder in family.text_encoders:
+        encoder.to(device)
+
+
+@contextmanager
+def memory_options(family: Family, config: TreatConfig) -> Iterator[None]:
+    """Inside, denoiser and VAE save memory and compute as the options ask; afterwards they are as before."""
+    denoiser, vae = family.denoiser, family.vae
+    undo = []
+    try:
+        if config.gradient_checkpointing:
+            for module in (denoiser, vae):
+                if not getattr(module, "is_gradient_checkpointing", False):
+                    module.enable_gradient_checkpointing()
+                    undo.append(module.disable_gradient_checkpointing)
+        if config.vae_slicing or config.vae_tiling:
+            undo.append(_save_memory_in_vae(vae, config))
+        if config.attention_backend:
+            undo.append(_set_attention_backend(denoiser, config.attention_backend))
+        if config.precision != "fp32":
+            family.autocast_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float16
+        yield
+    finally:
+        family.autocast_dtype = family.gradient_scale = None
+        for action in reversed(undo):
+            action()
+
+
+def _save_memory_in_vae(vae, config: TreatConfig):
+    names = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size")
+    if not all(hasattr(vae, name) for name in names):
+        option = "vae_tiling" if config.vae_tiling else "vae_slicing"
+        raise UserError(
+            f"{option}: a VAE with slices and tiles such as AutoencoderKL was expected, got {type(vae).__name__}"
+        )
+    before = {name: getattr(vae, name) for name in names}
+    forward = vae.decoder.forward
+    vae.use_slicing = vae.use_slicing or config.vae_slicing
+    if config.vae_tiling:
+        scale = vae.tile_sample_min_size // vae.tile_latent_min_size
+        if config.vae_tiling % (4 * scale):
+            raise UserError(
+                f"vae_tiling: a multiple of {4 * scale} pixels was expected, for tiles that overlap by a quarter; "
+                f"got {config.vae_tiling}"
+            )
+        vae.use_tiling = True
+        vae.tile_sample_min_size, vae.tile_latent_min_size = config.vae_tiling, config.vae_tiling // scale
+
+        def recomputed(latents, *args, **kwargs):
+            if torch.is_grad_enabled() and latents.requires_grad:
+                return checkpoint(forward, latents, *args, use_reentrant=False, **kwargs)
+            return forward(latents, *args, **kwargs)
+
+        vae.decoder.forward = recomputed
+
+    def undo():
+        vae.decoder.__dict__.pop("forward", None)
+        for name, value in before.items():
+            setattr(vae, name, value)
+
+    return undo
+
+
+def _set_attention_backend(denoiser, name: str):
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+    processors = getattr(denoiser, "attn_processors", {})
+    active = _AttentionBackendRegistry._active_backend
+    # denoisers of the older kind choose a processor for each backend, the newer ones dispatch inside one processor
+    older = [
+        m for m in denoiser.modules() if isinstance(m, Attention) and not hasattr(m.processor, "_attention_backend")
+    ]
+    if older and name not in ("native", "xformers"):
+        raise UserError(
+            f"attention_backend: native or xformers was expected for {type(denoiser).__name__}, got {name!r}"
+        )
+    if name == "xformers" and importlib.util.find_spec("xformers") is None:
+        raise missing_extra("xformers", "xformers")
+    try:
+        if older and name == "xformers":
+            denoiser.enable_xformers_memory_efficient_attention()
+        elif older:
+            # the joint processors of transformers have no other kind than PyTorch's own
+            if isinstance(denoiser, UNet2DConditionModel):
+                denoiser.set_attn_processor(AttnProcessor2_0())
+        else:
+            denoiser.set_attention_backend(name)
+    except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"attention_backend: {name} cannot be used here ({first_line(error)})") from error
+
+    def undo():
+        if older:
+            denoiser.set_attn_processor(dict(processors))
+        else:
+            denoiser.reset_attention_backend()
+            _AttentionBackendRegistry.set_active_backend(active)
+
+    return undo

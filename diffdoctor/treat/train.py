@@ -1,0 +1,131 @@
+"""`treat`: tune a LoRA of a pipeline so that a detector finds fewer artifacts in what it draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from diffdoctor.runs.files import atomic_write_json
+from diffdoctor.treat.config import TreatConfig
+from diffdoctor.treat.families import family_of
+from diffdoctor.treat.files import writing
+from diffdoctor.treat.lora import save_lora
+from diffdoctor.treat.monitor import Measurement
+from diffdoctor.treat.treatment import Treatment
+
+
+@dataclass
+class TreatResult:
+    """A finished treatment; the pipeline given to `treat` carries the best weights.
+
+    Attributes:
+        pipeline: the treated pipeline.
+        history: a dict per step: step, loss, artifact_loss, offline_loss, replayed, grad_norm, learning_rate.
+        measurements: of the fixed pictures, the first before any step.
+        best_step: the step whose weights were kept.
+        stopped: why it ended before the last step, or None.
+        skipped: steps left out because a loss or gradient was not finite.
+        seconds: wall time, that of interrupted calls up to their last checkpoint included.
+        lora_dir: where the LoRA was written, or None.
+    """
+
+    pipeline: object
+    history: list[dict]
+    measurements: list[Measurement]
+    best_step: int
+    stopped: str | None
+    skipped: int
+    seconds: float
+    lora_dir: Path | None = field(default=None)
+
+    def save_lora(self, folder: str | Path) -> Path:
+        """Write the LoRA for `pipeline.load_lora_weights(folder)`."""
+        return save_lora(family_of(self.pipeline), folder)
+
+
+def treat(
+    pipeline,
+    detector: torch.nn.Module,
+    prompts: Sequence[str],
+    config: TreatConfig | None = None,
+    *,
+    offline=None,
+    monitor: torch.nn.Module | None = None,
+    output_dir: str | Path | None = None,
+    progress: bool = True,
+    settings: dict | None = None,
+) -> TreatResult:
+    """Tune a LoRA of `pipeline` with what `detector` finds in its pictures.
+
+    Each step samples pictures without a graph, diagnoses them, and replays the last denoising steps of the flagged ones
+    with a graph; the artifact loss of the decoded picture flows back through them, modulated by the confidence map at
+    the denoiser's output. A denoising loss on the pipeline's own training pairs, flagged pixels masked out, holds the
+    rest of the model in place.
+
+    Args:
+        pipeline: a loaded diffusers text-to-image pipeline of a known family; LoRA is added to its denoiser.
+        detector: pictures (B, 3, H, W) in [0, 1] to logits (B, 1, h, w), with `.confidence`; see `diffdoctor.detector`.
+        prompts: what to draw during the treatment.
+        config: options; defaults when None.
+        offline: (pictures uint8 (N, H, W, 3), prompts), or a sequence of dicts with "picture" and "prompt"; needed when
+            offline_weight > 0 or method is "weighted".
+        monitor: a second detector, never the one that judges the result: when it finds more artifacts than before while
+            `detector` finds fewer, the treatment stops.
+        output_dir: for `lora/`, `treat.json`, `config.yaml`, `samples/`, `logs/` and checkpoints, from which the same
+            call goes on after an interruption, and which tell one that repeats a finished treatment what came of it.
+        progress: show a bar, or plain lines where there is no terminal.
+        settings: what else `config.yaml` is to hold, beside the options.
+
+    Returns:
+        A `TreatResult`.
+
+    Raises:
+        UserError: a pipeline or scheduler that is not served, no prompts, missing offline pairs, a monitor that is the
+            detector, a VAE that gives NaN, checkpoints of a treatment with other options, weights, prompts or pairs, an
+            output folder that cannot be written, holds a `lora` of another origin or where another process is at work,
+            or `max_skipped` steps in a row whose loss or gradient was not finite.
+    """
+    treatment = Treatment(pipeline, detector, prompts, config or TreatConfig(), offline, monitor, output_dir, settings)
+    try:
+        stopped = treatment.run(progress)
+        best = treatment.monitor.best
+        result = TreatResult(
+            pipeline=pipeline,
+            history=treatment.history,
+            measurements=treatment.monitor.measurements,
+            best_step=0 if best is None else best.step,
+            stopped=stopped,
+            skipped=treatment.skipped,
+            seconds=treatment.seconds,
+        )
+        if output_dir is not None:
+            _write(result, treatment, Path(output_dir))
+    finally:
+        if treatment.lock is not None:
+            treatment.lock.release()
+    return result
+
+
+def _write(result: TreatResult, treatment: Treatment, output_dir: Path) -> None:
+    if treatment.processes.is_main:
+        with writing(output_dir):
+            save_lora(treatment.family, output_dir / "lora")
+            atomic_write_json(output_dir / "treat.json", _summary(result, treatment.config))
+        treatment.checkpoints.keep_last()
+    treatment.processes.wait()
+    result.lora_dir = output_dir / "lora"
+
+
+def _summary(result: TreatResult, config: TreatConfig) -> dict:
+    return {
+        "config": asdict(config),
+        "best_step": result.best_step,
+        "stopped": result.stopped,
+        "skipped": result.skipped,
+        "seconds": result.seconds,
+        "measurements": [asdict(measurement) for measurement in result.measurements],
+        "history": result.history,
+    }

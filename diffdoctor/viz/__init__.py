@@ -1,0 +1,1 @@
+"""Pictures and pages for people: overlays, sheets, the self-contained HTML report."""
