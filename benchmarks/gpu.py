@@ -56,7 +56,7 @@ def part_build(context: Context) -> dict:
         found = {"how": "nvcc alone", "not_cmake": str(error)}
         context.run([sys.executable, "-m", "benchmarks.gpu_build", arch], 110)
     found["seconds"] = round(time.monotonic() - began, 1)
-    code = "from diffdoctor.backends.select import backends; import json; print(json.dumps(backends()))"
+    code = "import diffdoctor, json; print(json.dumps(diffdoctor.available_backends()))"
     found["backends"] = last_json(context.run([sys.executable, "-c", code], 60))
     if found["backends"]["cuda"] is not None:
         raise PartError(f"built, but: {found['backends']['cuda']}")

@@ -16,14 +16,14 @@ if (_checkout / "CMakeLists.txt").is_file() and (_checkout / "kernels").is_dir()
 del _checkout
 
 from diffdoctor import ops as _ops  # noqa: E402
-from diffdoctor.backends.select import backends  # noqa: E402
+from diffdoctor.backends.select import available_backends  # noqa: E402
 from diffdoctor.ops import *  # noqa: E402, F403
 from diffdoctor.version import __version__  # noqa: E402
 
 _LAZY = {"guide": "diffdoctor.treat.guide"}
 _STAGES = ("demo", "detector", "evaluate", "maps", "treat")
 
-__all__ = [*_ops.__all__, "__version__", "backends", *_LAZY]  # noqa: PLE0604
+__all__ = [*_ops.__all__, "__version__", "available_backends", *_LAZY]  # noqa: PLE0604
 
 
 def __getattr__(name):

@@ -12,9 +12,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=["cuda", "triton"])
 def gpu_backend(request):
     """The name of each backend for CUDA tensors that can be used here."""
-    from diffdoctor import backends
+    from diffdoctor import available_backends
 
-    reason = backends()[request.param]
+    reason = available_backends()[request.param]
     if reason is not None:
         pytest.skip(reason)
     return request.param

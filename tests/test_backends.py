@@ -22,7 +22,7 @@ def run(script, **env):
 
 
 def test_every_backend_is_usable_or_says_why_not():
-    found = diffdoctor.backends()
+    found = diffdoctor.available_backends()
     assert tuple(found) == NAMES
     assert found["reference"] is None
     assert all(reason is None or (isinstance(reason, str) and len(reason) > 8) for reason in found.values())
@@ -192,7 +192,7 @@ def test_without_the_compiled_module_the_reference_serves():
         "loss = diffdoctor.weighted_loss(x, torch.zeros(1, 2, 4, 4))\n"
         "loss.backward()\n"
         "torch.testing.assert_close(x.grad, 2 * x.detach() / x.numel())\n"
-        "assert diffdoctor.backends()['cpu']\n"
+        "assert diffdoctor.available_backends()['cpu']\n"
         "try:\n"
         "    diffdoctor.weighted_loss(x, torch.zeros(1, 2, 4, 4), backend='cpu')\n"
         "except RuntimeError as error:\n"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import diffdoctor
-from diffdoctor import Target, backends
+from diffdoctor import Target, available_backends
 from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS
 
 try:
@@ -73,7 +73,7 @@ if search is not None:
               suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
     @given(case=search.cases(max_side=40))
     def test_search(case):
-        reason = backends()["cuda"]  # Triton would compile a kernel for most of the examples
+        reason = available_backends()["cuda"]  # Triton would compile a kernel for most of the examples
         if reason is not None:
             pytest.skip(reason)
         inputs = cases.build(case)

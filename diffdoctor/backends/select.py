@@ -105,7 +105,7 @@ def pick(name: str | None, op: str, device_type: str):
     return module
 
 
-def backends() -> dict[str, str | None]:
+def available_backends() -> dict[str, str | None]:
     """Each backend's name with None where it can be used here, else the reason why not."""
     return {name: why_not(name) for name in NAMES}
 
@@ -126,7 +126,7 @@ def describe() -> dict:
     """What `diffdoctor env` says of the backends: which can be used, which serves each op by device, the build."""
     from diffdoctor.backends import native
 
-    usable = backends()
+    usable = available_backends()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {
         "backends": {name: reason or "usable" for name, reason in usable.items()},

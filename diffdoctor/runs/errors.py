@@ -8,6 +8,17 @@ class UserError(ValueError):
     """
 
 
+def expected(name: str, what: str, got: object) -> str:
+    """The sentence in which an argument, option or file is refused: `name: expected what, got got`.
+
+    Args:
+        name: of the argument, or the path of the file.
+        what: what would have been accepted, such as "a float in [0, 1]".
+        got: what came instead; a string stands as it is.
+    """
+    return f"{name}: expected {what}, got {got}"
+
+
 def missing_extra(module: str, extra: str) -> UserError:
     """The error for an optional dependency that is not installed."""
     return UserError(f"{module} is not installed: run `pip install 'diffdoctor[{extra}]'`")
@@ -27,4 +38,4 @@ def check_least(options: object, **least: float) -> None:
     for name, value in least.items():
         given = getattr(options, name)
         if given is not None and given < value:
-            raise UserError(f"{name}: expected >= {value}, got {given}")
+            raise UserError(expected(name, f">= {value}", given))
