@@ -71,7 +71,7 @@ class Call:
 
 
 def backend_module(name: str):
-    """diffdoctor.backends.cpu.weighted_loss, ._triton or ._cuda: what stands between the checks and the kernels."""
+    """diffdoctor.backends.cpu.weighted_loss, .cuda or .triton: what stands between the checks and the kernels."""
     return importlib.import_module(f"diffdoctor.backends.{name}.weighted_loss")
 
 

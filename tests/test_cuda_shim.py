@@ -50,7 +50,7 @@ def public(cuda, monkeypatch):
     for name, plans in (
         ("weighted_loss", "_cache"),
         ("modulate_gradient", "_cache"),
-        ("_library_weighted_loss", "_plans"),
+        ("library.weighted_loss", "_plans"),
     ):
         monkeypatch.setattr(importlib.import_module(f"diffdoctor.ops.{name}"), plans, {})
     monkeypatch.delenv("DIFFDOCTOR_BACKEND", raising=False)
