@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import (
+from benchmarks.ops import (
     bar,
     compare,
     formulas,

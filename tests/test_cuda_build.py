@@ -9,7 +9,7 @@ import tempfile
 
 import pytest
 
-from benchmarks import sass, static_report
+from tools.gpu import sass, static_report
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.detector_study import __main__ as study
-from benchmarks.detector_study import drawing, parts, pictures, report
+from benchmarks.studies.detector import __main__ as study
+from benchmarks.studies.detector import drawing, parts, pictures, report
 from diffdoctor._errors import UserError
 from diffdoctor.detector.inject import damage_kinds
 

@@ -11,7 +11,11 @@ import time
 import pytest
 import torch
 
-from benchmarks import formulas, gpu, gpu_build, gpu_probe, launches, registry, sass, sides, static_report
+from benchmarks.ops import formulas, launches, registry, sides
+from tools.gpu import __main__ as gpu
+from tools.gpu import build as gpu_build
+from tools.gpu import probe as gpu_probe
+from tools.gpu import sass, static_report
 
 CPU = torch.device("cpu")
 
@@ -94,7 +98,7 @@ def test_gpu_commands_run_side_by_side_and_their_log_stays_small(tmp_path):
 def test_a_stopped_gpu_run_leaves_what_it_had_and_nothing_running(tmp_path):
     program = f"""
 import sys, time
-from benchmarks import gpu
+from tools.gpu import __main__ as gpu
 gpu.STAGES = ({{"machine": lambda context: {{"gpu": "none"}}}},
               {{"build": lambda context: context.run(["bash", "-c", "echo $$ > {tmp_path}/pid; sleep 99; true"], 99)}})
 sys.exit(gpu.main(["--output", "{tmp_path}", "--parts", "machine,build"]))
@@ -131,11 +135,11 @@ class Scripted(gpu.Context):
 
 def test_the_gpu_build_falls_back_to_nvcc_alone(tmp_path):
     broken = gpu.PartError("exit code 1: no pyproject")
-    context = Scripted(tmp_path, ("setup.py", broken), ("benchmarks.gpu_build", ""), ("-c", '{"cuda": null}'))
+    context = Scripted(tmp_path, ("setup.py", broken), ("tools.gpu.build", ""), ("-c", '{"cuda": null}'))
     found = gpu.part_build(context)
     assert found["how"] == "nvcc alone"
-    assert context.said[-2][-2:] == ["benchmarks.gpu_build", "90"]
-    unusable = Scripted(tmp_path, ("setup.py", broken), ("benchmarks.gpu_build", ""), ("-c", '{"cuda": "old driver"}'))
+    assert context.said[-2][-2:] == ["tools.gpu.build", "90"]
+    unusable = Scripted(tmp_path, ("setup.py", broken), ("tools.gpu.build", ""), ("-c", '{"cuda": "old driver"}'))
     with pytest.raises(gpu.PartError, match="old driver"):
         gpu.part_build(unusable)
 
@@ -171,7 +175,7 @@ FAILED tests/test_gpu.py::test_graph[cuda-bf16] - AssertionError
 def test_every_shard_together_is_every_test(tmp_path):
     tests = tmp_path / "test_numbers.py"
     tests.write_text("import pytest\n@pytest.mark.parametrize('n', range(5))\ndef test(n): pass\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu_shard", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tools.gpu.shard", "-p", "no:cacheprovider"]
     found = []
     for shard in ("0/2", "1/2"):
         done = subprocess.run([*command, "--collect-only", "--shard", shard, f"--rootdir={tmp_path}", tests],
@@ -261,7 +265,7 @@ def test_triton_launches_once_forward_and_once_backward():
     if sass.find_tool("cuobjdump") is None:
         pytest.skip("cuobjdump is missing")
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.static_triton", "90", "latents/fp32", "sd15/bf16"],
+        [sys.executable, "-m", "tools.gpu.static_triton", "90", "latents/fp32", "sd15/bf16"],
         cwd=static_report.ROOT, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

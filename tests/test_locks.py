@@ -113,8 +113,8 @@ def test_what_is_no_folder_is_refused(tmp_path):
 def test_studies_and_the_demo_are_refused_where_another_is_at_work(holder, tmp_path, capsys):
     for module in ("diffusers", "peft", "skimage", "sklearn"):
         pytest.importorskip(module)
-    from benchmarks.detector_study.__main__ import main as detector_study
-    from benchmarks.treatment.__main__ import main as treatment
+    from benchmarks.studies.detector.__main__ import main as detector_study
+    from benchmarks.studies.treatment.__main__ import main as treatment
     from diffdoctor.cli import main
 
     out = str(tmp_path / "out")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from helpers_tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
 
-from benchmarks.treat_memory import real
-from benchmarks.treat_memory.demo import Step
+from benchmarks.studies.treat_memory import real
+from benchmarks.studies.treat_memory.demo import Step
 from diffdoctor._errors import UserError
 from diffdoctor.detector import ConvDetector
 from diffdoctor.treat import TreatConfig

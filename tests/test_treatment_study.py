@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from test_demo import metrics_of
 
-from benchmarks.treatment.__main__ import main, parser, parts
-from benchmarks.treatment.study import METHODS, Settings, treat_options
-from benchmarks.treatment.table import END, START, markdown, missed, put_into
+from benchmarks.studies.treatment.__main__ import main, parser, parts
+from benchmarks.studies.treatment.study import METHODS, Settings, treat_options
+from benchmarks.studies.treatment.table import END, START, markdown, missed, put_into
 from diffdoctor._errors import UserError
 
 DEMO = dict.fromkeys(("classifier_steps", "autoencoder_steps", "base_steps"), 8) | {
@@ -139,7 +139,7 @@ def test_what_a_method_misses(method, change, faults):
 HOLD_AND_FREE = """
 import resource
 import numpy as np
-from benchmarks.treatment.memory import PeakMemory
+from benchmarks.studies.treatment.memory import PeakMemory
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with PeakMemory() as memory:
