@@ -59,7 +59,7 @@ gpu:  ## On a GPU: build, test, benchmark, sanitize; needs Python with torch and
 	$(GPU_PYTHON) -m tools.gpu --output runs/gpu $(if $(COMMIT),--commit $(COMMIT))
 
 sanitize: $(STAMP)  ## The CPU kernels under the address and undefined-behaviour sanitizers; 10 minutes on 2 cores
-	$(BIN)/python tests/sanitize_cpu.py
+	$(BIN)/python tests/programs/sanitize_cpu.py
 
 wheel: $(STAMP)  ## Build an sdist and a wheel from it into dist/
 	$(BIN)/python -m pip install -q -c constraints.txt build

@@ -85,12 +85,12 @@ def part_tests(context: Context) -> dict:
     if importlib.util.find_spec("pytest") is None:
         raise PartError("pytest is not installed")
     marked = re.compile(r"^(?:pytestmark = .*|@)pytest\.mark\.gpu\b", re.MULTILINE)
-    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if marked.search(path.read_text())]
+    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if marked.search(path.read_text())]
     if not files:
         raise PartError("no test carries the mark gpu")
     command = [
         sys.executable, "-m", "pytest", "-v", "--no-header", "--tb=short", "--maxfail=20", "-rfE", "-m", "gpu",
-        "-o", "addopts=", "-p", "no:cacheprovider", "-p", "tools.gpu.shard",
+        "-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider", "-p", "tools.gpu.shard",
         *(str(path.relative_to(ROOT)) for path in files),
     ]  # fmt: skip
     jobs = context.jobs(3, 6)
