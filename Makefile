@@ -47,19 +47,19 @@ format: $(STAMP)  ## Rewrite to the house style
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' | xargs -r $(BIN)/clang-format -i
 
 bench: $(STAMP)  ## Time the operations against PyTorch on this machine
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.ops.run
 
 treatment-study: $(STAMP)  ## Two trained pipelines, every method, one table; half an hour on 2 cores
-	$(BIN)/python -m benchmarks.treatment --output runs/treatment
+	$(BIN)/python -m benchmarks.studies.treatment --output runs/treatment
 
 detector-study: $(STAMP)  ## A detector on photographs and damage that it never saw, and its ablation
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.detector_study --output runs/detector-study
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.studies.detector --output runs/detector-study
 
 gpu:  ## On a GPU: build, test, benchmark, sanitize; needs Python with torch and Triton, and nvcc; writes runs/gpu
-	$(GPU_PYTHON) -m benchmarks.gpu --output runs/gpu $(if $(COMMIT),--commit $(COMMIT))
+	$(GPU_PYTHON) -m tools.gpu --output runs/gpu $(if $(COMMIT),--commit $(COMMIT))
 
 sanitize: $(STAMP)  ## The CPU kernels under the address and undefined-behaviour sanitizers; 10 minutes on 2 cores
-	$(BIN)/python tests/sanitize_cpu.py
+	$(BIN)/python tests/programs/sanitize_cpu.py
 
 wheel: $(STAMP)  ## Build an sdist and a wheel from it into dist/
 	$(BIN)/python -m pip install -q -c constraints.txt build

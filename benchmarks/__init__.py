@@ -1,1 +1,1 @@
-"""Benchmarks of diffdoctor's operations against the PyTorch that trainers write; see docs/benchmarks.md."""
+"""Benchmarks of diffdoctor: its operations (ops), whole stages (studies), and the rows measured so far (results)."""

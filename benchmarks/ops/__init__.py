@@ -1,0 +1,1 @@
+"""The operations against the PyTorch that trainers write; see docs/benchmarks.md."""

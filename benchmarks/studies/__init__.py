@@ -1,0 +1,1 @@
+"""Studies of whole stages, each a program: `python -m benchmarks.studies.NAME`."""

@@ -1,0 +1,291 @@
+"""The parts of the study: labelled sets, and trainings with their measures. A finished part is not done again."""
+
+import contextlib
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.studies.detector import pictures
+from benchmarks.studies.detector.drawing import KINDS
+from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.files import atomic_write_json
+
+TESTS = ("digits", "pieces", "photographs")
+# Trained on: what puts in something foreign, or breaks the order with sharp edges. Only tested on: what softens, moves
+# or repeats what is there.
+SEEN = (
+    "ghost_limb",
+    "glyph_scramble",
+    "patch_permutation",
+    "phase_scramble",
+    "strip_shift",
+    "swirl",
+    "texture_noise",
+    "tint",
+    "watermark",
+)
+UNSEEN = ("duplicate", "fuse", "over_smooth", "pixelate", "removal", "seam", "smear", "warp")
+# Of each picture; together they make DAMAGED_SHARE, so that balance changes nothing but the categories.
+DAMAGED_VERSIONS, BENIGN_VERSIONS = 1, 3
+BOOTSTRAP = 200
+SHIFTS = (0.0, -0.5, -1.0, -1.5, -2.0)
+# What every training has in common; the rest are `train_detector`'s defaults.
+TRAINING = {
+    "batch_size": 32,
+    "learning_rate": 3e-3,
+    "warmup": 300,
+    "mse": 0.0,
+    "bce": 1.0,
+    "precision": "bf16",
+    "checkpoint_every": 250,
+    "keep_checkpoints": 1,
+    "size": pictures.SIDE,
+}
+AUGMENT = {
+    "inject_share": 0.0,
+    "benign_share": 0.0,
+    "shrink_share": 0.1,
+    "flip_share": 0.5,
+    "exposure": 0.2,
+    "noise": 0.0,
+}
+DAMAGED_SHARE = 0.2
+SETS = ("train-damaged", "skewed-damaged", "train-clean")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What one training has that the others do not.
+
+    Attributes:
+        sets: labelled sets that it is trained on.
+        balance: sample by category.
+        shrink_share: share of the clean pictures that are shrunk and padded.
+        network: "conv" or "segformer".
+        drawn: train on the drawn pictures too.
+    """
+
+    sets: tuple[str, ...] = SETS
+    balance: bool = True
+    shrink_share: float = AUGMENT["shrink_share"]
+    network: str = "conv"
+    drawn: bool = True
+
+
+# The detector itself is spared the shortcut; the ablation is not.
+DETECTOR = "everything"
+VARIANTS = {
+    DETECTOR: Variant(sets=(*SETS, "skewed-clean")),
+    "complete": Variant(),
+    "without real negatives": Variant(sets=SETS[:2]),
+    "without drawn pictures": Variant(drawn=False),
+    "without class balance": Variant(balance=False),
+    "without dynamic augmentation": Variant(shrink_share=0.0),
+    "with the tiny SegFormer": Variant(network="segformer"),
+}
+
+
+def done(part: Path, settings: dict) -> dict | None:
+    """The result of a finished part, None where it is still to be done.
+
+    Raises:
+        UserError: the part was done with other settings.
+    """
+    file = part / "part.json"
+    if not file.is_file():
+        return None
+    record = json.loads(file.read_text(encoding="utf-8"))
+    if record["settings"] != json.loads(json.dumps(settings)):
+        raise UserError(f"{part}: was made with other settings; choose another --output or remove it")
+    return record["result"]
+
+
+def finish(part: Path, settings: dict, result: dict) -> dict:
+    """Write down that a part is done."""
+    atomic_write_json(part / "part.json", {"settings": settings, "result": result})
+    return result
+
+
+def make_sets(output: Path, seed: int, workers: int) -> dict:
+    """Pictures, and the labelled sets made from them at `inject`'s default strengths; returns their metrics."""
+    from diffdoctor.detector.commands.inject import InjectConfig, run_inject
+
+    clean = output / "pictures"
+    counts = {name: getattr(pictures, name) for name in ("TRAINING_PIECES", "TEST_PIECES", "DRAWN_PICTURES")}
+    settings = {"seed": seed} | counts
+    if done(clean, settings) is None:
+        finish(clean, settings, pictures.write_pictures(clean, seed))
+    plans = {
+        "train-clean": {"pictures": "train", "damaged": 0, "benign": BENIGN_VERSIONS},
+        "train-damaged": {"pictures": "train", "kinds": list(SEEN), "damaged": DAMAGED_VERSIONS, "clean": False},
+        "skewed-clean": {"pictures": "skewed", "damaged": 0, "benign": BENIGN_VERSIONS},
+        "skewed-damaged": {"pictures": "skewed", "kinds": list(SEEN), "damaged": DAMAGED_VERSIONS, "clean": False},
+    }
+    for group in TESTS:
+        plans[f"{group}-seen"] = {"pictures": f"test/{group}", "kinds": list(SEEN)}
+        plans[f"{group}-unseen"] = {"pictures": f"test/{group}", "kinds": list(UNSEEN)}
+    result = {}
+    for number, (name, plan) in enumerate(plans.items()):
+        folder = output / "sets" / name
+        settings = plan | {"seed": 100 * seed + number}
+        found = done(folder, settings)
+        if found is None:
+            where = [str(clean / plan["pictures"])]
+            config = InjectConfig(**settings | {"pictures": where}, output=str(folder), workers=workers, overwrite=True)
+            found = finish(folder, settings, run_inject(config))
+        result[name] = found
+    return result | {"small": _small(output, seed)}
+
+
+def _small(output: Path, seed: int) -> dict:
+    """Clean test pictures shrunk and padded: small things, all of them right."""
+    from diffdoctor.data.shards import ShardData, write_shards
+    from diffdoctor.detector.samples import shrink_and_pad
+
+    folder, settings = output / "sets" / "small", {"seed": seed}
+    found = done(folder, settings)
+    if found is not None:
+        return found
+
+    def samples():
+        for part, group in enumerate(TESTS):
+            data = ShardData(output / "sets" / f"{group}-seen")
+            for index in np.flatnonzero(data.mask_max == 0):
+                sample = data[int(index)]
+                rng = np.random.default_rng([seed, 22, part, int(index)])
+                picture = shrink_and_pad(sample["picture"], rng)
+                # Shards are read back by their keys, which must differ over both groups.
+                yield sample | {"key": f"{part}-{sample['key']}", "picture": picture}
+
+    write_shards(samples(), folder)
+    return finish(folder, settings, {"pictures": len(ShardData(folder))})
+
+
+def train(output: Path, name: str, variant: str, steps: int, seed: int) -> dict:
+    """Train one detector and measure it; returns its measures, as `measures` gives them, and the seconds."""
+    from diffdoctor.data.shards import ShardData
+    from diffdoctor.detector.samples import AugmentConfig, JoinedData
+    from diffdoctor.detector.train import DetectorTrainingConfig, train_detector
+    from diffdoctor.training.cpu_settings import processor
+
+    chosen = VARIANTS[variant]
+    config = DetectorTrainingConfig(
+        **TRAINING,
+        steps=steps,
+        augment=AugmentConfig(**AUGMENT | {"shrink_share": chosen.shrink_share}),
+        balance=chosen.balance,
+        damaged_share=DAMAGED_SHARE,
+        seed=seed,
+    )
+    folder, settings = output / "runs" / f"{name}-seed-{seed}", dataclasses.asdict(config) | {"variant": variant}
+    found = done(folder, settings)
+    if found is not None:
+        return found
+    start = time.monotonic()
+    data = JoinedData([ShardData(output / "sets" / part) for part in chosen.sets])
+    if not chosen.drawn:
+        data = data.where(~np.isin(data.categories, list(KINDS)))
+    folder.mkdir(parents=True, exist_ok=True)
+    # Several trainings at a time would write their bars over each other.
+    with processor(threads=1):
+        with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
+            trained = train_detector(config, data, detector=fresh(chosen.network, seed), output_dir=folder)
+        result = {"seconds": time.monotonic() - start}
+        return finish(folder, settings, result | measures(output, trained.detector, folder))
+
+
+def fresh(network: str, seed: int):
+    """An untrained detector: "conv" or the tiny "segformer"."""
+    import torch
+
+    from diffdoctor.detector import ArtifactDetector, ConvDetector
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if network == "segformer":
+            return ArtifactDetector.tiny(min_side=2 * pictures.SIDE)
+        return ConvDetector((32, 64, 128))
+
+
+def measures(output: Path, detector, folder: Path) -> dict:
+    """Every measure on held-out pictures; reports of what was found go to `folder`.
+
+    Returns:
+        {"seen", "unseen": {"all", and each of `TESTS`: as `evaluate.detector.evaluate_maps` returns,
+        "per_category", "per_kind"}, "shifted": what moved logits would give, kinds trained on, "small": the share of
+        small clean pictures that is flagged}.
+    """
+    from diffdoctor.data.shards import ShardData
+    from diffdoctor.data.sources import finite
+    from diffdoctor.detector.samples import JoinedData
+    from diffdoctor.evaluate.detector.command import write_report
+    from diffdoctor.evaluate.detector.measure import diagnose_data, evaluate_maps, measure
+
+    result: dict = {}
+    for part in ("seen", "unseen"):
+        data = JoinedData([ShardData(output / "sets" / f"{group}-{part}") for group in TESTS])
+        found = diagnose_data(detector, data, size=pictures.SIDE)
+        measured = finite(measure(found, bootstrap=BOOTSTRAP))
+        groups = np.repeat(TESTS, [len(one) for one in data.parts])
+        result[part] = {
+            "all": measured["overall"],
+            **{
+                name: finite(
+                    evaluate_maps(found.confidence[groups == name], found.masks[groups == name], bootstrap=BOOTSTRAP)
+                )
+                for name in TESTS
+            },
+            "per_category": measured["per_category"],
+            "per_kind": _per_kind(data, found),
+        }
+        if part == "seen":
+            result["shifted"] = [_shifted(found, shift) for shift in SHIFTS]
+        atomic_write_json(folder / f"{part}.json", measured)
+        write_report(folder / f"{part}.html", measured, found, lambda index, data=data: _picture(data, index))
+    small = diagnose_data(detector, ShardData(output / "sets" / "small"), size=pictures.SIDE)
+    result["small"] = evaluate_maps(small.confidence, small.masks, bootstrap=0)["false_positive_rate"]
+    return result
+
+
+def _shifted(found, shift: float) -> dict:
+    """What the detector would reach were its logits moved by `shift`."""
+    from diffdoctor.measures.components import ComponentAP
+    from diffdoctor.measures.pixels import FLAG_SHARE, flagged_share
+
+    odds = np.exp(shift) * found.confidence / np.maximum(1 - found.confidence, 1e-7)
+    confidence = odds / (1 + odds)
+    damaged = (found.masks >= 0.5).any(axis=(1, 2))
+    flags = flagged_share(confidence) >= FLAG_SHARE
+    return {
+        "shift": shift,
+        "map50": ComponentAP(confidence, found.masks).map50,
+        "false_positive_rate": float(flags[~damaged].mean()),
+        "hit_rate": float(flags[damaged].mean()),
+    }
+
+
+def _picture(data, index: int) -> np.ndarray:
+    from diffdoctor.detector.samples import resize_pair
+
+    sample = data[index]
+    return resize_pair(sample["picture"], sample["mask"], pictures.SIDE)[0]
+
+
+def _per_kind(data, found) -> dict:
+    """mAP@0.5 and the share that is flagged, of the damaged pictures of each kind."""
+    from diffdoctor.measures.components import ComponentAP
+    from diffdoctor.measures.pixels import FLAG_SHARE, flagged_share
+
+    names = np.array([str(data[index].get("kind") or "") for index in range(len(data))])
+    flags = flagged_share(found.confidence) >= FLAG_SHARE
+    return {
+        str(name): {
+            "pictures": int((names == name).sum()),
+            "map50": ComponentAP(found.confidence[names == name], found.masks[names == name]).map50,
+            "hit_rate": float(flags[names == name].mean()),
+        }
+        for name in sorted(set(names) - {""})
+    }

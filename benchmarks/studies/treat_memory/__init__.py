@@ -1,0 +1,1 @@
+"""What a treatment step keeps for backward: `python -m benchmarks.studies.treat_memory`."""

@@ -1,0 +1,55 @@
+"""What a treatment step keeps for backward and how long it takes: `python -m benchmarks.studies.treat_memory`.
+
+The first table runs the demo's pipeline: `full` (every one of 10 steps in the graph) against `draft_k` (3 of 10), with
+each option that saves memory. The second gives the same for networks of a real size, without their weights: shapes
+alone go through them (meta tensors), so it has bytes and operations but no seconds, and is the same on every machine.
+
+kept: bytes of distinct storages saved for backward at the worst moment, parameters left out.
+peak: the most bytes of new tensors alive at any moment of replay and backward, what backward recomputes included.
+time: of a whole step: roll-out, diagnosis, replay and backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.studies.treat_memory.demo import demo_table
+from benchmarks.studies.treat_memory.real import REAL, real_rows
+from benchmarks.studies.treat_memory.table import BOUNDS, GROWTH, demo_markdown, judged, real_markdown
+from diffdoctor.runs.files import atomic_write_json
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0; 1 when `draft_k` misses a bound."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.studies.treat_memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--repeats", type=int, default=9, help="timed runs of every case (9); 0: no seconds")
+    parser.add_argument(
+        "--networks", nargs="*", choices=tuple(REAL), default=tuple(REAL), help="of a real size (all); none: leave out"
+    )
+    parser.add_argument("--output", type=Path, help="a JSON file for everything that was measured")
+    options = parser.parse_args(arguments)
+    if options.repeats < 0:
+        parser.error(f"--repeats: at least 0 was expected, got {options.repeats}")
+    demo = demo_table(options.repeats)
+    print(demo_markdown(demo), flush=True)
+    real = [row for name in options.networks for row in real_rows(name)]
+    if real:
+        print("\n" + real_markdown(real))
+    print()
+    shares = judged(demo)
+    for name, value in shares.items():
+        print(f"{name}: {value:.3f} (at most {BOUNDS.get(name, GROWTH)})")
+    if options.output:
+        atomic_write_json(options.output, {"demo": demo, "real": real, "shares": shares})
+    met = all(shares[name] <= bound for name, bound in BOUNDS.items() if name in shares)
+    return int(not (met and abs(shares["growth from 10 to 40 sampling steps"]) <= GROWTH))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""Networks of a real size without their weights: shapes alone go through them (meta tensors)."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import time
+from unittest import mock
+
+import torch
+
+from benchmarks.studies.treat_memory.counting import Alive, Kept
+from diffdoctor.detector import ArtifactDetector
+
+
+@contextlib.contextmanager
+def _made_in(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _stable_diffusion(dtype):
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    with _made_in(dtype):
+        denoiser = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+    )
+
+    def predict(latents):
+        timesteps = torch.full((len(latents),), 500)
+        hidden = torch.zeros(len(latents), 77, 768, dtype=latents.dtype)
+        return denoiser(latents, timesteps, hidden, return_dict=False)[0]
+
+    return denoiser, vae, predict, (4, 64, 64), ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def _flux(dtype):
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+
+    from diffdoctor.treat.families.flux import pack, unpack
+
+    with _made_in(dtype):
+        denoiser = FluxTransformer2DModel()
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=16,
+    )
+
+    def predict(latents):
+        side = latents.shape[-1] // 2
+        tokens = denoiser(
+            hidden_states=pack(latents),
+            encoder_hidden_states=torch.zeros(len(latents), 512, 4096, dtype=latents.dtype),
+            pooled_projections=torch.zeros(len(latents), 768, dtype=latents.dtype),
+            timestep=torch.full((len(latents),), 0.5, dtype=latents.dtype),
+            txt_ids=torch.zeros(512, 3),
+            img_ids=torch.zeros(side * side, 3),
+            return_dict=False,
+        )[0]
+        return unpack(tokens, side, side)
+
+    return denoiser, vae, predict, (16, 128, 128), ("to_q", "to_k", "to_v", "to_out.0")
+
+
+REAL = {
+    "sd": ("Stable Diffusion 1.5, 512 x 512, 10 sampling steps", _stable_diffusion, torch.float16, 10, 3),
+    "flux": ("FLUX.1, 1024 x 1024, 4 sampling steps", _flux, torch.bfloat16, 4, 1),
+}
+"""Name -> (title, function that builds it, dtype of the denoiser, sampling steps, steps with a gradient)."""
+
+
+def real_rows(name: str) -> list[dict]:
+    """Bytes and operations of one replay of one picture through a network of `REAL`, for each way to save."""
+    title, build, dtype, steps, grad_steps = REAL[name]
+    cases = {
+        "full": (steps, "kl", False, False),
+        f"draft_k, K = {grad_steps}": (grad_steps, "kl", False, False),
+        "+ denoiser checkpointed": (grad_steps, "kl", True, False),
+        "+ denoiser and VAE checkpointed": (grad_steps, "kl", True, True),
+        "+ both, VAE in tiles of 256": (grad_steps, "tiles", True, True),
+        "+ both, a quarter of the tiles alone": (grad_steps, "flagged", True, True),
+        "+ denoiser checkpointed, a tiny VAE": (grad_steps, "tiny", True, False),
+    }
+    rows = []
+    for case, options in cases.items():
+        started = time.perf_counter()
+        rows.append({"network": title, "case": case, **real_step(build, dtype, *options)})
+        print(f"{title}: {case}: counted in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    return rows
+
+
+def real_step(build, dtype, count, decoder, denoiser_checkpointed, vae_checkpointed) -> dict:
+    """count denoiser passes, decoder (fp32) and detector (SegFormer-b5, fp32) of one picture, with their backward.
+
+    Returns:
+        `kept` (bytes for backward by place, at the worst moment), `peak` (bytes of new tensors alive at once) and
+        `operations` (floating-point operations).
+    """
+    from diffusers import AutoencoderTiny
+    from peft import LoraConfig
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        denoiser, vae, predict, shape, targets = build(dtype)
+        if decoder == "tiny":
+            vae = AutoencoderTiny(latent_channels=shape[0])
+        detector = ArtifactDetector.of_size("b5").eval().requires_grad_(False)
+        vae.requires_grad_(False)
+        denoiser.requires_grad_(False)
+        denoiser.add_adapter(LoraConfig(r=16, target_modules=list(targets)))
+        if denoiser_checkpointed:
+            denoiser.enable_gradient_checkpointing()
+        if vae_checkpointed:
+            vae.enable_gradient_checkpointing()
+        if decoder in ("tiles", "flagged"):
+            _in_tiles(vae, 256, flagged=0.25 if decoder == "flagged" else 1.0)
+        kept = Kept((denoiser, vae, detector))
+
+        def step():
+            latents = torch.zeros(1, *shape, dtype=dtype)
+            for _ in range(count):
+                latents = latents - 0.1 * kept.at("denoiser", predict)(latents)
+            ends = latents.detach().float().requires_grad_()
+            pictures = kept.at("vae", vae.decode)(ends, return_dict=False)[0]
+            logits = kept.at("detector", detector)(pictures / 2 + 0.5)
+            logits.sigmoid().mean().backward()
+            latents.backward(ends.grad.to(dtype))
+
+        # One after the other: the counter of operations leaves tensors in cycles, alive until the collector comes by.
+        with _fused_attention(), FlopCounterMode(display=False) as operations:
+            step()
+        denoiser.zero_grad()
+        gc.collect()
+        with _fused_attention(), Alive() as alive, kept.hooks():
+            step()
+        return {"kept": kept.worst, "peak": alive.peak, "operations": operations.get_total_flops()}
+
+
+@contextlib.contextmanager
+def _fused_attention():
+    """Memory-efficient attention, as a GPU takes it; without it a meta tensor's attention keeps all its weights."""
+
+    def fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+        attention = torch.ops.aten._scaled_dot_product_efficient_attention
+        return attention(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", fused):
+        yield
+
+
+def _in_tiles(vae, pixels, flagged):
+    """Recompute the decoder tile by tile in backward, as `vae_tiling` does; a share of the tiles carries a graph."""
+    from torch.utils.checkpoint import checkpoint
+
+    vae.use_tiling, scale = True, 2 ** (len(vae.config.block_out_channels) - 1)
+    vae.tile_sample_min_size, vae.tile_latent_min_size = pixels, pixels // scale
+    forward, calls = vae.decoder.forward, []
+
+    def tile(latents, *rest):
+        calls.append(1)
+        if len(calls) % round(1 / flagged):
+            with torch.no_grad():
+                return forward(latents, *rest)
+        return checkpoint(forward, latents, *rest, use_reentrant=False)
+
+    vae.decoder.forward = tile

@@ -1,1 +1,0 @@
-"""What a treatment step keeps for backward: `python -m benchmarks.treat_memory`."""

@@ -1,1 +1,0 @@
-"""Every method on two trained pipelines: `python -m benchmarks.treatment --output runs/treatment`."""

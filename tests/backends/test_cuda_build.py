@@ -1,0 +1,68 @@
+"""csrc/cuda compiled by nvcc: nothing spills, and the contiguous path moves 16 bytes at a time."""
+
+import getpass
+import hashlib
+import json
+import pathlib
+import subprocess
+import tempfile
+
+import pytest
+
+from support.paths import ROOT
+from tools.gpu import sass, static_report
+
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+NVCC = static_report.find_nvcc()
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NVCC is None, reason="nvcc was found neither on PATH nor in /usr/local/cuda"),
+    pytest.mark.skipif(sass.find_tool("cuobjdump") is None, reason="cuobjdump was found neither in CUDA nor in triton"),
+]
+
+
+def compiled(arch: int) -> list[dict]:
+    """What became of every kernel for `arch`. A second run over the same sources reads the first one's answer."""
+    known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    if f"sm_{arch}" not in known:
+        pytest.skip(f"this nvcc does not know sm_{arch}")
+    digest = hashlib.sha256(subprocess.run([NVCC, "--version"], capture_output=True).stdout)
+    for path in sorted((ROOT / "csrc").glob("c*/*")):
+        digest.update(path.read_bytes())
+    folder = pathlib.Path(tempfile.gettempdir()) / f"diffdoctor-tests-{getpass.getuser()}"
+    folder.mkdir(exist_ok=True)
+    kept = folder / f"sm_{arch}-{digest.hexdigest()[:16]}.json"
+    if not kept.is_file():
+        rows = [row for source in SOURCES for row in static_report.nvcc_rows(arch, source, NVCC)]
+        part = kept.with_suffix(".part")
+        part.write_text(json.dumps(rows))
+        part.rename(kept)
+    return json.loads(kept.read_text())
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_kernels_neither_spill_nor_move_less_than_they_could(arch):
+    rows = compiled(arch)
+    assert {row["file"] for row in rows} == {source.name for source in SOURCES}
+    spilling = [row["kernel"] for row in rows if row["spills"] != 0 or row["stack"] or row["local"]]
+    assert not spilling
+    assert not [row["kernel"] for row in rows if "LDL.32" in row["access"] or "STL.32" in row["access"]]
+
+    loss = {row["kernel"]: row for row in rows if row["file"] == "weighted_loss.cu"}
+    assert len(loss) == 8  # model_pred's dtypes, contiguous and strided; everything else is a branch at run time
+    vectorised = [row for name, row in loss.items() if "true" in name or "ELb1E" in name]
+    assert len(vectorised) == 4
+    for row in vectorised:
+        # model_pred and each term's dtype, for each of the vectors that a thread has under way.
+        assert row["access"]["LDG.128"] >= 4, row
+        assert row["access"]["STG.128"] >= 1, row
+        # Two blocks of 256 threads on a multiprocessor.
+        assert row["registers"] <= 128, row
+    scale = [
+        row
+        for row in rows
+        if row["file"] == "scale_gradient.cu" and ("true" in row["kernel"] or "ELb1E" in row["kernel"])
+    ]
+    assert len(scale) == 6
+    assert all(row["access"].get("STG.128", 0) >= 1 and row["access"].get("LDG.128", 0) >= 1 for row in scale)

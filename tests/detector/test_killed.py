@@ -1,0 +1,68 @@
+"""Commands that are killed (-9) at random moments, again and again, end in the bits of an undisturbed run."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from support.paths import PROGRAMS, ROOT
+
+pytest.importorskip("accelerate")
+pytest.importorskip("pyarrow")
+pytest.importorskip("tensorboard")
+if not hasattr(os, "fork"):
+    pytest.skip("needs fork", allow_module_level=True)
+
+
+def things(count, seed, side=16):
+    """Labelled pictures of discs, every other one with a bright damaged square."""
+    rng = np.random.default_rng(seed)
+    ys, xs = np.mgrid[0:side, 0:side]
+    for index in range(count):
+        y, x = rng.uniform(4, side - 4, 2)
+        picture = np.repeat((200 * np.clip(5 - np.hypot(ys - y, xs - x), 0, 1))[..., None], 3, axis=2).astype(np.uint8)
+        mask = np.zeros((side, side), np.float32)
+        if index % 2:
+            mask[4:9, 5:11] = 1
+            picture[4:9, 5:11] = rng.integers(0, 256, (5, 6, 3))
+        category = ("cat", "dog")[index % 2]
+        yield {"key": f"{index:04d}-{seed}", "picture": picture, "mask": mask, "category": category}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    import torch
+    from PIL import Image
+
+    from diffdoctor.data.shards import write_shards
+    from diffdoctor.detector import ConvDetector
+
+    write_shards(things(10, 0), tmp_path / "data", shard_size=4)
+    write_shards(things(6, 1), tmp_path / "validation")
+    for index, sample in enumerate(things(7, 2)):
+        place = tmp_path / "pictures" / f"{index:02d}.png"
+        place.parent.mkdir(exist_ok=True)
+        Image.fromarray(sample["picture"][: 16 - 2 * (index == 4)]).save(place)
+    (tmp_path / "pictures" / "03.png").write_bytes(b"\x89PNG but broken")
+    torch.manual_seed(0)
+    ConvDetector((8, 16)).save_pretrained(tmp_path / "detector")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)  # dozens of lives, one after another
+@pytest.mark.parametrize("command", ["inject", "diagnose", "evaluate", "train", "train_resampled"])
+def test_killed_at_random_moments_a_run_ends_in_the_same_bits(folder, command):
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    script = [sys.executable, str(PROGRAMS / "detector_killed.py"), command, str(folder), "0"]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=2300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["operations"] > 30
+    assert report["points"] >= 20
+    assert sum(report["kills"]) >= 2
+    assert report["processes"][-1] == (2 if command in ("diagnose", "evaluate") else 1)

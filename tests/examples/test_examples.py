@@ -1,0 +1,212 @@
+"""The example trainers on tiny random pipelines, and on the digits."""
+
+import dataclasses
+import importlib
+import runpy
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+pytest.importorskip("tensorboard")
+pytest.importorskip("jsonargparse")
+
+from PIL import Image
+
+from diffdoctor.maps import write_map
+from support.paths import ROOT
+from support.tiny_pipelines import PROMPTS, tiny_pipeline
+
+EXAMPLES = ROOT / "examples"
+
+
+def load_example(name):
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Four pipelines, a dozen pictures with captions and maps, half a dozen class pictures."""
+    root = tmp_path_factory.mktemp("examples")
+    for family, options in (("sd", {}), ("sdxl", {"prediction_type": "v_prediction"}), ("sd3", {}), ("flux", {})):
+        tiny_pipeline(family, **options).save_pretrained(root / family)
+    rng = np.random.default_rng(0)
+    for name, count in (("set", 12), ("class", 6)):
+        (root / name).mkdir()
+        for i in range(count):
+            height, width = ((24, 24), (24, 36), (36, 24))[i % 3]
+            colours = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            picture = np.asarray(Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)).copy()
+            level = np.zeros((height, width), np.float32)
+            if name == "set":
+                top, left = rng.integers(0, 12, 2)
+                level[top : top + 10, left : left + 10] = 1.0
+                picture[level > 0] = rng.integers(0, 256, (100, 3))
+                (root / name / f"{i}.txt").write_text(PROMPTS[i % 3], encoding="utf-8")
+                write_map(root / "maps" / f"{i}.png", level)
+            Image.fromarray(picture).save(root / name / f"{i}.png")
+    return root
+
+
+def config_of(example, folder, family, output, **changes):
+    kind = next(value for name, value in vars(example).items() if name in ("TextToImageConfig", "FlowConfig"))
+    base = {
+        "model": str(folder / family),
+        "pictures": str(folder / "set"),
+        "maps": str(folder / "maps"),
+        "output": str(output),
+        "size": 16,
+        "steps": 4,
+        "batch_size": 4,
+        "rank": 2,
+        "alpha": 4.0,
+        "learning_rate": 1e-3,
+        "log_every": 1,
+        "checkpoint_every": 2,
+        "validate_every": 4,
+        "validation_steps": 2,
+        "validation_prompt": PROMPTS[0],
+    }
+    if family in ("sd3", "flux"):
+        base["max_sequence_length"] = 16
+    return kind(**(base | changes))
+
+
+RUNS = {
+    "sd": ("train_text_to_image_lora", {"snr_gamma": 5.0, "buckets": True, "artifact_weight": 2.0}),
+    "sdxl": ("train_text_to_image_lora", {"snr_gamma": 5.0, "accumulate": 2, "batch_size": 2, "normalize": "sample"}),
+    "sd3": ("train_flow_lora", {"weighting_scheme": "sigma_sqrt", "gradient_checkpointing": True}),
+    "flux": ("train_flow_lora", {"prior_pictures": "class", "prior_caption": "a photo", "guidance_scale": 3.5}),
+}
+
+
+@pytest.mark.parametrize("family", RUNS)
+def test_example_trains_logs_draws_saves_and_resumes(family, folder, tmp_path):
+    name, options = RUNS[family]
+    example = load_example(name)
+    if "prior_pictures" in options:
+        options = {**options, "prior_pictures": str(folder / "class")}
+    config = config_of(example, folder, family, tmp_path / "run", **options)
+    history = example.train(config)
+
+    assert [line["step"] for line in history] == [1, 2, 3, 4]
+    assert all(np.isfinite(line["loss"]) and line["nonfinite"] == 0 for line in history)
+    assert all(0 < line["artifact_share"] < 1 for line in history)
+    assert all(line["loss_artifact"] > 0 and line["loss_clean"] > 0 for line in history)
+    with Image.open(tmp_path / "run" / "validation" / "step_000004.png") as drawn:
+        assert drawn.size == (16, 16)
+    assert list((tmp_path / "run" / "logs").rglob("events*"))
+
+    # The LoRA that was saved draws what the trained pipeline drew, alpha and all.
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(folder / family)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(tmp_path / "run" / "lora")
+    call = {"num_inference_steps": 2, "height": 16, "width": 16, "generator": torch.Generator().manual_seed(0)}
+    if family in ("sd3", "flux"):
+        call |= {"guidance_scale": config.guidance_scale, "max_sequence_length": 16}
+    with Image.open(tmp_path / "run" / "validation" / "step_000004.png") as drawn:
+        assert (np.asarray(drawn) == np.asarray(pipeline(PROMPTS[0], **call).images[0])).all()
+
+    # Stopped at step 2 and resumed, the run ends on the same losses, to the last bit.
+    half = dataclasses.replace(config, output=str(tmp_path / "half"), steps=2, validation_prompt=None)
+    example.train(half)
+    resumed = example.train(dataclasses.replace(half, steps=4, resume=True))
+    assert [(line["step"], line["loss"]) for line in resumed] == [(line["step"], line["loss"]) for line in history[2:]]
+
+
+def test_map_steers_the_example(folder, tmp_path):
+    example = load_example("train_text_to_image_lora")
+    losses = {}
+    for weight in (1.0, 0.0, 3.0):
+        config = config_of(example, folder, "sd", tmp_path / str(weight), steps=1, artifact_weight=weight)
+        losses[weight] = example.train(dataclasses.replace(config, validation_prompt=None))[0]
+    plain, off, up = losses[1.0], losses[0.0], losses[3.0]
+    # Same seed, same first prediction: the loss is affine in artifact_weight, and its parts do not depend on it.
+    assert off["loss"] < plain["loss"] < up["loss"]
+    assert up["loss"] - plain["loss"] == pytest.approx(2 * (plain["loss"] - off["loss"]), rel=1e-5)
+    assert up["loss_artifact"] == pytest.approx(plain["loss_artifact"], rel=1e-6)
+    share = plain["artifact_share"]
+    mean = share * plain["loss_artifact"] + (1 - share) * plain["loss_clean"]
+    assert plain["loss"] == pytest.approx(mean, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """64 handwritten digits, 16 x 16, each with the number as caption and a smear that its map marks."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    root = tmp_path_factory.mktemp("digits")
+    rng = np.random.default_rng(0)
+    (root / "set").mkdir()
+    loaded = datasets.load_digits()
+    for i in range(64):
+        picture = np.uint8(loaded.images[i] * 15.9).repeat(2, axis=0).repeat(2, axis=1)
+        level = np.zeros((16, 16), np.float32)
+        top, left = rng.integers(0, 11, 2)
+        level[top : top + 5, left : left + 5] = 1.0
+        picture[level > 0] = rng.integers(0, 256, 25)
+        Image.fromarray(picture).convert("RGB").save(root / "set" / f"{i}.png")
+        (root / "set" / f"{i}.txt").write_text(f"the digit {loaded.target[i]}", encoding="utf-8")
+        write_map(root / "set" / f"{i}.mask.png", level)
+    return root
+
+
+@pytest.mark.parametrize(("name", "family"), [("train_text_to_image_lora", "sd"), ("train_flow_lora", "sd3")])
+def test_loss_falls_on_the_digits(name, family, folder, digits, tmp_path):
+    example = load_example(name)
+    config = config_of(
+        example,
+        folder,
+        family,
+        tmp_path,
+        pictures=str(digits / "set"),
+        maps=None,
+        steps=60,
+        batch_size=16,
+        rank=8,
+        alpha=None,
+        learning_rate=1e-2,
+        targets=("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_out", "conv_in", "proj_out", "proj_in"),
+        validation_prompt=None,
+    )
+    history = example.train(config)
+    losses = [line["loss"] for line in history]
+    first, last = np.mean(losses[:10]), np.mean(losses[-10:])
+    assert last < 0.8 * first, (first, last)
+
+
+def test_missing_maps_are_said_before_training(folder, tmp_path, capsys):
+    example = load_example("train_text_to_image_lora")
+    config = config_of(example, folder, "sd", tmp_path, steps=1, maps=None, validation_prompt=None)
+    history = example.train(config)
+    assert "12 of 12 pictures have no map" in capsys.readouterr().out
+    assert history[0]["artifact_share"] == 0
+
+
+def test_flow_example_refuses_buckets_with_prior_pictures(folder, tmp_path):
+    example = load_example("train_flow_lora")
+    with pytest.raises(ValueError, match="buckets: expected False"):
+        example.train(config_of(example, folder, "sd3", tmp_path, buckets=True, prior_pictures=str(folder / "class")))
+
+
+@pytest.mark.parametrize("name", ["train_text_to_image_lora", "train_flow_lora"])
+def test_command_line_names_every_option(name, monkeypatch, capsys):
+    example = load_example(name)
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.syspath_prepend(EXAMPLES)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    kind = next(value for key, value in vars(example).items() if key in ("TextToImageConfig", "FlowConfig"))
+    for field in dataclasses.fields(kind):
+        assert f"--{field.name}" in shown

@@ -1,0 +1,160 @@
+"""Compile what the Triton backend launches and print it as JSON: `python tests/programs/triton_compiled.py ARCH [few]`.
+
+A stand-in driver names the compute capability, and a launch compiles and runs nothing, so that the glue is called with
+CPU tensors and what it would hand to a GPU of that kind is looked at. That changes Triton for the whole process.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from diffdoctor import Packed
+from diffdoctor.backends.triton import weighted_loss as _triton
+from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
+from support import artifact as artifact_cases
+from support import cases
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+TRAIN = WRITE_LOSS | WRITE_GRAD
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class StandIn:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, arch):
+        self.arch = arch
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def record(arch):
+    """From here on launches are compiled and appended to the list that is returned."""
+    driver.set_active(StandIn(arch))
+    launches, run = [], JITFunction.run
+
+    def compile_only(kernel, *args, grid, warmup, **kwargs):
+        compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        launches.append((kernel.__name__, compiled))
+        return compiled
+
+    JITFunction.run = compile_only
+    return launches
+
+
+def describe(cubin):
+    """Registers, bytes of stack (spills) and the widths of global accesses, from the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    access = re.findall(r"\b(LDG|STG)\.E((?:\.[A-Z0-9]+)*)", code)
+    return {
+        "registers": registers,
+        "stack": stack,
+        "local": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "wide_loads": sum(kind == "LDG" and ".128" in width for kind, width in access),
+        "wide_stores": sum(kind == "STG" and ".128" in width for kind, width in access),
+    }
+
+
+def weighted(case, work=TRAIN):
+    """The launches of one call of the shared cases' kind."""
+    inputs = cases.build(case)
+    _triton.weighted_loss(cases.lower(inputs, work, weight_mean=_triton.weight_mean))
+
+
+def losses(few):
+    """{name: call} of the weighted losses that are compiled."""
+    shape, latents, tokens = (2, 16, 128, 128), (2, 4, 64, 64), (2, 1024, 64)
+    big, pixels = ((2, 128, 128), F32), ((2, 512, 512), torch.uint8)
+    flux = {"layout": Packed(64, 64, 2)}
+    mixture = {"l2": 1.0, "huber": 0.5, "pseudo_huber": 0.5, "log_cosh": 0.5, "l1": 0.5, "smooth_l1": 0.5}
+    calls = {
+        "plain-bf16": lambda: weighted(cases.Case("", shape=shape, dtype=BF16, target_dtype=BF16)),
+        "map-fp32": lambda: weighted(cases.Case("", shape=shape, confidence=big), TRAIN | WRITE_SUMS),
+        "tokens-bf16": lambda: weighted(
+            cases.Case("", shape=tokens, dtype=BF16, target_dtype=BF16, confidence=((2, 64, 64), F32), options=flux)
+        ),
+        "area-latents": lambda: weighted(
+            cases.Case("", shape=latents, dtype=BF16, confidence=pixels, options={"normalize": "sample"})
+        ),
+    }
+    if few:
+        return calls
+    return {
+        **calls,
+        "fp16-forward": lambda: weighted(cases.Case("", shape=shape, dtype=F16, target_dtype=F16), WRITE_LOSS),
+        "fp16-backward": lambda: weighted(cases.Case("", shape=shape, dtype=F16, target_dtype=F16), WRITE_GRAD),
+        "mixture-fp64": lambda: weighted(
+            cases.Case("", shape=latents, dtype=F64, target="velocity", options={"loss_type": mixture})
+        ),
+        "mixture-bf16": lambda: weighted(
+            cases.Case("", shape=shape, dtype=BF16, confidence=big, huber_c="tensor", options={"loss_type": mixture})
+        ),
+        "channels-last": lambda: weighted(
+            cases.Case("", shape=shape, pred_view="channels_last", target_view="channels_last", confidence=big,
+                       mask=((1, 32, 32), torch.bool), weighting=((2, 16, 128, 128), BF16))
+        ),
+        "video": lambda: weighted(
+            cases.Case("", shape=(1, 16, 5, 24, 32), dtype=BF16, target="preconditioned",
+                       confidence=((1, 1, 9, 48, 64), F16), options={"interpolation": "bilinear", "gamma": 2.0})
+        ),
+    }  # fmt: skip
+
+
+def others(few):
+    """{name: call} of the smaller launches."""
+
+    def artifact(method, dtype=F32):
+        case = artifact_cases.Case(method, shape=(2, 64, 64), size=(256, 256), method=method, dtype=dtype)
+        logits = artifact_cases.build(case)
+        problem = artifact_cases.lower(case, logits)
+        _triton.artifact_loss(problem)
+        _triton.artifact_loss_backward(problem.kept, problem.factor, torch.ones(()), torch.empty_like(logits))
+
+    def scale(dtype):
+        grad = torch.zeros(1 << 16, dtype=dtype)
+        _triton.scale_gradient(grad, torch.ones(()), grad, 1, grad.numel())
+
+    calls = {"artifact-threshold": lambda: artifact("threshold"), "scale-bf16": lambda: scale(BF16)}
+    if not few:
+        calls.update({"artifact-max-bf16": lambda: artifact("max", BF16), "scale-fp64": lambda: scale(F64)})
+    return calls
+
+
+def main():
+    arch, few = int(sys.argv[1]), "few" in sys.argv[2:]
+    launches, rows, seen = record(arch), [], {}
+    for name, call in {**losses(few), **others(few)}.items():
+        launches.clear()
+        call()
+        for kernel, compiled in launches:
+            cubin = compiled.asm["cubin"]
+            if cubin not in seen:
+                seen[cubin] = describe(cubin)
+            rows.append({"call": name, "kernel": kernel, **seen[cubin]})
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

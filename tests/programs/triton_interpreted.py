@@ -1,0 +1,315 @@
+"""What runs in Triton's interpreter: collected by test_triton_interpreter.py in a process with TRITON_INTERPRET=1."""
+
+import dataclasses
+import math
+import sys
+import warnings
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from triton.runtime import interpreter
+
+import diffdoctor
+from diffdoctor.backends.triton import weighted_loss as _triton
+from diffdoctor.backends.triton_tiles import index_type, make_box
+from diffdoctor.kernels.common import to_storage
+from diffdoctor.kernels.element_loss import element_loss
+from diffdoctor.kernels.weighted_loss import count_of, decode
+from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
+from support import artifact, cases, search
+
+
+@triton.jit
+def count_to(out_ptr, n):
+    for i in range(n):
+        tl.store(out_ptr + i, i)
+
+
+def _index_by_one_element():
+    """Loop bounds in Triton 3.4 to 3.6 are arrays of one element, which NumPy 2.4 no longer makes an int of.
+
+    What Triton 3.7 does, put over the patch that its interpreter lays on tensors for the time of a launch.
+    """
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, *scope):
+        patch(tensor, *scope)
+
+        def index(self):
+            return int(self.handle.data.squeeze())
+
+        if scope:
+            scope[0].set_attr(tensor, "__index__", index)
+        else:
+            tensor.__index__ = index
+
+    interpreter._patch_lang_tensor = patched
+
+
+try:
+    count_to[(1,)](torch.empty(2), 2)
+except Exception as error:
+    if "0-dimensional" not in str(error):
+        raise
+    _index_by_one_element()
+    count_to[(1,)](torch.empty(2), 2)
+
+
+@triton.jit
+def store_as(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offs, to_storage(tl.load(x_ptr + offs), out_ptr.dtype.element_ty, True))
+
+
+@triton.jit
+def losses_of(d_ptr, loss_ptr, slope_ptr, c: tl.float64, KIND: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    one, none = tl.full([], 1.0, ACC), tl.full([], 0.0, ACC)
+    strength = (none, one if KIND == 1 else none, one if KIND == 2 else none, one if KIND == 3 else none,
+                one if KIND == 4 else none, one if KIND == 5 else none)  # fmt: skip
+    loss, slope = element_loss(tl.load(d_ptr + offs), tl.full([], c, ACC), strength, False, ACC)
+    tl.store(loss_ptr + offs, loss)
+    tl.store(slope_ptr + offs, slope)
+
+
+@triton.jit
+def offsets_of(linear_ptr, out_ptr, sizes, strides, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offs, decode(tl.load(linear_ptr + offs), sizes, strides, UNIT))
+
+
+@triton.jit
+def count_to_memory(out_ptr, units, UNIT: tl.constexpr, IDX: tl.constexpr):
+    tl.store(out_ptr, count_of(units, UNIT, IDX))
+
+
+@pytest.fixture(autouse=True)
+def no_division_warnings():
+    """log2(0) is meant to be −∞ in the kernels; numpy says so aloud."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """The public functions, served by the interpreted kernels."""
+    backends = sys.modules["diffdoctor.backends.select"]  # the package's attribute of that name is the function
+    monkeypatch.setattr(backends, "_BY_DEVICE", {"cpu": ("triton",)})
+    monkeypatch.setattr(backends, "_chosen", {})
+
+
+def outputs(problem):
+    return [x.clone() for x in (problem.loss, problem.grad, problem.sums) if x is not None]
+
+
+@pytest.mark.parametrize("case", cases.all_cases(), ids=lambda case: case.id)
+def test_weighted_loss_equals_the_reference(case):
+    inputs = cases.build(case)
+    want = cases.expected(inputs)
+    if case.dtype == torch.float16:  # nothing is kept: loss in forward, gradient in backward
+        work = (WRITE_LOSS | WRITE_SUMS, WRITE_GRAD)
+    else:
+        work = (WRITE_LOSS | WRITE_GRAD | (WRITE_SUMS if case.confidence or case.mask else 0),)
+    for part in work:
+        problem = cases.lower(inputs, part, weight_mean=_triton.weight_mean)
+        _triton.weighted_loss(problem)
+        cases.check(problem, want)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@given(case=search.cases(max_side=9))
+def test_any_weighted_loss_equals_the_reference(case):
+    inputs = cases.build(case)
+    problem = cases.lower(inputs, weight_mean=_triton.weight_mean)
+    _triton.weighted_loss(problem)
+    cases.check(problem, cases.expected(inputs))
+
+
+@pytest.mark.parametrize("case", artifact.every_case(), ids=lambda case: case.id)
+def test_artifact_loss_equals_the_reference(case):
+    logits = artifact.build(case)
+    problem = artifact.lower(case, logits)
+    _triton.artifact_loss(problem)
+    g = torch.linspace(0.5, 1.5, logits.shape[0], dtype=problem.loss.dtype)
+    g = g if case.reduction == "sample" else g[0]
+    want_loss, want_grad = artifact.expected(case, logits, g)
+    rtol = 1e-12 if case.dtype == torch.float64 else 3e-6
+    torch.testing.assert_close(problem.loss, want_loss, rtol=rtol, atol=rtol)
+    grad = torch.full(logits.shape, float("nan"), dtype=case.dtype)
+    _triton.artifact_loss_backward(problem.kept, problem.factor, g, grad)
+    scale = want_grad.abs().max().item()
+    torch.testing.assert_close(grad, want_grad, rtol=0, atol=cases.GRAD_TOLERANCE[case.dtype] * scale + 1e-30)
+
+
+@pytest.mark.parametrize("method", ["threshold", "mean", "max"])
+def test_artifact_loss_without_a_gradient_visits_each_pixel_once(method):
+    case = artifact.Case(method, shape=(2, 5, 6), size=(17, 24), method=method, reduction="sample")
+    logits = artifact.build(case)
+    problem = artifact.lower(case, logits)
+    problem.kept = problem.factor = None
+    _triton.artifact_loss(problem)
+    want, _ = artifact.expected(case, logits, torch.ones(2))
+    torch.testing.assert_close(problem.loss, want, rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("case", artifact.nan_cases(), ids=lambda case: case.id)
+def test_a_nan_logit_gives_the_gradient_that_the_reference_gives(case):
+    logits = artifact.build_with_nan(case)
+    problem = artifact.lower(case, logits)
+    _triton.artifact_loss(problem)
+    grad = torch.empty_like(logits)
+    _triton.artifact_loss_backward(problem.kept, problem.factor, torch.ones(2), grad)
+    artifact.check(case, problem.loss, grad, artifact.expected(case, logits, torch.ones(2)))
+
+
+def test_the_same_bits_twice_and_counters_left_at_zero(monkeypatch):
+    kept = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(_triton, "counters", lambda device, count, keep: kept)
+    case = cases.Case("many-programs", shape=(2, 3, 33, 31), confidence=((2, 33, 31), torch.float32))
+    inputs = cases.build(case)
+    problem = cases.lower(inputs)
+    assert make_box(problem.plan).programs > 4
+    _triton.weighted_loss(problem)
+    first = outputs(problem)
+    assert not kept.any()
+    _triton.weighted_loss(problem)
+    assert all(torch.equal(a, b) for a, b in zip(first, outputs(problem), strict=True))
+    assert not kept.any()
+
+
+@pytest.mark.parametrize("zero", ["mask", "weighting", "clean_weight", "element_weighting"])
+def test_nan_under_zero_weight_reaches_nothing(served, zero):
+    pred = torch.randn(2, 3, 4, 5)
+    target = torch.randn(2, 3, 4, 5)
+    broken = torch.zeros(2, 1, 4, 5, dtype=torch.bool)
+    broken[1] = True
+    clean, options = pred.clone(), {}
+    pred[1] = float("nan")
+    clean[1] = 0
+    if zero == "mask":
+        options = {"mask": ~broken}
+    elif zero == "weighting":
+        options = {"weighting": torch.tensor([1.0, 0.0])}
+    elif zero == "clean_weight":
+        options = {"confidence": (~broken).float(), "clean_weight": 0.0}
+    else:
+        options = {"weighting": (~broken).float()}
+    pred.requires_grad_()
+    loss = diffdoctor.weighted_loss(pred, target, **options)
+    loss.backward()
+    torch.testing.assert_close(loss, diffdoctor.weighted_loss(clean, target, **options), rtol=1e-6, atol=0)
+    assert torch.isfinite(pred.grad).all()
+    assert not pred.grad[1].any()
+
+
+def test_an_empty_mask_gives_zero(served):
+    pred = torch.randn(2, 3, 4, 5, requires_grad=True)
+    mask = torch.zeros(2, 4, 5)
+    loss = diffdoctor.weighted_loss(pred, torch.randn(2, 3, 4, 5), mask=mask, normalize="sample", reduction="sample")
+    loss.sum().backward()
+    assert loss.tolist() == [0.0, 0.0]
+    assert not pred.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sample"])
+def test_a_second_backward_over_a_kept_graph_gives_the_same(served, dtype, reduction):
+    pred = torch.randn(2, 3, 4, 5).to(dtype).requires_grad_()
+    target, confidence = torch.randn(2, 3, 4, 5), torch.rand(2, 4, 5)
+    loss = diffdoctor.weighted_loss(pred, target, confidence, artifact_grad=2.0, reduction=reduction)
+    g = torch.full(loss.shape, 3.0)
+    (first,) = torch.autograd.grad(loss, pred, g, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, pred, g)
+    assert torch.equal(first, second)
+    reference = pred.detach().clone().requires_grad_()
+    again = diffdoctor.weighted_loss(
+        reference, target, confidence, artifact_grad=2.0, reduction=reduction, backend="reference"
+    )
+    (want,) = torch.autograd.grad(again, reference, g)
+    scale = want.abs().max().item()
+    bound = 2 * cases.GRAD_TOLERANCE[dtype] * scale  # a kept gradient is rounded twice
+    torch.testing.assert_close(first, want, rtol=0, atol=bound)
+
+
+def test_modulate_gradient_equals_the_reference(served):
+    confidence = torch.rand(2, 1, 9, 8)
+    options = {"artifact_grad": 2.0, "clean_grad": 0.25, "threshold": 0.3, "gamma": 1.5}
+    grads = []
+    for function in (diffdoctor.modulate_gradient, diffdoctor.reference.modulate_gradient):
+        x = torch.linspace(-1, 1, 2 * 3 * 4 * 5).reshape(2, 3, 4, 5).requires_grad_()
+        function(x, confidence, **options).pow(3).sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads, rtol=3e-6, atol=1e-7)
+
+
+def test_scale_gradient_writes_nothing_in_place_where_g_is_one():
+    grad = torch.randn(3, 700)
+    kept = grad.clone()
+    _triton.scale_gradient(grad, torch.tensor([1.0, 2.0, 1.0]), grad, 3, 700)
+    assert torch.equal(grad[::2], kept[::2])
+    assert torch.equal(grad[1], kept[1] * 2)
+    out = torch.full_like(grad, float("nan"))
+    _triton.scale_gradient(kept, torch.ones(()), out, 1, kept.numel())
+    assert torch.equal(out, kept)
+    _triton.scale_gradient(kept, torch.tensor(0.5).expand(3), out, 3, 700)
+    assert torch.equal(out, kept * 0.5)
+
+
+def test_bf16_stores_round_to_nearest_even():
+    bits = torch.randint(0, 2**31, (4096,), dtype=torch.int64, generator=torch.Generator().manual_seed(0))
+    x = (bits * 2 - 2**31).to(torch.int32).view(torch.float32).clone()
+    x[:6] = torch.tensor([0.0, float("nan"), float("inf"), -float("inf"), 3.4e38, 1.00390625])
+    out = torch.empty(4096, dtype=torch.bfloat16)
+    store_as[(1,)](x, out, BLOCK=4096)
+    torch.testing.assert_close(out, x.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh"])
+def test_element_losses_are_exact_near_zero_and_far_away(kind, dtype):
+    magnitude = torch.logspace(-6, 2, 511, dtype=torch.float64)
+    d = torch.cat([magnitude, -magnitude, torch.tensor([0.0, 1.0])]).to(dtype)
+    exact = d.double().requires_grad_()
+    c = 0.25
+    want = diffdoctor.reference.losses.ELEMENT_LOSSES[kind](exact, torch.tensor(c, dtype=torch.float64))
+    want.sum().backward()
+    loss, slope = torch.empty_like(d), torch.empty_like(d)
+    number = ("l2", "l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh").index(kind)
+    acc = tl.float64 if dtype == torch.float64 else tl.float32
+    losses_of[(1,)](d, loss, slope, c, KIND=number, ACC=acc, BLOCK=1024)
+    rtol = 1e-13 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(loss.double(), want.detach(), rtol=rtol, atol=0)
+    torch.testing.assert_close(slope.double(), exact.grad, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("unit", [1, 16])
+def test_offsets_beyond_two_to_the_31(unit):
+    linear = torch.arange(2**40, 2**40 + 8, dtype=torch.int64)
+    out = torch.empty_like(linear)
+    sizes, strides = (2**21, 2**20, 3), (7 * 2**21, 5, 2**31 // unit)
+    offsets_of[(1,)](linear, out, sizes, strides, UNIT=unit, BLOCK=8)
+    want = [i // (3 * 2**20) * strides[0] + i // 3 % 2**20 * strides[1] + i % 3 * strides[2] for i in linear.tolist()]
+    assert out.tolist() == [unit * offset for offset in want]
+    few = torch.arange(3, 11, dtype=torch.int64)
+    offsets_of[(1,)](few, out, (11,), (2**31 // unit,), UNIT=unit, BLOCK=8)
+    assert out.tolist() == [2**31 * i for i in few.tolist()]
+
+
+@pytest.mark.parametrize("count", [1, 48, 2**31 + 4096])
+def test_counts_beyond_two_to_the_31(count):
+    unit = math.gcd(count, 16)
+    out = torch.empty(1, dtype=torch.int64)
+    count_to_memory[(1,)](out, count // unit, UNIT=unit, IDX=tl.int64)
+    assert out.item() == count
+
+
+def test_the_index_type_follows_the_reach():
+    inputs = cases.build(cases.Case("small", confidence=((2, 50, 70), torch.float32)))
+    plan = cases.lower(inputs).plan
+    assert index_type(plan) is tl.int32
+    wide = dataclasses.replace(plan, pred_strides=(0, *(2**30 for _ in plan.size)))
+    assert index_type(wide) is tl.int64

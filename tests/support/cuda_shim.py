@@ -1,0 +1,66 @@
+"""Builds csrc/cuda as host C++ (tests/cuda_shim) and puts it in the place of the native module."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from support.paths import ROOT, TESTS
+
+SHIM = TESTS / "cuda_shim"
+SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+# A Raw copies words that its element type does not fill, which GCC takes for a mistake.
+WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized")
+# A GPU faults on a vector that is not aligned; a CPU does not, and is made to.
+ALIGNED = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
+FLAGS = ("-std=c++17", *WARNINGS, "-fno-strict-aliasing", "-pthread")
+
+
+def compiler() -> str:
+    found = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    if found is None:
+        pytest.skip("no C++ compiler (looked at CXX and for g++, c++)")
+    return found
+
+
+def run(*command, **options) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+    if done.returncode:
+        pytest.fail(f"{' '.join(map(str, command))} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def compile_objects(folder: pathlib.Path, sources, *flags) -> list[pathlib.Path]:
+    """One object per source, two at a time."""
+    cxx = compiler()
+
+    def one(source: pathlib.Path) -> pathlib.Path:
+        target = folder / f"{source.stem}.o"
+        run(cxx, *FLAGS, *flags, f"-I{SHIM}", f"-I{ROOT / 'csrc'}", "-x", "c++", "-c", source, "-o", target)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, sources))
+
+
+def build_module(folder: pathlib.Path):
+    """The native module's CUDA half, its kernels running on the CPU."""
+    pybind11 = pytest.importorskip("pybind11")
+    includes = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
+    if not (pathlib.Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        pytest.skip("Python.h is not installed")
+    sources = (*SOURCES, SHIM / "module.cpp")
+    objects = compile_objects(folder, sources, "-O1", "-fPIC", "-fvisibility=hidden", *ALIGNED, *includes)
+    library = folder / f"_cuda_shim{sysconfig.get_config_var('EXT_SUFFIX')}"
+    run(compiler(), "-shared", "-pthread", *objects, "-o", library)
+    spec = importlib.util.spec_from_file_location("_cuda_shim", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

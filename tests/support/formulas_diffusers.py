@@ -1,0 +1,169 @@
+"""Losses of diffusers' scripts; test_trainer_formulas.py says who runs them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import diffdoctor
+from diffdoctor import Packed, Target, prior_preservation_weights, snr_weights
+from support.formulas import B, C, H, W, b4, check
+
+
+@pytest.mark.parametrize("v_prediction", [False, True], ids=["eps", "v"])
+def test_diffusers_min_snr(batch, backend, v_prediction):
+    s, p = batch["snr"], batch["pred"]
+    weights = torch.minimum(s, torch.full_like(s, 5.0)) / (s + 1 if v_prediction else s)
+
+    def formula(x):
+        return (F.mse_loss(x, batch["target"], reduction="none").mean((1, 2, 3)) * weights).mean()
+
+    ours = snr_weights(batch["timesteps"], batch["acp"], 5.0, "v_prediction" if v_prediction else "epsilon")
+    check(p, formula, lambda x: diffdoctor.weighted_loss(x, batch["target"], weighting=ours, backend=backend))
+
+
+def test_diffusers_dreambooth_sdxl_v_min_snr_plus_one(batch, backend):
+    s = batch["snr"]
+    weights = torch.minimum(s, torch.full_like(s, 5.0)) / s + 1
+
+    def formula(x):
+        return (F.mse_loss(x, batch["target"], reduction="none").mean((1, 2, 3)) * weights).mean()
+
+    ours = snr_weights(batch["timesteps"], batch["acp"], 5.0) + 1
+    check(
+        batch["pred"], formula, lambda x: diffdoctor.weighted_loss(x, batch["target"], weighting=ours, backend=backend)
+    )
+
+
+def test_diffusers_edm_preconditioned(batch, backend):
+    s = batch["sigmas"]
+
+    def eps(x):
+        return (b4(s**-2.0) * (x * b4(-s) + batch["noisy"] - batch["latents"]) ** 2).mean()
+
+    target = Target.preconditioned(batch["latents"], batch["noisy"], -s, 1.0)
+    check(batch["pred"], eps, lambda x: diffdoctor.weighted_loss(x, target, weighting=s**-2.0, backend=backend))
+
+    def v(x):
+        denoised = x * b4(-s / (s**2 + 1).sqrt()) + batch["noisy"] / b4(s**2 + 1)
+        return (b4(s**-2.0) * (denoised - batch["latents"]) ** 2).reshape(B, -1).mean(1).mean()
+
+    target = Target.preconditioned(batch["latents"], batch["noisy"], -s / (s**2 + 1).sqrt(), 1 / (s**2 + 1))
+    check(batch["pred"], v, lambda x: diffdoctor.weighted_loss(x, target, weighting=s**-2.0, backend=backend))
+
+
+@pytest.mark.parametrize("reversed", [False, True])
+def test_diffusers_flux_weighted_flow_on_packed_tokens(batch, backend, reversed):
+    layout, s = Packed(H, W), batch["sigmas"]
+    weighting = b4(2 / (torch.pi * (1 - 2 * s + 2 * s**2)))
+    tokens = layout.pack(batch["pred"])
+    flow = batch["noise"] - batch["latents"]
+
+    def formula(x):
+        d = layout.unpack(x) - (-flow if reversed else flow)
+        return (weighting * d**2).reshape(B, -1).mean(1).mean()
+
+    target = Target.flow(batch["latents"], batch["noise"], reversed=reversed)
+    check(
+        tokens,
+        formula,
+        lambda x: diffdoctor.weighted_loss(x, target, weighting=weighting, layout=layout, backend=backend),
+    )
+
+
+def test_diffusers_z_image_negated_output(batch, backend):
+    def formula(x):
+        return F.mse_loss(-x, batch["noise"] - batch["latents"])
+
+    target = Target((batch["noise"], batch["latents"]), (1.0, -1.0), pred_scale=-1.0)
+    check(batch["pred"], formula, lambda x: diffdoctor.weighted_loss(x, target, backend=backend))
+
+
+def test_diffusers_prior_preservation(batch, backend):
+    def formula(x):
+        instance, prior = F.mse_loss(x, batch["target"], reduction="none").chunk(2)
+        return instance.mean() + 0.7 * prior.mean()
+
+    w = prior_preservation_weights(B, 0.7)
+    check(batch["pred"], formula, lambda x: diffdoctor.weighted_loss(x, batch["target"], weighting=w, backend=backend))
+
+
+def test_diffusers_cogvideox_x0_from_velocity(batch, backend):
+    pred = torch.randn(B, 5, C, H, W)
+    noisy, latents, a = torch.randn_like(pred), torch.randn_like(pred), batch["a"]
+    root, rest = a.sqrt().view(-1, 1, 1, 1, 1), (1 - a).sqrt().view(-1, 1, 1, 1, 1)
+
+    def formula(x):
+        x0 = root * noisy - rest * x
+        return ((x0 - latents) ** 2 / (1 - a).view(-1, 1, 1, 1, 1)).reshape(B, -1).mean(1).mean()
+
+    target = Target.preconditioned(latents, noisy, -(1 - a).sqrt(), a.sqrt())
+    # the weight 1 / (1 - a) reaches 1,000 here: the bound is relative
+    check(pred, formula, lambda x: diffdoctor.weighted_loss(x, target, weighting=1 / (1 - a), backend=backend))
+
+
+def test_diffusers_cosmos_conditioned_frames_left_out(batch, backend):
+    pred, target = torch.randn(2, C, 5, H, W), torch.randn(2, C, 5, H, W)
+    condition = torch.zeros(2, 1, 5, 1, 1)
+    condition[:, :, :2] = 1
+
+    def formula(x):
+        return F.mse_loss(target * condition + x * (1 - condition), target)
+
+    check(
+        pred,
+        formula,
+        lambda x: diffdoctor.weighted_loss(x, target, weighting=(1 - condition) ** 2, backend=backend),
+    )
+
+
+def test_diffusers_custom_diffusion_area_normalised(batch, backend):
+    m = batch["latent_mask"]
+
+    def formula(x):
+        loss = F.mse_loss(x, batch["target"], reduction="none") * m
+        return (loss.sum((1, 2, 3)) / m.sum((1, 2, 3))).mean()
+
+    # its mask has one channel and its loss C, so it is C times the masked mean
+    check(
+        batch["pred"],
+        formula,
+        lambda x: C * diffdoctor.weighted_loss(x, batch["target"], mask=m, normalize="sample", backend=backend),
+    )
+
+
+def test_diffusers_realfill_nearest(batch, backend):
+    m = F.interpolate(batch["mask"], size=(H, W))
+
+    def formula(x):
+        return (m * F.mse_loss(x, batch["target"], reduction="none")).mean()
+
+    check(
+        batch["pred"],
+        formula,
+        lambda x: diffdoctor.weighted_loss(
+            x, batch["target"], mask=batch["mask"], interpolation="nearest", backend=backend
+        ),
+    )
+
+
+@pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
+def test_diffusers_scheduled_huber_and_lcm(batch, backend, kind):
+    c = 0.05
+    factor = 2 * c if kind == "huber" else 2.0
+
+    def formula(x):
+        d = (x - batch["target"]).double()
+        return (factor * ((d**2 + c**2).sqrt() - c)).mean().float()
+
+    check(
+        batch["pred"],
+        formula,
+        lambda x: diffdoctor.weighted_loss(
+            x, batch["target"], loss_type={"pseudo_huber": factor}, huber_c=c, backend=backend
+        ),
+    )
+    check(
+        batch["pred"],
+        lambda x: ((((x - batch["target"]).double() ** 2 + 1e-6).sqrt()) - 1e-3).mean().float(),
+        lambda x: diffdoctor.weighted_loss(x, batch["target"], loss_type="pseudo_huber", huber_c=1e-3, backend=backend),
+    )

@@ -1,0 +1,366 @@
+"""All GPU work in one command: `python -m tools.gpu --output DIR`, what `make gpu` runs.
+
+Builds the CUDA backend for this GPU, runs the GPU tests, compute-sanitizer, the benchmarks, ncu and the static report.
+Needs Python, torch, triton, nvcc and this checkout. Each part is made of processes with a time limit: one that fails or
+is missing says so, and the others go on. What needs the processor more than the GPU runs side by side, before anything
+is timed; what is timed has the machine to itself. gpu.json and gpu.txt in DIR are rewritten after every part.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import pathlib
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from benchmarks.ops import bar, history, machine, step, table
+from diffdoctor.runs.files import atomic_write_text
+from tools.gpu import static_report
+from tools.gpu.context import Context, PartError, json_lines, last_json
+
+ROOT = machine.ROOT
+DEFAULT_MINUTES = 8.75
+PROBE = [sys.executable, "-m", "tools.gpu.probe"]
+Part = Callable[[Context], dict]
+
+
+def part_machine(context: Context) -> dict:
+    """The GPU by name, its driver and its limits as they are; nothing is set."""
+    found = dict(context.gpu())
+    if shutil.which("nvidia-smi"):
+        query = "name,driver_version,clocks.max.sm,clocks.max.mem,power.limit,mig.mode.current"
+        with contextlib.suppress(PartError):
+            text = context.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], 30)
+            found["nvidia_smi"] = text.strip()
+    return found
+
+
+def part_build(context: Context) -> dict:
+    """The native module with the CUDA backend for this GPU alone, in place: by cmake, else by nvcc alone."""
+    arch = context.arch()
+    began = time.monotonic()
+    found = {"how": "cmake"}
+    try:
+        missing = [name for name in ("pybind11", "setuptools") if importlib.util.find_spec(name) is None]
+        if missing or shutil.which("cmake") is None:
+            raise PartError(f"missing: {', '.join(missing) or 'cmake'}")
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        context.run(command, 110, DIFFDOCTOR_BUILD="cuda", CMAKE_CUDA_ARCHITECTURES=f"{arch}-real")
+    except PartError as error:
+        found = {"how": "nvcc alone", "not_cmake": str(error)}
+        context.run([sys.executable, "-m", "tools.gpu.build", arch], 110)
+    found["seconds"] = round(time.monotonic() - began, 1)
+    code = "import diffdoctor, json; print(json.dumps(diffdoctor.available_backends()))"
+    found["backends"] = last_json(context.run([sys.executable, "-c", code], 60))
+    if found["backends"]["cuda"] is not None:
+        raise PartError(f"built, but: {found['backends']['cuda']}")
+    return found
+
+
+def part_static(context: Context) -> dict:
+    """Registers, spills, instructions: for this GPU's architecture, or without a GPU for all."""
+    report = context.scratch / "static.json"
+    command = [sys.executable, "-m", "tools.gpu.static_report", "--output", str(report)]
+    with contextlib.suppress(PartError):
+        command += ["--arch", context.arch()]
+    try:
+        context.run(command, 240)
+    except PartError:
+        if not report.exists():
+            raise
+    return json.loads(report.read_text())
+
+
+def part_tests(context: Context) -> dict:
+    """The tests marked `gpu`, the two backends apart, since a kernel that faults ends all that its process does on the
+    GPU. Only files that carry the mark are collected, so that no other package is needed."""
+    context.gpu()
+    if importlib.util.find_spec("pytest") is None:
+        raise PartError("pytest is not installed")
+    marked = re.compile(r"^(?:pytestmark = .*|@)pytest\.mark\.gpu\b", re.MULTILINE)
+    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if marked.search(path.read_text())]
+    if not files:
+        raise PartError("no test carries the mark gpu")
+    command = [
+        sys.executable, "-m", "pytest", "-v", "--no-header", "--tb=short", "--maxfail=20", "-rfE", "-m", "gpu",
+        "-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider", "-p", "tools.gpu.shard",
+        *(str(path.relative_to(ROOT)) for path in files),
+    ]  # fmt: skip
+    jobs = context.jobs(3, 6)
+    commands = []
+    # Triton's half compiles as it goes and gets more processes.
+    for words, parts in (("not triton", max(1, jobs // 3)), ("triton", max(1, jobs - jobs // 3))):
+        commands += [[*command, "-k", words, "--shard", f"{k}/{parts}"] for k in range(parts)]
+    threads = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    return _tested(context.run_all(commands, 170, **threads), [path.name for path in files])
+
+
+def _tested(answers: list[tuple[str, str | None]], files: list[str]) -> dict:
+    """The tests of several processes, added up. Raises PartError that names those that failed."""
+    found = {"passed": 0, "failed": 0, "skipped": 0, "processes": len(answers), "files": files}
+    names, broken = [], []
+    for text, reason in answers:
+        summary = (text.strip().splitlines() or [""])[-1]
+        counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", summary)}
+        if reason is not None and not counts:
+            broken.append(reason)
+        for word, n in counts.items():
+            found[word if word in found else "failed"] += n
+        names += re.findall(r"^(?:FAILED|ERROR) \S*?::(\S+)", text, re.MULTILINE)
+    if found["failed"] or broken or not found["passed"]:
+        words = [f"{found['failed']} of {found['failed'] + found['passed']} failed", *broken, ", ".join(names[:12])]
+        raise PartError("; ".join(word for word in words if word), found=found)
+    return found
+
+
+def part_small(context: Context) -> dict:
+    """Every case of the benchmarks at a tiny size, its values checked."""
+    context.gpu()
+    try:
+        return last_json(context.run([*PROBE, "small"], 150, OMP_NUM_THREADS="1"))
+    except PartError as error:
+        found = json_lines(error.text)
+        raise PartError(f"{error}; {'; '.join(found[-1]['wrong'][:3])}" if found else str(error)) from None
+
+
+def part_warm(context: Context) -> dict:
+    """Every side of every case once: its launches counted, and what it compiles left in the caches on disk, so that the
+    benchmarks spend their minutes on timing and the profiler is never loaded where something is timed."""
+    jobs = context.jobs(4, 4)
+    commands = [[*PROBE, "warm", f"{k}/{jobs}"] for k in range(jobs)]
+    answers = context.run_all(commands, 170, OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="4")
+    rows = [row for text, _ in answers for row in json_lines(text) if row.get("sides")]
+    _launch_counts(context).write_text(json.dumps({row["case"]: row["sides"] for row in rows}))
+    failures = {
+        f"{row['case']} {side}": found["error"]
+        for row in rows
+        for side, found in row["sides"].items()
+        if "error" in found
+    }
+    found = {"cases": len(rows), "failures": failures}
+    broken = [reason for _, reason in answers if reason is not None]
+    if broken:
+        raise PartError("; ".join(broken), found=found)
+    return found
+
+
+def _launch_counts(context: Context) -> pathlib.Path:
+    return context.scratch / "launches.json"
+
+
+def part_limits(context: Context) -> dict:
+    """What the benchmarks are held against."""
+    context.gpu()
+    return last_json(context.run([*PROBE, "limits"], 45))
+
+
+def part_benchmarks(context: Context) -> dict:
+    """The registry on this GPU, graphs too; rows go to gpu.jsonl as they come."""
+    context.gpu()
+    rows = context.output / "gpu.jsonl"
+    # What comes after it gets a minute and a half.
+    minutes = max(0.5, min(4.0, context.seconds_left(reserve=110) / 60))
+    command = [
+        sys.executable, "-m", "benchmarks.ops.run", "--device", "cuda", "--graphs", "--seconds", "1.0",
+        "--minutes", f"{minutes:.2f}", "--output", str(rows), "--plots", str(context.output), "--sides",
+    ]  # fmt: skip
+    if _launch_counts(context).exists():
+        command += ["--launches", str(_launch_counts(context))]
+    if context.commit:
+        command += ["--commit", context.commit]
+    try:
+        context.run(command, 60 * minutes + 30)
+    except PartError as error:
+        raise PartError(str(error), found={"rows": len(history.read(rows)) if rows.exists() else 0}) from None
+    return {"rows": len(history.read(rows))}
+
+
+def sanitize(context: Context, backend: str) -> dict:
+    """Every case at a tiny size under memcheck and racecheck; each allocation by itself, so that overruns show."""
+    context.gpu()
+    if shutil.which("compute-sanitizer") is None:
+        raise PartError("compute-sanitizer is not on PATH")
+    tools = ("memcheck", "racecheck")
+    commands = [
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", *PROBE, "small", backend] for tool in tools
+    ]
+    answers = context.run_all(commands, 150, PYTORCH_NO_CUDA_MEMORY_CACHING="1", OMP_NUM_THREADS="1")
+    found, wrong = {}, []
+    for tool, (text, reason) in zip(tools, answers, strict=True):
+        summary = _matching(text, r"ERROR SUMMARY|RACECHECK SUMMARY")
+        found[tool] = {**(json_lines(text) or [{}])[-1], "summary": summary}
+        if reason is not None:
+            wrong.append(f"{tool}: {reason}; {_matching(text, r'Error: |Invalid |hazard|Device not supported')}")
+    if wrong:
+        raise PartError("; ".join(wrong), found=found)
+    return found
+
+
+def part_sanitizer_cuda(context: Context) -> dict:
+    """compute-sanitizer over the CUDA backend."""
+    return sanitize(context, "cuda")
+
+
+def part_sanitizer_triton(context: Context) -> dict:
+    """compute-sanitizer over the Triton backend: late, when its kernels are in the cache on disk."""
+    return sanitize(context, "triton")
+
+
+def part_ncu(context: Context) -> dict:
+    """Hardware counters of one bandwidth-bound call: throughput as a share of the peak, registers, occupancy."""
+    context.gpu()
+    if shutil.which("ncu") is None:
+        raise PartError("ncu is not on PATH")
+    metrics = (
+        "gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,dram__bytes.sum,"
+        "sm__throughput.avg.pct_of_peak_sustained_elapsed,launch__registers_per_thread,"
+        "sm__warps_active.avg.pct_of_peak_sustained_active"
+    )
+    found = {}
+    for backend in ("cuda", "triton"):
+        command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--metrics", metrics]
+        try:
+            text = context.run([*command, *PROBE, "once", "pixel-2048/bf16", backend], 45)
+            found[backend] = [line for line in text.splitlines() if line.startswith('"')] or text[-400:]
+        except PartError as error:
+            found[backend] = f"no counters: {error}"
+    if all(isinstance(lines, str) for lines in found.values()):
+        raise PartError("; ".join(f"{backend}: {words}" for backend, words in found.items()))
+    return found
+
+
+def _matching(text: str, pattern: str) -> str:
+    return next((line.strip() for line in text.splitlines() if re.search(pattern, line)), "")
+
+
+#: Parts of one stage run side by side, stages one after another, in order of worth: what comes late is what is left out
+#: when time runs short.
+STAGES: tuple[dict[str, Part], ...] = (
+    {"machine": part_machine},
+    {"build": part_build, "static": part_static},
+    {"tests": part_tests, "small": part_small, "warm": part_warm, "sanitizer-cuda": part_sanitizer_cuda},
+    {"limits": part_limits},
+    {"benchmarks": part_benchmarks},
+    {"ncu": part_ncu},
+    {"sanitizer-triton": part_sanitizer_triton},
+)
+PARTS = tuple(name for stage in STAGES for name in stage)
+
+
+def outcomes(found: dict) -> str:
+    """A line for each part: how long it took and what came of it."""
+    lines = [("part", "seconds", "outcome")]
+    for name, part in found.items():
+        good = {key: value for key, value in part.items() if key not in ("seconds_taken", "rows", "missing", "reason")}
+        words = part.get("reason", json.dumps(good, ensure_ascii=False))[:600]
+        lines.append((name, f"{part['seconds_taken']:.0f}", ("FAILED: " if "reason" in part else "") + words))
+    return "\n".join(f"{name:<17}{seconds:>8}  {words}" for name, seconds, words in lines)
+
+
+def report(found: dict, rows: list[dict]) -> str:
+    """gpu.txt: every part with its outcome, then the tables."""
+    parts = [outcomes(found)]
+    if rows:
+        parts += [table.text(rows), table.text(rows, every_side=True)]
+        steps = [row for row in rows if row["op"] == table.STEP]
+        if steps:
+            parts.append(step.text(steps))
+        parts.append(bar.text([row for row in rows if row["op"] != table.STEP]))
+    static = found.get("static", {})
+    if "rows" in static:
+        parts.append(static_report.text(static["rows"], static["missing"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def run(context: Context, stages: tuple[dict[str, Part], ...]) -> dict:
+    """Run the stages; {part: its result, with `reason` where it failed}, each with `seconds_taken`."""
+    keeping = threading.Lock()
+
+    def one(name, part):
+        began = time.monotonic()
+        try:
+            found = part(context)
+        except PartError as error:
+            found = error.found | {"reason": str(error)}
+        except Exception as error:
+            found = {"reason": f"{type(error).__name__}: {error}"}
+        seconds = round(time.monotonic() - began, 1)
+        with keeping:
+            context.found[name] = {**found, "seconds_taken": seconds}
+            keep(context)
+        words = f"FAILED: {found['reason']}" if "reason" in found else "done"
+        print(f"{name}: {words} ({seconds:.0f} s)", flush=True)
+
+    for stage in stages:
+        with ThreadPoolExecutor(len(stage)) as pool:
+            for future in as_completed([pool.submit(one, name, part) for name, part in stage.items()]):
+                future.result()
+    return context.found
+
+
+def keep(context: Context) -> None:
+    """Write gpu.json and gpu.txt."""
+    rows = context.output / "gpu.jsonl"
+    measured = history.read(rows) if rows.exists() else []
+    atomic_write_text(
+        context.output / "gpu.json", json.dumps({"parts": context.found, "rows": measured}, indent=1) + "\n"
+    )
+    atomic_write_text(context.output / "gpu.txt", report(context.found, measured))
+
+
+@contextlib.contextmanager
+def _stopped_with_all(context: Context):
+    """Inside, Ctrl-C and SIGTERM end the commands too, which stand in process groups of their own."""
+
+    def stop(number, frame):
+        context.deadline = 0.0
+        context.end()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0 where every part has a result, else 1."""
+    command = argparse.ArgumentParser(prog="python -m tools.gpu", description=__doc__.splitlines()[0])
+    command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/gpu"), help="folder for the results")
+    command.add_argument("--minutes", type=float, default=DEFAULT_MINUTES, help="all parts together (default: 8.75)")
+    command.add_argument("--parts", default=",".join(PARTS), help=f"which of {', '.join(PARTS)}")
+    command.add_argument("--commit", help="what to write into the rows where the checkout has no .git")
+    options = command.parse_args(arguments)
+    chosen = set(options.parts.split(","))
+    if chosen - set(PARTS):
+        print(
+            f"--parts must be among {', '.join(PARTS)}, got {', '.join(sorted(chosen - set(PARTS)))}", file=sys.stderr
+        )
+        return 2
+    output = options.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "gpu.jsonl").unlink(missing_ok=True)
+    (output / "gpu.log").unlink(missing_ok=True)
+    context = Context(output, time.monotonic() + 60 * options.minutes, options.commit)
+    stages = [{name: part for name, part in stage.items() if name in chosen} for stage in STAGES]
+    with _stopped_with_all(context):
+        found = run(context, tuple(stage for stage in stages if stage))
+    print((output / "gpu.txt").read_text())
+    print(outcomes(found))
+    return int(any("reason" in part for part in found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
