@@ -182,7 +182,7 @@ def found_picture(output: Path) -> bytes:
     photographs never seen, two pieces of known ones and a digit.
     """
     from diffdoctor.data.shards import ShardData
-    from diffdoctor.detector.models.base import load_detector
+    from diffdoctor.detector.models.load import load_detector
     from diffdoctor.viz.draw import grid, png_bytes
 
     detector = load_detector(output / "runs" / MAIN / "detector")

@@ -17,6 +17,7 @@ from diffdoctor.data.stream import ShardStream
 from diffdoctor.detector.config import DetectorTrainingConfig
 from diffdoctor.detector.loading import PlannedSamples, ResampledSamples, StepPlan, collate
 from diffdoctor.detector.losses import detector_loss
+from diffdoctor.detector.models.load import new_detector
 from diffdoctor.detector.run_folder import RunFolder, describe
 from diffdoctor.detector.samples import DetectorData
 from diffdoctor.runs.errors import UserError, missing_extra
@@ -110,9 +111,7 @@ def prepared_run(
     with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         if detector is None:
-            from diffdoctor.detector.models.segformer import ArtifactDetector
-
-            detector = ArtifactDetector.tiny()
+            detector = new_detector("tiny")
         run = TrainingRun(config, data, detector, validation, accelerator)
         if output_dir is not None:
             run.open(Path(output_dir), described or {})

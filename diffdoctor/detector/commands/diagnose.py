@@ -14,14 +14,16 @@ import numpy as np
 from diffdoctor.data.pictures import to_images
 from diffdoctor.data.sources import Source, find_sources, read_source, tell, versions, write_config
 from diffdoctor.data.tar import SkipCounts
-from diffdoctor.detector.models.base import Detector, load_detector
+from diffdoctor.detector.models.base import Detector
+from diffdoctor.detector.models.load import open_detector
 from diffdoctor.measures.components import components
 from diffdoctor.measures.pixels import FLAG_SHARE, flagged_share
-from diffdoctor.runs.errors import UserError, check_least, first_line, missing_extra
+from diffdoctor.runs.errors import UserError, check_least, missing_extra
 from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json, clear_temporaries
 from diffdoctor.runs.journal import Records, RecordWriter
 from diffdoctor.runs.lock import held
 from diffdoctor.runs.progress import progress
+from diffdoctor.training.devices import open_device
 from diffdoctor.training.weights import weights_digest
 from diffdoctor.viz.draw import overlay, png_bytes
 
@@ -210,27 +212,6 @@ def _diagnose_units(detector, config: DiagnoseConfig, inputs: _Inputs, done: _Do
             if shard and counts.total == before:
                 records.add([{"shard": inputs.mark(shard, pictures)}])
     return _gather_counts(counts, state)
-
-
-def open_detector(source: str) -> Detector:
-    """A detector from a folder, a hub id, or the published checkpoint's file."""
-    if Path(source).is_file():
-        from diffdoctor.detector.models.segformer import ArtifactDetector
-
-        return ArtifactDetector.from_official(source)
-    return load_detector(source)
-
-
-def open_device(name: str | None, default):
-    """The torch device of this name, or `default` for None; raises `UserError` for one that is not there."""
-    import torch
-
-    try:
-        device = torch.device(name) if name else torch.device(default)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name!r} cannot be used ({first_line(error)})") from None
-    return device
 
 
 def _same_run(output: Path, settings: dict) -> None:

@@ -63,7 +63,8 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
     import torch
 
     from diffdoctor.data.shards import ShardData, one_size
-    from diffdoctor.detector.commands.diagnose import open_detector, open_device
+    from diffdoctor.detector.models.load import open_detector
+    from diffdoctor.training.devices import open_device
 
     state = PartialState(cpu=not torch.accelerator.is_available())
     output = Path(config.output)

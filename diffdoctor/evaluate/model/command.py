@@ -13,7 +13,7 @@ import torch
 from diffdoctor.data.prompts import Prompt, read_prompt_file
 from diffdoctor.data.shards import SkipCounts
 from diffdoctor.data.sources import finite, versions, write_config
-from diffdoctor.detector.commands.diagnose import open_detector, open_device
+from diffdoctor.detector.models.load import open_detector
 from diffdoctor.evaluate.model import draw as pipelines
 from diffdoctor.evaluate.model import measure as measuring
 from diffdoctor.evaluate.model.compare import draw_pictures
@@ -25,6 +25,7 @@ from diffdoctor.runs.errors import UserError, missing_extra
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.lock import FolderLock
 from diffdoctor.runs.progress import progress, quiet_loaders
+from diffdoctor.training.devices import open_device
 from diffdoctor.training.weights import same_weights, weights_digest
 from diffdoctor.treat.prompts import check_prompts
 
