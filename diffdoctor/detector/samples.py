@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from diffdoctor.detector.damage.injection import NoVisibleDamage, benign, check_kinds, check_range, inject
+from diffdoctor.detector.damage.benign import benign
+from diffdoctor.detector.damage.injection import NoVisibleDamage, check_range, inject
+from diffdoctor.detector.damage.kinds import check_kinds
 
 
 class DetectorData(Protocol):

@@ -16,7 +16,9 @@ from diffdoctor.data.resumable import ResumableSet, State, clear_finished, work_
 from diffdoctor.data.shard_writer import SHEET, check_options, refuse_no_set
 from diffdoctor.data.shards import SkipCounts
 from diffdoctor.data.sources import Source, find_sources, read_source, shrink_to, tell, versions, write_config
-from diffdoctor.detector.damage.injection import MIN_SIDE, NoVisibleDamage, benign, check_range, damage_kinds, inject
+from diffdoctor.detector.damage.benign import benign
+from diffdoctor.detector.damage.injection import MIN_SIDE, NoVisibleDamage, check_range, inject
+from diffdoctor.detector.damage.kinds import damage_kinds
 from diffdoctor.detector.damage.plugins import load_plugins
 from diffdoctor.runs.errors import UserError, check_least
 from diffdoctor.runs.files import atomic_write_bytes, atomic_write_json, clear_temporaries
