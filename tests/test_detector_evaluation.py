@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from diffdoctor.data.shards import ShardData, write_shards
 from diffdoctor.detector import ConvDetector, load_detector
+from diffdoctor.detector.predict import diagnose_data
 from diffdoctor.detector.samples import JoinedData
 from diffdoctor.evaluate.detector import parts as detector_parts
 from diffdoctor.evaluate.detector.command import EvaluateDetectorConfig, curves, run_evaluate_detector
-from diffdoctor.evaluate.detector.measure import diagnose_data, evaluate_maps, measure
+from diffdoctor.evaluate.detector.measure import evaluate_maps, measure
 from diffdoctor.measures import curves as detector_pixels
 from diffdoctor.measures import statistics as detector_statistics
 from diffdoctor.measures.curves import Run, average_precision_of_runs, encode

@@ -10,7 +10,7 @@ from helpers_detector import fresh, quick, shapes
 from diffdoctor.detector import train_detector
 from diffdoctor.detector.balance import category_statistics, sampling_weights
 from diffdoctor.detector.samples import ArrayData, AugmentConfig, JoinedData, StepSamples, augment, shrink_and_pad
-from diffdoctor.evaluate.detector.measure import quick_measures
+from diffdoctor.detector.validate import quick_measures
 
 pytest.importorskip("accelerate")
 pytest.importorskip("pycocotools")

@@ -20,6 +20,7 @@ from diffdoctor.detector.losses import detector_loss
 from diffdoctor.detector.models.load import new_detector
 from diffdoctor.detector.run_folder import RunFolder, describe
 from diffdoctor.detector.samples import DetectorData
+from diffdoctor.detector.validate import quick_measures
 from diffdoctor.runs.errors import UserError, missing_extra
 from diffdoctor.runs.progress import progress as progress_bar
 from diffdoctor.training.ema import RunningAverage
@@ -32,7 +33,7 @@ class TrainedDetector:
     Attributes:
         detector: the trained network, in evaluation mode.
         history: one dict a step: step, loss, learning_rate, grad_norm.
-        validations: one dict a validation: step and the measures of `evaluate.detector.quick_measures`.
+        validations: one dict a validation: step and the measures of `validate.quick_measures`.
         broken: {place: reason} of the pictures that could not be read; of a stream, one example of each reason.
     """
 
@@ -297,8 +298,6 @@ class TrainingRun:
         self.detector.train()
 
     def _measures(self) -> dict[str, float]:
-        from diffdoctor.evaluate.detector.measure import quick_measures
-
         return quick_measures(self.detector, self.validation, size=self.config.size, strict=self.config.strict)
 
 

@@ -17,6 +17,12 @@ def png_bytes(picture) -> bytes:
     return buffer.getvalue()
 
 
+def map_png(confidence: np.ndarray, bits: int) -> bytes:
+    """A confidence map (H, W) in [0, 1] as an 8 or 16 bit grey PNG."""
+    scale, dtype = (255, np.uint8) if bits == 8 else (65535, np.uint16)
+    return png_bytes(np.rint(np.clip(confidence, 0, 1).astype(np.float64) * scale).astype(dtype))
+
+
 def jpeg_bytes(picture, quality: int = 88) -> bytes:
     """A uint8 picture (H, W, 3) as a JPEG file, for photographs in a report: a tenth of a PNG's size."""
     from PIL import Image

@@ -16,8 +16,7 @@ from diffdoctor.data.sources import Source, find_sources, read_source, tell, ver
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import open_detector
-from diffdoctor.measures.components import components
-from diffdoctor.measures.pixels import FLAG_SHARE, flagged_share
+from diffdoctor.detector.predict import describe_map
 from diffdoctor.runs.errors import UserError, check_least, missing_extra
 from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json, clear_temporaries
 from diffdoctor.runs.journal import Records, RecordWriter
@@ -25,7 +24,7 @@ from diffdoctor.runs.lock import held
 from diffdoctor.runs.progress import progress
 from diffdoctor.training.devices import open_device
 from diffdoctor.training.weights import weights_digest
-from diffdoctor.viz.draw import overlay, png_bytes
+from diffdoctor.viz.draw import map_png, overlay, png_bytes
 
 RECORDS = "records"
 TILE = 240  # smallest width of a picture in the gallery, in pixels
@@ -257,35 +256,7 @@ def _diagnose_batch(detector: Detector, batch: list[dict], missing: set[str], co
             reddened = overlay(sample["picture"], confidence)
             atomic_write_bytes(output / "overlays" / f"{name}.png", png_bytes(reddened))
         known = {key: sample[key] for key in ("path", "stamp", "category", "generator", "prompt") if sample.get(key)}
-        yield describe(name, confidence) | known
-
-
-def describe(name: str, confidence: np.ndarray) -> dict:
-    """One picture's diagnosis, as JSON values: largest and mean confidence, flagged area, components.
-
-    Args:
-        name: of the picture.
-        confidence: (H, W) in [0, 1].
-    """
-    share = float(flagged_share(confidence[None])[0])
-    return {
-        "name": name,
-        "height": confidence.shape[0],
-        "width": confidence.shape[1],
-        "max": float(confidence.max()),
-        "mean": float(confidence.mean()),
-        "flagged_share": share,
-        "flagged": share >= FLAG_SHARE,
-        "components": [
-            {"box": list(found.box), "area": found.area, "score": found.score} for found in components(confidence)
-        ],
-    }
-
-
-def map_png(confidence: np.ndarray, bits: int) -> bytes:
-    """A confidence map (H, W) in [0, 1] as an 8 or 16 bit grey PNG."""
-    scale, dtype = (255, np.uint8) if bits == 8 else (65535, np.uint16)
-    return png_bytes(np.rint(np.clip(confidence, 0, 1).astype(np.float64) * scale).astype(dtype))
+        yield describe_map(name, confidence) | known
 
 
 def _gather_counts(counts: SkipCounts, state) -> dict[str, int]:

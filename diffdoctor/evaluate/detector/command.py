@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diffdoctor.evaluate.detector.measure import Diagnosed, diagnose_data, measure_statistics
+from diffdoctor.detector.predict import Diagnosed, diagnose_data
+from diffdoctor.evaluate.detector.measure import measure_statistics
 from diffdoctor.measures.curves import PixelCurves
 from diffdoctor.measures.pixels import FLAG_SHARE
 from diffdoctor.measures.statistics import PictureStatistics, slices

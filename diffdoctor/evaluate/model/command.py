@@ -16,7 +16,6 @@ from diffdoctor.data.sources import finite, versions, write_config
 from diffdoctor.detector.models.load import open_detector
 from diffdoctor.evaluate.model import draw as pipelines
 from diffdoctor.evaluate.model import measure as measuring
-from diffdoctor.evaluate.model.compare import draw_pictures
 from diffdoctor.evaluate.model.config import EvaluateModelConfig, completed, read_settings
 from diffdoctor.evaluate.model.networks import Classifier, Clip, load_features
 from diffdoctor.evaluate.model.store import EvaluationFolder
@@ -185,7 +184,7 @@ class Evaluation:
         prompts = [self.drawn.prompt(number).text for number in missing]
         seeds = [config.seed + number for number in missing]
         numbers = iter(missing)
-        batches = draw_pictures(
+        batches = pipelines.draw_pictures(
             pipeline, prompts, seeds, batch_size=config.batch_size, **pipelines.call_options(config)
         )
         with (
