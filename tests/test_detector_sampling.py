@@ -9,7 +9,8 @@ from helpers_detector import fresh, quick, shapes
 
 from diffdoctor.detector import train_detector
 from diffdoctor.detector.balance import category_statistics, sampling_weights
-from diffdoctor.detector.samples import ArrayData, AugmentConfig, JoinedData, StepSamples, augment, shrink_and_pad
+from diffdoctor.detector.config import AugmentConfig
+from diffdoctor.detector.samples import ArrayData, JoinedData, StepSamples, augment, shrink_and_pad
 from diffdoctor.detector.validate import quick_measures
 
 pytest.importorskip("accelerate")

@@ -9,8 +9,9 @@ import torch
 from helpers_detector import fresh, held_out, quick, shapes, weights_of
 
 from diffdoctor.detector import DetectorTrainingConfig, train_detector
+from diffdoctor.detector.config import AugmentConfig
 from diffdoctor.detector.losses import detector_loss
-from diffdoctor.detector.samples import ArrayData, AugmentConfig
+from diffdoctor.detector.samples import ArrayData
 from diffdoctor.runs.errors import UserError
 
 pytest.importorskip("accelerate")

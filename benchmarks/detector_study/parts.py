@@ -167,7 +167,8 @@ def _small(output: Path, seed: int) -> dict:
 def train(output: Path, name: str, variant: str, steps: int, seed: int) -> dict:
     """Train one detector and measure it; returns its measures, as `measures` gives them, and the seconds."""
     from diffdoctor.data.shards import ShardData
-    from diffdoctor.detector.samples import AugmentConfig, JoinedData
+    from diffdoctor.detector.config import AugmentConfig
+    from diffdoctor.detector.samples import JoinedData
     from diffdoctor.detector.train import DetectorTrainingConfig, train_detector
     from diffdoctor.training.cpu_settings import processor
 
@@ -222,8 +223,8 @@ def measures(output: Path, detector, folder: Path) -> dict:
     from diffdoctor.data.sources import finite
     from diffdoctor.detector.predict import diagnose_data
     from diffdoctor.detector.samples import JoinedData
-    from diffdoctor.evaluate.detector.command import write_report
     from diffdoctor.evaluate.detector.measure import evaluate_maps, measure
+    from diffdoctor.evaluate.detector.report import write_report
 
     result: dict = {}
     for part in ("seen", "unseen"):
@@ -269,7 +270,7 @@ def _shifted(found, shift: float) -> dict:
 
 
 def _picture(data, index: int) -> np.ndarray:
-    from diffdoctor.detector.samples import resize_pair
+    from diffdoctor.data.pictures import resize_pair
 
     sample = data[index]
     return resize_pair(sample["picture"], sample["mask"], pictures.SIDE)[0]

@@ -202,7 +202,7 @@ def found_picture(output: Path) -> bytes:
 def _views(detector, sample: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     import torch
 
-    from diffdoctor.detector.samples import resize_pair
+    from diffdoctor.data.pictures import resize_pair
     from diffdoctor.viz.draw import enlarge, overlay
 
     picture, mask = resize_pair(sample["picture"], sample["mask"], SIDE)

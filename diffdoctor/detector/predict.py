@@ -8,10 +8,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from diffdoctor.data.pictures import to_images
+from diffdoctor.data.pictures import as_mask, resize_pair, to_images
 from diffdoctor.data.shards import BrokenSample
 from diffdoctor.data.tar import SkipCounts
-from diffdoctor.detector.samples import as_mask, resize_pair
 from diffdoctor.measures.components import components
 from diffdoctor.measures.pixels import flagged_share, is_flagged
 

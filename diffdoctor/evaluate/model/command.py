@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from diffdoctor.data.pictures import as_batch
 from diffdoctor.data.prompts import Prompt, read_prompt_file
-from diffdoctor.data.shards import SkipCounts
 from diffdoctor.data.sources import finite, versions, write_config
+from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.models.load import open_detector
 from diffdoctor.evaluate.model import draw as pipelines
 from diffdoctor.evaluate.model import measure as measuring
@@ -247,10 +248,10 @@ class Evaluation:
                 for batch in _in_batches(
                     measuring.read_unit(unit, size, self.skipped, damaged=side == "damaged"), self.config.batch_size
                 ):
-                    of_unit.append(self.measurer.measure(measuring.as_batch(batch)))
+                    of_unit.append(self.measurer.measure(as_batch(batch)))
                     spoilt = measuring.spoil(batch, self.config.seed, place, start) if spoils else []
                     if spoilt:
-                        of_spoilt.append(self.measurer.measure(measuring.as_batch(spoilt)))
+                        of_spoilt.append(self.measurer.measure(as_batch(spoilt)))
                     start += len(batch)
                     bar.update(len(batch))
                 # The unit that says "done" comes last.

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from diffdoctor.data.pictures import to_images
-from diffdoctor.data.shards import MANIFEST, SkipCounts, read_manifest
+from diffdoctor.data.manifest import MANIFEST, read_manifest
+from diffdoctor.data.pictures import fitted, to_images
 from diffdoctor.data.sources import Source, find_sources, read_source
+from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.damage.injection import MIN_SIDE, NoVisibleDamage, inject
 from diffdoctor.detector.predict import diagnose_pictures
 from diffdoctor.evaluate.model.networks import extract_features
@@ -133,15 +134,6 @@ def read_unit(unit: RealUnit, size: tuple[int, int], counts: SkipCounts, *, dama
             yield fitted(sample["picture"], size)
 
 
-def fitted(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A picture (h, w, 3) uint8 resized, antialiased, until it covers size = (H, W), and cut at its middle."""
-    from PIL import Image, ImageOps
-
-    if picture.shape[:2] == tuple(size):
-        return picture
-    return np.asarray(ImageOps.fit(Image.fromarray(picture), size[::-1], Image.Resampling.LANCZOS))
-
-
 def spoil(pictures: list[np.ndarray], seed: int, unit: int, start: int) -> list[np.ndarray]:
     """Damaged versions of clean pictures, drawn as `diffdoctor inject` does; where none can be seen, none is made.
 
@@ -158,11 +150,6 @@ def spoil(pictures: list[np.ndarray], seed: int, unit: int, start: int) -> list[
         except NoVisibleDamage:
             continue
     return result
-
-
-def as_batch(pictures: list[np.ndarray]) -> torch.Tensor:
-    """(H, W, 3) uint8 pictures as one tensor (B, 3, H, W)."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
 @dataclass
