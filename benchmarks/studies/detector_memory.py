@@ -55,7 +55,8 @@ def evaluate(way: str, folder: Path, count: int, bootstrap: int) -> dict:
 
     from diffdoctor.data.shards import ShardData
     from diffdoctor.data.sources import finite
-    from diffdoctor.evaluate.detector.measure import diagnose_data, measure, measure_statistics
+    from diffdoctor.detector.predict import diagnose_data
+    from diffdoctor.evaluate.detector.measure import measure, measure_statistics
     from diffdoctor.evaluate.detector.parts import evaluate_in_parts
 
     data, model = ShardData(folder / str(count)), detector()

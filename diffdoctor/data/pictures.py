@@ -1,4 +1,4 @@
-"""Pictures of whole numbers as networks take them."""
+"""Pictures and masks as arrays: resized, and as networks take them."""
 
 from __future__ import annotations
 
@@ -24,3 +24,43 @@ def to_images(pictures: torch.Tensor | np.ndarray | Sequence[np.ndarray], device
         raise TypeError(f"pictures: expected uint8, got {pictures.dtype}")
     # Moved as bytes: a quarter of what floats would be.
     return pictures.to(device, non_blocking=True).float() / 255.0
+
+
+def as_batch(pictures: list[np.ndarray]) -> torch.Tensor:
+    """(H, W, 3) uint8 pictures as one tensor (B, 3, H, W)."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def as_mask(mask) -> np.ndarray:
+    """A mask (H, W), uint8 0..255, bool or float in [0, 1], as float32."""
+    mask = np.asarray(mask)
+    return mask.astype(np.float32) / 255.0 if mask.dtype == np.uint8 else mask.astype(np.float32)
+
+
+def shrink_to(picture: np.ndarray, longest: int | None) -> np.ndarray:
+    """A picture (H, W, 3) uint8 whose longest side is at most `longest` pixels, antialiased; None leaves it."""
+    from PIL import Image
+
+    if longest is None or max(picture.shape[:2]) <= longest:
+        return picture
+    scale = longest / max(picture.shape[:2])
+    size = tuple(max(1, round(side * scale)) for side in picture.shape[1::-1])
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
+
+
+def fitted(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A picture (h, w, 3) uint8 resized, antialiased, until it covers size = (H, W), and cut at its middle."""
+    from PIL import Image, ImageOps
+
+    if picture.shape[:2] == tuple(size):
+        return picture
+    return np.asarray(ImageOps.fit(Image.fromarray(picture), size[::-1], Image.Resampling.LANCZOS))
+
+
+def resize_pair(picture: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Picture (H, W, 3) uint8 and mask (H, W) float32 at size x size pixels, antialiased."""
+    from PIL import Image
+
+    picture = np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR))
+    mask = np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.BILINEAR))
+    return picture, np.clip(mask, 0, 1)

@@ -133,17 +133,6 @@ def read_source(
     yield {"picture": picture, "name": source.name, "category": source.category, "prompt": prompt}
 
 
-def shrink_to(picture: np.ndarray, longest: int | None) -> np.ndarray:
-    """A picture (H, W, 3) uint8 whose longest side is at most `longest` pixels, antialiased; None leaves it."""
-    from PIL import Image
-
-    if longest is None or max(picture.shape[:2]) <= longest:
-        return picture
-    scale = longest / max(picture.shape[:2])
-    size = tuple(max(1, round(side * scale)) for side in picture.shape[1::-1])
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
-
-
 def write_config(folder: Path, config) -> None:
     """What a run was asked, as `config.yaml`."""
     try:

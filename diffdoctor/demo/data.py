@@ -155,7 +155,7 @@ def judge_training_config(seed: int = 0, *, steps: int = 600, **changes):
 
 
 def _training_config(seed, kinds, blur, **options):
-    from diffdoctor.detector.samples import AugmentConfig
+    from diffdoctor.detector.config import AugmentConfig
     from diffdoctor.detector.train import DetectorTrainingConfig
 
     augment = AugmentConfig(

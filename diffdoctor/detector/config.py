@@ -1,11 +1,67 @@
-"""The options of a detector's training."""
+"""The options of a detector's training, and of what happens to its pictures."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from diffdoctor.detector.samples import AugmentConfig
+from diffdoctor.detector.damage.injection import check_range
+from diffdoctor.detector.damage.kinds import check_kinds
 from diffdoctor.runs.errors import check_least
+
+
+@dataclasses.dataclass
+class AugmentConfig:
+    """What happens to a picture before it is trained on; each share is a probability in [0, 1].
+
+    Attributes:
+        inject_share: a clean picture gets fresh damage.
+        kinds: kinds of damage to draw from (`damage_kinds()`); None takes all.
+        strength: range of the fresh damage's strength, within (0, 1].
+        area: range of its region's size, share of the picture.
+        visible: smallest mean change of the changed pixels, of 1.
+        benign_share: a clean picture that got no damage is mildly changed all over (resampled, recompressed, ...).
+        shrink_share: a clean picture is shrunk to 40..90 % and padded, so that small correct things are negatives
+            (the paper's dynamic augmentation).
+        flip_share: picture and mask are mirrored left to right. Leave it at 0 for lettering and digits.
+        shift: largest translation of picture and mask in each direction, share of the side; the border is held.
+        exposure: largest relative change of brightness; 0.1 multiplies by 0.9..1.1.
+        noise: largest standard deviation of Gaussian noise, of 1.
+        blur: largest standard deviation of the Gaussian blur that half of the pictures get, damaged ones too, in
+            pixels. What a model draws is softer than the damage it learnt; without blur a detector overlooks it.
+    """
+
+    inject_share: float = 0.5
+    kinds: tuple[str, ...] | None = None
+    strength: tuple[float, float] = (0.5, 1.0)
+    area: tuple[float, float] = (0.03, 0.33)
+    visible: float = 0.2
+    benign_share: float = 0.3
+    shrink_share: float = 0.1
+    flip_share: float = 0.0
+    shift: float = 0.05
+    exposure: float = 0.1
+    noise: float = 0.01
+    blur: float = 0.0
+
+    def __post_init__(self):
+        for name in ("inject_share", "benign_share", "shrink_share", "flip_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a probability in [0, 1], got {getattr(self, name)!r}")
+        if not self.blur >= 0:
+            raise ValueError(f"blur: expected >= 0 pixels, got {self.blur!r}")
+        for name in ("shift", "exposure", "noise"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a share in [0, 1), got {getattr(self, name)!r}")
+        if not 0 <= self.visible <= 1:
+            raise ValueError(f"visible: expected a change within [0, 1], got {self.visible!r}")
+        check_kinds(self.kinds)
+        for name in ("strength", "area"):
+            check_range(name, getattr(self, name), 0, 1)
+
+    @classmethod
+    def none(cls) -> AugmentConfig:
+        """No augmentation at all."""
+        return cls(inject_share=0.0, benign_share=0.0, shrink_share=0.0, shift=0.0, exposure=0.0, noise=0.0)
 
 
 @dataclasses.dataclass

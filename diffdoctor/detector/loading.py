@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffdoctor.data.pictures import as_mask, resize_pair
 from diffdoctor.data.shards import BrokenSample
 from diffdoctor.data.stream import ShardStream
 from diffdoctor.data.tar import SkipCounts
-from diffdoctor.detector.samples import AugmentConfig, StepSamples, as_mask, augment, resize_pair
+from diffdoctor.detector.config import AugmentConfig
+from diffdoctor.detector.samples import StepSamples, augment
 from diffdoctor.runs.errors import UserError
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from diffdoctor.detector.damage.injection import NoVisibleDamage, benign, check_kinds, check_range, inject
+from diffdoctor.data.pictures import as_mask, resize_pair
+from diffdoctor.detector.config import AugmentConfig
+from diffdoctor.detector.damage.benign import benign
+from diffdoctor.detector.damage.injection import NoVisibleDamage, inject
 
 
 class DetectorData(Protocol):
@@ -93,67 +95,6 @@ class JoinedData:
 def fingerprint_of(data) -> str | int:
     """What tells a set from others: its `fingerprint()`, or its length where it has none."""
     return data.fingerprint() if hasattr(data, "fingerprint") else len(data)
-
-
-def as_mask(mask) -> np.ndarray:
-    """A mask (H, W), uint8 0..255, bool or float in [0, 1], as float32."""
-    mask = np.asarray(mask)
-    return mask.astype(np.float32) / 255.0 if mask.dtype == np.uint8 else mask.astype(np.float32)
-
-
-@dataclasses.dataclass
-class AugmentConfig:
-    """What happens to a picture before it is trained on; each share is a probability in [0, 1].
-
-    Attributes:
-        inject_share: a clean picture gets fresh damage.
-        kinds: kinds of damage to draw from (`damage_kinds()`); None takes all.
-        strength: range of the fresh damage's strength, within (0, 1].
-        area: range of its region's size, share of the picture.
-        visible: smallest mean change of the changed pixels, of 1.
-        benign_share: a clean picture that got no damage is mildly changed all over (resampled, recompressed, ...).
-        shrink_share: a clean picture is shrunk to 40..90 % and padded, so that small correct things are negatives
-            (the paper's dynamic augmentation).
-        flip_share: picture and mask are mirrored left to right. Leave it at 0 for lettering and digits.
-        shift: largest translation of picture and mask in each direction, share of the side; the border is held.
-        exposure: largest relative change of brightness; 0.1 multiplies by 0.9..1.1.
-        noise: largest standard deviation of Gaussian noise, of 1.
-        blur: largest standard deviation of the Gaussian blur that half of the pictures get, damaged ones too, in
-            pixels. What a model draws is softer than the damage it learnt; without blur a detector overlooks it.
-    """
-
-    inject_share: float = 0.5
-    kinds: tuple[str, ...] | None = None
-    strength: tuple[float, float] = (0.5, 1.0)
-    area: tuple[float, float] = (0.03, 0.33)
-    visible: float = 0.2
-    benign_share: float = 0.3
-    shrink_share: float = 0.1
-    flip_share: float = 0.0
-    shift: float = 0.05
-    exposure: float = 0.1
-    noise: float = 0.01
-    blur: float = 0.0
-
-    def __post_init__(self):
-        for name in ("inject_share", "benign_share", "shrink_share", "flip_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a probability in [0, 1], got {getattr(self, name)!r}")
-        if not self.blur >= 0:
-            raise ValueError(f"blur: expected >= 0 pixels, got {self.blur!r}")
-        for name in ("shift", "exposure", "noise"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a share in [0, 1), got {getattr(self, name)!r}")
-        if not 0 <= self.visible <= 1:
-            raise ValueError(f"visible: expected a change within [0, 1], got {self.visible!r}")
-        check_kinds(self.kinds)
-        for name in ("strength", "area"):
-            check_range(name, getattr(self, name), 0, 1)
-
-    @classmethod
-    def none(cls) -> AugmentConfig:
-        """No augmentation at all."""
-        return cls(inject_share=0.0, benign_share=0.0, shrink_share=0.0, shift=0.0, exposure=0.0, noise=0.0)
 
 
 def augment(
@@ -272,12 +213,3 @@ class StepSamples:
         picture, mask = augment(picture, mask, self.config, rng)
         picture = np.ascontiguousarray(picture.transpose(2, 0, 1))
         return torch.from_numpy(picture), torch.from_numpy(np.ascontiguousarray(mask[None], dtype=np.float32))
-
-
-def resize_pair(picture: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Picture (H, W, 3) uint8 and mask (H, W) float32 at size x size pixels, antialiased."""
-    from PIL import Image
-
-    picture = np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR))
-    mask = np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.BILINEAR))
-    return picture, np.clip(mask, 0, 1)

@@ -17,8 +17,10 @@ from diffdoctor.data.stream import ShardStream
 from diffdoctor.detector.config import DetectorTrainingConfig
 from diffdoctor.detector.loading import PlannedSamples, ResampledSamples, StepPlan, collate
 from diffdoctor.detector.losses import detector_loss
+from diffdoctor.detector.models.load import new_detector
 from diffdoctor.detector.run_folder import RunFolder, describe
 from diffdoctor.detector.samples import DetectorData
+from diffdoctor.detector.validate import quick_measures
 from diffdoctor.runs.errors import UserError, missing_extra
 from diffdoctor.runs.progress import progress as progress_bar
 from diffdoctor.training.ema import RunningAverage
@@ -31,7 +33,7 @@ class TrainedDetector:
     Attributes:
         detector: the trained network, in evaluation mode.
         history: one dict a step: step, loss, learning_rate, grad_norm.
-        validations: one dict a validation: step and the measures of `evaluate.detector.quick_measures`.
+        validations: one dict a validation: step and the measures of `validate.quick_measures`.
         broken: {place: reason} of the pictures that could not be read; of a stream, one example of each reason.
     """
 
@@ -110,9 +112,7 @@ def prepared_run(
     with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         if detector is None:
-            from diffdoctor.detector.models.segformer import ArtifactDetector
-
-            detector = ArtifactDetector.tiny()
+            detector = new_detector("tiny")
         run = TrainingRun(config, data, detector, validation, accelerator)
         if output_dir is not None:
             run.open(Path(output_dir), described or {})
@@ -298,8 +298,6 @@ class TrainingRun:
         self.detector.train()
 
     def _measures(self) -> dict[str, float]:
-        from diffdoctor.evaluate.detector.measure import quick_measures
-
         return quick_measures(self.detector, self.validation, size=self.config.size, strict=self.config.strict)
 
 

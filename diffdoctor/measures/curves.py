@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from diffdoctor.measures.statistics import slices
+
 # Pixels that are sorted at once when runs are merged.
 MERGED_PIXELS = 2**20
 _END = 2**31
@@ -122,7 +124,7 @@ class PixelCurves:
         self.places += other.places
 
     def result(self) -> dict[str, np.ndarray]:
-        """The curves, as `evaluate.detector.command.curves` returns them."""
+        """The curves, as `pixel_curves` returns them."""
         found, right = (np.cumsum(level[::-1]) for level in self.levels)
         pixels, scores, labels = self.places
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -136,3 +138,21 @@ class PixelCurves:
             "pixels": pixels.astype(np.int64),
             "expected_calibration_error": np.nansum(np.abs(mean - share) * pixels) / max(1, pixels.sum()),
         }
+
+
+def pixel_curves(confidence: np.ndarray, mask: np.ndarray, bins: int = 10) -> dict[str, np.ndarray]:
+    """Pixel precision-recall and calibration curves.
+
+    Args:
+        confidence, mask: (N, H, W) in [0, 1].
+        bins: of confidence, of equal width, for the calibration.
+
+    Returns:
+        `recall`, `precision` (101,) at the thresholds 1.00, 0.99 ... 0.00; `mean_confidence`, `artifact_share`,
+        `pixels` (bins,), NaN where a bin is empty; `expected_calibration_error` (), the mean distance of the two
+        weighted by pixels.
+    """
+    result = PixelCurves(bins)
+    for part in slices(confidence):
+        result.add(confidence[part], mask[part])
+    return result.result()

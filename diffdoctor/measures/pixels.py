@@ -49,6 +49,15 @@ def flagged_share(confidence):
     return (confidence >= FLAG_CONFIDENCE).reshape(confidence.shape[0], -1).mean(axis=1)
 
 
+def is_flagged(share):
+    """Whether pictures count as damaged, by the share of their pixels at confidence >= 0.5.
+
+    Args:
+        share: from `flagged_share`; a number, array or tensor.
+    """
+    return share >= FLAG_SHARE
+
+
 def flagged(confidence):
     """Whether a picture counts as damaged: at least 2 % of its pixels have a confidence of at least 0.5.
 
@@ -56,7 +65,7 @@ def flagged(confidence):
     """
     if confidence.ndim not in (3, 4):
         raise ValueError(f"confidence: expected shape (B, H, W) or (B, 1, H, W), got {tuple(confidence.shape)}")
-    return flagged_share(confidence) >= FLAG_SHARE
+    return is_flagged(flagged_share(confidence))
 
 
 def picture_counts(confidence, mask, threshold: float = 0.5) -> np.ndarray:

@@ -70,7 +70,7 @@ def run_treat(config: TreatCommandConfig) -> int:
         import peft  # noqa: F401
     except ImportError as error:
         raise missing_extra(error.name or "diffusers", "stages") from None
-    from diffdoctor.detector.commands.diagnose import open_detector
+    from diffdoctor.detector.models.load import open_detector
     from diffdoctor.training.processes import Processes
     from diffdoctor.treat.train import treat
 

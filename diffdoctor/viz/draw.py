@@ -6,6 +6,8 @@ import numpy as np
 
 GAP = 4
 BACKGROUND = 255
+# Side of a contact sheet's tiles, in pixels.
+SHEET_TILE = 128
 
 
 def png_bytes(picture) -> bytes:
@@ -15,6 +17,12 @@ def png_bytes(picture) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(picture)).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
+
+
+def map_png(confidence: np.ndarray, bits: int) -> bytes:
+    """A confidence map (H, W) in [0, 1] as an 8 or 16 bit grey PNG."""
+    scale, dtype = (255, np.uint8) if bits == 8 else (65535, np.uint16)
+    return png_bytes(np.rint(np.clip(confidence, 0, 1).astype(np.float64) * scale).astype(dtype))
 
 
 def jpeg_bytes(picture, quality: int = 88) -> bytes:
@@ -71,6 +79,33 @@ def grid(rows, gap: int = GAP, background: int = BACKGROUND):
             top, left = gap + i * (height + gap), gap + j * (width + gap)
             sheet[top : top + height, left : left + width] = picture
     return sheet
+
+
+def contact_sheet(examples: dict[str, list[tuple]], side: int = SHEET_TILE) -> bytes:
+    """PNG bytes: a row for each kind, with clean picture, damaged picture and mask of up to six examples.
+
+    Args:
+        examples: {kind: [(clean (H, W, 3) uint8, damaged, mask (H, W) uint8)]}.
+        side: of a tile, in pixels.
+    """
+    from PIL import Image, ImageDraw
+
+    rows = {kind: found for kind, found in sorted(examples.items()) if found}
+    label, gap = 14, 4
+    width = max(len(found) for found in rows.values()) * (3 * side + gap)
+    sheet = Image.new("RGB", (width, len(rows) * (side + label + gap)), (40, 40, 40))
+    draw = ImageDraw.Draw(sheet)
+    for row, (kind, found) in enumerate(rows.items()):
+        top = row * (side + label + gap)
+        draw.text((4, top + 1), kind, fill=(255, 255, 255))
+        for column, (clean, damaged, mask) in enumerate(found):
+            for place, picture in enumerate((clean, damaged, np.repeat(mask[..., None], 3, axis=2))):
+                tile = Image.fromarray(picture)
+                scale = side / max(tile.size)
+                resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+                tile = tile.resize(tuple(max(1, round(s * scale)) for s in tile.size), resampling)
+                sheet.paste(tile, (column * (3 * side + gap) + place * side, top + label))
+    return png_bytes(np.asarray(sheet))
 
 
 def as_hwc(pictures):

@@ -65,7 +65,7 @@ class Report:
         """Write the page to `path`, whole or not at all."""
         from jinja2 import Environment
 
-        page = resources.files("diffdoctor.evaluate").joinpath("report.html").read_text(encoding="utf-8")
+        page = resources.files("diffdoctor.viz").joinpath("report.html").read_text(encoding="utf-8")
         template = Environment(autoescape=True).from_string(page)
         atomic_write_text(path, template.render(title=self.title, parts=self._parts))
 

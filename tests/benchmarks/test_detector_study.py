@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.studies.detector import __main__ as study
 from benchmarks.studies.detector import drawing, parts, pictures, report
-from diffdoctor.detector.damage.injection import damage_kinds
+from diffdoctor.detector import damage_kinds
 from diffdoctor.runs.errors import UserError
 
 pytest.importorskip("skimage")

@@ -11,8 +11,9 @@ import torch
 
 from diffdoctor.data import codec, shards
 from diffdoctor.data import tar as archive
-from diffdoctor.data.shards import ShardData, SkipCounts, read_manifest, read_shards, write_shards
+from diffdoctor.data.shards import ShardData, read_manifest, read_shards, write_shards
 from diffdoctor.data.stream import ShardStream
+from diffdoctor.data.tar import SkipCounts
 from diffdoctor.runs.errors import UserError
 
 pytest.importorskip("pyarrow")

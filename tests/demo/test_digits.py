@@ -6,7 +6,7 @@ import torch
 
 from diffdoctor.demo import data as demo_data
 from diffdoctor.detector import ConvDetector
-from diffdoctor.evaluate.detector.measure import quick_measures
+from diffdoctor.detector.validate import quick_measures
 
 pytest.importorskip("sklearn")
 pytest.importorskip("PIL")

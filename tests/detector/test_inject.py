@@ -5,16 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffdoctor.detector.damage.injection import (
-    CHANGE_EPS,
-    Injected,
-    NoVisibleDamage,
-    benign,
-    damage_kind,
-    damage_kinds,
-    inject,
-    mask_of_change,
-)
+from diffdoctor.detector import benign, damage_kind, damage_kinds, inject
+from diffdoctor.detector.damage import registry
+from diffdoctor.detector.damage.injection import CHANGE_EPS, Injected, NoVisibleDamage, mask_of_change
 
 KINDS = damage_kinds()
 
@@ -153,9 +146,7 @@ def test_a_user_s_kind_is_registered_and_used():
         with pytest.raises(ValueError, match="registered already"):
             damage_kind("test_black_hole")(lambda *_: None)
     finally:
-        from diffdoctor.detector.damage import injection as module
-
-        del module._KINDS["test_black_hole"]
+        del registry._KINDS["test_black_hole"]
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,15 @@
 """inject's output: a set is replaced where asked for, and nothing else; options that make no sense are refused."""
 
 import dataclasses
-import importlib
 import os
 
 import pytest
 
 from diffdoctor.data.shards import write_shards
-from diffdoctor.detector import damage_kind
+from diffdoctor.detector import damage_kind, damage_kinds
 from diffdoctor.detector.commands import inject as injecting
 from diffdoctor.detector.commands.inject import InjectConfig, run_inject
+from diffdoctor.detector.damage import registry
 from diffdoctor.runs.errors import UserError
 from support.pictures import picture, tree, write_pictures
 
@@ -121,10 +121,8 @@ def hole(picture, region, rng, strength):
 @pytest.fixture
 def kinds_of_this_test(monkeypatch):
     """What a test registers is not there for the next one, whose workers would not know it."""
-    # By its full name: the package's attribute is the function.
-    module = importlib.import_module("diffdoctor.detector.damage.injection")
-    module.damage_kinds()
-    monkeypatch.setattr(module, "_KINDS", dict(module._KINDS))
+    damage_kinds()
+    monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
 
 
 @pytest.mark.usefixtures("kinds_of_this_test")

@@ -8,8 +8,9 @@ import torch
 
 from diffdoctor.detector import train_detector
 from diffdoctor.detector.balance import category_statistics, sampling_weights
-from diffdoctor.detector.samples import ArrayData, AugmentConfig, JoinedData, StepSamples, augment, shrink_and_pad
-from diffdoctor.evaluate.detector.measure import quick_measures
+from diffdoctor.detector.config import AugmentConfig
+from diffdoctor.detector.samples import ArrayData, JoinedData, StepSamples, augment, shrink_and_pad
+from diffdoctor.detector.validate import quick_measures
 from support.detector import fresh, quick, shapes
 
 pytest.importorskip("accelerate")

@@ -9,8 +9,9 @@ import torch
 from diffdoctor.data.shards import ShardData, write_shards
 from diffdoctor.data.stream import ShardStream
 from diffdoctor.detector import train_detector
+from diffdoctor.detector.config import AugmentConfig
 from diffdoctor.detector.loading import ResampledSamples, StepPlan
-from diffdoctor.detector.samples import ArrayData, AugmentConfig
+from diffdoctor.detector.samples import ArrayData
 from diffdoctor.runs.errors import UserError
 from support.detector import fresh, quick, shapes
 

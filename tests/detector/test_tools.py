@@ -270,16 +270,18 @@ def test_evaluate_detector_writes_measures_and_a_report(pictures, tmp_path, dete
 
 
 def test_curves_of_a_calibrated_detector_lie_on_the_diagonal():
-    from diffdoctor.evaluate.detector.command import curves
+    from diffdoctor.measures.curves import pixel_curves
 
     rng = np.random.default_rng(0)
     confidence = rng.uniform(size=(40, 50, 50))
-    result = curves(confidence, rng.uniform(size=confidence.shape) < confidence)
+    result = pixel_curves(confidence, rng.uniform(size=confidence.shape) < confidence)
     assert result["expected_calibration_error"] < 0.01
     assert result["recall"][-1] == 1
     assert result["precision"][-1] == pytest.approx(0.5, abs=0.01)
     assert np.all(np.diff(result["recall"]) >= 0)
-    assert curves(confidence, np.ones_like(confidence))["expected_calibration_error"] == pytest.approx(0.5, abs=0.01)
+    assert pixel_curves(confidence, np.ones_like(confidence))["expected_calibration_error"] == pytest.approx(
+        0.5, abs=0.01
+    )
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from diffdoctor.detector import DetectorTrainingConfig, train_detector
+from diffdoctor.detector.config import AugmentConfig
 from diffdoctor.detector.losses import detector_loss
-from diffdoctor.detector.samples import ArrayData, AugmentConfig
+from diffdoctor.detector.samples import ArrayData
 from diffdoctor.runs.errors import UserError
 from support.detector import fresh, held_out, quick, shapes, weights_of
 

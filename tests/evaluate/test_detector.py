@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from diffdoctor.data.shards import ShardData, write_shards
 from diffdoctor.detector import ConvDetector, load_detector
+from diffdoctor.detector.predict import diagnose_data
 from diffdoctor.detector.samples import JoinedData
 from diffdoctor.evaluate.detector import parts as detector_parts
-from diffdoctor.evaluate.detector.command import EvaluateDetectorConfig, curves, run_evaluate_detector
-from diffdoctor.evaluate.detector.measure import diagnose_data, evaluate_maps, measure
+from diffdoctor.evaluate.detector.command import EvaluateDetectorConfig, run_evaluate_detector
+from diffdoctor.evaluate.detector.measure import evaluate_maps, measure
 from diffdoctor.measures import curves as detector_pixels
 from diffdoctor.measures import statistics as detector_statistics
-from diffdoctor.measures.curves import Run, average_precision_of_runs, encode
+from diffdoctor.measures.curves import Run, average_precision_of_runs, encode, pixel_curves
 from diffdoctor.measures.pixels import average_precision_of
 from diffdoctor.runs.errors import UserError
 
@@ -144,7 +145,7 @@ def test_curves_are_the_same_added_up_in_parts():
         one = detector_pixels.PixelCurves()
         one.add(confidence[first : first + 7], mask[first : first + 7])
         parts.merge(one)
-    for name, values in curves(confidence, mask).items():
+    for name, values in pixel_curves(confidence, mask).items():
         np.testing.assert_allclose(parts.result()[name], values, rtol=1e-12)
 
 

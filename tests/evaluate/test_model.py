@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from diffdoctor.data.pictures import fitted
 from diffdoctor.data.prompts import Prompt, read_prompt_file
 from diffdoctor.detector import ConvDetector, write_shards
 from diffdoctor.evaluate.model import networks
-from diffdoctor.evaluate.model.measure import count_real, fitted, read_unit, real_units, spoil
+from diffdoctor.evaluate.model.measure import count_real, read_unit, real_units, spoil
 from diffdoctor.evaluate.model.networks import Classifier, Clip, load_features
 from diffdoctor.evaluate.model.store import EvaluationFolder, FeatureFiles, MeasureFiles
 from diffdoctor.evaluate.model.summary import PictureMeasures, summarise, summarise_groups
@@ -266,7 +267,7 @@ class TestStore:
 
 class TestRealPictures:
     def test_labelled_shards_are_told_apart(self, tmp_path):
-        from diffdoctor.data.shards import SkipCounts
+        from diffdoctor.data.tar import SkipCounts
 
         pictures = random_pictures(6).permute(0, 2, 3, 1).numpy()
         mask = np.zeros((16, 16), np.float32)

@@ -2,7 +2,8 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from diffdoctor.measures.features import extract_features, frechet_distance, within_class_variance
+from diffdoctor.evaluate.model.networks import extract_features
+from diffdoctor.measures.features import frechet_distance, within_class_variance
 
 
 def random_features(count, size, seed, shift=0.0):

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from diffdoctor.detector.commands.diagnose import DiagnoseConfig, run_diagnose
 from diffdoctor.detector.commands.inject import InjectConfig, run_inject
 from diffdoctor.detector.commands.train import TrainDetectorConfig, run_train_detector
+from diffdoctor.detector.config import AugmentConfig
 from diffdoctor.detector.models.conv import ConvDetector
-from diffdoctor.detector.samples import AugmentConfig
 from diffdoctor.detector.train import DetectorTrainingConfig
 from diffdoctor.evaluate.detector.command import EvaluateDetectorConfig, run_evaluate_detector
 from support.curves import events_of

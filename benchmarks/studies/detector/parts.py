@@ -167,7 +167,8 @@ def _small(output: Path, seed: int) -> dict:
 def train(output: Path, name: str, variant: str, steps: int, seed: int) -> dict:
     """Train one detector and measure it; returns its measures, as `measures` gives them, and the seconds."""
     from diffdoctor.data.shards import ShardData
-    from diffdoctor.detector.samples import AugmentConfig, JoinedData
+    from diffdoctor.detector.config import AugmentConfig
+    from diffdoctor.detector.samples import JoinedData
     from diffdoctor.detector.train import DetectorTrainingConfig, train_detector
     from diffdoctor.training.cpu_settings import processor
 
@@ -220,9 +221,10 @@ def measures(output: Path, detector, folder: Path) -> dict:
     """
     from diffdoctor.data.shards import ShardData
     from diffdoctor.data.sources import finite
+    from diffdoctor.detector.predict import diagnose_data
     from diffdoctor.detector.samples import JoinedData
-    from diffdoctor.evaluate.detector.command import write_report
-    from diffdoctor.evaluate.detector.measure import diagnose_data, evaluate_maps, measure
+    from diffdoctor.evaluate.detector.measure import evaluate_maps, measure
+    from diffdoctor.evaluate.detector.report import write_report
 
     result: dict = {}
     for part in ("seen", "unseen"):
@@ -253,12 +255,12 @@ def measures(output: Path, detector, folder: Path) -> dict:
 def _shifted(found, shift: float) -> dict:
     """What the detector would reach were its logits moved by `shift`."""
     from diffdoctor.measures.components import ComponentAP
-    from diffdoctor.measures.pixels import FLAG_SHARE, flagged_share
+    from diffdoctor.measures.pixels import flagged_share, is_flagged
 
     odds = np.exp(shift) * found.confidence / np.maximum(1 - found.confidence, 1e-7)
     confidence = odds / (1 + odds)
     damaged = (found.masks >= 0.5).any(axis=(1, 2))
-    flags = flagged_share(confidence) >= FLAG_SHARE
+    flags = is_flagged(flagged_share(confidence))
     return {
         "shift": shift,
         "map50": ComponentAP(confidence, found.masks).map50,
@@ -268,7 +270,7 @@ def _shifted(found, shift: float) -> dict:
 
 
 def _picture(data, index: int) -> np.ndarray:
-    from diffdoctor.detector.samples import resize_pair
+    from diffdoctor.data.pictures import resize_pair
 
     sample = data[index]
     return resize_pair(sample["picture"], sample["mask"], pictures.SIDE)[0]
@@ -277,10 +279,10 @@ def _picture(data, index: int) -> np.ndarray:
 def _per_kind(data, found) -> dict:
     """mAP@0.5 and the share that is flagged, of the damaged pictures of each kind."""
     from diffdoctor.measures.components import ComponentAP
-    from diffdoctor.measures.pixels import FLAG_SHARE, flagged_share
+    from diffdoctor.measures.pixels import flagged_share, is_flagged
 
     names = np.array([str(data[index].get("kind") or "") for index in range(len(data))])
-    flags = flagged_share(found.confidence) >= FLAG_SHARE
+    flags = is_flagged(flagged_share(found.confidence))
     return {
         str(name): {
             "pictures": int((names == name).sum()),

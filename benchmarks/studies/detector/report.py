@@ -182,7 +182,7 @@ def found_picture(output: Path) -> bytes:
     photographs never seen, two pieces of known ones and a digit.
     """
     from diffdoctor.data.shards import ShardData
-    from diffdoctor.detector.models.base import load_detector
+    from diffdoctor.detector.models.load import load_detector
     from diffdoctor.viz.draw import grid, png_bytes
 
     detector = load_detector(output / "runs" / MAIN / "detector")
@@ -202,7 +202,7 @@ def found_picture(output: Path) -> bytes:
 def _views(detector, sample: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     import torch
 
-    from diffdoctor.detector.samples import resize_pair
+    from diffdoctor.data.pictures import resize_pair
     from diffdoctor.viz.draw import enlarge, overlay
 
     picture, mask = resize_pair(sample["picture"], sample["mask"], SIDE)

@@ -14,16 +14,17 @@ import numpy as np
 from diffdoctor.data.pictures import to_images
 from diffdoctor.data.sources import Source, find_sources, read_source, tell, versions, write_config
 from diffdoctor.data.tar import SkipCounts
-from diffdoctor.detector.models.base import Detector, load_detector
-from diffdoctor.measures.components import components
-from diffdoctor.measures.pixels import FLAG_SHARE, flagged_share
-from diffdoctor.runs.errors import UserError, check_least, first_line, missing_extra
+from diffdoctor.detector.models.base import Detector
+from diffdoctor.detector.models.load import open_detector
+from diffdoctor.detector.predict import describe_map
+from diffdoctor.runs.errors import UserError, check_least, missing_extra
 from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json, clear_temporaries
 from diffdoctor.runs.journal import Records, RecordWriter
 from diffdoctor.runs.lock import held
 from diffdoctor.runs.progress import progress
+from diffdoctor.training.devices import open_device
 from diffdoctor.training.weights import weights_digest
-from diffdoctor.viz.draw import overlay, png_bytes
+from diffdoctor.viz.draw import map_png, overlay, png_bytes
 
 RECORDS = "records"
 TILE = 240  # smallest width of a picture in the gallery, in pixels
@@ -212,27 +213,6 @@ def _diagnose_units(detector, config: DiagnoseConfig, inputs: _Inputs, done: _Do
     return _gather_counts(counts, state)
 
 
-def open_detector(source: str) -> Detector:
-    """A detector from a folder, a hub id, or the published checkpoint's file."""
-    if Path(source).is_file():
-        from diffdoctor.detector.models.segformer import ArtifactDetector
-
-        return ArtifactDetector.from_official(source)
-    return load_detector(source)
-
-
-def open_device(name: str | None, default):
-    """The torch device of this name, or `default` for None; raises `UserError` for one that is not there."""
-    import torch
-
-    try:
-        device = torch.device(name) if name else torch.device(default)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name!r} cannot be used ({first_line(error)})") from None
-    return device
-
-
 def _same_run(output: Path, settings: dict) -> None:
     """Refuse to mix maps of two detectors or settings in one folder."""
     path = output / RECORDS / "run.json"
@@ -276,35 +256,7 @@ def _diagnose_batch(detector: Detector, batch: list[dict], missing: set[str], co
             reddened = overlay(sample["picture"], confidence)
             atomic_write_bytes(output / "overlays" / f"{name}.png", png_bytes(reddened))
         known = {key: sample[key] for key in ("path", "stamp", "category", "generator", "prompt") if sample.get(key)}
-        yield describe(name, confidence) | known
-
-
-def describe(name: str, confidence: np.ndarray) -> dict:
-    """One picture's diagnosis, as JSON values: largest and mean confidence, flagged area, components.
-
-    Args:
-        name: of the picture.
-        confidence: (H, W) in [0, 1].
-    """
-    share = float(flagged_share(confidence[None])[0])
-    return {
-        "name": name,
-        "height": confidence.shape[0],
-        "width": confidence.shape[1],
-        "max": float(confidence.max()),
-        "mean": float(confidence.mean()),
-        "flagged_share": share,
-        "flagged": share >= FLAG_SHARE,
-        "components": [
-            {"box": list(found.box), "area": found.area, "score": found.score} for found in components(confidence)
-        ],
-    }
-
-
-def map_png(confidence: np.ndarray, bits: int) -> bytes:
-    """A confidence map (H, W) in [0, 1] as an 8 or 16 bit grey PNG."""
-    scale, dtype = (255, np.uint8) if bits == 8 else (65535, np.uint16)
-    return png_bytes(np.rint(np.clip(confidence, 0, 1).astype(np.float64) * scale).astype(dtype))
+        yield describe_map(name, confidence) | known
 
 
 def _gather_counts(counts: SkipCounts, state) -> dict[str, int]:

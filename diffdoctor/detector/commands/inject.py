@@ -12,21 +12,24 @@ from pathlib import Path
 
 import numpy as np
 
+from diffdoctor.data.pictures import shrink_to
 from diffdoctor.data.resumable import ResumableSet, State, clear_finished, work_folder
 from diffdoctor.data.shard_writer import SHEET, check_options, refuse_no_set
-from diffdoctor.data.shards import SkipCounts
-from diffdoctor.data.sources import Source, find_sources, read_source, shrink_to, tell, versions, write_config
-from diffdoctor.detector.damage.injection import MIN_SIDE, NoVisibleDamage, benign, check_range, damage_kinds, inject
+from diffdoctor.data.sources import Source, find_sources, read_source, tell, versions, write_config
+from diffdoctor.data.tar import SkipCounts
+from diffdoctor.detector.damage.injection import MIN_SIDE, check_range
+from diffdoctor.detector.damage.kinds import damage_kinds
 from diffdoctor.detector.damage.plugins import load_plugins
+from diffdoctor.detector.damage.versions import VersionOptions, labelled_versions
 from diffdoctor.runs.errors import UserError, check_least
 from diffdoctor.runs.files import atomic_write_bytes, atomic_write_json, clear_temporaries
 from diffdoctor.runs.lock import held
 from diffdoctor.runs.progress import track
 from diffdoctor.runs.workers import ordered_map
+from diffdoctor.viz.draw import SHEET_TILE, contact_sheet
 
-# Of each kind, on the contact sheet, and the side of their tiles in pixels.
+# Of each kind, on the contact sheet.
 EXAMPLES = 6
-TILE = 128
 
 
 @dataclasses.dataclass
@@ -228,7 +231,7 @@ class _Tally:
         shown = self.sheet.setdefault(sample["kind"], [])
         if len(shown) < EXAMPLES or rank < shown[-1][0]:
             mask = np.rint(sample["mask"] * 255).astype(np.uint8)
-            shown.append((rank, tuple(shrink_to(tile, TILE) for tile in (clean, sample["picture"], mask))))
+            shown.append((rank, tuple(shrink_to(tile, SHEET_TILE) for tile in (clean, sample["picture"], mask))))
             shown.sort(key=lambda entry: entry[0])
             del shown[EXAMPLES:]
 
@@ -272,25 +275,27 @@ def _samples(config: InjectConfig, sources: list[Source], tally: _Tally) -> Iter
     """
     places: collections.deque[_Place] = collections.deque()
     # Named here, so that a worker in which one of them was never registered says so and does not draw from the rest.
-    config = dataclasses.replace(config, kinds=list(config.kinds or damage_kinds()))
+    kinds = tuple(config.kinds or damage_kinds())
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(VersionOptions)}
+    options = VersionOptions(**values | {"kinds": kinds})
 
     def jobs():
         for place, sample in _pictures(config, sources, tally.skipped, tally.place):
             places.append(place)
-            yield config, place.index, sample
+            yield options, place.index, sample
 
     if config.workers > 1:
-        results = ordered_map(_variants, jobs(), config.workers, load_plugins, config.plugins)
+        results = ordered_map(_versions, jobs(), config.workers, load_plugins, config.plugins)
     else:
-        results = (_variants(job) for job in jobs())
+        results = (_versions(job) for job in jobs())
     total = None
     if not any(source.is_shard for source in sources):
         total = len(sources) - (tally.place.source if tally.place else 0)
     written = tally.versions
     with contextlib.closing(results):
-        for variants, failed in track(results, desc="inject", unit="picture", total=total):
+        for versions, failed in track(results, desc="inject", unit="picture", total=total):
             place = places.popleft()
-            for number, sample in enumerate(variants[written:], written + 1):
+            for number, sample in enumerate(versions[written:], written + 1):
                 yield place, number, tally.failed, sample
             written = 0
             tally.failed += failed
@@ -320,65 +325,5 @@ def _pictures(
                 index += 1
 
 
-def _variants(job) -> tuple[list[dict], int]:
-    """The labelled versions of one picture, and how many more were asked for that left no visible damage."""
-    config, index, sample = job
-    _check_known(config)
-    picture, empty = sample["picture"], np.zeros(sample["picture"].shape[:2], np.float32)
-    known = {name: sample[name] for name in ("prompt", "category", "generator", "round") if name in sample}
-    common = {**known, "source": sample["name"], "original": picture}
-    result, failed = [], 0
-    if config.clean:
-        entry = {"key": f"{index:08d}-clean", "picture": picture, "mask": empty, "label": "real", "kind": ""}
-        result.append(common | entry)
-    for number in range(config.benign):
-        changed = benign(picture, np.random.default_rng([config.seed, 2, index, number]))
-        entry = {"key": f"{index:08d}-benign-{number}", "label": "real", "kind": changed.kind}
-        result.append(common | entry | {"picture": changed.picture, "mask": changed.mask})
-    for number in range(config.damaged):
-        rng = np.random.default_rng([config.seed, 1, index, number])
-        try:
-            damaged = inject(picture, rng, config.kinds, config.strength, config.area, visible=config.visible)
-        except NoVisibleDamage:
-            failed += 1
-            continue
-        entry = {"key": f"{index:08d}-damaged-{number}", "label": "injected", "kind": damaged.kind}
-        result.append(common | entry | {"picture": damaged.picture, "mask": damaged.mask})
-    return result, failed
-
-
-def _check_known(config: InjectConfig) -> None:
-    if unknown := sorted(set(config.kinds) - set(damage_kinds())):
-        raise UserError(
-            f"kinds: {', '.join(unknown)}: not registered in the worker processes; register it in a Python file and "
-            "give this as plugins, or take workers 1"
-        )
-
-
-def contact_sheet(examples: dict[str, list[tuple]], side: int = TILE) -> bytes:
-    """PNG bytes: a row for each kind, with clean picture, damaged picture and mask of up to six examples.
-
-    Args:
-        examples: {kind: [(clean (H, W, 3) uint8, damaged, mask (H, W) uint8)]}.
-        side: of a tile, in pixels.
-    """
-    from PIL import Image, ImageDraw
-
-    rows = {kind: found for kind, found in sorted(examples.items()) if found}
-    label, gap = 14, 4
-    width = max(len(found) for found in rows.values()) * (3 * side + gap)
-    sheet = Image.new("RGB", (width, len(rows) * (side + label + gap)), (40, 40, 40))
-    draw = ImageDraw.Draw(sheet)
-    for row, (kind, found) in enumerate(rows.items()):
-        top = row * (side + label + gap)
-        draw.text((4, top + 1), kind, fill=(255, 255, 255))
-        for column, (clean, damaged, mask) in enumerate(found):
-            for place, picture in enumerate((clean, damaged, np.repeat(mask[..., None], 3, axis=2))):
-                tile = Image.fromarray(picture)
-                scale = side / max(tile.size)
-                resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-                tile = tile.resize(tuple(max(1, round(s * scale)) for s in tile.size), resampling)
-                sheet.paste(tile, (column * (3 * side + gap) + place * side, top + label))
-    from diffdoctor.viz.draw import png_bytes
-
-    return png_bytes(np.asarray(sheet))
+def _versions(job: tuple[VersionOptions, int, dict]) -> tuple[list[dict], int]:
+    return labelled_versions(*job)

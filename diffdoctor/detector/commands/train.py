@@ -9,6 +9,7 @@ from diffdoctor.data.shards import ShardData, one_size
 from diffdoctor.data.sources import finite, tell, versions, write_config
 from diffdoctor.data.stream import ShardStream
 from diffdoctor.detector.models.base import Detector
+from diffdoctor.detector.models.load import ARCHITECTURES, new_detector, open_detector
 from diffdoctor.detector.run_folder import refuse_foreign_results
 from diffdoctor.detector.samples import JoinedData
 from diffdoctor.detector.train import DetectorTrainingConfig, prepared_run
@@ -16,8 +17,6 @@ from diffdoctor.runs.errors import UserError, missing_extra
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.lock import held
 from diffdoctor.training.weights import weights_digest
-
-ARCHITECTURES = ("tiny", "b0", "b1", "b2", "b3", "b4", "b5", "conv")
 
 
 @dataclasses.dataclass
@@ -160,8 +159,6 @@ def _network(config: TrainDetectorConfig) -> Detector:
         other = "initial" if config.initial is not None else "architecture conv"
         raise UserError(f"encoder: expected none with {other}, got {config.encoder!r}")
     if config.initial is not None:
-        from diffdoctor.detector.commands.diagnose import open_detector
-
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
             if field.name in ("architecture", "min_side") and value != field.default:
@@ -169,13 +166,7 @@ def _network(config: TrainDetectorConfig) -> Detector:
         return open_detector(config.initial)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        if config.architecture == "conv":
-            from diffdoctor.detector.models.conv import ConvDetector
-
-            return ConvDetector(min_side=config.min_side)
-        from diffdoctor.detector.models.segformer import ArtifactDetector
-
-        detector = ArtifactDetector.of_size(config.architecture, min_side=config.min_side)
+        detector = new_detector(config.architecture, min_side=config.min_side)
         if config.encoder is not None:
             detector.load_encoder(config.encoder)
         return detector

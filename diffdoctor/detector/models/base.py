@@ -10,56 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from diffdoctor.detector.models.load import CONFIG_NAME, WEIGHTS_NAME, load_detector
+from diffdoctor.detector.models.preprocess import PreprocessConfig
 from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.files import atomic_dir
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-CONFIG_NAME = "detector.json"
-WEIGHTS_NAME = "model.safetensors"
-
-
-@dataclasses.dataclass
-class PreprocessConfig:
-    """How a picture of any size is brought to the network's size.
-
-    Attributes:
-        input_size: side in pixels of the square that every picture is resized to, whatever its aspect; None keeps the
-            picture's size and aspect within the next two.
-        min_side: pictures whose short side is smaller are enlarged to it, in pixels. Logits come at a quarter of the
-            network's size, so this decides how fine the map of a small picture is.
-        max_side: pictures whose long side is larger are shrunk to it, in pixels; None: never.
-        multiple: the network's height and width are rounded to multiples of this, in pixels.
-    """
-
-    input_size: int | None = None
-    min_side: int = 64
-    max_side: int | None = None
-    multiple: int = 32
-
-    def __post_init__(self):
-        for name in ("input_size", "min_side", "max_side", "multiple"):
-            value = getattr(self, name)
-            if value is None and name in ("input_size", "max_side"):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name}: expected an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name}: expected >= 1 pixels, got {value}")
-        if self.max_side is not None and self.max_side < self.min_side:
-            raise ValueError(f"max_side: expected >= min_side = {self.min_side}, got {self.max_side}")
-
-    def network_size(self, height: int, width: int) -> tuple[int, int]:
-        """The height and width in pixels at which the network sees a picture of height x width pixels."""
-        if self.input_size is not None:
-            return self.input_size, self.input_size
-        scale = max(1.0, self.min_side / min(height, width))
-        if self.max_side is not None:
-            scale = min(scale, self.max_side / max(height, width))
-        return tuple(max(1, round(side * scale / self.multiple)) * self.multiple for side in (height, width))
 
 
 class Detector(nn.Module):
-    """A network from pictures to artifact logits. Subclasses implement `network` and `config_dict`/`from_config`."""
+    """A network from pictures to artifact logits.
+
+    Subclasses implement `network`, `of_size`, and `config_dict` with `from_config`.
+    """
 
     kind: str = ""
 
@@ -75,6 +39,11 @@ class Detector(nn.Module):
 
     def config_dict(self) -> dict:
         """What `from_config` needs to build this network again, as JSON values."""
+        raise NotImplementedError
+
+    @classmethod
+    def of_size(cls, size: str, **options) -> Detector:
+        """A fresh detector of one of the sizes that `models.load` names for this class; options as for the class."""
         raise NotImplementedError
 
     @classmethod
@@ -182,8 +151,6 @@ class Detector(nn.Module):
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        from diffdoctor.runs.files import atomic_dir
-
         config = {
             "detector": self.kind,
             "format": 1,
@@ -213,73 +180,6 @@ class Detector(nn.Module):
         if not isinstance(detector, cls):
             raise UserError(f"{source}: expected a detector of class {cls.__name__}, got {type(detector).__name__}")
         return detector
-
-
-def detector_classes() -> dict[str, type[Detector]]:
-    """The detector classes by the name that stands in their files."""
-    from diffdoctor.detector.models.conv import ConvDetector
-    from diffdoctor.detector.models.segformer import ArtifactDetector
-
-    return {cls.kind: cls for cls in (ArtifactDetector, ConvDetector)}
-
-
-def load_detector(source: str | Path) -> Detector:
-    """Load a detector of any class from a folder or a hub id; its own files say which class it is.
-
-    Returns:
-        The detector, in evaluation mode on the CPU.
-
-    Raises:
-        UserError: no detector is there, or its weights do not fit its configuration.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = _find_folder(source)
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text())
-        cls = detector_classes()[config["detector"]]
-        if config["format"] != 1:
-            raise UserError(f"{source}: written in format {config['format']}, this version reads format 1")
-        detector = cls.from_config(config["network"], PreprocessConfig(**config["preprocess"]))
-        state = load_file(folder / WEIGHTS_NAME)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{source}: not a complete detector ({type(error).__name__}: {error})") from error
-    load_exactly(detector, detector.from_file_keys(state), source)
-    return detector.eval()
-
-
-def load_exactly(module: nn.Module, state: dict[str, torch.Tensor], source: object) -> None:
-    """`load_state_dict` that names what is missing, left over or of another shape in one line."""
-    own = module.state_dict()
-    faults = [f"missing {key}" for key in own if key not in state]
-    faults += [f"unexpected {key}" for key in state if key not in own]
-    faults += [
-        f"{key} of shape {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise UserError(f"{source}: the weights do not fit: {'; '.join(faults[:5])}{more}")
-    module.load_state_dict(state)
-
-
-def _find_folder(source: str | Path) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    parts = str(source).split("/")
-    if len(parts) != 2 or not all(parts) or str(source).startswith((".", "~")):
-        raise UserError(f"{source}: expected a folder with a detector, or a hub id such as owner/name")
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(str(source), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
-    except ImportError:
-        raise UserError(f"{source}: no such folder (hub ids need `pip install 'diffdoctor[stages]'`)") from None
-    except Exception as error:  # the hub client raises its own, httpx's and requests' classes
-        raise UserError(f"{source}: no such folder, and the hub gave no detector ({type(error).__name__})") from error
 
 
 def _tile_starts(length: int, tile: int, overlap: float) -> list[int]:

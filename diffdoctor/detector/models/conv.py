@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffdoctor.detector.models.base import Detector, PreprocessConfig
+from diffdoctor.detector.models.base import Detector
+from diffdoctor.detector.models.preprocess import PreprocessConfig
 
 
 class _Block(nn.Module):
@@ -61,6 +62,13 @@ class ConvDetector(Detector):
         self.up = nn.ModuleList(_Block(channels[i + 1] + channels[i], channels[i]) for i in range(len(channels) - 1))
         self.head = nn.Conv2d(channels[0], 1, 1)
         self.eval()
+
+    @classmethod
+    def of_size(cls, size: str = "conv", **options) -> ConvDetector:
+        """A fresh detector; there is one size, "conv". Options as for the class."""
+        if size != "conv":
+            raise ValueError(f"size: expected conv, got {size!r}")
+        return cls(**options)
 
     def network(self, pixel_values: torch.Tensor) -> torch.Tensor:
         levels = []

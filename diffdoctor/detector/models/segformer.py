@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from diffdoctor.detector.models.base import Detector, PreprocessConfig, load_exactly
+from diffdoctor.detector.models.base import Detector
+from diffdoctor.detector.models.load import load_exactly
+from diffdoctor.detector.models.preprocess import PreprocessConfig
 from diffdoctor.runs.errors import UserError, missing_extra
 
 # MiT sizes, table 6 of the SegFormer paper (arXiv 2105.15203): (depths, hidden_sizes, decoder_hidden_size).

@@ -4,18 +4,13 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-import numpy as np
-
-from diffdoctor.evaluate.detector.measure import Diagnosed, diagnose_data, measure_statistics
-from diffdoctor.measures.curves import PixelCurves
-from diffdoctor.measures.pixels import FLAG_SHARE
-from diffdoctor.measures.statistics import PictureStatistics, slices
+from diffdoctor.detector.predict import diagnose_data
+from diffdoctor.evaluate.detector.measure import measure_statistics
+from diffdoctor.evaluate.detector.report import verdict, write_page
 from diffdoctor.runs.errors import UserError, check_least, missing_extra
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.lock import held
 from diffdoctor.training.weights import weights_digest
-from diffdoctor.viz.draw import enlarge, grid, heat_colours, overlay, png_bytes
-from diffdoctor.viz.report import Report, new_figure
 
 # Hidden: a folder of this command's own, which it removes.
 PARTS = ".parts"
@@ -63,7 +58,8 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
     import torch
 
     from diffdoctor.data.shards import ShardData, one_size
-    from diffdoctor.detector.commands.diagnose import open_detector, open_device
+    from diffdoctor.detector.models.load import open_detector
+    from diffdoctor.training.devices import open_device
 
     state = PartialState(cpu=not torch.accelerator.is_available())
     output = Path(config.output)
@@ -79,8 +75,9 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
 
 
 def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> dict:
+    from diffdoctor.data.pictures import resize_pair
     from diffdoctor.data.sources import finite, tell, versions, write_config
-    from diffdoctor.detector.samples import JoinedData, resize_pair
+    from diffdoctor.detector.samples import JoinedData
     from diffdoctor.evaluate.detector.parts import evaluate_in_parts
 
     output, data = Path(config.output), JoinedData(sets)
@@ -108,150 +105,7 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
         return picture, again.masks[0], again.confidence[0]
 
     worst = found.statistics.worst(config.examples)
-    _write_page(output / "report.html", result, found.curves.result(), worst, views)
+    write_page(output / "report.html", result, found.curves.result(), worst, views)
     shutil.rmtree(output / PARTS)
-    overall = result["overall"]
-    rates = f"mAP@0.5 {_number(overall['map50'])}, {_percent(overall['false_positive_rate'])} of the clean flagged"
-    tell(f"{rates}: {output / 'report.html'}", found.skipped)
+    tell(f"{verdict(result)}: {output / 'report.html'}", found.skipped)
     return result
-
-
-def write_report(path: Path, result: dict, found: Diagnosed, picture, examples: int = 12) -> None:
-    """Write the report on measured maps.
-
-    Args:
-        path: of the HTML file.
-        result: what `evaluate.detector.measure` returned.
-        found: the maps and masks.
-        picture: function from an index to the picture (H, W, 3) uint8.
-        examples: pictures of each kind of error.
-    """
-    worst = PictureStatistics.of(found.confidence, found.masks).worst(examples)
-
-    def views(index):
-        return picture(index), found.masks[index], found.confidence[index]
-
-    _write_page(path, result, curves(found.confidence, found.masks), worst, views)
-
-
-def _write_page(path: Path, result: dict, curve: dict[str, np.ndarray], worst, views) -> None:
-    # worst: indices (of misses, of false positives); views: from an index to (picture, mask, confidence).
-    overall = result["overall"]
-    report = Report("Detector")
-    report.lead(
-        f"mAP@0.5 {_number(overall['map50'])}, IoU {_number(overall['iou'])}; "
-        f"{_percent(overall['false_positive_rate'])} of the clean pictures are flagged, "
-        f"{_percent(overall['hit_rate'])} of the damaged ones."
-    )
-    report.heading("Measures")
-    names = [name for name in overall if not name.endswith("_interval")]
-    rows = [(name, (_number(overall[name]), "number"), _interval(overall.get(f"{name}_interval"))) for name in names]
-    report.table(("measure", "value", "95 % interval"), rows)
-    for title, key in (("Per category", "per_category"), ("Per generator", "per_generator")):
-        if len(result[key]) > 1:
-            report.heading(title)
-            _group_table(report, result[key])
-    _category_statistics(report, result["categories"])
-    report.heading("Curves")
-    report.figure(_curves(curve), "Pixels: precision against recall; share of artifact pixels against confidence.")
-    titles = (
-        "Worst misses: damaged pictures by the area that was overlooked",
-        f"Worst false positives: clean pictures, flagged from {FLAG_SHARE:.0%} on",
-    )
-    for title, indices in zip(titles, worst, strict=True):
-        _examples(report, title, indices, views)
-    report.write(path)
-
-
-def _group_table(report: Report, groups: dict[str, dict]) -> None:
-    names = ("pictures", "damaged", "map50", "iou", "f1", "auprc", "false_positive_rate", "hit_rate")
-    rows = [(name or "(none)", *((_number(group[m]), "number") for m in names)) for name, group in groups.items()]
-    report.table(("", *names), rows)
-
-
-def _category_statistics(report: Report, statistics: list[dict]) -> None:
-    if len(statistics) < 2:
-        return
-    report.heading("Class balance: clean pictures by category")
-    abnormal = [entry["category"] for entry in statistics if entry["verdict"]]
-    report.text(
-        "Categories that need new pictures: "
-        + (", ".join(abnormal) if abnormal else "none")
-        + ". A category is abnormal "
-        "when its mean confidence lies at least 3 robust deviations from the categories' median."
-    )
-    rows = [
-        (
-            entry["category"],
-            (entry["pictures"], "number"),
-            (f"{entry['mean_confidence']:.4f}", "number"),
-            (f"{entry['flagged']:.1%}", "number"),
-            (f"{entry['z']:+.1f}", "number"),
-            (entry["verdict"], "bad" if entry["verdict"] else ""),
-        )
-        for entry in statistics
-    ]
-    report.table(("category", "pictures", "mean confidence", "flagged", "z", ""), rows)
-    figure, (axes,) = new_figure(1, width=7)
-    names = [entry["category"] or "(none)" for entry in statistics]
-    colours = ["tab:red" if entry["verdict"] else "tab:blue" for entry in statistics]
-    axes.bar(names, [entry["mean_confidence"] for entry in statistics], color=colours)
-    axes.set_ylabel("mean confidence, clean pictures")
-    axes.tick_params(axis="x", rotation=60)
-    report.figure(figure)
-
-
-def curves(confidence: np.ndarray, mask: np.ndarray, bins: int = 10) -> dict[str, np.ndarray]:
-    """Pixel precision-recall and calibration curves.
-
-    Args:
-        confidence, mask: (N, H, W) in [0, 1].
-        bins: of confidence, of equal width, for the calibration.
-
-    Returns:
-        `recall`, `precision` (101,) at the thresholds 1.00, 0.99 ... 0.00; `mean_confidence`, `artifact_share`,
-        `pixels` (bins,), NaN where a bin is empty; `expected_calibration_error` (), the mean distance of the two
-        weighted by pixels.
-    """
-    result = PixelCurves(bins)
-    for part in slices(confidence):
-        result.add(confidence[part], mask[part])
-    return result.result()
-
-
-def _curves(values: dict[str, np.ndarray]):
-    figure, (left, right) = new_figure(2)
-    left.plot(values["recall"], values["precision"])
-    left.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
-    right.plot([0, 1], [0, 1], color="0.7")
-    right.plot(values["mean_confidence"], values["artifact_share"], marker="o")
-    right.set(xlabel="mean confidence", ylabel="share of artifact pixels", xlim=(0, 1), ylim=(0, 1))
-    right.set_title(f"expected calibration error {values['expected_calibration_error']:.3f}", fontsize=9)
-    return figure
-
-
-def _examples(report: Report, title: str, indices: np.ndarray, views) -> None:
-    rows = []
-    for index in indices:
-        original, mask, confidence = views(int(index))
-        scale = max(1, 96 // max(original.shape[:2]))
-        grey = np.repeat(np.rint(mask[..., None] * 255).astype(np.uint8), 3, axis=2)
-        shown = (original, grey, heat_colours(confidence), overlay(original, confidence))
-        rows.append([enlarge(view, scale) for view in shown])
-    if rows:
-        report.heading(title)
-        report.image(png_bytes(grid(rows)), "Each row: picture, truth, confidence, both.")
-
-
-def _number(value) -> str:
-    if value is None:
-        return "–"
-    return str(value) if isinstance(value, int) else f"{value:.4f}"
-
-
-def _percent(value) -> str:
-    return "–" if value is None else f"{value:.1%}"
-
-
-def _interval(bounds) -> str:
-    return "" if not bounds or bounds[0] is None else f"{bounds[0]:.4f} … {bounds[1]:.4f}"

@@ -11,8 +11,8 @@ import numpy as np
 
 from diffdoctor.data.shards import ShardData
 from diffdoctor.data.tar import SkipCounts
+from diffdoctor.detector.predict import diagnosed_batches
 from diffdoctor.detector.samples import JoinedData
-from diffdoctor.evaluate.detector.measure import diagnosed_batches
 from diffdoctor.measures.curves import PixelCurves, Run, average_precision_of_runs, encode
 from diffdoctor.measures.statistics import PictureStatistics, slices
 from diffdoctor.runs.errors import UserError
@@ -67,7 +67,7 @@ def evaluate_in_parts(
         folder: for the parts; the caller removes it when it has what it wants.
         settings: what the maps depend on, as JSON values; parts made with others are refused.
         state: Accelerate's state of the processes that share the work.
-        batch_size, size, strict: see `evaluate.detector.diagnose_data`.
+        batch_size, size, strict: see `detector.predict.diagnose_data`.
 
     Returns:
         What was found on the main process, None on the others.

@@ -8,11 +8,11 @@ from diffdoctor.lazy import lazy_names
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "Comparison": "diffdoctor.evaluate.model.compare",
+        "Comparison": "diffdoctor.evaluate.model.measure",
         "artifact_rates": "diffdoctor.evaluate.model.summary",
-        "compare_pictures": "diffdoctor.evaluate.model.compare",
-        "diagnose_pictures": "diffdoctor.evaluate.model.compare",
-        "draw_pictures": "diffdoctor.evaluate.model.compare",
-        "sample_pictures": "diffdoctor.evaluate.model.compare",
+        "compare_pictures": "diffdoctor.evaluate.model.measure",
+        "diagnose_pictures": "diffdoctor.detector.predict",
+        "draw_pictures": "diffdoctor.evaluate.model.draw",
+        "sample_pictures": "diffdoctor.evaluate.model.draw",
     },
 )

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
+from diffdoctor.data.pictures import as_batch
 from diffdoctor.data.prompts import Prompt, read_prompt_file
-from diffdoctor.data.shards import SkipCounts
 from diffdoctor.data.sources import finite, versions, write_config
-from diffdoctor.detector.commands.diagnose import open_detector, open_device
+from diffdoctor.data.tar import SkipCounts
+from diffdoctor.detector.models.load import open_detector
 from diffdoctor.evaluate.model import draw as pipelines
 from diffdoctor.evaluate.model import measure as measuring
-from diffdoctor.evaluate.model.compare import draw_pictures
 from diffdoctor.evaluate.model.config import EvaluateModelConfig, completed, read_settings
 from diffdoctor.evaluate.model.networks import Classifier, Clip, load_features
 from diffdoctor.evaluate.model.store import EvaluationFolder
@@ -25,6 +25,7 @@ from diffdoctor.runs.errors import UserError, missing_extra
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.lock import FolderLock
 from diffdoctor.runs.progress import progress, quiet_loaders
+from diffdoctor.training.devices import open_device
 from diffdoctor.training.weights import same_weights, weights_digest
 from diffdoctor.treat.prompts import check_prompts
 
@@ -184,7 +185,7 @@ class Evaluation:
         prompts = [self.drawn.prompt(number).text for number in missing]
         seeds = [config.seed + number for number in missing]
         numbers = iter(missing)
-        batches = draw_pictures(
+        batches = pipelines.draw_pictures(
             pipeline, prompts, seeds, batch_size=config.batch_size, **pipelines.call_options(config)
         )
         with (
@@ -247,10 +248,10 @@ class Evaluation:
                 for batch in _in_batches(
                     measuring.read_unit(unit, size, self.skipped, damaged=side == "damaged"), self.config.batch_size
                 ):
-                    of_unit.append(self.measurer.measure(measuring.as_batch(batch)))
+                    of_unit.append(self.measurer.measure(as_batch(batch)))
                     spoilt = measuring.spoil(batch, self.config.seed, place, start) if spoils else []
                     if spoilt:
-                        of_spoilt.append(self.measurer.measure(measuring.as_batch(spoilt)))
+                        of_spoilt.append(self.measurer.measure(as_batch(spoilt)))
                     start += len(batch)
                     bar.update(len(batch))
                 # The unit that says "done" comes last.

@@ -1,4 +1,4 @@
-"""Pipelines of an evaluation: loaded, checked, treated, and what the pictures depend on."""
+"""The pipelines of an evaluation: loaded, checked, treated and drawn from; what the pictures depend on."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import contextlib
 import hashlib
 import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from diffdoctor.evaluate.model.config import EvaluateModelConfig
 from diffdoctor.runs.errors import UserError, first_line
+from diffdoctor.runs.progress import progress as show_progress
 from diffdoctor.treat.loading import load_pipeline, replace_scheduler
 
 
@@ -101,6 +103,59 @@ def guided(pipeline, detector, config: EvaluateModelConfig):
         except (TypeError, ValueError) as error:
             raise error if isinstance(error, UserError) else UserError(f"--guide_options: {error}") from error
         yield
+
+
+def draw_pictures(pipeline, prompts, seeds, *, batch_size=100, **call_options) -> Iterator[torch.Tensor]:
+    """Draw one picture per prompt, each from its own seed, and yield them batch by batch.
+
+    Args and errors as `sample_pictures`; yields uint8 (B, 3, H, W) on the CPU.
+
+    Raises:
+        UserError: if a picture is not finite.
+    """
+    prompts, seeds = list(prompts), [int(seed) for seed in seeds]
+    if len(prompts) != len(seeds):
+        raise ValueError(f"prompts and seeds must have the same length, got {len(prompts)} and {len(seeds)}")
+    pipeline.set_progress_bar_config(disable=True)
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
+        # Not around the whole loop: between batches the caller's grad mode would be changed.
+        with torch.no_grad():
+            images = pipeline(prompts[part], generator=generators, output_type="pt", **call_options).images.float()
+        finite = images.isfinite().flatten(1).all(dim=1)
+        if not finite.all():
+            seed = seeds[start + int((~finite).nonzero()[0])]
+            raise UserError(
+                f"the pipeline draws values that are not finite (seed {seed}): a VAE that overflows in fp16 needs "
+                "to be loaded in fp32 or bf16"
+            )
+        yield (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def sample_pictures(pipeline, prompts, seeds, *, batch_size=100, progress=True, desc="sampling", **call_options):
+    """Draw one picture per prompt, each from its own seed, so that a picture does not depend on its batch.
+
+    Args:
+        pipeline: a diffusers text-to-image pipeline.
+        prompts: N prompts.
+        seeds: N integers; picture i starts from the latents of a generator on the CPU seeded with `seeds[i]`.
+        batch_size: pictures at a time.
+        progress: show a bar, or plain lines where there is no terminal.
+        call_options: handed to the pipeline: `num_inference_steps`, `guidance_scale`, …
+
+    Returns:
+        uint8 (N, 3, H, W) on the CPU.
+
+    Raises:
+        ValueError: if `prompts` and `seeds` do not have the same length, or (`UserError`) a picture is not finite.
+    """
+    prompts, pictures = list(prompts), []
+    with show_progress(len(prompts), desc=desc, unit="picture", enabled=progress) as bar:
+        for batch in draw_pictures(pipeline, prompts, seeds, batch_size=batch_size, **call_options):
+            pictures.append(batch)
+            bar.update(len(batch))
+    return torch.cat(pictures)
 
 
 def picture_settings(config: EvaluateModelConfig, prompts: list[str], detector_digest: str) -> dict:

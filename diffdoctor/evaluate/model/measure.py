@@ -1,4 +1,4 @@
-"""Measuring pictures batch by batch: the detectors' flagged shares, features, CLIP scores, the classifier's word."""
+"""What is measured of pictures: the detectors' flagged shares, features, CLIP scores, the classifier's word."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from diffdoctor.data.shards import MANIFEST, SkipCounts, read_manifest
+from diffdoctor.data.manifest import MANIFEST, read_manifest
+from diffdoctor.data.pictures import fitted, to_images
 from diffdoctor.data.sources import Source, find_sources, read_source
+from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.damage.injection import MIN_SIDE, NoVisibleDamage, inject
-from diffdoctor.evaluate.model.compare import diagnose_pictures
+from diffdoctor.detector.predict import diagnose_pictures
+from diffdoctor.evaluate.model.networks import extract_features
+from diffdoctor.evaluate.model.summary import PictureMeasures, summarise
 from diffdoctor.measures.pixels import flagged_share
 from diffdoctor.runs.errors import UserError
 
@@ -130,15 +134,6 @@ def read_unit(unit: RealUnit, size: tuple[int, int], counts: SkipCounts, *, dama
             yield fitted(sample["picture"], size)
 
 
-def fitted(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A picture (h, w, 3) uint8 resized, antialiased, until it covers size = (H, W), and cut at its middle."""
-    from PIL import Image, ImageOps
-
-    if picture.shape[:2] == tuple(size):
-        return picture
-    return np.asarray(ImageOps.fit(Image.fromarray(picture), size[::-1], Image.Resampling.LANCZOS))
-
-
 def spoil(pictures: list[np.ndarray], seed: int, unit: int, start: int) -> list[np.ndarray]:
     """Damaged versions of clean pictures, drawn as `diffdoctor inject` does; where none can be seen, none is made.
 
@@ -157,6 +152,63 @@ def spoil(pictures: list[np.ndarray], seed: int, unit: int, start: int) -> list[
     return result
 
 
-def as_batch(pictures: list[np.ndarray]) -> torch.Tensor:
-    """(H, W, 3) uint8 pictures as one tensor (B, 3, H, W)."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+@dataclass
+class Comparison:
+    """The measures of a treatment and what a report shows of it.
+
+    Attributes:
+        metrics: nested numbers under the names of docs/demo.md.
+        judge_before, judge_after: (N, 1, H, W) confidence maps of the judge.
+        severity_before, severity_after: (N,) share of the pixels at confidence 0.5 or more, by the judge.
+    """
+
+    metrics: dict
+    judge_before: torch.Tensor
+    judge_after: torch.Tensor
+
+    @property
+    def severity_before(self):
+        return flagged_share(self.judge_before)
+
+    @property
+    def severity_after(self):
+        return flagged_share(self.judge_after)
+
+
+def _correct(classify, pictures, labels, batch_size=256):
+    with torch.no_grad():
+        guesses = torch.cat([classify(to_images(part)).argmax(dim=1).cpu() for part in pictures.split(batch_size)])
+    return guesses == labels
+
+
+def compare_pictures(before, after, labels, *, detector, judge, features, real, damaged=None, classify=None, seed=0):
+    """Measure a treatment on pictures of the same prompts, seeds and latents.
+
+    Args:
+        before, after: uint8 (N, 3, H, W).
+        labels: (N,) integers, what each prompt asked for.
+        detector: the detector that steered the treatment.
+        judge: a detector that had no part in it.
+        features: callable from float pictures (B, 3, H, W) in [0, 1] to features (B, D), for FID and variance.
+        real: uint8 (M, 3, H, W), real clean pictures: FID's reference; its floor is the distance of two random halves.
+        damaged: uint8 (M, 3, H, W), the real pictures with damage: FID's ceiling; left out when None.
+        classify: callable from float pictures to logits over the labels; the accuracy is left out when None.
+        seed: of the split of `real` into halves.
+
+    Returns:
+        A `Comparison`.
+    """
+    maps, sides = [], []
+    for pictures in (before, after):
+        maps.append(diagnose_pictures(judge, pictures))
+        sides.append(
+            PictureMeasures(
+                judge=flagged_share(maps[-1]),
+                detector=flagged_share(diagnose_pictures(detector, pictures)),
+                features=extract_features(features, pictures),
+                right=None if classify is None else _correct(classify, pictures, labels),
+            )
+        )
+    reference = PictureMeasures(features=extract_features(features, real))
+    spoilt = None if damaged is None else PictureMeasures(features=extract_features(features, damaged))
+    return Comparison(summarise(*sides, labels, real=reference, damaged=spoilt, seed=seed), *maps)

@@ -189,6 +189,25 @@ def load_features(name: str, clip: Clip | None = None) -> FeatureNetwork | None:
     return FeatureNetwork(name, extract, model)
 
 
+def extract_features(network, pictures, *, batch_size=256):
+    """The features of pictures, in batches and without gradient.
+
+    Args:
+        network: a callable from float pictures (B, 3, H, W) in [0, 1] to features (B, D).
+        pictures: uint8 (N, 3, H, W), or float in [0, 1].
+        batch_size: pictures at a time.
+
+    Returns:
+        float64 (N, D) on the CPU.
+    """
+    rows = []
+    with torch.no_grad():
+        for batch in pictures.split(batch_size):
+            batch = to_images(batch) if batch.dtype == torch.uint8 else batch
+            rows.append(network(batch).double().cpu())
+    return torch.cat(rows)
+
+
 def thumbnails(pictures: torch.Tensor) -> torch.Tensor:
     """Pictures uint8 (B, 3, H, W) as antialiased thumbnails (B, 3 · 8 · 8) in [0, 1]."""
     small = torch.nn.functional.interpolate(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffdoctor.evaluate.model.compare import diagnose_pictures
+from diffdoctor.detector.predict import diagnose_pictures
 from diffdoctor.measures.pixels import FLAG_CONFIDENCE, FLAG_SHARE
 from diffdoctor.viz.draw import as_hwc, enlarge, grid, jpeg_bytes, overlay, png_bytes
 from diffdoctor.viz.report import Report, new_figure

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from diffdoctor.measures.features import blocks, frechet_distance_of_blocks, within_class_variance
-from diffdoctor.measures.pixels import FLAG_SHARE
+from diffdoctor.measures.pixels import is_flagged
 from diffdoctor.measures.rates import paired_bootstrap, paired_mean, wilson_interval
 
 
@@ -29,11 +29,6 @@ class PictureMeasures:
     features: object | None = None
     clip_score: torch.Tensor | None = None
     right: torch.Tensor | None = None
-
-
-def flags_of(shares: torch.Tensor) -> torch.Tensor:
-    """Which pictures count as damaged, (N,) bool, from their flagged shares."""
-    return shares >= FLAG_SHARE
 
 
 def artifact_rates(before, after) -> dict:
@@ -65,13 +60,15 @@ def summarise(before: PictureMeasures, after: PictureMeasures, labels, *, real=N
         Nested numbers: `artifact_rate`, `flagged_area`, `pictures`, and as far as known `fid`, `variance`,
         `clip_score`, `accuracy`. Everything under docs/evaluate.md's names.
     """
-    flags = {name: (flags_of(getattr(before, name)), flags_of(getattr(after, name))) for name in ("judge", "detector")}
+    flags = {
+        name: (is_flagged(getattr(before, name)), is_flagged(getattr(after, name))) for name in ("judge", "detector")
+    }
     metrics: dict = {"artifact_rate": {name: artifact_rates(*pair) for name, pair in flags.items()}}
     for kind, measures in (("real", real), ("damaged", damaged)):
         for name in flags:
             shares = getattr(measures, name, None)
             if shares is not None and len(shares):
-                count = int(flags_of(shares).sum())
+                count = int(is_flagged(shares).sum())
                 metrics["artifact_rate"][name][kind] = count / len(shares)
                 metrics["artifact_rate"][name][f"{kind}_interval"] = list(wilson_interval(count, len(shares)))
     metrics["flagged_area"] = {

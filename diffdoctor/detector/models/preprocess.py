@@ -1,0 +1,45 @@
+"""How a picture of any size is brought to a network's size."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass
+class PreprocessConfig:
+    """How a picture of any size is brought to the network's size.
+
+    Attributes:
+        input_size: side in pixels of the square that every picture is resized to, whatever its aspect; None keeps the
+            picture's size and aspect within the next two.
+        min_side: pictures whose short side is smaller are enlarged to it, in pixels. Logits come at a quarter of the
+            network's size, so this decides how fine the map of a small picture is.
+        max_side: pictures whose long side is larger are shrunk to it, in pixels; None: never.
+        multiple: the network's height and width are rounded to multiples of this, in pixels.
+    """
+
+    input_size: int | None = None
+    min_side: int = 64
+    max_side: int | None = None
+    multiple: int = 32
+
+    def __post_init__(self):
+        for name in ("input_size", "min_side", "max_side", "multiple"):
+            value = getattr(self, name)
+            if value is None and name in ("input_size", "max_side"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}: expected an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name}: expected >= 1 pixels, got {value}")
+        if self.max_side is not None and self.max_side < self.min_side:
+            raise ValueError(f"max_side: expected >= min_side = {self.min_side}, got {self.max_side}")
+
+    def network_size(self, height: int, width: int) -> tuple[int, int]:
+        """The height and width in pixels at which the network sees a picture of height x width pixels."""
+        if self.input_size is not None:
+            return self.input_size, self.input_size
+        scale = max(1.0, self.min_side / min(height, width))
+        if self.max_side is not None:
+            scale = min(scale, self.max_side / max(height, width))
+        return tuple(max(1, round(side * scale / self.multiple)) * self.multiple for side in (height, width))

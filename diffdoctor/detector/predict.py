@@ -1,0 +1,166 @@
+"""Confidence maps of pictures, and of labelled sets batch by batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from diffdoctor.data.pictures import as_mask, resize_pair, to_images
+from diffdoctor.data.shards import BrokenSample
+from diffdoctor.data.tar import SkipCounts
+from diffdoctor.measures.components import components
+from diffdoctor.measures.pixels import flagged_share, is_flagged
+
+
+def diagnose_pictures(detector, pictures, *, batch_size=250):
+    """The confidence maps of uint8 pictures (N, 3, H, W): float32 (N, 1, H, W) in [0, 1] on the CPU."""
+    device = next((value.device for value in detector.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        return torch.cat(
+            [detector.confidence(to_images(part, device)).float().cpu() for part in pictures.split(batch_size)]
+        )
+
+
+def describe_map(name: str, confidence: np.ndarray) -> dict:
+    """One picture's diagnosis, as JSON values: largest and mean confidence, flagged area, components.
+
+    Args:
+        name: of the picture.
+        confidence: (H, W) in [0, 1].
+    """
+    share = float(flagged_share(confidence[None])[0])
+    return {
+        "name": name,
+        "height": confidence.shape[0],
+        "width": confidence.shape[1],
+        "max": float(confidence.max()),
+        "mean": float(confidence.mean()),
+        "flagged_share": share,
+        "flagged": bool(is_flagged(share)),
+        "components": [
+            {"box": list(found.box), "area": found.area, "score": found.score} for found in components(confidence)
+        ],
+    }
+
+
+@dataclasses.dataclass
+class Diagnosed:
+    """Labelled pictures with the detector's maps, all of one size.
+
+    Attributes:
+        confidence: (N, H, W) float32 in [0, 1].
+        masks: (N, H, W) float32 in [0, 1].
+        categories, generators: (N,) lists of str.
+        indices: (N,) the pictures' places in the data.
+        skipped: what was left out, by reason.
+    """
+
+    confidence: np.ndarray
+    masks: np.ndarray
+    categories: list[str]
+    generators: list[str]
+    indices: np.ndarray | None = None
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def batches(
+    data,
+    batch_size: int,
+    *,
+    chosen: Sequence[int] | None = None,
+    strict: bool = False,
+    counts: SkipCounts | None = None,
+) -> Iterator[list[dict]]:
+    """The data's samples in order, in lists of up to `batch_size` pictures of one size.
+
+    Args:
+        data: `DetectorData`.
+        batch_size: pictures in a list.
+        chosen: indices of the samples; None: all.
+        strict: raise `BrokenSample` at a broken one instead of leaving it out and counting it.
+        counts: filled with what was left out.
+    """
+    counts = SkipCounts() if counts is None else counts
+    batch: list[dict] = []
+    for index in range(len(data)) if chosen is None else chosen:
+        try:
+            sample = {**data[index], "index": index}
+        except BrokenSample as error:
+            counts.add(error.reason, error.where, strict)
+            continue
+        if batch and (len(batch) == batch_size or sample["picture"].shape != batch[0]["picture"].shape):
+            yield batch
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield batch
+
+
+def diagnosed_batches(
+    detector,
+    data,
+    *,
+    batch_size: int = 64,
+    size: int | None = None,
+    chosen: Sequence[int] | None = None,
+    strict: bool = False,
+    counts: SkipCounts | None = None,
+) -> Iterator[Diagnosed]:
+    """The detector's maps batch by batch, so that memory holds one; see `diagnose_data`.
+
+    Args:
+        counts: filled with what was left out (`skipped` of each batch is empty).
+    """
+    device = next(detector.parameters()).device
+    for batch in batches(data, batch_size, chosen=chosen, strict=strict, counts=counts):
+        pairs = [(s["picture"], as_mask(s["mask"])) for s in batch]
+        if size is not None:
+            pairs = [resize_pair(*pair, size) if pair[1].shape != (size, size) else pair for pair in pairs]
+        images = to_images([p for p, _ in pairs], device)
+        with torch.no_grad():
+            confidence = detector.confidence(images)[:, 0].float().cpu().numpy()
+        names = ([str(s.get(name) or "") for s in batch] for name in ("category", "generator"))
+        yield Diagnosed(confidence, np.stack([m for _, m in pairs]), *names, np.array([s["index"] for s in batch]))
+
+
+def diagnose_data(
+    detector,
+    data,
+    *,
+    batch_size: int = 64,
+    size: int | None = None,
+    chosen: Sequence[int] | None = None,
+    strict: bool = False,
+) -> Diagnosed:
+    """The detector's map of every picture, all in memory.
+
+    Args:
+        detector: a `Detector` (or a module with its `confidence`).
+        data: `DetectorData`.
+        batch_size: pictures at a time.
+        size: side in pixels to which maps and masks are brought where pictures differ in size; None: they must agree.
+        chosen: indices of the pictures; None: all.
+        strict: raise at a broken picture instead of leaving it out and counting it.
+
+    Raises:
+        ValueError: the pictures differ in size, or there are none.
+    """
+    counts = SkipCounts()
+    options = {"batch_size": batch_size, "size": size, "chosen": chosen, "strict": strict, "counts": counts}
+    parts = list(diagnosed_batches(detector, data, **options))
+    if not parts and counts.total:
+        empty = np.zeros((0, size or 1, size or 1), np.float32)
+        return Diagnosed(empty, empty, [], [], np.array([], int), counts.reasons)
+    if len({part.confidence.shape[1:] for part in parts}) != 1:
+        raise ValueError("data: expected pictures of one size, or size= to bring them to one; got several or none")
+    return Diagnosed(
+        np.concatenate([part.confidence for part in parts]),
+        np.concatenate([part.masks for part in parts]),
+        [name for part in parts for name in part.categories],
+        [name for part in parts for name in part.generators],
+        np.concatenate([part.indices for part in parts]),
+        counts.reasons,
+    )

@@ -1,0 +1,41 @@
+"""What `diffdoctor diagnose` shows: a gallery of the worst pictures."""
+
+from __future__ import annotations
+
+import urllib.parse
+from pathlib import Path
+
+import numpy as np
+
+from diffdoctor.viz.draw import png_bytes
+from diffdoctor.viz.report import Report
+
+TILE = 240  # smallest width of a picture, in pixels
+
+
+def write_gallery(output: Path, records: list[dict], metrics: dict, folder: str) -> None:
+    """Write gallery.html into a diagnosis' output folder.
+
+    Args:
+        output: the folder.
+        records: of the pictures to show, in their order; see `predict.describe_map`.
+        metrics: the content of metrics.json.
+        folder: the one inside `output` whose pictures are shown.
+    """
+    from PIL import Image
+
+    report = Report("Diagnosis")
+    report.lead(f"{metrics['flagged']} of {metrics['pictures']} pictures are flagged, the worst first.")
+    with report.tiles(TILE):
+        for record in records:
+            path = output / folder / f"{record['name']}.png"
+            if not path.is_file():
+                continue
+            with Image.open(path) as picture:
+                small = picture.convert("RGB")
+                small.thumbnail((384, 384))
+            caption = f"{record['name']}: {record['flagged_share']:.1%} flagged, largest confidence {record['max']:.2f}"
+            # Small pictures are enlarged by the page, in sharp pixels.
+            link = urllib.parse.quote(f"{folder}/{record['name']}.png")
+            report.image(png_bytes(np.asarray(small)), caption, pixels=max(small.size) < TILE, link=link)
+    report.write(output / "gallery.html")

@@ -1,0 +1,17 @@
+"""The device that a command runs on."""
+
+from __future__ import annotations
+
+import torch
+
+from diffdoctor.runs.errors import UserError, first_line
+
+
+def open_device(name: str | None, default) -> torch.device:
+    """The torch device of this name, or `default` for None; raises `UserError` for one that is not there."""
+    try:
+        device = torch.device(name) if name else torch.device(default)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {name!r} cannot be used ({first_line(error)})") from None
+    return device
