@@ -14,10 +14,8 @@ from diffdoctor.backends.cuda import weighted_loss as _cuda
 from diffdoctor.backends.native_call import native_plan
 from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
 from support import artifact, cases, search
+from support.all_formulas import FORMULAS
 from support.cuda_shim import ROOT, SHIM, SOURCES, build_module, compile_objects, compiler, run
-from support.formulas import *  # noqa: F403
-from support.formulas_diffusers import *  # noqa: F403
-from support.formulas_trainers import *  # noqa: F403
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -53,11 +51,6 @@ def public(cuda, monkeypatch):
         monkeypatch.setattr(importlib.import_module(f"diffdoctor.ops.{name}"), plans, {})
     monkeypatch.delenv("DIFFDOCTOR_BACKEND", raising=False)
     return diffdoctor
-
-
-@pytest.fixture
-def backend(public):
-    """None, what the trainers' formulas give as `backend`: the one that `public` chose."""
 
 
 def solve(cuda, inputs, work=WRITE_LOSS | WRITE_GRAD | WRITE_SUMS):
@@ -185,6 +178,11 @@ def test_scale_gradient(cuda, dtype, count):
     assert torch.equal(in_place, want)
     cuda.scale_gradient(grad, torch.ones((), dtype=acc).expand(3), out, 3, count)
     assert torch.equal(out, grad)
+
+
+@pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula.id)
+def test_one_call_equals_the_trainers_formula(public, formula):
+    formula.run(backend=None)
 
 
 def describe(shim, case):

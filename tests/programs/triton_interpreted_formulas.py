@@ -5,12 +5,10 @@ import pytest
 from diffdoctor.backends.select import pick
 from diffdoctor.backends.triton import weighted_loss as _triton
 from programs.triton_interpreted import no_division_warnings, served  # noqa: F401
-from support.formulas import *  # noqa: F403
-from support.formulas_diffusers import *  # noqa: F403
-from support.formulas_trainers import *  # noqa: F403
+from support.all_formulas import FORMULAS
 
 
-@pytest.fixture
-def backend(served):  # noqa: F811
-    """None, what the formulas give as `backend`: the one that `served` chose."""
+@pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula.id)
+def test_one_call_equals_the_trainers_formula(served, formula):  # noqa: F811
     assert pick(None, "weighted_loss", "cpu") is _triton
+    formula.run(backend=None)
