@@ -1,4 +1,4 @@
-"""Collected only with TRITON_INTERPRET=1, under which kernels run in the interpreter: see test_triton_interpreter.py."""
+"""Collected only with TRITON_INTERPRET=1: kernels run in the interpreter then (see test_triton_interpreter.py)."""
 
 import os
 import sys
