@@ -13,13 +13,13 @@ from diffdoctor import Target
 from diffdoctor.backends.cuda import weighted_loss as _cuda
 from diffdoctor.backends.native_call import native_plan
 from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
-from support import artifact, cases, search
+from support import artifact, case_lists, cases, search
 from support.all_formulas import FORMULAS
 from support.cuda_shim import ROOT, SHIM, SOURCES, build_module, compile_objects, compiler, run
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
-TILED = cases.tiled_cases()
+TILED = case_lists.tiled_cases()
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def solve(cuda, inputs, work=WRITE_LOSS | WRITE_GRAD | WRITE_SUMS):
     return problem
 
 
-@pytest.mark.parametrize("case", cases.all_cases(), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", case_lists.all_cases(), ids=lambda case: case.id)
 def test_weighted_loss_equals_the_reference(cuda, case):
     inputs = cases.build(case)
     cases.check(solve(cuda, inputs), cases.expected(inputs))
@@ -191,7 +191,7 @@ def describe(shim, case):
     return problem.plan, plan, shim.tiling(plan)
 
 
-@pytest.mark.parametrize("case", cases.all_cases() + TILED, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", case_lists.all_cases() + TILED, ids=lambda case: case.id)
 def test_tiles_hold_every_element_once(cuda, shim, case):
     plan, native, tiling = describe(shim, case)
     tiles = [shim.tile(native, index) for index in range(tiling["tiles"])]

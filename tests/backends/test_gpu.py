@@ -12,7 +12,7 @@ import torch
 import diffdoctor
 from diffdoctor import Target, available_backends
 from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS
-from support import artifact, cases
+from support import artifact, case_lists, cases
 
 try:
     from hypothesis import HealthCheck, given, settings
@@ -50,7 +50,7 @@ def assert_same_bits(first, again):
 # ---- the shared cases
 
 
-@pytest.mark.parametrize("case", cases.all_cases(), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", case_lists.all_cases(), ids=lambda case: case.id)
 def test_weighted_loss_equals_the_reference(glue, case):
     inputs = cases.build(case)
     first = solve(glue, inputs)
@@ -58,7 +58,7 @@ def test_weighted_loss_equals_the_reference(glue, case):
     assert_same_bits(first, solve(glue, inputs))
 
 
-@pytest.mark.parametrize("case", cases.tiled_cases(), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", case_lists.tiled_cases(), ids=lambda case: case.id)
 def test_many_programs_equal_the_reference(glue, case):
     inputs = cases.build(case)
     first = solve(glue, inputs)

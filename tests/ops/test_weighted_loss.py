@@ -10,13 +10,13 @@ import torch.nn.functional as F
 
 import diffdoctor
 from diffdoctor.backends.select import why_not
-from support import cases
+from support import case_lists, cases
 from support.paths import TESTS
 
 HAS_CPU = why_not("cpu") is None
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not HAS_CPU, reason="no compiled module"))]
 needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="no compiled module")
-ALL = cases.all_cases()
+ALL = case_lists.all_cases()
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
@@ -68,9 +68,9 @@ def test_public_call_equals_the_reference(case):
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_every_instruction_set_passes_the_cases(isa):
     script = (
-        "from support import cases as c\n"
+        "from support import case_lists, cases as c\n"
         "from diffdoctor.backends.cpu import weighted_loss as _cpu\n"
-        "for case in c.all_cases():\n"
+        "for case in case_lists.all_cases():\n"
         "    inputs = c.build(case)\n"
         "    problem = c.lower(inputs, weight_mean=_cpu.weight_mean)\n"
         "    _cpu.weighted_loss(problem)\n"

@@ -16,7 +16,7 @@ from diffdoctor.kernels.common import to_storage
 from diffdoctor.kernels.element_loss import element_loss
 from diffdoctor.kernels.weighted_loss import count_of, decode
 from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
-from support import artifact, cases, search
+from support import artifact, case_lists, cases, search
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def outputs(problem):
     return [x.clone() for x in (problem.loss, problem.grad, problem.sums) if x is not None]
 
 
-@pytest.mark.parametrize("case", cases.all_cases(), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", case_lists.all_cases(), ids=lambda case: case.id)
 def test_weighted_loss_equals_the_reference(case):
     inputs = cases.build(case)
     want = cases.expected(inputs)
