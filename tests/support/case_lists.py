@@ -3,15 +3,23 @@
 import torch
 
 from diffdoctor import Packed
+from diffdoctor.reference.losses import ELEMENT_LOSSES
 from support.cases import BF16, F16, F32, F64, Case
+
+CONF = ((2, 1, 5, 7), F32)
+LARGE_MAP = ((2, 40, 56), torch.uint8)
+LOSSES = tuple(loss for loss in ELEMENT_LOSSES if loss != "l2")  # l2 is the other cases' loss
 
 
 def all_cases() -> list[Case]:
     """The matrix: each dtype, layout, map, target, loss and option at least once, and the combinations that bite."""
-    conf = ((2, 1, 5, 7), F32)
-    big = ((2, 40, 56), torch.uint8)
+    return [*_sizes(), *_views(), *_resampled(), *_tokens(), *_targets(), *_losses(), *_weights(), *_reductions()]
+
+
+def _sizes() -> list[Case]:
     cases = [Case(f"plain-{_name(d)}", dtype=d, target_dtype=d) for d in (F32, BF16, F16, F64)]
-    cases += [
+    return [
+        *cases,
         Case("mixed-bf16-f32", dtype=BF16, target_dtype=F32),
         Case("mixed-f16-f64", dtype=F16, target_dtype=F64),
         Case("mixed-f32-bf16", target_dtype=BF16),
@@ -23,9 +31,12 @@ def all_cases() -> list[Case]:
         Case("large", shape=(2, 5, 65, 63), confidence=((2, 65, 63), F32), options={"threshold": 0.4}),
         Case("large-bf16", shape=(2, 5, 65, 64), dtype=BF16, target_dtype=BF16, confidence=((2, 65, 64), F32)),
     ]
-    views = ("transposed", "sliced", "chunk", "channels_last", "batch_inner", "expanded")
-    for view in views:
-        cases.append(Case(f"pred-{view}", pred_view=view, confidence=conf))
+
+
+def _views() -> list[Case]:
+    cases = []
+    for view in ("transposed", "sliced", "chunk", "channels_last", "batch_inner", "expanded"):
+        cases.append(Case(f"pred-{view}", pred_view=view, confidence=CONF))
         cases.append(
             Case(
                 f"all-{view}-bf16",
@@ -37,19 +48,30 @@ def all_cases() -> list[Case]:
                 options={"reduction": "sample"},
             )
         )
-    cases.append(Case("video", shape=(2, 3, 4, 5, 7), confidence=((2, 1, 5, 7), F32)))
-    cases.append(Case("video-resample", shape=(2, 3, 4, 5, 7), confidence=((2, 10, 14), F32)))
+    return cases
+
+
+def _resampled() -> list[Case]:
+    cases = [
+        Case("video", shape=(2, 3, 4, 5, 7), confidence=((2, 1, 5, 7), F32)),
+        Case("video-resample", shape=(2, 3, 4, 5, 7), confidence=((2, 10, 14), F32)),
+    ]
     for mode in ("area", "bilinear", "nearest", "nearest-exact"):
         opts = {"interpolation": mode}
         cases += [
-            Case(f"{mode}-down", confidence=big, options=opts),
+            Case(f"{mode}-down", confidence=LARGE_MAP, options=opts),
             Case(f"{mode}-up", confidence=((2, 1, 3, 2), F32), mask=((1, 1, 2, 9), F64), options=opts),
             Case(f"{mode}-odd", confidence=((1, 11, 3), BF16), mask=((2, 13, 13), torch.bool), options=opts),
             Case(f"{mode}-video", shape=(2, 2, 3, 4, 5), confidence=((2, 1, 5, 9, 7), F32), options=opts),
-            Case(f"{mode}-channels-last", pred_view="channels_last", target_view="channels_last", confidence=big,
+            Case(f"{mode}-channels-last", pred_view="channels_last", target_view="channels_last", confidence=LARGE_MAP,
                  options=opts),
             Case(f"{mode}-f64", dtype=F64, confidence=((2, 9, 4), F32), options=opts),
         ]  # fmt: skip
+    return cases
+
+
+def _tokens() -> list[Case]:
+    cases = []
     for order in ("c ph pw", "ph pw c"):
         layout = Packed(6, 8, 2, order)
         tag = order.replace(" ", "")
@@ -60,47 +82,66 @@ def all_cases() -> list[Case]:
             Case(f"packed-{tag}-image-target", shape=(2, 12, 12), target="image", mask=((1, 3, 4), F32),
                  options={"layout": layout}),
         ]  # fmt: skip
-    cases += [
+    return [
+        *cases,
         Case("packed-patch1", shape=(2, 48, 3), confidence=((2, 6, 8), F32), options={"layout": Packed(6, 8, 1)}),
         Case("tokens", shape=(2, 10, 6), confidence=((2, 10), F32), weighting=((2, 10, 1), F32)),
         Case("tokens-bf16", shape=(3, 33, 16), dtype=BF16, confidence=((3, 33), torch.bool), mask=((1, 33), F32)),
     ]
+
+
+def _targets() -> list[Case]:
+    cases = []
     for target in ("epsilon", "sample", "velocity", "flow", "flow_reversed", "preconditioned"):
-        cases.append(Case(f"target-{target}", target=target, confidence=conf))
+        cases.append(Case(f"target-{target}", target=target, confidence=CONF))
         cases.append(Case(f"target-{target}-bf16", target=target, dtype=BF16, pred_view="chunk"))
-    losses = ("l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh")
-    for loss in losses:
-        cases.append(Case(f"loss-{loss}", options={"loss_type": loss}, confidence=conf))
+    return cases
+
+
+def _losses() -> list[Case]:
+    cases = []
+    for loss in LOSSES:
+        cases.append(Case(f"loss-{loss}", options={"loss_type": loss}, confidence=CONF))
         cases.append(Case(f"loss-{loss}-f64", dtype=F64, options={"loss_type": loss}))
     mixture = {"l2": 1.0, "l1": 0.5, "huber": 0.25, "smooth_l1": 2.0, "pseudo_huber": 1.5, "log_cosh": 0.75}
-    cases += [
-        Case("loss-mixture", options={"loss_type": mixture}, huber_c="tensor", confidence=conf),
+    return [
+        *cases,
+        Case("loss-mixture", options={"loss_type": mixture}, huber_c="tensor", confidence=CONF),
         Case("loss-mixture-f16", dtype=F16, target_dtype=F16, options={"loss_type": mixture}, huber_c="tensor"),
         Case("huber-per-sample", options={"loss_type": "huber"}, huber_c="tensor"),
         Case("huber-zero", options={"loss_type": {"pseudo_huber": 1.0, "smooth_l1": 1.0, "huber": 1.0}}, huber_c=0.0),
+    ]
+
+
+def _weights() -> list[Case]:
+    return [
         Case("weighting-1d", weighting=((2,), F32)),
         Case("weighting-1d-one", weighting=((1,), F64)),
-        Case("weighting-keepdim", weighting=((2, 1, 1, 1), BF16), confidence=conf),
+        Case("weighting-keepdim", weighting=((2, 1, 1, 1), BF16), confidence=CONF),
         Case("weighting-full", weighting=((2, 3, 5, 7), F16)),
         Case("weighting-channel", weighting=((3, 1, 1), F32), options={"reduction": "sample"}),
         Case("weighting-spatial-f16", dtype=F16, target_dtype=F16, weighting=((2, 1, 5, 7), F32)),
         Case("weighting-video", shape=(2, 3, 4, 5, 7), weighting=((2, 1, 4, 1, 1), F32)),
         Case("mask-only", mask=((2, 5, 7), torch.bool)),
-        Case("grad-modulated", confidence=conf, options={"artifact_grad": 1.0, "clean_grad": 0.0, "threshold": 0.5}),
-        Case("grad-amplified", confidence=conf, options={"artifact_grad": 3.0, "clean_grad": 0.2, "gamma": 2.5}),
-        Case("weights", confidence=conf, options={"artifact_weight": 0.0, "clean_weight": 1.5, "threshold": 0.25}),
-        Case("normalizer", confidence=conf, normalizer="tensor"),
-        Case("normalizer-number", confidence=conf, normalizer=12.5, options={"reduction": "sum"}),
+        Case("grad-modulated", confidence=CONF, options={"artifact_grad": 1.0, "clean_grad": 0.0, "threshold": 0.5}),
+        Case("grad-amplified", confidence=CONF, options={"artifact_grad": 3.0, "clean_grad": 0.2, "gamma": 2.5}),
+        Case("weights", confidence=CONF, options={"artifact_weight": 0.0, "clean_weight": 1.5, "threshold": 0.25}),
+        Case("normalizer", confidence=CONF, normalizer="tensor"),
+        Case("normalizer-number", confidence=CONF, normalizer=12.5, options={"reduction": "sum"}),
     ]
+
+
+def _reductions() -> list[Case]:
+    cases = []
     for reduction in ("mean", "sample", "sum"):
         opts = {"reduction": reduction}
         cases += [
-            Case(f"reduce-{reduction}", confidence=conf, weighting=((2,), F32), options=opts),
-            Case(f"reduce-{reduction}-f16", dtype=F16, target_dtype=F16, confidence=conf, weighting=((2,), F32),
+            Case(f"reduce-{reduction}", confidence=CONF, weighting=((2,), F32), options=opts),
+            Case(f"reduce-{reduction}-f16", dtype=F16, target_dtype=F16, confidence=CONF, weighting=((2,), F32),
                  options=opts),
-            Case(f"normalize-sample-{reduction}", confidence=conf, mask=((1, 20, 28), F32),
+            Case(f"normalize-sample-{reduction}", confidence=CONF, mask=((1, 20, 28), F32),
                  options={**opts, "normalize": "sample"}),
-            Case(f"normalize-batch-{reduction}", dtype=BF16, confidence=big, weighting=((2,), F32),
+            Case(f"normalize-batch-{reduction}", dtype=BF16, confidence=LARGE_MAP, weighting=((2,), F32),
                  options={**opts, "normalize": "batch"}),
         ]  # fmt: skip
     cases.append(Case("normalize-no-map", options={"normalize": "sample", "clean_weight": 0.5}))
