@@ -1,6 +1,6 @@
 """Both GPU backends on a GPU: the shared cases, layouts, and what is at the edges.
 
-Every test that takes `name` runs once on `cuda` and once on `triton`.
+Every test that takes `gpu_backend` or `glue` runs once on `cuda` and once on `triton`.
 """
 
 import importlib
@@ -22,16 +22,6 @@ except ImportError:  # a GPU machine may hold torch, Triton and pytest alone
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-
-
-@pytest.fixture
-def name(gpu_backend):
-    return gpu_backend
-
-
-@pytest.fixture
-def glue(name):
-    return importlib.import_module(f"diffdoctor.backends.{name}.weighted_loss")
 
 
 def solve(glue, inputs, device="cuda"):
@@ -124,8 +114,8 @@ def test_a_nan_logit_gives_the_gradient_that_the_reference_gives(glue, case):
 
 
 @pytest.mark.parametrize("confidence_grid", [(4, 5), (9, 8)], ids=["grid", "pixel"])
-def test_modulate_gradient_equals_the_reference(name, monkeypatch, confidence_grid):
-    monkeypatch.setenv("DIFFDOCTOR_BACKEND", name)
+def test_modulate_gradient_equals_the_reference(gpu_backend, monkeypatch, confidence_grid):
+    monkeypatch.setenv("DIFFDOCTOR_BACKEND", gpu_backend)
     confidence = torch.rand(2, 1, *confidence_grid, generator=torch.Generator().manual_seed(0))
     options = {"artifact_grad": 2.0, "clean_grad": 0.25, "threshold": 0.3, "gamma": 1.5}
     grads = []
@@ -141,27 +131,27 @@ def test_modulate_gradient_equals_the_reference(name, monkeypatch, confidence_gr
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4), (2, 0, 4, 4)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sample", "sum"])
-def test_an_empty_tensor_gives_zero(name, shape, reduction):
+def test_an_empty_tensor_gives_zero(gpu_backend, shape, reduction):
     pred = torch.empty(shape, device="cuda", requires_grad=True)
-    loss = diffdoctor.weighted_loss(pred, torch.empty(shape, device="cuda"), reduction=reduction, backend=name)
+    loss = diffdoctor.weighted_loss(pred, torch.empty(shape, device="cuda"), reduction=reduction, backend=gpu_backend)
     loss.sum().backward()
     assert not loss.any()
     assert pred.grad.shape == shape
 
 
-def test_nan_under_zero_weight_and_an_empty_mask(name):
+def test_nan_under_zero_weight_and_an_empty_mask(gpu_backend):
     pred = torch.randn(2, 3, 12, 16, device="cuda")
     pred[0, :, :, 3] = float("nan")
     pred.requires_grad_()
     mask = torch.ones(2, 12, 16, device="cuda")
     mask[0, :, 3] = 0
     target = torch.randn(2, 3, 12, 16, device="cuda")
-    loss = diffdoctor.weighted_loss(pred, target, mask=mask, normalize="sample", backend=name)
+    loss = diffdoctor.weighted_loss(pred, target, mask=mask, normalize="sample", backend=gpu_backend)
     (grad,) = torch.autograd.grad(loss, pred)
     assert torch.isfinite(loss)
     assert torch.isfinite(grad).all()
     assert not grad[0, :, :, 3].any()
-    loss = diffdoctor.weighted_loss(pred, target, mask=torch.zeros_like(mask), normalize="batch", backend=name)
+    loss = diffdoctor.weighted_loss(pred, target, mask=torch.zeros_like(mask), normalize="batch", backend=gpu_backend)
     (grad,) = torch.autograd.grad(loss, pred)
     assert loss == 0
     assert not grad.any()
@@ -186,15 +176,15 @@ def test_ties_share_the_gradient_of_the_maximum(glue):
     torch.testing.assert_close((problem.kept * problem.factor).sum().cpu(), torch.tensor(0.25))
 
 
-def test_fp16_under_a_loss_scale(name):
+def test_fp16_under_a_loss_scale(gpu_backend):
     pred = torch.randn(1, 16, 21, 90, 160, device="cuda").half().requires_grad_()
     target = torch.randn(1, 16, 21, 90, 160, device="cuda").half()
-    (diffdoctor.weighted_loss(pred, target, backend=name) * 65536).backward()
+    (diffdoctor.weighted_loss(pred, target, backend=gpu_backend) * 65536).backward()
     exact = 65536 * 2 * (pred.detach().double() - target.double()) / pred.numel()
     assert (pred.grad.double() - exact).norm() / exact.norm() <= 5e-4
 
 
-def test_more_than_two_to_the_thirty_one_elements(name):
+def test_more_than_two_to_the_thirty_one_elements(gpu_backend):
     count = (1 << 31) + 4096
     if torch.cuda.mem_get_info()[0] < 8 * count:
         pytest.skip("needs 17 GB of free GPU memory")
@@ -202,7 +192,7 @@ def test_more_than_two_to_the_thirty_one_elements(name):
     target = torch.zeros_like(pred)
     pred[0, 0, -1, -8:] = 1
     pred.requires_grad_()
-    loss = diffdoctor.weighted_loss(pred, target, reduction="sum", backend=name)
+    loss = diffdoctor.weighted_loss(pred, target, reduction="sum", backend=gpu_backend)
     loss.backward()
     assert loss == 8
     assert pred.grad[0, 0, -1].sum() == 16

@@ -1,6 +1,5 @@
 """Both GPU backends in a training loop on a GPU: autograd, graphs, streams, threads, devices, memory, no waiting."""
 
-import importlib
 import threading
 
 import pytest
@@ -15,26 +14,16 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-@pytest.fixture
-def name(gpu_backend):
-    return gpu_backend
-
-
-@pytest.fixture
-def glue(name):
-    return importlib.import_module(f"diffdoctor.backends.{name}.weighted_loss")
-
-
 class Step:
     """A training loop's loss on latents, with everything that could tempt a backend into a synchronisation."""
 
-    def __init__(self, name, dtype=BF16, device="cuda", **options):
+    def __init__(self, backend, dtype=BF16, device="cuda", **options):
         g = torch.Generator(device).manual_seed(3)
 
         def normal(*shape):
             return torch.randn(*shape, generator=g, device=device)
 
-        self.name = name
+        self.backend = backend
         self.pred = normal(2, 16, 64, 64).to(dtype).requires_grad_()
         self.latents, self.noise = normal(2, 16, 64, 64), normal(2, 16, 64, 64)
         self.levels, self.weighting = normal(2).sigmoid(), normal(2).exp()
@@ -43,10 +32,10 @@ class Step:
 
     def loss(self):
         target = Target.velocity(self.latents, self.noise, self.levels)
-        loss = diffdoctor.weighted_loss(self.pred, target, self.confidence, backend=self.name, **self.options)
+        loss = diffdoctor.weighted_loss(self.pred, target, self.confidence, backend=self.backend, **self.options)
         if self.options.get("return_stats"):
             loss, self.stats = loss
-        return loss.sum() + diffdoctor.artifact_loss(self.logits, size=(128, 128), backend=self.name)
+        return loss.sum() + diffdoctor.artifact_loss(self.logits, size=(128, 128), backend=self.backend)
 
     def run(self):
         self.pred.grad = self.logits.grad = None
@@ -70,9 +59,9 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
-def test_nothing_synchronises(name, dtype, options, monkeypatch):
-    monkeypatch.setenv("DIFFDOCTOR_BACKEND", name)
-    step = Step(name, dtype, **{key: cases._move(value, "cuda") for key, value in options.items()})
+def test_nothing_synchronises(gpu_backend, dtype, options, monkeypatch):
+    monkeypatch.setenv("DIFFDOCTOR_BACKEND", gpu_backend)
+    step = Step(gpu_backend, dtype, **{key: cases._move(value, "cuda") for key, value in options.items()})
     modulator = diffdoctor.GradientModulator(artifact_grad=2.0)
     schedule = torch.linspace(0.99, 0.01, 1000, device="cuda")
     timesteps = torch.tensor([3, 900], device="cuda")
@@ -94,30 +83,30 @@ def test_nothing_synchronises(name, dtype, options, monkeypatch):
     assert all(torch.isfinite(x).all() for x in got)
 
 
-def test_a_second_backward_gives_the_same(name):
-    step = Step(name)
+def test_a_second_backward_gives_the_same(gpu_backend):
+    step = Step(gpu_backend)
     loss = step.loss()
     first = torch.autograd.grad(3 * loss, (step.pred, step.logits), retain_graph=True)
     again = torch.autograd.grad(3 * loss, (step.pred, step.logits))
     assert_equal(first, again)
 
 
-def test_autocast_changes_nothing(name):
-    step = Step(name, F32)
+def test_autocast_changes_nothing(gpu_backend):
+    step = Step(gpu_backend, F32)
     want = step.run()
     with torch.autocast("cuda", dtype=BF16):
         assert_equal(step.run(), want)
 
 
-def test_one_gradient_is_all_that_is_kept(name):
+def test_one_gradient_is_all_that_is_kept(gpu_backend):
     pred = torch.randn(4, 16, 256, 256, device="cuda").to(BF16).requires_grad_()
     target, confidence = torch.randn_like(pred), torch.rand(4, 1, 1024, 1024, device="cuda")
-    diffdoctor.weighted_loss(pred, target, confidence, backend=name).backward()
+    diffdoctor.weighted_loss(pred, target, confidence, backend=gpu_backend).backward()
     pred.grad = None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    loss = diffdoctor.weighted_loss(pred, target, confidence, backend=name)
+    loss = diffdoctor.weighted_loss(pred, target, confidence, backend=gpu_backend)
     size = pred.numel() * pred.element_size()
     assert torch.cuda.memory_allocated() - before <= size + (1 << 20)
     loss.backward()
@@ -128,8 +117,8 @@ def test_one_gradient_is_all_that_is_kept(name):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
-def test_a_captured_graph_replays_on_new_values(name, dtype):
-    step = Step(name, dtype)
+def test_a_captured_graph_replays_on_new_values(gpu_backend, dtype):
+    step = Step(gpu_backend, dtype)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -150,9 +139,9 @@ def test_a_captured_graph_replays_on_new_values(name, dtype):
         assert_equal(got, step.run())
 
 
-def test_a_replay_and_an_eager_call_may_overlap(name):
+def test_a_replay_and_an_eager_call_may_overlap(gpu_backend):
     """A graph owns its workspace, whichever stream it was captured on."""
-    step, other = Step(name), Step(name)
+    step, other = Step(gpu_backend), Step(gpu_backend)
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
@@ -175,9 +164,9 @@ def test_a_replay_and_an_eager_call_may_overlap(name):
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
-def test_compiled_equals_eager(name, mode, dtype):
+def test_compiled_equals_eager(gpu_backend, mode, dtype):
     torch._dynamo.reset()
-    step = Step(name, dtype)
+    step = Step(gpu_backend, dtype)
     want = step.run()
     compiled = torch.compile(step.loss, fullgraph=True, mode=mode)
     for _ in range(4):  # a graph of mode="reduce-overhead" runs once plainly, then is captured, then replayed
@@ -193,7 +182,7 @@ def test_compiled_equals_eager(name, mode, dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, F16], ids=["kept", "recomputed"])
-def test_the_registered_operators_pass_opcheck(name, dtype):
+def test_the_registered_operators_pass_opcheck(gpu_backend, dtype):
     def normal(*shape):
         return torch.randn(*shape, device="cuda")
 
@@ -204,7 +193,7 @@ def test_the_registered_operators_pass_opcheck(name, dtype):
     arguments = (
         [normal(2, 4, 8, 8), normal(2, 4, 8, 8)], uniform(2, 16, 16), None, uniform(2),
         [None, uniform(2), None, uniform(2), None], [1.0, 1.0, -1.0, 0.1, 0.0], [2.0, 1.0, 1.0, 0.5, 0.25, 1.0],
-        [1.0, 0.0, 0.5, 0.0, 0.0, 0.0], "area", "sample", "mean", [], name,
+        [1.0, 0.0, 0.5, 0.0, 0.0, 0.0], "area", "sample", "mean", [], gpu_backend,
     )  # fmt: skip
     want_grad, want_sums = dtype != F16, True
     torch.library.opcheck(torch.ops.diffdoctor.weighted_loss.default, (pred, *arguments, want_grad, want_sums))
@@ -213,15 +202,15 @@ def test_the_registered_operators_pass_opcheck(name, dtype):
     )
     logits = normal(2, 1, 8, 6).requires_grad_()
     torch.library.opcheck(
-        torch.ops.diffdoctor.artifact_loss.default, (logits, 16, 12, 0.1, "threshold", "mean", name, True)
+        torch.ops.diffdoctor.artifact_loss.default, (logits, 16, 12, 0.1, "threshold", "mean", gpu_backend, True)
     )
 
 
 # ---- streams, threads, devices
 
 
-def test_streams_do_not_share_a_workspace(name):
-    steps = [Step(name) for _ in range(4)]
+def test_streams_do_not_share_a_workspace(gpu_backend):
+    steps = [Step(gpu_backend) for _ in range(4)]
     want = steps[0].run()
     streams = [torch.cuda.Stream() for _ in steps]
     torch.cuda.synchronize()
@@ -235,8 +224,8 @@ def test_streams_do_not_share_a_workspace(name):
         assert_equal(answer, want)
 
 
-def test_threads_on_one_stream(name):
-    steps = [Step(name) for _ in range(4)]
+def test_threads_on_one_stream(gpu_backend):
+    steps = [Step(gpu_backend) for _ in range(4)]
     want = steps[0].run()
     torch.cuda.synchronize()
     got, failures = [], []
@@ -280,10 +269,10 @@ def test_the_last_program_sees_what_the_others_left(glue, shape):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_the_tensor_decides_the_device(name):
-    want = Step(name, device="cuda:0").run()
+def test_the_tensor_decides_the_device(gpu_backend):
+    want = Step(gpu_backend, device="cuda:0").run()
     assert torch.cuda.current_device() == 0
-    got = Step(name, device="cuda:1").run()
+    got = Step(gpu_backend, device="cuda:1").run()
     assert torch.cuda.current_device() == 0
     for a, b in zip(got, want, strict=True):
         assert a.device.index == 1
