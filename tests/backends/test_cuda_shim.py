@@ -15,7 +15,7 @@ from diffdoctor.backends.native_call import native_plan
 from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
 from support import artifact, case_lists, cases, search
 from support.all_formulas import FORMULAS
-from support.cuda_shim import ROOT, SHIM, SOURCES, build_module, compile_objects, compiler, run
+from support.cuda_shim import ROOT, build_module, build_race, compiler, run
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -23,8 +23,8 @@ TILED = case_lists.tiled_cases()
 
 
 @pytest.fixture(scope="module")
-def shim(tmp_path_factory):
-    return build_module(tmp_path_factory.mktemp("cuda_shim"))
+def shim():
+    return build_module()
 
 
 @pytest.fixture
@@ -371,7 +371,4 @@ def test_sanitizers_find_nothing(tmp_path, flags):
         run(tmp_path / "probe")
     except pytest.fail.Exception as error:
         pytest.skip(f"this compiler cannot build or run {flags[0]}: {str(error).splitlines()[-1]}")
-    objects = compile_objects(tmp_path, (*SOURCES, SHIM / "race.cpp"), "-O1", "-g", *flags)
-    program = tmp_path / "race"
-    run(compiler(), *flags[:1], "-pthread", *objects, "-o", program)
-    assert "all equal" in run(program, cwd=ROOT)
+    assert "all equal" in run(build_race(*flags, "-O1", "-g"), cwd=ROOT)
