@@ -2,11 +2,8 @@
 
 import pytest
 
-from diffdoctor.backends.select import why_not
 from support.all_formulas import FORMULAS
-
-HAS_CPU = why_not("cpu") is None
-BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not HAS_CPU, reason="no compiled module"))]
+from support.backends import BACKENDS
 
 
 @pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula.id)

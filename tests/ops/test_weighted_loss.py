@@ -9,13 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import diffdoctor
-from diffdoctor.backends.select import why_not
 from support import case_lists, cases
+from support.backends import BACKENDS, needs_cpu
 from support.paths import TESTS
 
-HAS_CPU = why_not("cpu") is None
-BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not HAS_CPU, reason="no compiled module"))]
-needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="no compiled module")
 ALL = case_lists.all_cases()
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
