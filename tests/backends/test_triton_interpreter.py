@@ -5,12 +5,12 @@ The interpreter is chosen by TRITON_INTERPRET when a kernel is defined, so those
 in processes of their own.
 """
 
-import os
 import subprocess
 import sys
 
 import pytest
 
+from support.launch import environment
 from support.paths import ROOT, TESTS
 
 pytest.importorskip("triton")
@@ -30,7 +30,7 @@ def test_in_the_interpreter(file, part):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "-rs", "-k", part]
     done = subprocess.run(
         [*command, TESTS / "backends" / "interpreter" / file],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env=environment(TRITON_INTERPRET="1"),
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -19,8 +19,7 @@ from diffdoctor.detector.commands.train import TrainDetectorConfig, run_train_de
 from diffdoctor.detector.samples import ArrayData
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.journal import Records
-from support.launch import launched
-from support.paths import ROOT
+from support.launch import environment, launched
 from support.pictures import write_shapes
 
 Image = pytest.importorskip("PIL.Image")
@@ -218,10 +217,9 @@ def test_diagnose_killed_at_any_moment_goes_on_to_the_same_files(pictures, tmp_p
     whole = tmp_path / "whole"
     run_diagnose(DiagnoseConfig([str(pictures)], str(detector), str(whole), batch_size=2))
     output = tmp_path / "killed"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     for limit in (1, 6):
         command = [sys.executable, "-c", KILLED, str(limit), str(pictures), str(detector), str(output)]
-        assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
+        assert subprocess.run(command, env=environment()).returncode == -signal.SIGKILL
     assert 0 < len(Records(output / "records")) < 8
     run_diagnose(DiagnoseConfig([str(pictures)], str(detector), str(output), batch_size=2))
     for name in ("diagnosis.jsonl", "gallery.html", *(f"maps/cats/{i:02d}.png" for i in (0, 2, 4, 6))):

@@ -1,10 +1,8 @@
 """`diffdoctor evaluate model` on files: its figures, and how it resumes."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -18,7 +16,7 @@ from diffdoctor.evaluate.model import compare_pictures, networks
 from diffdoctor.evaluate.model.measure import spoil
 from diffdoctor.evaluate.model.networks import Clip
 from diffdoctor.evaluate.model.store import PictureFiles
-from support.launch import free_port
+from support.launch import run_group
 from support.model_evaluation import COUNT, Means, drawn, evaluate, flat, options, pictures_of
 from support.tiny_clip import save_tiny_clip
 from support.tiny_pipelines import PROMPTS, tiny_pipeline
@@ -114,19 +112,8 @@ def test_an_interrupted_run_goes_on_to_the_same_figures(files, evaluated, tmp_pa
 
 
 def test_two_processes_share_the_work(files, evaluated, tmp_path):
-    port = free_port()
-    output, running = tmp_path / "two", []
-    for rank in range(2):
-        environment = {
-            **os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "ACCELERATE_USE_CPU": "true",
-        }  # fmt: skip
-        command = [sys.executable, "-m", "diffdoctor", *options(files, output)]
-        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for process in running:
-        _, errors = process.communicate(timeout=900)
-        assert process.returncode == 0, errors[-3000:]
+    output = tmp_path / "two"
+    run_group([sys.executable, "-m", "diffdoctor", *options(files, output)])
     metrics, one = json.loads((output / "metrics.json").read_text()), evaluated[1]
     assert (pictures_of(output, "after").int() - pictures_of(evaluated[0], "after").int()).abs().max() <= 1
     for group in ("flagged_area", "variance"):

@@ -1,6 +1,5 @@
 """weighted_loss against its definition: every case on the CPU backend, and the promises around autograd."""
 
-import os
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 import diffdoctor
 from support import case_lists, cases
 from support.backends import BACKENDS, needs_cpu
-from support.paths import TESTS
+from support.launch import environment
 
 ALL = case_lists.all_cases()
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -75,8 +74,8 @@ def test_every_instruction_set_passes_the_cases(isa):
         "from diffdoctor.backends import native\n"
         "print(native.load().instruction_set())\n"
     )
-    env = {**os.environ, "DIFFDOCTOR_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=TESTS, env=env, capture_output=True, text=True)
+    env = environment(DIFFDOCTOR_CPU_ISA=isa)
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     if isa == "generic":
         assert done.stdout.strip() == "generic"
