@@ -10,9 +10,7 @@ import torch
 import diffdoctor
 from diffdoctor.backends import native
 from diffdoctor.backends.select import NAMES, OPS, BackendUnavailable, describe, for_device, pick, why_not
-
-HAS_CPU = why_not("cpu") is None
-needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="no compiled module")
+from support.backends import HAS_CPU, needs_cpu
 
 
 def run(script, **env):

@@ -5,9 +5,9 @@ import torch
 
 import diffdoctor
 from diffdoctor import Packed, Target
-from diffdoctor.backends.select import why_not
+from support.backends import needs_cpu
 
-pytestmark = pytest.mark.skipif(why_not("cpu") is not None, reason="no compiled module")
+pytestmark = needs_cpu
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 FLOATS = [F32, BF16, F16, F64]
 IDS = ["f32", "bf16", "f16", "f64"]

@@ -1,14 +1,11 @@
 """csrc/cuda compiled by nvcc: nothing spills, and the contiguous path moves 16 bytes at a time."""
 
-import getpass
-import hashlib
 import json
-import pathlib
 import subprocess
-import tempfile
 
 import pytest
 
+from support.cache import digest, kept, native_sources
 from support.paths import ROOT
 from tools.gpu import sass, static_report
 
@@ -27,18 +24,16 @@ def compiled(arch: int) -> list[dict]:
     known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     if f"sm_{arch}" not in known:
         pytest.skip(f"this nvcc does not know sm_{arch}")
-    digest = hashlib.sha256(subprocess.run([NVCC, "--version"], capture_output=True).stdout)
-    for path in sorted((ROOT / "csrc").glob("c*/*")):
-        digest.update(path.read_bytes())
-    folder = pathlib.Path(tempfile.gettempdir()) / f"diffdoctor-tests-{getpass.getuser()}"
-    folder.mkdir(exist_ok=True)
-    kept = folder / f"sm_{arch}-{digest.hexdigest()[:16]}.json"
-    if not kept.is_file():
+    name = f"sm_{arch}.json"
+
+    def build(folder):
         rows = [row for source in SOURCES for row in static_report.nvcc_rows(arch, source, NVCC)]
-        part = kept.with_suffix(".part")
-        part.write_text(json.dumps(rows))
-        part.rename(kept)
-    return json.loads(kept.read_text())
+        (folder / name).write_text(json.dumps(rows))
+        return folder / name
+
+    version = subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout
+    key = digest(version, *native_sources(ROOT / "csrc"))
+    return json.loads(kept(name, key, build).read_text())
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

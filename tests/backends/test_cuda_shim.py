@@ -13,20 +13,18 @@ from diffdoctor import Target
 from diffdoctor.backends.cuda import weighted_loss as _cuda
 from diffdoctor.backends.native_call import native_plan
 from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
-from support import artifact, cases, search
-from support.cuda_shim import ROOT, SHIM, SOURCES, build_module, compile_objects, compiler, run
-from support.formulas import *  # noqa: F403
-from support.formulas_diffusers import *  # noqa: F403
-from support.formulas_trainers import *  # noqa: F403
+from support import artifact, case_lists, cases, search
+from support.all_formulas import FORMULAS
+from support.cuda_shim import ROOT, build_module, build_race, compiler, run
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
-TILED = cases.tiled_cases()
+TILED = case_lists.tiled_cases()
 
 
 @pytest.fixture(scope="module")
-def shim(tmp_path_factory):
-    return build_module(tmp_path_factory.mktemp("cuda_shim"))
+def shim():
+    return build_module()
 
 
 @pytest.fixture
@@ -55,18 +53,13 @@ def public(cuda, monkeypatch):
     return diffdoctor
 
 
-@pytest.fixture
-def backend(public):
-    """None, what the trainers' formulas give as `backend`: the one that `public` chose."""
-
-
 def solve(cuda, inputs, work=WRITE_LOSS | WRITE_GRAD | WRITE_SUMS):
     problem = cases.lower(inputs, work, weight_mean=cuda.weight_mean)
     cuda.weighted_loss(problem)
     return problem
 
 
-@pytest.mark.parametrize("case", cases.all_cases(), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", case_lists.all_cases(), ids=lambda case: case.id)
 def test_weighted_loss_equals_the_reference(cuda, case):
     inputs = cases.build(case)
     cases.check(solve(cuda, inputs), cases.expected(inputs))
@@ -187,13 +180,18 @@ def test_scale_gradient(cuda, dtype, count):
     assert torch.equal(out, grad)
 
 
+@pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula.id)
+def test_one_call_equals_the_trainers_formula(public, formula):
+    formula.run(backend=None)
+
+
 def describe(shim, case):
     problem = cases.lower(cases.build(case), WRITE_GRAD, weight_mean=_cuda.weight_mean)
     plan = native_plan(problem.plan, shim)
     return problem.plan, plan, shim.tiling(plan)
 
 
-@pytest.mark.parametrize("case", cases.all_cases() + TILED, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", case_lists.all_cases() + TILED, ids=lambda case: case.id)
 def test_tiles_hold_every_element_once(cuda, shim, case):
     plan, native, tiling = describe(shim, case)
     tiles = [shim.tile(native, index) for index in range(tiling["tiles"])]
@@ -373,7 +371,4 @@ def test_sanitizers_find_nothing(tmp_path, flags):
         run(tmp_path / "probe")
     except pytest.fail.Exception as error:
         pytest.skip(f"this compiler cannot build or run {flags[0]}: {str(error).splitlines()[-1]}")
-    objects = compile_objects(tmp_path, (*SOURCES, SHIM / "race.cpp"), "-O1", "-g", *flags)
-    program = tmp_path / "race"
-    run(compiler(), *flags[:1], "-pthread", *objects, "-o", program)
-    assert "all equal" in run(program, cwd=ROOT)
+    assert "all equal" in run(build_race(*flags, "-O1", "-g"), cwd=ROOT)

@@ -1,25 +1,25 @@
 """The Triton kernels, executed by Triton's interpreter on the CPU, against the reference over the shared cases and the
 trainers' formulas.
 
-The interpreter is chosen by TRITON_INTERPRET when a kernel is defined, so those tests, which stand in
-triton_interpreted.py and triton_interpreted_formulas.py, run in processes of their own.
+The interpreter is chosen by TRITON_INTERPRET when a kernel is defined, so those tests, which stand in interpreter/, run
+in processes of their own.
 """
 
-import os
 import subprocess
 import sys
 
 import pytest
 
-from support.paths import PROGRAMS, ROOT
+from support.launch import environment
+from support.paths import ROOT, TESTS
 
 pytest.importorskip("triton")
 
 
 PARTS = [
-    ("triton_interpreted.py", "weighted_loss_equals"),
-    ("triton_interpreted.py", "not weighted_loss_equals"),
-    ("triton_interpreted_formulas.py", ""),
+    ("test_kernels.py", "weighted_loss_equals"),
+    ("test_kernels.py", "not weighted_loss_equals"),
+    ("test_formulas.py", ""),
 ]
 
 
@@ -29,8 +29,8 @@ PARTS = [
 def test_in_the_interpreter(file, part):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "-rs", "-k", part]
     done = subprocess.run(
-        [*command, PROGRAMS / file],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        [*command, TESTS / "backends" / "interpreter" / file],
+        env=environment(TRITON_INTERPRET="1"),
         cwd=ROOT,
         capture_output=True,
         text=True,

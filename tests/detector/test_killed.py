@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from support.paths import PROGRAMS, ROOT
+from support.launch import environment
+from support.paths import PROGRAMS
 
 pytest.importorskip("accelerate")
 pytest.importorskip("pyarrow")
@@ -56,10 +57,8 @@ def folder(tmp_path):
 @pytest.mark.timeout(2400)  # dozens of lives, one after another
 @pytest.mark.parametrize("command", ["inject", "diagnose", "evaluate", "train", "train_resampled"])
 def test_killed_at_random_moments_a_run_ends_in_the_same_bits(folder, command):
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     script = [sys.executable, str(PROGRAMS / "detector_killed.py"), command, str(folder), "0"]
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=2300)
+    result = subprocess.run(script, env=environment(), capture_output=True, text=True, timeout=2300)
     assert result.returncode == 0, result.stderr[-4000:]
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["operations"] > 30

@@ -11,14 +11,11 @@ from diffdoctor.data.shards import write_shards
 from diffdoctor.detector import load_detector, train_detector
 from diffdoctor.runs.errors import UserError
 from support.detector import StopAt, fresh, held_out, quick, shapes, weights_of
+from support.pictures import tree
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("accelerate")
 pytest.importorskip("pycocotools")
-
-
-def tree(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture

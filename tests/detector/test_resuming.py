@@ -1,7 +1,6 @@
 """Interruptions, kills, and the number of processes change no result of a training."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -14,8 +13,7 @@ from diffdoctor.data.shards import write_shards
 from diffdoctor.detector import load_detector, train_detector
 from diffdoctor.runs.errors import UserError
 from support.detector import StopAt, fresh, held_out, quick, shapes, twenty_steps, weights_of
-from support.launch import launched
-from support.paths import ROOT, TESTS
+from support.launch import environment, launched
 
 pytest.importorskip("accelerate")
 pytest.importorskip("pycocotools")
@@ -87,15 +85,10 @@ def test_kill_minus_nine_at_random_moments_changes_no_bit(tmp_path):
     # The first life's initial weights must hold for all, so its first checkpoint is made before the killing starts.
     with pytest.raises(KeyboardInterrupt):
         train_detector(config, StopAt(shapes(), 20), detector=fresh(), output_dir=tmp_path / "run", progress=False)
-    subprocess.run([sys.executable, "-c", KILLER, str(tmp_path / "run")], check=True, env=_environment(), timeout=900)
+    subprocess.run([sys.executable, "-c", KILLER, str(tmp_path / "run")], check=True, env=environment(), timeout=900)
     assert torch.equal(weights_of(load_detector(tmp_path / "run" / "detector")), weights_of(whole.detector))
     left = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*"))
     assert left == ["step-00000014", "step-00000016"]
-
-
-def _environment():
-    path = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def test_checkpoints_of_another_run_are_refused(tmp_path):
@@ -138,7 +131,7 @@ def test_one_and_two_processes_give_the_same_losses(tmp_path):
     script, out = tmp_path / "script.py", tmp_path / "losses.json"
     script.write_text(PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*command, str(script), str(out)], check=True, env=_environment(), timeout=900)
+    subprocess.run([*command, str(script), str(out)], check=True, env=environment(), timeout=900)
     two = json.loads(out.read_text())
     assert two["processes"] == 2
     for kind in ("conv", "segformer"):

@@ -19,31 +19,17 @@ from diffdoctor.detector.commands.train import TrainDetectorConfig, run_train_de
 from diffdoctor.detector.samples import ArrayData
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.journal import Records
-from support.launch import launched
-from support.paths import ROOT
+from support.launch import environment, launched
+from support.pictures import write_shapes
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("pyarrow")
 pytest.importorskip("accelerate")
 
 
-def write_pictures(folder, count=8, size=(40, 56), seed=0):
-    """PNG files of coloured shapes in `folder`/cats and `folder`/dogs."""
-    rng = np.random.default_rng(seed)
-    ys, xs = np.mgrid[0 : size[0], 0 : size[1]]
-    for index in range(count):
-        picture = np.full((*size, 3), rng.integers(20, 90, 3))
-        for _ in range(4):
-            y, x, r = rng.uniform(0, size[0]), rng.uniform(0, size[1]), rng.uniform(4, 12)
-            picture[np.hypot(ys - y, xs - x) < r] = rng.integers(100, 255, 3)
-        place = folder / ("cats", "dogs")[index % 2]
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture.astype(np.uint8)).save(place / f"{index:02d}.png")
-
-
 @pytest.fixture
 def pictures(tmp_path):
-    write_pictures(tmp_path / "pictures")
+    write_shapes(tmp_path / "pictures")
     return tmp_path / "pictures"
 
 
@@ -231,10 +217,9 @@ def test_diagnose_killed_at_any_moment_goes_on_to_the_same_files(pictures, tmp_p
     whole = tmp_path / "whole"
     run_diagnose(DiagnoseConfig([str(pictures)], str(detector), str(whole), batch_size=2))
     output = tmp_path / "killed"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     for limit in (1, 6):
         command = [sys.executable, "-c", KILLED, str(limit), str(pictures), str(detector), str(output)]
-        assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
+        assert subprocess.run(command, env=environment()).returncode == -signal.SIGKILL
     assert 0 < len(Records(output / "records")) < 8
     run_diagnose(DiagnoseConfig([str(pictures)], str(detector), str(output), batch_size=2))
     for name in ("diagnosis.jsonl", "gallery.html", *(f"maps/cats/{i:02d}.png" for i in (0, 2, 4, 6))):
@@ -242,7 +227,7 @@ def test_diagnose_killed_at_any_moment_goes_on_to_the_same_files(pictures, tmp_p
 
 
 def test_diagnose_tiles_large_pictures(tmp_path, detector):
-    write_pictures(tmp_path / "large", count=1, size=(150, 110))
+    write_shapes(tmp_path / "large", count=1, size=(150, 110))
     options = {"gallery": 0, "overlays": False}
     run_diagnose(DiagnoseConfig([str(tmp_path / "large")], str(detector), str(tmp_path / "out"), tile=64, **options))
     assert np.asarray(Image.open(tmp_path / "out" / "maps" / "cats" / "00.png")).shape == (150, 110)
@@ -323,7 +308,7 @@ def test_pictures_on_which_no_damage_can_be_seen_are_counted(tmp_path, clean):
     place.mkdir()
     for index in range(3):
         Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(place / f"{index}.png")
-    write_pictures(tmp_path / "pictures", count=2)
+    write_shapes(tmp_path / "pictures", count=2)
     places = [str(place), str(tmp_path / "pictures")]
     metrics = run_inject(InjectConfig(places, str(tmp_path / "out"), kinds=["warp"], damaged=2, clean=clean))
     assert metrics["without_visible_damage"] >= 6

@@ -5,11 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import diffdoctor
-from diffdoctor.backends.select import why_not
 from support import artifact
+from support.backends import BACKENDS
 
-HAS_CPU = why_not("cpu") is None
-BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not HAS_CPU, reason="no compiled module"))]
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 ALL = artifact.every_case()
 F64 = torch.float64

@@ -6,17 +6,9 @@ import torch.nn.functional as F
 
 import diffdoctor
 from diffdoctor import GradientModulator, Packed, modulate_gradient
-from diffdoctor.backends.select import why_not
 from support import cases
 
-HAS_CPU = why_not("cpu") is None
-BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not HAS_CPU, reason="no compiled module"))]
-
-
-@pytest.fixture(autouse=True, params=BACKENDS)
-def backend(request, monkeypatch):
-    monkeypatch.setenv("DIFFDOCTOR_BACKEND", request.param)
-    return request.param
+pytestmark = pytest.mark.usefixtures("default_backend")
 
 
 def factor(c, size, mode="area", artifact_grad=1.0, clean_grad=0.2, threshold=0.0, gamma=1.0):

@@ -5,10 +5,8 @@ import torch
 
 import diffdoctor
 from diffdoctor import Packed, Target
-from diffdoctor.backends.select import why_not
+from support.backends import BACKENDS
 
-HAS_CPU = why_not("cpu") is None
-BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not HAS_CPU, reason="no compiled module"))]
 SHAPE = (3, 4, 6, 6)
 
 

@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import diffdoctor
-from diffdoctor.backends.select import why_not
 
-HAS_CPU = why_not("cpu") is None
-BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not HAS_CPU, reason="no compiled module"))]
+pytestmark = pytest.mark.usefixtures("default_backend")
 TARGET, MAP = torch.randn(2, 1, 6, 8), torch.rand(2, 1, 12, 16)
 NEGATED = torch.randn(2, 1, 6, 8, dtype=torch.complex64).conj().imag
 
@@ -21,12 +19,6 @@ OPS = {
     "artifact_loss": lambda x: diffdoctor.artifact_loss(x, size=(12, 16), method="mean"),
     "modulate_gradient": lambda x: (diffdoctor.modulate_gradient(x, MAP, artifact_grad=2.0) ** 2).sum(),
 }
-
-
-@pytest.fixture(autouse=True, params=BACKENDS)
-def backend(request, monkeypatch):
-    monkeypatch.setenv("DIFFDOCTOR_BACKEND", request.param)
-    return request.param
 
 
 @pytest.fixture(params=OPS)
@@ -144,10 +136,10 @@ def test_a_gradient_with_a_graph_that_nobody_differentiates_is_fine(op):
     assert torch.equal(got, want)
 
 
-def test_batched_gradients_are_refused(backend):
+def test_batched_gradients_are_refused(default_backend):
     x = prediction()
     loss = diffdoctor.weighted_loss(x, TARGET, reduction="sample")
-    if backend == "reference":
+    if default_backend == "reference":
         assert torch.autograd.grad(loss, x, torch.eye(2), is_grads_batched=True)[0].shape == (2, *x.shape)
     else:
         with pytest.raises(RuntimeError, match="is_grads_batched"):

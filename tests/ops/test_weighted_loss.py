@@ -1,6 +1,5 @@
 """weighted_loss against its definition: every case on the CPU backend, and the promises around autograd."""
 
-import os
 import subprocess
 import sys
 
@@ -9,14 +8,11 @@ import torch
 import torch.nn.functional as F
 
 import diffdoctor
-from diffdoctor.backends.select import why_not
-from support import cases
-from support.paths import TESTS
+from support import case_lists, cases
+from support.backends import BACKENDS, needs_cpu
+from support.launch import environment
 
-HAS_CPU = why_not("cpu") is None
-BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not HAS_CPU, reason="no compiled module"))]
-needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="no compiled module")
-ALL = cases.all_cases()
+ALL = case_lists.all_cases()
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
@@ -68,9 +64,9 @@ def test_public_call_equals_the_reference(case):
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_every_instruction_set_passes_the_cases(isa):
     script = (
-        "from support import cases as c\n"
+        "from support import case_lists, cases as c\n"
         "from diffdoctor.backends.cpu import weighted_loss as _cpu\n"
-        "for case in c.all_cases():\n"
+        "for case in case_lists.all_cases():\n"
         "    inputs = c.build(case)\n"
         "    problem = c.lower(inputs, weight_mean=_cpu.weight_mean)\n"
         "    _cpu.weighted_loss(problem)\n"
@@ -78,8 +74,8 @@ def test_every_instruction_set_passes_the_cases(isa):
         "from diffdoctor.backends import native\n"
         "print(native.load().instruction_set())\n"
     )
-    env = {**os.environ, "DIFFDOCTOR_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=TESTS, env=env, capture_output=True, text=True)
+    env = environment(DIFFDOCTOR_CPU_ISA=isa)
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     if isa == "generic":
         assert done.stdout.strip() == "generic"

@@ -6,10 +6,9 @@ import torch.nn.functional as F
 
 import diffdoctor
 from diffdoctor import Packed, Target
-from diffdoctor.backends.select import BackendUnavailable, why_not
+from diffdoctor.backends.select import BackendUnavailable
+from support.backends import BACKENDS
 
-HAS_CPU = why_not("cpu") is None
-BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not HAS_CPU, reason="no compiled module"))]
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 P = torch.randn(2, 3, 4, 6)

@@ -1,13 +1,12 @@
 """Random search over shapes, strides, dtypes, maps and options: each backend against the reference."""
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from diffdoctor.backends.select import why_not
 from support import cases, search
+from support.backends import needs_cpu
 
-pytestmark = pytest.mark.skipif(why_not("cpu") is not None, reason="no compiled module")
+pytestmark = needs_cpu
 
 
 @settings(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from diffdoctor import Packed, Target, reference
+from diffdoctor import Target, reference
 from diffdoctor.lowering.plan import SUMS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, PerSample, Problem
 from diffdoctor.ops.arguments import make_problem, per_sample
 from diffdoctor.ops.prepare import prepare
@@ -260,131 +260,6 @@ def check(problem: Problem, want: dict) -> None:
         torch.testing.assert_close(got / scale, ref / scale, rtol=0, atol=10 * rtol, equal_nan=True)
 
 
-def all_cases() -> list[Case]:
-    """The matrix: each dtype, layout, map, target, loss and option at least once, and the combinations that bite."""
-    conf = ((2, 1, 5, 7), F32)
-    big = ((2, 40, 56), torch.uint8)
-    cases = [Case(f"plain-{_name(d)}", dtype=d, target_dtype=d) for d in (F32, BF16, F16, F64)]
-    cases += [
-        Case("mixed-bf16-f32", dtype=BF16, target_dtype=F32),
-        Case("mixed-f16-f64", dtype=F16, target_dtype=F64),
-        Case("mixed-f32-bf16", target_dtype=BF16),
-        Case("mixed-f64-f16", dtype=F64, target_dtype=F16),
-        Case("one-element", shape=(1, 1, 1, 1), confidence=((1, 1, 1, 1), F32)),
-        Case("prime", shape=(3, 1, 13, 17), confidence=((3, 13, 17), F32)),
-        Case("power-plus-one", shape=(2, 1, 1, 4097)),
-        Case("power-minus-one", shape=(1, 3, 1, 1023), confidence=((1, 1, 1023), BF16)),
-        Case("large", shape=(2, 5, 65, 63), confidence=((2, 65, 63), F32), options={"threshold": 0.4}),
-        Case("large-bf16", shape=(2, 5, 65, 64), dtype=BF16, target_dtype=BF16, confidence=((2, 65, 64), F32)),
-    ]
-    views = ("transposed", "sliced", "chunk", "channels_last", "batch_inner", "expanded")
-    for view in views:
-        cases.append(Case(f"pred-{view}", pred_view=view, confidence=conf))
-        cases.append(
-            Case(
-                f"all-{view}-bf16",
-                dtype=BF16,
-                pred_view=view,
-                target_view=view,
-                map_view=view if view != "channels_last" else "contiguous",
-                confidence=((2, 1, 5, 7), F16),
-                options={"reduction": "sample"},
-            )
-        )
-    cases.append(Case("video", shape=(2, 3, 4, 5, 7), confidence=((2, 1, 5, 7), F32)))
-    cases.append(Case("video-resample", shape=(2, 3, 4, 5, 7), confidence=((2, 10, 14), F32)))
-    for mode in ("area", "bilinear", "nearest", "nearest-exact"):
-        opts = {"interpolation": mode}
-        cases += [
-            Case(f"{mode}-down", confidence=big, options=opts),
-            Case(f"{mode}-up", confidence=((2, 1, 3, 2), F32), mask=((1, 1, 2, 9), F64), options=opts),
-            Case(f"{mode}-odd", confidence=((1, 11, 3), BF16), mask=((2, 13, 13), torch.bool), options=opts),
-            Case(f"{mode}-video", shape=(2, 2, 3, 4, 5), confidence=((2, 1, 5, 9, 7), F32), options=opts),
-            Case(f"{mode}-channels-last", pred_view="channels_last", target_view="channels_last", confidence=big,
-                 options=opts),
-            Case(f"{mode}-f64", dtype=F64, confidence=((2, 9, 4), F32), options=opts),
-        ]  # fmt: skip
-    for order in ("c ph pw", "ph pw c"):
-        layout = Packed(6, 8, 2, order)
-        tag = order.replace(" ", "")
-        cases += [
-            Case(f"packed-{tag}", shape=(2, 12, 12), confidence=((2, 6, 8), F32), options={"layout": layout}),
-            Case(f"packed-{tag}-resampled", shape=(2, 12, 12), dtype=BF16, confidence=((2, 48, 64), torch.uint8),
-                 weighting=((2, 1, 6, 8), F32), options={"layout": layout}),
-            Case(f"packed-{tag}-image-target", shape=(2, 12, 12), target="image", mask=((1, 3, 4), F32),
-                 options={"layout": layout}),
-        ]  # fmt: skip
-    cases += [
-        Case("packed-patch1", shape=(2, 48, 3), confidence=((2, 6, 8), F32), options={"layout": Packed(6, 8, 1)}),
-        Case("tokens", shape=(2, 10, 6), confidence=((2, 10), F32), weighting=((2, 10, 1), F32)),
-        Case("tokens-bf16", shape=(3, 33, 16), dtype=BF16, confidence=((3, 33), torch.bool), mask=((1, 33), F32)),
-    ]
-    for target in ("epsilon", "sample", "velocity", "flow", "flow_reversed", "preconditioned"):
-        cases.append(Case(f"target-{target}", target=target, confidence=conf))
-        cases.append(Case(f"target-{target}-bf16", target=target, dtype=BF16, pred_view="chunk"))
-    losses = ("l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh")
-    for loss in losses:
-        cases.append(Case(f"loss-{loss}", options={"loss_type": loss}, confidence=conf))
-        cases.append(Case(f"loss-{loss}-f64", dtype=F64, options={"loss_type": loss}))
-    mixture = {"l2": 1.0, "l1": 0.5, "huber": 0.25, "smooth_l1": 2.0, "pseudo_huber": 1.5, "log_cosh": 0.75}
-    cases += [
-        Case("loss-mixture", options={"loss_type": mixture}, huber_c="tensor", confidence=conf),
-        Case("loss-mixture-f16", dtype=F16, target_dtype=F16, options={"loss_type": mixture}, huber_c="tensor"),
-        Case("huber-per-sample", options={"loss_type": "huber"}, huber_c="tensor"),
-        Case("huber-zero", options={"loss_type": {"pseudo_huber": 1.0, "smooth_l1": 1.0, "huber": 1.0}}, huber_c=0.0),
-        Case("weighting-1d", weighting=((2,), F32)),
-        Case("weighting-1d-one", weighting=((1,), F64)),
-        Case("weighting-keepdim", weighting=((2, 1, 1, 1), BF16), confidence=conf),
-        Case("weighting-full", weighting=((2, 3, 5, 7), F16)),
-        Case("weighting-channel", weighting=((3, 1, 1), F32), options={"reduction": "sample"}),
-        Case("weighting-spatial-f16", dtype=F16, target_dtype=F16, weighting=((2, 1, 5, 7), F32)),
-        Case("weighting-video", shape=(2, 3, 4, 5, 7), weighting=((2, 1, 4, 1, 1), F32)),
-        Case("mask-only", mask=((2, 5, 7), torch.bool)),
-        Case("grad-modulated", confidence=conf, options={"artifact_grad": 1.0, "clean_grad": 0.0, "threshold": 0.5}),
-        Case("grad-amplified", confidence=conf, options={"artifact_grad": 3.0, "clean_grad": 0.2, "gamma": 2.5}),
-        Case("weights", confidence=conf, options={"artifact_weight": 0.0, "clean_weight": 1.5, "threshold": 0.25}),
-        Case("normalizer", confidence=conf, normalizer="tensor"),
-        Case("normalizer-number", confidence=conf, normalizer=12.5, options={"reduction": "sum"}),
-    ]
-    for reduction in ("mean", "sample", "sum"):
-        opts = {"reduction": reduction}
-        cases += [
-            Case(f"reduce-{reduction}", confidence=conf, weighting=((2,), F32), options=opts),
-            Case(f"reduce-{reduction}-f16", dtype=F16, target_dtype=F16, confidence=conf, weighting=((2,), F32),
-                 options=opts),
-            Case(f"normalize-sample-{reduction}", confidence=conf, mask=((1, 20, 28), F32),
-                 options={**opts, "normalize": "sample"}),
-            Case(f"normalize-batch-{reduction}", dtype=BF16, confidence=big, weighting=((2,), F32),
-                 options={**opts, "normalize": "batch"}),
-        ]  # fmt: skip
-    cases.append(Case("normalize-no-map", options={"normalize": "sample", "clean_weight": 0.5}))
-    return cases
-
-
-def tiled_cases() -> list[Case]:
-    """Sizes at which a sample is cut into several tiles, in every way that tiles are cut."""
-    return [
-        Case("runs", shape=(2, 16, 32, 64), confidence=((2, 32, 64), F32)),
-        Case("runs-bf16-resampled", shape=(1, 7, 48, 64), dtype=BF16, confidence=((1, 96, 96), torch.uint8)),
-        Case("runs-odd-f16", shape=(2, 3, 41, 67), dtype=F16, target_dtype=F16, mask=((2, 41, 67), BF16)),
-        Case("runs-strided", shape=(2, 3, 40, 64), pred_view="sliced", confidence=((1, 40, 64), torch.bool)),
-        Case("uniform-f64", shape=(3, 1, 150, 120), dtype=F64, target="velocity"),
-        Case("uniform-two-terms", shape=(2, 4, 64, 96), dtype=BF16, target="flow", target_dtype=BF16),
-        Case("outers-channels-last", shape=(2, 24, 40, 40), dtype=BF16, pred_view="channels_last",
-             target_view="channels_last", target_dtype=BF16, confidence=((2, 80, 80), F32)),
-        Case("outers-packed", shape=(2, 384, 64), dtype=BF16, confidence=((2, 32, 48), F32),
-             options={"layout": Packed(32, 48, 2)}),
-        Case("outers-packed-f64", shape=(1, 384, 48), dtype=F64, mask=((1, 1, 64, 96), F32),
-             options={"layout": Packed(32, 48, 2, "ph pw c"), "interpolation": "bilinear"}),
-        Case("outers-tokens", shape=(2, 300, 40), confidence=((2, 300), F32), weighting=((2, 300, 1), F32)),
-        Case("too-many-channels", shape=(1, 3, 17000), confidence=((1, 3), F32)),
-        Case("full-weighting", shape=(2, 8, 32, 40), dtype=BF16, weighting=((2, 8, 32, 40), BF16)),
-        Case("frames", shape=(2, 6, 5, 24, 20), confidence=((2, 1, 7, 24, 20), F32), weighting=((2, 1, 5, 1, 1), F32),
-             options={"normalize": "sample"}),
-        Case("many-samples", shape=(300, 1, 5, 4), confidence=((300, 5, 4), F32), options={"normalize": "batch"}),
-    ]  # fmt: skip
-
-
 def shifted(x: torch.Tensor, elements: int) -> torch.Tensor:
     """A dense copy that starts so many elements behind an aligned address."""
     buffer = torch.full((x.numel() + elements,), float("nan"), dtype=x.dtype, device=x.device)
@@ -396,7 +271,3 @@ def spaced(x: torch.Tensor, elements: int) -> torch.Tensor:
     shape = (x.shape[0], x[0].numel() + elements)
     buffer = torch.full(shape, float("nan"), dtype=x.dtype, device=x.device)
     return buffer[:, : x[0].numel()].unflatten(1, x.shape[1:]).copy_(x)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return {F32: "f32", BF16: "bf16", F16: "f16", F64: "f64"}[dtype]

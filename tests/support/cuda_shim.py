@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from support.cache import digest, kept, native_sources
 from support.paths import ROOT, TESTS
 
 SHIM = TESTS / "cuda_shim"
@@ -50,17 +51,38 @@ def compile_objects(folder: pathlib.Path, sources, *flags) -> list[pathlib.Path]
         return list(pool.map(one, sources))
 
 
-def build_module(folder: pathlib.Path):
-    """The native module's CUDA half, its kernels running on the CPU."""
+def sources_key(*flags: str) -> str:
+    """The hash of all that a build of the sources depends on."""
+    return digest(run(compiler(), "--version"), *FLAGS, *flags, *native_sources(ROOT / "csrc", SHIM))
+
+
+def build_module():
+    """The native module's CUDA half, its kernels running on the CPU; built where the sources have changed."""
     pybind11 = pytest.importorskip("pybind11")
     includes = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
     if not (pathlib.Path(sysconfig.get_path("include")) / "Python.h").is_file():
         pytest.skip("Python.h is not installed")
-    sources = (*SOURCES, SHIM / "module.cpp")
-    objects = compile_objects(folder, sources, "-O1", "-fPIC", "-fvisibility=hidden", *ALIGNED, *includes)
-    library = folder / f"_cuda_shim{sysconfig.get_config_var('EXT_SUFFIX')}"
-    run(compiler(), "-shared", "-pthread", *objects, "-o", library)
+    flags = ("-O1", "-fPIC", "-fvisibility=hidden", *ALIGNED, *includes)
+    name = f"_cuda_shim{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+    def build(folder: pathlib.Path) -> pathlib.Path:
+        objects = compile_objects(folder, (*SOURCES, SHIM / "module.cpp"), *flags)
+        run(compiler(), "-shared", "-pthread", *objects, "-o", folder / name)
+        return folder / name
+
+    library = kept(name, sources_key(*flags, pybind11.__version__), build)
     spec = importlib.util.spec_from_file_location("_cuda_shim", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def build_race(*flags: str) -> pathlib.Path:
+    """A program that launches the kernels from several threads; the first of the flags is given to the linker too."""
+
+    def build(folder: pathlib.Path) -> pathlib.Path:
+        objects = compile_objects(folder, (*SOURCES, SHIM / "race.cpp"), *flags)
+        run(compiler(), *flags[:1], "-pthread", *objects, "-o", folder / "race")
+        return folder / "race"
+
+    return kept("race", sources_key(*flags), build)

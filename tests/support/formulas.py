@@ -1,6 +1,9 @@
-"""What the trainers' formulas share: a batch, and the comparison of a formula with a call of ours."""
+"""What the trainers' formulas share: their registry, a batch, and the comparison of a formula with a call of ours."""
 
-import pytest
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
 B, C, H, W = 4, 3, 8, 6
@@ -11,15 +14,8 @@ def alphas_cumprod():
     return (1 - betas).cumprod(0).float()
 
 
-@pytest.fixture
-def device():
-    """Where the tensors of a test are; a module that runs the formulas elsewhere has a fixture of its own."""
-    return "cpu"
-
-
-@pytest.fixture
-def batch(device):
-    """A batch on the device, where lies too what a test then makes without naming one."""
+def make_batch(device):
+    """A batch that is the same on every device."""
     g = torch.Generator("cpu").manual_seed(0)
 
     def normal(*shape):
@@ -31,8 +27,8 @@ def batch(device):
     acp, timesteps = alphas_cumprod().cpu(), torch.tensor([3, 250, 600, 980], device="cpu")
     mask = uniform(B, 1, 8 * H, 8 * W)
     mask[:, :, : 2 * H] = 0
-    found = {name: normal(B, C, H, W) for name in ("pred", "target", "latents", "noise", "noisy", "prior")}
-    found |= {
+    batch = {name: normal(B, C, H, W) for name in ("pred", "target", "latents", "noise", "noisy", "prior")}
+    batch |= {
         "mask": mask,
         "latent_mask": uniform(B, 1, H, W),
         "weights": uniform(B) + 0.25,
@@ -42,9 +38,44 @@ def batch(device):
         "a": acp[timesteps],
         "snr": acp[timesteps] / (1 - acp[timesteps]),
     }
-    torch.manual_seed(0)
-    with torch.device(device):
-        yield {name: tensor.to(device) for name, tensor in found.items()}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+@dataclass(frozen=True)
+class Formula:
+    """One trainer's loss with one choice of its options.
+
+    Attributes:
+        id: The function's name and its options.
+        compare: Called with a batch, a backend's name and `options`; fails where the call of ours is not the formula.
+        options: Further arguments of `compare`.
+    """
+
+    id: str
+    compare: Callable
+    options: dict
+
+    def run(self, backend, device="cpu"):
+        """Compare value and gradient of the formula with ours by `backend` (None: the usual choice), on `device`."""
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.compare(make_batch(device), backend, **self.options)
+
+
+class Formulas(list):
+    """The formulas of one module."""
+
+    def add(self, **axes):
+        """Register the decorated function once for every combination of `axes`: values, or a dict of id to value."""
+        axes = {name: axis if isinstance(axis, dict) else {str(x): x for x in axis} for name, axis in axes.items()}
+
+        def register(function):
+            for ids in itertools.product(*axes.values()):
+                options = {name: axes[name][key] for name, key in zip(axes, ids, strict=True)}
+                self.append(Formula("-".join([function.__name__, *ids]), function, options))
+            return function
+
+        return register
 
 
 def check(pred, formula, call):

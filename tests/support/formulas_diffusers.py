@@ -1,16 +1,18 @@
-"""Losses of diffusers' scripts; test_trainer_formulas.py says who runs them."""
+"""Losses of diffusers' scripts; support/all_formulas.py says who runs them."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 
 import diffdoctor
 from diffdoctor import Packed, Target, prior_preservation_weights, snr_weights
-from support.formulas import B, C, H, W, b4, check
+from support.formulas import B, C, Formulas, H, W, b4, check
+
+FORMULAS = Formulas()
+formula = FORMULAS.add
 
 
-@pytest.mark.parametrize("v_prediction", [False, True], ids=["eps", "v"])
-def test_diffusers_min_snr(batch, backend, v_prediction):
+@formula(v_prediction={"eps": False, "v": True})
+def diffusers_min_snr(batch, backend, v_prediction):
     s, p = batch["snr"], batch["pred"]
     weights = torch.minimum(s, torch.full_like(s, 5.0)) / (s + 1 if v_prediction else s)
 
@@ -21,7 +23,8 @@ def test_diffusers_min_snr(batch, backend, v_prediction):
     check(p, formula, lambda x: diffdoctor.weighted_loss(x, batch["target"], weighting=ours, backend=backend))
 
 
-def test_diffusers_dreambooth_sdxl_v_min_snr_plus_one(batch, backend):
+@formula()
+def diffusers_dreambooth_sdxl_v_min_snr_plus_one(batch, backend):
     s = batch["snr"]
     weights = torch.minimum(s, torch.full_like(s, 5.0)) / s + 1
 
@@ -34,7 +37,8 @@ def test_diffusers_dreambooth_sdxl_v_min_snr_plus_one(batch, backend):
     )
 
 
-def test_diffusers_edm_preconditioned(batch, backend):
+@formula()
+def diffusers_edm_preconditioned(batch, backend):
     s = batch["sigmas"]
 
     def eps(x):
@@ -51,8 +55,8 @@ def test_diffusers_edm_preconditioned(batch, backend):
     check(batch["pred"], v, lambda x: diffdoctor.weighted_loss(x, target, weighting=s**-2.0, backend=backend))
 
 
-@pytest.mark.parametrize("reversed", [False, True])
-def test_diffusers_flux_weighted_flow_on_packed_tokens(batch, backend, reversed):
+@formula(reversed={"forward": False, "reversed": True})
+def diffusers_flux_weighted_flow_on_packed_tokens(batch, backend, reversed):
     layout, s = Packed(H, W), batch["sigmas"]
     weighting = b4(2 / (torch.pi * (1 - 2 * s + 2 * s**2)))
     tokens = layout.pack(batch["pred"])
@@ -70,7 +74,8 @@ def test_diffusers_flux_weighted_flow_on_packed_tokens(batch, backend, reversed)
     )
 
 
-def test_diffusers_z_image_negated_output(batch, backend):
+@formula()
+def diffusers_z_image_negated_output(batch, backend):
     def formula(x):
         return F.mse_loss(-x, batch["noise"] - batch["latents"])
 
@@ -78,7 +83,8 @@ def test_diffusers_z_image_negated_output(batch, backend):
     check(batch["pred"], formula, lambda x: diffdoctor.weighted_loss(x, target, backend=backend))
 
 
-def test_diffusers_prior_preservation(batch, backend):
+@formula()
+def diffusers_prior_preservation(batch, backend):
     def formula(x):
         instance, prior = F.mse_loss(x, batch["target"], reduction="none").chunk(2)
         return instance.mean() + 0.7 * prior.mean()
@@ -87,7 +93,8 @@ def test_diffusers_prior_preservation(batch, backend):
     check(batch["pred"], formula, lambda x: diffdoctor.weighted_loss(x, batch["target"], weighting=w, backend=backend))
 
 
-def test_diffusers_cogvideox_x0_from_velocity(batch, backend):
+@formula()
+def diffusers_cogvideox_x0_from_velocity(batch, backend):
     pred = torch.randn(B, 5, C, H, W)
     noisy, latents, a = torch.randn_like(pred), torch.randn_like(pred), batch["a"]
     root, rest = a.sqrt().view(-1, 1, 1, 1, 1), (1 - a).sqrt().view(-1, 1, 1, 1, 1)
@@ -101,7 +108,8 @@ def test_diffusers_cogvideox_x0_from_velocity(batch, backend):
     check(pred, formula, lambda x: diffdoctor.weighted_loss(x, target, weighting=1 / (1 - a), backend=backend))
 
 
-def test_diffusers_cosmos_conditioned_frames_left_out(batch, backend):
+@formula()
+def diffusers_cosmos_conditioned_frames_left_out(batch, backend):
     pred, target = torch.randn(2, C, 5, H, W), torch.randn(2, C, 5, H, W)
     condition = torch.zeros(2, 1, 5, 1, 1)
     condition[:, :, :2] = 1
@@ -116,7 +124,8 @@ def test_diffusers_cosmos_conditioned_frames_left_out(batch, backend):
     )
 
 
-def test_diffusers_custom_diffusion_area_normalised(batch, backend):
+@formula()
+def diffusers_custom_diffusion_area_normalised(batch, backend):
     m = batch["latent_mask"]
 
     def formula(x):
@@ -131,7 +140,8 @@ def test_diffusers_custom_diffusion_area_normalised(batch, backend):
     )
 
 
-def test_diffusers_realfill_nearest(batch, backend):
+@formula()
+def diffusers_realfill_nearest(batch, backend):
     m = F.interpolate(batch["mask"], size=(H, W))
 
     def formula(x):
@@ -146,8 +156,8 @@ def test_diffusers_realfill_nearest(batch, backend):
     )
 
 
-@pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
-def test_diffusers_scheduled_huber_and_lcm(batch, backend, kind):
+@formula(kind=["huber", "smooth_l1"])
+def diffusers_scheduled_huber_and_lcm(batch, backend, kind):
     c = 0.05
     factor = 2 * c if kind == "huber" else 2.0
 

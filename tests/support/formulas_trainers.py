@@ -1,17 +1,18 @@
-"""Losses of other trainers; test_trainer_formulas.py says who runs them."""
+"""Losses of other trainers; support/all_formulas.py says who runs them."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 
 import diffdoctor
 from diffdoctor import Packed, Target, huber_schedule
-from support.formulas import B, C, H, W, b4, check
+from support.formulas import B, C, Formulas, H, W, b4, check
+
+FORMULAS = Formulas()
+formula = FORMULAS.add
 
 
-@pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
-@pytest.mark.parametrize("kind", ["l2", "l1", "huber", "smooth_l1"])
-def test_kohya_masked_scheduled_weighted(batch, backend, schedule, kind):
+@formula(schedule=["constant", "exponential", "snr"], kind=["l2", "l1", "huber", "smooth_l1"])
+def kohya_masked_scheduled_weighted(batch, backend, schedule, kind):
     t, a = batch["timesteps"], batch["a"]
     c0, scale = 0.1, 1.3
     if schedule == "exponential":
@@ -49,8 +50,8 @@ def test_kohya_masked_scheduled_weighted(batch, backend, schedule, kind):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("weight", ["min_snr", "scale_v_pred", "v_pred_like", "debiased_eps", "debiased_v", "p2"])
-def test_kohya_and_onetrainer_snr_weights_after_the_sample_mean(batch, backend, weight):
+@formula(weight=["min_snr", "scale_v_pred", "v_pred_like", "debiased_eps", "debiased_v", "p2"])
+def kohya_and_onetrainer_snr_weights_after_the_sample_mean(batch, backend, weight):
     s = batch["snr"].clamp_max(1000)
     scale = s / (s + 1)
     factor = {
@@ -77,8 +78,8 @@ def test_kohya_and_onetrainer_snr_weights_after_the_sample_mean(batch, backend, 
     check(batch["pred"], formula, after)
 
 
-@pytest.mark.parametrize("normalize", [None, "sample"])
-def test_onetrainer_five_losses_with_unmasked_weight_and_prior(batch, backend, normalize):
+@formula(normalize={"plain": None, "sample": "sample"})
+def onetrainer_five_losses_with_unmasked_weight_and_prior(batch, backend, normalize):
     strengths = {"l2": 1.0, "l1": 0.4, "log_cosh": 0.3, "huber": 0.6}
     delta, floor, lam = 0.5, 0.1, 0.35
     m = batch["latent_mask"].clamp(floor, 1)
@@ -111,7 +112,8 @@ def test_onetrainer_five_losses_with_unmasked_weight_and_prior(batch, backend, n
     check(batch["pred"], formula, call)
 
 
-def test_simpletuner_flow_mask_and_segmentation(batch, backend):
+@formula()
+def simpletuner_flow_mask_and_segmentation(batch, backend):
     image = batch["mask"] * 2 - 1  # the R channel of a picture in [-1, 1]
     small = F.interpolate(image, size=(H, W), mode="area") / 2 + 0.5
 
@@ -138,7 +140,8 @@ def test_simpletuner_flow_mask_and_segmentation(batch, backend):
     )
 
 
-def test_simpletuner_reflexflow_full_shape_weights(batch, backend):
+@formula()
+def simpletuner_reflexflow_full_shape_weights(batch, backend):
     exposure = torch.rand(B, C, H, W)
     weights = 1 + 0.5 * exposure / exposure.abs().sum((1, 2, 3), keepdim=True)
 
@@ -152,7 +155,8 @@ def test_simpletuner_reflexflow_full_shape_weights(batch, backend):
     )
 
 
-def test_ai_toolkit_mask_divided_by_the_batch_mean(batch, backend):
+@formula()
+def ai_toolkit_mask_divided_by_the_batch_mean(batch, backend):
     low = 0.2
     m = F.interpolate(batch["mask"].half(), size=(H, W)).float()
     lerped = low + (1 - low) * m
@@ -171,7 +175,8 @@ def test_ai_toolkit_mask_divided_by_the_batch_mean(batch, backend):
     )  # fmt: skip
 
 
-def test_ai_toolkit_pseudo_huber_unaugmented_t0_and_divergence(batch, backend):
+@formula()
+def ai_toolkit_pseudo_huber_unaugmented_t0_and_divergence(batch, backend):
     s = batch["sigmas"]
     check(
         batch["pred"],
@@ -193,7 +198,8 @@ def test_ai_toolkit_pseudo_huber_unaugmented_t0_and_divergence(batch, backend):
     )
 
 
-def test_ai_toolkit_inverted_mask_prior(batch, backend):
+@formula()
+def ai_toolkit_inverted_mask_prior(batch, backend):
     m = batch["latent_mask"]
 
     def formula(x):
@@ -212,8 +218,8 @@ def test_ai_toolkit_inverted_mask_prior(batch, backend):
     check(batch["pred"], formula, call)
 
 
-@pytest.mark.parametrize("kind", ["huber", "smooth_l1", "l2"])
-def test_diffusion_pipe_packed_with_nearest_exact_mask(batch, backend, kind):
+@formula(kind=["huber", "smooth_l1", "l2"])
+def diffusion_pipe_packed_with_nearest_exact_mask(batch, backend, kind):
     layout = Packed(H, W)
     tokens, target = layout.pack(batch["pred"]), layout.pack(batch["target"])
     m = batch["mask"][:, 0].half()
@@ -244,7 +250,8 @@ def test_diffusion_pipe_packed_with_nearest_exact_mask(batch, backend, kind):
     )
 
 
-def test_ltx_tokens_normalised_by_the_batch(batch, backend):
+@formula()
+def ltx_tokens_normalised_by_the_batch(batch, backend):
     tokens, target = torch.randn(2, 30, 16), torch.randn(2, 30, 16)
     valid = torch.rand(2, 30) > 0.3
 
@@ -259,7 +266,8 @@ def test_ltx_tokens_normalised_by_the_batch(batch, backend):
     )
 
 
-def test_qflux_edit_weights_and_valid_tokens(batch, backend):
+@formula()
+def qflux_edit_weights_and_valid_tokens(batch, backend):
     tokens, target = torch.randn(2, 12, 16), torch.randn(2, 12, 16)
     edit, valid = (torch.rand(2, 12) > 0.5).float(), (torch.rand(2, 12) > 0.2).float()
     weights = 2.0 * edit + 1.0 * (1 - edit)
@@ -282,7 +290,8 @@ def test_qflux_edit_weights_and_valid_tokens(batch, backend):
     )
 
 
-def test_musubi_and_finetrainers_video_weights(batch, backend):
+@formula()
+def musubi_and_finetrainers_video_weights(batch, backend):
     pred, target = torch.randn(2, C, 4, H, W), torch.randn(2, C, 4, H, W)
     weighting = torch.rand(2, 1, 1, 1, 1) + 0.5
     check(
@@ -292,7 +301,8 @@ def test_musubi_and_finetrainers_video_weights(batch, backend):
     )
 
 
-def test_diffsynth_batch_weight_without_the_first_frame(batch, backend):
+@formula()
+def diffsynth_batch_weight_without_the_first_frame(batch, backend):
     pred, target = torch.randn(2, C, 4, H, W), torch.randn(2, C, 4, H, W)
     check(
         pred,
@@ -303,7 +313,8 @@ def test_diffsynth_batch_weight_without_the_first_frame(batch, backend):
     )
 
 
-def test_cog_sdxl_face_mask_and_musubi_watermark(batch, backend):
+@formula()
+def cog_sdxl_face_mask_and_musubi_watermark(batch, backend):
     m = batch["latent_mask"]
     check(
         batch["pred"],
@@ -323,7 +334,8 @@ def test_cog_sdxl_face_mask_and_musubi_watermark(batch, backend):
     )
 
 
-def test_dpo_needs_a_loss_per_sample(batch, backend):
+@formula()
+def dpo_needs_a_loss_per_sample(batch, backend):
     def dpo(losses):
         winner, loser = losses.chunk(2)
         return -F.logsigmoid(-0.5 * (winner - loser)).mean()
@@ -335,7 +347,8 @@ def test_dpo_needs_a_loss_per_sample(batch, backend):
     )
 
 
-def test_one_global_denominator_over_accumulation_steps(batch, backend):
+@formula()
+def one_global_denominator_over_accumulation_steps(batch, backend):
     m = batch["latent_mask"]
 
     def formula(x):

@@ -7,7 +7,13 @@ import socket
 import subprocess
 import sys
 
-from support.paths import ROOT
+from support.paths import ROOT, TESTS
+
+
+def environment(**more):
+    """The environment of a process that imports this checkout and the tests' support, and computes in one thread."""
+    path = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
 def free_port():
@@ -24,18 +30,35 @@ def launched(*arguments, processes=2):
     # With --cpu, accelerate starts one process, whatever is asked of it.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
     done = subprocess.run(
         [*command, "-m", "diffdoctor", *map(str, arguments)],
-        env=environment,
+        env=environment(ACCELERATE_USE_CPU="true"),
         capture_output=True,
         text=True,
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def run_group(command, count=2, **more):
+    """Run `command` as the `count` processes of one group on the CPU; `more` is added to their environment."""
+    group = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    running = [
+        subprocess.Popen(
+            list(map(str, command)),
+            env=environment(**group, RANK=str(rank), LOCAL_RANK=str(rank), **more),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=900)
+        assert process.returncode == 0, errors[-3000:]

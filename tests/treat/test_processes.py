@@ -1,7 +1,6 @@
 """Two processes with the same global batch give the LoRA that one gives, with the denoiser sharded or not."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -9,20 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from support.launch import free_port
-from support.paths import TESTS
+from support import launch
 
 SCRIPT = """
 import json
 import sys
 import numpy as np
 import torch
-sys.path.insert(0, sys.argv[1])
 from support.tiny_pipelines import PROMPTS, tiny_pipeline
 from support.treatment import BrightDetector
 from diffdoctor.treat import TreatConfig, treat
 
-output, options = sys.argv[2], json.loads(sys.argv[3])
+output, options = sys.argv[1], json.loads(sys.argv[2])
 family = options.pop("family")
 pictures = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
 common = dict(steps=3, batch_size=4, sampling_steps=3, height=16, width=16, rank=2, max_sequence_length=32,
@@ -42,28 +39,12 @@ if torch.distributed.is_initialized():
 """
 
 
-def start(count, rank, port, output, options, environment):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    if count > 1:
-        environment |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "ACCELERATE_USE_CPU": "true",
-        }
-    command = [sys.executable, "-c", SCRIPT, str(TESTS), str(output), json.dumps(options)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def run(count, output, options, environment=None):
-    port = free_port()
-    running = [start(count, rank, port, output, options, environment or {}) for rank in range(count)]
-    for process in running:
-        _, errors = process.communicate(timeout=900)
-        assert process.returncode == 0, errors[-3000:]
+def run(count, output, options, **environment):
+    command = [sys.executable, "-c", SCRIPT, output, json.dumps(options)]
+    if count == 1:
+        subprocess.run(command, env=launch.environment(), check=True, timeout=900)
+    else:
+        launch.run_group(command, count, **environment)
     return load_file(output / "lora" / "pytorch_lora_weights.safetensors")
 
 
@@ -93,7 +74,7 @@ FSDP = {
 )
 def test_two_processes_equal_one(family, method, replay_area, environment, tmp_path):
     options = {"family": family, "method": method, "replay_area": replay_area}
-    one, two = run(1, tmp_path / "one", options), run(2, tmp_path / "two", options, environment)
+    one, two = run(1, tmp_path / "one", options), run(2, tmp_path / "two", options, **environment)
     assert_same(one, two)
     account = json.loads((tmp_path / "two-0.json").read_text())
     assert [row["step"] for row in account["history"]] == [1, 2, 3]

@@ -1,16 +1,13 @@
-"""What runs in Triton's interpreter: collected by test_triton_interpreter.py in a process with TRITON_INTERPRET=1."""
+"""The Triton kernels, executed by Triton's interpreter, against the reference over the shared cases."""
 
 import dataclasses
 import math
-import sys
-import warnings
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from hypothesis import given, settings
-from triton.runtime import interpreter
 
 import diffdoctor
 from diffdoctor.backends.triton import weighted_loss as _triton
@@ -19,43 +16,7 @@ from diffdoctor.kernels.common import to_storage
 from diffdoctor.kernels.element_loss import element_loss
 from diffdoctor.kernels.weighted_loss import count_of, decode
 from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
-from support import artifact, cases, search
-
-
-@triton.jit
-def count_to(out_ptr, n):
-    for i in range(n):
-        tl.store(out_ptr + i, i)
-
-
-def _index_by_one_element():
-    """Loop bounds in Triton 3.4 to 3.6 are arrays of one element, which NumPy 2.4 no longer makes an int of.
-
-    What Triton 3.7 does, put over the patch that its interpreter lays on tensors for the time of a launch.
-    """
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, *scope):
-        patch(tensor, *scope)
-
-        def index(self):
-            return int(self.handle.data.squeeze())
-
-        if scope:
-            scope[0].set_attr(tensor, "__index__", index)
-        else:
-            tensor.__index__ = index
-
-    interpreter._patch_lang_tensor = patched
-
-
-try:
-    count_to[(1,)](torch.empty(2), 2)
-except Exception as error:
-    if "0-dimensional" not in str(error):
-        raise
-    _index_by_one_element()
-    count_to[(1,)](torch.empty(2), 2)
+from support import artifact, case_lists, cases, search
 
 
 @triton.jit
@@ -86,27 +47,11 @@ def count_to_memory(out_ptr, units, UNIT: tl.constexpr, IDX: tl.constexpr):
     tl.store(out_ptr, count_of(units, UNIT, IDX))
 
 
-@pytest.fixture(autouse=True)
-def no_division_warnings():
-    """log2(0) is meant to be −∞ in the kernels; numpy says so aloud."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield
-
-
-@pytest.fixture
-def served(monkeypatch):
-    """The public functions, served by the interpreted kernels."""
-    backends = sys.modules["diffdoctor.backends.select"]  # the package's attribute of that name is the function
-    monkeypatch.setattr(backends, "_BY_DEVICE", {"cpu": ("triton",)})
-    monkeypatch.setattr(backends, "_chosen", {})
-
-
 def outputs(problem):
     return [x.clone() for x in (problem.loss, problem.grad, problem.sums) if x is not None]
 
 
-@pytest.mark.parametrize("case", cases.all_cases(), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", case_lists.all_cases(), ids=lambda case: case.id)
 def test_weighted_loss_equals_the_reference(case):
     inputs = cases.build(case)
     want = cases.expected(inputs)

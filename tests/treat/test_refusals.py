@@ -1,0 +1,90 @@
+"""What cannot be treated is refused, and prompts that are too long are counted."""
+
+import numpy as np
+import pytest
+
+from diffdoctor.runs.errors import UserError
+from diffdoctor.treat import TreatConfig, treat
+from diffdoctor.treat.prompts import check_prompts
+from support.tiny_pipelines import PROMPTS, tiny_pipeline
+from support.treatment import pairs, random_detector, run, small
+
+
+def test_a_monitor_with_the_detectors_weights_is_refused():
+    detector = random_detector()
+    for monitor in (detector, random_detector()):
+        with pytest.raises(UserError, match="monitor: a detector with weights of its own"):
+            treat(
+                tiny_pipeline("sd"), detector, PROMPTS, small(), offline=pairs(), monitor=monitor, progress=False
+            )  # fmt: skip
+
+
+def test_a_pipeline_that_places_its_own_parts_is_refused():
+    pipeline = tiny_pipeline("sd")
+    pipeline.unet._hf_hook = object()
+    with pytest.raises(UserError, match="offloading or a device map"):
+        run(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"offline": ([], [])}, "offline"),
+        ({"offline": (np.zeros((2, 16, 16, 3), np.float32), ["a", "b"])}, "uint8"),
+        ({"height": 15}, "multiples of 2 pixels, 4 at least, were expected, got 15 x 16"),
+        ({"height": 2, "width": 2}, "multiples of 2 pixels, 4 at least, were expected, got 2 x 2"),
+        ({"sampling_steps": 2000}, "sampling_steps: DDPMScheduler does not take them"),
+        ({"lora_targets": ("everything",)}, "lora_targets"),
+    ],
+)
+def test_what_cannot_be_treated_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        run(**options)
+
+
+def test_missing_offline_pairs_are_refused():
+    with pytest.raises(UserError, match="offline"):
+        treat(tiny_pipeline("sd"), random_detector(), PROMPTS, small(), progress=False)
+
+
+@pytest.mark.parametrize("prompts", [[], ["  "], ["good", 3]])
+def test_prompts_are_refused(prompts):
+    with pytest.raises(UserError, match="prompts"):
+        treat(tiny_pipeline("sd"), random_detector(), prompts, small(), offline=pairs(), progress=False)
+
+
+def test_the_token_limit_is_the_one_that_the_pipeline_uses(caplog):
+    words = ["a red square on the left of a blue one, and a green dot above both of them"]
+    for name in ("sd3", "flux"):
+        check_prompts(tiny_pipeline(name), words, max_sequence_length=8)
+        assert "1 of 1 prompts are longer than 8 tokens" in caplog.text
+        caplog.clear()
+    # CLIP alone is not asked how long
+    check_prompts(tiny_pipeline("sdxl"), words, max_sequence_length=8)
+    without_t5 = tiny_pipeline("sd3")
+    without_t5.tokenizer_3 = None
+    check_prompts(without_t5, words, max_sequence_length=8)
+    assert not caplog.text
+
+
+def test_long_prompts_are_counted_cut_or_refused(caplog):
+    long = "red square " * 60
+    treat(tiny_pipeline("sd"), random_detector(), [long, PROMPTS[0]], small(steps=1), offline=pairs(), progress=False)
+    assert "1 of 2 prompts are longer than 77 tokens" in caplog.text
+    with pytest.raises(UserError, match="strict"):
+        treat(tiny_pipeline("sd"), random_detector(), [long], small(strict=True), offline=pairs(), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "draft"}, "method: one of draft_k"),
+        ({"batch_size": 0}, "batch_size: at least 1"),
+        ({"clean_grad": -1.0}, "clean_grad"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"ema_decay": 1.5}, r"ema_decay: in \[0, 1\]"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TreatConfig(**options)
