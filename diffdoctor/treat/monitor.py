@@ -47,12 +47,16 @@ def measure(
     confidence: torch.Tensor,
     groups: Sequence[int],
     step: int,
-    second: torch.Tensor | None = None,
+    monitor_confidence: torch.Tensor | None = None,
 ) -> Measurement:
-    """Measure pictures (B, 3, H, W) in [0, 1] with maps (B, 1, H, W); groups (B,) say which share a prompt.
+    """Measure pictures.
 
     Args:
-        second: the second detector's maps.
+        pictures: (B, 3, H, W) in [0, 1].
+        confidence: (B, 1, H, W), the detector's maps.
+        groups: (B,) numbers; equal ones share a prompt.
+        step: optimisation steps done.
+        monitor_confidence: (B, 1, H, W), the second detector's maps, or None.
     """
     area = (confidence >= FLAG_CONFIDENCE).flatten(1).float().mean(1)
     grey = pictures.float().mean(1, keepdim=True)
@@ -64,8 +68,12 @@ def measure(
         flagged_rate=float((area >= 0.02).float().mean()),
         sharpness=float(F.conv2d(grey, kernel).abs().mean()),
         diversity=_diversity(grey, groups),
-        monitor_area=None if second is None else float((second >= FLAG_CONFIDENCE).float().mean()),
+        monitor_area=None if monitor_confidence is None else _flagged_area(monitor_confidence),
     )
+
+
+def _flagged_area(confidence: torch.Tensor) -> float:
+    return float((confidence >= FLAG_CONFIDENCE).float().mean())
 
 
 def _diversity(grey: torch.Tensor, groups: Sequence[int]) -> float:
@@ -76,7 +84,7 @@ def _diversity(grey: torch.Tensor, groups: Sequence[int]) -> float:
     return float(torch.stack([grey[rows].std(0).mean() for rows in shared]).mean())
 
 
-class Monitor:
+class EarlyStopping:
     """Keeps the best weights and says when to stop.
 
     Attributes:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, expected
 
 _SAMPLE_NAMES = ("hidden_states", "sample")
 # Positions of tokens, which hold for every picture of the batch.
@@ -77,10 +77,8 @@ class Predictor:
             calls.append(_Call(args, kwargs, name, max(1, len(output) // batch)))
             outputs += output.chunk(calls[-1].parts)
         if len(outputs) not in (1, 2):
-            raise UserError(
-                f"guide: a prediction made of 1 or 2 passes of {type(self._denoiser).__name__} was expected, "
-                f"got {len(outputs)}; rewinds=0 does without repeating it"
-            )
+            what = f"a prediction made of 1 or 2 passes of {type(self._denoiser).__name__}"
+            raise UserError(expected("guide", what, f"{len(outputs)}; rewinds=0 does without repeating it"))
         self._steps[step] = _Step(batch, calls, _weight(*outputs, prediction) if len(outputs) == 2 else None)
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from diffdoctor.ops import Target
-from diffdoctor.runs.errors import UserError, first_line
+from diffdoctor.runs.errors import UserError, expected, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +244,5 @@ def _check_supported(scheduler) -> None:
     if kind in _DPM:
         config = scheduler.config
         if config.algorithm_type != "dpmsolver++" or config.solver_order > 2 or config.get("use_flow_sigmas"):
-            raise UserError(
-                f"{kind}: algorithm_type 'dpmsolver++' of order 1 or 2 without use_flow_sigmas was expected, "
-                f"got {config.algorithm_type!r} of order {config.solver_order}"
-            )
+            what = "algorithm_type 'dpmsolver++' of order 1 or 2 without use_flow_sigmas"
+            raise UserError(expected(kind, what, f"{config.algorithm_type!r} of order {config.solver_order}"))

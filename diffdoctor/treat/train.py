@@ -91,14 +91,14 @@ def treat(
     treatment = Treatment(pipeline, detector, prompts, config or TreatConfig(), offline, monitor, output_dir, settings)
     try:
         stopped = treatment.run(progress)
-        best = treatment.monitor.best
+        best = treatment.early_stopping.best
         result = TreatResult(
             pipeline=pipeline,
             history=treatment.history,
-            measurements=treatment.monitor.measurements,
+            measurements=treatment.early_stopping.measurements,
             best_step=0 if best is None else best.step,
             stopped=stopped,
-            skipped=treatment.skipped,
+            skipped=treatment.training.skipped,
             seconds=treatment.seconds,
         )
         if output_dir is not None:
@@ -112,7 +112,7 @@ def treat(
 def _write(result: TreatResult, treatment: Treatment, output_dir: Path) -> None:
     if treatment.processes.is_main:
         with writing(output_dir):
-            save_lora(treatment.family, output_dir / "lora")
+            save_lora(treatment.sampling.family, output_dir / "lora")
             atomic_write_json(output_dir / "treat.json", _summary(result, treatment.config))
         treatment.checkpoints.keep_last()
     treatment.processes.wait()

@@ -42,7 +42,7 @@ def test_options_come_from_a_file_and_the_command_line_wins(demo_options, tmp_pa
         (["demo", "--seed", "many"], "seed"),
         (["demo", "--config", "no-such-file.yaml"], "no-such-file.yaml"),
         (["demo", "--pictures", "3"], "pictures: at least 20 was expected"),
-        (["treat", "--method", "nope"], "method: one of draft_k"),
+        (["treat", "--method", "nope"], "method: expected one of draft_k"),
         (["treatment"], "unknown command 'treatment'"),
         (["evaluate"], "one of evaluate detector, evaluate model was expected"),
         (["evaluate", "modle"], "one of evaluate detector, evaluate model was expected"),

@@ -16,10 +16,11 @@ from diffdoctor.treat import train as trainer
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import WEIGHTS_NAME, lora_state
 from diffdoctor.treat.methods import METHODS
-from diffdoctor.treat.monitor import Measurement, Monitor
+from diffdoctor.treat.monitor import EarlyStopping, Measurement
+from diffdoctor.treat.offline import offline_term, prepare_offline
 from diffdoctor.treat.prompts import check_prompts
+from diffdoctor.treat.sampling import Sampling
 from diffdoctor.treat.schedulers import Sampler
-from diffdoctor.treat.terms import offline_term, prepare_offline
 from support.tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
 from support.treatment import BrightDetector, gradient_norms, pairs, random_detector, run, small
 
@@ -220,10 +221,10 @@ def test_a_monitor_that_sees_more_artifacts_stops_the_treatment():
 
 
 def test_the_last_of_equally_good_weights_is_kept():
-    monitor = Monitor(small())
+    early_stopping = EarlyStopping(small())
     for step, score in enumerate((0.1, 0.02, 0.01, 0.0105, 0.04)):
-        monitor.add(Measurement(step, score, 0.0, 0.0, 1.0, 1.0), dict)
-    assert monitor.best.step == 3
+        early_stopping.add(Measurement(step, score, 0.0, 0.0, 1.0, 1.0), dict)
+    assert early_stopping.best.step == 3
 
 
 def test_uniform_maps_leave_the_offline_term_alone():
@@ -261,7 +262,7 @@ def test_a_vae_that_gives_nan_in_its_dtype_is_noticed_at_once():
 def test_a_monitor_with_the_detectors_weights_is_refused():
     detector = random_detector()
     for monitor in (detector, random_detector()):
-        with pytest.raises(UserError, match="monitor: a detector with weights of its own"):
+        with pytest.raises(UserError, match="monitor: expected a detector with other weights"):
             treat(
                 tiny_pipeline("sd"), detector, PROMPTS, small(), offline=pairs(), monitor=monitor, progress=False
             )  # fmt: skip
@@ -288,18 +289,20 @@ def test_offline_pairs_teach_nothing_where_flagged():
     family = family_of(pipeline)
     cpu = torch.device("cpu")
     config = small(offline_dilation=1)
-    prepared = prepare_offline(family, SquareDetector(), pairs(), config, 16, 16, cpu, 4)
+    sampler = Sampler(pipeline.scheduler, device=cpu, timestep_options={"num_inference_steps": 3})
+    sampling = Sampling(family, sampler, detector=SquareDetector())
+    options = {"height": 16, "width": 16, "device": cpu, "chunk": 4}
+    prepared = prepare_offline(sampling, pairs(), config, **options)
     expected = torch.ones(16, 16)
     expected[3:9, 5:11] = 0
     assert torch.equal(prepared.keep, expected.expand(6, 1, 16, 16))
-    sampler = Sampler(pipeline.scheduler, device=cpu, timestep_options={"num_inference_steps": 3})
 
     def loss():
-        return offline_term(family, sampler, prepared, config, draws=[1, 2, 3], total=3)
+        return offline_term(sampling, prepared, draws=[1, 2, 3], total=3)
 
     with_flagged = float(loss().detach())
-    uniform = prepare_offline(family, SquareDetector(), pairs(), small(map_source="uniform"), 16, 16, cpu, 4)
-    everywhere = float(offline_term(family, sampler, uniform, config, draws=[1, 2, 3], total=3).detach())
+    uniform = prepare_offline(sampling, pairs(), small(map_source="uniform"), **options)
+    everywhere = float(offline_term(sampling, uniform, draws=[1, 2, 3], total=3).detach())
     assert with_flagged < everywhere
     # the residual in the flagged latents does not count: 4 x 4 latent pixels, less their partly flagged rim
     prepared.keep[:] = 0
@@ -318,8 +321,8 @@ def test_offline_pairs_as_samples():
     [
         ({"offline": ([], [])}, "offline"),
         ({"offline": (np.zeros((2, 16, 16, 3), np.float32), ["a", "b"])}, "uint8"),
-        ({"height": 15}, "multiples of 2 pixels, 4 at least, were expected, got 15 x 16"),
-        ({"height": 2, "width": 2}, "multiples of 2 pixels, 4 at least, were expected, got 2 x 2"),
+        ({"height": 15}, "height, width: expected multiples of 2 pixels, 4 at least, got 15 x 16"),
+        ({"height": 2, "width": 2}, "height, width: expected multiples of 2 pixels, 4 at least, got 2 x 2"),
         ({"sampling_steps": 2000}, "sampling_steps: DDPMScheduler does not take them"),
         ({"lora_targets": ("everything",)}, "lora_targets"),
     ],
@@ -365,11 +368,15 @@ def test_long_prompts_are_counted_cut_or_refused(caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "draft"}, "method: one of draft_k"),
-        ({"batch_size": 0}, "batch_size: at least 1"),
+        ({"method": "draft"}, "method: expected one of draft_k"),
+        ({"batch_size": 0}, "batch_size: expected at least 1"),
         ({"clean_grad": -1.0}, "clean_grad"),
         ({"learning_rate": float("nan")}, "learning_rate"),
-        ({"ema_decay": 1.5}, r"ema_decay: in \[0, 1\]"),
+        ({"height": 0}, "height: expected at least 1, or None for the pipeline's own, got 0"),
+        ({"grad_steps": 0}, "grad_steps: expected at least 1, or None for a quarter of sampling_steps, got 0"),
+        ({"alpha": 0.0}, "alpha: expected a positive number, or None for the rank, got 0.0"),
+        ({"attention_backend": ""}, "attention_backend: expected a name, or None for the pipeline's own, got ''"),
+        ({"ema_decay": 1.5}, r"ema_decay: expected a number in \[0, 1\]"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -386,7 +393,7 @@ def test_a_run_killed_after_it_was_to_stop_does_not_go_on(tmp_path, monkeypatch)
 
     monkeypatch.setattr(trainer, "_write", dying)
     # only the measurement at step 4 is good enough
-    monkeypatch.setattr(Monitor, "add", stopping_at(4, Monitor.add))
+    monkeypatch.setattr(EarlyStopping, "add", stopping_at(4, EarlyStopping.add))
     with pytest.raises(Interrupted):
         run(**options)
     monkeypatch.setattr(trainer, "_write", write)
