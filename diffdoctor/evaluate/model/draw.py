@@ -90,7 +90,7 @@ def guided(pipeline, detector, config: EvaluateModelConfig):
     if not config.guide:
         yield
         return
-    from diffdoctor.treat.guide import guide
+    from diffdoctor.treat.guided_sampling import guide
 
     options = {"height": config.height or None, "width": config.width or None, **config.guide_options}
     known = set(inspect.signature(guide).parameters) - {"pipeline", "detector"}
