@@ -10,6 +10,7 @@ __all__, __getattr__, __dir__ = lazy_names(
         "TreatConfig": "diffdoctor.treat.config",
         "TreatResult": "diffdoctor.treat.train",
         "treat": "diffdoctor.treat.train",
+        "guide": "diffdoctor.treat.guided_sampling",
         "GuideLog": "diffdoctor.treat.guided_sampling",
         "save_lora": "diffdoctor.treat.lora",
     },
