@@ -13,6 +13,7 @@ import torch
 
 from diffdoctor.demo.pipeline import Trained, build_text_encoder, build_tokenizer, encode_pairs, fit
 from diffdoctor.ops import Target, weighted_loss
+from diffdoctor.runs.errors import expected
 from diffdoctor.treat.families import family_of
 
 MAX_SEQUENCE_LENGTH = 8
@@ -53,7 +54,7 @@ def build_flow_pipeline(prompts: Sequence[str], vae, *, seed: int = 0, width: in
     from transformers import T5Config, T5EncoderModel
 
     if width % 32:
-        raise ValueError(f"width: a multiple of 32 was expected, got {width}")
+        raise ValueError(expected("width", "a multiple of 32", width))
     clip, t5 = build_tokenizer(prompts, max_length=MAX_SEQUENCE_LENGTH), build_t5_tokenizer(prompts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
