@@ -36,7 +36,7 @@ SHIFTS = (0.0, -0.5, -1.0, -1.5, -2.0)
 TRAINING = {
     "batch_size": 32,
     "learning_rate": 3e-3,
-    "warmup": 300,
+    "warmup_steps": 300,
     "mse": 0.0,
     "bce": 1.0,
     "precision": "bf16",
