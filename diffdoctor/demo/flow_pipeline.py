@@ -48,7 +48,8 @@ def build_flow_pipeline(prompts: Sequence[str], vae, *, seed: int = 0, width: in
         vae: an `AutoencoderKL` with 4 latent channels of about unit deviation; its weights are copied.
         seed: of the initial weights; the global random state is left as it was.
         width: of the transformer's tokens, a multiple of 32.
-        layers, single: how many double-stream and single-stream blocks.
+        layers: how many double-stream blocks.
+        single: how many single-stream blocks.
     """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import T5Config, T5EncoderModel
@@ -106,9 +107,12 @@ def train_flow(
     """Train pipeline.transformer on (pictures, prompts) in place with the flow matching loss, times uniform.
 
     Args:
+        pipeline: from `build_flow_pipeline`.
         pictures: uint8 (N, H, W, 3).
         prompts: N strings.
-        steps, batch_size, learning_rate: AdamW with warm-up and cosine decay; learning_rate is the peak.
+        steps: of AdamW.
+        batch_size: pairs of a step.
+        learning_rate: the peak; after a warm-up it falls along a cosine.
         ema_decay: of the running average of the weights, which is what stays in the pipeline; 0 switches it off.
         seed: of batches, times and noise.
         on_step: called with (step, loss), for a progress bar.

@@ -148,7 +148,12 @@ def build_pipeline(prompts: Sequence[str], *, picture_size: int = 16, seed: int 
 
 @dataclass
 class Trained:
-    """What a training function returns: the loss of every step and the seconds it took."""
+    """What a training function returns.
+
+    Attributes:
+        losses: of every step.
+        seconds: wall time.
+    """
 
     losses: list[float]
     seconds: float
@@ -172,8 +177,11 @@ def train_autoencoder(
     knows a scaling factor only, no shift.
 
     Args:
+        pipeline: from `build_pipeline`.
         pictures: uint8 (N, H, W, 3).
-        steps, batch_size, learning_rate: AdamW with warm-up and cosine decay; learning_rate is the peak.
+        steps: of AdamW.
+        batch_size: pictures of a step.
+        learning_rate: the peak; after a warm-up it falls along a cosine.
         kl_weight: of the KL term per latent element, beside the mean squared error of a pixel in [-1, 1].
         chroma_weight: of the squared error of a pixel's colour (the pixel less its mean channel), added to that. Colour
             is rare in these pictures: with 0 its damage comes back grey from a training this short.
@@ -214,9 +222,12 @@ def train_base(
     """Train pipeline.unet on (pictures, prompts) in place with the velocity loss.
 
     Args:
+        pipeline: from `build_pipeline`.
         pictures: uint8 (N, H, W, 3); `train_autoencoder` comes first.
         prompts: N strings.
-        steps, batch_size, learning_rate: AdamW with warm-up and cosine decay; learning_rate is the peak.
+        steps: of AdamW.
+        batch_size: pairs of a step.
+        learning_rate: the peak; after a warm-up it falls along a cosine.
         ema_decay: of the running average of the weights, which is what stays in the pipeline; 0 switches it off.
         seed: of batches, timesteps and noise.
         on_step: called with (step, loss), for a progress bar.
@@ -246,6 +257,7 @@ def encode_pairs(
     """What a denoiser is trained on.
 
     Args:
+        pipeline: whose autoencoder is taken.
         pictures: uint8 (N, H, W, 3).
         prompts: N strings.
 

@@ -25,6 +25,10 @@ def check_pipeline(family: Family) -> None:
 def check_detectors(detector: torch.nn.Module, monitor: torch.nn.Module | None) -> None:
     """Refuse a monitor that is the detector: it would see what the detector sees.
 
+    Args:
+        detector: steers the treatment.
+        monitor: watches it, or None.
+
     Raises:
         UserError: if both have the same weights, rounding aside.
     """
@@ -38,9 +42,13 @@ def check_finite(family: Family, values: torch.Tensor, what: str, latents: torch
     """Refuse a pipeline whose untreated model gives values that are not finite, and say which part does.
 
     Args:
+        family: of the pipeline.
         values: what came out of the VAE.
         what: what the VAE was doing, in words.
         latents: what went in, where the denoiser made it.
+
+    Raises:
+        UserError: if values are not finite.
     """
     if bool(torch.isfinite(values).all()):
         return

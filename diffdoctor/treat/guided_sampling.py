@@ -99,18 +99,22 @@ def guide(
         strength: largest move of a latent per iteration, in the latents' own units (their deviation is about 1); 0: no
             moves.
         iterations: moves per step, each diagnosed anew; 0: no moves.
-        start, stop: share of the steps before which, and from which on, nothing is moved; in [0, 1]. What is moved late
-            is not smoothed by later steps, and tends to fool the detector rather than to mend the picture.
+        start: share of the steps before which nothing is moved, in [0, 1].
+        stop: share of the steps from which on nothing is moved, in [0, 1]. What is moved late is not smoothed by later
+            steps, and tends to fool the detector rather than to mend the picture.
         decay: strength falls with (1 - share of steps done) ** decay; 0: constant.
         rewinds: how often a broken picture is drawn again at most; 0: never.
         rewind_to: share of the steps that the first rewind goes back to, in [0, 1). What it cannot mend was decided
             earlier, so each further one goes further back, the last one to the first step.
-        rewind_area, rewind_confidence: a picture is broken when at least this share of its pixels has at least this
-            confidence; those pixels are drawn again. A doubt is enough: drawing again what was sound costs only time.
+        rewind_area: a picture is broken when at least this share of its pixels has a confidence of at least
+            rewind_confidence; those pixels are drawn again.
+        rewind_confidence: see rewind_area. It can be low: drawing again what was sound costs only time.
         rewind_dilation: latent pixels by which the part drawn again grows.
-        artifact_grad, clean_grad: factors of the gradient where the confidence is 1 and 0.
+        artifact_grad: the gradient's factor where the confidence is 1.
+        clean_grad: the gradient's factor where the confidence is 0.
         threshold: confidences above it enter the loss, in [0, 1]; a picture with none is left alone.
-        height, width: of the pictures, in pixels; None: the pipeline's own. Needed for FLUX, whose latents do not say.
+        height: of the pictures, in pixels; None: the pipeline's own. Needed for FLUX, whose latents do not say.
+        width: as height.
         seed: of the fresh noise, which depends on it and on a picture's first latents alone: the same call gives the
             same pictures, in any batch.
 
@@ -204,8 +208,9 @@ class _Run:
         """Latents (M, C, h, w) sampled again inside the region, and as they are outside of it.
 
         Args:
-            clean: (M, C, h, w), the pictures at rows (M,) of the batch.
+            clean: (M, C, h, w), the latents to change.
             region: (M, 1, h, w), 1 inside and 0 outside.
+            rows: (M,) of the batch, where `clean` belongs.
             count: of the rewinds so far; each has fresh noise.
         """
         sampler, share = self.sampler, 1 - count / max(1, self.options.rewinds - 1)

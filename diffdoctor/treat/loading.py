@@ -51,6 +51,7 @@ def replace_scheduler(pipeline, name: str | None) -> None:
     """Put a diffusers scheduler with the configuration of the pipeline's own in its place.
 
     Args:
+        pipeline: that gets it.
         name: its class; None: the pipeline keeps its own.
 
     Raises:

@@ -100,7 +100,7 @@ class LoraTraining:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up what `state_dict` gave."""
+        """Load what `state_dict` gave."""
         put(state["lora"], self.parameters)
         self.average.load(state["average"])
         if state["optimizer"] is not None:

@@ -101,7 +101,15 @@ class EarlyStopping:
         self.best_state: dict[str, torch.Tensor] | None = None
 
     def add(self, measurement: Measurement, state) -> str | None:
-        """Record a measurement; state() gives the weights. Returns why to stop, or None."""
+        """Record a measurement.
+
+        Args:
+            measurement: of the fixed pictures, after the last one recorded.
+            state: called without arguments for the present weights.
+
+        Returns:
+            Why to stop, or None.
+        """
         self.measurements.append(measurement)
         before = self.measurements[0]
         fault = self._collapse(before, measurement) or self._hacking(before, measurement)
@@ -146,7 +154,7 @@ class EarlyStopping:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up what `state_dict` gave."""
+        """Load what `state_dict` gave."""
         self.measurements = [Measurement(**m) for m in state["measurements"]]
         self.best = None if state["best"] is None else Measurement(**state["best"])
         self.best_state = state["best_state"]

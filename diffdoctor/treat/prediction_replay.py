@@ -63,6 +63,7 @@ class Predictor:
         """Store how the prediction that the scheduler receives at this step was made.
 
         Args:
+            step: the number under which it is kept.
             prediction: as the pipeline's loop holds it, (B, ...).
 
         Raises:
@@ -86,6 +87,7 @@ class Predictor:
         """The guided prediction (M, ...) at a watched step of another input, as the pipeline's loop holds the two.
 
         Args:
+            step: given to `keep` before.
             model_input: (M, ...).
             rows: (M,) which pictures of the watched batch they stand for. Of the denoiser's other inputs those whose
                 first dimension is the batch's are taken at these rows, all others as they are.
@@ -124,7 +126,7 @@ def _at_rows(value, index: torch.Tensor, count: int):
 
 
 def _weight(first, second, prediction) -> torch.Tensor:
-    """w (B, 1, ...) of prediction = first + w (second - first), by least squares."""
+    """The w (B, 1, ...) of prediction = first + w (second - first), by least squares."""
     along = (second - first).flatten(1).float()
     weight = ((prediction - first).flatten(1).float() * along).sum(1) / along.square().sum(1).clamp_min(1e-30)
     return weight.view(-1, *(1,) * (prediction.ndim - 1))

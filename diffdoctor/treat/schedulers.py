@@ -1,4 +1,4 @@
-"""Sampling that can be stopped, stored and taken up again: a private copy of a pipeline's scheduler with its state."""
+"""Sampling that can be stopped, stored and resumed: a private copy of a pipeline's scheduler with its state."""
 
 from __future__ import annotations
 
@@ -81,6 +81,7 @@ class Sampler:
 
     @property
     def timesteps(self) -> torch.Tensor:
+        """The times (steps,) that the denoiser is told."""
         return self.scheduler.timesteps
 
     def __len__(self) -> int:
@@ -88,6 +89,7 @@ class Sampler:
 
     @property
     def is_flow(self) -> bool:
+        """Whether the scheduler is one of flow matching."""
         return self.kind in _FLOW
 
     @property
@@ -101,7 +103,7 @@ class Sampler:
         return {name: list(value) if isinstance(value, list) else value for name, value in values.items()}
 
     def restore(self, state: dict | None, index: torch.Tensor | None = None) -> None:
-        """Take up a stored state (None: before the first step), for the pictures at index (M,) alone where given."""
+        """Load a stored state (None: before the first step), for the pictures at index (M,) alone where given."""
         for name, value in (self._fresh if state is None else state).items():
             if isinstance(value, list):
                 value = [v if v is None or index is None else v[index] for v in value]
@@ -179,7 +181,8 @@ class Sampler:
         Times are uniform over the training timesteps, for flow matching logit-normal and shifted as the sampler's are.
 
         Args:
-            latents, noise: (B, C, h, w).
+            latents: (B, C, h, w), clean.
+            noise: (B, C, h, w).
             uniform: (B,) in [0, 1): where in the distribution of times each picture lies.
         """
         if self.is_flow:

@@ -74,8 +74,8 @@ def treat(
             offline_weight > 0 or method is "weighted".
         monitor: a second detector, never the one that judges the result: when it finds more artifacts than before while
             `detector` finds fewer, the treatment stops.
-        output_dir: for `lora/`, `treat.json`, `config.yaml`, `samples/`, `logs/` and checkpoints, from which the same
-            call goes on after an interruption, and which tell one that repeats a finished treatment what came of it.
+        output_dir: for `lora/`, `treat.json`, `config.yaml`, `samples/`, `logs/` and checkpoints. The same call resumes
+            there after an interruption; after the last step it gives the finished treatment.
         progress: show a bar, or plain lines where there is no terminal.
         settings: what else `config.yaml` is to hold, beside the options.
 

@@ -101,7 +101,7 @@ class Treatment:
         return self.seconds_before + time.perf_counter() - self.started
 
     def _prepare(self) -> None:
-        """Everything that takes time or memory: encode prompts and pairs, place the denoiser, add the LoRA."""
+        """Everything that takes time or memory: encode prompts and pairs, move the denoiser, add the LoRA."""
         config, family, device = self.config, self.sampling.family, self.device
         # the denoiser comes only when the text encoders have gone: the largest two are never there together
         move_modules(family.pipeline, device, without=family.denoiser_name)

@@ -56,14 +56,17 @@ class Family:
 
     @property
     def denoiser(self) -> torch.nn.Module:
+        """The network that predicts, and that LoRA is added to."""
         return getattr(self.pipeline, self.denoiser_name)
 
     @property
     def vae(self) -> torch.nn.Module:
+        """The network between pictures and latents."""
         return self.pipeline.vae
 
     @property
     def text_encoders(self) -> list[torch.nn.Module]:
+        """The networks that encode prompts, as far as the pipeline has them."""
         found = (getattr(self.pipeline, name, None) for name in self.text_encoder_names)
         return [encoder for encoder in found if encoder is not None]
 
@@ -78,11 +81,25 @@ class Family:
     def encode_prompts(
         self, prompts: Sequence[str], *, guidance_scale: float, height: int, width: int, device: torch.device
     ) -> Conditioning:
-        """Embeddings of prompts, without gradient, for pictures of height x width pixels."""
+        """Embeddings of prompts, without gradient.
+
+        Args:
+            prompts: N strings.
+            guidance_scale: says whether negative embeddings are needed; FLUX-dev's denoiser takes it as an input.
+            height: of the pictures, in pixels.
+            width: as height.
+            device: of the embeddings.
+        """
         raise NotImplementedError
 
     def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The denoiser's output (B, C, h, w) for scaled latents (B, C, h, w) and timesteps (B,)."""
+        """The denoiser's output (B, C, h, w).
+
+        Args:
+            latents: (B, C, h, w), scaled as the scheduler does it, in the denoiser's dtype.
+            timesteps: (B,).
+            inputs: from `Conditioning`, of B prompts.
+        """
         raise NotImplementedError
 
     def run_denoiser(self, latents, timesteps, inputs) -> torch.Tensor:
