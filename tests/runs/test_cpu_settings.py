@@ -1,10 +1,10 @@
-"""`diffdoctor.training.cpu_settings`: what a command sets for its own computing is put back for the process's other work."""
+"""`cpu_settings`: what a command sets for its own computing is put back for the work of others in the process."""
 
 import numpy as np
 import pytest
 import torch
 
-from diffdoctor.training.cpu_settings import denormals_are_flushed, cpu_settings
+from diffdoctor.training.cpu_settings import cpu_settings, denormals_are_flushed
 
 
 def test_threads_and_denormals_are_put_back():
