@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from diffdoctor.measures.pixels import flagged_share
 from diffdoctor.ops import GradientModulator, artifact_loss
 from diffdoctor.runs.errors import expected
 from diffdoctor.training.processes import seed_of
@@ -20,8 +21,6 @@ from diffdoctor.treat.picture_loss import StraightThroughClamp
 from diffdoctor.treat.prediction_replay import Predictor
 from diffdoctor.treat.sampling import Sampling
 from diffdoctor.treat.schedulers import Sampler
-
-_FLAGGED = 0.5
 
 
 @dataclass
@@ -201,7 +200,7 @@ class _Run:
             _, again = self.sampling.diagnose(drawn)
             sounder = again.flatten(1).mean(1) < confidence[broken].flatten(1).mean(1)
             clean[broken[sounder]], confidence[broken[sounder]] = drawn[sounder], again[sounder]
-        self.log.final_area += _flagged_area(confidence)
+        self.log.final_area += flagged_share(confidence).tolist()
         return self.family.to_pipeline(clean.to(final.dtype))
 
     def _draw_again(self, clean, region, rows, count: int) -> torch.Tensor:
@@ -259,17 +258,13 @@ class _Run:
             logits = self.sampling.detector(StraightThroughClamp.apply(pictures))
             size = tuple(pictures.shape[-2:])
             confidence = F.interpolate(logits.detach().float(), size, mode="bilinear").sigmoid()
-            area = area or _flagged_area(confidence)
+            area = area or flagged_share(confidence).tolist()
             modulator.set(confidence)
             loss = artifact_loss(logits, size=size, threshold=options.threshold, reduction="sum")
             gradient = torch.autograd.grad(loss, latents)[0]
             largest = gradient.abs().amax((1, 2, 3), keepdim=True)
             clean = latents.detach() - reach * torch.where(largest > 0, gradient / largest.clamp_min(1e-30), 0.0)
         return clean, area
-
-
-def _flagged_area(confidence: torch.Tensor) -> list[float]:
-    return (confidence >= _FLAGGED).flatten(1).float().mean(1).tolist()
 
 
 def _fingerprint(latents: torch.Tensor) -> int:

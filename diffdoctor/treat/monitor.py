@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
+from diffdoctor.measures.pixels import FLAG_CONFIDENCE, flagged_share, is_flagged
 from diffdoctor.treat.config import TreatConfig
 
-FLAG_CONFIDENCE = 0.5
 TIE = 1.1
 
 
@@ -58,22 +58,20 @@ def measure(
         step: optimisation steps done.
         monitor_confidence: (B, 1, H, W), the second detector's maps, or None.
     """
-    area = (confidence >= FLAG_CONFIDENCE).flatten(1).float().mean(1)
+    area, monitor_area = flagged_share(confidence), None
+    if monitor_confidence is not None:
+        monitor_area = float((monitor_confidence >= FLAG_CONFIDENCE).float().mean())
     grey = pictures.float().mean(1, keepdim=True)
     kernel = grey.new_tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).view(1, 1, 3, 3)
     return Measurement(
         step=step,
         flagged_area=float(area.mean()),
         mean_confidence=float(confidence.float().mean()),
-        flagged_rate=float((area >= 0.02).float().mean()),
+        flagged_rate=float(is_flagged(area).float().mean()),
         sharpness=float(F.conv2d(grey, kernel).abs().mean()),
         diversity=_diversity(grey, groups),
-        monitor_area=None if monitor_confidence is None else _flagged_area(monitor_confidence),
+        monitor_area=monitor_area,
     )
-
-
-def _flagged_area(confidence: torch.Tensor) -> float:
-    return float((confidence >= FLAG_CONFIDENCE).float().mean())
 
 
 def _diversity(grey: torch.Tensor, groups: Sequence[int]) -> float:
