@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from diffdoctor.ops import GradientModulator
 from diffdoctor.training.processes import seed_of
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.picture_loss import latents_gradient
@@ -30,7 +31,7 @@ class Replay:
         rollout: of B pictures.
         config: the treatment's options.
         index: (M,) the pictures to replay.
-        modulator: of a gradient (M, C, h, w), where `config.modulate` says; None: nowhere.
+        confidence: (M, 1, H, W), their maps.
         generator: of the method's own random choices, the same on every process.
         seeds: of the M pictures, for random choices that belong to a picture.
         divisor: what the sum over pictures is divided by.
@@ -41,7 +42,7 @@ class Replay:
     rollout: Rollout
     config: TreatConfig
     index: torch.Tensor
-    modulator: Callable[[torch.Tensor], torch.Tensor] | None
+    confidence: torch.Tensor
     generator: torch.Generator
     seeds: Sequence[int]
     divisor: float
@@ -53,13 +54,16 @@ class Replay:
         return len(self.sampling.sampler)
 
     def final_latents(self, **options) -> torch.Tensor:
-        """Final latents (M, C, h, w) with a graph: `rollout.replay` with this batch and this modulation."""
+        """Final latents (M, C, h, w) with a graph: `rollout.replay` with its options, modulated by the maps."""
+        config = self.config
+        modulator = GradientModulator(artifact_grad=config.artifact_grad, clean_grad=config.clean_grad)
+        modulator.set(self.confidence)
         return replay(
             self.sampling,
             self.rollout,
             self.index,
-            modulate_output=self.modulator if self.config.modulate == "output" else None,
-            modulate_latents=self.modulator if self.config.modulate == "latents" else None,
+            modulate_output=modulator if config.modulate == "output" else None,
+            modulate_latents=modulator if config.modulate == "latents" else None,
             **options,
         )
 

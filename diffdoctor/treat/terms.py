@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 
-from diffdoctor.ops import GradientModulator
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.methods import METHODS, Replay
 from diffdoctor.treat.rollout import Rollout
@@ -58,16 +57,12 @@ def artifact_term(
     if config.map_source == "shuffled":
         shift = int(torch.randint(1, max(2, len(confidence)), (), generator=generator))
         partners, chosen = chosen, (chosen + shift) % len(confidence)
-    modulator = None
-    if config.modulate != "none":
-        modulator = GradientModulator(artifact_grad=config.artifact_grad, clean_grad=config.clean_grad)
-        modulator.set(confidence[chosen if partners is None else partners])
     batch = Replay(
         sampling,
         rollout,
         config,
         index=chosen,
-        modulator=modulator,
+        confidence=confidence[chosen if partners is None else partners],
         generator=generator,
         seeds=[seeds[i] for i in chosen.tolist()],
         divisor=divisor,
