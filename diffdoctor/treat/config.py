@@ -137,6 +137,7 @@ class TreatConfig:
     seed: int = 0
 
     def __post_init__(self):
+        # imports torch, which the options alone do without
         from diffdoctor.treat.methods import METHODS
 
         self.lora_targets = tuple(self.lora_targets)

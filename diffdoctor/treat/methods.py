@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from diffdoctor.ops import GradientModulator
 from diffdoctor.training.processes import seed_of
-from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.picture_loss import latents_gradient
 from diffdoctor.treat.rollout import Rollout, replay
 from diffdoctor.treat.sampling import Sampling
+
+if TYPE_CHECKING:
+    from diffdoctor.treat.config import TreatConfig
 
 LV_REPEATS = 2
 
