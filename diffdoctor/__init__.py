@@ -20,7 +20,7 @@ from diffdoctor.backends.select import available_backends  # noqa: E402
 from diffdoctor.ops import *  # noqa: E402, F403
 from diffdoctor.version import __version__  # noqa: E402
 
-_LAZY = {"guide": "diffdoctor.treat.guide"}
+_LAZY = {"guide": "diffdoctor.treat.guided_sampling"}
 _STAGES = ("demo", "detector", "evaluate", "maps", "treat")
 
 __all__ = [*_ops.__all__, "__version__", "available_backends", *_LAZY]  # noqa: PLE0604

@@ -14,7 +14,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffdoctor.runs.errors import UserError, missing_extra
+from diffdoctor.runs.errors import UserError, expected, missing_extra
 from diffdoctor.version import __version__
 
 USER_ERROR = 2
@@ -87,7 +87,14 @@ COMMANDS = {
 
 
 def main(argv=None) -> int:
-    """Run the command line; returns the exit code (2 for bad input, 130 after Ctrl-C)."""
+    """Run the command line.
+
+    Args:
+        argv: the words after the program's name; None: those of this process.
+
+    Returns:
+        The exit code: 2 for bad input, 130 after Ctrl-C.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
@@ -101,21 +108,21 @@ def main(argv=None) -> int:
         if argv[1:] in (["-h"], ["--help"]):
             print(_usage(parts))
             return 0
-        return _fail(f"{argv[0]}: one of {', '.join(parts)} was expected")
+        return _fail(expected(argv[0], f"one of {', '.join(parts)}", " ".join(argv[:2])))
     name, rest = " ".join(argv[:words]), argv[words:]
     if name not in COMMANDS:
         return _fail(f"unknown command {name!r}: expected one of {', '.join(sorted(COMMANDS))}")
-    # Nothing that a command needs is downloaded behind the user's back, and stray notices would bury the progress.
+    # Otherwise the tokenizers library warns at every fork, in the middle of the progress bar.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return _run(name, COMMANDS[name], rest)
     except UserError as error:
         return _fail(str(error), name)
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{place}{error.strerror or error}", name)
+        path = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{path}{error.strerror or error}", name)
     except KeyboardInterrupt:
-        print(f"diffdoctor {name}: interrupted; the same command goes on from what was finished", file=sys.stderr)
+        print(f"diffdoctor {name}: interrupted; the same command resumes after what was finished", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -198,39 +205,39 @@ def _described(config_class) -> dict[str, str]:
 
 
 def _config_text(path, lists) -> str:
-    """A YAML file's text, in which each of the list options stands as a list also where the file has one word."""
+    """A YAML file's text, with a list wherever a list option has a single word in the file."""
     import yaml
 
     try:
         text = Path(path).read_text(encoding="utf-8")
         root = yaml.compose(text)
     except UnicodeDecodeError as error:
-        raise UserError(f"--config {path}: a YAML file in UTF-8 was expected ({error})") from None
+        raise UserError(expected(f"--config {path}", "a YAML file in UTF-8", str(error))) from None
     except yaml.YAMLError:
         # The parser says what is wrong.
         return text
     # The text changes where it has to and nowhere else: reading and writing it would turn 1e-4 into a word.
-    return yaml.serialize(root) if _lists_made(root, lists) else text
+    return yaml.serialize(root) if _make_lists(root, lists) else text
 
 
-def _lists_made(node, lists, prefix="") -> bool:
-    """Make single words of list options lists, in place; returns whether there were any."""
+def _make_lists(node, lists, prefix="") -> bool:
+    """Turn single words of list options into lists, in place; returns whether there were any."""
     import yaml
 
     changed = False
-    for place, (key, value) in enumerate(node.value if isinstance(node, yaml.MappingNode) else ()):
+    for index, (key, value) in enumerate(node.value if isinstance(node, yaml.MappingNode) else ()):
         name = f"{prefix}{key.value}"
         if isinstance(value, yaml.MappingNode):
-            changed |= _lists_made(value, lists, f"{name}.")
+            changed |= _make_lists(value, lists, f"{name}.")
         elif isinstance(value, yaml.ScalarNode) and lists.get(name) == "str" and not value.tag.endswith(":null"):
             word = yaml.ScalarNode("tag:yaml.org,2002:str", value.value, style='"')
-            node.value[place] = key, yaml.SequenceNode("tag:yaml.org,2002:seq", [word], flow_style=True)
+            node.value[index] = key, yaml.SequenceNode("tag:yaml.org,2002:seq", [word], flow_style=True)
             changed = True
     return changed
 
 
 def _with_switches(argv, config_class, has_positional):
-    """`--strict` or `--strict True` as the parser wants it, `--strict=true`, for the options that are true or false."""
+    """The words with `--strict` and `--strict True` as the parser wants them, `--strict=true`."""
     switches = {f"--{name}" for name, kind in _options(config_class) if kind is bool}
     result, rest = [], list(argv)
     while rest:
@@ -243,14 +250,14 @@ def _with_switches(argv, config_class, has_positional):
             result.append(f"{word}={value}")
             rest.pop(0)
         elif value in ("yes", "no", "on", "off", "1", "0") or (value and not has_positional and value[0] != "-"):
-            raise UserError(f"{word}: true or false was expected, got {rest[0]!r}")
+            raise UserError(expected(word, "true or false", repr(rest[0])))
         else:
             result.append(f"{word}=true")
     return result
 
 
 def _with_lists(argv, config_class):
-    """`--real a b` as the parser wants it, `--real ["a", "b"]`, for the options that are lists or tuples."""
+    """The words with `--real a b` as the parser wants it, `--real ["a", "b"]`, for list and tuple options."""
     kinds = _list_options(config_class)
     result, rest = [], list(argv)
     while rest:
@@ -283,7 +290,7 @@ def _is_list(text) -> bool:
 
 
 def _options(config_class, prefix=""):
-    """Name and type of every option, with those of its parts."""
+    """Name and type of every option, those of nested dataclasses included."""
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         name, kind = prefix + field.name, hints[field.name]

@@ -22,7 +22,7 @@ VARIABLES = (
 class EnvConfig:
     """Options of `diffdoctor env`.
 
-    Args:
+    Attributes:
         json: print one JSON object instead of text, for a bug report or a script.
     """
 

@@ -52,7 +52,7 @@ class TrainingConfig:
         validate_every: steps.
         validation_steps: denoising steps of a validation picture.
         checkpoint_every: steps.
-        resume: go on from the output folder's checkpoint, where there is one.
+        resume: from the output folder's checkpoint, where there is one.
         workers: processes that read pictures.
         seed: of everything that is drawn at random.
     """

@@ -1,11 +1,18 @@
-"""What the demo must reach, and the table that says whether it did."""
+"""What the figures of the demo must reach."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the bar: a figure, what it must be, whether it is."""
+    """One figure of the demo and what it must be.
+
+    Attributes:
+        name: of the figure, in words.
+        value: of the figure, in words.
+        limit: what it must be, in words.
+        holds: whether it is.
+    """
 
     name: str
     value: str
@@ -14,7 +21,7 @@ class Check:
 
 
 def judge_is_calibrated(metrics: dict) -> list[Check]:
-    """Whether the judge's word counts: without this, no other figure of the demo means anything."""
+    """The checks of the judge itself: without them, no other figure of the demo means anything."""
     judge = metrics["judge"]
     return [
         Check("judge flags clean held-out digits", _percent(judge["false_positive_rate"]), "≤ 2 %",
@@ -23,8 +30,8 @@ def judge_is_calibrated(metrics: dict) -> list[Check]:
     ]  # fmt: skip
 
 
-def the_bar(metrics: dict) -> list[Check]:
-    """Every line of the bar, the judge's own calibration first."""
+def acceptance_checks(metrics: dict) -> list[Check]:
+    """Every check of the demo's metrics.json, the judge's own calibration first."""
     rate = metrics["artifact_rate"]["judge"]
     ratio = rate["after"] / rate["before"] if rate["before"] else 1.0
     accuracy = metrics["digit_accuracy"]["after"] - metrics["digit_accuracy"]["before"]

@@ -53,8 +53,8 @@ def _occluded(images, generator):
         h, w = torch.randint(height // 3, 2 * height // 3, (2,), generator=generator).tolist()
         top = int(torch.randint(0, height - h + 1, (), generator=generator))
         left = int(torch.randint(0, width - w + 1, (), generator=generator))
-        place = slice(i * count // 3, (i + 1) * count // 3), slice(None), slice(top, top + h), slice(left, left + w)
-        images[place] = cover[place]
+        part = slice(i * count // 3, (i + 1) * count // 3), slice(None), slice(top, top + h), slice(left, left + w)
+        images[part] = cover[part]
     return images
 
 
@@ -64,7 +64,9 @@ def train_classifier(pictures, labels, *, steps=800, batch_size=64, learning_rat
     Args:
         pictures: uint8 (N, 3, 16, 16), clean and damaged ones.
         labels: (N,) integers 0 to 9.
-        steps, batch_size, learning_rate: of AdamW with a one-cycle schedule.
+        steps: of AdamW.
+        batch_size: pictures of a step.
+        learning_rate: the peak of a one-cycle schedule.
         seed: of the weights, the batches, the shifts and the covers.
         on_step: called with (step, loss) after each step.
 

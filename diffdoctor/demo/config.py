@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 
+from diffdoctor.runs.errors import UserError, expected
+
 
 @dataclass
 class DemoConfig:
     """Options of `diffdoctor demo`.
 
-    Args:
-        output: folder for everything that the demo makes; an interrupted demo given the same folder goes on.
+    Attributes:
+        output: folder for everything that the demo makes; an interrupted demo resumes from the same folder.
         seed: of the damage, the training runs and the evaluation's latents.
         pictures: how many pictures the treated and the untreated pipeline draw for the measures.
         classifier_steps: training steps of the digit classifier (batch 64).
@@ -20,7 +22,7 @@ class DemoConfig:
         treat_learning_rate: of the treatment; a higher one cures more and narrows the model more.
         shuffled_control: also treat with the maps shuffled across the batch (half a minute more).
         overwrite: start again where the folder holds a demo made with other options.
-        threads: CPU threads; 0 leaves the choice to PyTorch.
+        threads: CPU threads; None: PyTorch's own choice.
         strict: end with exit code 1 when a figure misses the bar of docs/demo.md.
     """
 
@@ -36,17 +38,18 @@ class DemoConfig:
     treat_learning_rate: float = 5e-4
     shuffled_control: bool = False
     overwrite: bool = False
-    threads: int = 0
+    threads: int | None = None
     strict: bool = False
 
     def __post_init__(self):
         for name in ("classifier", "detector", "judge", "autoencoder", "base", "treat"):
             if getattr(self, f"{name}_steps") < 1:
-                raise ValueError(f"{name}_steps: at least 1 was expected, got {getattr(self, f'{name}_steps')}")
+                raise UserError(expected(f"{name}_steps", "at least 1", getattr(self, f"{name}_steps")))
         if self.pictures < 20:
-            raise ValueError(f"pictures: at least 20 was expected, two of each digit, got {self.pictures}")
+            raise UserError(expected("pictures", "at least 20, two of each digit", self.pictures))
         if not self.treat_learning_rate > 0:
-            raise ValueError(f"treat_learning_rate: a positive number was expected, got {self.treat_learning_rate}")
-        for name in ("seed", "threads"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: at least 0 was expected, got {getattr(self, name)}")
+            raise UserError(expected("treat_learning_rate", "a positive number", self.treat_learning_rate))
+        if self.seed < 0:
+            raise UserError(expected("seed", "at least 0", self.seed))
+        if self.threads is not None and self.threads < 1:
+            raise UserError(expected("threads", "at least 1, or None for PyTorch's own choice", self.threads))

@@ -13,6 +13,7 @@ import torch
 
 from diffdoctor.demo.pipeline import Trained, build_text_encoder, build_tokenizer, encode_pairs, fit
 from diffdoctor.ops import Target, weighted_loss
+from diffdoctor.runs.errors import expected
 from diffdoctor.treat.families import family_of
 
 MAX_SEQUENCE_LENGTH = 8
@@ -47,13 +48,14 @@ def build_flow_pipeline(prompts: Sequence[str], vae, *, seed: int = 0, width: in
         vae: an `AutoencoderKL` with 4 latent channels of about unit deviation; its weights are copied.
         seed: of the initial weights; the global random state is left as it was.
         width: of the transformer's tokens, a multiple of 32.
-        layers, single: how many double-stream and single-stream blocks.
+        layers: how many double-stream blocks.
+        single: how many single-stream blocks.
     """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import T5Config, T5EncoderModel
 
     if width % 32:
-        raise ValueError(f"width: a multiple of 32 was expected, got {width}")
+        raise ValueError(expected("width", "a multiple of 32", width))
     clip, t5 = build_tokenizer(prompts, max_length=MAX_SEQUENCE_LENGTH), build_t5_tokenizer(prompts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -105,9 +107,12 @@ def train_flow(
     """Train pipeline.transformer on (pictures, prompts) in place with the flow matching loss, times uniform.
 
     Args:
+        pipeline: from `build_flow_pipeline`.
         pictures: uint8 (N, H, W, 3).
         prompts: N strings.
-        steps, batch_size, learning_rate: AdamW with warm-up and cosine decay; learning_rate is the peak.
+        steps: of AdamW.
+        batch_size: pairs of a step.
+        learning_rate: the peak; after a warm-up it falls along a cosine.
         ema_decay: of the running average of the weights, which is what stays in the pipeline; 0 switches it off.
         seed: of batches, times and noise.
         on_step: called with (step, loss), for a progress bar.

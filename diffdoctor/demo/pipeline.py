@@ -9,7 +9,6 @@ fits a few CPU minutes.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,9 @@ import numpy as np
 import torch
 
 from diffdoctor.ops import Target, weighted_loss
+from diffdoctor.runs.errors import expected
+from diffdoctor.training.ema import RunningAverage
+from diffdoctor.training.schedule import warmup_cosine
 
 _BYTE_COUNT = 256
 
@@ -39,7 +41,7 @@ def build_tokenizer(texts: Sequence[str], *, max_length: int = 8):
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if len(alphabet) != _BYTE_COUNT:
-        raise RuntimeError(f"tokenizers: a byte alphabet of {_BYTE_COUNT} symbols was expected, got {len(alphabet)}")
+        raise RuntimeError(expected("tokenizers", f"a byte alphabet of {_BYTE_COUNT} symbols", len(alphabet)))
     learner.train_from_iterator(
         sorted(set(texts)),
         trainers.BpeTrainer(vocab_size=2048, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False),
@@ -87,7 +89,7 @@ def build_pipeline(prompts: Sequence[str], *, picture_size: int = 16, seed: int 
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     if picture_size < 8 or picture_size % 4:
-        raise ValueError(f"picture_size: a multiple of 4, at least 8, was expected, got {picture_size}")
+        raise ValueError(expected("picture_size", "a multiple of 4, at least 8", picture_size))
     tokenizer = build_tokenizer(prompts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -146,7 +148,12 @@ def build_pipeline(prompts: Sequence[str], *, picture_size: int = 16, seed: int 
 
 @dataclass
 class Trained:
-    """What a training function returns: the loss of every step and the seconds it took."""
+    """What a training function returns.
+
+    Attributes:
+        losses: of every step.
+        seconds: wall time.
+    """
 
     losses: list[float]
     seconds: float
@@ -170,8 +177,11 @@ def train_autoencoder(
     knows a scaling factor only, no shift.
 
     Args:
+        pipeline: from `build_pipeline`.
         pictures: uint8 (N, H, W, 3).
-        steps, batch_size, learning_rate: AdamW with warm-up and cosine decay; learning_rate is the peak.
+        steps: of AdamW.
+        batch_size: pictures of a step.
+        learning_rate: the peak; after a warm-up it falls along a cosine.
         kl_weight: of the KL term per latent element, beside the mean squared error of a pixel in [-1, 1].
         chroma_weight: of the squared error of a pixel's colour (the pixel less its mean channel), added to that. Colour
             is rare in these pictures: with 0 its damage comes back grey from a training this short.
@@ -212,9 +222,12 @@ def train_base(
     """Train pipeline.unet on (pictures, prompts) in place with the velocity loss.
 
     Args:
+        pipeline: from `build_pipeline`.
         pictures: uint8 (N, H, W, 3); `train_autoencoder` comes first.
         prompts: N strings.
-        steps, batch_size, learning_rate: AdamW with warm-up and cosine decay; learning_rate is the peak.
+        steps: of AdamW.
+        batch_size: pairs of a step.
+        learning_rate: the peak; after a warm-up it falls along a cosine.
         ema_decay: of the running average of the weights, which is what stays in the pipeline; 0 switches it off.
         seed: of batches, timesteps and noise.
         on_step: called with (step, loss), for a progress bar.
@@ -244,17 +257,18 @@ def encode_pairs(
     """What a denoiser is trained on.
 
     Args:
+        pipeline: whose autoencoder is taken.
         pictures: uint8 (N, H, W, 3).
         prompts: N strings.
 
     Returns:
-        (latents (N, 4, h, w), the distinct prompts, (N,) the place of each picture's prompt among them).
+        (latents (N, 4, h, w), the distinct prompts, (N,) the row of each picture's prompt among them).
     """
     if len(pictures) != len(prompts):
-        raise ValueError(f"prompts: one per picture ({len(pictures)}) was expected, got {len(prompts)}")
-    places = {prompt: place for place, prompt in enumerate(sorted(set(prompts)))}
-    rows = torch.tensor([places[prompt] for prompt in prompts])
-    return encode_latents(pipeline, pictures), list(places), rows
+        raise ValueError(expected("prompts", f"one per picture ({len(pictures)})", len(prompts)))
+    row_of = {prompt: row for row, prompt in enumerate(sorted(set(prompts)))}
+    rows = torch.tensor([row_of[prompt] for prompt in prompts])
+    return encode_latents(pipeline, pictures), list(row_of), rows
 
 
 @torch.no_grad()
@@ -267,7 +281,7 @@ def encode_latents(pipeline, pictures: np.ndarray, batch_size: int = 256) -> tor
 
 def _as_images(pictures: np.ndarray) -> torch.Tensor:
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
-        raise ValueError(f"pictures: uint8 (N, H, W, 3) was expected, got {pictures.dtype} {pictures.shape}")
+        raise ValueError(expected("pictures", "uint8 (N, H, W, 3)", f"{pictures.dtype} {pictures.shape}"))
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -286,22 +300,17 @@ def fit(model, loss_of_step, steps: int, learning_rate: float, ema_decay: float 
     Args:
         model: a module; its running average is what stays in it when ema_decay is above 0.
         loss_of_step: from the step's number to its loss.
-        steps, learning_rate: learning_rate is the peak.
-        ema_decay: of the running average of the weights.
+        steps: of the optimizer.
+        learning_rate: the peak.
+        ema_decay: of the running average of the weights; 0: none.
         on_step: called with (step, loss).
     """
     started = time.perf_counter()
     parameters = list(model.parameters())
-    average = [parameter.detach().clone() for parameter in parameters] if ema_decay > 0 else []
+    average = RunningAverage(parameters, ema_decay)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-2)
-    warm_up = max(1, min(50, steps // 10))
-
-    def factor(step: int) -> float:
-        if step < warm_up:
-            return (step + 1) / warm_up
-        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    warmup_steps = max(1, min(50, steps // 10))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps, steps))
     losses = []
     for step in range(steps):
         loss = loss_of_step(step)
@@ -310,15 +319,11 @@ def fit(model, loss_of_step, steps: int, learning_rate: float, ema_decay: float 
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if average:
-            decay = min(ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+        average.update(step)
         losses.append(loss.item())
         if on_step is not None:
             on_step(step, losses[-1])
-    with torch.no_grad():
-        for parameter, value in zip(parameters, average, strict=bool(average)):
-            parameter.copy_(value)
+    average.keep()
     return Trained(losses, time.perf_counter() - started)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from diffdoctor.demo.bar import the_bar
+from diffdoctor.demo.bar import acceptance_checks
 from diffdoctor.evaluate.model.report import verdict
 from diffdoctor.runs.files import atomic_path, atomic_write_bytes
 from diffdoctor.viz.draw import as_hwc, enlarge, grid, overlay, png_bytes
@@ -22,8 +22,10 @@ def before_after_sheet(before, after, judge_before, judge_after, chosen, columns
     """Chosen pictures in blocks of four rows: before, before with the judge's map, after, after with the map.
 
     Args:
-        before, after: uint8 (N, 3, H, W).
-        judge_before, judge_after: (N, 1, H, W) confidence.
+        before: uint8 (N, 3, H, W), drawn by the untreated pipeline.
+        after: likewise, by the treated one.
+        judge_before: (N, 1, H, W), the judge's maps of `before`.
+        judge_after: likewise, of `after`.
         chosen: indices of the pictures, in the order to be shown.
         columns: pictures per row.
 
@@ -81,9 +83,12 @@ def write_report(
         metrics: the content of metrics.json.
         settings: the options that were asked for.
         comparison: `diffdoctor.evaluate.model.Comparison` of the untreated and the treated pipeline.
-        before, after: uint8 (N, 3, H, W), what the two drew.
+        before: uint8 (N, 3, H, W), what the untreated pipeline drew.
+        after: likewise, the treated one.
         sheet: the before/after sheet of `write_pictures`.
-        detector_history, treat_history, measurements: {name: [value per recorded step]}, with the steps under "step".
+        detector_history: {name: [value per recorded step]}, with the steps under "step".
+        treat_history: likewise, of the treatment.
+        measurements: likewise, of the fixed pictures.
     """
     report = Report("diffdoctor demo: handwritten digits, before and after treatment")
     report.lead(verdict(metrics))
@@ -109,7 +114,7 @@ def write_report(
     report.heading("The bar")
     rows = [
         [check.name, (check.value, "number"), check.limit, ("holds", "good") if check.holds else ("missed", "bad")]
-        for check in the_bar(metrics)
+        for check in acceptance_checks(metrics)
     ]
     report.table(["figure", "value", "must be", ""], rows)
     report.heading("Curves")

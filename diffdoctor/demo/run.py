@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from diffdoctor.demo import data as demo_data
-from diffdoctor.demo.bar import judge_is_calibrated, the_bar
+from diffdoctor.demo.bar import acceptance_checks, judge_is_calibrated
 from diffdoctor.demo.classifier import DigitClassifier, train_classifier
 from diffdoctor.demo.config import DemoConfig
 from diffdoctor.demo.report import write_pictures, write_report
@@ -21,7 +21,7 @@ from diffdoctor.measures.pixels import flagged, pixel_measures
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.lock import held
 from diffdoctor.runs.progress import progress, quiet_loaders
-from diffdoctor.training.cpu_settings import processor
+from diffdoctor.training.cpu_settings import cpu_settings
 from diffdoctor.version import __version__
 
 SAMPLING = {"num_inference_steps": 10, "guidance_scale": 1.0}
@@ -203,7 +203,7 @@ def run_demo(config: DemoConfig) -> int:
             there.
     """
     quiet_loaders()
-    with processor(config.threads), held(config.output):
+    with cpu_settings(config.threads), held(config.output):
         return _run(config)
 
 
@@ -259,7 +259,7 @@ def _run(config: DemoConfig) -> int:
 
 
 def _summary(output, metrics, strict):
-    checks = the_bar(metrics)
+    checks = acceptance_checks(metrics)
     width = max(len(check.name) for check in checks)
     for check in checks:
         print(f"{check.name:<{width}}  {check.value:>14}  {check.limit:<16}  {'holds' if check.holds else 'MISSED'}")

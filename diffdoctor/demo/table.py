@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from diffdoctor.demo.bar import the_bar
+from diffdoctor.demo.bar import acceptance_checks
 
 
 def table(folders) -> str:
@@ -27,7 +27,7 @@ def _row(name, metrics):
     judge, detector = metrics["artifact_rate"]["judge"], metrics["artifact_rate"]["detector"]
     accuracy, fid, variance = metrics["digit_accuracy"], metrics["fid"], metrics["variance"]
     low, high = judge["after_interval"]
-    missed = [check.name for check in the_bar(metrics) if not check.holds]
+    missed = [check.name for check in acceptance_checks(metrics) if not check.holds]
     return [
         name,
         _percent(judge["before"]),

@@ -73,7 +73,7 @@ class DetectorTrainingConfig:
         batch_size: pictures in a step, over all processes and accumulated parts.
         accumulate: parts that a process' share of the batch is computed in, to save memory.
         learning_rate: AdamW's peak rate.
-        warmup: steps of linear warm-up; afterwards the rate falls along a cosine to 0.
+        warmup_steps: of linear warm-up; afterwards the rate falls along a cosine to 0.
         weight_decay: AdamW's, on weights of two or more dimensions.
         betas: AdamW's.
         max_grad_norm: the gradient is clipped to this norm; 0 leaves it.
@@ -98,7 +98,7 @@ class DetectorTrainingConfig:
     batch_size: int = 64
     accumulate: int = 1
     learning_rate: float = 3e-3
-    warmup: int = 50
+    warmup_steps: int = 50
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
@@ -121,7 +121,7 @@ class DetectorTrainingConfig:
 
     def __post_init__(self):
         check_least(self, steps=1, batch_size=1, accumulate=1)
-        check_least(self, warmup=0, weight_decay=0, max_grad_norm=0, mse=0, bce=0, dice=0, seed=0, workers=0)
+        check_least(self, warmup_steps=0, weight_decay=0, max_grad_norm=0, mse=0, bce=0, dice=0, seed=0, workers=0)
         if not self.mse + self.bce + self.dice > 0:
             raise ValueError("mse, bce, dice: expected at least one weight above 0")
         if not self.learning_rate > 0:

@@ -24,6 +24,7 @@ from diffdoctor.detector.validate import quick_measures
 from diffdoctor.runs.errors import UserError, missing_extra
 from diffdoctor.runs.progress import progress as progress_bar
 from diffdoctor.training.ema import RunningAverage
+from diffdoctor.training.schedule import warmup_cosine
 
 
 @dataclasses.dataclass
@@ -223,7 +224,7 @@ class TrainingRun:
     def _train_step(self, parts) -> None:
         config, accelerator = self.config, self.accelerator
         device = accelerator.device
-        rate = config.learning_rate * _schedule(self.step, config.warmup, config.steps)
+        rate = config.learning_rate * warmup_cosine(self.step, config.warmup_steps, config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         # Dropout draws from the step's own seed, so that a resumed run draws the same.
@@ -299,13 +300,6 @@ class TrainingRun:
 
     def _measures(self) -> dict[str, float]:
         return quick_measures(self.detector, self.validation, size=self.config.size, strict=self.config.strict)
-
-
-def _schedule(step: int, warmup: int, steps: int) -> float:
-    """Share of the peak rate: linear over `warmup` steps, then a cosine to 0 at `steps`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:

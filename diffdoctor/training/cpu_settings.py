@@ -7,14 +7,17 @@ import torch
 
 
 @contextmanager
-def processor(threads: int = 0) -> Iterator[None]:
-    """Inside, torch has this many threads (0: as many as it has) and takes denormal numbers for 0.
+def cpu_settings(threads: int | None = None) -> Iterator[None]:
+    """Inside, torch has this many threads and takes denormal numbers for 0.
 
     Denormal weights and activations slow small networks down: up to twice in the detector's training steps. Both
     settings belong to the process, numpy's arithmetic included, so both are put back at the end.
+
+    Args:
+        threads: None: as many as torch has.
     """
     threads_before, flushed_before = torch.get_num_threads(), denormals_are_flushed()
-    torch.set_num_threads(threads or threads_before)
+    torch.set_num_threads(threads_before if threads is None else threads)
     torch.set_flush_denormal(True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The running average (EMA) of weights that are trained."""
+"""The exponential moving average (EMA) of weights in training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RunningAverage:
             torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
 
     def load(self, values: Sequence[torch.Tensor]) -> None:
-        """Go on with `values` of a checkpoint."""
+        """Resume with the `values` of a checkpoint."""
         self.values = [value.to(p.device) for value, p in zip(values, self.parameters, strict=bool(values))]
 
     def keep(self) -> None:

@@ -1,4 +1,4 @@
-"""One or several processes that treat together: who draws which picture, and the sum of their gradients."""
+"""One or several processes that work together: which has which part, and the sums over all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ def seed_of(*parts: int) -> int:
 
 
 class Processes:
-    """The processes that `accelerate launch` or torchrun started; one process where nothing did."""
+    """The processes that `accelerate launch` or torchrun started; one process where nothing did.
+
+    Attributes:
+        rank: of this process, from 0.
+        count: of all processes.
+        device: of this process.
+    """
 
     def __init__(self):
         from accelerate import PartialState
@@ -27,6 +33,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is the process that writes files and talks to the user."""
         return self.rank == 0
 
     def share(self, total: int) -> list[int]:
@@ -34,7 +41,7 @@ class Processes:
         return list(range(self.rank, total, self.count))
 
     def even_share(self, total: int) -> list[int]:
-        """As `share`, but as many for every process: those that have one less do the last one over again."""
+        """As `share`, but as many for every process: those that would have one less repeat the last one."""
         padded = math.ceil(total / self.count) * self.count
         return [min(number, total - 1) for number in range(self.rank, padded, self.count)]
 

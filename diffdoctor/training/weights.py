@@ -18,6 +18,8 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module, tolerance: float 
     """Whether two networks are one: all parameters alike but for rounding, such as a copy stored in bf16.
 
     Args:
+        one: a network.
+        other: another one.
         tolerance: largest norm of the difference, as a share of the norm of `other`'s parameters.
     """
     if one is other:

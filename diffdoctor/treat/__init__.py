@@ -10,7 +10,8 @@ __all__, __getattr__, __dir__ = lazy_names(
         "TreatConfig": "diffdoctor.treat.config",
         "TreatResult": "diffdoctor.treat.train",
         "treat": "diffdoctor.treat.train",
-        "GuideLog": "diffdoctor.treat.guide",
+        "guide": "diffdoctor.treat.guided_sampling",
+        "GuideLog": "diffdoctor.treat.guided_sampling",
         "save_lora": "diffdoctor.treat.lora",
     },
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.training.processes import Processes
 from diffdoctor.training.weights import same_weights
 from diffdoctor.treat.config import TreatConfig
@@ -25,22 +25,30 @@ def check_pipeline(family: Family) -> None:
 def check_detectors(detector: torch.nn.Module, monitor: torch.nn.Module | None) -> None:
     """Refuse a monitor that is the detector: it would see what the detector sees.
 
+    Args:
+        detector: steers the treatment.
+        monitor: watches it, or None.
+
     Raises:
         UserError: if both have the same weights, rounding aside.
     """
     if monitor is None:
         return
     if same_weights(monitor, detector):
-        raise UserError("monitor: a detector with weights of its own was expected, got those of the detector")
+        raise UserError(expected("monitor", "a detector with other weights", "those of the detector"))
 
 
 def check_finite(family: Family, values: torch.Tensor, what: str, latents: torch.Tensor | None = None) -> None:
     """Refuse a pipeline whose untreated model gives values that are not finite, and say which part does.
 
     Args:
+        family: of the pipeline.
         values: what came out of the VAE.
         what: what the VAE was doing, in words.
         latents: what went in, where the denoiser made it.
+
+    Raises:
+        UserError: if values are not finite.
     """
     if bool(torch.isfinite(values).all()):
         return
@@ -62,7 +70,5 @@ def check_even_batches(config: TreatConfig, processes: Processes) -> None:
     """
     for name in ("batch_size", "offline_batch_size"):
         value = getattr(config, name)
-        if value % processes.count:
-            raise UserError(
-                f"{name}: with FSDP a multiple of the {processes.count} processes was expected, got {value}"
-            )
+        if value is not None and value % processes.count:
+            raise UserError(expected(name, f"with FSDP a multiple of the {processes.count} processes", value))

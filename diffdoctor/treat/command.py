@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from diffdoctor.data.prompts import read_prompt_file
-from diffdoctor.runs.errors import UserError, missing_extra
+from diffdoctor.runs.errors import UserError, expected, missing_extra
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.loading import DTYPES, load_pipeline, replace_scheduler
 
@@ -18,27 +18,27 @@ logger = logging.getLogger(__name__)
 class TreatFiles:
     """What `diffdoctor treat` reads and writes.
 
-    Args:
+    Attributes:
         pipeline: folder of a diffusers pipeline, or its id on the Hugging Face hub.
         detector: folder of a detector, its id on the hub, or the file of the published checkpoint.
         prompts: text file with one prompt per line, or .jsonl or .parquet with `prompt`; blank ones are left out.
-        offline: folder of shards with the pipeline's own training pictures and prompts; empty only with
-            offline_weight 0.
-        output: folder for lora/, treat.json, config.yaml, samples/, logs/ and checkpoints; the same call goes on where
-            it stopped.
-        monitor: a second detector that watches for reward hacking; empty: none. Never the judge of the evaluation.
-        scheduler: class of a diffusers scheduler to use in place of the pipeline's own; empty: its own.
+        offline: folder of shards with the pipeline's own training pictures and prompts; needed unless offline_weight
+            is 0.
+        output: folder for lora/, treat.json, config.yaml, samples/, logs/ and checkpoints; the same command resumes
+            there.
+        monitor: a second detector that watches for reward hacking; None: none. Never the judge of the evaluation.
+        scheduler: class of a diffusers scheduler to use in place of the pipeline's own; None: its own.
         dtype: fp32, bf16 or fp16: what the denoiser and the text encoders are loaded in; the VAE is loaded in fp32.
             Large pipelines need bf16, with precision bf16.
     """
 
-    pipeline: str = ""
-    detector: str = ""
-    prompts: str = ""
-    offline: str = ""
-    output: str = ""
-    monitor: str = ""
-    scheduler: str = ""
+    pipeline: str | None = None
+    detector: str | None = None
+    prompts: str | None = None
+    offline: str | None = None
+    output: str | None = None
+    monitor: str | None = None
+    scheduler: str | None = None
     dtype: str = "fp32"
 
 
@@ -53,7 +53,10 @@ class TreatCommandConfig(TreatConfig, TreatFiles):
     def __post_init__(self):
         super().__post_init__()
         if self.dtype not in DTYPES:
-            raise UserError(f"dtype: one of {', '.join(DTYPES)} was expected, got {self.dtype!r}")
+            raise UserError(expected("dtype", f"one of {', '.join(DTYPES)}", repr(self.dtype)))
+        for field in fields(TreatFiles):
+            if getattr(self, field.name) == "":
+                raise UserError(expected(f"--{field.name}", "a name or a path", "an empty one; leave it out instead"))
 
 
 def run_treat(config: TreatCommandConfig) -> int:
@@ -63,7 +66,7 @@ def run_treat(config: TreatCommandConfig) -> int:
         UserError: what is missing or cannot be read, in one line.
     """
     for name in ("pipeline", "detector", "prompts", "output"):
-        if not getattr(config, name):
+        if getattr(config, name) is None:
             raise UserError(f"--{name}: is needed")
     try:
         import diffusers  # noqa: F401
@@ -75,9 +78,9 @@ def run_treat(config: TreatCommandConfig) -> int:
     from diffdoctor.treat.train import treat
 
     prompts = [prompt.text for prompt in read_prompt_file(config.prompts)]
-    offline = _read_offline(config.offline) if config.offline else None
+    offline = None if config.offline is None else _read_offline(config.offline)
     detector = open_detector(config.detector)
-    monitor = open_detector(config.monitor) if config.monitor else None
+    monitor = None if config.monitor is None else open_detector(config.monitor)
     # a VAE in half precision overflows in some families
     pipeline = load_pipeline("pipeline", config.pipeline, dtype=config.dtype, vae="fp32")
     replace_scheduler(pipeline, config.scheduler)
@@ -108,7 +111,7 @@ def run_treat(config: TreatCommandConfig) -> int:
 def _with_absolute_paths(settings: dict) -> dict:
     """For `config.yaml`, which may be read from another working folder; what is no path here is the hub's id."""
     paths = ("pipeline", "detector", "monitor", "prompts", "offline", "output")
-    found = {name: Path(settings[name]).absolute() for name in paths if settings[name]}
+    found = {name: Path(settings[name]).absolute() for name in paths if settings[name] is not None}
     return settings | {name: str(path) for name, path in found.items() if path.exists() or name == "output"}
 
 
@@ -117,10 +120,10 @@ def _read_offline(folder: str):
 
     samples = [(sample["picture"], str(sample.get("prompt") or "")) for sample in read_shards(folder)]
     if not samples:
-        raise UserError(f"--offline {folder}: no pictures there")
+        raise UserError(expected(f"--offline {folder}", "shards with pictures", "none"))
     without = sum(not prompt.strip() for _, prompt in samples)
     if without == len(samples):
-        raise UserError(f"--offline {folder}: a `prompt` was expected with every picture, got none with all {without}")
+        raise UserError(expected(f"--offline {folder}", "a `prompt` with every picture", f"none with all {without}"))
     if without:
         logger.warning("--offline %s: %d of %d pictures have no prompt", folder, without, len(samples))
     return [picture for picture, _ in samples], [prompt for _, prompt in samples]

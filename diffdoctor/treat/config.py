@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, expected
 
 
 @dataclass
 class TreatConfig:
     """Options of `treat`.
 
-    Args:
+    Attributes:
         method: draft_k (graph through the last grad_steps steps), draft_lv (one step from a re-noised result), drtune
             (spaced steps, denoiser input detached), full (every step) or weighted (no sampling: the offline term
             alone).
         steps: optimisation steps.
         batch_size: pictures sampled per step, over all processes.
         sampling_steps: denoising steps of a roll-out.
-        grad_steps: denoising steps that carry a gradient in draft_k and drtune; 0: a quarter of sampling_steps.
+        grad_steps: denoising steps that carry a gradient in draft_k and drtune; None: a quarter of sampling_steps.
         guidance_scale: of classifier-free guidance (or FLUX's embedded guidance); the same here as in evaluation.
         cfg_grad: both, or cond to keep the negative prediction out of the graph.
-        height: of the sampled pictures, in pixels; 0: the pipeline's own.
+        height: of the sampled pictures, in pixels; None: the pipeline's own.
         width: as height.
-        max_sequence_length: of T5 prompts (SD3, FLUX), in tokens; 0: the pipeline's own.
+        max_sequence_length: of T5 prompts (SD3, FLUX), in tokens; None: the pipeline's own.
         learning_rate: peak of AdamW, after warm-up, before cosine decay.
         warmup_steps: steps of linear warm-up.
         final_learning_rate: where the cosine decay ends, as a share of learning_rate.
@@ -32,7 +32,7 @@ class TreatConfig:
             AdamW's usual 1e-8 even the noise of a cured model's offline term moves every weight by a full step.
         max_grad_norm: gradients are clipped to this norm; 0: not.
         rank: of the LoRA.
-        alpha: of the LoRA, whose update is alpha / rank times the product of its factors; 0: alpha = rank.
+        alpha: of the LoRA, whose update is alpha / rank times the product of its factors; None: the rank.
         lora_targets: groups of modules: attention, convolution (U-Nets), feed_forward (transformers); a group that the
             denoiser's kind does not have is left out.
         ema_decay: running average of the LoRA weights, which is then what is measured and saved; 0: none.
@@ -46,7 +46,7 @@ class TreatConfig:
             replay_confidence; 0: every picture is.
         replay_confidence: see replay_area, in [0, 1].
         offline_weight: of the denoising loss on the pipeline's own training pairs; 0: none.
-        offline_batch_size: pairs per step, over all processes; 0: batch_size.
+        offline_batch_size: pairs per step, over all processes; None: batch_size.
         offline_confidence: pixels of a training picture at or above this confidence are masked out of the offline term.
         offline_dilation: the mask grows by this many pixels.
         map_source: detector; uniform (control: one constant in place of every map: no pixel is masked and the artifact
@@ -59,8 +59,8 @@ class TreatConfig:
         min_diversity: collapse guard, likewise for the spread of the pictures of one prompt.
         max_skipped: stop with an error after this many steps in a row with a loss or gradient that is not finite.
         checkpoint_every: steps between checkpoints in the output folder; 0: only when interrupted or done.
-        micro_batch_size: pictures and pairs that a process works on at a time; 0: all of its share. Smaller ones need
-            less memory and change the result by rounding alone.
+        micro_batch_size: pictures and pairs that a process works on at a time; None: all of its share. Smaller ones
+            need less memory and change the result by rounding alone.
         gradient_checkpointing: recompute the denoiser's and the VAE's activations in backward.
         vae_slicing: decode, diagnose and run backward through the VAE picture by picture.
         vae_tiling: decode in tiles of this many pixels a side, recomputed one by one in backward; 0: whole pictures.
@@ -70,7 +70,7 @@ class TreatConfig:
         precision: of the computation: fp32, or bf16 or fp16 for autocast over the denoiser, Accelerate's
             mixed_precision (the LoRA, VAE, detector and losses keep their dtype). With fp16 the gradient is scaled
             inside the denoiser, and the scale halved when it overflows.
-        attention_backend: of the denoiser: native, xformers or another one that diffusers knows; empty: left as it is.
+        attention_backend: of the denoiser: native, xformers or another one that diffusers knows; None: as it is.
         log_with: tensorboard (in the output folder's logs), wandb or none.
         sample_every: steps between pictures of the fixed prompts and seeds in the output folder's samples; 0: with
             every measurement.
@@ -86,12 +86,12 @@ class TreatConfig:
     steps: int = 100
     batch_size: int = 32
     sampling_steps: int = 10
-    grad_steps: int = 0
+    grad_steps: int | None = None
     guidance_scale: float = 1.0
     cfg_grad: str = "both"
-    height: int = 0
-    width: int = 0
-    max_sequence_length: int = 0
+    height: int | None = None
+    width: int | None = None
+    max_sequence_length: int | None = None
     learning_rate: float = 5e-4
     warmup_steps: int = 5
     final_learning_rate: float = 0.1
@@ -99,7 +99,7 @@ class TreatConfig:
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     rank: int = 16
-    alpha: float = 0.0
+    alpha: float | None = None
     lora_targets: tuple[str, ...] = ("attention", "convolution", "feed_forward")
     ema_decay: float = 0.0
     artifact_grad: float = 1.0
@@ -110,7 +110,7 @@ class TreatConfig:
     replay_area: float = 0.005
     replay_confidence: float = 0.3
     offline_weight: float = 2.0
-    offline_batch_size: int = 0
+    offline_batch_size: int | None = None
     offline_confidence: float = 0.5
     offline_dilation: int = 1
     map_source: str = "detector"
@@ -122,14 +122,14 @@ class TreatConfig:
     min_diversity: float = 0.5
     max_skipped: int = 10
     checkpoint_every: int = 50
-    micro_batch_size: int = 0
+    micro_batch_size: int | None = None
     gradient_checkpointing: bool = False
     vae_slicing: bool = False
     vae_tiling: int = 0
     text_encoders: str = "offload"
     merge_rollout: bool = True
     precision: str = "fp32"
-    attention_backend: str = ""
+    attention_backend: str | None = None
     log_with: str = "tensorboard"
     sample_every: int = 0
     sample_pictures: int = 16
@@ -137,20 +137,36 @@ class TreatConfig:
     seed: int = 0
 
     def __post_init__(self):
+        # imports torch, which the options alone do without
+        from diffdoctor.treat.methods import METHODS
+
         self.lora_targets = tuple(self.lora_targets)
-        for name, allowed in _CHOICES.items():
+        for name, allowed in {"method": tuple(METHODS), **_CHOICES}.items():
             if getattr(self, name) not in allowed:
-                raise UserError(f"{name}: one of {', '.join(allowed)} was expected, got {getattr(self, name)!r}")
+                raise UserError(expected(name, f"one of {', '.join(allowed)}", repr(getattr(self, name))))
         for field in fields(self):
-            low, high = _BOUNDS.get(field.name, (0, None) if field.type in ("int", "float") else (None, None))
-            value = getattr(self, field.name)
-            if low is not None and (value < low or (high is not None and value > high) or value != value):
-                wanted = f"at least {low}" if high is None else f"in [{low}, {high}]"
-                raise UserError(f"{field.name}: {wanted} was expected, got {value!r}")
+            _check_bounds(field.name, field.type.removesuffix(" | None"), getattr(self, field.name))
+        if self.attention_backend == "":
+            raise UserError(expected("attention_backend", "a name, or None for the pipeline's own", "''"))
+
+
+def _check_bounds(name: str, kind: str, value: object) -> None:
+    if value is None or kind not in ("int", "float"):
+        return
+    low, high = _BOUNDS.get(name, (0, None))
+    within = low <= value and (high is None or value <= high)
+    if within and (value > 0 or name not in _POSITIVE):
+        return
+    if name in _POSITIVE:
+        what = "a positive number"
+    else:
+        what = f"at least {low}" if high is None else f"a number in [{low}, {high}]"
+    if name in _NOT_GIVEN:
+        what += f", or None for {_NOT_GIVEN[name]}"
+    raise UserError(expected(name, what, repr(value)))
 
 
 _CHOICES = {
-    "method": ("draft_k", "draft_lv", "drtune", "full", "weighted"),
     "cfg_grad": ("both", "cond"),
     "modulate": ("output", "latents", "none"),
     "artifact_method": ("threshold", "mean", "sum", "max"),
@@ -159,10 +175,27 @@ _CHOICES = {
     "text_encoders": ("keep", "offload", "free"),
     "log_with": ("tensorboard", "wandb", "none"),
 }
+# what an option that may be left out stands for then
+_NOT_GIVEN = {
+    "grad_steps": "a quarter of sampling_steps",
+    "height": "the pipeline's own",
+    "width": "the pipeline's own",
+    "max_sequence_length": "the pipeline's own",
+    "alpha": "the rank",
+    "offline_batch_size": "batch_size",
+    "micro_batch_size": "all of a process's share",
+}
+_POSITIVE = ("alpha",)
 _BOUNDS = {
     "steps": (1, None),
     "batch_size": (1, None),
     "sampling_steps": (1, None),
+    "grad_steps": (1, None),
+    "height": (1, None),
+    "width": (1, None),
+    "max_sequence_length": (1, None),
+    "offline_batch_size": (1, None),
+    "micro_batch_size": (1, None),
     "rank": (1, None),
     "evaluate_pictures": (2, None),
     "ema_decay": (0, 1),

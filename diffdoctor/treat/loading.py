@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from diffdoctor.runs.errors import UserError, first_line, missing_extra
+from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
 
 # option -> dtype
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,17 +41,18 @@ def load_pipeline(option: str, source: str, *, dtype: str = "fp32", vae: str | N
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            place = str(folder) if folder.is_dir() else source
-            return diffusers.DiffusionPipeline.from_pretrained(place, **{name: wanted})
+            origin = str(folder) if folder.is_dir() else source
+            return diffusers.DiffusionPipeline.from_pretrained(origin, **{name: wanted})
     except Exception as error:  # each component's loader raises its own
         raise UserError(f"--{option} {source}: cannot be loaded ({first_line(error)})") from error
 
 
-def replace_scheduler(pipeline, name: str) -> None:
+def replace_scheduler(pipeline, name: str | None) -> None:
     """Put a diffusers scheduler with the configuration of the pipeline's own in its place.
 
     Args:
-        name: its class; empty: the pipeline keeps its own.
+        pipeline: that gets it.
+        name: its class; None: the pipeline keeps its own.
 
     Raises:
         UserError: if diffusers has no such class.
@@ -62,5 +63,5 @@ def replace_scheduler(pipeline, name: str) -> None:
 
     scheduler = getattr(diffusers, name, None)
     if scheduler is None or not hasattr(scheduler, "from_config"):
-        raise UserError(f"--scheduler {name}: a diffusers scheduler such as DDIMScheduler was expected")
+        raise UserError(expected("--scheduler", "a diffusers scheduler such as DDIMScheduler", name))
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)

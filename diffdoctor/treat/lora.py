@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_dir
 from diffdoctor.treat.families import Family
 
@@ -32,7 +32,7 @@ def target_modules(family: Family, groups: Sequence[str]) -> list[str]:
     """
     unknown = [group for group in groups if group not in family.lora_targets]
     if unknown:
-        raise UserError(f"lora_targets: of {sorted(family.lora_targets)} was expected, got {unknown}")
+        raise UserError(expected("lora_targets", f"some of {', '.join(sorted(family.lora_targets))}", unknown))
     ends = {end for group in groups for end in family.lora_targets[group]}
     found = [
         name
@@ -48,13 +48,21 @@ def target_modules(family: Family, groups: Sequence[str]) -> list[str]:
 def add_lora(
     family: Family, *, rank: int, alpha: float, groups: Sequence[str], seed: int, adapter: str = ADAPTER
 ) -> list[torch.nn.Parameter]:
-    """Freeze the pipeline and add a LoRA that changes nothing yet; returns its parameters, in fp32.
+    """Freeze the pipeline and add a LoRA that changes nothing yet.
 
     Args:
+        family: whose denoiser gets it.
         rank: of the two factors.
         alpha: the update is alpha / rank times their product.
         groups: of `Family.lora_targets`.
         seed: of the first factors; the global random state is left as it was.
+        adapter: its name.
+
+    Returns:
+        The LoRA's parameters, in fp32.
+
+    Raises:
+        UserError: if the denoiser has an adapter of that name, or none of the modules.
     """
     from peft import LoraConfig
 
@@ -96,8 +104,10 @@ def save_lora(
     """Write the adapter to `folder`, for `pipeline.load_lora_weights(folder)`; whole or not at all.
 
     Args:
+        family: whose denoiser carries the adapter.
         folder: made when it is not there, replaced when it is.
         state: weights to write instead of the adapter's present ones.
+        adapter: its name.
     """
     from safetensors.torch import save_file
 

@@ -1,24 +1,28 @@
-"""How much of the sampling carries a gradient: `draft_k`, `draft_lv`, `drtune`, `full`.
+"""How much of the sampling carries a gradient: `draft_k`, `draft_lv`, `drtune`, `full`, `weighted`.
 
-Each method yields, for the pictures to replay, one or several final latents with a graph; their losses are averaged,
-and one graph is used up before the next is made. `weighted` samples nothing and has no entry here.
+A method takes the pictures to replay, runs backward and returns their loss. One graph is used up before the next is
+made. A further method is a function and a line in `METHODS`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
+from diffdoctor.ops import GradientModulator
 from diffdoctor.training.processes import seed_of
-from diffdoctor.treat.families import Family
-from diffdoctor.treat.rollout import Guidance, Rollout, replay
-from diffdoctor.treat.schedulers import Sampler
+from diffdoctor.treat.picture_loss import latents_gradient
+from diffdoctor.treat.rollout import Rollout, replay
+from diffdoctor.treat.sampling import Sampling
+
+if TYPE_CHECKING:
+    from diffdoctor.treat.config import TreatConfig
 
 LV_REPEATS = 2
-METHODS = ("draft_k", "draft_lv", "drtune", "full", "weighted")
 
 
 @dataclass
@@ -26,89 +30,102 @@ class Replay:
     """What a method works on.
 
     Attributes:
-        family, sampler, rollout, guidance: of the batch.
+        sampling: as in the roll-out.
+        rollout: of B pictures.
+        config: the treatment's options.
         index: (M,) the pictures to replay.
-        modulate: "output", "latents" or None: where `modulator` acts.
-        modulator: on a prediction or on latents (M, C, h, w).
+        confidence: (M, 1, H, W), their maps.
         generator: of the method's own random choices, the same on every process.
-        seeds: of the M pictures, for random choices of their own.
+        seeds: of the M pictures, for random choices that belong to a picture.
+        divisor: what the sum over pictures is divided by.
+        partners: (M, C, h, w) final latents whose pictures' gradient is taken in place of the pictures' own, or None.
     """
 
-    family: Family
-    sampler: Sampler
+    sampling: Sampling
     rollout: Rollout
-    guidance: Guidance
+    config: TreatConfig
     index: torch.Tensor
-    modulate: str | None
-    modulator: Callable[[torch.Tensor], torch.Tensor] | None
+    confidence: torch.Tensor
     generator: torch.Generator
     seeds: Sequence[int]
+    divisor: float
+    partners: torch.Tensor | None = None
 
-    def run(self, **options) -> torch.Tensor:
-        """`replay` with this batch and this modulation."""
+    @property
+    def steps(self) -> int:
+        """Sampling steps of the roll-out."""
+        return len(self.sampling.sampler)
+
+    def final_latents(self, **options) -> torch.Tensor:
+        """Final latents (M, C, h, w) with a graph: `rollout.replay` with its options, modulated by the maps."""
+        config = self.config
+        modulator = GradientModulator(artifact_grad=config.artifact_grad, clean_grad=config.clean_grad)
+        modulator.set(self.confidence)
         return replay(
-            self.family,
-            self.sampler,
+            self.sampling,
             self.rollout,
             self.index,
-            self.guidance,
-            modulate_output=self.modulator if self.modulate == "output" else None,
-            modulate_latents=self.modulator if self.modulate == "latents" else None,
+            modulate_output=modulator if config.modulate == "output" else None,
+            modulate_latents=modulator if config.modulate == "latents" else None,
             **options,
         )
 
+    def descend(self, latents: torch.Tensor, repeats: int = 1) -> float:
+        """Decode and diagnose final latents with a graph, and run backward through all of it.
 
-def graph_step_count(method: str, grad_steps: int, steps: int) -> int:
-    """How many steps carry a gradient; grad_steps 0 stands for a quarter of the steps, rounded up."""
-    if method == "full":
-        return steps
-    if method == "draft_lv":
-        return 1
-    return min(grad_steps or math.ceil(steps / 4), steps)
+        Args:
+            latents: (M, C, h, w), from `final_latents`.
+            repeats: how many of these the method averages over.
 
-
-def kept_steps(method: str, grad_steps: int, steps: int) -> tuple[int, ...]:
-    """The steps before which the roll-out stores its state for the method."""
-    if method == "drtune":
-        return (0,)
-    if method == "weighted":
-        return ()
-    return (steps - graph_step_count(method, grad_steps, steps),)
+        Returns:
+            The loss.
+        """
+        gradient, loss = latents_gradient(
+            self.sampling, latents.detach(), self.config, self.divisor * repeats, self.partners
+        )
+        latents.backward(gradient)
+        return loss
 
 
-def draft_k(batch: Replay, grad_steps: int) -> Iterator[torch.Tensor]:
+def graph_step_count(grad_steps: int | None, steps: int) -> int:
+    """How many of the steps carry a gradient where `grad_steps` are asked for; None: a quarter, rounded up."""
+    return min(math.ceil(steps / 4) if grad_steps is None else grad_steps, steps)
+
+
+def draft_k(batch: Replay) -> float:
     """The graph runs through the last grad_steps steps (DRaFT-K, arXiv 2309.17400)."""
-    steps = len(batch.sampler)
-    yield batch.run(first=steps - graph_step_count("draft_k", grad_steps, steps))
+    first = batch.steps - graph_step_count(batch.config.grad_steps, batch.steps)
+    return batch.descend(batch.final_latents(first=first))
 
 
-def full(batch: Replay, grad_steps: int) -> Iterator[torch.Tensor]:
+def full(batch: Replay) -> float:
     """The graph runs through every step."""
-    yield batch.run(first=0)
+    return batch.descend(batch.final_latents(first=0))
 
 
-def drtune(batch: Replay, grad_steps: int) -> Iterator[torch.Tensor]:
+def drtune(batch: Replay) -> float:
     """Evenly spaced steps with a random offset carry a gradient; the denoiser's input is detached (arXiv 2405.00760).
 
     What reaches a step's prediction comes down the latents' linear path alone, so early steps are taught without the
     product of all later denoiser Jacobians.
     """
-    steps = len(batch.sampler)
-    count = graph_step_count("drtune", grad_steps, steps)
+    steps = batch.steps
+    count = graph_step_count(batch.config.grad_steps, steps)
     stride = steps / count
     offset = float(torch.rand((), generator=batch.generator)) * stride
     chosen = {min(int(offset + i * stride), steps - 1) for i in range(count)}
-    yield batch.run(first=0, graph_steps=sorted(chosen), detach_input=True)
+    return batch.descend(batch.final_latents(first=0, graph_steps=sorted(chosen), detach_input=True))
 
 
-def draft_lv(batch: Replay, grad_steps: int) -> Iterator[torch.Tensor]:
+def draft_lv(batch: Replay) -> float:
     """The final latents are noised `LV_REPEATS` times to the last step's level; each last step carries a gradient.
 
     The low-variance form of DRaFT with one step (arXiv 2309.17400, section 3.3).
     """
-    sampler, rollout = batch.sampler, batch.rollout
-    last = len(sampler) - 1
+    sampler, rollout = batch.sampling.sampler, batch.rollout
+    last = batch.steps - 1
     clean = rollout.final.index_select(0, batch.index.to(rollout.final.device))
+    loss = 0.0
     for repeat in range(LV_REPEATS):
         generators = [torch.Generator().manual_seed(seed_of(seed, repeat)) for seed in batch.seeds]
         noise = torch.stack([torch.randn(clean.shape[1:], generator=g, dtype=clean.dtype) for g in generators])
@@ -121,14 +138,34 @@ def draft_lv(batch: Replay, grad_steps: int) -> Iterator[torch.Tensor]:
             conditioning=rollout.conditioning.rows(batch.index),
             generators=rollout.generators,
         )
-        everything = torch.arange(len(clean))
-        yield replace(batch, rollout=fresh, index=everything).run(first=last)
+        renoised = replace(batch, rollout=fresh, index=torch.arange(len(clean)))
+        loss += batch.descend(renoised.final_latents(first=last), LV_REPEATS)
+    return loss
 
 
-FINAL_LATENTS: dict[str, Callable[[Replay, int], Iterator[torch.Tensor]]] = {
-    "draft_k": draft_k,
-    "draft_lv": draft_lv,
-    "drtune": drtune,
-    "full": full,
+@dataclass(frozen=True)
+class Method:
+    """One way to treat.
+
+    Attributes:
+        run: replays a batch, runs backward and returns the loss; None: the method samples nothing, and the offline
+            term is all there is.
+        checkpointed_steps: from (config, sampling steps) to the steps before which the roll-out stores its state.
+    """
+
+    run: Callable[[Replay], float] | None
+    checkpointed_steps: Callable[[TreatConfig, int], tuple[int, ...]]
+
+    @property
+    def samples(self) -> bool:
+        """Whether pictures are sampled at all."""
+        return self.run is not None
+
+
+METHODS = {
+    "draft_k": Method(draft_k, lambda config, steps: (steps - graph_step_count(config.grad_steps, steps),)),
+    "draft_lv": Method(draft_lv, lambda config, steps: (steps - 1,)),
+    "drtune": Method(drtune, lambda config, steps: (0,)),
+    "full": Method(full, lambda config, steps: (0,)),
+    "weighted": Method(None, lambda config, steps: ()),
 }
-"""Method name -> function from (batch, grad_steps) to final latents with a graph, each (M, C, h, w)."""

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
+from diffdoctor.measures.pixels import FLAG_CONFIDENCE, flagged_share, is_flagged
 from diffdoctor.treat.config import TreatConfig
 
-FLAG_CONFIDENCE = 0.5
 TIE = 1.1
 
 
@@ -47,24 +47,30 @@ def measure(
     confidence: torch.Tensor,
     groups: Sequence[int],
     step: int,
-    second: torch.Tensor | None = None,
+    monitor_confidence: torch.Tensor | None = None,
 ) -> Measurement:
-    """Measure pictures (B, 3, H, W) in [0, 1] with maps (B, 1, H, W); groups (B,) say which share a prompt.
+    """Measure pictures.
 
     Args:
-        second: the second detector's maps.
+        pictures: (B, 3, H, W) in [0, 1].
+        confidence: (B, 1, H, W), the detector's maps.
+        groups: (B,) numbers; equal ones share a prompt.
+        step: optimisation steps done.
+        monitor_confidence: (B, 1, H, W), the second detector's maps, or None.
     """
-    area = (confidence >= FLAG_CONFIDENCE).flatten(1).float().mean(1)
+    area, monitor_area = flagged_share(confidence), None
+    if monitor_confidence is not None:
+        monitor_area = float((monitor_confidence >= FLAG_CONFIDENCE).float().mean())
     grey = pictures.float().mean(1, keepdim=True)
     kernel = grey.new_tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).view(1, 1, 3, 3)
     return Measurement(
         step=step,
         flagged_area=float(area.mean()),
         mean_confidence=float(confidence.float().mean()),
-        flagged_rate=float((area >= 0.02).float().mean()),
+        flagged_rate=float(is_flagged(area).float().mean()),
         sharpness=float(F.conv2d(grey, kernel).abs().mean()),
         diversity=_diversity(grey, groups),
-        monitor_area=None if second is None else float((second >= FLAG_CONFIDENCE).float().mean()),
+        monitor_area=monitor_area,
     )
 
 
@@ -76,7 +82,7 @@ def _diversity(grey: torch.Tensor, groups: Sequence[int]) -> float:
     return float(torch.stack([grey[rows].std(0).mean() for rows in shared]).mean())
 
 
-class Monitor:
+class EarlyStopping:
     """Keeps the best weights and says when to stop.
 
     Attributes:
@@ -93,7 +99,15 @@ class Monitor:
         self.best_state: dict[str, torch.Tensor] | None = None
 
     def add(self, measurement: Measurement, state) -> str | None:
-        """Record a measurement; state() gives the weights. Returns why to stop, or None."""
+        """Record a measurement.
+
+        Args:
+            measurement: of the fixed pictures, after the last one recorded.
+            state: called without arguments for the present weights.
+
+        Returns:
+            Why to stop, or None.
+        """
         self.measurements.append(measurement)
         before = self.measurements[0]
         fault = self._collapse(before, measurement) or self._hacking(before, measurement)
@@ -138,7 +152,7 @@ class Monitor:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up what `state_dict` gave."""
+        """Load what `state_dict` gave."""
         self.measurements = [Measurement(**m) for m in state["measurements"]]
         self.best = None if state["best"] is None else Measurement(**state["best"])
         self.best_state = state["best_state"]

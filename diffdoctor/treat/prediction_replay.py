@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, expected
 
 _SAMPLE_NAMES = ("hidden_states", "sample")
 # Positions of tokens, which hold for every picture of the batch.
@@ -63,6 +63,7 @@ class Predictor:
         """Store how the prediction that the scheduler receives at this step was made.
 
         Args:
+            step: the number under which it is kept.
             prediction: as the pipeline's loop holds it, (B, ...).
 
         Raises:
@@ -77,10 +78,8 @@ class Predictor:
             calls.append(_Call(args, kwargs, name, max(1, len(output) // batch)))
             outputs += output.chunk(calls[-1].parts)
         if len(outputs) not in (1, 2):
-            raise UserError(
-                f"guide: a prediction made of 1 or 2 passes of {type(self._denoiser).__name__} was expected, "
-                f"got {len(outputs)}; rewinds=0 does without repeating it"
-            )
+            what = f"a prediction made of 1 or 2 passes of {type(self._denoiser).__name__}"
+            raise UserError(expected("guide", what, f"{len(outputs)}; rewinds=0 does without repeating it"))
         self._steps[step] = _Step(batch, calls, _weight(*outputs, prediction) if len(outputs) == 2 else None)
 
     @torch.no_grad()
@@ -88,6 +87,7 @@ class Predictor:
         """The guided prediction (M, ...) at a watched step of another input, as the pipeline's loop holds the two.
 
         Args:
+            step: given to `keep` before.
             model_input: (M, ...).
             rows: (M,) which pictures of the watched batch they stand for. Of the denoiser's other inputs those whose
                 first dimension is the batch's are taken at these rows, all others as they are.
@@ -126,7 +126,7 @@ def _at_rows(value, index: torch.Tensor, count: int):
 
 
 def _weight(first, second, prediction) -> torch.Tensor:
-    """w (B, 1, ...) of prediction = first + w (second - first), by least squares."""
+    """The w (B, 1, ...) of prediction = first + w (second - first), by least squares."""
     along = (second - first).flatten(1).float()
     weight = ((prediction - first).flatten(1).float() * along).sum(1) / along.square().sum(1).clamp_min(1e-30)
     return weight.view(-1, *(1,) * (prediction.ndim - 1))

@@ -9,14 +9,12 @@ from contextlib import contextmanager
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from diffdoctor.runs.errors import UserError, first_line, missing_extra
+from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family
 
-_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
-
-def place(pipeline, device: torch.device, *, without: str = "") -> None:
+def move_modules(pipeline, device: torch.device, *, without: str | None = None) -> None:
     """Move the pipeline's networks to a device, but for the component named `without`."""
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module) and name != without:
@@ -28,7 +26,7 @@ def release_text_encoders(family: Family, how: str) -> None:
 
     The tokenizers stay. After "free" the pipeline takes prompt embeddings alone, until it is loaded again.
     """
-    for name in _TEXT_ENCODERS:
+    for name in family.text_encoder_names:
         encoder = getattr(family.pipeline, name, None)
         if encoder is None:
             continue
@@ -59,7 +57,7 @@ def memory_options(family: Family, config: TreatConfig) -> Iterator[None]:
                     undo.append(module.disable_gradient_checkpointing)
         if config.vae_slicing or config.vae_tiling:
             undo.append(_save_memory_in_vae(vae, config))
-        if config.attention_backend:
+        if config.attention_backend is not None:
             undo.append(_set_attention_backend(denoiser, config.attention_backend))
         if config.precision != "fp32":
             family.autocast_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float16
@@ -74,19 +72,15 @@ def _save_memory_in_vae(vae, config: TreatConfig):
     names = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size")
     if not all(hasattr(vae, name) for name in names):
         option = "vae_tiling" if config.vae_tiling else "vae_slicing"
-        raise UserError(
-            f"{option}: a VAE with slices and tiles such as AutoencoderKL was expected, got {type(vae).__name__}"
-        )
+        raise UserError(expected(option, "a VAE with slices and tiles such as AutoencoderKL", type(vae).__name__))
     before = {name: getattr(vae, name) for name in names}
     forward = vae.decoder.forward
     vae.use_slicing = vae.use_slicing or config.vae_slicing
     if config.vae_tiling:
         scale = vae.tile_sample_min_size // vae.tile_latent_min_size
         if config.vae_tiling % (4 * scale):
-            raise UserError(
-                f"vae_tiling: a multiple of {4 * scale} pixels was expected, for tiles that overlap by a quarter; "
-                f"got {config.vae_tiling}"
-            )
+            what = f"a multiple of {4 * scale} pixels, for tiles that overlap by a quarter"
+            raise UserError(expected("vae_tiling", what, config.vae_tiling))
         vae.use_tiling = True
         vae.tile_sample_min_size, vae.tile_latent_min_size = config.vae_tiling, config.vae_tiling // scale
 
@@ -117,9 +111,8 @@ def _set_attention_backend(denoiser, name: str):
         m for m in denoiser.modules() if isinstance(m, Attention) and not hasattr(m.processor, "_attention_backend")
     ]
     if older and name not in ("native", "xformers"):
-        raise UserError(
-            f"attention_backend: native or xformers was expected for {type(denoiser).__name__}, got {name!r}"
-        )
+        what = f"native or xformers for {type(denoiser).__name__}"
+        raise UserError(expected("attention_backend", what, repr(name)))
     if name == "xformers" and importlib.util.find_spec("xformers") is None:
         raise missing_extra("xformers", "xformers")
     try:

@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Sequence
 
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, expected
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +17,8 @@ def check_prompts(
     """The prompts as a list, blank ones refused, with a warning that counts those beyond the token limit.
 
     Args:
+        pipeline: whose tokenizers count.
+        prompts: one, or several.
         strict: refuse prompts beyond the limit.
         max_sequence_length: of T5 prompts, in tokens; None: the pipeline's own.
 
@@ -27,10 +29,10 @@ def check_prompts(
         prompts = [prompts]
     prompts = list(prompts)
     if not prompts:
-        raise UserError("prompts: at least one was expected, got none")
-    for place, prompt in enumerate(prompts):
+        raise UserError(expected("prompts", "at least one", "none"))
+    for number, prompt in enumerate(prompts, start=1):
         if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"prompts: text was expected, number {place + 1} is {prompt!r}")
+            raise UserError(expected("prompts", "text", f"{prompt!r} as number {number}"))
     tokenizer, limit = _tokens(pipeline, max_sequence_length)
     if tokenizer is None:
         return prompts

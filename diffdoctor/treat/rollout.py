@@ -7,21 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from diffdoctor.treat.families import Conditioning, Family
-from diffdoctor.treat.schedulers import Sampler
-
-
-@dataclass
-class Guidance:
-    """Classifier-free guidance: the scale, and whether the negative prediction carries a gradient ("both", "cond")."""
-
-    scale: float = 1.0
-    cfg_grad: str = "both"
+from diffdoctor.treat.families import Conditioning
+from diffdoctor.treat.sampling import Sampling
 
 
 @dataclass
 class Rollout:
-    """B pictures' way through the sampler, as far as a replay needs it.
+    """What a replay needs of the sampling of B pictures.
 
     Attributes:
         latents: before step i, (B, C, h, w), for every stored step i; without a graph.
@@ -53,36 +45,35 @@ def picture_generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 def initial_latents(
-    family: Family, sampler: Sampler, generators: Sequence[torch.Generator], height: int, width: int, device, dtype
+    sampling: Sampling, generators: Sequence[torch.Generator], height: int, width: int, device, dtype
 ) -> torch.Tensor:
     """First latents (B, C, h, w): what the pipeline's own call draws from the same generators."""
-    shape = family.latent_shape(height, width)
+    shape = sampling.family.latent_shape(height, width)
     noise = torch.stack([torch.randn(shape, generator=generator, dtype=dtype) for generator in generators])
-    return noise.to(device) * sampler.initial_scale
+    return noise.to(device) * sampling.sampler.initial_scale
 
 
 @torch.no_grad()
 def roll_out(
-    family: Family,
-    sampler: Sampler,
+    sampling: Sampling,
     conditioning: Conditioning,
     latents: torch.Tensor,
     generators: list[torch.Generator],
-    guidance: Guidance,
     *,
     keep: Sequence[int] = (),
-    chunk: int = 0,
+    chunk: int | None = None,
 ) -> Rollout:
     """Sample without a graph.
 
     Args:
+        sampling: whose predictions and steps are taken.
         conditioning: of B prompts.
         latents: (B, C, h, w), from `initial_latents`.
         generators: B, for stochastic schedulers; advanced as the pipeline's own call would.
         keep: the steps before which latents and states are stored for a replay.
-        chunk: pictures per call of the denoiser; 0 takes all at once.
+        chunk: pictures per call of the denoiser; None: all at once.
     """
-    kept = set(keep)
+    sampler, kept = sampling.sampler, set(keep)
     stored, states, generator_states = {}, {}, {}
     sampler.restore(None)
     for step in range(len(sampler)):
@@ -91,17 +82,15 @@ def roll_out(
             if sampler.stochastic:
                 generator_states[step] = [generator.get_state() for generator in generators]
         model_input = sampler.scale_input(latents, step)
-        prediction = _predict_in_chunks(family, sampler, model_input, step, conditioning, guidance, chunk)
+        prediction = _predict_in_chunks(sampling, model_input, step, conditioning, chunk)
         latents = sampler.step(prediction, step, latents, generators)
     return Rollout(stored, states, generator_states, latents, conditioning, generators)
 
 
 def replay(
-    family: Family,
-    sampler: Sampler,
+    sampling: Sampling,
     rollout: Rollout,
     index: torch.Tensor,
-    guidance: Guidance,
     *,
     first: int,
     graph_steps: Sequence[int] | None = None,
@@ -112,6 +101,9 @@ def replay(
     """Repeat the steps from `first` on, with a graph, for the pictures at index (M,): final latents (M, C, h, w).
 
     Args:
+        sampling: as in the roll-out.
+        rollout: of B pictures.
+        index: (M,) which of them.
         first: a step that the roll-out kept.
         graph_steps: the steps whose prediction carries a gradient; None: all from `first` on.
         detach_input: cut the graph at the denoiser's input, so that a gradient passes along the latents' linear path
@@ -119,6 +111,7 @@ def replay(
         modulate_output: applied to each prediction that carries a gradient.
         modulate_latents: applied to the latents after each step that carries a gradient.
     """
+    sampler = sampling.sampler
     chosen = range(first, len(sampler)) if graph_steps is None else graph_steps
     conditioning = rollout.conditioning.rows(index)
     latents = rollout.latents[first].index_select(0, index.to(rollout.final.device))
@@ -128,9 +121,7 @@ def replay(
         with_graph = step in chosen
         model_input = sampler.scale_input(latents.detach() if detach_input or not with_graph else latents, step)
         with torch.set_grad_enabled(with_graph and torch.is_grad_enabled()):
-            prediction = family.predict(
-                model_input, sampler.timesteps[step], conditioning, guidance.scale, guidance.cfg_grad
-            )
+            prediction = sampling.predict(model_input, step, conditioning)
         if with_graph and modulate_output is not None:
             prediction = modulate_output(prediction)
         latents = sampler.step(prediction, step, latents, generators)
@@ -139,14 +130,12 @@ def replay(
     return latents
 
 
-def _predict_in_chunks(family, sampler, model_input, step, conditioning, guidance, chunk) -> torch.Tensor:
-    timestep = sampler.timesteps[step]
-    if not chunk or chunk >= len(model_input):
-        return family.predict(model_input, timestep, conditioning, guidance.scale)
+def _predict_in_chunks(sampling, model_input, step, conditioning, chunk) -> torch.Tensor:
+    if chunk is None or chunk >= len(model_input):
+        return sampling.predict(model_input, step, conditioning)
     parts = []
     for rows in torch.arange(len(model_input)).split(chunk):
-        part = model_input[rows[0] : rows[-1] + 1]
-        parts.append(family.predict(part, timestep, conditioning.rows(rows), guidance.scale))
+        parts.append(sampling.predict(model_input[rows[0] : rows[-1] + 1], step, conditioning.rows(rows)))
     return torch.cat(parts)
 
 

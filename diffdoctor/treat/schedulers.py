@@ -1,4 +1,4 @@
-"""Sampling that can be stopped, stored and taken up again: a private copy of a pipeline's scheduler with its state."""
+"""Sampling that can be stopped, stored and resumed: a private copy of a pipeline's scheduler with its state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from diffdoctor.ops import Target
-from diffdoctor.runs.errors import UserError, first_line
+from diffdoctor.runs.errors import UserError, expected, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ class Sampler:
 
     @property
     def timesteps(self) -> torch.Tensor:
+        """The times (steps,) that the denoiser is told."""
         return self.scheduler.timesteps
 
     def __len__(self) -> int:
@@ -88,6 +89,7 @@ class Sampler:
 
     @property
     def is_flow(self) -> bool:
+        """Whether the scheduler is one of flow matching."""
         return self.kind in _FLOW
 
     @property
@@ -101,7 +103,7 @@ class Sampler:
         return {name: list(value) if isinstance(value, list) else value for name, value in values.items()}
 
     def restore(self, state: dict | None, index: torch.Tensor | None = None) -> None:
-        """Take up a stored state (None: before the first step), for the pictures at index (M,) alone where given."""
+        """Load a stored state (None: before the first step), for the pictures at index (M,) alone where given."""
         for name, value in (self._fresh if state is None else state).items():
             if isinstance(value, list):
                 value = [v if v is None or index is None else v[index] for v in value]
@@ -179,7 +181,8 @@ class Sampler:
         Times are uniform over the training timesteps, for flow matching logit-normal and shifted as the sampler's are.
 
         Args:
-            latents, noise: (B, C, h, w).
+            latents: (B, C, h, w), clean.
+            noise: (B, C, h, w).
             uniform: (B,) in [0, 1): where in the distribution of times each picture lies.
         """
         if self.is_flow:
@@ -244,7 +247,5 @@ def _check_supported(scheduler) -> None:
     if kind in _DPM:
         config = scheduler.config
         if config.algorithm_type != "dpmsolver++" or config.solver_order > 2 or config.get("use_flow_sigmas"):
-            raise UserError(
-                f"{kind}: algorithm_type 'dpmsolver++' of order 1 or 2 without use_flow_sigmas was expected, "
-                f"got {config.algorithm_type!r} of order {config.solver_order}"
-            )
+            what = "algorithm_type 'dpmsolver++' of order 1 or 2 without use_flow_sigmas"
+            raise UserError(expected(kind, what, f"{config.algorithm_type!r} of order {config.solver_order}"))

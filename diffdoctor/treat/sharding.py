@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.training.processes import Processes
 from diffdoctor.treat.families import Family
 
@@ -28,7 +28,9 @@ def shard_denoiser(family: Family, parameters: Sequence[torch.nn.Parameter], pro
     `_no_split_modules`; or a least number of parameters), `reshard_after_forward` and `offload_params`.
 
     Args:
+        family: whose denoiser is sharded.
         parameters: the LoRA's, which stay as they are, on the process's device.
+        processes: that share the weights.
 
     Raises:
         UserError: for FSDP's first version.
@@ -39,7 +41,8 @@ def shard_denoiser(family: Family, parameters: Sequence[torch.nn.Parameter], pro
 
     plugin = FullyShardedDataParallelPlugin()
     if plugin.fsdp_version != 2:
-        raise UserError("FSDP: version 2 was expected (fsdp_version: 2 in Accelerate's configuration), got 1")
+        what = "2 (fsdp_version: 2 in Accelerate's configuration)"
+        raise UserError(expected("FSDP's version", what, plugin.fsdp_version))
     options = {
         "mesh": init_device_mesh(processes.device.type, (processes.count,)),
         "offload_policy": plugin.cpu_offload,

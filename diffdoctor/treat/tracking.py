@@ -28,7 +28,7 @@ class Tracking:
     Args:
         config: its log_with names the tracker.
         output_dir: for `logs/` (TensorBoard) and `samples/`; None: nothing is kept.
-        step: steps done, when a run goes on: TensorBoard's curves are cut off there.
+        step: steps done, when a run resumes: TensorBoard's curves are cut off there.
         is_main: whether this is the main process.
 
     Raises:
@@ -71,6 +71,7 @@ class Tracking:
         """Write pictures and, below each, the same with its diagnosis in red: samples/step-00000020.png.
 
         Args:
+            step: steps done.
             pictures: (B, 3, H, W) in [0, 1].
             confidence: (B, 1, H, W).
         """
@@ -111,7 +112,7 @@ def sample_sheet(pictures: torch.Tensor, confidence: torch.Tensor) -> np.ndarray
 
 
 def _run_id(output_dir: Path) -> str:
-    # so that a run that goes on goes on in W&B too
+    # so that a run that resumes does so in W&B too
     path = output_dir / "wandb-run-id.txt"
     if not path.is_file():
         atomic_write_text(path, uuid.uuid4().hex[:12] + "\n")

@@ -74,8 +74,8 @@ def treat(
             offline_weight > 0 or method is "weighted".
         monitor: a second detector, never the one that judges the result: when it finds more artifacts than before while
             `detector` finds fewer, the treatment stops.
-        output_dir: for `lora/`, `treat.json`, `config.yaml`, `samples/`, `logs/` and checkpoints, from which the same
-            call goes on after an interruption, and which tell one that repeats a finished treatment what came of it.
+        output_dir: for `lora/`, `treat.json`, `config.yaml`, `samples/`, `logs/` and checkpoints. The same call resumes
+            there after an interruption; after the last step it gives the finished treatment.
         progress: show a bar, or plain lines where there is no terminal.
         settings: what else `config.yaml` is to hold, beside the options.
 
@@ -91,14 +91,14 @@ def treat(
     treatment = Treatment(pipeline, detector, prompts, config or TreatConfig(), offline, monitor, output_dir, settings)
     try:
         stopped = treatment.run(progress)
-        best = treatment.monitor.best
+        best = treatment.early_stopping.best
         result = TreatResult(
             pipeline=pipeline,
             history=treatment.history,
-            measurements=treatment.monitor.measurements,
+            measurements=treatment.early_stopping.measurements,
             best_step=0 if best is None else best.step,
             stopped=stopped,
-            skipped=treatment.skipped,
+            skipped=treatment.training.skipped,
             seconds=treatment.seconds,
         )
         if output_dir is not None:
@@ -112,7 +112,7 @@ def treat(
 def _write(result: TreatResult, treatment: Treatment, output_dir: Path) -> None:
     if treatment.processes.is_main:
         with writing(output_dir):
-            save_lora(treatment.family, output_dir / "lora")
+            save_lora(treatment.sampling.family, output_dir / "lora")
             atomic_write_json(output_dir / "treat.json", _summary(result, treatment.config))
         treatment.checkpoints.keep_last()
     treatment.processes.wait()

@@ -41,11 +41,11 @@ def test_options_come_from_a_file_and_the_command_line_wins(demo_options, tmp_pa
         (["demo", "--sede", "1"], "sede"),
         (["demo", "--seed", "many"], "seed"),
         (["demo", "--config", "no-such-file.yaml"], "no-such-file.yaml"),
-        (["demo", "--pictures", "3"], "pictures: at least 20 was expected"),
-        (["treat", "--method", "nope"], "method: one of draft_k"),
+        (["demo", "--pictures", "3"], "pictures: expected at least 20, two of each digit, got 3"),
+        (["treat", "--method", "nope"], "method: expected one of draft_k"),
         (["treatment"], "unknown command 'treatment'"),
-        (["evaluate"], "one of evaluate detector, evaluate model was expected"),
-        (["evaluate", "modle"], "one of evaluate detector, evaluate model was expected"),
+        (["evaluate"], "evaluate: expected one of evaluate detector, evaluate model"),
+        (["evaluate", "modle"], "evaluate: expected one of evaluate detector, evaluate model"),
         (["evaluate", "model"], "--pipeline: is needed"),
     ],
     ids=[
@@ -137,8 +137,8 @@ def test_lists_and_switches_are_given_as_a_shell_gives_them(list_options, argv, 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["diagnose", "a", "--strict", "yes"], "--strict: true or false was expected, got 'yes'"),
-        (["evaluate", "model", "--guide", "ture"], "--guide: true or false was expected, got 'ture'"),
+        (["diagnose", "a", "--strict", "yes"], "--strict: expected true or false, got 'yes'"),
+        (["evaluate", "model", "--guide", "ture"], "--guide: expected true or false, got 'ture'"),
         (["evaluate", "model", "--guide", "--sede"], "sede"),
     ],
     ids=["yes", "typing-error", "unknown-option"],
@@ -168,8 +168,8 @@ def test_a_file_may_give_one_place_as_a_word(list_options, tmp_path, text, expec
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"\x89PNG\r\n", "options.yaml: a YAML file in UTF-8 was expected"),
-        ("places: clean\n".encode("utf-16"), "options.yaml: a YAML file in UTF-8 was expected"),
+        (b"\x89PNG\r\n", "options.yaml: expected a YAML file in UTF-8"),
+        ("places: clean\n".encode("utf-16"), "options.yaml: expected a YAML file in UTF-8"),
         (b"places: [clean, 7]\n", "Got value: 7"),
         (b"places: null\n", "required: places"),
         (b"places: clean\nseed: [\n", "Problems parsing config"),

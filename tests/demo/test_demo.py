@@ -7,7 +7,7 @@ import pytest
 
 from diffdoctor import cli
 from diffdoctor.demo import run
-from diffdoctor.demo.bar import Check, judge_is_calibrated, the_bar
+from diffdoctor.demo.bar import Check, acceptance_checks, judge_is_calibrated
 from diffdoctor.demo.table import table
 from support.demo import metrics_of
 
@@ -113,11 +113,11 @@ def test_a_judge_that_is_not_calibrated_ends_the_demo(finished, capsys):
     ],
     ids=lambda value: next(iter(value), "holds") if isinstance(value, dict) else "",
 )
-def test_the_bar_misses_what_it_should(change, missed):
-    assert [check.name for check in the_bar(metrics_of(**change)) if not check.holds] == missed
+def test_checks_fail_where_they_should(change, missed):
+    assert [check.name for check in acceptance_checks(metrics_of(**change)) if not check.holds] == missed
 
 
-def test_calibration_is_part_of_the_bar():
+def test_calibration_is_part_of_the_checks():
     assert all(isinstance(check, Check) and check.holds for check in judge_is_calibrated(metrics_of()))
 
 

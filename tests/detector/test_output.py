@@ -28,7 +28,7 @@ def sets(tmp_path):
 
 def command(folder, data, *options, output="out"):
     """Exit code of a short training; a later option replaces an earlier one."""
-    short = {"--training.steps": 2, "--training.batch_size": 4, "--training.warmup": 0, "--validation_share": 0}
+    short = {"--training.steps": 2, "--training.batch_size": 4, "--training.warmup_steps": 0, "--validation_share": 0}
     short |= {"--architecture": "conv", "--min_side": 16} | dict(zip(options[::2], options[1::2], strict=True))
     words = [str(word) for name, value in short.items() if value is not None for word in (name, value)]
     return main(["train-detector", str(folder / data), "--output", str(folder / output), *words])

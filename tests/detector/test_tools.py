@@ -110,7 +110,9 @@ def test_names_are_paths_below_the_folder_and_unique(pictures):
 
 def test_train_detector_makes_a_detector_and_goes_on_where_it_was(pictures, tmp_path):
     injected(pictures, tmp_path / "data", damaged=4)
-    training = DetectorTrainingConfig(steps=6, batch_size=4, warmup=1, checkpoint_every=2, validate_every=3, size=32)
+    training = DetectorTrainingConfig(
+        steps=6, batch_size=4, warmup_steps=1, checkpoint_every=2, validate_every=3, size=32
+    )
     config = TrainDetectorConfig(
         [str(tmp_path / "data")], str(tmp_path / "run"), architecture="conv", validation_share=0.25, training=training
     )

@@ -85,7 +85,10 @@ def test_the_averaged_weights_are_the_result():
 def test_a_loss_that_is_not_finite_stops_the_run():
     with pytest.raises(UserError, match="lower learning_rate"):
         train_detector(
-            quick(steps=60, learning_rate=1e30, warmup=0, max_grad_norm=0), shapes(), detector=fresh(), progress=False
+            quick(steps=60, learning_rate=1e30, warmup_steps=0, max_grad_norm=0),
+            shapes(),
+            detector=fresh(),
+            progress=False,
         )
 
 

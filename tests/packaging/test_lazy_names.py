@@ -43,7 +43,6 @@ def test_a_package_brings_no_module_along():
 def test_guide_is_the_function_from_everywhere():
     pytest.importorskip("diffusers")
     import diffdoctor
-    from diffdoctor.treat import guide
-    from diffdoctor.treat import guide as guiding
+    from diffdoctor.treat import guide, guided_sampling
 
-    assert guide is guiding.guide is diffdoctor.guide
+    assert guide is guided_sampling.guide is diffdoctor.guide

@@ -20,7 +20,7 @@ def shapes(count=60, side=16, seed=0, **fields):
 
 
 def quick(**changes):
-    options = {"steps": 12, "batch_size": 8, "warmup": 3, "bce": 1.0, "mse": 0.5, "dice": 0.5, "seed": 3}
+    options = {"steps": 12, "batch_size": 8, "warmup_steps": 3, "bce": 1.0, "mse": 0.5, "dice": 0.5, "seed": 3}
     return DetectorTrainingConfig(**{**options, **changes})
 
 

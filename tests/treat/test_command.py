@@ -129,18 +129,19 @@ def test_help_names_every_option(capsys):
         ({"pipeline": "{files}/other"}, "DDPMPipeline cannot be treated yet: served are FluxPipeline"),
         ({"detector": "/nowhere"}, "/nowhere"),
         ({"detector": "{files}/empty"}, "empty"),
-        ({"monitor": "{files}/copy"}, "monitor: a detector with weights of its own"),
+        ({"monitor": "{files}/copy"}, "monitor: expected a detector with other weights"),
         ({"prompts": "/nowhere.txt"}, "cannot be read"),
         ({"prompts": "{files}/blank.txt"}, "holds no prompt"),
-        ({"prompts": ""}, "--prompts"),
-        ({"offline": ""}, "offline"),
+        ({"prompts": ""}, "--prompts: expected a name or a path, got an empty one; leave it out instead"),
+        ({"offline": ""}, "--offline: expected a name or a path, got an empty one"),
+        ({"offline": "null"}, "offline: expected (pictures, prompts) pairs, since offline_weight > 0, got None"),
         ({"offline": "{files}/empty"}, "empty"),
-        ({"offline": "{files}/silent"}, "a `prompt` was expected with every picture, got none with all 1"),
+        ({"offline": "{files}/silent"}, "expected a `prompt` with every picture, got none with all 1"),
         ({"scheduler": "PNDMScheduler"}, "DDIMScheduler"),
         ({"scheduler": "Nonsense"}, "--scheduler"),
         ({"method": "magic"}, "method"),
-        ({"dtype": "int8"}, "dtype: one of fp32, bf16, fp16"),
-        ({"attention_backend": "flash"}, "attention_backend: native or xformers"),
+        ({"dtype": "int8"}, "dtype: expected one of fp32, bf16, fp16"),
+        ({"attention_backend": "flash"}, "attention_backend: expected native or xformers"),
         ({"steps": "many"}, "steps"),
     ],
     ids=lambda value: str(value)[:40],
@@ -253,7 +254,7 @@ def test_the_settings_can_be_read_from_another_working_folder(files, tmp_path, m
     assert main(arguments(files, output, log_with="none", sample_pictures=0, **paths)) == 0
     asked = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert {name: asked[name] for name in paths} == {name: str(files / path) for name, path in paths.items()}
-    assert asked["monitor"] == ""
+    assert asked["monitor"] is None
 
 
 def test_options_from_a_file_and_what_was_asked(files, tmp_path, capsys):

@@ -13,9 +13,10 @@ from diffdoctor.runs.errors import UserError
 from diffdoctor.treat import TreatConfig
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import add_lora
-from diffdoctor.treat.methods import kept_steps
+from diffdoctor.treat.methods import METHODS
 from diffdoctor.treat.prepare import memory_options, release_text_encoders
-from diffdoctor.treat.rollout import Guidance, initial_latents, picture_generators, roll_out
+from diffdoctor.treat.rollout import initial_latents, picture_generators, roll_out
+from diffdoctor.treat.sampling import Guidance, Sampling
 from diffdoctor.treat.schedulers import Sampler
 from diffdoctor.treat.terms import artifact_term
 from support.tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
@@ -87,16 +88,13 @@ def lora_gradient(name, size=16, **options):
     sampler = Sampler(pipeline.scheduler, device=cpu, timestep_options=family.timestep_options(2, size, size))
     conditioning = family.encode_prompts(PROMPTS[:2], guidance_scale=1.0, height=size, width=size, device=cpu)
     generators = picture_generators((1, 2))
-    latents = initial_latents(family, sampler, generators, size, size, cpu, torch.float32)
+    sampling = Sampling(family, sampler, Guidance(), detector)
+    latents = initial_latents(sampling, generators, size, size, cpu, torch.float32)
+    keep = METHODS["draft_k"].checkpointed_steps(config, 2)
     confidence = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))
     with memory_options(family, config):
-        rollout = roll_out(
-            family, sampler, conditioning, latents, generators, Guidance(), keep=kept_steps("draft_k", 2, 2)
-        )
-        artifact_term(
-            family, sampler, rollout, confidence, detector, Guidance(), config, total=2,
-            generator=torch.Generator(), seeds=(1, 2),
-        )  # fmt: skip
+        rollout = roll_out(sampling, conditioning, latents, generators, keep=keep)
+        artifact_term(sampling, rollout, confidence, config, total=2, generator=torch.Generator(), seeds=(1, 2))
     return torch.cat([parameter.grad.flatten() for parameter in parameters]), family
 
 
@@ -133,9 +131,9 @@ def test_tiles_are_recomputed_with_the_gradient_of_tiles_kept(name, monkeypatch)
 
 def test_options_that_cannot_be_are_refused():
     for options, message in (
-        ({"vae_tiling": 6}, "vae_tiling: a multiple of 8"),
+        ({"vae_tiling": 6}, "vae_tiling: expected a multiple of 8"),
         ({"attention_backend": "xformers"}, "xformers is not installed"),
-        ({"attention_backend": "flash"}, "attention_backend: native or xformers"),
+        ({"attention_backend": "flash"}, "attention_backend: expected native or xformers"),
     ):
         with pytest.raises(UserError, match=message):
             lora_gradient("sd", **options)

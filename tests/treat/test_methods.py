@@ -9,10 +9,11 @@ from diffdoctor.training.processes import seed_of
 from diffdoctor.treat import TreatConfig
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import add_lora
-from diffdoctor.treat.methods import graph_step_count, kept_steps
-from diffdoctor.treat.rollout import Guidance, initial_latents, picture_generators, roll_out
+from diffdoctor.treat.methods import METHODS, graph_step_count
+from diffdoctor.treat.rollout import initial_latents, picture_generators, roll_out
+from diffdoctor.treat.sampling import Guidance, Sampling
 from diffdoctor.treat.schedulers import Sampler
-from diffdoctor.treat.terms import artifact_term, diagnose
+from diffdoctor.treat.terms import artifact_term
 from support.tiny_pipelines import PROMPTS, tiny_pipeline
 
 STEPS = 5
@@ -45,24 +46,25 @@ class Bench:
             PROMPTS, guidance_scale=scale, height=SIZE, width=SIZE, device=cpu
         )
         generators = picture_generators((5, 6, 7))
-        self.latents = initial_latents(self.family, self.sampler, generators, SIZE, SIZE, cpu, torch.float32)
+        self.latents = initial_latents(self.sampling(), generators, SIZE, SIZE, cpu, torch.float32)
         self.generators = generators
+
+    def sampling(self, cfg_grad="both"):
+        return Sampling(self.family, self.sampler, Guidance(self.scale, cfg_grad), self.detector)
 
     def ours(self, method, grad_steps, seed=9, **options):
         """The LoRA's gradient by `artifact_term`, every picture replayed."""
         config = TreatConfig(
             method=method, grad_steps=grad_steps, guidance_scale=self.scale, replay_area=0.0, **options
         )
-        keep = kept_steps(method, grad_steps, STEPS)
-        guidance = Guidance(self.scale, config.cfg_grad)
-        rollout = roll_out(
-            self.family, self.sampler, self.conditioning, self.latents, self.generators, guidance, keep=keep
-        )
-        _, confidence = diagnose(self.family, self.detector, rollout.final)
+        keep = METHODS[method].checkpointed_steps(config, STEPS)
+        sampling = self.sampling(config.cfg_grad)
+        rollout = roll_out(sampling, self.conditioning, self.latents, self.generators, keep=keep)
+        _, confidence = sampling.diagnose(rollout.final)
         for parameter in self.parameters:
             parameter.grad = None
         loss, replayed = artifact_term(
-            self.family, self.sampler, rollout, confidence, self.detector, guidance, config,
+            sampling, rollout, confidence, config,
             total=len(self.latents), generator=torch.Generator().manual_seed(seed), seeds=(5, 6, 7),
         )  # fmt: skip
         assert replayed == len(self.latents)
@@ -126,7 +128,7 @@ def assert_same(ours, theirs):
     assert sum(float(b.norm()) for b in theirs) > 1e-4
 
 
-@pytest.mark.parametrize(("method", "grad_steps", "chosen"), [("full", 0, range(5)), ("draft_k", 2, (3, 4))])
+@pytest.mark.parametrize(("method", "grad_steps", "chosen"), [("full", None, range(5)), ("draft_k", 2, (3, 4))])
 def test_draft_and_full(bench, method, grad_steps, chosen):
     loss, ours, _ = bench.ours(method, grad_steps, modulate="none")
     theirs = bench.by_hand(chosen)
@@ -161,7 +163,7 @@ def test_drtune(bench):
 
 
 def test_draft_lv(bench):
-    _, ours, _ = bench.ours("draft_lv", 0, modulate="none")
+    _, ours, _ = bench.ours("draft_lv", None, modulate="none")
     with torch.no_grad():
         latents = bench.latents
         for step in range(STEPS):
@@ -215,9 +217,12 @@ def test_shuffled_maps_bring_another_pictures_gradient():
 
 
 def test_step_counts():
-    assert [graph_step_count("draft_k", 0, steps) for steps in (1, 4, 10, 20)] == [1, 1, 3, 5]
-    assert graph_step_count("draft_k", 9, 4) == 4
-    assert kept_steps("draft_k", 3, 10) == (7,)
-    assert kept_steps("draft_lv", 3, 10) == (9,)
-    assert kept_steps("drtune", 3, 10) == kept_steps("full", 0, 10) == (0,)
-    assert kept_steps("weighted", 0, 10) == ()
+    def checkpointed_steps(method, grad_steps, steps):
+        return METHODS[method].checkpointed_steps(TreatConfig(grad_steps=grad_steps), steps)
+
+    assert [graph_step_count(None, steps) for steps in (1, 4, 10, 20)] == [1, 1, 3, 5]
+    assert graph_step_count(9, 4) == 4
+    assert checkpointed_steps("draft_k", 3, 10) == (7,)
+    assert checkpointed_steps("draft_lv", 3, 10) == (9,)
+    assert checkpointed_steps("drtune", 3, 10) == checkpointed_steps("full", None, 10) == (0,)
+    assert checkpointed_steps("weighted", None, 10) == ()

@@ -32,10 +32,10 @@ def test_fp16_overflow_is_skipped_and_halves_the_scale(monkeypatch, tmp_path):
 
     def spying(self):
         # an infinity in place of the first gradient
-        handle = self.parameters[0].register_hook(lambda g: g * float("inf") if self.step == 0 else g)
+        handle = self.training.parameters[0].register_hook(lambda g: g * float("inf") if self.step == 0 else g)
         take(self)
         handle.remove()
-        scales.append(self.scaler.get_scale())
+        scales.append(self.training.scaler.get_scale())
 
     monkeypatch.setattr(treatment.Treatment, "_take_step", spying)
     result = run(precision="fp16", steps=2)

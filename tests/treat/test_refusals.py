@@ -13,7 +13,7 @@ from support.treatment import pairs, random_detector, run, small
 def test_a_monitor_with_the_detectors_weights_is_refused():
     detector = random_detector()
     for monitor in (detector, random_detector()):
-        with pytest.raises(UserError, match="monitor: a detector with weights of its own"):
+        with pytest.raises(UserError, match="monitor: expected a detector with other weights"):
             treat(
                 tiny_pipeline("sd"), detector, PROMPTS, small(), offline=pairs(), monitor=monitor, progress=False
             )  # fmt: skip
@@ -31,8 +31,8 @@ def test_a_pipeline_that_places_its_own_parts_is_refused():
     [
         ({"offline": ([], [])}, "offline"),
         ({"offline": (np.zeros((2, 16, 16, 3), np.float32), ["a", "b"])}, "uint8"),
-        ({"height": 15}, "multiples of 2 pixels, 4 at least, were expected, got 15 x 16"),
-        ({"height": 2, "width": 2}, "multiples of 2 pixels, 4 at least, were expected, got 2 x 2"),
+        ({"height": 15}, "height, width: expected multiples of 2 pixels, 4 at least, got 15 x 16"),
+        ({"height": 2, "width": 2}, "height, width: expected multiples of 2 pixels, 4 at least, got 2 x 2"),
         ({"sampling_steps": 2000}, "sampling_steps: DDPMScheduler does not take them"),
         ({"lora_targets": ("everything",)}, "lora_targets"),
     ],
@@ -78,11 +78,15 @@ def test_long_prompts_are_counted_cut_or_refused(caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "draft"}, "method: one of draft_k"),
-        ({"batch_size": 0}, "batch_size: at least 1"),
+        ({"method": "draft"}, "method: expected one of draft_k"),
+        ({"batch_size": 0}, "batch_size: expected at least 1"),
         ({"clean_grad": -1.0}, "clean_grad"),
         ({"learning_rate": float("nan")}, "learning_rate"),
-        ({"ema_decay": 1.5}, r"ema_decay: in \[0, 1\]"),
+        ({"height": 0}, "height: expected at least 1, or None for the pipeline's own, got 0"),
+        ({"grad_steps": 0}, "grad_steps: expected at least 1, or None for a quarter of sampling_steps, got 0"),
+        ({"alpha": 0.0}, "alpha: expected a positive number, or None for the rank, got 0.0"),
+        ({"attention_backend": ""}, "attention_backend: expected a name, or None for the pipeline's own, got ''"),
+        ({"ema_decay": 1.5}, r"ema_decay: expected a number in \[0, 1\]"),
     ],
 )
 def test_bad_options_are_refused(options, message):

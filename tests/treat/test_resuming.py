@@ -13,7 +13,7 @@ from diffdoctor.runs.errors import UserError
 from diffdoctor.treat import train as trainer
 from diffdoctor.treat import treatment
 from diffdoctor.treat.lora import WEIGHTS_NAME
-from diffdoctor.treat.monitor import Monitor
+from diffdoctor.treat.monitor import EarlyStopping
 from support.tiny_pipelines import PROMPTS, tiny_pipeline
 from support.treatment import pairs, run
 
@@ -123,7 +123,7 @@ def test_a_run_killed_after_it_was_to_stop_does_not_go_on(tmp_path, monkeypatch)
 
     monkeypatch.setattr(trainer, "_write", dying)
     # only the measurement at step 4 is good enough
-    monkeypatch.setattr(Monitor, "add", stopping_at(4, Monitor.add))
+    monkeypatch.setattr(EarlyStopping, "add", stopping_at(4, EarlyStopping.add))
     with pytest.raises(Interrupted):
         run(**options)
     monkeypatch.setattr(trainer, "_write", write)

@@ -6,8 +6,8 @@ import torch
 
 from diffdoctor.runs.errors import UserError
 from diffdoctor.treat.families import Family, family_of, register_family
-from diffdoctor.treat.families.flux import pack, unpack
-from diffdoctor.treat.rollout import Guidance, initial_latents, picture_generators, replay, roll_out
+from diffdoctor.treat.rollout import initial_latents, picture_generators, replay, roll_out
+from diffdoctor.treat.sampling import Guidance, Sampling
 from diffdoctor.treat.schedulers import Sampler
 from support.tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
 
@@ -28,7 +28,7 @@ CASES = [(family, scheduler, scale) for family in FAMILIES for scheduler in SCHE
 
 
 def prepared(name, scheduler, scale, steps=4, dtype=torch.float32, prediction_type="epsilon"):
-    """A tiny pipeline with this scheduler, its family, sampler, conditioning, latents and generators."""
+    """Of a tiny pipeline with this scheduler: its sampling, conditioning, first latents and generators."""
     pipeline = tiny_pipeline(name, prediction_type=prediction_type) if name == "sd" else tiny_pipeline(name)
     changes = {"clip_sample": False} if scheduler in ("DDIMScheduler", "DDPMScheduler") else {}
     pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config, **changes)
@@ -39,14 +39,16 @@ def prepared(name, scheduler, scale, steps=4, dtype=torch.float32, prediction_ty
     sampler = Sampler(pipeline.scheduler, device=cpu, timestep_options=family.timestep_options(steps, 16, 16))
     conditioning = family.encode_prompts(PROMPTS, guidance_scale=scale, height=16, width=16, device=cpu)
     generators = picture_generators(SEEDS)
-    latents = initial_latents(family, sampler, generators, 16, 16, cpu, dtype)
-    return family, sampler, conditioning, latents, generators
+    sampling = Sampling(family, sampler, Guidance(scale))
+    latents = initial_latents(sampling, generators, 16, 16, cpu, dtype)
+    return sampling, conditioning, latents, generators
 
 
 @pytest.mark.parametrize(("name", "scheduler", "scale"), CASES)
 def test_roll_out_draws_what_the_pipeline_draws(name, scheduler, scale):
-    family, sampler, conditioning, latents, generators = prepared(name, scheduler, scale)
-    rollout = roll_out(family, sampler, conditioning, latents, generators, Guidance(scale), chunk=2)
+    sampling, conditioning, latents, generators = prepared(name, scheduler, scale)
+    family = sampling.family
+    rollout = roll_out(sampling, conditioning, latents, generators, chunk=2)
     ours = family.decode(rollout.final).clamp(0, 1)
     options = {"max_sequence_length": 32} if name in ("sd3", "flux") else {}
     family.pipeline.set_progress_bar_config(disable=True)
@@ -60,28 +62,29 @@ def test_roll_out_draws_what_the_pipeline_draws(name, scheduler, scale):
 
 @pytest.mark.parametrize(("name", "scheduler", "scale"), CASES)
 def test_replay_of_some_pictures_repeats_the_roll_out(name, scheduler, scale):
-    family, sampler, conditioning, latents, generators = prepared(name, scheduler, scale, steps=5, dtype=torch.float64)
-    rollout = roll_out(family, sampler, conditioning, latents, generators, Guidance(scale), keep=(0, 3))
+    sampling, conditioning, latents, generators = prepared(name, scheduler, scale, steps=5, dtype=torch.float64)
+    rollout = roll_out(sampling, conditioning, latents, generators, keep=(0, 3))
     index = torch.tensor([2, 0])
     for first in (3, 0):
-        again = replay(family, sampler, rollout, index, Guidance(scale), first=first)
+        again = replay(sampling, rollout, index, first=first)
         torch.testing.assert_close(again.detach(), rollout.final[index], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS["sd"])
 def test_replay_gradient_is_that_of_finite_differences(scheduler):
-    family, sampler, conditioning, latents, generators = prepared("sd", scheduler, 1.0, dtype=torch.float64)
-    weight = family.denoiser.conv_out.weight
-    family.denoiser.requires_grad_(False)
+    sampling, conditioning, latents, generators = prepared("sd", scheduler, 1.0, dtype=torch.float64)
+    denoiser = sampling.family.denoiser
+    weight = denoiser.conv_out.weight
+    denoiser.requires_grad_(False)
     weight.requires_grad_(True)
     index = torch.tensor([1])
     cotangent = torch.randn(1, *latents.shape[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def value():
         # 2 of 4 steps: DPM++ 2M needs its stored history here
-        return (replay(family, sampler, rollout, index, Guidance(1.0), first=2) * cotangent).sum()
+        return (replay(sampling, rollout, index, first=2) * cotangent).sum()
 
-    rollout = roll_out(family, sampler, conditioning, latents, generators, Guidance(1.0), keep=(2,))
+    rollout = roll_out(sampling, conditioning, latents, generators, keep=(2,))
     gradient = torch.autograd.grad(value(), weight)[0]
     direction = torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     step = 1e-3
@@ -98,7 +101,7 @@ def test_replay_gradient_is_that_of_finite_differences(scheduler):
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_denoised_inverts_renoised(scheduler, prediction_type):
-    _family, sampler, *_ = prepared("sd", scheduler, 1.0, prediction_type=prediction_type)
+    sampler = prepared("sd", scheduler, 1.0, prediction_type=prediction_type)[0].sampler
     generator = torch.Generator().manual_seed(3)
     clean, noise = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(2))
     for step in range(len(sampler)):
@@ -109,11 +112,11 @@ def test_denoised_inverts_renoised(scheduler, prediction_type):
 
 
 def test_training_pair_is_the_schedulers_own():
-    family, sampler, *_ = prepared("sd", "DDIMScheduler", 1.0, prediction_type="v_prediction")
+    sampling = prepared("sd", "DDIMScheduler", 1.0, prediction_type="v_prediction")[0]
     generator = torch.Generator().manual_seed(4)
     latents, noise = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(2))
-    noisy, timesteps, target = sampler.training_pair(latents, noise, torch.tensor([0.0, 0.5, 0.999999]))
-    scheduler = family.pipeline.scheduler
+    noisy, timesteps, target = sampling.sampler.training_pair(latents, noise, torch.tensor([0.0, 0.5, 0.999999]))
+    scheduler = sampling.family.pipeline.scheduler
     assert timesteps.tolist() == [0, 500, 999]
     torch.testing.assert_close(noisy, scheduler.add_noise(latents, noise, timesteps))
     from diffdoctor import weighted_loss
@@ -123,7 +126,7 @@ def test_training_pair_is_the_schedulers_own():
 
 
 def test_flow_training_pair():
-    _, sampler, *_ = prepared("flux", "FlowMatchEulerDiscreteScheduler", 1.0)
+    sampler = prepared("flux", "FlowMatchEulerDiscreteScheduler", 1.0)[0].sampler
     latents, noise = torch.zeros(4, 4, 8, 8), torch.ones(4, 4, 8, 8)
     noisy, timesteps, _ = sampler.training_pair(latents, noise, torch.tensor([0.05, 0.3, 0.6, 0.95]))
     torch.testing.assert_close(noisy[:, 0, 0, 0] * 1000, timesteps)
@@ -135,8 +138,9 @@ def test_flow_training_pair():
 def test_packing_is_flux_own():
     latents = torch.arange(2 * 3 * 4 * 6.0).view(2, 3, 4, 6)
     theirs = diffusers.FluxPipeline._pack_latents(latents, 2, 3, 4, 6)
-    assert torch.equal(pack(latents), theirs)
-    assert torch.equal(unpack(theirs, 2, 3), latents)
+    family = prepared("flux", "FlowMatchEulerDiscreteScheduler", 1.0)[0].family
+    assert torch.equal(family.to_pipeline(latents), theirs)
+    assert torch.equal(family.from_pipeline(theirs, 8, 12), latents)
 
 
 def test_pipelines_scheduler_is_left_alone_and_clipping_is_noticed(caplog):

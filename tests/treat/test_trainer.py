@@ -9,9 +9,10 @@ from diffdoctor.treat import treat
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import lora_state
 from diffdoctor.treat.methods import METHODS
-from diffdoctor.treat.monitor import Measurement, Monitor
+from diffdoctor.treat.monitor import EarlyStopping, Measurement
+from diffdoctor.treat.offline import offline_term, prepare_offline
+from diffdoctor.treat.sampling import Sampling
 from diffdoctor.treat.schedulers import Sampler
-from diffdoctor.treat.terms import offline_term, prepare_offline
 from support.tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
 from support.treatment import BrightDetector, gradient_norms, pairs, random_detector, run, small
 
@@ -116,10 +117,10 @@ def test_a_monitor_that_sees_more_artifacts_stops_the_treatment():
 
 
 def test_the_last_of_equally_good_weights_is_kept():
-    monitor = Monitor(small())
+    early_stopping = EarlyStopping(small())
     for step, score in enumerate((0.1, 0.02, 0.01, 0.0105, 0.04)):
-        monitor.add(Measurement(step, score, 0.0, 0.0, 1.0, 1.0), dict)
-    assert monitor.best.step == 3
+        early_stopping.add(Measurement(step, score, 0.0, 0.0, 1.0, 1.0), dict)
+    assert early_stopping.best.step == 3
 
 
 def test_uniform_maps_leave_the_offline_term_alone():
@@ -168,18 +169,20 @@ def test_offline_pairs_teach_nothing_where_flagged():
     family = family_of(pipeline)
     cpu = torch.device("cpu")
     config = small(offline_dilation=1)
-    prepared = prepare_offline(family, SquareDetector(), pairs(), config, 16, 16, cpu, 4)
+    sampler = Sampler(pipeline.scheduler, device=cpu, timestep_options={"num_inference_steps": 3})
+    sampling = Sampling(family, sampler, detector=SquareDetector())
+    options = {"height": 16, "width": 16, "device": cpu, "chunk": 4}
+    prepared = prepare_offline(sampling, pairs(), config, **options)
     expected = torch.ones(16, 16)
     expected[3:9, 5:11] = 0
     assert torch.equal(prepared.keep, expected.expand(6, 1, 16, 16))
-    sampler = Sampler(pipeline.scheduler, device=cpu, timestep_options={"num_inference_steps": 3})
 
     def loss():
-        return offline_term(family, sampler, prepared, config, draws=[1, 2, 3], total=3)
+        return offline_term(sampling, prepared, draws=[1, 2, 3], total=3)
 
     with_flagged = float(loss().detach())
-    uniform = prepare_offline(family, SquareDetector(), pairs(), small(map_source="uniform"), 16, 16, cpu, 4)
-    everywhere = float(offline_term(family, sampler, uniform, config, draws=[1, 2, 3], total=3).detach())
+    uniform = prepare_offline(sampling, pairs(), small(map_source="uniform"), **options)
+    everywhere = float(offline_term(sampling, uniform, draws=[1, 2, 3], total=3).detach())
     assert with_flagged < everywhere
     # the residual in the flagged latents does not count: 4 x 4 latent pixels, less their partly flagged rim
     prepared.keep[:] = 0

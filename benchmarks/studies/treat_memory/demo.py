@@ -14,11 +14,12 @@ from diffdoctor.detector import ArtifactDetector
 from diffdoctor.treat import TreatConfig
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import add_lora, merged_lora
-from diffdoctor.treat.methods import kept_steps
+from diffdoctor.treat.methods import METHODS
 from diffdoctor.treat.prepare import memory_options
-from diffdoctor.treat.rollout import Guidance, initial_latents, picture_generators, roll_out
+from diffdoctor.treat.rollout import initial_latents, picture_generators, roll_out
+from diffdoctor.treat.sampling import Sampling
 from diffdoctor.treat.schedulers import Sampler
-from diffdoctor.treat.terms import artifact_term, diagnose
+from diffdoctor.treat.terms import artifact_term
 
 PICTURES = 8
 
@@ -35,7 +36,8 @@ class Step:
             self.detector = ArtifactDetector.tiny().eval().requires_grad_(False)
         family, cpu = self.family, torch.device("cpu")
         schedule = {"num_inference_steps": sampling_steps}
-        self.sampler = Sampler(family.pipeline.scheduler, device=cpu, timestep_options=schedule)
+        sampler = Sampler(family.pipeline.scheduler, device=cpu, timestep_options=schedule)
+        self.sampling = Sampling(family, sampler, detector=self.detector)
         self.conditioning = family.encode_prompts(
             ["a dot"] * PICTURES, guidance_scale=1.0, height=16, width=16, device=cpu
         )
@@ -43,24 +45,21 @@ class Step:
 
     def draw(self):
         """Roll out and diagnose."""
-        config, family, steps = self.config, self.family, self.config.sampling_steps
+        config = self.config
         generators = picture_generators(range(PICTURES))
-        latents = initial_latents(family, self.sampler, generators, 16, 16, torch.device("cpu"), torch.float32)
-        keep = kept_steps(config.method, config.grad_steps, steps)
-        with merged_lora(family):
-            rollout = roll_out(family, self.sampler, self.conditioning, latents, generators, Guidance(), keep=keep)
-        diagnose(family, self.detector, rollout.final)
+        latents = initial_latents(self.sampling, generators, 16, 16, torch.device("cpu"), torch.float32)
+        keep = METHODS[config.method].checkpointed_steps(config, config.sampling_steps)
+        with merged_lora(self.family):
+            rollout = roll_out(self.sampling, self.conditioning, latents, generators, keep=keep)
+        self.sampling.diagnose(rollout.final)
         self.rollout = rollout
 
     def run(self):
         """Replay and backward."""
         artifact_term(
-            self.family,
-            self.sampler,
+            self.sampling,
             self.rollout,
             torch.ones(PICTURES, 1, 16, 16),
-            self.detector,
-            Guidance(),
             self.config,
             total=PICTURES,
             generator=torch.Generator().manual_seed(0),

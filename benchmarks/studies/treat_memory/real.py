@@ -47,7 +47,7 @@ def _stable_diffusion(dtype):
 def _flux(dtype):
     from diffusers import AutoencoderKL, FluxTransformer2DModel
 
-    from diffdoctor.treat.families.flux import pack, unpack
+    from diffdoctor.ops import Packed
 
     with _made_in(dtype):
         denoiser = FluxTransformer2DModel()
@@ -60,17 +60,17 @@ def _flux(dtype):
     )
 
     def predict(latents):
-        side = latents.shape[-1] // 2
+        layout = Packed(*latents.shape[2:])
         tokens = denoiser(
-            hidden_states=pack(latents),
+            hidden_states=layout.pack(latents),
             encoder_hidden_states=torch.zeros(len(latents), 512, 4096, dtype=latents.dtype),
             pooled_projections=torch.zeros(len(latents), 768, dtype=latents.dtype),
             timestep=torch.full((len(latents),), 0.5, dtype=latents.dtype),
             txt_ids=torch.zeros(512, 3),
-            img_ids=torch.zeros(side * side, 3),
+            img_ids=torch.zeros(layout.tokens, 3),
             return_dict=False,
         )[0]
-        return unpack(tokens, side, side)
+        return layout.unpack(tokens)
 
     return denoiser, vae, predict, (16, 128, 128), ("to_q", "to_k", "to_v", "to_out.0")
 

@@ -22,7 +22,7 @@ from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.files import atomic_write_json, atomic_write_text
 from diffdoctor.runs.lock import held
 from diffdoctor.runs.progress import quiet_loaders
-from diffdoctor.training.cpu_settings import processor
+from diffdoctor.training.cpu_settings import cpu_settings
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     parser.add_argument("--pictures", type=int, default=2000, help="drawn for the measures by each (2000)")
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON: other fields of study.Settings")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice (0)")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (PyTorch's choice)")
     parser.add_argument("--overwrite", action="store_true", help="start again where the folder holds another study")
     parser.add_argument("--docs", help="page whose table is replaced as well, such as docs/treat.md")
     parser.add_argument("--strict", action="store_true", help="exit code 1 when a method misses what it must reach")
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = Settings(seed=options.seed, pictures=options.pictures, **options.settings)
     folders = () if options.part else dict.fromkeys((options.output, *filter(None, [options.demo])))
     try:
-        with processor(options.threads), contextlib.ExitStack() as locks:
+        with cpu_settings(options.threads), contextlib.ExitStack() as locks:
             # a part runs in the folders that the study keeps
             for folder in folders:
                 locks.enter_context(held(folder))

@@ -90,9 +90,9 @@ def guided(pipeline, detector, config: EvaluateModelConfig):
     if not config.guide:
         yield
         return
-    from diffdoctor.treat.guide import guide
+    from diffdoctor.treat.guided_sampling import guide
 
-    options = {"height": config.height, "width": config.width, **config.guide_options}
+    options = {"height": config.height or None, "width": config.width or None, **config.guide_options}
     known = set(inspect.signature(guide).parameters) - {"pipeline", "detector"}
     unknown = sorted(set(options) - known)
     if unknown:

@@ -9,42 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from diffdoctor.reference.modulate_gradient import scale_gradient
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.treat.families.conditioning import Conditioning, in_dtype
 
-
-@dataclass
-class Conditioning:
-    """Prompt embeddings of N prompts, by the denoiser's own argument names.
-
-    Attributes:
-        positive: name -> (N, ...).
-        negative: name -> (N, ...) for classifier-free guidance, or None where none is used.
-    """
-
-    positive: dict[str, torch.Tensor]
-    negative: dict[str, torch.Tensor] | None = None
-
-    def rows(self, index: torch.Tensor) -> Conditioning:
-        """The conditioning of the prompts at index (M,)."""
-
-        def select(values):
-            return None if values is None else {k: v.index_select(0, index.to(v.device)) for k, v in values.items()}
-
-        return Conditioning(select(self.positive), select(self.negative))
-
-    def to(self, device: torch.device) -> Conditioning:
-        """The same on another device."""
-
-        def move(values):
-            return None if values is None else {name: value.to(device) for name, value in values.items()}
-
-        return Conditioning(move(self.positive), move(self.negative))
+TRANSFORMER_TARGETS = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    "feed_forward": ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+}
+"""`lora_targets` of diffusers' joint transformers."""
 
 
 class Family:
@@ -65,6 +42,8 @@ class Family:
         "convolution": ("conv", "conv1", "conv2", "conv_shortcut", "conv_in", "conv_out"),
     }
     """Group name -> ends of module names."""
+    text_encoder_names: tuple[str, ...] = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    """The pipeline's components that encode prompts; those that a pipeline lacks are left out."""
 
     def __init__(self, pipeline):
         self.pipeline = pipeline
@@ -77,29 +56,50 @@ class Family:
 
     @property
     def denoiser(self) -> torch.nn.Module:
+        """The network that predicts, and that LoRA is added to."""
         return getattr(self.pipeline, self.denoiser_name)
 
     @property
     def vae(self) -> torch.nn.Module:
+        """The network between pictures and latents."""
         return self.pipeline.vae
 
     @property
     def text_encoders(self) -> list[torch.nn.Module]:
-        found = (getattr(self.pipeline, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
+        """The networks that encode prompts, as far as the pipeline has them."""
+        found = (getattr(self.pipeline, name, None) for name in self.text_encoder_names)
         return [encoder for encoder in found if encoder is not None]
 
     def uses_negative(self, guidance_scale: float) -> bool:
         """Whether a negative prediction is needed at this guidance scale."""
         return guidance_scale > 1 and not self.embedded_guidance
 
+    def combine(self, positive: torch.Tensor, negative: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+        """The guided prediction (B, C, h, w) of a positive and a negative one; differentiable."""
+        return negative + guidance_scale * (positive - negative)
+
     def encode_prompts(
         self, prompts: Sequence[str], *, guidance_scale: float, height: int, width: int, device: torch.device
     ) -> Conditioning:
-        """Embeddings of prompts, without gradient, for pictures of height x width pixels."""
+        """Embeddings of prompts, without gradient.
+
+        Args:
+            prompts: N strings.
+            guidance_scale: says whether negative embeddings are needed; FLUX-dev's denoiser takes it as an input.
+            height: of the pictures, in pixels.
+            width: as height.
+            device: of the embeddings.
+        """
         raise NotImplementedError
 
     def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The denoiser's output (B, C, h, w) for scaled latents (B, C, h, w) and timesteps (B,)."""
+        """The denoiser's output (B, C, h, w).
+
+        Args:
+            latents: (B, C, h, w), scaled as the scheduler does it, in the denoiser's dtype.
+            timesteps: (B,).
+            inputs: from `Conditioning`, of B prompts.
+        """
         raise NotImplementedError
 
     def run_denoiser(self, latents, timesteps, inputs) -> torch.Tensor:
@@ -110,7 +110,7 @@ class Family:
         """
         dtype = next(self.denoiser.parameters()).dtype
         given = latents if self.gradient_scale is None else scale_gradient(latents, 1 / self.gradient_scale)
-        inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        inputs = in_dtype(inputs, dtype)
         autocast = nullcontext()
         if self.autocast_dtype is not None:
             autocast = torch.autocast(latents.device.type, dtype=self.autocast_dtype)
@@ -132,22 +132,22 @@ class Family:
             latents: (B, C, h, w), already through the scheduler's `scale_model_input`.
             timestep: 0-dim, the step's time.
             conditioning: of B prompts.
-            guidance_scale: negative + guidance_scale * (positive - negative) where the family uses a negative.
+            guidance_scale: of `combine`, where the family uses a negative prediction.
             cfg_grad: "both", or "cond" to keep the negative prediction out of the graph.
         """
         timesteps = timestep.expand(len(latents))
         if not self.uses_negative(guidance_scale):
             return self.run_denoiser(latents, timesteps, conditioning.positive)
-        positive, negative = conditioning.positive, conditioning.negative
         if cfg_grad == "cond" and torch.is_grad_enabled():
             with torch.no_grad():
-                without = self.run_denoiser(latents, timesteps, negative)
-            along = self.run_denoiser(latents, timesteps, positive)
+                negative = self.run_denoiser(latents, timesteps, conditioning.negative)
+            positive = self.run_denoiser(latents, timesteps, conditioning.positive)
         else:
-            inputs = {name: torch.cat([negative[name], positive[name]]) for name in positive}
-            both = self.run_denoiser(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), inputs)
-            without, along = both.chunk(2)
-        return without + guidance_scale * (along - without)
+            both = self.run_denoiser(
+                torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), conditioning.both()
+            )
+            negative, positive = both.chunk(2)
+        return self.combine(positive, negative, guidance_scale)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of a picture of height x width pixels."""
@@ -168,13 +168,14 @@ class Family:
         Raises:
             UserError: if the size is not a multiple of what the pipeline needs, or too small to measure a sharpness.
         """
-        own = self.default_size() if not (height and width) else (0, 0)
-        height, width = height or own[0], width or own[1]
+        if height is None or width is None:
+            own = self.default_size()
+            height, width = own[0] if height is None else height, own[1] if width is None else width
         multiple = self.size_multiple()
         least = multiple * math.ceil(3 / multiple)
         if height % multiple or width % multiple or min(height, width) < least:
-            expected = f"multiples of {multiple} pixels, {least} at least, were expected"
-            raise UserError(f"height, width: {expected}, got {height} x {width}")
+            what = f"multiples of {multiple} pixels, {least} at least"
+            raise UserError(expected("height, width", what, f"{height} x {width}"))
         return height, width
 
     def default_size(self) -> tuple[int, int]:

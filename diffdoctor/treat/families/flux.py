@@ -7,12 +7,15 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from diffdoctor.treat.families.base import Conditioning, Family, dynamic_shift
-from diffdoctor.treat.families.stable_diffusion_3 import TRANSFORMER_TARGETS
+from diffdoctor.ops import Packed
+from diffdoctor.treat.families.base import TRANSFORMER_TARGETS, Family, dynamic_shift
+from diffdoctor.treat.families.conditioning import Conditioning
+from diffdoctor.treat.families.registry import register_family
 
 PATCH = 2
 
 
+@register_family
 class FluxFamily(Family):
     """Serves `FluxPipeline`. Latents are unpacked everywhere but inside `denoise`."""
 
@@ -36,23 +39,23 @@ class FluxFamily(Family):
         return Conditioning(inputs)
 
     def denoise(self, latents, timesteps, inputs):
-        height, width = latents.shape[2] // PATCH, latents.shape[3] // PATCH
+        layout = Packed(*latents.shape[2:], patch_size=PATCH)
         tokens = self.denoiser(
-            hidden_states=pack(latents),
+            hidden_states=layout.pack(latents),
             timestep=timesteps.to(latents.dtype) / 1000,
             txt_ids=latents.new_zeros(inputs["encoder_hidden_states"].shape[1], 3),
-            img_ids=_grid_ids(height, width, latents),
+            img_ids=_grid_ids(layout.height // PATCH, layout.width // PATCH, latents),
             return_dict=False,
             **inputs,
         )[0]
-        return unpack(tokens, height, width)
+        return layout.unpack(tokens)
 
     def from_pipeline(self, latents, height, width):
         _, h, w = self.latent_shape(height, width)
-        return unpack(latents, h // PATCH, w // PATCH)
+        return Packed(h, w, patch_size=PATCH).unpack(latents)
 
     def to_pipeline(self, latents):
-        return pack(latents)
+        return Packed(*latents.shape[2:], patch_size=PATCH).pack(latents)
 
     def latent_shape(self, height, width):
         scale = self.pipeline.vae_scale_factor
@@ -75,21 +78,6 @@ class FluxFamily(Family):
 
     def latent_affine(self):
         return float(self.vae.config.scaling_factor), float(self.vae.config.shift_factor or 0.0)
-
-
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Latents (B, C, h, w) as tokens (B, h/2 * w/2, C * 4), ordered (C, row, column) within a token."""
-    batch, channels, height, width = latents.shape
-    patches = latents.view(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH**2)
-
-
-def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The inverse of `pack`; height and width count tokens."""
-    batch, _, size = tokens.shape
-    channels = size // PATCH**2
-    patches = tokens.view(batch, height, width, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
-    return patches.reshape(batch, channels, height * PATCH, width * PATCH)
 
 
 def _grid_ids(height: int, width: int, like: torch.Tensor) -> torch.Tensor:

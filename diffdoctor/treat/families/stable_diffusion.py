@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from diffdoctor.treat.families.base import Conditioning, Family
+from diffdoctor.treat.families.base import Family
+from diffdoctor.treat.families.conditioning import Conditioning
+from diffdoctor.treat.families.registry import register_family
 
 
+@register_family
 class StableDiffusionFamily(Family):
     """Serves `StableDiffusionPipeline`."""
 

@@ -6,14 +6,12 @@ from typing import ClassVar
 
 import torch
 
-from diffdoctor.treat.families.base import Conditioning, Family, dynamic_shift
-
-TRANSFORMER_TARGETS = {
-    "attention": ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    "feed_forward": ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
-}
+from diffdoctor.treat.families.base import TRANSFORMER_TARGETS, Family, dynamic_shift
+from diffdoctor.treat.families.conditioning import Conditioning
+from diffdoctor.treat.families.registry import register_family
 
 
+@register_family
 class StableDiffusion3Family(Family):
     """Serves `StableDiffusion3Pipeline`."""
 

@@ -12,24 +12,25 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from diffdoctor.measures.pixels import flagged_share
 from diffdoctor.ops import GradientModulator, artifact_loss
+from diffdoctor.runs.errors import expected
 from diffdoctor.training.processes import seed_of
-from diffdoctor.treat.families import Family, family_of
+from diffdoctor.treat.families import family_of
+from diffdoctor.treat.picture_loss import StraightThroughClamp
 from diffdoctor.treat.prediction_replay import Predictor
+from diffdoctor.treat.sampling import Sampling
 from diffdoctor.treat.schedulers import Sampler
-from diffdoctor.treat.terms import StraightThroughClamp, diagnose
-
-_FLAGGED = 0.5
 
 
 @dataclass
 class GuideLog:
-    """What guided runs saw; a context that draws several times goes on with the same lists.
+    """What guided runs saw; a context that draws several times appends to the same lists.
 
     Attributes:
         flagged_area: per guided step, (B,) share of the estimated pictures' pixels at a confidence of 0.5 or more,
             before the step was moved.
-        rewound: per rewind, how many of the pictures were broken and went back.
+        rewound: per rewind, how many of the pictures were broken and drawn again.
         final_area: per picture, the same share of the finished pictures; empty with rewinds=0.
     """
 
@@ -40,6 +41,8 @@ class GuideLog:
 
 @dataclass
 class _Options:
+    """The options of `guide` under its own names."""
+
     strength: float
     iterations: int
     start: float
@@ -74,8 +77,8 @@ def guide(
     artifact_grad: float = 1.0,
     clean_grad: float = 0.0,
     threshold: float = 0.1,
-    height: int = 0,
-    width: int = 0,
+    height: int | None = None,
+    width: int | None = None,
     seed: int = 0,
 ) -> Iterator[GuideLog]:
     """Inside this context the pipeline's own call draws with fewer artifacts; afterwards it is as it was.
@@ -95,18 +98,22 @@ def guide(
         strength: largest move of a latent per iteration, in the latents' own units (their deviation is about 1); 0: no
             moves.
         iterations: moves per step, each diagnosed anew; 0: no moves.
-        start, stop: share of the steps before which, and from which on, nothing is moved; in [0, 1]. What is moved late
-            is not smoothed by later steps, and tends to fool the detector rather than to mend the picture.
+        start: share of the steps before which nothing is moved, in [0, 1].
+        stop: share of the steps from which on nothing is moved, in [0, 1]. What is moved late is not smoothed by later
+            steps, and tends to fool the detector rather than to mend the picture.
         decay: strength falls with (1 - share of steps done) ** decay; 0: constant.
         rewinds: how often a broken picture is drawn again at most; 0: never.
         rewind_to: share of the steps that the first rewind goes back to, in [0, 1). What it cannot mend was decided
             earlier, so each further one goes further back, the last one to the first step.
-        rewind_area, rewind_confidence: a picture is broken when at least this share of its pixels has at least this
-            confidence; those pixels are drawn again. A doubt is enough: drawing again what was sound costs only time.
+        rewind_area: a picture is broken when at least this share of its pixels has a confidence of at least
+            rewind_confidence; those pixels are drawn again.
+        rewind_confidence: see rewind_area. It can be low: drawing again what was sound costs only time.
         rewind_dilation: latent pixels by which the part drawn again grows.
-        artifact_grad, clean_grad: factors of the gradient where the confidence is 1 and 0.
+        artifact_grad: the gradient's factor where the confidence is 1.
+        clean_grad: the gradient's factor where the confidence is 0.
         threshold: confidences above it enter the loss, in [0, 1]; a picture with none is left alone.
-        height, width: of the pictures, in pixels; 0: the pipeline's own. Needed for FLUX, whose latents do not say.
+        height: of the pictures, in pixels; None: the pipeline's own. Needed for FLUX, whose latents do not say.
+        width: as height.
         seed: of the fresh noise, which depends on it and on a picture's first latents alone: the same call gives the
             same pictures, in any batch.
 
@@ -127,15 +134,15 @@ def guide(
     sampler = Sampler.around(scheduler)
     size = family.picture_size(height, width)
     predictor = Predictor(family.denoiser) if rewinds else None
-    run = _Run(family, detector, sampler, size, options, predictor)
+    run = _Run(Sampling(family, sampler, detector=detector), size, options, predictor)
     original = scheduler.step
 
     @functools.wraps(original)
-    def step(model_output, timestep, sample, *args, **kwargs):
-        place = _place(scheduler, timestep)
-        model_output = run.before_step(place, model_output, sample)
+    def guided_step(model_output, timestep, sample, *args, **kwargs):
+        step = _step_index(scheduler, timestep)
+        model_output = run.before_step(step, model_output, sample)
         result = original(model_output, timestep, sample, *args, **kwargs)
-        if predictor is None or place != len(sampler) - 1:
+        if predictor is None or step != len(sampler) - 1:
             return result
         final = run.after_last_step(result[0])
         if isinstance(result, tuple):
@@ -144,7 +151,7 @@ def guide(
         return result
 
     # an attribute of the instance hides the class's method until it is deleted
-    scheduler.step = step
+    scheduler.step = guided_step
     try:
         yield run.log
     finally:
@@ -154,26 +161,28 @@ def guide(
 
 
 class _Run:
-    def __init__(self, family: Family, detector, sampler: Sampler, size, options: _Options, predictor):
-        self.family, self.detector, self.sampler, self.size = family, detector, sampler, size
-        self.options, self.predictor = options, predictor
+    """The moves and rewinds inside one `guide` context; predictor is None where nothing is rewound."""
+
+    def __init__(self, sampling: Sampling, size: tuple[int, int], options: _Options, predictor: Predictor | None):
+        self.sampling, self.family, self.sampler = sampling, sampling.family, sampling.sampler
+        self.size, self.options, self.predictor = size, options, predictor
         self.log = GuideLog()
         self.seeds: list[int] = []
 
-    def before_step(self, place: int, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    def before_step(self, step: int, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """The prediction that the scheduler is to receive in place of model_output."""
         if self.predictor is not None:
-            if place == 0:
+            if step == 0:
                 self.predictor.forget()
                 self.seeds = [seed_of(self.options.seed, _fingerprint(latents)) for latents in sample]
-            self.predictor.keep(place, model_output)
-        if not self._is_moved(place):
+            self.predictor.keep(step, model_output)
+        if not self._is_moved(step):
             return model_output
         prediction, latents = (self.family.from_pipeline(t, *self.size).float() for t in (model_output, sample))
-        clean = self.sampler.denoised(prediction, place, latents)
-        moved, area = self._move(clean, place)
+        clean = self.sampler.denoised(prediction, step, latents)
+        moved, area = self._move(clean, step)
         self.log.flagged_area.append(area)
-        changed = self.sampler.prediction_for(moved, prediction, place, latents)
+        changed = self.sampler.prediction_for(moved, prediction, step, latents)
         return self.family.to_pipeline(changed.to(model_output.dtype))
 
     @torch.no_grad()
@@ -181,25 +190,26 @@ class _Run:
         """The finished latents, their broken parts drawn again, as the pipeline's loop holds them."""
         options = self.options
         clean = self.family.from_pipeline(final, *self.size).to(torch.float32, copy=True)
-        _, confidence = diagnose(self.family, self.detector, clean)
+        _, confidence = self.sampling.diagnose(clean)
         for count in range(options.rewinds):
             broken = self._broken(confidence)
             self.log.rewound.append(len(broken))
             if len(broken) == 0:
                 break
             drawn = self._draw_again(clean[broken], self._region(confidence[broken], clean), broken, count)
-            _, again = diagnose(self.family, self.detector, drawn)
+            _, again = self.sampling.diagnose(drawn)
             sounder = again.flatten(1).mean(1) < confidence[broken].flatten(1).mean(1)
             clean[broken[sounder]], confidence[broken[sounder]] = drawn[sounder], again[sounder]
-        self.log.final_area += _flagged_area(confidence)
+        self.log.final_area += flagged_share(confidence).tolist()
         return self.family.to_pipeline(clean.to(final.dtype))
 
     def _draw_again(self, clean, region, rows, count: int) -> torch.Tensor:
         """Latents (M, C, h, w) sampled again inside the region, and as they are outside of it.
 
         Args:
-            clean: (M, C, h, w), the pictures at rows (M,) of the batch.
+            clean: (M, C, h, w), the latents to change.
             region: (M, 1, h, w), 1 inside and 0 outside.
+            rows: (M,) of the batch, where `clean` belongs.
             count: of the rewinds so far; each has fresh noise.
         """
         sampler, share = self.sampler, 1 - count / max(1, self.options.rewinds - 1)
@@ -208,14 +218,14 @@ class _Run:
         generators = [torch.Generator().manual_seed(seed_of(self.seeds[row], count)) for row in rows.tolist()]
         noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators]).to(clean.device)
         latents = sampler.renoised(clean, noise, first)
-        for place in range(first, len(sampler)):
-            model_input = self.family.to_pipeline(sampler.model_input(latents, place).to(dtype))
-            prediction = self.predictor.predict(place, model_input, rows)
+        for step in range(first, len(sampler)):
+            model_input = self.family.to_pipeline(sampler.model_input(latents, step).to(dtype))
+            prediction = self.predictor.predict(step, model_input, rows)
             prediction = self.family.from_pipeline(prediction, *self.size).float()
-            estimate = torch.lerp(clean, sampler.denoised(prediction, place, latents), region)
-            if place + 1 < len(sampler):
-                noise = torch.lerp(noise, sampler.noise_of(estimate, latents, place), region)
-                latents = sampler.renoised(estimate, noise, place + 1)
+            estimate = torch.lerp(clean, sampler.denoised(prediction, step, latents), region)
+            if step + 1 < len(sampler):
+                noise = torch.lerp(noise, sampler.noise_of(estimate, latents, step), region)
+                latents = sampler.renoised(estimate, noise, step + 1)
         return estimate
 
     def _broken(self, confidence: torch.Tensor) -> torch.Tensor:
@@ -229,26 +239,26 @@ class _Run:
         reach = self.options.rewind_dilation
         return F.max_pool2d(region, 2 * reach + 1, 1, reach) if reach else region
 
-    def _is_moved(self, place: int) -> bool:
+    def _is_moved(self, step: int) -> bool:
         options = self.options
-        inside = options.start <= place / max(1, len(self.sampler)) < options.stop
+        inside = options.start <= step / max(1, len(self.sampler)) < options.stop
         return inside and options.strength > 0 and options.iterations > 0
 
     @torch.enable_grad()
-    def _move(self, clean: torch.Tensor, place: int) -> tuple[torch.Tensor, list[float]]:
+    def _move(self, clean: torch.Tensor, step: int) -> tuple[torch.Tensor, list[float]]:
         """Moved estimates (B, C, h, w), and the flagged share of each before it was moved."""
         options = self.options
-        reach = options.strength * (1 - place / max(1, len(self.sampler))) ** options.decay
+        reach = options.strength * (1 - step / max(1, len(self.sampler))) ** options.decay
         area: list[float] = []
         clean = clean.detach()
         for _ in range(options.iterations):
             modulator = GradientModulator(artifact_grad=options.artifact_grad, clean_grad=options.clean_grad)
             latents = clean.requires_grad_()
             pictures = self.family.decode(modulator(latents)).float()
-            logits = self.detector(StraightThroughClamp.apply(pictures))
+            logits = self.sampling.detector(StraightThroughClamp.apply(pictures))
             size = tuple(pictures.shape[-2:])
             confidence = F.interpolate(logits.detach().float(), size, mode="bilinear").sigmoid()
-            area = area or _flagged_area(confidence)
+            area = area or flagged_share(confidence).tolist()
             modulator.set(confidence)
             loss = artifact_loss(logits, size=size, threshold=options.threshold, reduction="sum")
             gradient = torch.autograd.grad(loss, latents)[0]
@@ -257,15 +267,11 @@ class _Run:
         return clean, area
 
 
-def _flagged_area(confidence: torch.Tensor) -> list[float]:
-    return (confidence >= _FLAGGED).flatten(1).float().mean(1).tolist()
-
-
 def _fingerprint(latents: torch.Tensor) -> int:
     return zlib.crc32(latents.detach().float().cpu().contiguous().numpy().tobytes())
 
 
-def _place(scheduler, timestep) -> int:
+def _step_index(scheduler, timestep) -> int:
     index = getattr(scheduler, "_step_index", None)
     if index is not None:
         return int(index)
@@ -277,6 +283,6 @@ def _check(options: _Options) -> None:
     for name, value in vars(options).items():
         high = 1 if name in shares else math.inf
         if name not in ("artifact_grad", "clean_grad") and not 0 <= value <= high:
-            raise ValueError(f"{name}: a number in [0, {high}] was expected, got {value!r}")
+            raise ValueError(expected(name, f"a number in [0, {high}]", repr(value)))
     if not options.rewind_to < 1:
-        raise ValueError(f"rewind_to: a number in [0, 1) was expected, got {options.rewind_to!r}")
+        raise ValueError(expected("rewind_to", "a number in [0, 1)", repr(options.rewind_to)))

@@ -1,0 +1,85 @@
+"""The loss of decoded pictures, and its gradient at the latents that they are decoded from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from diffdoctor.ops import artifact_loss
+from diffdoctor.treat.sampling import Sampling
+
+if TYPE_CHECKING:
+    from diffdoctor.treat.config import TreatConfig
+
+
+class StraightThroughClamp(torch.autograd.Function):
+    """Clamp to [0, 1] whose gradient passes where the value was outside.
+
+    Without it a pixel that the decoder puts slightly above white or below black could not be treated at all.
+    """
+
+    @staticmethod
+    def forward(ctx, pictures):
+        return pictures.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def picture_loss(detector, pictures: torch.Tensor, config: TreatConfig) -> torch.Tensor:
+    """The artifact loss (B,) of pictures (B, 3, H, W), not yet clamped."""
+    logits = detector(StraightThroughClamp.apply(pictures.float()))
+    return artifact_loss(
+        logits,
+        size=tuple(pictures.shape[-2:]),
+        threshold=config.artifact_threshold,
+        method=config.artifact_method,
+        reduction="sample",
+    )
+
+
+def latents_gradient(
+    sampling: Sampling,
+    latents: torch.Tensor,
+    config: TreatConfig,
+    divisor: float,
+    partners: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, float]:
+    """Gradient and value of the loss at final latents, summed over pictures and divided by `divisor`.
+
+    The decoder's graph is gone before the denoiser's is used; with `vae_slicing` it is made picture by picture.
+
+    Args:
+        sampling: decodes and judges the pictures.
+        latents: (M, C, h, w), without a graph.
+        config: of the loss.
+        divisor: number of pictures that the sum is divided by.
+        partners: (M, C, h, w) latents whose decoded pictures' gradient is taken in place of the pictures' own.
+
+    Returns:
+        The gradient (M, C, h, w) and the loss.
+    """
+    family, detector = sampling.family, sampling.detector
+    ends = latents.requires_grad_()
+    loss = 0.0
+    for rows in torch.arange(len(ends)).split(1 if config.vae_slicing else len(ends)):
+        pictures = family.decode(ends[rows[0] : rows[-1] + 1])
+        if partners is None:
+            term = picture_loss(detector, pictures, config).sum() / divisor
+            term.backward()
+            loss += float(term.detach())
+        else:
+            gradient, value = _partners_gradient(sampling, partners[rows[0] : rows[-1] + 1], config)
+            pictures.backward(gradient.to(pictures.dtype) / divisor)
+            loss += value / divisor
+    return ends.grad, loss
+
+
+def _partners_gradient(sampling: Sampling, latents: torch.Tensor, config: TreatConfig) -> tuple[torch.Tensor, float]:
+    with torch.no_grad():
+        pictures = sampling.family.decode(latents)
+    pictures = pictures.detach().float().requires_grad_()
+    value = picture_loss(sampling.detector, pictures, config).sum()
+    return torch.autograd.grad(value, pictures)[0], float(value.detach())

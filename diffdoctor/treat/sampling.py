@@ -1,0 +1,68 @@
+"""What draws a treatment's pictures and what diagnoses them: one object for the parts that always go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from diffdoctor.treat.families import Conditioning, Family
+from diffdoctor.treat.schedulers import Sampler
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance.
+
+    Attributes:
+        scale: the family's guidance scale.
+        cfg_grad: whether the negative prediction carries a gradient: "both" (it does) or "cond" (it does not).
+    """
+
+    scale: float = 1.0
+    cfg_grad: str = "both"
+
+
+@dataclass
+class Sampling:
+    """A pipeline's way to a diagnosed picture.
+
+    Attributes:
+        family: of the pipeline.
+        sampler: the steps of its scheduler.
+        guidance: the same for roll-out and replay.
+        detector: pictures (B, 3, H, W) in [0, 1] to logits (B, 1, h, w), with `.confidence`; None where nothing is
+            diagnosed.
+    """
+
+    family: Family
+    sampler: Sampler
+    guidance: Guidance = field(default_factory=Guidance)
+    detector: torch.nn.Module | None = None
+
+    def predict(self, latents: torch.Tensor, step: int, conditioning: Conditioning) -> torch.Tensor:
+        """The guided prediction (B, C, h, w) at a step.
+
+        Args:
+            latents: (B, C, h, w), already through `Sampler.scale_input`.
+            step: of the sampler.
+            conditioning: of B prompts.
+        """
+        timestep = self.sampler.timesteps[step]
+        return self.family.predict(latents, timestep, conditioning, self.guidance.scale, self.guidance.cfg_grad)
+
+    @torch.no_grad()
+    def diagnose(self, latents: torch.Tensor, chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode latents (B, C, h, w) and find what is broken, without a graph.
+
+        Args:
+            latents: final latents.
+            chunk: pictures per call of the VAE and the detector; None: all at once.
+
+        Returns:
+            Pictures (B, 3, H, W) in [0, 1] and their confidence maps (B, 1, H, W).
+        """
+        parts = latents.split(chunk or len(latents))
+        pictures = torch.cat([self.family.decode(part).float().clamp(0, 1) for part in parts])
+        confidence = torch.cat([self.detector.confidence(part) for part in pictures.split(chunk or len(pictures))])
+        return pictures, confidence
