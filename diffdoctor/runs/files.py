@@ -1,5 +1,6 @@
 """Files that are either whole or absent: written under a temporary name, then renamed."""
 
+import errno
 import fnmatch
 import json
 import os
@@ -13,6 +14,10 @@ from diffdoctor.runs.errors import UserError
 
 # The names that atomic_path and atomic_dir give: the final name, what mkstemp draws, and what it is.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.(?P<what>tmp|old)(\.[^.]+)?")
+# What a mount answers that has no such operation for folders (CIFS, drvfs, some FUSE), or none for this user.
+_NO_FOLDER_SYNC = {
+    errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM
+}  # fmt: skip
 
 
 def _sync_folder(folder: Path) -> None:
@@ -20,11 +25,15 @@ def _sync_folder(folder: Path) -> None:
     # Windows cannot open a folder, and needs no such step.
     if os.name == "nt":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
 
 
 def _umask() -> int:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 
@@ -56,3 +57,25 @@ def test_a_folder_with_anything_but_our_files_is_refused(tmp_path):
         refuse_foreign(place, ("part-*",))
     with pytest.raises(UserError, match="expected a folder or nothing, got a file"):
         refuse_foreign(place / "mine.txt", ("mine.txt",))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_mount_that_cannot_synchronise_folders_ends_no_run(tmp_path, monkeypatch, number):
+    synchronise = os.fsync
+
+    def fsync(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+        synchronise(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            atomic_write_text(tmp_path / "a", "x")
+        return
+    atomic_write_text(tmp_path / "a", "x")
+    with atomic_dir(tmp_path / "b") as folder:
+        (folder / "c").mkdir()
+        (folder / "c" / "d").write_text("y")
+    assert (tmp_path / "a").read_text() + (tmp_path / "b" / "c" / "d").read_text() == "xy"
