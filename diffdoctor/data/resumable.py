@@ -13,7 +13,7 @@ import numpy as np
 from diffdoctor.data.manifest import MANIFEST, ManifestWriter
 from diffdoctor.data.shard_writer import ShardFile, in_shards, shard_name
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.files import atomic_path, atomic_write_json, clear_temporaries, replace_dir
+from diffdoctor.runs.files import atomic_path, atomic_write_json, clear_leftovers, replace_dir
 
 # A record of the maker's state: JSON values and arrays.
 State = tuple[dict[str, Any], dict[str, np.ndarray]]
@@ -53,7 +53,7 @@ class ResumableSet:
         self.shard_size, self.picture_type = shard_size, picture_type
         self.work = work_folder(folder)
         self.done, self.state, self.begun_otherwise = 0, None, False
-        clear_temporaries(self.work, deep=True)
+        clear_leftovers(self.work, deep=True)
         self._load()
 
     def _load(self) -> None:

@@ -17,7 +17,7 @@ from diffdoctor.data.codec import PICTURE_TYPES, encode_mask, encode_picture
 from diffdoctor.data.manifest import MANIFEST, ManifestWriter
 from diffdoctor.data.tar import KEY
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.files import atomic_dir, clear_temporaries, refuse_foreign
+from diffdoctor.runs.files import atomic_dir, clear_leftovers, refuse_foreign
 
 # What `inject` puts beside the shards.
 RECORDS = (SHEET := "contact_sheet.png", "config.yaml", "metrics.json")
@@ -46,7 +46,7 @@ def write_shards(
     """
     check_options(shard_size, picture_type)
     # What a writer that was killed left beside the folder.
-    clear_temporaries(Path(folder).parent, Path(folder).name)
+    clear_leftovers(Path(folder).parent, Path(folder).name)
     refuse_no_set(folder)
     keys, count = _Unique(), 0
     with atomic_dir(folder) as temporary:

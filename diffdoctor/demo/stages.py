@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.files import atomic_dir, atomic_write_json, atomic_write_text
+from diffdoctor.runs.files import atomic_dir, atomic_write_json, atomic_write_text, clear_leftovers
 
 RECORD = "stage.json"
 
@@ -36,8 +36,7 @@ class Stages:
             self._check_settings(settings, overwrite)
         except OSError as error:
             raise UserError(f"--output {output}: cannot be written ({error.strerror}); choose another folder") from None
-        for litter in self.folder.glob(".*.tmp"):
-            shutil.rmtree(litter, ignore_errors=True)
+        clear_leftovers(self.folder)
         self.seconds = {}
 
     def _check_settings(self, settings, overwrite):

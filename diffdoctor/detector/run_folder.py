@@ -13,7 +13,7 @@ from diffdoctor.detector.models.base import CONFIG_NAME, WEIGHTS_NAME, Detector
 from diffdoctor.detector.samples import fingerprint_of
 from diffdoctor.runs.checkpoints import Checkpoints
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.files import atomic_write_json, clear_temporaries, refuse_foreign
+from diffdoctor.runs.files import atomic_write_json, clear_leftovers, refuse_foreign
 
 RESULTS = ("detector", "best")
 _ADVICE = "choose another output folder or remove it"
@@ -72,7 +72,7 @@ class RunFolder:
     def __init__(self, folder: Path, described: dict, *, keep: int, main: bool):
         self.folder, self.main = folder, main
         if main:
-            clear_temporaries(folder)
+            clear_leftovers(folder)
         refuse_foreign_results(folder)
         self.checkpoints = Checkpoints(
             folder / "checkpoints",

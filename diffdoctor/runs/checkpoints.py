@@ -1,15 +1,13 @@
 """A run's training state on disk: whole checkpoints only, the last few kept, those of another run refused."""
 
 import json
-import os
 import re
-import shutil
 from pathlib import Path
 
 import torch
 
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.files import atomic_dir, clear_temporaries
+from diffdoctor.runs.files import atomic_dir, clear_leftovers, delete_dir
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -55,9 +53,9 @@ class Checkpoints:
 
     def tidy(self) -> None:
         """Delete all but the last few, and what a kill left half-written or half-deleted."""
-        clear_temporaries(self.folder)
+        clear_leftovers(self.folder)
         for old in self.all()[: -self.keep]:
-            _delete(old)
+            delete_dir(old)
 
     def load(self, device="cpu") -> tuple[dict, dict] | None:
         """State and record of the last complete checkpoint, tensors on `device`; None where there is none.
@@ -79,10 +77,3 @@ class Checkpoints:
         """Delete all but the last, when the run is done."""
         self.keep = 1
         self.tidy()
-
-
-def _delete(folder: Path) -> None:
-    """Delete a checkpoint; a kill leaves it whole, or under a name that `clear_temporaries` knows."""
-    hidden = folder.with_name(f".{folder.name}.deleting.tmp")
-    os.replace(folder, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)

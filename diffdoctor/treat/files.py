@@ -14,7 +14,7 @@ import torch
 
 from diffdoctor.runs.checkpoints import Checkpoints
 from diffdoctor.runs.errors import UserError, first_line
-from diffdoctor.runs.files import atomic_write_text, clear_temporaries, refuse_foreign
+from diffdoctor.runs.files import atomic_write_text, clear_leftovers, refuse_foreign
 from diffdoctor.runs.lock import FolderLock
 from diffdoctor.training.weights import weights_digest
 from diffdoctor.treat.config import TreatConfig
@@ -94,9 +94,9 @@ def open_output(lock: FolderLock, settings: dict) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock.take()
         for name in ("config.yaml", "treat.json", "lora"):
-            clear_temporaries(output_dir, name)
+            clear_leftovers(output_dir, name)
         for part in ("samples", "checkpoints"):
-            clear_temporaries(output_dir / part)
+            clear_leftovers(output_dir / part)
         write_settings(output_dir, settings)
 
 

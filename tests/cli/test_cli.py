@@ -272,7 +272,7 @@ class TestStages:
         with pytest.raises(KeyboardInterrupt):
             stages.run("one", fails)
         # What kill -9 leaves: a temporary folder, and a stage without its record.
-        (tmp_path / "stages" / ".one.killed.tmp").mkdir()
+        (tmp_path / "stages" / ".one.diffdoctor-tmp-abcd1234").mkdir()
         (tmp_path / "stages" / "one").mkdir()
         (tmp_path / "stages" / "one" / "result").write_text("half")
         stages = Stages(tmp_path, {"seed": 0})

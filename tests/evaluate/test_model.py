@@ -230,7 +230,7 @@ class TestStore:
                 EvaluationFolder(tmp_path).check({"seed": 0}, overwrite)
 
     def test_a_folder_whose_first_file_was_cut_short_by_a_kill_is_gone_on_with(self, tmp_path):
-        (tmp_path / ".run.json.abcd1234.tmp.json").write_text("{")
+        (tmp_path / ".run.json.diffdoctor-tmp-abcd1234.json").write_text("{")
         folder = EvaluationFolder(tmp_path)
         folder.check({"seed": 0}, overwrite=False)
         folder.prepare({"seed": 0}, {})

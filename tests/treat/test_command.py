@@ -178,10 +178,10 @@ def test_a_lora_that_no_treatment_wrote_is_not_replaced(files, tmp_path, capsys,
 def test_a_folder_where_another_run_is_at_work(files, tmp_path, capsys):
     output = tmp_path / "run"
     with held(output):
-        (output / ".config.yaml.abcd1234.tmp").write_text("half-written by the other")
+        (output / ".config.yaml.diffdoctor-tmp-abcd1234").write_text("half-written by the other")
         assert main(arguments(files, output)) == 2
         assert f"{output}: another process is at work there" in error_line(capsys.readouterr())
-        assert names(output) == [".config.yaml.abcd1234.tmp"]
+        assert names(output) == [".config.yaml.diffdoctor-tmp-abcd1234"]
     assert main(arguments(files, output, log_with="none", sample_pictures=0)) == 0
     finished = [f"checkpoints/step-00000001/{name}" for name in ("run.json", "state.pt")]
     assert names(output) == [*finished, "config.yaml", f"lora/{WEIGHTS_NAME}", "treat.json"]

@@ -18,7 +18,7 @@ from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import open_detector
 from diffdoctor.detector.predict import describe_map
 from diffdoctor.runs.errors import UserError, check_least, missing_extra
-from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json, clear_temporaries
+from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json, clear_leftovers
 from diffdoctor.runs.journal import Records, RecordWriter
 from diffdoctor.runs.lock import held
 from diffdoctor.runs.progress import progress
@@ -108,7 +108,7 @@ def _diagnose(detector: Detector, config: DiagnoseConfig, sources: list[Source],
     detector.to(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
     state.wait_for_everyone()
     if state.is_main_process:
-        clear_temporaries(output, deep=True)
+        clear_leftovers(output, deep=True)
         write_config(output, config)
         atomic_write_json(output / RECORDS / "run.json", settings)
     state.wait_for_everyone()

@@ -22,7 +22,7 @@ from diffdoctor.detector.damage.kinds import damage_kinds
 from diffdoctor.detector.damage.plugins import load_plugins
 from diffdoctor.detector.damage.versions import VersionOptions, labelled_versions
 from diffdoctor.runs.errors import UserError, check_least
-from diffdoctor.runs.files import atomic_write_bytes, atomic_write_json, clear_temporaries
+from diffdoctor.runs.files import atomic_write_bytes, atomic_write_json, clear_leftovers
 from diffdoctor.runs.lock import held
 from diffdoctor.runs.progress import track
 from diffdoctor.runs.workers import ordered_map
@@ -83,7 +83,7 @@ def run_inject(config: InjectConfig) -> dict:
     output, sources = Path(config.output), find_sources(config.pictures)
     made_from = _made_from(config, sources, plugins)
     # An output that was killed while it was replaced gets its old content back.
-    clear_temporaries(output.parent, output.name)
+    clear_leftovers(output.parent, output.name)
     if not config.overwrite and output.exists():
         if (metrics := _finished(output, made_from)) is not None:
             clear_finished(output)

@@ -16,7 +16,7 @@ from diffdoctor.detector.samples import JoinedData
 from diffdoctor.measures.curves import PixelCurves, Run, average_precision_of_runs, encode
 from diffdoctor.measures.statistics import PictureStatistics, slices
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.files import atomic_path, atomic_write_json, clear_temporaries, refuse_foreign
+from diffdoctor.runs.files import atomic_path, atomic_write_json, clear_leftovers, refuse_foreign
 from diffdoctor.runs.progress import progress
 
 _BATCHES = 4  # in a part
@@ -86,8 +86,8 @@ def evaluate_in_parts(
         raise UserError(f"{folder}: holds parts of an evaluation with other settings or data; remove it")
     state.wait_for_everyone()
     if state.is_main_process:
-        clear_temporaries(folder.parent)
-        clear_temporaries(folder)
+        clear_leftovers(folder.parent)
+        clear_leftovers(folder)
         if not known:
             # Nobody knows what parts without a record were made with.
             for part in folder.glob("part-*"):

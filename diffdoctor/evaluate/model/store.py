@@ -20,7 +20,7 @@ import torch
 from diffdoctor.data.codec import decode, encode_picture
 from diffdoctor.evaluate.model.summary import PictureMeasures
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json, clear_temporaries
+from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json, clear_leftovers
 
 RUN = "run.json"
 
@@ -187,7 +187,7 @@ class EvaluationFolder:
 
     def prepare(self, pictures: dict, measures: dict) -> None:
         """Delete what was made with other settings, and note the present ones; `check` comes first."""
-        clear_temporaries(self.output, RUN)
+        clear_leftovers(self.output, RUN)
         found = self._read()
         if found.get("pictures") != pictures:
             shutil.rmtree(self.output / "pictures", ignore_errors=True)
