@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,20 +54,31 @@ def _hidden_start(name: str) -> str:
 def atomic_path(path) -> Iterator[Path]:
     """Yield a temporary file path beside `path`; it takes the name `path` when the block ends without an error.
 
-    The file is flushed to the disk before it is renamed, and removed when the block raises.
+    The file is flushed to the disk before it is renamed, and removed when the block raises. Its mode is the umask's,
+    whoever writes it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _hidden(path, _WRITING, path.suffix)
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    os.close(descriptor)
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        _finish_file(temporary, mode)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _finish_file(path: Path, mode: int) -> None:
+    """Give a file its mode, where its writer gave it another, and flush it to the disk."""
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        with suppress(PermissionError):  # a mount that has no modes
+            os.chmod(path, mode)
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def atomic_write_bytes(path, data: bytes) -> None:
@@ -106,13 +118,14 @@ def atomic_dir(path) -> Iterator[Path]:
 def replace_dir(new, path) -> None:
     """Give the folder `new`, which stands on the same disk, the name `path`; a folder of that name goes.
 
-    What is in it is flushed to the disk before. A reader sees what `atomic_dir` says.
+    What is in it is flushed to the disk before, and its files get the mode that `new` has, without the right to execute
+    them: some libraries make theirs unreadable to others. A reader sees what `atomic_dir` says.
     """
     new, path = Path(new), Path(path)
+    mode = stat.S_IMODE(new.stat().st_mode) & 0o666
     for file in new.rglob("*"):
         if file.is_file():
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
+            _finish_file(file, mode)
         elif file.is_dir():
             _sync_folder(file)
     _sync_folder(new)

@@ -143,3 +143,31 @@ def test_what_a_kill_leaves_is_known_by_its_mark_and_put_back_or_removed(tmp_pat
     clear_leftovers(tmp_path, name)
     assert sorted(os.listdir(tmp_path)) == sorted([name, "other"])
     assert (tmp_path / name / "a").read_text() == ("new" if renames == 2 else "old")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_results_have_the_modes_of_the_umask_whoever_writes_them(tmp_path, mask):
+    def secretive(path):
+        """As safetensors does: a file for its owner alone, renamed to `path`."""
+        path.with_suffix(".x").write_text("x")
+        os.chmod(path.with_suffix(".x"), 0o600)
+        os.replace(path.with_suffix(".x"), path)
+
+    group = tmp_path / "group"
+    group.mkdir()
+    os.chmod(group, 0o2775)
+    before = os.umask(mask)
+    try:
+        with atomic_dir(group / "set") as folder:
+            secretive(folder / "a")
+            (folder / "b").mkdir()
+            secretive(folder / "b" / "c")
+        with atomic_path(group / "d") as path:
+            secretive(path)
+    finally:
+        os.umask(before)
+    for path in group.rglob("*"):
+        mode = path.stat().st_mode
+        assert mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
+        assert not path.is_dir() or mode & 0o2000, path
