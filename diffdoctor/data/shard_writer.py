@@ -18,9 +18,10 @@ from diffdoctor.data.manifest import MANIFEST, ManifestWriter
 from diffdoctor.data.tar import KEY
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.files import atomic_dir, clear_leftovers, refuse_foreign
+from diffdoctor.runs.record import CONFIG, METRICS, RUN
 
 # What `inject` puts beside the shards.
-RECORDS = (SHEET := "contact_sheet.png", "config.yaml", "metrics.json")
+RECORDS = (SHEET := "contact_sheet.png", RUN, CONFIG, METRICS)
 LABELS = ("real", "injected", "human", "pseudo")
 
 

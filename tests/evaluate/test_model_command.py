@@ -219,7 +219,7 @@ def test_an_interrupted_run_goes_on_to_the_same_figures(files, evaluated, tmp_pa
     # Other pictures are refused, or replaced when that is asked for.
     capsys.readouterr()
     assert main(options(files, output, seed=1)) == 2
-    assert "drawn with another seed" in capsys.readouterr().err
+    assert "of a run with another seed (expected 0, got 1)" in capsys.readouterr().err
     assert main(options(files, output, seed=1, overwrite="true")) == 0
     assert len(saved) == 4 + 2 * COUNT
 
@@ -347,7 +347,7 @@ def test_a_full_disk_is_one_line_and_the_pictures_stay(files, tmp_path, monkeypa
         ({"guide_options": '{"strength": 1}'}, "needs --guide true"),
         ({"guide": "true", "guide_options": '{"power": 1}'}, "no option power"),
         ({"output": "{files}/real"}, "holds something else"),
-        ({"output": "{files}/means.pt"}, "is a file"),
+        ({"output": "{files}/means.pt"}, "expected a folder or nothing, got a file"),
     ],
     ids=lambda value: re.sub(r"\W+", "-", str(value))[:45],
 )
