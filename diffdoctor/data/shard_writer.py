@@ -18,7 +18,7 @@ from diffdoctor.data.manifest import MANIFEST, ManifestWriter
 from diffdoctor.data.tar import KEY
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.files import atomic_dir, clear_leftovers, refuse_foreign
-from diffdoctor.runs.record import CONFIG, METRICS, RUN
+from diffdoctor.runs.record import CONFIG, METRICS, RUN, RunFolder
 
 # What `inject` puts beside the shards.
 RECORDS = (SHEET := "contact_sheet.png", RUN, CONFIG, METRICS)
@@ -72,6 +72,8 @@ def refuse_no_set(folder: str | Path) -> None:
         UserError: it is a file, holds no manifest, or holds more than a set's files.
     """
     refuse_foreign(folder, ("shard-*.tar", MANIFEST, *RECORDS))
+    # Refuses a run.json that is no set's.
+    RunFolder(folder, "inject", {}, {}).check()
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise UserError(f"{folder}: would be replaced, but is no set of shards (no {MANIFEST}); choose another folder")
