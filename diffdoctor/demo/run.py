@@ -21,7 +21,7 @@ from diffdoctor.measures.pixels import flagged, pixel_measures
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.lock import locked_folder
 from diffdoctor.runs.progress import progress, quiet_loaders
-from diffdoctor.training.cpu_settings import processor
+from diffdoctor.training.cpu_settings import cpu_settings
 from diffdoctor.version import __version__
 
 SAMPLING = {"num_inference_steps": 10, "guidance_scale": 1.0}
@@ -203,7 +203,7 @@ def run_demo(config: DemoConfig) -> int:
             there.
     """
     quiet_loaders()
-    with processor(config.threads), locked_folder(config.output):
+    with cpu_settings(config.threads), locked_folder(config.output):
         return _run(config)
 
 

@@ -7,7 +7,7 @@ import torch
 
 
 @contextmanager
-def processor(threads: int = 0) -> Iterator[None]:
+def cpu_settings(threads: int = 0) -> Iterator[None]:
     """Inside, torch has this many threads (0: as many as it has) and takes denormal numbers for 0.
 
     Denormal weights and activations slow small networks down: up to twice in the detector's training steps. Both

@@ -167,7 +167,7 @@ def train(output: Path, name: str, variant: str, steps: int, seed: int) -> dict:
     from diffdoctor.detector.config import AugmentConfig
     from diffdoctor.detector.samples import JoinedData
     from diffdoctor.detector.train import DetectorTrainingConfig, train_detector
-    from diffdoctor.training.cpu_settings import processor
+    from diffdoctor.training.cpu_settings import cpu_settings
 
     chosen = VARIANTS[variant]
     config = DetectorTrainingConfig(
@@ -187,7 +187,7 @@ def train(output: Path, name: str, variant: str, steps: int, seed: int) -> dict:
             data = data.where(~np.isin(data.categories, list(KINDS)))
         folder.mkdir(parents=True, exist_ok=True)
         # Several trainings at a time would write their bars over each other.
-        with processor(threads=1):
+        with cpu_settings(threads=1):
             with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
                 trained = train_detector(config, data, detector=fresh(chosen.network, seed), output_dir=folder)
             return {"seconds": time.monotonic() - start} | measures(output, trained.detector, folder)

@@ -22,7 +22,7 @@ from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.files import atomic_write_json, atomic_write_text
 from diffdoctor.runs.lock import locked_folder
 from diffdoctor.runs.progress import quiet_loaders
-from diffdoctor.training.cpu_settings import processor
+from diffdoctor.training.cpu_settings import cpu_settings
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = Settings(seed=options.seed, pictures=options.pictures, **options.settings)
     folders = () if options.part else dict.fromkeys((options.output, *filter(None, [options.demo])))
     try:
-        with processor(options.threads), contextlib.ExitStack() as locks:
+        with cpu_settings(options.threads), contextlib.ExitStack() as locks:
             # a part runs in the folders that the study keeps
             for folder in folders:
                 locks.enter_context(locked_folder(folder))
