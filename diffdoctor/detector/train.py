@@ -279,12 +279,9 @@ class TrainingRun:
                     "model": self.detector.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                     "ema": self.average.values,
-                    "step": self.step,
-                    "history": self.history,
-                    "validations": self.validations,
-                    "broken": self.broken,
                 }
-                self.checkpoints.save(self.step, state)
+                record = {"step": self.step, "history": self.history, "validations": self.validations}
+                self.checkpoints.save(self.step, state, record | {"broken": self.broken})
             self.accelerator.wait_for_everyone()
 
     def _resume(self, state: dict) -> None:

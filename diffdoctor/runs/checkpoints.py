@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,14 @@ class Checkpoints:
             return []
         return sorted(path for path in self.folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], record: dict[str, Any] | None = None) -> None:
         """Write a checkpoint; it appears under its name only when it is complete.
 
         Args:
             step: steps done.
             state: tensors and plain values.
+            record: JSON values, kept in a file that a resumed run writes to the same bytes; a pickle's depend on which
+                values are one object.
         """
         with atomic_dir(self.folder / f"step-{step:08d}") as temporary:
             try:
@@ -43,6 +46,8 @@ class Checkpoints:
             except RuntimeError as error:
                 # What torch makes of an error of the file system.
                 raise OSError(f"{self.folder}: a checkpoint could not be written; is the disk full?") from error
+            if record is not None:
+                (temporary / "record.json").write_text(json.dumps(record), encoding="utf-8")
         self.tidy()
 
     def tidy(self) -> None:
@@ -52,9 +57,13 @@ class Checkpoints:
             delete_dir(old)
 
     def load(self, device="cpu") -> dict[str, Any] | None:
-        """State of the last complete checkpoint, tensors on `device`; None where there is none."""
+        """State and record of the last complete checkpoint in one, tensors on `device`; None where there is none."""
         found = self.all()
-        return torch.load(found[-1] / "state.pt", map_location=device, weights_only=True) if found else None
+        if not found:
+            return None
+        state = torch.load(found[-1] / "state.pt", map_location=device, weights_only=True)
+        record = found[-1] / "record.json"
+        return state | json.loads(record.read_text(encoding="utf-8")) if record.is_file() else state
 
     def keep_last(self) -> None:
         """Delete all but the last, when the run is done."""
