@@ -309,7 +309,7 @@ def test_a_set_that_was_begun_otherwise_is_begun_anew(tmp_path, monkeypatch, cap
     assert (tmp_path / ".set.partial" / "state.npz").is_file()
     capsys.readouterr()
     result = run_inject(InjectConfig([str(tmp_path / "pictures")], str(tmp_path / "set"), seed=1, **options))
-    assert "begun anew" in capsys.readouterr().err
+    assert "unfinished set of a run with another seed (expected 0, got 1); starting again" in capsys.readouterr().err
     assert result == whole
     left, expected = tree(tmp_path / "set"), tree(tmp_path / "whole")
     del left["config.yaml"], expected["config.yaml"]

@@ -156,7 +156,8 @@ def _make(config: InjectConfig, run: RunFolder, sources: list[Source]) -> dict:
     output = run.path
     made = ResumableSet(output, run.identity, shard_size=config.shard_size, picture_type=config.picture_type)
     if made.discarded_stale:
-        tell(f"{output}: was begun with another {', '.join(made.discarded_stale)}; begun anew")
+        other = ", ".join(made.discarded_stale)
+        tell(f"{output}: deleted the unfinished set of a run with another {other}; starting again")
     stats = InjectStats(made.state)
     made.write(stats.count(_samples(config, sources, stats)), stats.record)
     metrics = stats.metrics() | {"versions": versions()}
