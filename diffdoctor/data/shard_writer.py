@@ -17,10 +17,11 @@ from diffdoctor.data.codec import PICTURE_TYPES, encode_mask, encode_picture
 from diffdoctor.data.manifest import MANIFEST, ManifestWriter
 from diffdoctor.data.tar import KEY
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.files import atomic_dir, clear_temporaries, refuse_foreign
+from diffdoctor.runs.files import atomic_dir, clear_leftovers, refuse_foreign
+from diffdoctor.runs.record import CONFIG, METRICS, RUN, RunFolder
 
 # What `inject` puts beside the shards.
-RECORDS = (SHEET := "contact_sheet.png", "config.yaml", "metrics.json")
+RECORDS = (SHEET := "contact_sheet.png", RUN, CONFIG, METRICS)
 LABELS = ("real", "injected", "human", "pseudo")
 
 
@@ -46,7 +47,7 @@ def write_shards(
     """
     check_options(shard_size, picture_type)
     # What a writer that was killed left beside the folder.
-    clear_temporaries(Path(folder).parent, Path(folder).name)
+    clear_leftovers(Path(folder).parent, Path(folder).name)
     refuse_no_set(folder)
     keys, count = _Unique(), 0
     with atomic_dir(folder) as temporary:
@@ -71,6 +72,8 @@ def refuse_no_set(folder: str | Path) -> None:
         UserError: it is a file, holds no manifest, or holds more than a set's files.
     """
     refuse_foreign(folder, ("shard-*.tar", MANIFEST, *RECORDS))
+    # Refuses a run.json that is no set's.
+    RunFolder(folder, "inject", {}, {}).check()
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise UserError(f"{folder}: would be replaced, but is no set of shards (no {MANIFEST}); choose another folder")

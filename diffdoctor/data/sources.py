@@ -5,10 +5,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import glob
-import platform
 import sys
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +14,7 @@ import numpy as np
 from diffdoctor.data.codec import decode
 from diffdoctor.data.shards import read_shards
 from diffdoctor.data.tar import SkipCounts
-from diffdoctor.runs.errors import UserError, missing_extra
-from diffdoctor.runs.files import atomic_write_text
+from diffdoctor.runs.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -131,35 +128,6 @@ def read_source(
     caption = source.path.with_suffix(".txt")
     prompt = caption.read_text(encoding="utf-8", errors="replace").strip() if caption.is_file() else ""
     yield {"picture": picture, "name": source.name, "category": source.category, "prompt": prompt}
-
-
-def write_config(folder: Path, config) -> None:
-    """What a run was asked, as `config.yaml`."""
-    try:
-        import yaml
-    except ImportError:
-        raise missing_extra("pyyaml", "stages") from None
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(folder / "config.yaml", yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
-
-
-def _plain(value):
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def versions() -> dict[str, str]:
-    """What a run was made with, for its metrics.json."""
-    result = {"python": platform.python_version()}
-    for name in ("diffdoctor", "torch", "numpy", "scipy", "transformers", "accelerate", "pillow"):
-        try:
-            result[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return result
 
 
 def tell(line: str, skipped: dict[str, int] | None = None) -> None:

@@ -19,7 +19,7 @@ from diffdoctor.evaluate.model import artifact_rates, compare_pictures, diagnose
 from diffdoctor.measures.components import mean_average_precision
 from diffdoctor.measures.pixels import flagged, pixel_measures
 from diffdoctor.runs.files import atomic_write_json
-from diffdoctor.runs.lock import held
+from diffdoctor.runs.lock import locked_folder
 from diffdoctor.runs.progress import progress, quiet_loaders
 from diffdoctor.training.cpu_settings import cpu_settings
 from diffdoctor.version import __version__
@@ -203,7 +203,7 @@ def run_demo(config: DemoConfig) -> int:
             there.
     """
     quiet_loaders()
-    with cpu_settings(config.threads), held(config.output):
+    with cpu_settings(config.threads), locked_folder(config.output):
         return _run(config)
 
 

@@ -18,9 +18,10 @@ from diffdoctor.detector.config import DetectorTrainingConfig
 from diffdoctor.detector.loading import PlannedSamples, ResampledSamples, StepPlan, collate
 from diffdoctor.detector.losses import detector_loss
 from diffdoctor.detector.models.load import new_detector
-from diffdoctor.detector.run_folder import RunFolder, describe
+from diffdoctor.detector.run_folder import identity_of, training_folder
 from diffdoctor.detector.samples import DetectorData
 from diffdoctor.detector.validate import quick_measures
+from diffdoctor.runs.checkpoints import Checkpoints
 from diffdoctor.runs.errors import UserError, missing_extra
 from diffdoctor.runs.progress import progress as progress_bar
 from diffdoctor.training.ema import RunningAverage
@@ -57,14 +58,14 @@ def train_detector(
     """Train a detector on labelled pictures; clean ones are damaged afresh as `config.augment` says.
 
     Started with `accelerate launch` it runs in several processes, which share each batch. With fp32 and without dropout
-    the losses do not depend on the number of processes. Run again with the same output folder, it goes on from the last
+    the losses do not depend on the number of processes. Run again with the same output folder, it resumes from the last
     complete checkpoint, on the CPU to the same bits as without the interruption.
 
     Args:
         config: the options.
         data: the labelled pictures, see `DetectorData` (`ArrayData`, `ShardData`); or a resampled `ShardStream`, for
             sets of any size: then another number of processes or workers sees other pictures, so that the losses are
-            alike only on average. Resuming goes on to the same bits there too.
+            alike only on average. It resumes to the same bits too.
         detector: the network to train in place: any module from images (B, 3, H, W) in [0, 1] to logits (B, 1, h, w).
             None: a fresh `ArtifactDetector.tiny()`, its weights drawn from `config.seed`.
         validation: labelled pictures that are measured during training.
@@ -89,13 +90,15 @@ def prepared_run(
     detector: nn.Module | None,
     validation: DetectorData | None,
     output_dir: str | Path | None,
-    described: dict | None = None,
+    identity: dict | None = None,
 ) -> Iterator[TrainingRun]:
     """A training that is checked, loaded from its last checkpoint and about to take its next step.
 
+    No other process may work in its output folder until the block ends.
+
     Args:
         config, data, detector, validation, output_dir: see `train_detector`.
-        described: JSON values that tell this run from others besides these.
+        identity: what else the result depends on, by name.
 
     Raises:
         UserError: see `train_detector`; then nothing was written.
@@ -115,9 +118,13 @@ def prepared_run(
         if detector is None:
             detector = new_detector("tiny")
         run = TrainingRun(config, data, detector, validation, accelerator)
-        if output_dir is not None:
-            run.open(Path(output_dir), described or {})
-        yield run
+        try:
+            if output_dir is not None:
+                run.open(Path(output_dir), identity or {})
+            yield run
+        finally:
+            if run.folder is not None:
+                run.folder.close()
 
 
 class TrainingRun:
@@ -142,21 +149,24 @@ class TrainingRun:
             from diffdoctor.detector.balance import sampling_weights
 
             self.weights = sampling_weights(data, damaged_share=config.damaged_share)
-        self.output_dir = self.folder = self.writer = None
+        self.output_dir = self.folder = self.checkpoints = self.writer = None
 
-    def open(self, output_dir: Path, described: dict) -> None:
-        """Check the output folder, and go on from its last checkpoint."""
-        accelerator = self.accelerator
-        described = (
-            describe(self.config, self.data, self.detector, self.validation, accelerator.num_processes) | described
-        )
-        options = {"keep": self.config.keep_checkpoints, "main": accelerator.is_main_process}
-        self.output_dir, self.folder = output_dir, RunFolder(output_dir, described, **options)
-        if (found := self.folder.load(accelerator.device)) is not None:
-            self._resume(*found)
-        # Another process must have looked before anything changes.
+    def open(self, output_dir: Path, identity: dict) -> None:
+        """Check the output folder, and load its last checkpoint."""
+        accelerator, processes = self.accelerator, self.accelerator.num_processes
+        identity = identity_of(self.config, self.data, self.detector, self.validation, processes) | identity
+        self.output_dir = output_dir
+        self.folder = training_folder(output_dir, identity, main=accelerator.is_main_process)
+        self.checkpoints = Checkpoints(output_dir / "checkpoints", keep=self.config.keep_checkpoints)
+        self.folder.open()
+        self.folder.check()
+        if (state := self.checkpoints.load(accelerator.device)) is not None:
+            self._resume(state)
+        # All processes have looked before anything changes.
         accelerator.wait_for_everyone()
-        self.folder.begin()
+        if accelerator.is_main_process:
+            self.folder.begin()
+            self.checkpoints.tidy()
 
     def train(self, progress: bool, name: str) -> TrainedDetector:
         """Take all steps that are still to take; see `train_detector`."""
@@ -261,7 +271,7 @@ class TrainingRun:
                 self.writer.add_scalar(f"train/{name}", self.history[-1][name], self.step)
         if self.validation is not None and config.validate_every and self.step % config.validate_every == 0:
             self._validate()
-        if self.folder is not None and config.checkpoint_every and self.step % config.checkpoint_every == 0:
+        if self.checkpoints is not None and config.checkpoint_every and self.step % config.checkpoint_every == 0:
             if self.accelerator.is_main_process:
                 if self.writer is not None:
                     # What is before a checkpoint is not logged again.
@@ -272,16 +282,15 @@ class TrainingRun:
                     "ema": self.average.values,
                 }
                 record = {"step": self.step, "history": self.history, "validations": self.validations}
-                record["broken"] = self.broken
-                self.folder.save(self.step, state, record)
+                self.checkpoints.save(self.step, state, record | {"broken": self.broken})
             self.accelerator.wait_for_everyone()
 
-    def _resume(self, state: dict, record: dict) -> None:
+    def _resume(self, state: dict) -> None:
         self.detector.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load(state["ema"])
-        self.step, self.history, self.validations = record["step"], record["history"], record["validations"]
-        self.broken = record["broken"]
+        self.step, self.history, self.validations = state["step"], state["history"], state["validations"]
+        self.broken = state["broken"]
 
     def _validate(self) -> None:
         self.detector.eval()

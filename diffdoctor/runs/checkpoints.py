@@ -1,15 +1,15 @@
-"""A run's training state on disk: whole checkpoints only, the last few kept, those of another run refused."""
+"""A run's training state on disk: whole checkpoints only, the last few kept."""
+
+from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.files import atomic_dir, clear_temporaries
+from diffdoctor.runs.files import atomic_dir, clear_leftovers, delete_dir
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -19,15 +19,11 @@ class Checkpoints:
 
     Args:
         folder: where they go, as `step-00000100` and so on.
-        settings: what the run is, as JSON values.
         keep: how many of the last to keep, at least 1.
-        refusal: what is said of a checkpoint of another run; `{}` stands for the names of the settings that differ.
     """
 
-    def __init__(self, folder: Path, settings: dict, *, keep: int = 2, refusal: str):
-        self.folder, self.keep, self.refusal = folder, max(1, keep), refusal
-        # Through JSON and back, so that tuples compare equal to the lists that a file gives.
-        self.settings = json.loads(json.dumps(settings, default=str))
+    def __init__(self, folder: Path, *, keep: int = 2):
+        self.folder, self.keep = folder, max(1, keep)
 
     def all(self) -> list[Path]:
         """The complete checkpoints, the latest last."""
@@ -35,13 +31,14 @@ class Checkpoints:
             return []
         return sorted(path for path in self.folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
 
-    def save(self, step: int, state: dict, record: dict | None = None) -> None:
+    def save(self, step: int, state: dict[str, Any], record: dict[str, Any] | None = None) -> None:
         """Write a checkpoint; it appears under its name only when it is complete.
 
         Args:
             step: steps done.
             state: tensors and plain values.
-            record: JSON values that are kept beside it, to be read without torch.
+            record: JSON values, kept in a file that a resumed run writes to the same bytes; a pickle's depend on which
+                values are one object.
         """
         with atomic_dir(self.folder / f"step-{step:08d}") as temporary:
             try:
@@ -49,40 +46,26 @@ class Checkpoints:
             except RuntimeError as error:
                 # What torch makes of an error of the file system.
                 raise OSError(f"{self.folder}: a checkpoint could not be written; is the disk full?") from error
-            account = {"settings": self.settings, "record": record or {}}
-            (temporary / "run.json").write_text(json.dumps(account), encoding="utf-8")
+            if record is not None:
+                (temporary / "record.json").write_text(json.dumps(record), encoding="utf-8")
         self.tidy()
 
     def tidy(self) -> None:
         """Delete all but the last few, and what a kill left half-written or half-deleted."""
-        clear_temporaries(self.folder)
+        clear_leftovers(self.folder)
         for old in self.all()[: -self.keep]:
-            _delete(old)
+            delete_dir(old)
 
-    def load(self, device="cpu") -> tuple[dict, dict] | None:
-        """State and record of the last complete checkpoint, tensors on `device`; None where there is none.
-
-        Raises:
-            UserError: if it belongs to a run with other settings.
-        """
+    def load(self, device="cpu") -> dict[str, Any] | None:
+        """State and record of the last complete checkpoint in one, tensors on `device`; None where there is none."""
         found = self.all()
         if not found:
             return None
-        account = json.loads((found[-1] / "run.json").read_text(encoding="utf-8"))
-        theirs = account["settings"]
-        other = sorted(name for name in {*theirs, *self.settings} if theirs.get(name) != self.settings.get(name))
-        if other:
-            raise UserError(f"{self.folder}: {self.refusal.format(', '.join(other))}")
-        return torch.load(found[-1] / "state.pt", map_location=device, weights_only=True), account["record"]
+        state = torch.load(found[-1] / "state.pt", map_location=device, weights_only=True)
+        record = found[-1] / "record.json"
+        return state | json.loads(record.read_text(encoding="utf-8")) if record.is_file() else state
 
     def keep_last(self) -> None:
         """Delete all but the last, when the run is done."""
         self.keep = 1
         self.tidy()
-
-
-def _delete(folder: Path) -> None:
-    """Delete a checkpoint; a kill leaves it whole, or under a name that `clear_temporaries` knows."""
-    hidden = folder.with_name(f".{folder.name}.deleting.tmp")
-    os.replace(folder, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)

@@ -1,18 +1,28 @@
 """Files that are either whole or absent: written under a temporary name, then renamed."""
 
+from __future__ import annotations
+
+import errno
 import fnmatch
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
-from contextlib import contextmanager
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, expected
 
-# The names that atomic_path and atomic_dir give: the final name, what mkstemp draws, and what it is.
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.(?P<what>tmp|old)(\.[^.]+)?")
+# In the hidden names of what is being written, and of what is being replaced: `.NAME.diffdoctor-tmp-0a1b2c3d.png`.
+_WRITING, _REPLACED = ".diffdoctor-tmp-", ".diffdoctor-old-"
+_HIDDEN = re.compile(r"\..+\.diffdoctor-(tmp|old)-[0-9a-f]{8}(\.[^.]+)?")
+# What a mount answers that has no such operation for folders (CIFS, drvfs, some FUSE), or none for this user.
+_NO_FOLDER_SYNC = {
+    errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM
+}  # fmt: skip
 
 
 def _sync_folder(folder: Path) -> None:
@@ -20,39 +30,55 @@ def _sync_folder(folder: Path) -> None:
     # Windows cannot open a folder, and needs no such step.
     if os.name == "nt":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def _hidden(path: Path, mark: str, suffix: str = "") -> Path:
+    return path.with_name(f"{_hidden_start(path.name)}{mark}{secrets.token_hex(4)}{suffix}")
+
+
+def _hidden_start(name: str) -> str:
+    # What is added must not make a long name too long: file systems take 255 bytes.
+    return f".{name if len(os.fsencode(name)) <= 200 else name[:50]}"
 
 
 @contextmanager
-def atomic_path(path):
+def atomic_path(path) -> Iterator[Path]:
     """Yield a temporary file path beside `path`; it takes the name `path` when the block ends without an error.
 
-    The file is flushed to the disk before it is renamed, and removed when the block raises.
+    The file is flushed to the disk before it is renamed, and removed when the block raises. Its mode is the umask's,
+    whoever writes it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=f".tmp{path.suffix}")
+    temporary = _hidden(path, _WRITING, path.suffix)
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
     os.close(descriptor)
-    os.chmod(name, 0o666 & ~_umask())
-    temporary = Path(name)
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        _finish_file(temporary, mode)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _finish_file(path: Path, mode: int) -> None:
+    """Give a file its mode, where its writer gave it another, and flush it to the disk."""
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        with suppress(PermissionError):  # a mount that has no modes
+            os.chmod(path, mode)
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def atomic_write_bytes(path, data: bytes) -> None:
@@ -72,7 +98,7 @@ def atomic_write_json(path, value) -> None:
 
 
 @contextmanager
-def atomic_dir(path):
+def atomic_dir(path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; it replaces the folder `path` when the block ends without an error.
 
     A reader sees the old folder, no folder for the moment between two renames, or the whole new one; never a mixture.
@@ -80,8 +106,8 @@ def atomic_dir(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-    os.chmod(temporary, 0o777 & ~_umask())
+    temporary = _hidden(path, _WRITING)
+    temporary.mkdir()
     try:
         yield temporary
         replace_dir(temporary, path)
@@ -92,24 +118,34 @@ def atomic_dir(path):
 def replace_dir(new, path) -> None:
     """Give the folder `new`, which stands on the same disk, the name `path`; a folder of that name goes.
 
-    What is in it is flushed to the disk before. A reader sees what `atomic_dir` says.
+    What is in it is flushed to the disk before, and its files get the mode that `new` has, without the right to execute
+    them: some libraries make theirs unreadable to others. A reader sees what `atomic_dir` says.
     """
     new, path = Path(new), Path(path)
+    mode = stat.S_IMODE(new.stat().st_mode) & 0o666
     for file in new.rglob("*"):
         if file.is_file():
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
+            _finish_file(file, mode)
         elif file.is_dir():
             _sync_folder(file)
     _sync_folder(new)
     old = None
     if path.exists():
-        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
-        os.replace(path, old / "was")
+        old = _hidden(path, _REPLACED)
+        old.mkdir()
+        os.replace(path, old / path.name)
     os.replace(new, path)
     _sync_folder(path.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def delete_dir(path) -> None:
+    """Delete a folder; a kill leaves it whole, or under a name that `clear_leftovers` knows."""
+    path = Path(path)
+    hidden = _hidden(path, _WRITING)
+    os.replace(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def refuse_foreign(folder, names) -> None:
@@ -123,9 +159,8 @@ def refuse_foreign(folder, names) -> None:
         UserError: something else is there, or a file stands where the folder is to be.
     """
     folder = Path(folder)
+    refuse_file(folder)
     if not folder.is_dir():
-        if folder.exists():
-            raise UserError(f"{folder}: expected a folder or nothing, got a file; choose another output folder")
         return
     for entry in sorted(folder.iterdir()):
         known = any(fnmatch.fnmatchcase(entry.name, name) for name in names)
@@ -136,30 +171,55 @@ def refuse_foreign(folder, names) -> None:
             )
 
 
-def clear_temporaries(folder, name: str | None = None, *, deep: bool = False) -> None:
-    """Remove what `atomic_path` and `atomic_dir` left in `folder` when they were killed.
+def refuse_file(folder) -> None:
+    """Refuse a file where a folder is to be.
+
+    Raises:
+        UserError: if there is one.
+    """
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise UserError(expected(str(folder), "a folder or nothing", "a file") + "; choose another output folder")
+
+
+def leftovers(folder, name: str | None = None) -> list[Path]:
+    """What `atomic_path`, `atomic_dir` and `delete_dir` left in `folder` when they were killed.
+
+    Args:
+        folder: where to look; need not exist.
+        name: only what was to be the file or folder of this name; None: everything.
+    """
+    starts = None if name is None else tuple(_hidden_start(name) + mark for mark in (_WRITING, _REPLACED))
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return [
+            entry
+            for entry in Path(folder).iterdir()
+            if entry.name.startswith(starts or ".") and _HIDDEN.fullmatch(entry.name)
+        ]
+    return []
+
+
+def clear_leftovers(folder, name: str | None = None, *, deep: bool = False) -> None:
+    """Remove what a kill left half-written in a folder that this program made.
 
     A folder that was killed between its two renames, and so is not there under its name, gets its old content back.
     Nobody else may be writing there.
 
     Args:
         folder: where to look; need not exist.
-        name: only what was to be the file or folder of this name; None: everything.
+        name: only what was to be the file or folder of this name; None: everything. In a folder that may be somebody
+            else's, only this name's may be removed.
         deep: look into subfolders too.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        return
-    for entry in list(folder.iterdir()):
-        match = _TEMPORARY.fullmatch(entry.name)
-        if match is None:
-            if deep and entry.is_dir() and not entry.is_symlink():
-                clear_temporaries(entry, name, deep=True)
-        elif name is None or match["name"] == name:
-            was = entry / "was"
-            if match["what"] == "old" and was.exists() and not (folder / match["name"]).exists():
-                os.replace(was, folder / match["name"])
+    for entry in leftovers(folder, name):
+        if not entry.is_dir() or entry.is_symlink():
+            entry.unlink(missing_ok=True)
+            continue
+        if _REPLACED in entry.name:
+            for replaced in entry.iterdir():
+                if not (entry.parent / replaced.name).exists():
+                    os.replace(replaced, entry.parent / replaced.name)
+        shutil.rmtree(entry, ignore_errors=True)
+    if deep and Path(folder).is_dir():
+        for entry in Path(folder).iterdir():
             if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                entry.unlink(missing_ok=True)
+                clear_leftovers(entry, name, deep=True)

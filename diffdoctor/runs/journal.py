@@ -10,47 +10,79 @@ from pathlib import Path
 _PART = "part-*.jsonl"
 
 
-class Records:
-    """The records that all processes in all lives of a run have written; memory holds their places, not them.
+class Journal:
+    """Records that each process of each attempt at a run appends to a file of its own; a context.
 
-    A line that a kill cut short is no record. Of two records of one name the later counts.
+    A line that a kill cut short is no record.
 
     Args:
-        folder: of the records; need not exist.
+        folder: of the files; need not exist.
+        process: index of this process among those that share the work.
+    """
+
+    def __init__(self, folder: Path, process: int = 0):
+        self.folder, self.process, self._file = folder, process, None
+
+    def read(self) -> Records:
+        """What all processes of all attempts have recorded so far."""
+        return Records(self.folder)
+
+    def append(self, records: list[dict]) -> None:
+        """Write records, or {"shard": mark} for a shard that is done; on the disk when this returns."""
+        if not records:
+            return
+        if self._file is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            number = len(list(self.folder.glob(_PART)))
+            self._file = open(self.folder / f"part-{self.process:04d}-{os.getpid()}-{number:04d}.jsonl", "xb")  # noqa: SIM115
+        self._file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class Records:
+    """The records in a journal's folder by name, of two of one name the later; memory holds their offsets, not them.
 
     Attributes:
-        whole: the marks of the shards of which every picture is recorded, as they were written.
+        shards: the marks of the shards of which every picture is recorded.
     """
 
     def __init__(self, folder: Path):
-        self.whole: set[str] = set()
-        self._places: dict[str, tuple[Path, int]] = {}
+        self.folder, self.shards = folder, set()
+        self._offsets: dict[str, tuple[Path, int]] = {}
         for file in sorted(folder.glob(_PART), key=lambda path: path.stat().st_mtime_ns):
             offset = 0
             with open(file, "rb") as lines:
                 for line in lines:
-                    self._take(line, file, offset)
+                    self._index(line, file, offset)
                     offset += len(line)
 
-    def _take(self, line: bytes, file: Path, offset: int) -> None:
+    def _index(self, line: bytes, file: Path, offset: int) -> None:
         try:
             entry = json.loads(line) if line.endswith(b"\n") else None
             if "shard" in entry:
-                self.whole.add(entry["shard"])
+                self.shards.add(entry["shard"])
             elif "path" in entry:
-                self._places[entry["name"]] = file, offset
+                self._offsets[entry["name"]] = file, offset
         except (ValueError, KeyError, TypeError):
             return
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
     def __iter__(self) -> Iterator[dict]:
         """The records in the order of their names."""
         files = {}
         try:
-            for name in sorted(self._places):
-                path, offset = self._places[name]
+            for name in sorted(self._offsets):
+                path, offset = self._offsets[name]
                 if path not in files:
                     files[path] = open(path, "rb")  # noqa: SIM115 (several, closed below)
                 files[path].seek(offset)
@@ -58,34 +90,3 @@ class Records:
         finally:
             for file in files.values():
                 file.close()
-
-
-class RecordWriter:
-    """One process' records of one life, as a context; the file is made with the first of them.
-
-    Args:
-        folder: of the records.
-        process: index of this process.
-    """
-
-    def __init__(self, folder: Path, process: int):
-        self.folder, self.process, self.file = folder, process, None
-
-    def add(self, records: list[dict]) -> None:
-        """Write records, or {"shard": mark} for a shard that is done; on the disk when this returns."""
-        if not records:
-            return
-        if self.file is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            number = len(list(self.folder.glob(_PART)))
-            self.file = open(self.folder / f"part-{self.process:04d}-{os.getpid()}-{number:04d}.jsonl", "xb")  # noqa: SIM115
-        self.file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def __enter__(self) -> RecordWriter:
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.file is not None:
-            self.file.close()

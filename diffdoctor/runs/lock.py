@@ -1,4 +1,7 @@
-"""One process at a time in an output folder."""
+"""One process at a time in an output folder.
+
+Not filelock: it locks a file of its own, which stays in the folder, where nothing of ours may lie before a run begins.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-_taken: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+_acquired: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 
 class FolderLock:
@@ -32,26 +35,29 @@ class FolderLock:
     def __init__(self, folder: str | Path):
         self.folder, self._descriptor = Path(folder), None
 
-    def take(self) -> None:
-        """Take the lock, if the folder is there and it is not held already.
+    def acquire(self) -> None:
+        """Lock the folder, if it is there and not locked by this object already.
 
         Raises:
             UserError: if another process holds it.
         """
-        if fcntl is None or self._descriptor is not None or not self.folder.is_dir():
-            return
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise UserError(
-                    f"{self.folder}: another process is at work there; wait for it, or choose another folder"
-                ) from None
-            return
-        self._descriptor = descriptor
-        _taken.add(self)
+        while fcntl is not None and self._descriptor is None and self.folder.is_dir():
+            descriptor = os.open(self.folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(descriptor)
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    raise UserError(
+                        f"{self.folder}: another process is at work there; wait for it, or choose another folder"
+                    ) from None
+                return
+            if not _is_at(descriptor, self.folder):
+                # Its last owner removed it meanwhile, and another may hold the one that is there now.
+                os.close(descriptor)
+                continue
+            self._descriptor = descriptor
+            _acquired.add(self)
 
     def release(self) -> None:
         """Let others have the folder; does nothing where it is not held."""
@@ -63,11 +69,18 @@ class FolderLock:
     def _close(self) -> None:
         os.close(self._descriptor)
         self._descriptor = None
-        _taken.discard(self)
+        _acquired.discard(self)
+
+
+def _is_at(descriptor: int, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(folder))
+    except FileNotFoundError:
+        return False
 
 
 def _close_in_child() -> None:
-    for lock in list(_taken):
+    for lock in list(_acquired):
         lock._close()
 
 
@@ -75,12 +88,24 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_in_child)
 
 
+def make_folder(folder: str | Path) -> None:
+    """Make a folder, unless it is there.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
+
+
 @contextmanager
-def held(folder: str | Path, *, main: bool = True) -> Iterator[None]:
+def locked_folder(folder: str | Path, *, main: bool = True) -> Iterator[None]:
     """Make a folder, and inside keep it to this process.
 
     Args:
-        main: of several processes that share the work, only the main one holds the folder; the others do nothing here.
+        main: of several processes that share the work, only the main one locks the folder; the others do nothing here.
 
     Raises:
         UserError: if another process holds it, or it cannot be made.
@@ -89,11 +114,8 @@ def held(folder: str | Path, *, main: bool = True) -> Iterator[None]:
         yield
         return
     lock = FolderLock(folder)
-    try:
-        lock.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
-    lock.take()
+    make_folder(folder)
+    lock.acquire()
     try:
         yield
     finally:

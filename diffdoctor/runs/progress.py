@@ -9,7 +9,7 @@ class _PlainProgress:
 
     def __init__(self, total, desc, unit, every=15.0, file=None):
         self.total, self.desc, self.unit = total, desc, unit
-        self.done, self.said, self.note = 0, 0, ""
+        self.done, self.shown, self.note = 0, 0, ""
         self.file = file or sys.stderr
         self.every = every
         self.started = self.printed = time.monotonic()
@@ -25,11 +25,11 @@ class _PlainProgress:
         self.note = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
 
     def close(self):
-        if self.done > self.said:
+        if self.done > self.shown:
             self._print()
 
     def _print(self):
-        self.said = self.done
+        self.shown = self.done
         of = f"/{self.total}" if self.total is not None else ""
         seconds = time.monotonic() - self.started
         line = f"{self.desc}: {self.done}{of} {self.unit} in {seconds:.0f} s"

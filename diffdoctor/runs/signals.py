@@ -1,4 +1,4 @@
-"""What happens when a treatment is told to stop."""
+"""Signals that ask a run to stop, held back until it can be resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A function over many jobs in processes of their own, in order."""
+"""A function over many jobs, done by several processes, in order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ordered_map(
     """`map(function, jobs)`, worked out by processes; the results come in the order of the jobs.
 
     Reads at most `AHEAD * workers` jobs ahead of the results. The processes end when the iterator does (exhausted,
-    closed, or by an error), each after the job that it has at hand, and when this process is killed.
+    closed, or by an error), each after the job that it is doing, and when this process is killed.
 
     Args:
         function: of a module, like whatever it takes and gives, so that it can be sent to another process.
@@ -35,7 +35,7 @@ def ordered_map(
         start: called with `arguments` once in each process, before its first job.
 
     Raises:
-        UserError: a process ended by itself: killed (most often for want of memory), or `start` failed.
+        UserError: a process ended by itself: killed, most often because memory ran out, or `start` failed.
     """
     # "spawn": a process that has used threads must not be forked.
     # Not multiprocessing.Pool: ended early, it kills its processes, and one that is just writing a result leaves a
@@ -53,8 +53,7 @@ def ordered_map(
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            "workers: a worker process ended by itself; was it killed, for want of memory perhaps? "
-            "Fewer workers need less of it."
+            "workers: a worker process ended by itself, probably out of memory; fewer workers need less"
         ) from error
     finally:
         # Some jobs are with the processes already and cannot be cancelled any more.

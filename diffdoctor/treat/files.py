@@ -12,16 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffdoctor.runs.checkpoints import Checkpoints
 from diffdoctor.runs.errors import UserError, first_line
-from diffdoctor.runs.files import atomic_write_text, clear_temporaries, refuse_foreign
-from diffdoctor.runs.lock import FolderLock
+from diffdoctor.runs.record import RunFolder
 from diffdoctor.training.weights import weights_digest
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family
 from diffdoctor.treat.lora import WEIGHTS_NAME
 
-# options that change what is kept, watched or held in memory, but not the result: a run may go on with others
+# options that change what is kept, watched or held in memory, but not the result: a run may be resumed with others
 _FREE = (
     "attention_backend",
     "checkpoint_every",
@@ -33,24 +31,21 @@ _FREE = (
 )
 
 
-def run_checkpoints(output_dir: Path, config: TreatConfig, origins: dict) -> Checkpoints:
-    """The checkpoints of this treatment: those of other options, or of other `origins`, are refused."""
-    settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
-    return Checkpoints(
-        output_dir / "checkpoints",
-        settings | origins,
-        refusal="holds checkpoints of a treatment with another {}: choose another output folder or remove them",
-    )
+def treatment_folder(output_dir: Path, config: TreatConfig, inputs: dict) -> RunFolder:
+    """The output folder of this treatment: what other options, or other `inputs`, have made there is refused."""
+    options = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    results = {"lora": [WEIGHTS_NAME], "treat.json": None, "samples": None, "checkpoints": None}
+    return RunFolder(output_dir, "treat", options | inputs, results)
 
 
-def origins_of(
+def digests_of(
     family: Family,
     detector: torch.nn.Module,
     monitor: torch.nn.Module | None,
     prompts: Sequence[str],
     pairs: tuple[Sequence[np.ndarray], Sequence[str]] | None,
 ) -> dict:
-    """What a treatment begins with beside its options, each as a digest: a run goes on only with the same.
+    """What a treatment begins with beside its options, each as a digest: it is resumed only with the same.
 
     Reads every weight once: call it before anything is added to the pipeline or taken out of it.
 
@@ -77,38 +72,11 @@ def origins_of(
     }
 
 
-def check_lora_folder(output_dir: Path) -> None:
-    """Refuse an output folder whose `lora` is not a treatment's: it would be replaced.
-
-    Raises:
-        UserError: if it holds other files, or nothing beside it says that a treatment wrote it.
-    """
-    treated = (output_dir / "treat.json").exists() or (output_dir / "checkpoints").is_dir()
-    refuse_foreign(output_dir / "lora", [WEIGHTS_NAME] if treated else [])
-
-
-def open_output(lock: FolderLock, settings: dict) -> None:
-    """Make the output folder, keep it, clear away what a kill left half-written there, and write `config.yaml`."""
-    output_dir = lock.folder
-    with writing(output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock.take()
-        for name in ("config.yaml", "treat.json", "lora"):
-            clear_temporaries(output_dir, name)
-        for part in ("samples", "checkpoints"):
-            clear_temporaries(output_dir / part)
-        write_settings(output_dir, settings)
-
-
-def write_settings(output_dir: Path, settings: dict) -> None:
-    """Write what was asked and the versions that served it as `config.yaml`."""
-    import yaml
-
+def with_version(settings: dict) -> dict:
+    """What `config.yaml` holds: what was asked, and the version that served it."""
     from diffdoctor.version import __version__
 
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-    text = yaml.safe_dump({"diffdoctor": __version__, **plain}, sort_keys=False)
-    atomic_write_text(output_dir / "config.yaml", text)
+    return {"diffdoctor": __version__, **settings}
 
 
 @contextmanager
@@ -127,7 +95,7 @@ def writing(folder: Path) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
             f"{folder}: cannot be written ({reason}; {_free(folder)} free). Checkpoints from before are whole: "
-            "make room, and the same call goes on from the last"
+            "make room, and the same call resumes from the last"
         ) from error
 
 

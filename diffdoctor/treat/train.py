@@ -104,8 +104,8 @@ def treat(
         if output_dir is not None:
             _write(result, treatment, Path(output_dir))
     finally:
-        if treatment.lock is not None:
-            treatment.lock.release()
+        if treatment.folder is not None:
+            treatment.folder.close()
     return result
 
 

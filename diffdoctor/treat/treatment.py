@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from diffdoctor.runs.lock import FolderLock
+from diffdoctor.runs.checkpoints import Checkpoints
 from diffdoctor.runs.progress import progress as show_progress
 from diffdoctor.runs.signals import deferred_signals
 from diffdoctor.training.processes import Processes, seed_of
@@ -18,7 +18,7 @@ from diffdoctor.treat.checks import check_detectors, check_even_batches, check_f
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.drawing import Drawing, Purpose, chunks
 from diffdoctor.treat.families import family_of
-from diffdoctor.treat.files import check_lora_folder, open_output, origins_of, run_checkpoints, writing
+from diffdoctor.treat.files import digests_of, treatment_folder, with_version, writing
 from diffdoctor.treat.lora import add_lora, load_lora_state, lora_state
 from diffdoctor.treat.lora_training import LoraTraining
 from diffdoctor.treat.methods import METHODS
@@ -83,14 +83,14 @@ class Treatment:
         self.saved: int | None = None
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.settings = {**asdict(config), **(settings or {})}
-        self.lock = None if self.output_dir is None else FolderLock(self.output_dir)
-        self.checkpoints = None
+        self.folder = self.checkpoints = None
         if self.output_dir is not None:
-            self.processes.from_main(lambda: check_lora_folder(self.output_dir))
-            # the main process alone reads and writes them
-            made_of = (family, detector, self.monitor_detector, prompts, self.offline)
-            origins = origins_of(*made_of) if self.processes.is_main else {}
-            self.checkpoints = run_checkpoints(self.output_dir, config, origins)
+            # the main process alone reads and writes there
+            inputs = (family, detector, self.monitor_detector, prompts, self.offline)
+            digests = digests_of(*inputs) if self.processes.is_main else {}
+            self.folder = treatment_folder(self.output_dir, config, digests)
+            self.checkpoints = Checkpoints(self.output_dir / "checkpoints")
+            self.processes.from_main(self.folder.check)
 
     def _frozen(self, detector: torch.nn.Module) -> torch.nn.Module:
         return detector.to(self.device).eval().requires_grad_(False)
@@ -146,16 +146,16 @@ class Treatment:
         with memory_options(family, self.config):
             try:
                 self._prepare()
-                if self.lock is not None:
-                    self.processes.from_main(self.lock.take)
+                if self.folder is not None:
+                    self.processes.from_main(self.folder.open)
                 self._resume()
                 if self.step and progress:
                     what = "was done" if self._is_over() else "resumes"
                     _say(f"{what} after step {self.step} of {self.config.steps}")
                 # nothing is written before the untreated model has drawn its first pictures
                 first = None if self.early_stopping.measurements else self._draw(self.config.evaluate_pictures)
-                if self.lock is not None:
-                    self.processes.from_main(lambda: open_output(self.lock, self.settings))
+                if self.folder is not None:
+                    self.processes.from_main(self._begin)
                 self.tracking = Tracking(self.config, self.output_dir, self.step, is_main=self.processes.is_main)
                 try:
                     # a held back signal is delivered when the loop ends, so what follows runs only without one
@@ -168,6 +168,10 @@ class Treatment:
         if self.early_stopping.best_state is not None:
             load_lora_state(family, self.early_stopping.best_state)
         return self.stopped
+
+    def _begin(self) -> None:
+        with writing(self.output_dir):
+            self.folder.begin(with_version(self.settings))
 
     def _loop(self, progress: bool, first) -> None:
         with (
@@ -321,10 +325,9 @@ class Treatment:
         self.processes.wait()
 
     def _resume(self) -> None:
-        loaded = None if self.checkpoints is None else self.processes.from_main(self.checkpoints.load)
-        if loaded is None:
+        found = None if self.checkpoints is None else self.processes.from_main(self.checkpoints.load)
+        if found is None:
             return
-        found = loaded[0]
         self.stopped = found["stopped"]
         self.step, self.history, self.seconds_before = found["step"], found["history"], found["seconds"]
         self.saved = self.step

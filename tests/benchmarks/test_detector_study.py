@@ -107,11 +107,16 @@ def test_a_turned_piece_shows_only_what_is_in_the_photograph():
 
 
 def test_a_finished_part_is_found_again_and_one_of_other_settings_refused(tmp_path):
-    assert parts.done(tmp_path, {"seed": 0}) is None
-    parts.finish(tmp_path, {"seed": 0, "kinds": ("warp",)}, {"pictures": 3})
-    assert parts.done(tmp_path, {"seed": 0, "kinds": ["warp"]}) == {"pictures": 3}
-    with pytest.raises(UserError, match="other settings"):
-        parts.done(tmp_path, {"seed": 1, "kinds": ["warp"]})
+    calls = []
+
+    def made(seed, kinds):
+        part = parts.part_of(tmp_path, "train", {"seed": seed, "kinds": kinds})
+        return parts.made(part, lambda: {"pictures": len(calls), "calls": calls.append(seed)})
+
+    assert made(0, ("warp",)) == made(0, ["warp"]) == {"pictures": 0, "calls": None}
+    assert calls == [0]
+    with pytest.raises(UserError, match=r"another seed \(expected 0, got 1\); choose another --output"):
+        made(1, ["warp"])
 
 
 @pytest.mark.slow

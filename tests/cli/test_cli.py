@@ -272,7 +272,7 @@ class TestStages:
         with pytest.raises(KeyboardInterrupt):
             stages.run("one", fails)
         # What kill -9 leaves: a temporary folder, and a stage without its record.
-        (tmp_path / "stages" / ".one.killed.tmp").mkdir()
+        (tmp_path / "stages" / ".one.diffdoctor-tmp-abcd1234").mkdir()
         (tmp_path / "stages" / "one").mkdir()
         (tmp_path / "stages" / "one" / "result").write_text("half")
         stages = Stages(tmp_path, {"seed": 0})
@@ -282,7 +282,7 @@ class TestStages:
 
     def test_other_settings_are_refused_unless_overwritten(self, tmp_path):
         Stages(tmp_path, {"seed": 0}).run("one", lambda folder: None)
-        with pytest.raises(ValueError, match="another seed: choose another folder"):
+        with pytest.raises(ValueError, match=r"another seed \(expected 0, got 1\); choose another folder"):
             Stages(tmp_path, {"seed": 1})
         assert Stages(tmp_path, {"seed": 0}).done("one")
         assert not Stages(tmp_path, {"seed": 1}, overwrite=True).done("one")

@@ -341,11 +341,11 @@ def test_the_writer_holds_no_row_of_what_is_written(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
-    (tmp_path / ".set.abcd1234.tmp").mkdir()
-    (tmp_path / ".set.abcd1234.tmp" / "shard-000000.tar").write_bytes(b"half")
-    (tmp_path / ".other.abcd1234.tmp").mkdir()
+    (tmp_path / ".set.diffdoctor-tmp-abcd1234").mkdir()
+    (tmp_path / ".set.diffdoctor-tmp-abcd1234" / "shard-000000.tar").write_bytes(b"half")
+    (tmp_path / ".other.diffdoctor-tmp-abcd1234").mkdir()
     write_shards(samples_of(2), tmp_path / "set")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.abcd1234.tmp", "set"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.diffdoctor-tmp-abcd1234", "set"]
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

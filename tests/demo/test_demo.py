@@ -89,7 +89,7 @@ def test_the_report_is_one_file(finished):
 
 def test_other_options_in_the_same_folder_are_refused(finished, capsys):
     assert demo(finished[0], "--seed=5") == 2
-    assert "holds a run with another seed" in capsys.readouterr().err
+    assert "holds stages of a run with another seed (expected 0, got 5)" in capsys.readouterr().err
 
 
 def test_a_judge_that_is_not_calibrated_ends_the_demo(finished, capsys):

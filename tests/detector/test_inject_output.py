@@ -182,3 +182,48 @@ def test_inject_says_what_could_not_be_damaged_and_makes_no_empty_set(tmp_path, 
     with pytest.raises(UserError, match=r"no pictures to write \(6 x a damage that could not be seen\)"):
         run_inject(InjectConfig(places, str(tmp_path / "none"), visible=1.0, damaged=3, clean=False))
     assert sorted(os.listdir(tmp_path)) == ["pictures", "set"]
+
+
+def test_a_set_that_another_process_finished_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    pictures, output = [str(tmp_path / "pictures")], str(tmp_path / "set")
+    write_pictures(tmp_path / "pictures", 3)
+    check, after = injecting._refuse_loss, {}
+
+    def another_process(*arguments):
+        check(*arguments)
+        monkeypatch.setattr(injecting, "_refuse_loss", check)
+        run_inject(InjectConfig(pictures, output, kinds=["tint"], seed=1))
+        after.update(tree(tmp_path))
+
+    # The first look at the output, before the lock.
+    monkeypatch.setattr(injecting, "_refuse_loss", another_process)
+    with pytest.raises(UserError, match="set: is there already"):
+        run_inject(InjectConfig(pictures, output, kinds=["tint"]))
+    assert tree(tmp_path) == after
+    assert sorted(os.listdir(tmp_path)) == ["pictures", "set"]
+    # Of the very same set it says so.
+    monkeypatch.setattr(injecting, "_refuse_loss", another_process)
+    (tmp_path / "set").rename(tmp_path / "first")
+    assert run_inject(InjectConfig(pictures, output, kinds=["tint"], seed=1))["pictures"] == 6
+    assert sorted(os.listdir(tmp_path)) == ["first", "pictures", "set"]
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "run.json"])
+def test_a_hidden_folder_of_ones_own_is_not_taken_for_a_set_in_the_making(tmp_path, name):
+    write_pictures(tmp_path / "pictures", 2)
+    (tmp_path / ".set.partial").mkdir()
+    (tmp_path / ".set.partial" / name).write_text("{}")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=r"\.set\.partial: holds something else than a run of inject"):
+        run_inject(InjectConfig([str(tmp_path / "pictures")], str(tmp_path / "set"), kinds=["tint"]))
+    assert tree(tmp_path) == before
+
+
+def test_a_set_with_a_run_json_of_something_else_is_not_replaced(tmp_path):
+    write_pictures(tmp_path / "pictures", 2)
+    overwriting([tmp_path / "pictures"], tmp_path / "set")
+    (tmp_path / "set" / "run.json").write_text("{}")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="set: holds something else than a run of inject"):
+        overwriting([tmp_path / "pictures"], tmp_path / "set", seed=1)
+    assert tree(tmp_path) == before

@@ -19,7 +19,7 @@ from diffdoctor.detector.commands.train import TrainDetectorConfig, run_train_de
 from diffdoctor.evaluate.detector.command import EvaluateDetectorConfig, run_evaluate_detector
 from diffdoctor.runs.checkpoints import Checkpoints
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.lock import held
+from diffdoctor.runs.lock import locked_folder
 from support.pictures import picture, tree, write_pictures
 
 Image = pytest.importorskip("PIL.Image")
@@ -149,7 +149,7 @@ def small_disk(size):
 
 
 def test_where_the_disk_is_full_the_error_says_so_and_nothing_half_is_left(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "run", {}, refusal="{}")
+    checkpoints = Checkpoints(tmp_path / "run")
     with small_disk(20_000), pytest.raises(OSError, match="could not be written; is the disk full"):
         checkpoints.save(1, {"weights": torch.zeros(50_000)})
     with small_disk(20_000), pytest.raises(OSError, match="weights could not be written"):
@@ -309,7 +309,7 @@ def test_a_set_that_was_begun_otherwise_is_begun_anew(tmp_path, monkeypatch, cap
     assert (tmp_path / ".set.partial" / "state.npz").is_file()
     capsys.readouterr()
     result = run_inject(InjectConfig([str(tmp_path / "pictures")], str(tmp_path / "set"), seed=1, **options))
-    assert "begun anew" in capsys.readouterr().err
+    assert "unfinished set of a run with another seed (expected 0, got 1); starting again" in capsys.readouterr().err
     assert result == whole
     left, expected = tree(tmp_path / "set"), tree(tmp_path / "whole")
     del left["config.yaml"], expected["config.yaml"]
@@ -321,7 +321,7 @@ def test_a_folder_where_another_process_is_at_work_is_left_alone(tmp_path, detec
     write_pictures(tmp_path / "pictures", 4)
     pictures, output = [str(tmp_path / "pictures")], str(tmp_path / "out")
     run_inject(InjectConfig(pictures, str(tmp_path / "set"), kinds=["tint"]))
-    with held(output):
+    with locked_folder(output):
         for run, config in (
             (run_diagnose, DiagnoseConfig(pictures, detector, output)),
             (run_train_detector, TrainDetectorConfig([str(tmp_path / "set")], output)),
@@ -330,5 +330,5 @@ def test_a_folder_where_another_process_is_at_work_is_left_alone(tmp_path, detec
             with pytest.raises(UserError, match="another process is at work"):
                 run(config)
     assert not any((tmp_path / "out").iterdir())
-    with held(tmp_path / ".other.partial"), pytest.raises(UserError, match="another process is at work"):
+    with locked_folder(tmp_path / ".other.partial"), pytest.raises(UserError, match="another process is at work"):
         run_inject(InjectConfig(pictures, str(tmp_path / "other"), kinds=["tint"]))

@@ -93,7 +93,7 @@ def test_kill_minus_nine_at_random_moments_changes_no_bit(tmp_path):
 
 def test_checkpoints_of_another_run_are_refused(tmp_path):
     train_detector(quick(checkpoint_every=4), shapes(), detector=fresh(), output_dir=tmp_path, progress=False)
-    with pytest.raises(UserError, match=r"other settings \(learning_rate\)"):
+    with pytest.raises(UserError, match=r"of a run with another learning_rate \(expected .*, got 0\.0001\); choose"):
         train_detector(
             quick(checkpoint_every=4, learning_rate=1e-4),
             shapes(),
@@ -103,7 +103,9 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
         )
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 2
     # Not even what this call would not have kept is gone.
-    with pytest.raises(UserError, match=r"other settings \(keep_checkpoints, steps\)"):
+    with pytest.raises(
+        UserError, match=r"another keep_checkpoints \(expected 2, got 1\), steps \(expected .*, got 14\); choose"
+    ):
         train_detector(
             quick(checkpoint_every=4, keep_checkpoints=1, steps=14),
             shapes(),

@@ -18,7 +18,7 @@ from diffdoctor.detector.commands.inject import InjectConfig, run_inject
 from diffdoctor.detector.commands.train import TrainDetectorConfig, run_train_detector
 from diffdoctor.detector.samples import ArrayData
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.journal import Records
+from diffdoctor.runs.journal import Journal
 from support.launch import environment, launched
 from support.pictures import write_shapes
 
@@ -196,7 +196,7 @@ def test_diagnose_reads_shards_and_goes_on(pictures, tmp_path, detector):
         read_manifest(tmp_path / "data")["key"]
     )
     config.bits = 16
-    with pytest.raises(UserError, match="made with bits=8"):
+    with pytest.raises(UserError, match=r"another bits \(expected 8, got 16\)"):
         run_diagnose(config)
 
 
@@ -222,7 +222,7 @@ def test_diagnose_killed_at_any_moment_goes_on_to_the_same_files(pictures, tmp_p
     for limit in (1, 6):
         command = [sys.executable, "-c", KILLED, str(limit), str(pictures), str(detector), str(output)]
         assert subprocess.run(command, env=environment()).returncode == -signal.SIGKILL
-    assert 0 < len(Records(output / "records")) < 8
+    assert 0 < len(Journal(output / "records").read()) < 8
     run_diagnose(DiagnoseConfig([str(pictures)], str(detector), str(output), batch_size=2))
     for name in ("diagnosis.jsonl", "gallery.html", *(f"maps/cats/{i:02d}.png" for i in (0, 2, 4, 6))):
         assert (output / name).read_bytes() == (whole / name).read_bytes(), name

@@ -196,9 +196,9 @@ class TestStore:
         for number, part in enumerate(features.split(37)):
             units.append(f"{number:04d}")
             values = {"judge": part[:, 0].numpy(), "detector": part[:, 1].numpy(), "features": part.numpy()}
-            assert not store.done(units[-1])
+            assert not store.is_done(units[-1])
             store.save(units[-1], values)
-            assert store.done(units[-1])
+            assert store.is_done(units[-1])
         found = store.load(units)
         assert torch.equal(found.judge, features[:, 0])
         numbers = torch.tensor([499, 0, 37, 36, 250, 0])
@@ -227,21 +227,22 @@ class TestStore:
             (tmp_path / "run.json").write_text(run)
         for overwrite in (False, True):
             with pytest.raises(UserError, match="holds something else"):
-                EvaluationFolder(tmp_path).check({"seed": 0}, overwrite)
+                EvaluationFolder(tmp_path, {"seed": 0}).check(overwrite=overwrite)
 
     def test_a_folder_whose_first_file_was_cut_short_by_a_kill_is_gone_on_with(self, tmp_path):
-        (tmp_path / ".run.json.abcd1234.tmp.json").write_text("{")
-        folder = EvaluationFolder(tmp_path)
-        folder.check({"seed": 0}, overwrite=False)
-        folder.prepare({"seed": 0}, {})
+        (tmp_path / ".run.json.diffdoctor-tmp-abcd1234.json").write_text("{")
+        folder = EvaluationFolder(tmp_path, {"seed": 0})
+        folder.check()
+        folder.begin()
         assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+        folder.pictures("before").save(0, torch.zeros(3, 2, 2, dtype=torch.uint8))
         with pytest.raises(UserError, match="another seed"):
-            folder.check({"seed": 1}, overwrite=False)
-        folder.check({"seed": 1}, overwrite=True)
+            EvaluationFolder(tmp_path, {"seed": 1}).check()
+        EvaluationFolder(tmp_path, {"seed": 1}).check(overwrite=True)
 
     def test_a_folder_that_is_taken_away_is_known_until_the_end(self, tmp_path, monkeypatch):
-        folder, unlink = EvaluationFolder(tmp_path / "out"), Path.unlink
-        folder.prepare({"seed": 0}, {})
+        folder, unlink = EvaluationFolder(tmp_path / "out", {"seed": 0}), Path.unlink
+        folder.begin()
         (tmp_path / "out" / "config.yaml").write_text("")
 
         def killed(path, missing_ok=False):
@@ -251,7 +252,7 @@ class TestStore:
         monkeypatch.setattr(Path, "unlink", killed)
         with pytest.raises(KeyboardInterrupt):
             folder.discard_if_empty()
-        folder.check({"seed": 0}, overwrite=False)
+        EvaluationFolder(tmp_path / "out", {"seed": 0}).check()
         monkeypatch.undo()
         folder.discard_if_empty()
         assert not (tmp_path / "out").exists()

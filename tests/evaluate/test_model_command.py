@@ -106,7 +106,7 @@ def test_an_interrupted_run_goes_on_to_the_same_figures(files, evaluated, tmp_pa
     # Other pictures are refused, or replaced when that is asked for.
     capsys.readouterr()
     assert main(options(files, output, seed=1)) == 2
-    assert "drawn with another seed" in capsys.readouterr().err
+    assert "of a run with another seed (expected 0, got 1)" in capsys.readouterr().err
     assert main(options(files, output, seed=1, overwrite="true")) == 0
     assert len(saved) == 4 + 2 * COUNT
 

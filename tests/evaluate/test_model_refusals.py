@@ -71,7 +71,7 @@ def test_a_full_disk_is_one_line_and_the_pictures_stay(files, tmp_path, monkeypa
         ({"guide_options": '{"strength": 1}'}, "needs --guide true"),
         ({"guide": "true", "guide_options": '{"power": 1}'}, "no option power"),
         ({"output": "{files}/real"}, "holds something else"),
-        ({"output": "{files}/means.pt"}, "is a file"),
+        ({"output": "{files}/means.pt"}, "expected a folder or nothing, got a file"),
     ],
     ids=lambda value: re.sub(r"\W+", "-", str(value))[:45],
 )

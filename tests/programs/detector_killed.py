@@ -156,7 +156,7 @@ class Killer:
             self.tick(event, path)
 
     def tick(self, kind, path):
-        form = re.sub(r"\.[^./]{8}\.tmp|\d+", "#", os.path.relpath(path, self.work))
+        form = re.sub(r"-[0-9a-f]{8}\b|\d+", "#", os.path.relpath(path, self.work))
         self.kinds.append(f"{kind} {form}")
         if len(self.kinds) == self.at:
             os.killpg(0, signal.SIGKILL)

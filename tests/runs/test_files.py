@@ -1,10 +1,20 @@
+import contextlib
+import errno
 import json
 import os
 
 import pytest
 
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.files import atomic_dir, atomic_path, atomic_write_json, atomic_write_text, refuse_foreign
+from diffdoctor.runs.files import (
+    atomic_dir,
+    atomic_path,
+    atomic_write_json,
+    atomic_write_text,
+    clear_leftovers,
+    leftovers,
+    refuse_foreign,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
@@ -56,3 +66,108 @@ def test_a_folder_with_anything_but_our_files_is_refused(tmp_path):
         refuse_foreign(place, ("part-*",))
     with pytest.raises(UserError, match="expected a folder or nothing, got a file"):
         refuse_foreign(place / "mine.txt", ("mine.txt",))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_mount_that_cannot_synchronise_folders_ends_no_run(tmp_path, monkeypatch, number):
+    synchronise = os.fsync
+
+    def fsync(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+        synchronise(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            atomic_write_text(tmp_path / "a", "x")
+        return
+    atomic_write_text(tmp_path / "a", "x")
+    with atomic_dir(tmp_path / "b") as folder:
+        (folder / "c").mkdir()
+        (folder / "c" / "d").write_text("y")
+    assert (tmp_path / "a").read_text() + (tmp_path / "b" / "c" / "d").read_text() == "xy"
+
+
+def tree(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".vimrc.20240101.old", ".notes.deadbeef.tmp", ".a.deadbeef.tmp.json", ".project.20240102.old",
+        "a.diffdoctor-tmp-deadbeef", ".a.diffdoctor-tmp-notes", ".diffdoctor-tmp-deadbeef", ".diffdoctor-tmp.yaml",
+    ],
+)  # fmt: skip
+def test_hidden_files_of_ones_own_are_no_leftovers(tmp_path, name):
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / name).write_text("mine")
+    (tmp_path / "folder" / name).mkdir(parents=True)
+    (tmp_path / "folder" / name / "was").write_text("mine")
+    before = tree(tmp_path)
+    clear_leftovers(tmp_path, deep=True)
+    assert tree(tmp_path) == before
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing is tidied."""
+
+
+@pytest.mark.parametrize("name", ["set", "a" * 250, "ä" * 120], ids=["short", "long", "long in bytes"])
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_what_a_kill_leaves_is_known_by_its_mark_and_put_back_or_removed(tmp_path, monkeypatch, name, renames):
+    with atomic_dir(tmp_path / name) as folder:
+        (folder / "a").write_text("old")
+    done, replace = [], os.replace
+
+    def replacing(*arguments):
+        if len(done) == renames:
+            raise Killed
+        done.append(arguments)
+        replace(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replacing)
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        patch.setattr(type(tmp_path), "unlink", lambda *_, **__: None)
+        with pytest.raises(Killed) if renames < 2 else contextlib.nullcontext(), atomic_dir(tmp_path / name) as folder:
+            (folder / "a").write_text("new")
+    left = leftovers(tmp_path)
+    assert left == leftovers(tmp_path, name)
+    assert len(left) == (1 if renames == 2 else 2)
+    (tmp_path / "other").mkdir()
+    clear_leftovers(tmp_path, "other")
+    assert leftovers(tmp_path) == left
+    clear_leftovers(tmp_path, name)
+    assert sorted(os.listdir(tmp_path)) == sorted([name, "other"])
+    assert (tmp_path / name / "a").read_text() == ("new" if renames == 2 else "old")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_results_have_the_modes_of_the_umask_whoever_writes_them(tmp_path, mask):
+    def secretive(path):
+        """As safetensors does: a file for its owner alone, renamed to `path`."""
+        path.with_suffix(".x").write_text("x")
+        os.chmod(path.with_suffix(".x"), 0o600)
+        os.replace(path.with_suffix(".x"), path)
+
+    group = tmp_path / "group"
+    group.mkdir()
+    os.chmod(group, 0o2775)
+    before = os.umask(mask)
+    try:
+        with atomic_dir(group / "set") as folder:
+            secretive(folder / "a")
+            (folder / "b").mkdir()
+            secretive(folder / "b" / "c")
+        with atomic_path(group / "d") as path:
+            secretive(path)
+    finally:
+        os.umask(before)
+    for path in group.rglob("*"):
+        mode = path.stat().st_mode
+        assert mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
+        assert not path.is_dir() or mode & 0o2000, path

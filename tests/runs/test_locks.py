@@ -8,14 +8,14 @@ import sys
 import pytest
 
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.lock import FolderLock, held
+from diffdoctor.runs.lock import FolderLock, locked_folder
 
 pytest.importorskip("fcntl")
 
 HOLDER = """
 import sys
-from diffdoctor.runs.lock import held
-with held(sys.argv[1]):
+from diffdoctor.runs.lock import locked_folder
+with locked_folder(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -32,11 +32,11 @@ def holder(tmp_path):
 
 
 def test_a_second_process_is_refused_until_the_first_ends(holder, tmp_path):
-    with pytest.raises(UserError, match="out: another process is at work there"), held(tmp_path / "out"):
+    with pytest.raises(UserError, match="out: another process is at work there"), locked_folder(tmp_path / "out"):
         pass
     holder.stdin.close()
     holder.wait()
-    with held(tmp_path / "out"):
+    with locked_folder(tmp_path / "out"):
         pass
     assert not list((tmp_path / "out").iterdir())
 
@@ -44,7 +44,7 @@ def test_a_second_process_is_refused_until_the_first_ends(holder, tmp_path):
 def test_a_killed_process_holds_nothing(holder, tmp_path):
     holder.kill()
     holder.wait()
-    with held(tmp_path / "out"):
+    with locked_folder(tmp_path / "out"):
         pass
 
 
@@ -52,7 +52,7 @@ PARENT = """
 import os, sys, time
 from diffdoctor.runs.lock import FolderLock
 lock = FolderLock(sys.argv[1])
-lock.take()
+lock.acquire()
 child = os.fork()
 if child == 0:
     # One write, so that the two lines do not mix.
@@ -83,30 +83,30 @@ def test_a_child_does_not_hold_its_parent_s_folder_on(tmp_path, how):
             else:
                 parent.stdin.close()
                 assert parent.stdout.readline() == "released\n"
-            with held(tmp_path / "out"):
+            with locked_folder(tmp_path / "out"):
                 pass
         finally:
             os.kill(child, signal.SIGKILL)
             parent.kill()
 
 
-def test_a_lock_is_taken_once_the_folder_is_there(tmp_path):
+def test_a_lock_is_acquired_once_the_folder_is_there(tmp_path):
     first, second = FolderLock(tmp_path / "out"), FolderLock(tmp_path / "out")
-    first.take()
+    first.acquire()
     (tmp_path / "out").mkdir()
-    second.take()
-    second.take()
+    second.acquire()
+    second.acquire()
     with pytest.raises(UserError, match="another process"):
-        first.take()
+        first.acquire()
     second.release()
     second.release()
-    first.take()
+    first.acquire()
     first.release()
 
 
 def test_what_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"), held(tmp_path / "file"):
+    with pytest.raises(UserError, match="cannot be written"), locked_folder(tmp_path / "file"):
         pass
 
 

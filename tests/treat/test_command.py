@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from diffdoctor.cli import main
 from diffdoctor.detector import ConvDetector, write_shards
-from diffdoctor.runs.lock import held
+from diffdoctor.runs.lock import locked_folder
 from diffdoctor.treat.loading import load_pipeline
 from diffdoctor.treat.lora import WEIGHTS_NAME
 from diffdoctor.treat.treatment import Treatment
@@ -90,7 +90,7 @@ def test_writes_a_lora_that_loads(files, tmp_path, capsys):
     output = tmp_path / "run"
     assert main(arguments(files, output)) == 0
     assert "load_lora_weights" in capsys.readouterr().out
-    found = ["checkpoints", "config.yaml", "logs", "lora", "samples", "treat.json"]
+    found = ["checkpoints", "config.yaml", "logs", "lora", "run.json", "samples", "treat.json"]
     assert sorted(path.name for path in output.iterdir()) == found
     assert len(json.loads((output / "treat.json").read_text())["history"]) == 1
     tiny_pipeline("sd").load_lora_weights(output / "lora")
@@ -166,26 +166,32 @@ def test_an_output_that_cannot_be(files, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "taken"
 
 
-@pytest.mark.parametrize("name", ["mine.safetensors", WEIGHTS_NAME])
-def test_a_lora_that_no_treatment_wrote_is_not_replaced(files, tmp_path, capsys, name):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mine.safetensors", "run/lora: would be replaced, but holds 'mine.safetensors'"),
+        (WEIGHTS_NAME, "run: holds lora of another run"),
+    ],
+)
+def test_a_lora_that_no_treatment_wrote_is_not_replaced(files, tmp_path, capsys, name, message):
     theirs = tmp_path / "run" / "lora" / name
     theirs.parent.mkdir(parents=True)
     theirs.write_text("precious")
     assert main(arguments(files, tmp_path / "run")) == 2
-    assert f"{theirs.parent}: would be replaced, but holds {name!r}" in error_line(capsys.readouterr())
+    assert f"{tmp_path}/{message}" in error_line(capsys.readouterr())
     assert names(tmp_path / "run") == [f"lora/{name}"]
 
 
 def test_a_folder_where_another_run_is_at_work(files, tmp_path, capsys):
     output = tmp_path / "run"
-    with held(output):
-        (output / ".config.yaml.abcd1234.tmp").write_text("half-written by the other")
+    with locked_folder(output):
+        (output / ".run.json.diffdoctor-tmp-abcd1234.json").write_text("half-written by the other")
         assert main(arguments(files, output)) == 2
         assert f"{output}: another process is at work there" in error_line(capsys.readouterr())
-        assert names(output) == [".config.yaml.abcd1234.tmp"]
+        assert names(output) == [".run.json.diffdoctor-tmp-abcd1234.json"]
     assert main(arguments(files, output, log_with="none", sample_pictures=0)) == 0
-    finished = [f"checkpoints/step-00000001/{name}" for name in ("run.json", "state.pt")]
-    assert names(output) == [*finished, "config.yaml", f"lora/{WEIGHTS_NAME}", "treat.json"]
+    state = "checkpoints/step-00000001/state.pt"
+    assert names(output) == [state, "config.yaml", f"lora/{WEIGHTS_NAME}", "run.json", "treat.json"]
 
 
 @contextlib.contextmanager
@@ -220,8 +226,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(files, tmp_path, capsys, monkeypa
     line = error_line(capsys.readouterr())
     assert f"{output}: cannot be written" in line
     assert "MiB free" in line
-    kept = [f"checkpoints/step-00000001/{name}" for name in ("run.json", "state.pt")]
-    assert names(output) == [*kept, "config.yaml"]
+    assert names(output) == ["checkpoints/step-00000001/state.pt", "config.yaml", "run.json"]
     monkeypatch.setattr(Treatment, "_checkpoint", checkpoint)
     # now the LoRA finds no room
     finished = Treatment.run

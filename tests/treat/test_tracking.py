@@ -55,7 +55,13 @@ def test_a_run_that_goes_on_cuts_its_curves_off_there(tmp_path, monkeypatch):
 
 def test_no_tracker_and_no_samples(tmp_path):
     run(output_dir=tmp_path, steps=1, log_with="none", sample_pictures=0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.yaml", "lora", "treat.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "lora",
+        "run.json",
+        "treat.json",
+    ]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")

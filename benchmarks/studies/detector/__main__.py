@@ -2,7 +2,7 @@
 
 From the photographs and digits in scikit-image's and scikit-learn's packages it makes labelled sets, trains a detector
 on some kinds of damage, measures it on other pictures and other kinds, and trains it again without each of: real
-negatives, class balance, dynamic augmentation. Stopped and started again, it goes on where it was.
+negatives, class balance, dynamic augmentation. Stopped and started again, it resumes.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 
 from benchmarks.studies.detector import parts, report
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.lock import held
+from diffdoctor.runs.lock import locked_folder
 
 STEPS, ABLATION_STEPS = 12000, 1500
 
@@ -82,7 +82,7 @@ def main(arguments=None) -> int:
     if min(options.steps, options.ablation_steps) < 0 or options.jobs < 1:
         command.error("--steps and --ablation-steps must be >= 0, --jobs >= 1")
     try:
-        with held(options.output):
+        with locked_folder(options.output):
             metrics = run(options)
     except UserError as error:
         print(f"detector_study: {error}", file=sys.stderr)

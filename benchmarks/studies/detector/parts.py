@@ -2,16 +2,17 @@
 
 import contextlib
 import dataclasses
-import json
+import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.studies.detector import pictures
 from benchmarks.studies.detector.drawing import KINDS
-from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.files import atomic_write_json
+from diffdoctor.runs.record import METRICS, RunFolder
 
 TESTS = ("digits", "pieces", "photographs")
 # Trained on: what puts in something foreign, or breaks the order with sharp edges. Only tested on: what softens, moves
@@ -88,24 +89,24 @@ VARIANTS = {
 }
 
 
-def done(part: Path, settings: dict) -> dict | None:
-    """The result of a finished part, None where it is still to be done.
+def part_of(output: Path, name: str, settings: dict) -> RunFolder:
+    """The record of one part of the study, which is made of these settings."""
+    advice = "choose another --output or remove it"
+    return RunFolder(output / "parts" / name, "a part of the detector study", settings, {METRICS: None}, advice=advice)
+
+
+def made(part: RunFolder, make: Callable[[], dict]) -> dict:
+    """The result of a part, made unless it is there.
 
     Raises:
-        UserError: the part was done with other settings.
+        UserError: the part was made with other settings.
     """
-    file = part / "part.json"
-    if not file.is_file():
-        return None
-    record = json.loads(file.read_text(encoding="utf-8"))
-    if record["settings"] != json.loads(json.dumps(settings)):
-        raise UserError(f"{part}: was made with other settings; choose another --output or remove it")
-    return record["result"]
-
-
-def finish(part: Path, settings: dict, result: dict) -> dict:
-    """Write down that a part is done."""
-    atomic_write_json(part / "part.json", {"settings": settings, "result": result})
+    part.check()
+    if (found := part.finished()) is not None:
+        return found
+    result = make()
+    part.begin()
+    atomic_write_json(part.path / METRICS, result)
     return result
 
 
@@ -116,8 +117,7 @@ def make_sets(output: Path, seed: int, workers: int) -> dict:
     clean = output / "pictures"
     counts = {name: getattr(pictures, name) for name in ("TRAINING_PIECES", "TEST_PIECES", "DRAWN_PICTURES")}
     settings = {"seed": seed} | counts
-    if done(clean, settings) is None:
-        finish(clean, settings, pictures.write_pictures(clean, seed))
+    made(part_of(output, "pictures", settings), lambda: pictures.write_pictures(clean, seed))
     plans = {
         "train-clean": {"pictures": "train", "damaged": 0, "benign": BENIGN_VERSIONS},
         "train-damaged": {"pictures": "train", "kinds": list(SEEN), "damaged": DAMAGED_VERSIONS, "clean": False},
@@ -131,12 +131,9 @@ def make_sets(output: Path, seed: int, workers: int) -> dict:
     for number, (name, plan) in enumerate(plans.items()):
         folder = output / "sets" / name
         settings = plan | {"seed": 100 * seed + number}
-        found = done(folder, settings)
-        if found is None:
-            where = [str(clean / plan["pictures"])]
-            config = InjectConfig(**settings | {"pictures": where}, output=str(folder), workers=workers, overwrite=True)
-            found = finish(folder, settings, run_inject(config))
-        result[name] = found
+        where = [str(clean / plan["pictures"])]
+        config = InjectConfig(**settings | {"pictures": where}, output=str(folder), workers=workers, overwrite=True)
+        result[name] = made(part_of(output, name, settings), functools.partial(run_inject, config))
     return result | {"small": _small(output, seed)}
 
 
@@ -145,10 +142,7 @@ def _small(output: Path, seed: int) -> dict:
     from diffdoctor.data.shards import ShardData, write_shards
     from diffdoctor.detector.samples import shrink_and_pad
 
-    folder, settings = output / "sets" / "small", {"seed": seed}
-    found = done(folder, settings)
-    if found is not None:
-        return found
+    folder = output / "sets" / "small"
 
     def samples():
         for part, group in enumerate(TESTS):
@@ -160,8 +154,11 @@ def _small(output: Path, seed: int) -> dict:
                 # Shards are read back by their keys, which must differ over both groups.
                 yield sample | {"key": f"{part}-{sample['key']}", "picture": picture}
 
-    write_shards(samples(), folder)
-    return finish(folder, settings, {"pictures": len(ShardData(folder))})
+    def make():
+        write_shards(samples(), folder)
+        return {"pictures": len(ShardData(folder))}
+
+    return made(part_of(output, "small", {"seed": seed}), make)
 
 
 def train(output: Path, name: str, variant: str, steps: int, seed: int) -> dict:
@@ -181,21 +178,22 @@ def train(output: Path, name: str, variant: str, steps: int, seed: int) -> dict:
         damaged_share=DAMAGED_SHARE,
         seed=seed,
     )
-    folder, settings = output / "runs" / f"{name}-seed-{seed}", dataclasses.asdict(config) | {"variant": variant}
-    found = done(folder, settings)
-    if found is not None:
-        return found
-    start = time.monotonic()
-    data = JoinedData([ShardData(output / "sets" / part) for part in chosen.sets])
-    if not chosen.drawn:
-        data = data.where(~np.isin(data.categories, list(KINDS)))
-    folder.mkdir(parents=True, exist_ok=True)
-    # Several trainings at a time would write their bars over each other.
-    with cpu_settings(threads=1):
-        with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
-            trained = train_detector(config, data, detector=fresh(chosen.network, seed), output_dir=folder)
-        result = {"seconds": time.monotonic() - start}
-        return finish(folder, settings, result | measures(output, trained.detector, folder))
+    folder = output / "runs" / f"{name}-seed-{seed}"
+
+    def make():
+        start = time.monotonic()
+        data = JoinedData([ShardData(output / "sets" / part) for part in chosen.sets])
+        if not chosen.drawn:
+            data = data.where(~np.isin(data.categories, list(KINDS)))
+        folder.mkdir(parents=True, exist_ok=True)
+        # Several trainings at a time would write their bars over each other.
+        with cpu_settings(threads=1):
+            with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
+                trained = train_detector(config, data, detector=fresh(chosen.network, seed), output_dir=folder)
+            return {"seconds": time.monotonic() - start} | measures(output, trained.detector, folder)
+
+    settings = dataclasses.asdict(config) | {"variant": variant}
+    return made(part_of(output, folder.name, settings), make)
 
 
 def fresh(network: str, seed: int):

@@ -15,7 +15,7 @@ MAIN = "detector-seed-0"
 
 def write(output: Path, sets: dict, results: dict, seconds: float) -> dict:
     """Write metrics.json, tables.md, report.html and found.png; returns the metrics."""
-    from diffdoctor.data.sources import versions
+    from diffdoctor.runs.record import versions
 
     metrics = {
         "runs": results,

@@ -1,7 +1,7 @@
 """`python -m benchmarks.studies.treatment --output runs/treatment`: both pipelines, every method, one table.
 
 Each part runs in a process of its own, so that its peak memory is its own, and is stored when it is done: the same
-command goes on where it was interrupted.
+command resumes where it was interrupted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.studies.treatment.study import METHODS, PIPELINES, SHARED, Setti
 from benchmarks.studies.treatment.table import LIMITS, markdown, missed, put_into
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.files import atomic_write_json, atomic_write_text
-from diffdoctor.runs.lock import held
+from diffdoctor.runs.lock import locked_folder
 from diffdoctor.runs.progress import quiet_loaders
 from diffdoctor.training.cpu_settings import cpu_settings
 
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         with cpu_settings(options.threads), contextlib.ExitStack() as locks:
             # a part runs in the folders that the study keeps
             for folder in folders:
-                locks.enter_context(held(folder))
+                locks.enter_context(locked_folder(folder))
             study = Study(options.output, settings, demo=options.demo, overwrite=options.overwrite and not options.part)
             if options.part:
                 study.run(options.part)

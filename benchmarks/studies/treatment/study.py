@@ -65,7 +65,7 @@ class Study:
         self.output, self.settings = Path(output), settings
         stored = {"diffdoctor": __version__, **dataclasses.asdict(settings)}
         stored |= {"by_pipeline": BY_PIPELINE, "by_method": BY_METHOD}
-        self.stages = Stages(output, json.loads(json.dumps(stored)), overwrite=overwrite)
+        self.stages = Stages(output, stored, kind="treatment study", overwrite=overwrite)
         folder = Path(demo) if demo else self.output / "demo"
         self.demo = Demo(DemoConfig(output=str(folder), seed=settings.seed, overwrite=overwrite, **settings.demo))
 

@@ -12,24 +12,25 @@ from pathlib import Path
 import numpy as np
 
 from diffdoctor.data.pictures import to_images
-from diffdoctor.data.sources import Source, find_sources, read_source, tell, versions, write_config
+from diffdoctor.data.sources import Source, find_sources, read_source, tell
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import open_detector
 from diffdoctor.detector.predict import describe_map
 from diffdoctor.runs.errors import UserError, check_least, missing_extra
-from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json, clear_temporaries
-from diffdoctor.runs.journal import Records, RecordWriter
-from diffdoctor.runs.lock import held
+from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json
+from diffdoctor.runs.journal import Journal, Records
 from diffdoctor.runs.progress import progress
+from diffdoctor.runs.record import METRICS, RunFolder, versions
 from diffdoctor.training.devices import open_device
 from diffdoctor.training.weights import weights_digest
 from diffdoctor.viz.draw import map_png, overlay, png_bytes
 
 RECORDS = "records"
 TILE = 240  # smallest width of a picture in the gallery, in pixels
-# What two runs must have in common to share an output folder.
-_SAME = ("detector", "tile", "overlap", "bits", "dtype", "overlays")
+# What the maps and overlays depend on, beside the detector's weights and the pictures.
+_IDENTITY = ("detector", "tile", "overlap", "bits", "dtype", "overlays")
+RESULTS = dict.fromkeys(("maps", "overlays", RECORDS, "diagnosis.jsonl", "gallery.html"))
 
 
 @dataclasses.dataclass
@@ -40,7 +41,7 @@ class DiagnoseConfig:
         pictures: files, folders, patterns, shards.
         detector: the detector's folder or hub id, or the published checkpoint's .bin file.
         output: the folder to make: maps, overlays, diagnosis.jsonl, gallery.html, config.yaml, metrics.json, records.
-            Run again, it goes on with the pictures that are not there yet or whose files were replaced, and reports
+            Run again, it resumes with the pictures that are not there yet or whose files were replaced, and reports
             those that are given now.
         batch_size: pictures of one size that are diagnosed together; files are shared among processes by as many.
         tile: side in pixels of the tiles that larger pictures are cut into; null: pictures are diagnosed whole.
@@ -89,35 +90,32 @@ def run_diagnose(config: DiagnoseConfig) -> dict:
     import torch
 
     state = PartialState(cpu=not torch.accelerator.is_available())
-    output = Path(config.output)
     sources = find_sources(config.pictures)
     detector = open_detector(config.detector)
-    with held(output, main=state.is_main_process):
-        return _diagnose(detector, config, sources, state)
+    identity = {name: getattr(config, name) for name in _IDENTITY} | {"weights": weights_digest(detector)}
+    with RunFolder(config.output, "diagnose", identity, RESULTS, main=state.is_main_process) as run:
+        return _diagnose(run, detector, config, sources, state)
 
 
-def _diagnose(detector: Detector, config: DiagnoseConfig, sources: list[Source], state) -> dict:
+def _diagnose(run: RunFolder, detector: Detector, config: DiagnoseConfig, sources: list[Source], state) -> dict:
     import torch
 
-    output = Path(config.output)
-    settings = {name: getattr(config, name) for name in _SAME} | {"weights": weights_digest(detector)}
-    _same_run(output, settings)
-    inputs = _Inputs(sources)
-    done = _Done(inputs, output)
+    run.check()
+    journal = Journal(run.path / RECORDS, state.process_index)
+    index = SourceIndex(sources)
+    completed = Completed(index, journal)
     detector.to(open_device(config.device, state.device))
     detector.to(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
     state.wait_for_everyone()
     if state.is_main_process:
-        clear_temporaries(output, deep=True)
-        write_config(output, config)
-        atomic_write_json(output / RECORDS / "run.json", settings)
+        run.begin(config)
     state.wait_for_everyone()
-    skipped = _diagnose_units(detector, config, inputs, done, state)
+    skipped = _diagnose_units(detector, config, index, completed, journal, state)
     state.wait_for_everyone()
     metrics: dict = {}
     if state.is_main_process:
-        metrics = _finish(inputs, config, skipped)
-        page = output / ("gallery.html" if config.gallery else "diagnosis.jsonl")
+        metrics = _finish(index, config, journal.read(), skipped)
+        page = run.path / ("gallery.html" if config.gallery else "diagnosis.jsonl")
         tell(f"{metrics['flagged']} of {metrics['pictures']} pictures are flagged: {page}", skipped)
     state.wait_for_everyone()
     return metrics
@@ -134,8 +132,8 @@ def _units(sources: list[Source], size: int) -> list[list[Source]]:
     return groups + [[source] for source in sources if source.is_shard]
 
 
-class _Inputs:
-    """The sources as their files are at the start of this life, and which records are of these."""
+class SourceIndex:
+    """The sources by name, as their files are at the start of this run, and which records are current."""
 
     def __init__(self, sources: list[Source]):
         self.sources = sources
@@ -149,7 +147,7 @@ class _Inputs:
                 return found
         return None
 
-    def of_these(self, output: Path, records: Records) -> Iterator[dict]:
+    def current_records(self, records: Records) -> Iterator[dict]:
         """The records, by name, of pictures that are given and whose files are as they were.
 
         Raises:
@@ -159,9 +157,9 @@ class _Inputs:
             source, stamp = self.source(record["name"]), record.pop("stamp", None)
             if source is None or stamp is None:
                 continue
-            if record["path"] != _place(source):
-                what = f"a map {record['name']} of {record['path']}, not of {_place(source)}"
-                raise UserError(f"{output}: holds {what}; choose another output folder")
+            if record["path"] != _absolute(source):
+                what = f"a map {record['name']} of {record['path']}, not of {_absolute(source)}"
+                raise UserError(f"{records.folder.parent}: holds {what}; choose another output folder")
             if stamp == self.stamps[source.name]:
                 yield record
 
@@ -170,59 +168,49 @@ class _Inputs:
         return f"{shard} {self.stamps[shard]} {pictures}"
 
 
-class _Done:
-    """What earlier lives have done, by name: pictures and whole shards."""
+class Completed:
+    """What earlier attempts have done, by name: pictures and whole shards."""
 
-    def __init__(self, inputs: _Inputs, output: Path):
-        records = Records(output / RECORDS)
-        self.names = {record["name"] for record in inputs.of_these(output, records)}
-        counts = collections.Counter(inputs.source(name).name for name in self.names)
-        shards = [source.name for source in inputs.sources if source.is_shard]
-        self.shards = {shard for shard in shards if inputs.mark(shard, counts[shard]) in records.whole}
+    def __init__(self, index: SourceIndex, journal: Journal):
+        records = journal.read()
+        self.names = {record["name"] for record in index.current_records(records)}
+        counts = collections.Counter(index.source(name).name for name in self.names)
+        shards = [source.name for source in index.sources if source.is_shard]
+        self.shards = {shard for shard in shards if index.mark(shard, counts[shard]) in records.shards}
 
 
-def _place(source: Source) -> str:
+def _absolute(source: Source) -> str:
     """The source's file, wherever the command is called from."""
     return os.path.abspath(source.path)
 
 
-def _diagnose_units(detector, config: DiagnoseConfig, inputs: _Inputs, done: _Done, state) -> dict[str, int]:
+def _diagnose_units(
+    detector, config: DiagnoseConfig, index: SourceIndex, completed: Completed, journal: Journal, state
+) -> dict[str, int]:
     """Diagnose this process' share of the units; returns what all processes left out, by reason."""
-    output, counts, units = Path(config.output), SkipCounts(), _units(inputs.sources, config.batch_size)
+    counts, units = SkipCounts(), _units(index.sources, config.batch_size)
     files = sum(len(unit) for unit in units if not unit[0].is_shard)
     total = files if not any(unit[0].is_shard for unit in units) else None
     show = progress(total, desc="diagnose", unit="picture", enabled=state.is_main_process)
-    with RecordWriter(output / RECORDS, state.process_index) as records, show as bar:
+    with journal, show as bar:
         for number, unit in enumerate(units):
             shard = unit[0].name if unit[0].is_shard else None
-            whole = shard in done.shards if shard else all(source.name in done.names for source in unit)
+            whole = shard in completed.shards if shard else all(source.name in completed.names for source in unit)
             if whole or number % state.num_processes != state.process_index:
                 bar.update(0 if shard else len(unit))
                 continue
             before, pictures = counts.total, 0
-            for batch in _batches(unit, config, counts, inputs.stamps):
+            for batch in _batches(unit, config, counts, index.stamps):
                 pictures += len(batch)
-                missing = {sample["name"] for sample in batch if sample["name"] not in done.names}
+                missing = {sample["name"] for sample in batch if sample["name"] not in completed.names}
                 if missing:
                     # The maps are on the disk before their records say so.
-                    records.add(list(_diagnose_batch(detector, batch, missing, config)))
+                    journal.append(list(_diagnose_batch(detector, batch, missing, config)))
                 bar.update(len(batch))
-            # A shard of which something was left out is read again in the next life, and that counted again.
+            # A shard of which something was left out is read again by the next attempt, and that counted again.
             if shard and counts.total == before:
-                records.add([{"shard": inputs.mark(shard, pictures)}])
+                journal.append([{"shard": index.mark(shard, pictures)}])
     return _gather_counts(counts, state)
-
-
-def _same_run(output: Path, settings: dict) -> None:
-    """Refuse to mix maps of two detectors or settings in one folder."""
-    path = output / RECORDS / "run.json"
-    if not path.is_file():
-        return
-    before = json.loads(path.read_text())
-    for name, value in settings.items():
-        if before.get(name) != value:
-            what = "other weights of the detector" if name == "weights" else f"{name}={before.get(name)}, not {value}"
-            raise UserError(f"{output}: holds maps made with {what}; choose another output folder or remove it")
 
 
 def _batches(unit: list[Source], config: DiagnoseConfig, counts: SkipCounts, stamps: dict) -> Iterator[list[dict]]:
@@ -230,7 +218,7 @@ def _batches(unit: list[Source], config: DiagnoseConfig, counts: SkipCounts, sta
     batch: list[dict] = []
     for source in unit:
         for sample in read_source(source, strict=config.strict, counts=counts, masks="ignored"):
-            sample |= {"path": _place(source), "stamp": stamps[source.name]}
+            sample |= {"path": _absolute(source), "stamp": stamps[source.name]}
             if batch and (len(batch) == config.batch_size or batch[0]["picture"].shape != sample["picture"].shape):
                 yield batch
                 batch = []
@@ -270,11 +258,10 @@ def _gather_counts(counts: SkipCounts, state) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def _finish(inputs: _Inputs, config: DiagnoseConfig, skipped: dict[str, int]) -> dict:
+def _finish(index: SourceIndex, config: DiagnoseConfig, records: Records, skipped: dict[str, int]) -> dict:
     output, pictures, flagged, confidence = Path(config.output), 0, 0, 0.0
-    records = Records(output / RECORDS)
     with atomic_path(output / "diagnosis.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as lines:
-        for record in inputs.of_these(output, records):
+        for record in index.current_records(records):
             lines.write(json.dumps(record) + "\n")
             pictures, flagged = pictures + 1, flagged + record["flagged"]
             confidence += record["mean"]
@@ -287,9 +274,9 @@ def _finish(inputs: _Inputs, config: DiagnoseConfig, skipped: dict[str, int]) ->
         "versions": versions(),
     }
     if config.gallery:
-        worst = heapq.nsmallest(config.gallery, inputs.of_these(output, records), key=_worst_first)
+        worst = heapq.nsmallest(config.gallery, index.current_records(records), key=_worst_first)
         _write_gallery(output, config, worst, metrics)
-    atomic_write_json(output / "metrics.json", metrics)
+    atomic_write_json(output / METRICS, metrics)
     return metrics
 
 

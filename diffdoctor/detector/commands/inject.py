@@ -5,7 +5,6 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,18 +12,19 @@ from pathlib import Path
 import numpy as np
 
 from diffdoctor.data.pictures import shrink_to
-from diffdoctor.data.resumable import ResumableSet, State, clear_finished, work_folder
+from diffdoctor.data.resumable import ResumableSet, State, work_folder
 from diffdoctor.data.shard_writer import SHEET, check_options, refuse_no_set
-from diffdoctor.data.sources import Source, find_sources, read_source, tell, versions, write_config
+from diffdoctor.data.sources import Source, find_sources, read_source, tell
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.damage.injection import MIN_SIDE, check_range
 from diffdoctor.detector.damage.kinds import damage_kinds
 from diffdoctor.detector.damage.plugins import load_plugins
 from diffdoctor.detector.damage.versions import VersionOptions, labelled_versions
 from diffdoctor.runs.errors import UserError, check_least
-from diffdoctor.runs.files import atomic_write_bytes, atomic_write_json, clear_temporaries
-from diffdoctor.runs.lock import held
+from diffdoctor.runs.files import atomic_write_bytes, atomic_write_json, clear_leftovers
+from diffdoctor.runs.lock import locked_folder
 from diffdoctor.runs.progress import track
+from diffdoctor.runs.record import METRICS, RunFolder, versions
 from diffdoctor.runs.workers import ordered_map
 from diffdoctor.viz.draw import SHEET_TILE, contact_sheet
 
@@ -39,7 +39,7 @@ class InjectConfig:
     Attributes:
         pictures: clean pictures: files, folders, patterns, shards.
         output: the folder to make: shards, manifest.parquet, contact_sheet.png, config.yaml, metrics.json. It appears
-            when all is there. Interrupted and run again, the command goes on after the last complete shard.
+            when all is there. Interrupted and run again, the command resumes after the last complete shard.
         damaged: damaged versions of each picture.
         benign: mildly changed look-alikes of each picture, with empty masks.
         clean: put each picture itself in as well, with an empty mask.
@@ -81,19 +81,41 @@ def run_inject(config: InjectConfig) -> dict:
     plugins = load_plugins(config.plugins)
     _check(config)
     output, sources = Path(config.output), find_sources(config.pictures)
-    made_from = _made_from(config, sources, plugins)
-    # An output that was killed while it was replaced gets its old content back.
-    clear_temporaries(output.parent, output.name)
+    run = RunFolder(output, "inject", _identity(config, sources, plugins), {})
+    work, metrics = work_folder(output), _already_made(config, run, sources)
+    if metrics is None or work.exists():
+        with locked_folder(work):
+            # Another process may have made the set, or been killed while it replaced one, before this one had the lock.
+            clear_leftovers(output.parent, output.name)
+            try:
+                if (metrics := _already_made(config, run, sources)) is None:
+                    return _make(config, run, sources)
+                _clear_finished(work, run)
+            finally:
+                with contextlib.suppress(OSError):
+                    work.rmdir()
+    tell(f"{metrics['pictures']} pictures are there already: {output}")
+    return metrics
+
+
+def _already_made(config: InjectConfig, run: RunFolder, sources: list[Source]) -> dict | None:
+    """The metrics of this very set, if it is there and is not to be replaced.
+
+    Raises:
+        UserError: what is there must not be replaced.
+    """
+    output = run.path
     if not config.overwrite and output.exists():
-        if (metrics := _finished(output, made_from)) is not None:
-            clear_finished(output)
-            tell(f"{metrics['pictures']} pictures are there already: {output}")
+        if output.is_dir() and (metrics := run.finished()) is not None:
             return metrics
-        if not output.is_dir() or any(output.iterdir()):
-            raise UserError(f"{output}: is there already; choose another folder or give --overwrite true")
+        _refuse_replacing(output)
     _refuse_loss(output, sources)
-    with held(work_folder(output)):
-        return _make(config, output, sources, made_from)
+    return None
+
+
+def _refuse_replacing(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: is there already; choose another folder or give --overwrite true")
 
 
 def _check(config: InjectConfig) -> None:
@@ -115,67 +137,69 @@ def _check(config: InjectConfig) -> None:
 
 def _refuse_loss(output: Path, sources: list[Source]) -> None:
     """Refuse an output where giving the set its name would remove anything but an earlier set, or a source."""
-    place = output.resolve()
+    replaced = output.resolve()
     for source in sources:
         # A link inside would go too, wherever it leads.
         itself = source.path.parent.resolve() / source.path.name
-        if itself.is_relative_to(place) or source.path.resolve().is_relative_to(place):
+        if itself.is_relative_to(replaced) or source.path.resolve().is_relative_to(replaced):
             raise UserError(f"{output}: would be replaced, but {source.path} is to be read; choose another folder")
     refuse_no_set(output)
 
 
-def _make(config: InjectConfig, output: Path, sources: list[Source], made_from: str) -> dict:
-    run = ResumableSet(output, made_from, shard_size=config.shard_size, picture_type=config.picture_type)
-    if run.begun_otherwise:
-        tell(f"{output}: was begun with other pictures or options; begun anew")
-    tally = _Tally(run.state)
-    run.write(tally.watch(_samples(config, sources, tally)), tally.record)
-    metrics = tally.metrics() | {"made_from": made_from, "versions": versions()}
-    left_out = dict(tally.skipped.reasons)
-    if tally.failed:
-        left_out["a damage that could not be seen"] = tally.failed
+def _clear_finished(work: Path, run: RunFolder) -> None:
+    """Remove what a process left that was killed right after it had given the set its name."""
+    if not (work / "set").exists():
+        RunFolder(work, run.kind, run.identity, dict.fromkeys(("rows", "state.npz"))).remove()
+
+
+def _make(config: InjectConfig, run: RunFolder, sources: list[Source]) -> dict:
+    output = run.path
+    made = ResumableSet(output, run.identity, shard_size=config.shard_size, picture_type=config.picture_type)
+    if made.discarded_stale:
+        other = ", ".join(made.discarded_stale)
+        tell(f"{output}: deleted the unfinished set of a run with another {other}; starting again")
+    stats = InjectStats(made.state)
+    made.write(stats.count(_samples(config, sources, stats)), stats.record)
+    metrics = stats.metrics() | {"versions": versions()}
+    left_out = dict(stats.skipped.reasons)
+    if stats.failed:
+        left_out["a damage that could not be seen"] = stats.failed
     if not metrics["pictures"]:
-        run.drop()
+        made.remove()
         raise UserError(
             f"{output}: no pictures to write ({', '.join(f'{count} x {why}' for why, count in left_out.items())})"
         )
 
     def add(folder: Path) -> None:
-        if tally.sheet:
-            atomic_write_bytes(folder / SHEET, contact_sheet(tally.examples()))
-        write_config(folder, config)
-        atomic_write_json(folder / "metrics.json", metrics)
+        if stats.sheet:
+            atomic_write_bytes(folder / SHEET, contact_sheet(stats.examples()))
+        RunFolder(folder, run.kind, run.identity, {}).begin(config)
+        atomic_write_json(folder / METRICS, metrics)
 
     # Something may have been put there meanwhile.
     _refuse_loss(output, sources)
-    run.finish(add)
+    if not config.overwrite:
+        _refuse_replacing(output)
+    made.finish(add)
     tell(f"{metrics['pictures']} pictures: {output}", left_out)
     return metrics
 
 
-def _made_from(config: InjectConfig, sources: list[Source], plugins: list[str]) -> str:
-    """A hash of all that the set is a function of."""
+def _identity(config: InjectConfig, sources: list[Source], plugins: list[str]) -> dict:
+    """All that the set is a function of, by name."""
     options = dataclasses.asdict(config) | {"plugins": plugins}
-    for name in ("pictures", "output", "workers", "overwrite"):
+    for name in ("output", "workers", "overwrite"):
         del options[name]
-    digest = hashlib.sha256(json.dumps([options, damage_kinds(), versions()], sort_keys=True).encode())
+    digest = hashlib.sha256()
     for source in sources:
         digest.update(repr((source.name, source.category, source.path.suffix, source.stamp())).encode())
-    return digest.hexdigest()
-
-
-def _finished(output: Path, made_from: str) -> dict | None:
-    """The metrics of a set that is there already, if it was made from the same; else None."""
-    try:
-        metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return metrics if isinstance(metrics, dict) and metrics.get("made_from") == made_from else None
+    known = {"known kinds": damage_kinds(), "versions": versions()}
+    return options | known | {"pictures": digest.hexdigest()}
 
 
 @dataclasses.dataclass
-class _Place:
-    """Where in the input a picture stands, and what was left out before it.
+class Cursor:
+    """How far the input was read: up to which picture, and what was left out before it.
 
     Attributes:
         source: index of its source.
@@ -191,11 +215,11 @@ class _Place:
     examples: dict[str, str]
 
 
-class _Tally:
-    """Counts what passes by, and keeps examples of each kind, drawn from the whole set, for the contact sheet.
+class InjectStats:
+    """Counts what is made, and keeps examples of each kind, drawn from the whole set, for the contact sheet.
 
     Args:
-        state: what `record` gave, to go on from there.
+        state: what `record` gave, to resume from.
     """
 
     def __init__(self, state: State | None = None):
@@ -207,17 +231,17 @@ class _Tally:
         for number, (kind, rank) in enumerate(account.get("sheet", ())):
             tiles = tuple(arrays[f"tile-{number}-{part}"] for part in range(3))
             self.sheet.setdefault(kind, []).append((rank, tiles))
-        # The picture to go on with, and how many of its versions are written.
-        self.place = _Place(**account["place"]) if account else None
+        # The picture to resume with, and how many of its versions are written.
+        self.cursor = Cursor(**account["cursor"]) if account else None
         self.versions = account.get("versions", 0)
 
-    def watch(self, samples: Iterator[tuple[_Place, int, int, dict]]) -> Iterator[dict]:
+    def count(self, samples: Iterator[tuple[Cursor, int, int, dict]]) -> Iterator[dict]:
         """The samples, counted.
 
         Args:
-            samples: (place, versions of the picture with this one, failed before the picture, sample).
+            samples: (cursor, versions of the picture with this one, failed before the picture, sample).
         """
-        for self.place, self.versions, self.failed_before, sample in samples:
+        for self.cursor, self.versions, self.failed_before, sample in samples:
             clean = sample.pop("original")
             self.kinds[sample["kind"] or "clean"] += 1
             if sample["mask"].any():
@@ -236,12 +260,12 @@ class _Tally:
             del shown[EXAMPLES:]
 
     def record(self) -> State:
-        """All of it after the sample that was watched last, for `ResumableSet`."""
+        """All of it after the sample that was counted last, for `ResumableSet`."""
         shown = [(kind, *entry) for kind, entries in self.sheet.items() for entry in entries]
         account = {
             "kinds": dict(self.kinds),
             "failed": self.failed_before,
-            "place": dataclasses.asdict(self.place),
+            "cursor": dataclasses.asdict(self.cursor),
             "versions": self.versions,
             "sheet": [(kind, rank) for kind, rank, _ in shown],
         }
@@ -268,21 +292,23 @@ class _Tally:
         }
 
 
-def _samples(config: InjectConfig, sources: list[Source], tally: _Tally) -> Iterator[tuple[_Place, int, int, dict]]:
-    """Labelled samples from the tally's place on, in the order of the input whatever the number of workers.
+def _samples(
+    config: InjectConfig, sources: list[Source], stats: InjectStats
+) -> Iterator[tuple[Cursor, int, int, dict]]:
+    """Labelled samples from where `stats` is on, in the order of the input whatever the number of workers.
 
-    With each: its picture's place, how many versions of the picture have come with it, and how many failed before.
+    With each: its picture's cursor, how many versions of the picture have come with it, and how many failed before.
     """
-    places: collections.deque[_Place] = collections.deque()
+    cursors: collections.deque[Cursor] = collections.deque()
     # Named here, so that a worker in which one of them was never registered says so and does not draw from the rest.
     kinds = tuple(config.kinds or damage_kinds())
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(VersionOptions)}
     options = VersionOptions(**values | {"kinds": kinds})
 
     def jobs():
-        for place, sample in _pictures(config, sources, tally.skipped, tally.place):
-            places.append(place)
-            yield options, place.index, sample
+        for cursor, sample in _pictures(config, sources, stats.skipped, stats.cursor):
+            cursors.append(cursor)
+            yield options, cursor.index, sample
 
     if config.workers > 1:
         results = ordered_map(_versions, jobs(), config.workers, load_plugins, config.plugins)
@@ -290,28 +316,28 @@ def _samples(config: InjectConfig, sources: list[Source], tally: _Tally) -> Iter
         results = (_versions(job) for job in jobs())
     total = None
     if not any(source.is_shard for source in sources):
-        total = len(sources) - (tally.place.source if tally.place else 0)
-    written = tally.versions
+        total = len(sources) - (stats.cursor.source if stats.cursor else 0)
+    written = stats.versions
     with contextlib.closing(results):
         for versions, failed in track(results, desc="inject", unit="picture", total=total):
-            place = places.popleft()
+            cursor = cursors.popleft()
             for number, sample in enumerate(versions[written:], written + 1):
-                yield place, number, tally.failed, sample
+                yield cursor, number, stats.failed, sample
             written = 0
-            tally.failed += failed
+            stats.failed += failed
 
 
 def _pictures(
-    config: InjectConfig, sources: list[Source], counts: SkipCounts, start: _Place | None
-) -> Iterator[tuple[_Place, dict]]:
-    """The pictures that are used, from a place on or all, with their places; fills `counts`."""
+    config: InjectConfig, sources: list[Source], counts: SkipCounts, start: Cursor | None
+) -> Iterator[tuple[Cursor, dict]]:
+    """The pictures that are used, from a cursor on or all, with their cursors; fills `counts`."""
     index = start.index if start else 0
     for number in range(start.source if start else 0, len(sources)):
         resumed = start if start and number == start.source else None
-        for place, sample in enumerate(read_source(sources[number], strict=config.strict, counts=counts)):
-            if resumed and place < resumed.sample:
+        for inside, sample in enumerate(read_source(sources[number], strict=config.strict, counts=counts)):
+            if resumed and inside < resumed.sample:
                 continue
-            if resumed and place == resumed.sample:
+            if resumed and inside == resumed.sample:
                 # What was left out up to here was counted when it was first read.
                 counts.reasons, counts.examples = dict(resumed.reasons), dict(resumed.examples)
             before = dict(counts.reasons), dict(counts.examples)
@@ -321,7 +347,7 @@ def _pictures(
             elif np.any(sample.get("mask", 0)):
                 counts.add("a picture that is damaged already", sample["name"], config.strict)
             else:
-                yield _Place(number, place, index, *before), {**sample, "picture": picture}
+                yield Cursor(number, inside, index, *before), {**sample, "picture": picture}
                 index += 1
 
 

@@ -6,16 +6,15 @@ from pathlib import Path
 import numpy as np
 
 from diffdoctor.data.shards import ShardData, one_size
-from diffdoctor.data.sources import finite, tell, versions, write_config
+from diffdoctor.data.sources import finite, tell
 from diffdoctor.data.stream import ShardStream
 from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import ARCHITECTURES, new_detector, open_detector
-from diffdoctor.detector.run_folder import refuse_foreign_results
 from diffdoctor.detector.samples import JoinedData
-from diffdoctor.detector.train import DetectorTrainingConfig, prepared_run
+from diffdoctor.detector.train import DetectorTrainingConfig, TrainedDetector, prepared_run
 from diffdoctor.runs.errors import UserError, missing_extra
 from diffdoctor.runs.files import atomic_write_json
-from diffdoctor.runs.lock import held
+from diffdoctor.runs.record import METRICS, versions, write_config
 from diffdoctor.training.weights import weights_digest
 
 
@@ -26,7 +25,7 @@ class TrainDetectorConfig:
     Attributes:
         data: folders of shards with a manifest, as `diffdoctor inject` makes them; joined.
         output: the folder to make: detector, best, checkpoints, config.yaml, metrics.json. Run again with the same
-            options, it goes on from the last checkpoint.
+            options, it resumes from the last checkpoint.
         validation: folders of shards to measure on during training; none: `validation_share` is held out.
         validation_share: share of the data that is held out where no validation folders are given; all versions of one
             picture stay on the same side.
@@ -76,23 +75,24 @@ def run_train_detector(config: TrainDetectorConfig) -> dict:
     training = dataclasses.replace(config.training, strict=config.strict or config.training.strict)
     config = dataclasses.replace(config, training=training)
     output = Path(config.output)
-    refuse_foreign_results(output)
     data, validation = _data(config)
     detector = _network(config)
     state = PartialState(cpu=not torch.accelerator.is_available())
-    with held(output, main=state.is_main_process):
-        return _train(config, state, data, validation, detector)
-
-
-def _train(config: TrainDetectorConfig, state, data, validation, detector: Detector) -> dict:
-    output = Path(config.output)
     options = {"detector": detector, "validation": validation, "output_dir": output}
-    with prepared_run(config.training, data, **options, described={"weights": weights_digest(detector)}) as run:
+    with prepared_run(config.training, data, **options, identity={"weights": weights_digest(detector)}) as run:
         if state.is_main_process:
             write_config(output, config)
         result = run.train(True, "detector")
+        metrics = _metrics(config, data, validation, result)
+        if state.is_main_process:
+            atomic_write_json(output / METRICS, finite(metrics))
+            tell(f"trained for {metrics['steps']} steps: {output / 'detector'}", metrics["skipped"])
+    return metrics
+
+
+def _metrics(config: TrainDetectorConfig, data, validation, result: TrainedDetector) -> dict:
     reasons = list(result.broken.values())
-    metrics = {
+    return {
         "steps": len(result.history),
         "loss": result.history[-1]["loss"],
         "pictures": None if config.resampled else len(data),
@@ -103,10 +103,6 @@ def _train(config: TrainDetectorConfig, state, data, validation, detector: Detec
         "parameters": sum(p.numel() for p in result.detector.parameters()),
         "versions": versions(),
     }
-    if state.is_main_process:
-        atomic_write_json(output / "metrics.json", finite(metrics))
-        tell(f"trained for {metrics['steps']} steps: {output / 'detector'}", metrics["skipped"])
-    return metrics
 
 
 def _data(config: TrainDetectorConfig):

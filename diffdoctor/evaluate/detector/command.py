@@ -1,19 +1,20 @@
 """`diffdoctor evaluate detector`: all measures, curves, and the worst misses and false positives, in one report."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 from diffdoctor.detector.predict import diagnose_data
 from diffdoctor.evaluate.detector.measure import measure_statistics
 from diffdoctor.evaluate.detector.report import verdict, write_page
 from diffdoctor.runs.errors import UserError, check_least, missing_extra
-from diffdoctor.runs.files import atomic_write_json
-from diffdoctor.runs.lock import held
+from diffdoctor.runs.files import atomic_write_json, clear_leftovers
+from diffdoctor.runs.lock import locked_folder
+from diffdoctor.runs.record import CONFIG, METRICS, versions, write_config
 from diffdoctor.training.weights import weights_digest
 
 # Hidden: a folder of this command's own, which it removes.
 PARTS = ".parts"
+REPORT = "report.html"
 
 
 @dataclasses.dataclass
@@ -23,7 +24,7 @@ class EvaluateDetectorConfig:
     Attributes:
         detector: the detector's folder or hub id, or the published checkpoint's .bin file.
         data: folders of labelled shards, as `diffdoctor inject` makes them.
-        output: the folder to make: report.html, metrics.json, config.yaml. Interrupted and run again, it goes on with
+        output: the folder to make: report.html, metrics.json, config.yaml. Interrupted and run again, it resumes with
             the pictures that were not done yet.
         batch_size: pictures that are diagnosed together.
         size: side in pixels to which pictures are brought where they differ in size; null: they must agree.
@@ -70,21 +71,21 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
         one_size(sets, "size")
     detector = open_detector(config.detector)
     detector.to(open_device(config.device, state.device))
-    with held(output, main=state.is_main_process):
+    with locked_folder(output, main=state.is_main_process):
         return _evaluate(config, detector, sets, state)
 
 
 def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> dict:
     from diffdoctor.data.pictures import resize_pair
-    from diffdoctor.data.sources import finite, tell, versions, write_config
+    from diffdoctor.data.sources import finite, tell
     from diffdoctor.detector.samples import JoinedData
-    from diffdoctor.evaluate.detector.parts import evaluate_in_parts
+    from diffdoctor.evaluate.detector.parts import evaluate_in_parts, remove_parts
 
     output, data = Path(config.output), JoinedData(sets)
-    settings = {"weights": weights_digest(detector)}
+    identity = {"weights": weights_digest(detector)}
     options = {"batch_size": config.batch_size, "size": config.size, "strict": config.strict}
     try:
-        found = evaluate_in_parts(detector, sets, output / PARTS, settings, state, **options)
+        found = evaluate_in_parts(detector, sets, output / PARTS, identity, state, **options)
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
     if found is None:
@@ -92,8 +93,10 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
     names = (found.categories, found.generators, found.auprc)
     result = finite(measure_statistics(found.statistics, *names, bootstrap=config.bootstrap, seed=config.seed))
     result |= {"skipped": found.skipped, "versions": versions()}
+    for name in (CONFIG, METRICS, REPORT):
+        clear_leftovers(output, name)
     write_config(output, config)
-    atomic_write_json(output / "metrics.json", result)
+    atomic_write_json(output / METRICS, result)
 
     def views(index):
         place = int(found.indices[index])
@@ -105,7 +108,7 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
         return picture, again.masks[0], again.confidence[0]
 
     worst = found.statistics.worst(config.examples)
-    write_page(output / "report.html", result, found.curves.result(), worst, views)
-    shutil.rmtree(output / PARTS)
-    tell(f"{verdict(result)}: {output / 'report.html'}", found.skipped)
+    write_page(output / REPORT, result, found.curves.result(), worst, views)
+    remove_parts(output / PARTS)
+    tell(f"{verdict(result)}: {output / REPORT}", found.skipped)
     return result

@@ -16,13 +16,15 @@ from diffdoctor.detector.samples import JoinedData
 from diffdoctor.measures.curves import PixelCurves, Run, average_precision_of_runs, encode
 from diffdoctor.measures.statistics import PictureStatistics, slices
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.files import atomic_path, atomic_write_json, clear_temporaries, refuse_foreign
+from diffdoctor.runs.files import refuse_foreign
 from diffdoctor.runs.progress import progress
+from diffdoctor.runs.record import RUN, RunFolder
+from diffdoctor.runs.units import Units
 
 _BATCHES = 4  # in a part
-_RECORD = "run.json"
-# What lies among the parts, what a kill left half-written included.
-_NAMES = (_RECORD, "part-*", f".{_RECORD}.*", ".part-*")
+_PARTS = "part-*"
+# What lies in the folder, what a kill left half-written included.
+_NAMES = (RUN, _PARTS, f".{RUN}.diffdoctor-*", f".{_PARTS}.diffdoctor-*")
 # Held until they are sorted and written: 4 bytes each.
 _PIXELS_IN_RUN = 2**22
 
@@ -54,10 +56,14 @@ class Evaluated:
         return average_precision_of_runs(self.runs[column, name], int(true_positive + false_negative))
 
 
+def _parts_folder(folder: Path, identity: dict) -> RunFolder:
+    return RunFolder(folder, "evaluate detector", identity, {_PARTS: None}, advice="remove it")
+
+
 def evaluate_in_parts(
-    detector, sets: Sequence[ShardData], folder: Path, settings: dict, state, *, batch_size: int, size, strict: bool
+    detector, sets: Sequence[ShardData], folder: Path, identity: dict, state, *, batch_size: int, size, strict: bool
 ) -> Evaluated | None:
-    """Diagnose sets of shards part by part; parts that a former life has done are not done again.
+    """Diagnose sets of shards part by part; parts that are already finished are not done again.
 
     Memory holds a batch of maps and some 1,200 bytes a picture; the folder takes up to 12 bytes a pixel.
 
@@ -65,7 +71,7 @@ def evaluate_in_parts(
         detector: a `Detector`.
         sets: the labelled pictures.
         folder: for the parts; the caller removes it when it has what it wants.
-        settings: what the maps depend on, as JSON values; parts made with others are refused.
+        identity: what the maps depend on beside the pictures and the options here; parts made with others are refused.
         state: Accelerate's state of the processes that share the work.
         batch_size, size, strict: see `detector.predict.diagnose_data`.
 
@@ -77,42 +83,39 @@ def evaluate_in_parts(
             size.
     """
     data, length = JoinedData(sets), _BATCHES * batch_size
-    settings = settings | {"data": data.fingerprint(), "batch_size": batch_size, "size": size, "format": 2}
-    settings = json.loads(json.dumps(settings))
+    identity = identity | {"data": data.fingerprint(), "batch_size": batch_size, "size": size, "format": 2}
+    run = _parts_folder(folder, identity)
     refuse_foreign(folder, _NAMES)
-    record = folder / _RECORD
-    known = record.is_file() and json.loads(record.read_text()) == settings
-    if record.is_file() and not known and any(folder.glob("part-*.npz")):
-        raise UserError(f"{folder}: holds parts of an evaluation with other settings or data; remove it")
+    run.check()
     state.wait_for_everyone()
     if state.is_main_process:
-        clear_temporaries(folder.parent)
-        clear_temporaries(folder)
-        if not known:
-            # Nobody knows what parts without a record were made with.
-            for part in folder.glob("part-*"):
-                part.unlink()
-        atomic_write_json(record, settings)
+        run.begin()
     state.wait_for_everyone()
-    paths = [folder / f"part-{first // length:06d}.npz" for first in range(0, len(data), length)]
+    units = Units(folder, ".npz")
+    names = [f"part-{first // length:06d}" for first in range(0, len(data), length)]
     with progress(len(data), desc="evaluate", unit="picture", enabled=state.is_main_process) as bar:
-        for number, path in enumerate(paths):
+        for number, name in enumerate(names):
             chosen = range(number * length, min((number + 1) * length, len(data)))
-            if number % state.num_processes == state.process_index and (strict or not path.is_file()):
+            if number % state.num_processes == state.process_index and (strict or not units.is_done(name)):
                 counts = SkipCounts()
                 options = {"batch_size": batch_size, "size": size, "strict": strict, "counts": counts}
-                _write(path, diagnosed_batches(detector, data, chosen=chosen, **options), counts)
+                _write(units, name, diagnosed_batches(detector, data, chosen=chosen, **options), counts)
             bar.update(len(chosen))
     state.wait_for_everyone()
-    return _joined(paths) if state.is_main_process else None
+    return _joined([units.path(name) for name in names]) if state.is_main_process else None
 
 
-def _write(path: Path, batches: Iterator, counts: SkipCounts) -> None:
-    """A part's two files; the one at `path` last, so that where it is the part is whole."""
+def remove_parts(folder: Path) -> None:
+    """Delete the parts when the report is written, which needs their pixels."""
+    _parts_folder(folder, {}).remove()
+
+
+def _write(units: Units, name: str, batches: Iterator, counts: SkipCounts) -> None:
+    """A part's two files."""
     statistics, curves = [], PixelCurves()
     names: dict[str, list[str]] = {"categories": [], "generators": []}
     indices, shapes = [], set()
-    with atomic_path(path.with_suffix(".pixels")) as temporary, open(temporary, "wb") as file:
+    with units.writing(name, ".pixels") as file:
         runs = _RunWriter(file)
         for batch in batches:
             for part in slices(batch.confidence):
@@ -126,7 +129,7 @@ def _write(path: Path, batches: Iterator, counts: SkipCounts) -> None:
             shapes.add(batch.confidence.shape[1:])
         runs.flush()
     columns = PictureStatistics.joined(statistics).to_arrays() if statistics else {}
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with units.writing(name) as file:
         np.savez(
             file,
             **columns,

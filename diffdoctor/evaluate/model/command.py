@@ -12,7 +12,7 @@ import torch
 
 from diffdoctor.data.pictures import as_batch
 from diffdoctor.data.prompts import Prompt, read_prompt_file
-from diffdoctor.data.sources import finite, versions, write_config
+from diffdoctor.data.sources import finite
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.models.load import open_detector
 from diffdoctor.evaluate.model import draw as pipelines
@@ -23,8 +23,8 @@ from diffdoctor.evaluate.model.store import EvaluationFolder
 from diffdoctor.evaluate.model.summary import summarise, summarise_groups
 from diffdoctor.runs.errors import UserError, missing_extra
 from diffdoctor.runs.files import atomic_write_json
-from diffdoctor.runs.lock import FolderLock
 from diffdoctor.runs.progress import progress, quiet_loaders
+from diffdoctor.runs.record import METRICS, versions
 from diffdoctor.training.devices import open_device
 from diffdoctor.training.weights import same_weights, weights_digest
 from diffdoctor.treat.prompts import check_prompts
@@ -76,19 +76,20 @@ class Evaluation:
             raise missing_extra("accelerate", "stages") from None
         quiet_loaders()
         self.config = config
-        self.folder = EvaluationFolder(Path(config.output), config.picture_type)
         prompts = read_prompt_file(config.prompts)
         self.measurer = _networks(config)
         self.drawn = Drawn(prompts, _places(self.measurer.classifier, prompts))
         self.real = measuring.real_units(config.real) if config.real else []
         self.damaged = measuring.real_units(config.damaged) if config.damaged else []
         self._refuse_too_few(measuring.count_real(self.real), "real pictures")
-        self.settings = pipelines.picture_settings(
+        identity = pipelines.picture_identity(
             config, [prompt.text for prompt in prompts], weights_digest(self.measurer.detector)
         )
-        self.folder.check(self.settings, config.overwrite)
-        self.pipeline = self._checked_pipeline()
         self.state = PartialState(cpu=not torch.accelerator.is_available())
+        main = self.state.is_main_process
+        self.folder = EvaluationFolder(Path(config.output), identity, config.picture_type, main=main)
+        self.folder.check(overwrite=config.overwrite)
+        self.pipeline = self._checked_pipeline()
         self.device = open_device(config.device, self.state.device)
         self.skipped = SkipCounts()
 
@@ -121,21 +122,16 @@ class Evaluation:
 
     def run(self) -> dict:
         """Draw, measure, report."""
-        lock = FolderLock(self.folder.output)
-        try:
-            return self._run(lock)
-        finally:
-            lock.release()
+        with self.folder:
+            return self._run()
 
-    def _run(self, lock: FolderLock) -> dict:
+    def _run(self) -> dict:
         config, main = self.config, self.state.is_main_process
         # All have looked at the folder before one changes it.
         self.state.wait_for_everyone()
         if main:
-            lock.take()
-            self.folder.prepare(self.settings, self._measure_settings())
-            lock.take()
-            write_config(self.folder.output, config)
+            self.folder.begin(config, overwrite=config.overwrite)
+            self.folder.begin_measures(self._measure_identity())
         self.state.wait_for_everyone()
         for side in SIDES:
             self._draw(side)
@@ -153,8 +149,8 @@ class Evaluation:
         self.state.wait_for_everyone()
         return metrics
 
-    def _measure_settings(self) -> dict:
-        """All that the measures depend on beside the pictures, as JSON values."""
+    def _measure_identity(self) -> dict:
+        """All that the measures depend on beside the pictures, by name."""
         config, files = self.config, {}
         for name, units in (("real", self.real), ("damaged", self.damaged)):
             files[name] = [[str(s.path), pipelines.stamp(str(s.path))] for unit in units for s in unit.sources]
@@ -221,7 +217,7 @@ class Evaluation:
 
     def _measure_drawn(self, side: str) -> None:
         pictures, store = self.folder.pictures(side), self.folder.measures(side)
-        todo = [(name, numbers) for name, numbers in self._mine(self._drawn_units()) if not store.done(name)]
+        todo = [(name, numbers) for name, numbers in self._mine(self._drawn_units()) if not store.is_done(name)]
         total = sum(len(numbers) for _, numbers in todo)
         enabled = self.state.is_main_process and bool(todo)
         with progress(total, desc=f"measure {side}", unit="picture", enabled=enabled) as bar:
@@ -239,7 +235,7 @@ class Evaluation:
         spoils = bool(self.real) and not self.damaged
         jobs = [("real", place, unit) for place, unit in enumerate(self.real)]
         jobs += [("damaged", place, unit) for place, unit in enumerate(self.damaged)]
-        todo = [job for job in self._mine(jobs) if not self.folder.measures(job[0]).done(job[2].name)]
+        todo = [job for job in self._mine(jobs) if not self.folder.measures(job[0]).is_done(job[2].name)]
         enabled = self.state.is_main_process and bool(todo)
         with progress(None, desc="measure real", unit="picture", enabled=enabled) as bar:
             for side, place, unit in todo:
@@ -279,8 +275,8 @@ class Evaluation:
         metrics = finite(metrics)
         write_report(self, metrics, before, after)
         # Last: its presence says that the evaluation is complete.
-        atomic_write_json(self.folder.output / "metrics.json", metrics)
-        print_summary(metrics, self.folder.output)
+        atomic_write_json(self.folder.path / METRICS, metrics)
+        print_summary(metrics, self.folder.path)
         return metrics
 
 

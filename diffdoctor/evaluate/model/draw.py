@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,9 +157,9 @@ def sample_pictures(pipeline, prompts, seeds, *, batch_size=100, progress=True, 
     return torch.cat(pictures)
 
 
-def picture_settings(config: EvaluateModelConfig, prompts: list[str], detector_digest: str) -> dict:
-    """All that the drawn pictures depend on, as JSON values, but for their number."""
-    settings = {
+def picture_identity(config: EvaluateModelConfig, prompts: list[str], detector_digest: str) -> dict:
+    """All that the drawn pictures depend on, by name, but for their number."""
+    return {
         "pipeline": [config.pipeline, stamp(config.pipeline)],
         "lora": [config.lora, stamp(config.lora)],
         "treated": [config.treated, stamp(config.treated)],
@@ -172,8 +171,6 @@ def picture_settings(config: EvaluateModelConfig, prompts: list[str], detector_d
         "dtype": config.dtype,
         "picture_type": config.picture_type,
     }
-    # Through JSON and back, so that what is compared with a file is what a file gives.
-    return json.loads(json.dumps(settings, default=str))
 
 
 def stamp(source: str) -> str:

@@ -59,7 +59,7 @@ def write_report(evaluation, metrics: dict, before, after) -> None:
         _strips(report, title, evaluation, chosen, before.judge, after.judge)
     report.heading("Settings")
     report.code(yaml.safe_dump({"sampling": metrics["sampling"], "versions": metrics["versions"]}, sort_keys=False))
-    report.write(evaluation.folder.output / "report.html")
+    report.write(evaluation.folder.path / "report.html")
 
 
 def print_summary(metrics: dict, output: Path) -> None:

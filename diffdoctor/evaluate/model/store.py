@@ -1,16 +1,15 @@
 """An evaluation on disk: pictures as they are drawn, and what is known of each, so that no second is spent twice.
 
 output/
-  run.json                              what the pictures and the measures depend on
+  run.json                              what the pictures depend on
   pictures/before/00000000.png …        by number; a picture's prompt and seed follow from its number
+  measures/run.json                     what the measures depend on beside the pictures
   measures/before/00000000-00000128.npz and .features.npy, likewise after, real, damaged
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,9 +19,11 @@ import torch
 from diffdoctor.data.codec import decode, encode_picture
 from diffdoctor.evaluate.model.summary import PictureMeasures
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json, clear_temporaries
+from diffdoctor.runs.record import RunFolder
+from diffdoctor.runs.units import Units
 
-RUN = "run.json"
+PICTURES, MEASURES = "pictures", "measures"
+SIDES = ("before", "after", "real", "damaged")
 
 
 class PictureFiles:
@@ -35,9 +36,10 @@ class PictureFiles:
 
     def __init__(self, folder: Path, picture_type: str = "png"):
         self.folder, self.picture_type = folder, picture_type
+        self.units = Units(folder, f".{picture_type}")
 
     def path(self, number: int) -> Path:
-        return self.folder / f"{number:08d}.{self.picture_type}"
+        return self.units.path(f"{number:08d}")
 
     def missing(self, numbers: Sequence[int]) -> list[int]:
         """Those that are not there yet."""
@@ -45,8 +47,8 @@ class PictureFiles:
 
     def save(self, number: int, picture: torch.Tensor) -> None:
         """Write one picture, uint8 (3, H, W), whole or not at all."""
-        data = encode_picture(picture.permute(1, 2, 0).contiguous().numpy(), self.picture_type)
-        atomic_write_bytes(self.path(number), data)
+        with self.units.writing(f"{number:08d}") as file:
+            file.write(encode_picture(picture.permute(1, 2, 0).contiguous().numpy(), self.picture_type))
 
     def load(self, numbers: Sequence[int]) -> torch.Tensor:
         """Pictures, uint8 (B, 3, H, W).
@@ -104,30 +106,29 @@ class MeasureFiles:
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.units = Units(folder, ".npz")
 
-    def done(self, unit: str) -> bool:
-        return (self.folder / f"{unit}.npz").is_file()
+    def is_done(self, unit: str) -> bool:
+        return self.units.is_done(unit)
 
     def save(self, unit: str, values: dict[str, np.ndarray]) -> None:
         """Write one unit's values, arrays of one entry per picture; `features` go to a file of their own."""
         values = dict(values)
         features = values.pop("features", None)
         if features is not None:
-            with atomic_path(self.folder / f"{unit}.features.npy") as path, open(path, "wb") as file:
+            with self.units.writing(unit, ".features.npy") as file:
                 np.save(file, features)
-        # Last: its presence says that the unit is complete.
-        with atomic_path(self.folder / f"{unit}.npz") as path, open(path, "wb") as file:
+        with self.units.writing(unit) as file:
             np.savez(file, **values)
 
     def load(self, units: Sequence[str]) -> PictureMeasures:
         """All units' values, in their order; the features stay on the disk."""
         parts = []
         for unit in units:
-            with np.load(self.folder / f"{unit}.npz") as file:
+            with np.load(self.units.path(unit)) as file:
                 parts.append({name: file[name] for name in file.files})
         joined = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[0]}
-        paths = [self.folder / f"{unit}.features.npy" for unit in units]
+        paths = [self.units.path(unit, ".features.npy") for unit in units]
         if paths[0].is_file():
             joined["features"] = FeatureFiles(paths, [len(part["judge"]) for part in parts])
         return PictureMeasures(**joined)
@@ -135,83 +136,42 @@ class MeasureFiles:
     def load_all(self) -> PictureMeasures | None:
         """The values of all units that have a picture, ordered by name; None where there is no picture at all."""
         units = []
-        for path in sorted(self.folder.glob("*.npz")):
-            with np.load(path) as file:
+        for unit in self.units.done():
+            with np.load(self.units.path(unit)) as file:
                 if "judge" in file.files:
-                    units.append(path.stem)
+                    units.append(unit)
         return self.load(units) if units else None
 
 
-class EvaluationFolder:
-    """The folder of one evaluation.
+class EvaluationFolder(RunFolder):
+    """The folder of one evaluation; pictures that were drawn otherwise are refused, measures taken otherwise deleted.
 
     Args:
         output: where it is, or is to be made.
+        identity: what the pictures depend on.
         picture_type: png or webp.
+        main: whether this is the process that writes the records.
     """
 
-    def __init__(self, output: Path, picture_type: str = "png"):
-        self.output, self.picture_type = output, picture_type
+    def __init__(self, output: Path, identity: dict, picture_type: str = "png", *, main: bool = True):
+        advice = "choose another folder or give --overwrite true"
+        results = dict.fromkeys((PICTURES, MEASURES))
+        super().__init__(output, "evaluate model", identity, results, exclusive=True, advice=advice, main=main)
+        self.picture_type = picture_type
 
     def pictures(self, side: str) -> PictureFiles:
         """The pictures of "before" or "after"."""
-        return PictureFiles(self.output / "pictures" / side, self.picture_type)
+        return PictureFiles(self.path / PICTURES / side, self.picture_type)
 
     def measures(self, side: str) -> MeasureFiles:
         """The measures of "before", "after", "real" or "damaged"."""
-        return MeasureFiles(self.output / "measures" / side)
+        return MeasureFiles(self.path / MEASURES / side)
 
-    def check(self, pictures: dict, overwrite: bool) -> None:
-        """Refuse a folder whose pictures were drawn otherwise, unless they are to be replaced.
-
-        Args:
-            pictures: what the pictures depend on, as JSON values.
-            overwrite: whether pictures drawn otherwise may be deleted.
-
-        Raises:
-            UserError: if there are such pictures, or the folder holds something else, which is never replaced.
-        """
-        if self.output.exists() and not self.output.is_dir():
-            raise UserError(f"--output {self.output}: is a file; choose another folder")
-        theirs = self._read().get("pictures")
-        if theirs is None:
-            if self.output.is_dir() and any(not _begun(entry) for entry in self.output.iterdir()):
-                raise UserError(f"--output {self.output}: holds something else; choose another folder")
-            return
-        other = sorted(name for name in {*theirs, *pictures} if theirs.get(name) != pictures.get(name))
-        if other and not overwrite:
-            raise UserError(
-                f"--output {self.output}: holds pictures that were drawn with another {', '.join(other)}: choose "
-                "another folder or give --overwrite true"
-            )
-
-    def prepare(self, pictures: dict, measures: dict) -> None:
-        """Delete what was made with other settings, and note the present ones; `check` comes first."""
-        clear_temporaries(self.output, RUN)
-        found = self._read()
-        if found.get("pictures") != pictures:
-            shutil.rmtree(self.output / "pictures", ignore_errors=True)
-        if found.get("pictures") != pictures or found.get("measures") != measures:
-            shutil.rmtree(self.output / "measures", ignore_errors=True)
-        atomic_write_json(self.output / RUN, {"pictures": pictures, "measures": measures})
+    def begin_measures(self, identity: dict) -> None:
+        """Delete measures that were taken otherwise; `identity` is what they depend on beside the pictures."""
+        RunFolder(self.path / MEASURES, "measures", identity, dict.fromkeys(SIDES)).begin(overwrite=True)
 
     def discard_if_empty(self) -> None:
         """Take the folder away again when not a single picture came of it."""
-        if not (self.output / "pictures").is_dir():
-            # run.json last: without it the folder would be something else's.
-            for name in ("config.yaml", RUN):
-                (self.output / name).unlink(missing_ok=True)
-            if self.output.is_dir() and not any(self.output.iterdir()):
-                self.output.rmdir()
-
-    def _read(self) -> dict:
-        try:
-            found = json.loads((self.output / RUN).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) and isinstance(found.get("pictures"), dict) else {}
-
-
-def _begun(entry: Path) -> bool:
-    """Whether this is the run.json of an evaluation that was killed while it wrote it first."""
-    return entry.name.startswith(f".{RUN}.")
+        if not (self.path / PICTURES).is_dir():
+            self.remove()
