@@ -107,7 +107,7 @@ def main(argv=None) -> None:
         way, count = arguments.part
         print(json.dumps(evaluate(way, folder, int(count), arguments.bootstrap)))
         return
-    from diffdoctor.data.shards import write_shards
+    from diffdoctor.data.shard_writer import write_shards
 
     rows = []
     for count in arguments.pictures:

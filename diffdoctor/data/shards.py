@@ -16,24 +16,9 @@ from typing import Any
 import numpy as np
 
 from diffdoctor.data.codec import PICTURE_TYPES, decode
-from diffdoctor.data.manifest import MANIFEST, OFFSETS, read_columns, read_manifest
-from diffdoctor.data.shard_writer import LABELS, write_shards
+from diffdoctor.data.manifest import OFFSETS, read_columns
 from diffdoctor.data.tar import MAX_MEMBER_BYTES, SkipCounts, read_groups
 from diffdoctor.runs.errors import UserError
-
-__all__ = [
-    "LABELS",
-    "MANIFEST",
-    "BrokenSample",
-    "ShardData",
-    "SkipCounts",
-    "decode_sample",
-    "one_size",
-    "read_manifest",
-    "read_shards",
-    "shard_paths",
-    "write_shards",
-]
 
 
 class BrokenSample(UserError):
@@ -103,7 +88,7 @@ def decode_sample(members: dict[str, bytes], where: str, masks: str = "required"
     """A sample's JSON values, `picture` (H, W, 3) uint8 and `mask` (H, W) float32 in [0, 1].
 
     Args:
-        members: {extension: bytes}, as `archive.read_groups` gives them.
+        members: {extension: bytes}, as `tar.read_groups` gives them.
         where: what errors call it.
         masks: see `read_shards`; "ignored" gives no `mask`.
 

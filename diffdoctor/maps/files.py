@@ -146,7 +146,7 @@ class ShardRecords(Sequence):
     """The pictures of shards with a manifest as records, read one by one when they are asked for.
 
     Args:
-        folder: what `diffdoctor.data.shards.write_shards` wrote; the masks are the confidence maps.
+        folder: what `diffdoctor.data.shard_writer.write_shards` wrote; the masks are the confidence maps.
     """
 
     def __init__(self, folder):

@@ -11,7 +11,9 @@ import torch
 
 from diffdoctor.data import codec, shards
 from diffdoctor.data import tar as archive
-from diffdoctor.data.shards import ShardData, read_manifest, read_shards, write_shards
+from diffdoctor.data.manifest import read_manifest
+from diffdoctor.data.shard_writer import write_shards
+from diffdoctor.data.shards import ShardData, read_shards
 from diffdoctor.data.stream import ShardStream
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.runs.errors import UserError
@@ -205,7 +207,7 @@ def test_a_shard_cut_short_gives_its_whole_samples(tmp_path):
     write_shards(samples_of(6), tmp_path / "set", shard_size=6)
     path = tmp_path / "set" / "shard-000000.tar"
     whole = path.read_bytes()
-    rows = shards.read_manifest(tmp_path / "set")
+    rows = read_manifest(tmp_path / "set")
     end = rows["json_offset"][-1] + rows["json_size"][-1]
     for length in (0, 100, 700, 512 * 5, 512 * 5 + 7, end // 2, end - 1, end):
         path.write_bytes(whole[:length])

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from diffdoctor.data.shards import write_shards
+from diffdoctor.data.shard_writer import write_shards
 from diffdoctor.detector import damage_kind, damage_kinds
 from diffdoctor.detector.commands import inject as injecting
 from diffdoctor.detector.commands.inject import InjectConfig, run_inject

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffdoctor.data.shards import ShardData, write_shards
+from diffdoctor.data.shard_writer import write_shards
+from diffdoctor.data.shards import ShardData
 from diffdoctor.data.stream import ShardStream
 from diffdoctor.detector import train_detector
 from diffdoctor.detector.config import AugmentConfig

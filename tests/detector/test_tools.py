@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from diffdoctor.data.shards import ShardData, read_manifest, read_shards
+from diffdoctor.data.manifest import read_manifest
+from diffdoctor.data.shards import ShardData, read_shards
 from diffdoctor.data.sources import find_sources
 from diffdoctor.detector import ConvDetector, DetectorTrainingConfig, load_detector
 from diffdoctor.detector.balance import sampling_weights

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffdoctor.data.shards import ShardData, write_shards
+from diffdoctor.data.shard_writer import write_shards
+from diffdoctor.data.shards import ShardData
 from diffdoctor.detector import ConvDetector, load_detector
 from diffdoctor.detector.predict import diagnose_data
 from diffdoctor.detector.samples import JoinedData

@@ -163,7 +163,7 @@ def test_what_diagnose_writes_is_found_and_fits(tmp_path):
 
 def test_shards_are_a_training_set(tmp_path):
     pytest.importorskip("pyarrow")
-    from diffdoctor.data.shards import write_shards
+    from diffdoctor.data.shard_writer import write_shards
 
     pairs = [marked_pair(24, 24, i, i, 9, 8) for i in range(4)]
     samples = ({"picture": p, "mask": m, "prompt": f"picture {i}"} for i, (p, m) in enumerate(pairs))

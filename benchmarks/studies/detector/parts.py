@@ -139,7 +139,8 @@ def make_sets(output: Path, seed: int, workers: int) -> dict:
 
 def _small(output: Path, seed: int) -> dict:
     """Clean test pictures shrunk and padded: small things, all of them right."""
-    from diffdoctor.data.shards import ShardData, write_shards
+    from diffdoctor.data.shard_writer import write_shards
+    from diffdoctor.data.shards import ShardData
     from diffdoctor.detector.samples import shrink_and_pad
 
     folder = output / "sets" / "small"
