@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffdoctor.data import codec, shards
+from diffdoctor.data import codec
 from diffdoctor.data import tar as archive
 from diffdoctor.data.manifest import read_manifest
 from diffdoctor.data.shard_writer import write_shards

@@ -253,7 +253,7 @@ def measures(output: Path, detector, folder: Path) -> dict:
 
 def _shifted(found, shift: float) -> dict:
     """What the detector would reach were its logits moved by `shift`."""
-    from diffdoctor.measures.components import ComponentAP
+    from diffdoctor.measures.components import mean_average_precision
     from diffdoctor.measures.pixels import flagged_share, is_flagged
 
     odds = np.exp(shift) * found.confidence / np.maximum(1 - found.confidence, 1e-7)
@@ -262,7 +262,7 @@ def _shifted(found, shift: float) -> dict:
     flags = is_flagged(flagged_share(confidence))
     return {
         "shift": shift,
-        "map50": ComponentAP(confidence, found.masks).map50,
+        "map50": mean_average_precision(confidence, found.masks),
         "false_positive_rate": float(flags[~damaged].mean()),
         "hit_rate": float(flags[damaged].mean()),
     }
@@ -277,7 +277,7 @@ def _picture(data, index: int) -> np.ndarray:
 
 def _per_kind(data, found) -> dict:
     """mAP@0.5 and the share that is flagged, of the damaged pictures of each kind."""
-    from diffdoctor.measures.components import ComponentAP
+    from diffdoctor.measures.components import mean_average_precision
     from diffdoctor.measures.pixels import flagged_share, is_flagged
 
     names = np.array([str(data[index].get("kind") or "") for index in range(len(data))])
@@ -285,7 +285,7 @@ def _per_kind(data, found) -> dict:
     return {
         str(name): {
             "pictures": int((names == name).sum()),
-            "map50": ComponentAP(found.confidence[names == name], found.masks[names == name]).map50,
+            "map50": mean_average_precision(found.confidence[names == name], found.masks[names == name]),
             "hit_rate": float(flags[names == name].mean()),
         }
         for name in sorted(set(names) - {""})

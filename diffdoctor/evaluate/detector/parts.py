@@ -13,7 +13,8 @@ from diffdoctor.data.shards import ShardData
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.predict import diagnosed_batches
 from diffdoctor.detector.samples import JoinedData
-from diffdoctor.measures.curves import PixelCurves, Run, average_precision_of_runs, encode
+from diffdoctor.evaluate.detector.sorted_pixels import ChunkWriter, SortedChunk
+from diffdoctor.measures.curves import PixelCurves, average_precision_of_chunks
 from diffdoctor.measures.statistics import PictureStatistics, slices
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.files import refuse_foreign
@@ -25,8 +26,6 @@ _BATCHES = 4  # in a part
 _PARTS = "part-*"
 # What lies in the folder, what a kill left half-written included.
 _NAMES = (RUN, _PARTS, f".{RUN}.diffdoctor-*", f".{_PARTS}.diffdoctor-*")
-# Held until they are sorted and written: 4 bytes each.
-_PIXELS_IN_RUN = 2**22
 
 
 @dataclasses.dataclass
@@ -39,7 +38,7 @@ class Evaluated:
         indices: (N,) the pictures' places in the data.
         skipped: what was left out, by reason.
         curves: of all pixels.
-        runs: {("", "") | ("category", name) | ("generator", name): sorted pixels on the disk}.
+        chunks: {("", "") | ("category", name) | ("generator", name): sorted pixels on the disk}.
     """
 
     statistics: PictureStatistics
@@ -48,12 +47,12 @@ class Evaluated:
     indices: np.ndarray
     skipped: dict[str, int]
     curves: PixelCurves
-    runs: dict[tuple[str, str], list[Run]]
+    chunks: dict[tuple[str, str], list[SortedChunk]]
 
     def auprc(self, column: str, name: str, chosen: np.ndarray) -> float:
         """The AUPRC of all pixels ("", ""), of a "category" or of a "generator", whose pictures are `chosen` (n,)."""
         true_positive, _, false_negative = self.statistics.columns["counts"][chosen].sum(axis=0)
-        return average_precision_of_runs(self.runs[column, name], int(true_positive + false_negative))
+        return average_precision_of_chunks(self.chunks[column, name], int(true_positive + false_negative))
 
 
 def _parts_folder(folder: Path, identity: dict) -> RunFolder:
@@ -116,18 +115,18 @@ def _write(units: Units, name: str, batches: Iterator, counts: SkipCounts) -> No
     names: dict[str, list[str]] = {"categories": [], "generators": []}
     indices, shapes = [], set()
     with units.writing(name, ".pixels") as file:
-        runs = _RunWriter(file)
+        chunks = ChunkWriter(file)
         for batch in batches:
             for part in slices(batch.confidence):
                 confidence, masks = batch.confidence[part], batch.masks[part]
                 statistics.append(PictureStatistics.of(confidence, masks))
                 curves.add(confidence, masks)
-                runs.add(confidence, masks, batch.categories[part], batch.generators[part])
+                chunks.add(confidence, masks, batch.categories[part], batch.generators[part])
             names["categories"] += batch.categories
             names["generators"] += batch.generators
             indices.append(batch.indices)
             shapes.add(batch.confidence.shape[1:])
-        runs.flush()
+        chunks.flush()
     columns = PictureStatistics.joined(statistics).to_arrays() if statistics else {}
     with units.writing(name) as file:
         np.savez(
@@ -135,48 +134,13 @@ def _write(units: Units, name: str, batches: Iterator, counts: SkipCounts) -> No
             **columns,
             **{name: np.array(values, dtype=str) for name, values in names.items()},
             indices=np.concatenate([np.zeros(0, np.int64), *indices]),
-            levels=curves.levels,
-            places=curves.places,
-            run_groups=np.array([group for group, _, _ in runs.written], dtype=str).reshape(-1, 2),
-            run_places=np.array([place for _, *place in runs.written], dtype=np.int64).reshape(-1, 2),
+            thresholds=curves.thresholds,
+            calibration=curves.calibration,
+            chunk_groups=np.array([group for group, _, _ in chunks.written], dtype=str).reshape(-1, 2),
+            chunk_ranges=np.array([bounds for _, *bounds in chunks.written], dtype=np.int64).reshape(-1, 2),
             shapes=np.array(sorted(shapes), np.int64).reshape(-1, 2),
             skipped=np.array(json.dumps(counts.reasons)),
         )
-
-
-class _RunWriter:
-    """Sorted runs of all pixels, of each category's and of each generator's, into one file."""
-
-    def __init__(self, file):
-        self.file, self.written, self.end = file, [], 0
-        self.held: list[tuple[np.ndarray, str, str]] = []  # a picture's codes, its category and generator
-        self.pixels = 0
-
-    def add(self, confidence: np.ndarray, masks: np.ndarray, categories: list[str], generators: list[str]) -> None:
-        self.held += zip(map(encode, confidence, masks), categories, generators, strict=True)
-        self.pixels += confidence.size
-        if self.pixels >= _PIXELS_IN_RUN:
-            self.flush()
-
-    def flush(self) -> None:
-        groups = {("", ""): self.held}
-        for name, column in (("category", 1), ("generator", 2)):
-            for picture in self.held:
-                groups.setdefault((name, picture[column]), []).append(picture)
-        everything = None
-        for group, pictures in groups.items():
-            if not pictures:
-                continue
-            if everything is None or len(pictures) < len(self.held):
-                codes = np.sort(np.concatenate([picture[0] for picture in pictures]))
-                self.file.write(codes.tobytes())
-                place = self.end, self.end + len(codes)
-                everything, self.end = everything or place, place[1]
-            else:
-                # The only category is the whole set: its run stands there already.
-                place = everything
-            self.written.append((group, *place))
-        self.held, self.pixels = [], 0
 
 
 def _joined(paths: Sequence[Path]) -> Evaluated:
@@ -195,10 +159,11 @@ def _joined(paths: Sequence[Path]) -> Evaluated:
         found.categories += part["categories"].tolist()
         found.generators += part["generators"].tolist()
         counted = PixelCurves()
-        counted.levels, counted.places = part["levels"], part["places"]
+        counted.thresholds, counted.calibration = part["thresholds"], part["calibration"]
         found.curves.merge(counted)
-        for (column, name), (begin, end) in zip(part["run_groups"].tolist(), part["run_places"].tolist(), strict=True):
-            found.runs.setdefault((column, name), []).append(Run(path.with_suffix(".pixels"), begin, end))
+        groups, ranges = part["chunk_groups"].tolist(), part["chunk_ranges"].tolist()
+        for (column, name), (begin, end) in zip(groups, ranges, strict=True):
+            found.chunks.setdefault((column, name), []).append(SortedChunk(path.with_suffix(".pixels"), begin, end))
     if len(shapes) != 1:
         raise UserError(
             f"size: expected a side in pixels, since pictures differ in size ({sorted(shapes)}), or there are none"
