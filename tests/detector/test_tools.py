@@ -110,7 +110,7 @@ def test_inject_refuses_what_it_cannot_do(pictures, tmp_path):
     with pytest.raises(UserError, match="no such file"):
         injected(tmp_path / "nowhere", tmp_path / "other")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match=r"expected pictures .* got none in this folder"):
         injected(tmp_path / "empty", tmp_path / "other")
 
 

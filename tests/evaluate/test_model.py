@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffdoctor.data.pictures import fitted
+from diffdoctor.data.pictures import cover_crop
 from diffdoctor.data.prompts import Prompt, read_prompt_file
 from diffdoctor.detector import ConvDetector, write_shards
 from diffdoctor.evaluate.model import networks
@@ -174,12 +174,12 @@ class TestPrompts:
     @pytest.mark.parametrize(
         ("name", "text", "message"),
         [
-            ("a.txt", "\n \n", "holds no prompt"),
-            ("a.jsonl", '{"prompt": "one"}\nnonsense', "a JSON object was expected in line 2"),
-            ("a.jsonl", '{"text": "one"}', "`prompt` was expected in record 1, got text"),
-            ("a.jsonl", '{"prompt": "one"}\n{"text": "two"}', "`prompt` was expected in record 2, got text"),
-            ("a.jsonl", '{"prompt": ["one"]}', r"text was expected in record 1, got \['one'\]"),
-            ("a.parquet", "nonsense", "not a Parquet file"),
+            ("a.txt", "\n \n", "expected at least one prompt, got none"),
+            ("a.jsonl", '{"prompt": "one"}\nnonsense', "expected a JSON object in line 2, got 'nonsense'"),
+            ("a.jsonl", '{"text": "one"}', "expected `prompt` in row 1, got text"),
+            ("a.jsonl", '{"prompt": "one"}\n{"text": "two"}', "expected `prompt` in row 2, got text"),
+            ("a.jsonl", '{"prompt": ["one"]}', r"expected text as `prompt` in row 1, got \['one'\]"),
+            ("a.parquet", "nonsense", "expected a Parquet file"),
         ],
         ids=["empty", "broken-line", "other-column", "column-that-ends", "no-text", "no-parquet"],
     )
@@ -289,9 +289,9 @@ class TestRealPictures:
     def test_a_picture_is_cut_at_its_middle(self):
         picture = np.zeros((16, 32, 3), np.uint8)
         picture[:, 8:24] = 200
-        assert fitted(picture, (16, 16)).shape == (16, 16, 3)
-        assert (fitted(picture, (16, 16)) == 200).all()
-        assert fitted(picture, (16, 32)) is picture
+        assert cover_crop(picture, (16, 16)).shape == (16, 16, 3)
+        assert (cover_crop(picture, (16, 16)) == 200).all()
+        assert cover_crop(picture, (16, 32)) is picture
 
     def test_damage_depends_on_the_place_alone(self):
         pictures = list(random_pictures(6, 32).permute(0, 2, 3, 1).numpy())

@@ -323,7 +323,7 @@ def test_a_full_disk_is_one_line_and_the_pictures_stay(files, tmp_path, monkeypa
         ({"judge": "{files}/copy"}, "has the detector's weights"),
         ({"judge": ""}, "--judge: is needed"),
         ({"prompts": "/nowhere.txt"}, "cannot be read"),
-        ({"prompts": "{files}/empty.txt"}, "holds no prompt"),
+        ({"prompts": "{files}/empty.txt"}, "expected at least one prompt, got none"),
         ({"lora": "/nowhere"}, "--lora /nowhere: no such file or folder"),
         ({"lora": "{files}/flux-lora"}, "does not fit this pipeline"),
         ({"lora": "{files}/partial-lora"}, "does not fit this pipeline: "),

@@ -131,7 +131,7 @@ def test_help_names_every_option(capsys):
         ({"detector": "{files}/empty"}, "empty"),
         ({"monitor": "{files}/copy"}, "monitor: a detector with weights of its own"),
         ({"prompts": "/nowhere.txt"}, "cannot be read"),
-        ({"prompts": "{files}/blank.txt"}, "holds no prompt"),
+        ({"prompts": "{files}/blank.txt"}, "expected at least one prompt, got none"),
         ({"prompts": ""}, "--prompts"),
         ({"offline": ""}, "offline"),
         ({"offline": "{files}/empty"}, "empty"),

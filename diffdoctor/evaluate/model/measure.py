@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from diffdoctor.data.manifest import MANIFEST, read_manifest
-from diffdoctor.data.pictures import fitted, to_images
+from diffdoctor.data.pictures import cover_crop, to_images
 from diffdoctor.data.sources import Source, find_sources, read_source
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.damage.injection import MIN_SIDE, NoVisibleDamage, inject
@@ -131,7 +131,7 @@ def read_unit(unit: RealUnit, size: tuple[int, int], counts: SkipCounts, *, dama
                 spoilt = bool(np.any(sample["mask"]))
                 if spoilt != damaged or (not damaged and sample.get("kind")):
                     continue
-            yield fitted(sample["picture"], size)
+            yield cover_crop(sample["picture"], size)
 
 
 def spoil(pictures: list[np.ndarray], seed: int, unit: int, start: int) -> list[np.ndarray]:
