@@ -1,4 +1,1 @@
-"""Measures of detectors and of treated models, and the report that shows them.
-
-They need the extra `stages`.
-"""
+"""Evaluation of detectors and of treated models, with reports; needs the extra `stages`."""

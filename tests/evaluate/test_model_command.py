@@ -16,7 +16,7 @@ import yaml
 from diffdoctor.cli import main
 from diffdoctor.detector import ConvDetector, load_detector
 from diffdoctor.evaluate.model import compare_pictures, networks, sample_pictures
-from diffdoctor.evaluate.model.measure import spoil
+from diffdoctor.evaluate.model.measure import damage_pictures
 from diffdoctor.evaluate.model.networks import Clip
 from diffdoctor.evaluate.model.store import PictureFiles
 from support.launch import free_port
@@ -132,7 +132,9 @@ def test_the_figures_are_those_of_the_same_pictures_in_memory(files, evaluated, 
     assert torch.equal(pictures_of(output, "after"), after)
     assert (before != after).float().mean() > 0.1
     real = [np.asarray(Image.open(path)) for path in sorted((files / "real").iterdir())]
-    damaged = spoil(real[:4], 0, 0, 0) + spoil(real[4:8], 0, 0, 4) + spoil(real[8:], 0, 0, 8)
+    damaged = (
+        damage_pictures(real[:4], 0, 0, 0) + damage_pictures(real[4:8], 0, 0, 4) + damage_pictures(real[8:], 0, 0, 8)
+    )
 
     def as_tensor(pictures):
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
@@ -320,32 +322,38 @@ def test_a_full_disk_is_one_line_and_the_pictures_stay(files, tmp_path, monkeypa
         ({"pipeline": "{files}/judge"}, "holds no diffusers pipeline"),
         ({"judge": "/nowhere"}, "/nowhere"),
         ({"judge": "{files}/sd"}, "not a complete detector"),
-        ({"judge": "{files}/copy"}, "has the detector's weights"),
-        ({"judge": ""}, "--judge: is needed"),
+        (
+            {"judge": "{files}/copy"},
+            "that had no part in the treatment, got the detector's own weights",
+        ),
+        ({"judge": ""}, "--judge: expected a value, got none"),
         ({"prompts": "/nowhere.txt"}, "cannot be read"),
         ({"prompts": "{files}/empty.txt"}, "expected at least one prompt, got none"),
-        ({"lora": "/nowhere"}, "--lora /nowhere: no such file or folder"),
+        ({"lora": "/nowhere"}, "--lora /nowhere: expected a file, a folder or a hub id"),
         ({"lora": "{files}/flux-lora"}, "does not fit this pipeline"),
         ({"lora": "{files}/partial-lora"}, "does not fit this pipeline: "),
         ({"lora": "{files}/judge"}, "--lora"),
-        ({"lora": ""}, "one was expected, the treatment to be evaluated"),
-        ({"treated": "{files}/flux"}, "--lora and --treated"),
-        ({"real": "/nowhere"}, "/nowhere: no such file"),
-        ({"features": "pixels"}, "192 features (thumbnails of 8 x 8 pixels) needs more than 192 real pictures, got 9"),
-        ({"pictures": 3}, "needs more than 3 drawn pictures, got 3"),
-        ({"pictures": 0}, "pictures: at least 1"),
-        ({"features": "inception-5"}, "one of inception-64"),
+        ({"lora": ""}, "expected one of them, the treatment to be evaluated, got none"),
+        ({"treated": "{files}/flux"}, "--lora, --treated: expected one of them, got both"),
+        ({"real": "/nowhere"}, "/nowhere: expected an existing file or folder"),
+        (
+            {"features": "pixels"},
+            "expected more than 192 real pictures for a distance of 192 features (thumbnails of 8 x 8 pixels), got 9",
+        ),
+        ({"pictures": 3}, "expected more than 3 generated pictures"),
+        ({"pictures": 0}, "pictures: expected >= 1, got 0"),
+        ({"features": "inception-5"}, "--features: expected one of inception-64"),
         ({"classifier": "nowhere"}, "--classifier nowhere"),
-        ({"prompts": "{files}/plain.txt"}, "needs a `label`"),
+        ({"prompts": "{files}/plain.txt"}, "--classifier: expected a `label` with every prompt"),
         ({"clip": "{files}/judge"}, "--clip"),
         ({"scheduler": "Nonsense"}, "--scheduler Nonsense"),
-        ({"max_sequence_length": 32}, "StableDiffusionPipeline does not take it"),
+        ({"max_sequence_length": 32}, "StableDiffusionPipeline does not take this option"),
         ({"height": 15}, "15"),
-        ({"dtype": "int8"}, "dtype: one of fp32"),
+        ({"dtype": "int8"}, "dtype: expected one of fp32"),
         ({"device": "gpu"}, "device: 'gpu' cannot be used"),
         ({"device": "cuda:99"}, "device: 'cuda:99' cannot be used"),
-        ({"guide_options": '{"strength": 1}'}, "needs --guide true"),
-        ({"guide": "true", "guide_options": '{"power": 1}'}, "no option power"),
+        ({"guide_options": '{"strength": 1}'}, "--guide_options: expected --guide true with it, got --guide false"),
+        ({"guide": "true", "guide_options": '{"power": 1}'}, ", got power"),
         ({"output": "{files}/real"}, "holds something else"),
         ({"output": "{files}/means.pt"}, "expected a folder or nothing, got a file"),
     ],

@@ -35,7 +35,7 @@ class Evaluated:
     Attributes:
         statistics: of N pictures.
         categories, generators: (N,) lists of str.
-        indices: (N,) the pictures' places in the data.
+        indices: (N,) the pictures' indices in the data.
         skipped: what was left out, by reason.
         curves: of all pixels.
         chunks: {("", "") | ("category", name) | ("generator", name): sorted pixels on the disk}.
