@@ -191,15 +191,22 @@ class ShardData:
         return {**decode_sample(dict(zip(("png", "mask.png", "json"), members, strict=True)), where), "key": key}
 
 
-def one_size(sets: Sequence[ShardData], option: str) -> None:
-    """Refuse sets whose pictures differ in size, where the option of this name says no size to bring them to."""
-    sizes = np.unique(np.concatenate([one.sizes for one in sets]), axis=0)
+def require_uniform_size(sets: Sequence[ShardData], option: str) -> None:
+    """Check that the pictures of all sets have one size.
+
+    Args:
+        sets: the sets.
+        option: that would resize them, for the error.
+
+    Raises:
+        UserError: the pictures differ in size.
+    """
+    sizes = np.unique(np.concatenate([each.sizes for each in sets]), axis=0)
     if len(sizes) > 1:
         shown = ", ".join(f"{width}x{height}" for height, width in sizes[:3])
-        raise UserError(
-            f"{option}: expected a side in pixels, since the pictures in {', '.join(str(s.folder) for s in sets)} have "
-            f"{len(sizes)} sizes ({shown}{', ...' if len(sizes) > 3 else ''})"
-        )
+        folders = ", ".join(str(each.folder) for each in sets)
+        got = f"none for {folders} with {len(sizes)} sizes ({shown}{', ...' if len(sizes) > 3 else ''})"
+        raise UserError(expected(option, "a side in pixels to resize the pictures to", got))
 
 
 _BLOCK = 2**16  # pictures whose shards' names are held as an array

@@ -1,15 +1,12 @@
-"""Pictures from files, folders, globs and shards, one at a time and in a fixed order; and a run's records."""
+"""Pictures from files, folders, globs and shards, one at a time and in a fixed order."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import glob
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from diffdoctor.data.codec import decode
 from diffdoctor.data.shards import read_shards
@@ -144,20 +141,3 @@ def read_source(
     caption = source.path.with_suffix(".txt")
     prompt = caption.read_text(encoding="utf-8", errors="replace").strip() if caption.is_file() else ""
     yield {"picture": picture, "name": source.name, "category": source.category, "prompt": prompt}
-
-
-def tell(line: str, skipped: dict[str, int] | None = None) -> None:
-    """A command's last words on standard error: what came of it, and what it left out."""
-    left = ", ".join(f"{count} x {reason}" for reason, count in (skipped or {}).items())
-    print(f"{line}; left out: {left}" if left else line, file=sys.stderr)
-
-
-def finite(value):
-    """JSON has no NaN: numbers that are not finite become null, in nested lists and dicts."""
-    if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if np.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value

@@ -219,22 +219,22 @@ def measures(output: Path, detector, folder: Path) -> dict:
         small clean pictures that is flagged}.
     """
     from diffdoctor.data.shards import ShardData
-    from diffdoctor.data.sources import finite
     from diffdoctor.detector.predict import diagnose_data
     from diffdoctor.detector.samples import JoinedData
     from diffdoctor.evaluate.detector.measure import evaluate_maps, measure
     from diffdoctor.evaluate.detector.report import write_report
+    from diffdoctor.runs.summary import nan_to_none
 
     result: dict = {}
     for part in ("seen", "unseen"):
         data = JoinedData([ShardData(output / "sets" / f"{group}-{part}") for group in TESTS])
         found = diagnose_data(detector, data, size=pictures.SIDE)
-        measured = finite(measure(found, bootstrap=BOOTSTRAP))
+        measured = nan_to_none(measure(found, bootstrap=BOOTSTRAP))
         groups = np.repeat(TESTS, [len(one) for one in data.parts])
         result[part] = {
             "all": measured["overall"],
             **{
-                name: finite(
+                name: nan_to_none(
                     evaluate_maps(found.confidence[groups == name], found.masks[groups == name], bootstrap=BOOTSTRAP)
                 )
                 for name in TESTS

@@ -12,16 +12,17 @@ from pathlib import Path
 import numpy as np
 
 from diffdoctor.data.pictures import to_images
-from diffdoctor.data.sources import Source, find_sources, read_source, tell
+from diffdoctor.data.sources import Source, find_sources, read_source
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import open_detector
 from diffdoctor.detector.predict import describe_map
-from diffdoctor.runs.errors import UserError, check_least, missing_extra
+from diffdoctor.runs.errors import UserError, check_least, expected, missing_extra
 from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json
 from diffdoctor.runs.journal import Journal, Records
 from diffdoctor.runs.progress import progress
 from diffdoctor.runs.record import METRICS, RunFolder, versions
+from diffdoctor.runs.summary import print_summary
 from diffdoctor.training.devices import open_device
 from diffdoctor.training.weights import weights_digest
 from diffdoctor.viz.draw import map_png, overlay, png_bytes
@@ -43,15 +44,15 @@ class DiagnoseConfig:
         output: the folder to make: maps, overlays, diagnosis.jsonl, gallery.html, config.yaml, metrics.json, records.
             Run again, it resumes with the pictures that are not there yet or whose files were replaced, and reports
             those that are given now.
-        batch_size: pictures of one size that are diagnosed together; files are shared among processes by as many.
+        batch_size: pictures of one size that are diagnosed together; processes take so many files at a time.
         tile: side in pixels of the tiles that larger pictures are cut into; null: pictures are diagnosed whole.
-        overlap: share of a tile that it has in common with the next.
+        overlap: share of a tile that it has in common with the next, in [0, 0.5].
         bits: of the confidence maps, 8 or 16.
         overlays: write the pictures reddened where the detector is confident.
-        gallery: pictures in the gallery, the worst first; 0: none.
-        dtype: fp32 or bf16: what the detector is loaded in.
+        gallery: number of pictures in the gallery, the worst first; 0: no gallery.
+        dtype: of the detector, fp32 or bf16.
         device: such as cpu or cuda:1; null: the fastest there is.
-        strict: stop at the first broken picture instead of leaving it out and counting it.
+        strict: stop at the first broken picture instead of skipping and counting it.
     """
 
     pictures: list[str]
@@ -69,20 +70,23 @@ class DiagnoseConfig:
 
     def __post_init__(self):
         if self.bits not in (8, 16):
-            raise UserError(f"bits: expected 8 or 16, got {self.bits}")
+            raise UserError(expected("bits", "8 or 16", self.bits))
         if self.dtype not in ("fp32", "bf16"):
-            raise UserError(f"dtype: expected fp32 or bf16, got {self.dtype!r}")
-        check_least(self, batch_size=1)
-        if self.tile is not None and self.tile < 16:
-            raise UserError(f"tile: expected >= 16 pixels, got {self.tile}")
+            raise UserError(expected("dtype", "fp32 or bf16", repr(self.dtype)))
+        check_least(self, batch_size=1, tile=16, gallery=0)
         if not 0 <= self.overlap <= 0.5:
-            raise UserError(f"overlap: expected a share in [0, 0.5], got {self.overlap}")
-        if self.gallery < 0:
-            raise UserError(f"gallery: expected >= 0 pictures, got {self.gallery}")
+            raise UserError(expected("overlap", "a share in [0, 0.5]", self.overlap))
 
 
 def run_diagnose(config: DiagnoseConfig) -> dict:
-    """Run `diffdoctor diagnose`; returns what metrics.json holds."""
+    """Run `diffdoctor diagnose`.
+
+    Returns:
+        What metrics.json holds; nothing on other than the main process.
+
+    Raises:
+        UserError: an option or a file does not fit or cannot be read.
+    """
     try:
         from accelerate import PartialState
     except ImportError:
@@ -116,7 +120,7 @@ def _diagnose(run: RunFolder, detector: Detector, config: DiagnoseConfig, source
     if state.is_main_process:
         metrics = _finish(index, config, journal.read(), skipped)
         page = run.path / ("gallery.html" if config.gallery else "diagnosis.jsonl")
-        tell(f"{metrics['flagged']} of {metrics['pictures']} pictures are flagged: {page}", skipped)
+        print_summary(f"{metrics['flagged']} of {metrics['pictures']} pictures are flagged: {page}", skipped)
     state.wait_for_everyone()
     return metrics
 

@@ -14,17 +14,18 @@ import numpy as np
 from diffdoctor.data.pictures import shrink_to
 from diffdoctor.data.resumable import ResumableSet, State, work_folder
 from diffdoctor.data.shard_writer import SHEET, check_options, refuse_no_set
-from diffdoctor.data.sources import Source, find_sources, read_source, tell
+from diffdoctor.data.sources import Source, find_sources, read_source
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.damage.injection import MIN_SIDE, check_range
 from diffdoctor.detector.damage.kinds import damage_kinds
 from diffdoctor.detector.damage.plugins import load_plugins
 from diffdoctor.detector.damage.versions import VersionOptions, labelled_versions
-from diffdoctor.runs.errors import UserError, check_least
+from diffdoctor.runs.errors import UserError, check_least, expected
 from diffdoctor.runs.files import atomic_write_bytes, atomic_write_json, clear_leftovers
 from diffdoctor.runs.lock import locked_folder
 from diffdoctor.runs.progress import track
 from diffdoctor.runs.record import METRICS, RunFolder, versions
+from diffdoctor.runs.summary import print_summary
 from diffdoctor.runs.workers import ordered_map
 from diffdoctor.viz.draw import SHEET_TILE, contact_sheet
 
@@ -40,20 +41,20 @@ class InjectConfig:
         pictures: clean pictures: files, folders, patterns, shards.
         output: the folder to make: shards, manifest.parquet, contact_sheet.png, config.yaml, metrics.json. It appears
             when all is there. Interrupted and run again, the command resumes after the last complete shard.
-        damaged: damaged versions of each picture.
-        benign: mildly changed look-alikes of each picture, with empty masks.
-        clean: put each picture itself in as well, with an empty mask.
-        kinds: kinds of damage to draw from; none named: all.
-        plugins: Python files to run first, which register kinds of their own by `diffdoctor.detector.damage_kind`.
-        strength: range of the damage's strength, within (0, 1].
-        area: range of the damaged region's size, share of the picture.
-        visible: smallest mean change of the changed pixels, of 1.
-        longest: pictures are shrunk to this longest side in pixels before; null: they stay as they are.
-        seed: of all draws; each picture's damage depends on it and on the picture's place in the input alone.
+        damaged: number of damaged versions of each picture.
+        benign: number of benign changes of each picture, with empty masks.
+        clean: include each picture itself, with an empty mask.
+        kinds: kinds of damage to draw from; null: all.
+        plugins: Python files to run first, which register kinds by `diffdoctor.detector.damage_kind`.
+        strength: range of the damage's strength, in (0, 1].
+        area: range of the damaged region's size, as a share of the picture.
+        visible: smallest mean change of the changed pixels, in [0, 1].
+        longest: larger pictures are shrunk to this longest side, in pixels; null: they keep their size.
+        seed: of all draws; each picture's damage is a function of the seed and of the picture's index in the input.
         workers: processes; the result does not depend on their number.
         shard_size: pictures in a shard.
         picture_type: png, webp (both exact) or jpg.
-        strict: stop at the first broken picture instead of leaving it out and counting it.
+        strict: stop at the first broken picture instead of skipping and counting it.
         overwrite: replace the output folder when it is there: a set of shards, and none that the pictures come from.
     """
 
@@ -77,7 +78,14 @@ class InjectConfig:
 
 
 def run_inject(config: InjectConfig) -> dict:
-    """Run `diffdoctor inject`; returns what metrics.json holds."""
+    """Run `diffdoctor inject`.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        UserError: an option or a file does not fit or cannot be read.
+    """
     plugins = load_plugins(config.plugins)
     _check(config)
     output, sources = Path(config.output), find_sources(config.pictures)
@@ -94,7 +102,7 @@ def run_inject(config: InjectConfig) -> dict:
             finally:
                 with contextlib.suppress(OSError):
                     work.rmdir()
-    tell(f"{metrics['pictures']} pictures are there already: {output}")
+    print_summary(f"{metrics['pictures']} pictures are there already: {output}")
     return metrics
 
 
@@ -121,12 +129,12 @@ def _refuse_replacing(output: Path) -> None:
 def _check(config: InjectConfig) -> None:
     unknown = sorted(set(config.kinds or ()) - set(damage_kinds()))
     if unknown:
-        raise UserError(f"kinds: no such kind {', '.join(unknown)}; there are {', '.join(damage_kinds())}")
+        raise UserError(expected("kinds", f"some of {', '.join(damage_kinds())}", ", ".join(unknown)))
     check_least(config, damaged=0, benign=0, workers=1, seed=0, longest=MIN_SIDE)
     if not (config.damaged or config.benign or config.clean):
-        raise UserError("damaged, benign, clean: expected at least one version of each picture, got none")
+        raise UserError(expected("damaged, benign, clean", "at least one version of each picture", "none"))
     if not 0 <= config.visible <= 1:
-        raise UserError(f"visible: expected a change within [0, 1], got {config.visible}")
+        raise UserError(expected("visible", "a change in [0, 1]", config.visible))
     try:
         for name in ("strength", "area"):
             check_range(name, getattr(config, name), 0, 1)
@@ -157,7 +165,7 @@ def _make(config: InjectConfig, run: RunFolder, sources: list[Source]) -> dict:
     made = ResumableSet(output, run.identity, shard_size=config.shard_size, picture_type=config.picture_type)
     if made.discarded_stale:
         other = ", ".join(made.discarded_stale)
-        tell(f"{output}: deleted the unfinished set of a run with another {other}; starting again")
+        print_summary(f"{output}: deleted the unfinished set of a run with another {other}; starting again")
     stats = InjectStats(made.state)
     made.write(stats.count(_samples(config, sources, stats)), stats.record)
     metrics = stats.metrics() | {"versions": versions()}
@@ -181,7 +189,7 @@ def _make(config: InjectConfig, run: RunFolder, sources: list[Source]) -> dict:
     if not config.overwrite:
         _refuse_replacing(output)
     made.finish(add)
-    tell(f"{metrics['pictures']} pictures: {output}", left_out)
+    print_summary(f"{metrics['pictures']} pictures: {output}", left_out)
     return metrics
 
 

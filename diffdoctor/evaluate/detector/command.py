@@ -65,7 +65,7 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
         raise missing_extra("accelerate", "stages") from None
     import torch
 
-    from diffdoctor.data.shards import ShardData, one_size
+    from diffdoctor.data.shards import ShardData, require_uniform_size
     from diffdoctor.detector.models.load import open_detector
     from diffdoctor.training.devices import open_device
 
@@ -75,7 +75,7 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
     if not sum(map(len, sets)):
         raise UserError(expected("data", "labelled pictures", "none"))
     if config.size is None:
-        one_size(sets, "size")
+        require_uniform_size(sets, "size")
     detector = open_detector(config.detector)
     detector.to(open_device(config.device, state.device))
     with locked_folder(output, main=state.is_main_process):
@@ -84,9 +84,9 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
 
 def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> dict:
     from diffdoctor.data.pictures import resize_pair
-    from diffdoctor.data.sources import finite, tell
     from diffdoctor.detector.samples import JoinedData
     from diffdoctor.evaluate.detector.parts import evaluate_in_parts, remove_parts
+    from diffdoctor.runs.summary import nan_to_none, print_summary
 
     output, data = Path(config.output), JoinedData(sets)
     identity = {"weights": weights_digest(detector)}
@@ -98,7 +98,7 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
     if found is None:
         return {}
     names = (found.categories, found.generators, found.auprc)
-    result = finite(measure_statistics(found.statistics, *names, bootstrap=config.bootstrap, seed=config.seed))
+    result = nan_to_none(measure_statistics(found.statistics, *names, bootstrap=config.bootstrap, seed=config.seed))
     result |= {"skipped": found.skipped, "versions": versions()}
     for name in (CONFIG, METRICS, REPORT):
         clear_leftovers(output, name)
@@ -117,5 +117,5 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
     worst = found.statistics.worst(config.examples)
     write_page(output / REPORT, result, found.curves.result(), worst, views)
     remove_parts(output / PARTS)
-    tell(f"{verdict(result)}: {output / REPORT}", found.skipped)
+    print_summary(f"{verdict(result)}: {output / REPORT}", found.skipped)
     return result

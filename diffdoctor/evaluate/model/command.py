@@ -12,7 +12,6 @@ import torch
 
 from diffdoctor.data.pictures import as_batch
 from diffdoctor.data.prompts import Prompt, read_prompt_file
-from diffdoctor.data.sources import finite
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.models.load import open_detector
 from diffdoctor.evaluate.model import draw as pipelines
@@ -25,6 +24,7 @@ from diffdoctor.runs.errors import UserError, expected, missing_extra
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.progress import progress, quiet_loaders
 from diffdoctor.runs.record import METRICS, versions
+from diffdoctor.runs.summary import nan_to_none
 from diffdoctor.training.devices import open_device
 from diffdoctor.training.weights import same_weights, weights_digest
 from diffdoctor.treat.prompts import check_prompts
@@ -282,7 +282,7 @@ class Evaluation:
         metrics["real_pictures"] = 0 if real is None else len(real.judge)
         metrics["sampling"] = {**pipelines.call_options(self.config), "scheduler": self.config.scheduler}
         metrics |= {"skipped": self.skipped.reasons, "versions": versions()}
-        metrics = finite(metrics)
+        metrics = nan_to_none(metrics)
         write_report(self, metrics, before, after)
         # Last: its presence says that the evaluation is complete.
         atomic_write_json(self.folder.path / METRICS, metrics)
