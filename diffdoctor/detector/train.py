@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from diffdoctor.runs.checkpoints import Checkpoints
 from diffdoctor.runs.errors import UserError, expected, missing_extra
 from diffdoctor.runs.progress import progress as progress_bar
 from diffdoctor.training.ema import RunningAverage
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclasses.dataclass
@@ -99,7 +103,11 @@ def prepared_run(
     No other process may work in its output folder until the block ends.
 
     Args:
-        config, data, detector, validation, output_dir: see `train_detector`.
+        config: see `train_detector`.
+        data: see `train_detector`.
+        detector: see `train_detector`.
+        validation: see `train_detector`.
+        output_dir: see `train_detector`.
         identity: what else the result depends on, by name.
 
     Raises:
@@ -133,7 +141,14 @@ def prepared_run(
 class TrainingRun:
     """One training run: the state that a checkpoint holds, and the loop over it. Made by `prepared_run`."""
 
-    def __init__(self, config, data, detector, validation, accelerator):
+    def __init__(
+        self,
+        config: DetectorTrainingConfig,
+        data: DetectorData | ShardStream,
+        detector: nn.Module,
+        validation: DetectorData | None,
+        accelerator: Accelerator,
+    ):
         self.config, self.detector, self.validation, self.accelerator = config, detector, validation, accelerator
         detector.to(accelerator.device).train()
         groups = _parameter_groups(detector, config.weight_decay)

@@ -20,6 +20,7 @@ from diffdoctor.measures.pixels import (
     mean_without_nan,
     picture_counts,
 )
+from diffdoctor.runs.errors import expected
 
 # Bins of confidence, an eighth of a logit wide, from which the AUPRC's interval is drawn.
 LEVELS = 128
@@ -65,7 +66,7 @@ class PictureStatistics:
             maps_pair(confidence, mask)
             raise AssertionError("unreachable: such maps are refused")
         if not confidence.size:
-            raise ValueError("confidence: expected at least one picture, got none")
+            raise ValueError(expected("confidence", "at least one picture", "none"))
         return cls.joined([cls._of(confidence[part], mask[part]) for part in slices(confidence)])
 
     @classmethod

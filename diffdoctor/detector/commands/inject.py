@@ -287,6 +287,7 @@ class InjectStats:
         return {kind: [tiles for _, tiles in shown] for kind, shown in self.sheet.items()}
 
     def metrics(self) -> dict:
+        """The counts for metrics.json."""
         return {
             "pictures": sum(self.kinds.values()),
             "kinds": dict(sorted(self.kinds.items())),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import load_exactly
 from diffdoctor.detector.models.preprocess import PreprocessConfig
 from diffdoctor.runs.errors import UserError, expected, missing_extra
+
+if TYPE_CHECKING:
+    from transformers import SegformerConfig
 
 # MiT sizes, table 6 of the SegFormer paper (arXiv 2105.15203): (depths, hidden_sizes, decoder_hidden_size).
 SIZES = {
@@ -74,7 +78,7 @@ class ArtifactDetector(Detector):
     """SegFormer (arXiv 2105.15203) with one output channel: where is this picture broken?
 
     Args:
-        config: a `transformers.SegformerConfig`, or the dict to make one of. `num_labels` is set to 1.
+        config: transformers' configuration, or its fields as a dict. `num_labels` is set to 1.
         head_norm: the normalisation in the decode head. "group": GroupNorm, for training from scratch; the losses do
             not depend on the number of processes. "batch": SegFormer's BatchNorm with frozen statistics, for published
             weights.
@@ -93,7 +97,14 @@ class ArtifactDetector(Detector):
 
     kind = "segformer"
 
-    def __init__(self, config, *, head_norm: str = "group", preprocess: PreprocessConfig | None = None, **fields):
+    def __init__(
+        self,
+        config: SegformerConfig | dict,
+        *,
+        head_norm: str = "group",
+        preprocess: PreprocessConfig | None = None,
+        **fields,
+    ):
         if preprocess is not None and fields:
             raise TypeError(expected("preprocess", "either a PreprocessConfig or its fields by name", "both"))
         super().__init__(preprocess or PreprocessConfig(**fields))

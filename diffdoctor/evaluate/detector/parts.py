@@ -1,4 +1,4 @@
-"""An evaluation in parts, each on the disk when it is done: shared among processes, resumable, and little in memory."""
+"""An evaluation in parts that are stored one by one: split among processes, resumable, and with bounded memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,11 +17,16 @@ from diffdoctor.detector.samples import JoinedData
 from diffdoctor.evaluate.detector.sorted_pixels import ChunkWriter, SortedChunk
 from diffdoctor.measures.curves import PixelCurves, average_precision_of_chunks
 from diffdoctor.measures.statistics import PictureStatistics, slices
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import refuse_foreign
 from diffdoctor.runs.progress import progress
 from diffdoctor.runs.record import RUN, RunFolder
 from diffdoctor.runs.units import Units
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from diffdoctor.detector.models.base import Detector
 
 _BATCHES = 4  # in a part
 _PARTS = "part-*"
@@ -30,13 +36,14 @@ _NAMES = (RUN, _PARTS, f".{RUN}.diffdoctor-*", f".{_PARTS}.diffdoctor-*")
 
 @dataclasses.dataclass
 class Evaluated:
-    """What an evaluation found, without the maps.
+    """The results of an evaluation, without the maps.
 
     Attributes:
         statistics: of N pictures.
-        categories, generators: (N,) lists of str.
+        categories: N names.
+        generators: N names.
         indices: (N,) the pictures' indices in the data.
-        skipped: what was left out, by reason.
+        skipped: {reason: count} of the pictures that were skipped.
         curves: of all pixels.
         chunks: {("", "") | ("category", name) | ("generator", name): sorted pixels on the disk}.
     """
@@ -60,29 +67,38 @@ def _parts_folder(folder: Path, identity: dict) -> RunFolder:
 
 
 def evaluate_in_parts(
-    detector, sets: Sequence[ShardData], folder: Path, identity: dict, state, *, batch_size: int, size, strict: bool
+    detector: Detector,
+    sets: Sequence[ShardData],
+    folder: Path,
+    identity: dict,
+    state: PartialState,
+    *,
+    batch_size: int,
+    size: int | None,
+    strict: bool,
 ) -> Evaluated | None:
-    """Diagnose sets of shards part by part; parts that are already finished are not done again.
+    """Diagnose sets of shards part by part; parts that are already finished are skipped.
 
-    Memory holds a batch of maps and some 1,200 bytes a picture; the folder takes up to 12 bytes a pixel.
+    Memory holds a batch of maps and about 1,200 bytes a picture; the folder takes up to 12 bytes a pixel.
 
     Args:
-        detector: a `Detector`.
+        detector: the detector.
         sets: the labelled pictures.
-        folder: for the parts; the caller removes it when it has what it wants.
-        identity: what the maps depend on beside the pictures and the options here; parts made with others are refused.
-        state: Accelerate's state of the processes that share the work.
-        batch_size, size, strict: see `detector.predict.diagnose_data`.
+        folder: for the parts; the caller removes it at the end, see `remove_parts`.
+        identity: all that the maps depend on beside the pictures and the options here; other parts are refused.
+        state: Accelerate's state of the processes that split the work.
+        batch_size: pictures at a time.
+        size: side in pixels to which maps and masks are resized; None: the pictures must agree in size.
+        strict: raise at a broken picture instead of skipping and counting it.
 
     Returns:
-        What was found on the main process, None on the others.
+        The statistics on the main process, None on the others.
 
     Raises:
-        UserError: the folder holds parts that were made with other settings, or what is no part; pictures differ in
-            size.
+        UserError: the folder holds parts of another identity, or other files; or pictures differ in size.
     """
     data, length = JoinedData(sets), _BATCHES * batch_size
-    identity = identity | {"data": data.fingerprint(), "batch_size": batch_size, "size": size, "format": 2}
+    identity = identity | {"data": data.fingerprint(), "batch_size": batch_size, "size": size, "format": 3}
     run = _parts_folder(folder, identity)
     refuse_foreign(folder, _NAMES)
     run.check()
@@ -165,8 +181,6 @@ def _joined(paths: Sequence[Path]) -> Evaluated:
         for (column, name), (begin, end) in zip(groups, ranges, strict=True):
             found.chunks.setdefault((column, name), []).append(SortedChunk(path.with_suffix(".pixels"), begin, end))
     if len(shapes) != 1:
-        raise UserError(
-            f"size: expected a side in pixels, since pictures differ in size ({sorted(shapes)}), or there are none"
-        )
+        raise UserError(expected("size", "a side in pixels", f"none for pictures of sizes {sorted(shapes)}"))
     found.statistics, found.indices = PictureStatistics.joined(statistics), np.concatenate(indices)
     return found
