@@ -64,10 +64,21 @@ def cover_crop(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(ImageOps.fit(Image.fromarray(picture), size[::-1], Image.Resampling.LANCZOS))
 
 
-def resize_pair(picture: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Picture (H, W, 3) uint8 and mask (H, W) float32 at size x size pixels, antialiased."""
+def resize_pair(picture: np.ndarray, mask: np.ndarray, size: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """A picture and its mask, resized to a square, antialiased.
+
+    Args:
+        picture: (H, W, 3) uint8.
+        mask: (H, W) float32 in [0, 1].
+        size: side in pixels; None leaves them, as does a picture of that size.
+
+    Returns:
+        (size, size, 3) uint8 and (size, size) float32 in [0, 1].
+    """
     from PIL import Image
 
+    if size is None or picture.shape[:2] == (size, size):
+        return picture, mask
     picture = np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR))
     mask = np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.BILINEAR))
     return picture, np.clip(mask, 0, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -99,17 +99,32 @@ def batches(
         strict: raise `BrokenSample` at a broken sample instead of skipping and counting it.
         counts: filled with what was skipped.
 
-    Yields:
+    Returns:
         Lists of samples, each with its `index` in the data.
     """
     counts = SkipCounts() if counts is None else counts
+
+    def readable() -> Iterator[dict]:
+        for index in range(len(data)) if chosen is None else chosen:
+            try:
+                sample = {**data[index], "index": index}
+            except BrokenSample as error:
+                counts.add(error.reason, error.where, strict)
+                continue
+            yield sample
+
+    return in_batches(readable(), batch_size)
+
+
+def in_batches(samples: Iterable[dict], batch_size: int) -> Iterator[list[dict]]:
+    """Split samples, in order, into lists of up to `batch_size` whose pictures have one size.
+
+    Args:
+        samples: dicts with `picture` (H, W, 3).
+        batch_size: samples in a list.
+    """
     batch: list[dict] = []
-    for index in range(len(data)) if chosen is None else chosen:
-        try:
-            sample = {**data[index], "index": index}
-        except BrokenSample as error:
-            counts.add(error.reason, error.where, strict)
-            continue
+    for sample in samples:
         if batch and (len(batch) == batch_size or sample["picture"].shape != batch[0]["picture"].shape):
             yield batch
             batch = []
@@ -144,14 +159,12 @@ def diagnosed_batches(
     """
     device = next(detector.parameters()).device
     for batch in batches(data, batch_size, chosen=chosen, strict=strict, counts=counts):
-        pairs = [(s["picture"], as_mask(s["mask"])) for s in batch]
-        if size is not None:
-            pairs = [resize_pair(*pair, size) if pair[1].shape != (size, size) else pair for pair in pairs]
-        images = to_images([p for p, _ in pairs], device)
+        pictures, masks = zip(*(resize_pair(s["picture"], as_mask(s["mask"]), size) for s in batch), strict=True)
+        images = to_images(pictures, device)
         with torch.no_grad():
             confidence = detector.confidence(images)[:, 0].float().cpu().numpy()
         names = ([str(s.get(name) or "") for s in batch] for name in ("category", "generator"))
-        yield Diagnosed(confidence, np.stack([m for _, m in pairs]), *names, np.array([s["index"] for s in batch]))
+        yield Diagnosed(confidence, np.stack(masks), *names, np.array([s["index"] for s in batch]))
 
 
 def diagnose_data(

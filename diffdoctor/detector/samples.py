@@ -11,6 +11,7 @@ import numpy as np
 from diffdoctor.data.pictures import as_mask, resize_pair
 from diffdoctor.detector.config import AugmentConfig
 from diffdoctor.detector.damage.benign import benign
+from diffdoctor.detector.damage.drawing import blur
 from diffdoctor.detector.damage.injection import NoVisibleDamage, inject
 from diffdoctor.runs.errors import expected
 
@@ -140,7 +141,8 @@ def augment(
     if config.shift:
         picture, mask = _shift(picture, mask, config.shift, rng)
     if config.blur and rng.uniform() < 0.5:
-        picture = _blur(picture, rng.uniform(0.3, 1.0) * config.blur)
+        soft = blur(picture.astype(np.float32), rng.uniform(0.3, 1.0) * config.blur, truncate=3.0)
+        picture = np.rint(soft).astype(np.uint8)
     if config.exposure or config.noise:
         values = picture.astype(np.float32) * (1 + config.exposure * rng.uniform(-1, 1))
         values += 255 * config.noise * rng.uniform() * rng.standard_normal(picture.shape, dtype=np.float32)
@@ -162,13 +164,6 @@ def shrink_and_pad(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     y, x = rng.integers(height - h + 1), rng.integers(width - w + 1)
     result[y : y + h, x : x + w] = small
     return result
-
-
-def _blur(picture: np.ndarray, sigma: float) -> np.ndarray:
-    from scipy import ndimage
-
-    soft = ndimage.gaussian_filter(picture.astype(np.float32), (sigma, sigma, 0), mode="nearest", truncate=3.0)
-    return np.rint(soft).astype(np.uint8)
 
 
 def _shift(picture: np.ndarray, mask: np.ndarray, share: float, rng: np.random.Generator):
@@ -258,9 +253,7 @@ def training_pair(
     """
     import torch
 
-    picture, mask = sample["picture"], as_mask(sample["mask"])
-    if size is not None and picture.shape[:2] != (size, size):
-        picture, mask = resize_pair(picture, mask, size)
+    picture, mask = resize_pair(sample["picture"], as_mask(sample["mask"]), size)
     picture, mask = augment(picture, mask, config, rng)
     # Copies: what augmentation returns may be a view with negative strides, or the caller's own array.
     picture, mask = np.array(picture.transpose(2, 0, 1), order="C"), np.array(mask[None], np.float32, order="C")

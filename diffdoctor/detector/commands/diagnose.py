@@ -16,7 +16,7 @@ from diffdoctor.data.sources import Source, find_sources, read_source
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import open_detector
-from diffdoctor.detector.predict import describe_map
+from diffdoctor.detector.predict import describe_map, in_batches
 from diffdoctor.runs.errors import UserError, check_least, expected, missing_extra
 from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json
 from diffdoctor.runs.journal import Journal, Records
@@ -219,16 +219,12 @@ def _diagnose_units(
 
 def _batches(unit: list[Source], config: DiagnoseConfig, counts: SkipCounts, stamps: dict) -> Iterator[list[dict]]:
     """The pictures of a unit in batches of one size."""
-    batch: list[dict] = []
-    for source in unit:
-        for sample in read_source(source, strict=config.strict, counts=counts, masks="ignored"):
-            sample |= {"path": _absolute(source), "stamp": stamps[source.name]}
-            if batch and (len(batch) == config.batch_size or batch[0]["picture"].shape != sample["picture"].shape):
-                yield batch
-                batch = []
-            batch.append(sample)
-    if batch:
-        yield batch
+    samples = (
+        sample | {"path": _absolute(source), "stamp": stamps[source.name]}
+        for source in unit
+        for sample in read_source(source, strict=config.strict, counts=counts, masks="ignored")
+    )
+    return in_batches(samples, config.batch_size)
 
 
 def _diagnose_batch(detector: Detector, batch: list[dict], missing: set[str], config: DiagnoseConfig) -> Iterator[dict]:

@@ -34,11 +34,17 @@ def pixel_grid(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.mgrid[0 : picture.shape[0], 0 : picture.shape[1]].astype(np.float32)
 
 
-def blur(picture: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur of a picture (H, W, C) with a standard deviation of `sigma` pixels."""
+def blur(picture: np.ndarray, sigma: float, truncate: float = 4.0) -> np.ndarray:
+    """Gaussian blur; beyond the border its last pixels are repeated.
+
+    Args:
+        picture: (H, W, C) float32.
+        sigma: standard deviation, in pixels.
+        truncate: radius of the filter, in standard deviations.
+    """
     from scipy import ndimage
 
-    return ndimage.gaussian_filter(picture, (sigma, sigma, 0), mode="nearest")
+    return ndimage.gaussian_filter(picture, (sigma, sigma, 0), mode="nearest", truncate=truncate)
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float) -> np.ndarray:

@@ -109,9 +109,7 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
         data_index = int(found.indices[index])
         again = diagnose_data(detector, data, size=config.size, chosen=[data_index])
         sample = data[data_index]
-        picture = sample["picture"]
-        if picture.shape[:2] != again.masks.shape[1:]:
-            picture = resize_pair(picture, sample["mask"], config.size)[0]
+        picture, _ = resize_pair(sample["picture"], sample["mask"], config.size)
         return picture, again.masks[0], again.confidence[0]
 
     worst = found.statistics.worst(config.examples)

@@ -180,7 +180,9 @@ def _joined(paths: Sequence[Path]) -> Evaluated:
         groups, ranges = part["chunk_groups"].tolist(), part["chunk_ranges"].tolist()
         for (column, name), (begin, end) in zip(groups, ranges, strict=True):
             found.chunks.setdefault((column, name), []).append(SortedChunk(path.with_suffix(".pixels"), begin, end))
-    if len(shapes) != 1:
+    if not shapes:
+        raise UserError(expected("data", "at least one readable picture", "none"))
+    if len(shapes) > 1:
         raise UserError(expected("size", "a side in pixels", f"none for pictures of sizes {sorted(shapes)}"))
     found.statistics, found.indices = PictureStatistics.joined(statistics), np.concatenate(indices)
     return found

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffdoctor.data.pictures import shrink_to
 from diffdoctor.detector.predict import diagnose_pictures
 from diffdoctor.measures.pixels import FLAG_CONFIDENCE, FLAG_SHARE
 from diffdoctor.viz.draw import as_hwc, enlarge, grid, jpeg_bytes, overlay, png_bytes
@@ -196,15 +197,8 @@ def _strips(
 
 
 def _sized(picture: np.ndarray) -> np.ndarray:
-    from PIL import Image
-
     longest = max(picture.shape[:2])
-    if longest <= SMALL:
-        return enlarge(picture, max(1, SMALL // longest))
-    if longest <= LARGE:
-        return picture
-    size = tuple(max(1, round(side * LARGE / longest)) for side in picture.shape[1::-1])
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
+    return enlarge(picture, max(1, SMALL // longest)) if longest <= SMALL else shrink_to(picture, LARGE)
 
 
 def _rate(rate: dict, when: str) -> str:
