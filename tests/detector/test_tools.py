@@ -102,7 +102,7 @@ def test_inject_reads_shards_and_leaves_out_what_is_broken_or_damaged(pictures, 
 
 def test_inject_refuses_what_it_cannot_do(pictures, tmp_path):
     injected(pictures, tmp_path / "out")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         injected(pictures, tmp_path / "out", seed=4)
     injected(pictures, tmp_path / "out", overwrite=True, seed=5)
     with pytest.raises(UserError, match=r"kinds: expected some of .*, got melt"):
