@@ -54,10 +54,10 @@ def evaluate(way: str, folder: Path, count: int, bootstrap: int) -> dict:
     from accelerate import PartialState
 
     from diffdoctor.data.shards import ShardData
-    from diffdoctor.data.sources import finite
     from diffdoctor.detector.predict import diagnose_data
     from diffdoctor.evaluate.detector.measure import measure, measure_statistics
     from diffdoctor.evaluate.detector.parts import evaluate_in_parts
+    from diffdoctor.runs.summary import nan_to_none
 
     data, model = ShardData(folder / str(count)), detector()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -75,7 +75,7 @@ def evaluate(way: str, folder: Path, count: int, bootstrap: int) -> dict:
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     sizes = {"seconds": seconds, "before_mib": before / 2**10, "peak_mib": peak / 2**10, "disk_mib": disk / 2**20}
-    return sizes | {"figures": finite(measured)}
+    return sizes | {"figures": nan_to_none(measured)}
 
 
 def differences(one, two, path: str = "") -> list[str]:
@@ -107,7 +107,7 @@ def main(argv=None) -> None:
         way, count = arguments.part
         print(json.dumps(evaluate(way, folder, int(count), arguments.bootstrap)))
         return
-    from diffdoctor.data.shards import write_shards
+    from diffdoctor.data.shard_writer import write_shards
 
     rows = []
     for count in arguments.pictures:

@@ -87,7 +87,7 @@ def samples(count: int, memory: Memory):
 
 def write(folder: Path, count: int) -> dict:
     """Write the shards; returns pictures per second and memory."""
-    from diffdoctor.data.shards import write_shards
+    from diffdoctor.data.shard_writer import write_shards
 
     memory = Memory()
     started = time.perf_counter()

@@ -7,13 +7,13 @@ import io
 import numpy as np
 
 PICTURE_TYPES = ("png", "jpg", "jpeg", "webp")
-# A bound against decompression bombs.
+# Refuses decompression bombs.
 MAX_PIXELS = 2**27
 _ORIENTATION = 0x0112
 
 
 def encode_picture(picture: np.ndarray, picture_type: str) -> bytes:
-    """(H, W, 3) uint8 as PNG, lossless WebP or JPEG of quality 95."""
+    """Encode a picture (H, W, 3) uint8 as "png", "webp" (lossless) or else JPEG of quality 95."""
     from PIL import Image
 
     options = {"png": {"format": "PNG"}, "webp": {"format": "WEBP", "lossless": True}}
@@ -23,7 +23,7 @@ def encode_picture(picture: np.ndarray, picture_type: str) -> bytes:
 
 
 def encode_mask(mask: np.ndarray) -> bytes:
-    """(H, W) uint8 as PNG."""
+    """Encode a mask (H, W) uint8 as PNG."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -32,9 +32,16 @@ def encode_mask(mask: np.ndarray) -> bytes:
 
 
 def decode(data: bytes, mode: str) -> np.ndarray:
-    """A picture's bytes as uint8 (H, W, 3) for mode "RGB" or (H, W) for "L", turned upright as its camera flagged it.
+    """Decode a picture, rotated upright by its EXIF orientation.
 
     Sixteen bits a pixel are scaled to eight; transparency is dropped, as training scripts drop it.
+
+    Args:
+        data: the bytes of a PNG, JPEG or WebP file.
+        mode: "RGB" or "L" (grey).
+
+    Returns:
+        uint8, (H, W, 3) for "RGB" or (H, W) for "L".
 
     Raises:
         ValueError: not a PNG, JPEG or WebP picture, broken, or too large.
@@ -45,7 +52,7 @@ def decode(data: bytes, mode: str) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-            # Each of these copies the picture, so that neither is called where it changes nothing.
+            # Both conversions copy the picture, and are called only where they change something.
             if image.getexif().get(_ORIENTATION, 1) != 1:
                 image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):

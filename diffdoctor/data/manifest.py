@@ -1,4 +1,4 @@
-"""The Parquet manifest of a set of shards: a row for each picture, with the bytes at which it stands."""
+"""The Parquet manifest of a set of shards: a row for each picture, with its byte ranges."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffdoctor.runs.errors import UserError, missing_extra
+from diffdoctor.runs.errors import UserError, expected, missing_extra
 
 MANIFEST = "manifest.parquet"
 TEXTS = ("key", "shard", "label", "category", "generator", "prompt")
@@ -15,11 +15,11 @@ OFFSETS = ("picture_offset", "picture_size", "mask_offset", "mask_size", "json_o
 
 
 class ManifestWriter:
-    """Writes rows to a Parquet file in groups, so that memory holds one group; close it for the file to be whole.
+    """Writes rows to a Parquet file, group by group; the file is complete when the writer was closed.
 
     Args:
         path: of the file.
-        group: rows in a group.
+        group: rows in a group, which are held in memory.
     """
 
     def __init__(self, path: Path, group: int = 1000):
@@ -36,7 +36,7 @@ class ManifestWriter:
             self._flush()
 
     def close(self) -> None:
-        """Write what is left and the file's end."""
+        """Write the last group and the file's footer."""
         self._flush()
         self.writer.close()
 
@@ -47,13 +47,24 @@ class ManifestWriter:
 
 
 def read_manifest(folder: str | Path) -> dict[str, list]:
-    """The manifest's columns as lists; raises `UserError` where there is none or it cannot be read."""
+    """The manifest's columns by name, as lists.
+
+    Raises:
+        UserError: there is no manifest, or it cannot be read.
+    """
     table = _read(folder, (*COLUMNS, *OFFSETS))
     return {name: table.column(name).to_pylist() for name in table.column_names}
 
 
 def read_columns(folder: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Some of the manifest's columns as arrays, texts as shared `str` objects (keys as a NumPy string array).
+    """Some of the manifest's columns as arrays.
+
+    Args:
+        folder: of the set.
+        names: of the columns.
+
+    Returns:
+        (N,) arrays by name: keys as NumPy strings, other texts as shared `str` objects, the rest as numbers.
 
     Raises:
         UserError: there is no manifest, or it cannot be read.
@@ -79,17 +90,16 @@ def _read(folder: str | Path, names: tuple[str, ...]):
     pa, parquet = _pyarrow()
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise UserError(
-            f"{folder}: no {MANIFEST} there; expected a folder of shards, as `diffdoctor inject` writes them"
-        )
+        what = f"a folder of shards with {MANIFEST}, as `diffdoctor inject` writes them"
+        raise UserError(expected(folder, what, f"no {MANIFEST}"))
     try:
         with parquet.ParquetFile(path) as file:
             missing = [name for name in names if name not in file.schema_arrow.names]
             if missing:
-                raise UserError(f"{path}: the manifest lacks the columns {', '.join(missing)}")
+                raise UserError(expected(path, f"the columns {', '.join(missing)}", "a manifest without them"))
             return file.read(columns=list(names))
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: no manifest that can be read ({error})") from error
+        raise UserError(expected(path, "a Parquet file", f"one that cannot be read ({error})")) from error
 
 
 def _pyarrow():

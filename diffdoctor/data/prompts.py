@@ -1,4 +1,4 @@
-"""Prompts from a file, with what is known of each: its category, and the label that it asks for."""
+"""Prompts from a file, with the category and the label of each where they are known."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffdoctor.runs.errors import UserError, first_line, missing_extra
+from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
 
 COLUMNS = ("prompt", "category", "label")
 
@@ -17,8 +17,8 @@ class Prompt:
 
     Attributes:
         text: the prompt itself.
-        category: a group that gets figures of its own; "": none.
-        label: what the picture must show, a classifier's word for it; "": not known.
+        category: a group for which measures are computed separately; "": none.
+        label: what the picture must show, as a classifier names it; "": not known.
     """
 
     text: str
@@ -29,10 +29,10 @@ class Prompt:
 def read_prompt_file(path: str | Path) -> list[Prompt]:
     """Prompts from a text file (one per line), a .jsonl file (one object per line) or a .parquet file.
 
-    The latter two have `prompt`, and may have `category` and `label`. Blank prompts and nulls are left out.
+    The latter two have `prompt`, and may have `category` and `label`. Blank prompts and nulls are ignored.
 
     Raises:
-        UserError: if the file cannot be read, has no column `prompt` or holds no prompt.
+        UserError: the file cannot be read, has no column `prompt` or holds no prompt.
     """
     path = Path(path)
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
@@ -43,13 +43,13 @@ def read_prompt_file(path: str | Path) -> list[Prompt]:
     for number, row in enumerate(rows, start=1):
         if "prompt" not in row:
             names = ", ".join(map(str, row)) or "nothing"
-            raise UserError(f"--prompts {path}: `prompt` was expected in record {number}, got {names}")
+            raise UserError(expected(f"--prompts {path}", f"`prompt` in row {number}", names))
         if not isinstance(row["prompt"], (str, type(None))):
-            raise UserError(f"--prompts {path}: text was expected in record {number}, got {row['prompt']!r}")
+            raise UserError(expected(f"--prompts {path}", f"text as `prompt` in row {number}", repr(row["prompt"])))
     found = [Prompt(*(str("" if row.get(name) is None else row[name]).strip() for name in COLUMNS)) for row in rows]
     found = [prompt for prompt in found if prompt.text]
     if not found:
-        raise UserError(f"--prompts {path}: holds no prompt")
+        raise UserError(expected(f"--prompts {path}", "at least one prompt", "none"))
     return found
 
 
@@ -58,13 +58,13 @@ def _read_text(path: Path) -> list[dict]:
 
 
 def _text(path: Path) -> str:
-    # Windows' editors put a byte order mark in front, which would become part of the first prompt
+    # Editors on Windows write a byte order mark, which would become part of the first prompt.
     return path.read_text(encoding="utf-8-sig")
 
 
 def _read_jsonl(path: Path) -> list[dict]:
     rows = []
-    # JSON strings may hold what str.splitlines takes for the end of a line
+    # Not splitlines(), which also splits at characters that JSON strings may hold.
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -73,7 +73,7 @@ def _read_jsonl(path: Path) -> list[dict]:
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise UserError(f"--prompts {path}: a JSON object was expected in line {number}")
+            raise UserError(expected(f"--prompts {path}", f"a JSON object in line {number}", repr(line[:80])))
         rows.append(row)
     return rows
 
@@ -90,4 +90,4 @@ def _read_parquet(path: Path) -> list[dict]:
             return [dict.fromkeys(names)]
         return parquet.read_table(path, columns=[name for name in COLUMNS if name in names]).to_pylist()
     except pyarrow.ArrowException as error:
-        raise UserError(f"--prompts {path}: not a Parquet file ({first_line(error)})") from None
+        raise UserError(expected(f"--prompts {path}", "a Parquet file", first_line(error))) from None

@@ -16,7 +16,7 @@ import numpy as np
 from diffdoctor.data.codec import PICTURE_TYPES, encode_mask, encode_picture
 from diffdoctor.data.manifest import MANIFEST, ManifestWriter
 from diffdoctor.data.tar import KEY
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_dir, clear_leftovers, refuse_foreign
 from diffdoctor.runs.record import CONFIG, METRICS, RUN, RunFolder
 
@@ -33,23 +33,23 @@ def write_shards(
     Args:
         samples: dicts with `picture` (H, W, 3) uint8 and `mask` (H, W) float in [0, 1] or uint8 (absent: clean), and
             any of `key` (a unique name of letters, digits, _ and -), `prompt`, `category`, `generator`, `label` (real,
-            injected, human, pseudo), `round`, and further JSON values, which come back as they are.
-        folder: where to; a set that is there is replaced, and nothing else.
+            injected, human, pseudo), `round`, and further JSON values, which are read back unchanged.
+        folder: the folder to write; an existing set is replaced, anything else is refused.
         shard_size: pictures in a shard.
-        picture_type: png (exact), webp (written without loss) or jpg (quality 95).
+        picture_type: png (exact), webp (lossless) or jpg (quality 95).
 
     Returns:
         The number of pictures written.
 
     Raises:
         ValueError: a sample's picture, mask, key or label is not as described.
-        UserError: at `folder` stands a file, or a folder that holds something else than a set.
+        UserError: `folder` is a file, or holds anything but a set.
     """
     check_options(shard_size, picture_type)
-    # What a writer that was killed left beside the folder.
+    # Leftover files of a writer that was killed.
     clear_leftovers(Path(folder).parent, Path(folder).name)
     refuse_no_set(folder)
-    keys, count = _Unique(), 0
+    keys, count = _UniqueKeys(), 0
     with atomic_dir(folder) as temporary:
         manifest = ManifestWriter(temporary / MANIFEST, min(shard_size, 1000))
         try:
@@ -66,10 +66,10 @@ def write_shards(
 
 
 def refuse_no_set(folder: str | Path) -> None:
-    """Refuse to replace what is no set of shards; a folder that is empty or not there is fine.
+    """Refuse to replace anything but a set of shards; a folder that is empty or missing is accepted.
 
     Raises:
-        UserError: it is a file, holds no manifest, or holds more than a set's files.
+        UserError: it is a file, holds no manifest, or holds other files than a set's.
     """
     refuse_foreign(folder, ("shard-*.tar", MANIFEST, *RECORDS))
     # Refuses a run.json that is no set's.
@@ -80,15 +80,28 @@ def refuse_no_set(folder: str | Path) -> None:
 
 
 def check_options(shard_size: int, picture_type: str) -> None:
-    """Raise `ValueError` for options that `write_shards` does not take."""
+    """Check `write_shards`'s options.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
     if shard_size < 1:
-        raise ValueError(f"shard_size: expected >= 1 pictures, got {shard_size}")
+        raise ValueError(expected("shard_size", ">= 1 pictures", shard_size))
     if picture_type not in PICTURE_TYPES:
-        raise ValueError(f"picture_type: expected one of {', '.join(PICTURE_TYPES)}, got {picture_type!r}")
+        raise ValueError(expected("picture_type", f"one of {', '.join(PICTURE_TYPES)}", repr(picture_type)))
 
 
 def in_shards(samples: Iterable, shard_size: int, first: int = 0) -> Iterator[tuple[int, Iterator]]:
-    """(number, samples) of each shard, numbered from `first` on; take all samples of one before the next."""
+    """Split samples into shards.
+
+    Args:
+        samples: any number of them.
+        shard_size: samples in a shard.
+        first: index of the first shard.
+
+    Yields:
+        (index, samples) of each shard; take all samples of one before the next.
+    """
     samples = iter(samples)
     for number in itertools.count(first):
         for sample in samples:
@@ -99,7 +112,7 @@ def in_shards(samples: Iterable, shard_size: int, first: int = 0) -> Iterator[tu
 
 
 def shard_name(number: int) -> str:
-    """The file name of a set's shard."""
+    """The file name of a set's shard, by its index."""
     return f"shard-{number:06d}.tar"
 
 
@@ -107,7 +120,7 @@ class ShardFile:
     """One shard being written, as a context.
 
     Args:
-        path: where to.
+        path: the file to write.
         name: of the shard in the manifest.
         picture_type: see `write_shards`.
     """
@@ -117,10 +130,21 @@ class ShardFile:
         self.tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
     def add(self, sample: dict[str, Any], index: int) -> dict[str, Any]:
-        """Write a sample, the set's `index`-th; returns its row of the manifest."""
+        """Write a sample.
+
+        Args:
+            sample: see `write_shards`.
+            index: of the sample in the set, which is its key where it has none.
+
+        Returns:
+            Its row of the manifest.
+
+        Raises:
+            ValueError: the sample is not as described.
+        """
         picture, mask, meta = _checked(sample, index)
         key = meta["key"]
-        places = {
+        byte_ranges = {
             "picture": self._member(f"{key}.{self.picture_type}", encode_picture(picture, self.picture_type)),
             "mask": self._member(f"{key}.mask.png", encode_mask(mask)),
             "json": self._member(f"{key}.json", json.dumps(meta, allow_nan=False).encode()),
@@ -132,8 +156,8 @@ class ShardFile:
             "width": picture.shape[1],
             "mask_mean": float(mask.mean()) / 255.0,
             "mask_max": float(mask.max()) / 255.0,
-            **{f"{part}_offset": place[0] for part, place in places.items()},
-            **{f"{part}_size": place[1] for part, place in places.items()},
+            **{f"{name}_offset": offset for name, (offset, _) in byte_ranges.items()},
+            **{f"{name}_size": size for name, (_, size) in byte_ranges.items()},
         }
 
     def _member(self, name: str, data: bytes) -> tuple[int, int]:
@@ -152,10 +176,10 @@ class ShardFile:
         self.tar.close()
 
 
-class _Unique:
-    """Refuses a key that was there before, at 8 bytes a key: by hash (two of ten million collide once in 400,000 sets).
+class _UniqueKeys:
+    """Refuses duplicate keys by 8-byte hashes, two of which collide in one of 400,000 sets of ten million keys.
 
-    The keys of the last thousands are held as they are; the others as one sorted array.
+    Up to `RECENT` hashes are held in a set, the others in a sorted array.
     """
 
     RECENT = 4096
@@ -165,9 +189,9 @@ class _Unique:
 
     def add(self, key: str) -> None:
         code = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
-        place = int(np.searchsorted(self.old, np.uint64(code)))
-        if code in self.recent or (place < len(self.old) and int(self.old[place]) == code):
-            raise ValueError(f"key: expected a unique name, got {key!r} twice")
+        index = int(np.searchsorted(self.old, np.uint64(code)))
+        if code in self.recent or (index < len(self.old) and int(self.old[index]) == code):
+            raise ValueError(expected("key", "a unique name", f"{key!r} twice"))
         self.recent.add(code)
         if len(self.recent) >= self.RECENT:
             self.old = np.sort(np.concatenate([self.old, np.fromiter(self.recent, np.uint64)]))
@@ -177,23 +201,24 @@ class _Unique:
 def _checked(sample: dict[str, Any], index: int) -> tuple[np.ndarray, np.ndarray, dict]:
     picture = np.asarray(sample["picture"])
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
-        raise ValueError(f"picture: expected (H, W, 3) uint8, got {picture.shape} {picture.dtype} at sample {index}")
+        got = f"{picture.shape} {picture.dtype} at sample {index}"
+        raise ValueError(expected("picture", "(H, W, 3) uint8", got))
     mask = sample.get("mask")
     mask = np.zeros(picture.shape[:2], np.uint8) if mask is None else np.asarray(mask)
     if mask.shape != picture.shape[:2]:
-        raise ValueError(f"mask: expected {picture.shape[:2]}, got {mask.shape} at sample {index}")
+        raise ValueError(expected("mask", str(picture.shape[:2]), f"{mask.shape} at sample {index}"))
     if mask.dtype != np.uint8:
         if not np.all((mask >= 0) & (mask <= 1)):
-            raise ValueError(f"mask: expected values in [0, 1], got others at sample {index}")
+            raise ValueError(expected("mask", "values in [0, 1]", f"others at sample {index}"))
         mask = np.rint(mask.astype(np.float64) * 255).astype(np.uint8)
     meta = {k: v for k, v in sample.items() if k not in ("picture", "mask")}
     meta.setdefault("key", f"{index:09d}")
     if not isinstance(meta["key"], str) or not KEY.fullmatch(meta["key"]) or len(meta["key"]) > 80:
-        raise ValueError(f"key: expected up to 80 letters, digits, _ and -, got {meta['key']!r}")
+        raise ValueError(expected("key", "up to 80 letters, digits, _ and -", repr(meta["key"])))
     for name in ("prompt", "category", "generator"):
         meta[name] = str(meta.get(name) or "")
     meta["label"] = meta.get("label") or ("injected" if mask.any() else "real")
     if meta["label"] not in LABELS:
-        raise ValueError(f"label: expected one of {', '.join(LABELS)}, got {meta['label']!r}")
+        raise ValueError(expected("label", f"one of {', '.join(LABELS)}", repr(meta["label"])))
     meta["round"] = int(meta.get("round") or 0)
     return picture, mask, meta

@@ -1,8 +1,8 @@
-"""Labelled pictures in WebDataset tar shards, with a Parquet manifest: written whole, read defensively.
+"""Reading labelled pictures from WebDataset tar shards with a Parquet manifest, defensively.
 
 A sample is `key.png|jpg|webp`, `key.mask.png` (uint8 soft map) and `key.json`. Any WebDataset reader can read them; the
 one here needs only the standard library, numpy and Pillow, never extracts a file, and refuses what a hostile archive
-may hold. `manifest.parquet` says where each picture stands, so that any of them can be read alone.
+may hold. `manifest.parquet` has the byte range of each picture, so that any of them can be read alone.
 """
 
 from __future__ import annotations
@@ -16,30 +16,15 @@ from typing import Any
 import numpy as np
 
 from diffdoctor.data.codec import PICTURE_TYPES, decode
-from diffdoctor.data.manifest import MANIFEST, OFFSETS, read_columns, read_manifest
-from diffdoctor.data.shard_writer import LABELS, write_shards
+from diffdoctor.data.manifest import OFFSETS, read_columns
 from diffdoctor.data.tar import MAX_MEMBER_BYTES, SkipCounts, read_groups
-from diffdoctor.runs.errors import UserError
-
-__all__ = [
-    "LABELS",
-    "MANIFEST",
-    "BrokenSample",
-    "ShardData",
-    "SkipCounts",
-    "decode_sample",
-    "one_size",
-    "read_manifest",
-    "read_shards",
-    "shard_paths",
-    "write_shards",
-]
+from diffdoctor.runs.errors import UserError, expected
 
 
 class BrokenSample(UserError):
-    """A sample that is not as it should be; `reason` says how, `where` says which.
+    """A sample that cannot be used.
 
-    Args:
+    Attributes:
         reason: what is wrong.
         where: the shard and the key.
     """
@@ -53,17 +38,21 @@ class BrokenSample(UserError):
 
 
 def shard_paths(source: str | Path | Iterable[str | Path]) -> list[Path]:
-    """The tar files of a folder (sorted by name), of one file, or of a list of files."""
+    """The tar files of a folder (sorted by name), of one file, or of a list of these.
+
+    Raises:
+        UserError: no shards there.
+    """
     if not isinstance(source, (str, Path)):
         return [path for item in source for path in shard_paths(item)]
     source = Path(source)
     if source.is_dir():
         found = sorted(source.glob("*.tar"))
         if not found:
-            raise UserError(f"{source}: no .tar shards in this folder")
+            raise UserError(expected(source, "a folder with .tar shards", "a folder without"))
         return found
     if not source.is_file():
-        raise UserError(f"{source}: no such folder or shard")
+        raise UserError(expected(source, "a folder of shards or a shard", "nothing there"))
     return [source]
 
 
@@ -72,26 +61,26 @@ def read_shards(
     *,
     strict: bool = False,
     counts: SkipCounts | None = None,
-    part: tuple[int, int] = (0, 1),
+    split: tuple[int, int] = (0, 1),
     masks: str = "required",
 ) -> Iterator[dict[str, Any]]:
     """Stream labelled pictures from shards, in order; memory holds one sample at a time.
 
     Args:
         source: a folder of shards, one shard, or a list of these.
-        strict: raise `UserError` at the first bad member instead of leaving it out and counting.
-        counts: filled with what was left out.
-        part: (index, number): this reader takes every number-th shard from index on, for workers and processes.
-        masks: "required", as training needs them; "optional": what has none counts as clean; "ignored".
+        strict: raise `UserError` at the first bad member instead of skipping and counting it.
+        counts: filled with what was skipped.
+        split: (index, count): this reader takes every count-th shard from index on, for workers and processes.
+        masks: "required", as training needs them; "optional": a picture without a mask counts as clean; "ignored".
 
     Yields:
         The sample's JSON values with `picture` (H, W, 3) uint8, `mask` (H, W) float32 in [0, 1], `key`, `shard`.
 
     Raises:
-        UserError: no shards there; with `strict`, anything that is not as it should be.
+        UserError: no shards there; with `strict`, a broken member or sample.
     """
     counts = SkipCounts() if counts is None else counts
-    for path in shard_paths(source)[part[0] :: part[1]]:
+    for path in shard_paths(source)[split[0] :: split[1]]:
         for key, members in read_groups(path, strict, counts):
             try:
                 yield {**decode_sample(members, f"{path.name}:{key}", masks), "key": key, "shard": path.name}
@@ -103,12 +92,12 @@ def decode_sample(members: dict[str, bytes], where: str, masks: str = "required"
     """A sample's JSON values, `picture` (H, W, 3) uint8 and `mask` (H, W) float32 in [0, 1].
 
     Args:
-        members: {extension: bytes}, as `archive.read_groups` gives them.
-        where: what errors call it.
+        members: {extension: bytes}, as `tar.read_groups` gives them.
+        where: the shard and the key, for errors.
         masks: see `read_shards`; "ignored" gives no `mask`.
 
     Raises:
-        BrokenSample: no picture, no mask, or one of the parts is broken.
+        BrokenSample: no picture, no mask, or a broken member.
     """
     pictures = [name for name in PICTURE_TYPES if name in members]
     if not pictures:
@@ -126,7 +115,7 @@ def decode_sample(members: dict[str, bytes], where: str, masks: str = "required"
     if masks == "ignored":
         return {**meta, "picture": picture}
     if "mask.png" not in members:
-        # Real pictures are clean by what they are; anything else without a mask is not labelled.
+        # Real pictures are clean; any other without a mask is not labelled.
         if masks == "required" and meta.get("label") != "real":
             raise BrokenSample("a sample without a mask", where)
         mask = np.zeros(picture.shape[:2], np.float32)
@@ -143,15 +132,25 @@ def decode_sample(members: dict[str, bytes], where: str, masks: str = "required"
 class ShardData:
     """Random access to a folder of shards with a manifest: `len(data)`, `data[i]` (see `samples.DetectorData`).
 
-    Only the manifest's columns are held in memory (about 200 bytes a picture); a picture is read from its place in its
-    shard when it is asked for.
+    Only the manifest's columns are held in memory (about 200 bytes a picture); a picture is read from its byte range in
+    its shard when it is asked for.
 
     Args:
-        folder: what `write_shards` wrote.
+        folder: what `shard_writer.write_shards` wrote.
+
+    Attributes:
+        keys: (N,) names of the samples.
+        categories: (N,) what the pictures show; "" where it is not known.
+        generators: (N,) what made the pictures; "" where it is not known.
+        labels: (N,) real, injected, human or pseudo.
+        shards: (N,) file names of the samples' shards.
+        mask_max: (N,) float32 in [0, 1], largest value of each mask.
+        sizes: (N, 2) height and width in pixels.
+        byte_ranges: (N, 6) int64, offset and size in bytes of picture, mask and JSON in their shard.
 
     Raises:
-        UserError: no manifest, or one that does not fit the shards.
-        BrokenSample: at `data[i]`, a picture that is not where the manifest says, or broken.
+        UserError: no manifest, or one that does not match the shards.
+        BrokenSample: at `data[i]`, a picture that does not lie where the manifest has it, or is broken.
     """
 
     def __init__(self, folder: str | Path):
@@ -160,11 +159,11 @@ class ShardData:
         self.keys, self.categories, self.generators = rows["key"], rows["category"], rows["generator"]
         self.labels, self.shards, self.mask_max = rows["label"], rows["shard"], rows["mask_max"]
         self.sizes = np.stack([rows["height"], rows["width"]], axis=1)
-        self.places = np.stack([rows[name] for name in OFFSETS], axis=1)
+        self.byte_ranges = np.stack([rows[name] for name in OFFSETS], axis=1)
         for shard in sorted(set(self.shards)):
             if PurePosixPath(shard).name != shard or not (self.folder / shard).is_file():
                 raise UserError(f"{self.folder}: the manifest names the shard {shard!r}, which is not there")
-        if (self.places < 0).any() or (self.places[:, 1::2] > MAX_MEMBER_BYTES).any():
+        if (self.byte_ranges < 0).any() or (self.byte_ranges[:, 1::2] > MAX_MEMBER_BYTES).any():
             raise UserError(f"{self.folder}: the manifest holds impossible offsets or sizes")
 
     def __len__(self) -> int:
@@ -175,32 +174,39 @@ class ShardData:
         digest = hashlib.sha256()
         for begin in range(0, len(self), _BLOCK):
             block = slice(begin, begin + _BLOCK)
-            for column in (self.keys[block], self.shards[block].astype(str), self.places[block]):
+            for column in (self.keys[block], self.shards[block].astype(str), self.byte_ranges[block]):
                 digest.update(np.ascontiguousarray(column).tobytes())
         return digest.hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        parts = []
+        members = []
         key, where = str(self.keys[index]), f"{self.folder / self.shards[index]}:{self.keys[index]}"
         try:
             with open(self.folder / self.shards[index], "rb") as file:
-                for offset, size in self.places[index].reshape(3, 2):
+                for offset, size in self.byte_ranges[index].reshape(3, 2):
                     file.seek(int(offset))
-                    parts.append(file.read(int(size)))
+                    members.append(file.read(int(size)))
         except OSError as error:
             raise BrokenSample(f"cannot be read ({error.strerror})", where) from error
-        return {**decode_sample({"png": parts[0], "mask.png": parts[1], "json": parts[2]}, where), "key": key}
+        return {**decode_sample(dict(zip(("png", "mask.png", "json"), members, strict=True)), where), "key": key}
 
 
-def one_size(sets: Sequence[ShardData], option: str) -> None:
-    """Refuse sets whose pictures differ in size, where the option of this name says no size to bring them to."""
-    sizes = np.unique(np.concatenate([one.sizes for one in sets]), axis=0)
+def require_uniform_size(sets: Sequence[ShardData], option: str) -> None:
+    """Check that the pictures of all sets have one size.
+
+    Args:
+        sets: the sets.
+        option: that would resize them, for the error.
+
+    Raises:
+        UserError: the pictures differ in size.
+    """
+    sizes = np.unique(np.concatenate([each.sizes for each in sets]), axis=0)
     if len(sizes) > 1:
         shown = ", ".join(f"{width}x{height}" for height, width in sizes[:3])
-        raise UserError(
-            f"{option}: expected a side in pixels, since the pictures in {', '.join(str(s.folder) for s in sets)} have "
-            f"{len(sizes)} sizes ({shown}{', ...' if len(sizes) > 3 else ''})"
-        )
+        folders = ", ".join(str(each.folder) for each in sets)
+        got = f"none for {folders} with {len(sizes)} sizes ({shown}{', ...' if len(sizes) > 3 else ''})"
+        raise UserError(expected(option, "a side in pixels to resize the pictures to", got))
 
 
 _BLOCK = 2**16  # pictures whose shards' names are held as an array

@@ -1,33 +1,30 @@
-"""Pictures from files, folders, globs and shards, one at a time and in a fixed order; and a run's records."""
+"""Pictures from files, folders, globs and shards, one at a time and in a fixed order."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import glob
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from diffdoctor.data.codec import decode
 from diffdoctor.data.shards import read_shards
 from diffdoctor.data.tar import SkipCounts
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, expected
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where pictures come from: one picture file, or one shard of many.
+    r"""Where pictures come from: one picture file, or one shard of many.
 
     Attributes:
         path: the file.
-        name: what it is called in results: its path below the folder it was found in, without the suffix, which is
-            kept where two files differ in nothing else. What is no Unicode in a file's name stands there as \\udcff.
-        category: the folder's name right above the picture, "" for one named on the command line.
+        name: in results: its path below the folder it was found in, without the suffix, which is kept where two files
+            differ in nothing else. Bytes of a file name that are not Unicode are written as \udcff.
+        category: name of the folder that contains the picture; "" for one named on the command line.
     """
 
     path: Path
@@ -36,35 +33,42 @@ class Source:
 
     @property
     def is_shard(self) -> bool:
+        """Whether it is a shard."""
         return self.path.suffix == ".tar"
 
     def stamp(self) -> str:
-        """Size and time of the file, and of the text beside a picture; another one after a file was replaced."""
+        """Size and time of the file, and of the text beside a picture, which change when a file is replaced."""
         files = [self.path] if self.is_shard else [self.path, self.path.with_suffix(".txt")]
         stats = [file.stat() if file.is_file() else None for file in files]
         return " ".join(f"{stat.st_size}@{stat.st_mtime_ns}" if stat else "-" for stat in stats)
 
 
-def find_sources(places: Sequence[str | Path]) -> list[Source]:
-    """Picture files and shards that are named, lie in a named folder (searched to its depths) or match a pattern.
+def find_sources(paths: Sequence[str | Path]) -> list[Source]:
+    """Picture files and shards that are named, lie in a named folder (at any depth) or match a pattern.
 
-    A pattern that matches folders and no file stands for these folders; of several in one another, for the outermost.
+    A pattern that matches folders and no file names these folders; of nested ones, the outermost.
+
+    Args:
+        paths: files, folders and patterns.
+
+    Returns:
+        The sources, in the order of `paths` and sorted within a folder.
 
     Raises:
-        UserError: a place that does not exist or holds neither pictures nor shards; two pictures of one name.
+        UserError: a path that does not exist or holds neither pictures nor shards; two pictures of one name.
     """
     found: list[Source] = []
-    for place in places:
-        path = Path(place)
+    for given in paths:
+        path = Path(given)
         if path.is_dir():
             inside = _in_folder(path)
         elif path.is_file():
             inside = [Source(path, _readable(path.stem))]
         else:
-            inside = _matching(str(place))
+            inside = _matching(str(given))
         if not inside:
             where = "in this folder" if path.is_dir() else "in the folders that match"
-            raise UserError(f"{place}: no pictures ({', '.join(SUFFIXES)}) and no .tar shards {where}")
+            raise UserError(expected(given, f"pictures ({', '.join(SUFFIXES)}) or .tar shards", f"none {where}"))
         found += inside
     names: dict[str, Path] = {}
     for source in found:
@@ -76,17 +80,17 @@ def find_sources(places: Sequence[str | Path]) -> list[Source]:
 
 def _in_folder(folder: Path) -> list[Source]:
     inside = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (*SUFFIXES, ".tar") and p.is_file())
-    # Hidden: what an interrupted write left, or a system's own files.
+    # Hidden files are an interrupted write's leftovers, or the system's.
     inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    # Pictures beside shards are about the shards, such as the contact sheet.
-    of_shards = {p.parent for p in inside if p.suffix == ".tar"}
-    inside = [p for p in inside if p.suffix == ".tar" or p.parent not in of_shards]
-    alike = collections.Counter(file.with_suffix("") for file in inside)
+    # Pictures beside shards belong to them, such as the contact sheet.
+    shard_folders = {p.parent for p in inside if p.suffix == ".tar"}
+    inside = [p for p in inside if p.suffix == ".tar" or p.parent not in shard_folders]
+    same_stem = collections.Counter(file.with_suffix("") for file in inside)
     found = []
     for file in inside:
         relative = file.relative_to(folder)
         category = relative.parent.name if file.suffix != ".tar" else ""
-        name = relative.with_suffix("") if alike[file.with_suffix("")] == 1 else relative
+        name = relative.with_suffix("") if same_stem[file.with_suffix("")] == 1 else relative
         found.append(Source(file, _readable(name), _readable(category)))
     return found
 
@@ -96,7 +100,7 @@ def _matching(pattern: str) -> list[Source]:
     files = [path for path in matches if path.is_file()]
     folders = [path for path in matches if path.is_dir()]
     if not (files or folders):
-        raise UserError(f"{pattern}: no such file, folder or pattern")
+        raise UserError(expected(pattern, "an existing file or folder, or a pattern that matches one", "none"))
     if files:
         return [Source(path, _readable(path.stem)) for path in files]
     outermost = [path for path in folders if not set(path.parents) & set(folders)]
@@ -110,10 +114,19 @@ def _readable(name: str | Path) -> str:
 def read_source(
     source: Source, *, strict: bool = False, counts: SkipCounts | None = None, masks: str = "optional"
 ) -> Iterator[dict]:
-    """The pictures of a source: dicts with `picture` (H, W, 3) uint8, `name`, and what a shard says besides.
+    """The pictures of a source.
 
-    A picture file has the prompt that a text file of its name beside it holds (`cat.png`, `cat.txt`), if there is one.
-    A picture that cannot be read is left out and counted, or stops the run with `strict`. `masks` is `read_shards`'.
+    The prompt of a picture file is read from a text file of the same name beside it (`cat.png`, `cat.txt`), if there
+    is one.
+
+    Args:
+        source: where to read.
+        strict: raise `UserError` at a picture that cannot be read instead of skipping and counting it.
+        counts: filled with what was skipped.
+        masks: see `shards.read_shards`.
+
+    Yields:
+        Dicts with `picture` (H, W, 3) uint8, `name`, and of a shard's sample all its other values.
     """
     counts = SkipCounts() if counts is None else counts
     if source.is_shard:
@@ -128,20 +141,3 @@ def read_source(
     caption = source.path.with_suffix(".txt")
     prompt = caption.read_text(encoding="utf-8", errors="replace").strip() if caption.is_file() else ""
     yield {"picture": picture, "name": source.name, "category": source.category, "prompt": prompt}
-
-
-def tell(line: str, skipped: dict[str, int] | None = None) -> None:
-    """A command's last words on standard error: what came of it, and what it left out."""
-    left = ", ".join(f"{count} x {reason}" for reason, count in (skipped or {}).items())
-    print(f"{line}; left out: {left}" if left else line, file=sys.stderr)
-
-
-def finite(value):
-    """JSON has no NaN: numbers that are not finite become null, in nested lists and dicts."""
-    if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if np.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value

@@ -198,7 +198,7 @@ def train_demo_judge(data: DemoData, config, *, progress: bool = True):
 
 def write_demo_data(data: DemoData, folder: str | Path) -> None:
     """Write the pictures as shards (see `diffdoctor.data.shards`)."""
-    from diffdoctor.data.shards import write_shards
+    from diffdoctor.data.shard_writer import write_shards
 
     write_shards((data[i] for i in range(len(data))), folder, shard_size=600)
 

@@ -19,6 +19,6 @@ __all__, __getattr__, __dir__ = lazy_names(
         "damage_kinds": "diffdoctor.detector.damage.kinds",
         "inject": "diffdoctor.detector.damage.injection",
         "read_shards": "diffdoctor.data.shards",
-        "write_shards": "diffdoctor.data.shards",
+        "write_shards": "diffdoctor.data.shard_writer",
     },
 )

@@ -1,4 +1,4 @@
-"""Class balance: which categories the detector flags too much or too little, and how to sample against it."""
+"""Class balance: which categories the detector flags too often or too rarely, and sampling that counteracts it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from diffdoctor.detector.samples import DetectorData
+from diffdoctor.runs.errors import expected
+
 
 @dataclasses.dataclass(frozen=True)
 class CategoryStatistics:
@@ -14,11 +17,11 @@ class CategoryStatistics:
 
     Attributes:
         category: its name.
-        pictures: how many.
+        pictures: number of its pictures.
         mean_confidence: mean over its pictures of the map's mean, in [0, 1].
         flagged: share of its pictures that are flagged, in [0, 1].
-        z: how far `mean_confidence` lies from the categories' median, in robust deviations (1.4826 x the median
-            absolute deviation, floored at 1e-3).
+        z: distance of `mean_confidence` from the categories' median, in robust deviations (1.4826 x the median
+            absolute deviation, at least 1e-3).
         verdict: "over-flagged", "under-flagged" or "".
     """
 
@@ -33,10 +36,10 @@ class CategoryStatistics:
 def category_statistics(
     categories: Sequence[str], mean_confidence: Sequence[float], flagged: Sequence[bool], *, limit: float = 3.0
 ) -> list[CategoryStatistics]:
-    """The paper's statistics: the detector's confidence summed up per category, the abnormal ones named.
+    """The paper's statistics: the detector's mean confidence per category, with a verdict on the abnormal ones.
 
-    A category that is abnormally high is one that the detector flags for what it shows (the shortcut "every hand is
-    broken"), an abnormally low one is overlooked; both need new pictures.
+    An abnormally high category is one that the detector flags for what it shows (the shortcut "every hand is broken"),
+    an abnormally low one is overlooked; both need new pictures.
 
     Args:
         categories: (N,) the pictures' categories.
@@ -46,59 +49,65 @@ def category_statistics(
 
     Returns:
         One `CategoryStatistics` a category, the highest mean confidence first.
+
+    Raises:
+        ValueError: the lengths differ.
     """
     names = np.asarray(list(categories), dtype=object)
     means, flags = np.asarray(mean_confidence, np.float64), np.asarray(flagged, bool)
     if not len(names) == len(means) == len(flags):
-        raise ValueError(f"mean_confidence, flagged: expected {len(names)} entries, got {len(means)} and {len(flags)}")
+        got = f"{len(means)} and {len(flags)}"
+        raise ValueError(expected("mean_confidence, flagged", f"{len(names)} entries", got))
     unique = sorted(set(names))
-    levels = np.array([means[names == name].mean() for name in unique])
-    median = np.median(levels) if len(levels) else 0.0
-    deviation = max(1.4826 * float(np.median(np.abs(levels - median))) if len(levels) else 0.0, 1e-3)
+    category_means = np.array([means[names == name].mean() for name in unique])
+    median = np.median(category_means) if len(category_means) else 0.0
+    spread = np.median(np.abs(category_means - median)) if len(category_means) else 0.0
+    deviation = max(1.4826 * float(spread), 1e-3)
     result = []
-    for name, level in zip(unique, levels, strict=True):
+    for name, mean in zip(unique, category_means, strict=True):
         chosen = names == name
-        z = float((level - median) / deviation)
+        z = float((mean - median) / deviation)
         abnormal = len(unique) > 2 and abs(z) >= limit
         verdict = ("over-flagged" if z > 0 else "under-flagged") if abnormal else ""
-        result.append(
-            CategoryStatistics(name, int(chosen.sum()), float(level), float(flags[chosen].mean()), z, verdict)
-        )
+        result.append(CategoryStatistics(name, int(chosen.sum()), float(mean), float(flags[chosen].mean()), z, verdict))
     return sorted(result, key=lambda s: -s.mean_confidence)
 
 
-def sampling_weights(data, *, strength: float = 1.0, damaged_share: float = 0.5) -> np.ndarray:
+def sampling_weights(data: DetectorData, *, strength: float = 1.0, damaged_share: float = 0.5) -> np.ndarray:
     """Weights that sample the categories evenly, and damaged and clean pictures by a fixed share within each category.
 
     A category of which nearly all pictures are damaged teaches that the category itself is the damage; sampling its few
-    clean pictures as often takes that shortcut away.
+    clean pictures as often prevents that shortcut.
 
     Args:
-        data: `DetectorData`; the category is "" where a picture has none.
-        strength: exponent within [0, 1]: 0 samples all pictures alike, 1 evens the groups out.
-        damaged_share: of the damaged pictures in a category that has both kinds, within (0, 1); less than a half makes
-            a detector that flags fewer clean pictures, and overlooks more.
+        data: the labelled pictures; the category is "" where a picture has none.
+        strength: exponent in [0, 1]: 0 samples all pictures alike, 1 all groups alike.
+        damaged_share: of the damaged pictures in a category that has both damaged and clean ones, in (0, 1); less than
+            a half makes a detector that flags fewer clean pictures, and overlooks more.
 
     Returns:
         (N,) float64, summing to 1.
+
+    Raises:
+        ValueError: an option is out of range.
     """
     if not 0 <= strength <= 1:
-        raise ValueError(f"strength: expected within [0, 1], got {strength}")
+        raise ValueError(expected("strength", "a number in [0, 1]", strength))
     if not 0 < damaged_share < 1:
-        raise ValueError(f"damaged_share: expected within (0, 1), got {damaged_share}")
+        raise ValueError(expected("damaged_share", "a share in (0, 1)", damaged_share))
     categories, damaged = labels_of(data)
     keys = list(zip(categories, damaged, strict=True))
     size = {key: keys.count(key) for key in set(keys)}
-    share = {
-        (name, hurt): (damaged_share if hurt else 1 - damaged_share) if (name, not hurt) in size else 1.0
-        for name, hurt in size
-    }
+    share = {}
+    for name, is_damaged in size:
+        own = damaged_share if is_damaged else 1 - damaged_share
+        share[name, is_damaged] = own if (name, not is_damaged) in size else 1.0
     weights = np.array([share[key] / size[key] for key in keys]) ** strength
     return weights / weights.sum()
 
 
-def labels_of(data) -> tuple[list[str], list[bool]]:
-    """(categories, damaged) of every picture, from the manifest where the data have one, else picture by picture."""
+def labels_of(data: DetectorData) -> tuple[list[str], list[bool]]:
+    """(categories, damaged) of every picture, from the manifest where the data has one, else picture by picture."""
     if hasattr(data, "categories") and hasattr(data, "mask_max"):
         return [str(c) for c in data.categories], [bool(m > 0) for m in data.mask_max]
     samples = (data[index] for index in range(len(data)))

@@ -1,4 +1,4 @@
-"""The options of a detector's training, and of what happens to its pictures."""
+"""The options of a detector's training, and of the augmentation of its pictures."""
 
 from __future__ import annotations
 
@@ -6,28 +6,32 @@ import dataclasses
 
 from diffdoctor.detector.damage.injection import check_range
 from diffdoctor.detector.damage.kinds import check_kinds
-from diffdoctor.runs.errors import check_least
+from diffdoctor.runs.errors import check_least, expected
 
 
 @dataclasses.dataclass
 class AugmentConfig:
-    """What happens to a picture before it is trained on; each share is a probability in [0, 1].
+    """The augmentation of training pictures; each share is a probability in [0, 1].
 
     Attributes:
-        inject_share: a clean picture gets fresh damage.
+        inject_share: of damaging a clean picture.
         kinds: kinds of damage to draw from (`damage_kinds()`); None takes all.
-        strength: range of the fresh damage's strength, within (0, 1].
-        area: range of its region's size, share of the picture.
-        visible: smallest mean change of the changed pixels, of 1.
-        benign_share: a clean picture that got no damage is mildly changed all over (resampled, recompressed, ...).
-        shrink_share: a clean picture is shrunk to 40..90 % and padded, so that small correct things are negatives
-            (the paper's dynamic augmentation).
-        flip_share: picture and mask are mirrored left to right. Leave it at 0 for lettering and digits.
-        shift: largest translation of picture and mask in each direction, share of the side; the border is held.
+        strength: range of the damage's strength, in (0, 1].
+        area: range of the damaged region's size, as a share of the picture.
+        visible: smallest mean change of the changed pixels, in [0, 1].
+        benign_share: of mildly changing a clean picture that was not damaged as a whole (resampling, recompression...).
+        shrink_share: of shrinking a clean picture to 40..90 % and padding it, so that small correct things are
+            negatives (the paper's dynamic augmentation).
+        flip_share: of mirroring picture and mask left to right. Leave it at 0 for lettering and digits.
+        shift: largest translation of picture and mask in each direction, as a share of the side; the border is
+            repeated.
         exposure: largest relative change of brightness; 0.1 multiplies by 0.9..1.1.
-        noise: largest standard deviation of Gaussian noise, of 1.
-        blur: largest standard deviation of the Gaussian blur that half of the pictures get, damaged ones too, in
-            pixels. What a model draws is softer than the damage it learnt; without blur a detector overlooks it.
+        noise: largest standard deviation of Gaussian noise, in [0, 1) of the value range.
+        blur: largest standard deviation in pixels of the Gaussian blur of half of the pictures, damaged ones too.
+            Generated pictures are softer than injected damage; without blur a detector overlooks their artifacts.
+
+    Raises:
+        ValueError: an option is out of range.
     """
 
     inject_share: float = 0.5
@@ -46,21 +50,21 @@ class AugmentConfig:
     def __post_init__(self):
         for name in ("inject_share", "benign_share", "shrink_share", "flip_share"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a probability in [0, 1], got {getattr(self, name)!r}")
+                raise ValueError(expected(name, "a probability in [0, 1]", repr(getattr(self, name))))
         if not self.blur >= 0:
-            raise ValueError(f"blur: expected >= 0 pixels, got {self.blur!r}")
+            raise ValueError(expected("blur", ">= 0 pixels", repr(self.blur)))
         for name in ("shift", "exposure", "noise"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a share in [0, 1), got {getattr(self, name)!r}")
+                raise ValueError(expected(name, "a share in [0, 1)", repr(getattr(self, name))))
         if not 0 <= self.visible <= 1:
-            raise ValueError(f"visible: expected a change within [0, 1], got {self.visible!r}")
+            raise ValueError(expected("visible", "a change in [0, 1]", repr(self.visible)))
         check_kinds(self.kinds)
         for name in ("strength", "area"):
             check_range(name, getattr(self, name), 0, 1)
 
     @classmethod
     def none(cls) -> AugmentConfig:
-        """No augmentation at all."""
+        """The options that leave pictures as they are."""
         return cls(inject_share=0.0, benign_share=0.0, shrink_share=0.0, shift=0.0, exposure=0.0, noise=0.0)
 
 
@@ -70,28 +74,33 @@ class DetectorTrainingConfig:
 
     Attributes:
         steps: optimizer steps.
-        batch_size: pictures in a step, over all processes and accumulated parts.
-        accumulate: parts that a process' share of the batch is computed in, to save memory.
+        batch_size: pictures in a step, over all processes and micro-batches.
+        accumulate: micro-batches in which a process computes its pictures of a step, to save memory.
         learning_rate: AdamW's peak rate.
         warmup_steps: of linear warm-up; afterwards the rate falls along a cosine to 0.
         weight_decay: AdamW's, on weights of two or more dimensions.
         betas: AdamW's.
-        max_grad_norm: the gradient is clipped to this norm; 0 leaves it.
-        mse, bce, dice: weights of the losses, see `losses.detector_loss`.
-        ema_decay: decay a step of the averaged weights, which are the result; 0: the last weights are.
+        max_grad_norm: the gradient is clipped to this norm; 0 does not clip.
+        mse: weight of the mean squared error, see `losses.detector_loss`.
+        bce: weight of the binary cross entropy.
+        dice: weight of the Dice loss.
+        ema_decay: decay per step of the averaged weights, which are the result; 0: the last weights are the result.
         precision: "fp32", or "bf16" for autocast.
         size: side in pixels that training pictures are resized to; None: they must agree in size.
-        augment: what happens to the pictures, see `AugmentConfig`.
-        balance: sample categories evenly, and damaged and clean pictures evenly within each, where the data say
-            their category.
+        augment: the augmentation of the pictures.
+        balance: sample categories evenly, and damaged and clean pictures evenly within each, where the data has
+            categories.
         damaged_share: with `balance`, the share of damaged pictures within each category.
         seed: of the samples and the noise.
         workers: processes that prepare samples; 0: the training process does.
         checkpoint_every: steps between checkpoints, where there is an output folder; 0: none.
         keep_checkpoints: how many of the last checkpoints to keep.
         validate_every: steps between validations, where there are validation data; 0: only at the end.
-        strict: stop at the first broken picture of the data instead of taking another in its place and counting it.
+        strict: stop at the first broken picture of the data instead of replacing it by another and counting it.
         tensorboard: write the curves as TensorBoard events to the output folder's `logs`.
+
+    Raises:
+        ValueError: an option is out of range.
     """
 
     steps: int = 500
@@ -123,18 +132,18 @@ class DetectorTrainingConfig:
         check_least(self, steps=1, batch_size=1, accumulate=1)
         check_least(self, warmup_steps=0, weight_decay=0, max_grad_norm=0, mse=0, bce=0, dice=0, seed=0, workers=0)
         if not self.mse + self.bce + self.dice > 0:
-            raise ValueError("mse, bce, dice: expected at least one weight above 0")
+            raise ValueError(expected("mse, bce, dice", "at least one weight > 0", "none"))
         if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate: expected > 0, got {self.learning_rate}")
+            raise ValueError(expected("learning_rate", "> 0", self.learning_rate))
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay: expected within [0, 1), got {self.ema_decay}")
+            raise ValueError(expected("ema_decay", "a number in [0, 1)", self.ema_decay))
         if not 0 < self.damaged_share < 1:
-            raise ValueError(f"damaged_share: expected within (0, 1), got {self.damaged_share}")
+            raise ValueError(expected("damaged_share", "a share in (0, 1)", self.damaged_share))
         if self.size is not None and self.size < 1:
-            raise ValueError(f"size: expected >= 1 pixels, got {self.size}")
+            raise ValueError(expected("size", ">= 1 pixels", self.size))
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: expected two numbers within [0, 1), got {self.betas}")
+            raise ValueError(expected("betas", "two numbers in [0, 1)", self.betas))
         if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision: expected fp32 or bf16, got {self.precision!r}")
+            raise ValueError(expected("precision", "fp32 or bf16", repr(self.precision)))
         if isinstance(self.augment, dict):
             self.augment = AugmentConfig(**self.augment)

@@ -1,4 +1,4 @@
-"""Where the parts of a training step come from: planned places of a set, or a stream of resampled shards."""
+"""How a training step's pictures are loaded: planned samples of an indexed set, or a stream of resampled shards."""
 
 from __future__ import annotations
 
@@ -9,47 +9,47 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffdoctor.data.pictures import as_mask, resize_pair
 from diffdoctor.data.shards import BrokenSample
 from diffdoctor.data.stream import ShardStream
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.config import AugmentConfig
-from diffdoctor.detector.samples import StepSamples, augment
-from diffdoctor.runs.errors import UserError
+from diffdoctor.detector.samples import DetectorData, StepSamples, training_pair
+from diffdoctor.runs.errors import UserError, expected
 
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """The steps that a process takes, and its places in each.
+    """The steps that a process takes, and its slots in each.
 
     Attributes:
-        start, stop: the first step and the one after the last.
+        start: the first step.
+        stop: the step after the last.
         process: index of the process.
-        share: its pictures in a step.
-        parts: lists that they come in.
-        segment: steps after which a stream begins anew, so that a run can go on from there; 0: never.
+        slots: the process's pictures in a step.
+        micro_batches: in a step, each with as many of the slots.
+        segment: steps after which a stream is started anew, so that a run can resume there; 0: never.
     """
 
     start: int
     stop: int
     process: int
-    share: int
-    parts: int
+    slots: int
+    micro_batches: int
     segment: int = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Lists of (step, place), as they are asked for."""
-        size, first = self.share // self.parts, self.process * self.share
+        """The (step, slot) keys of each micro-batch."""
+        size, first = self.slots // self.micro_batches, self.process * self.slots
         for step in range(self.start, self.stop):
-            for begin in range(first, first + self.share, size):
-                yield [(step, place) for place in range(begin, begin + size)]
+            for begin in range(first, first + self.slots, size):
+                yield [(step, slot) for slot in range(begin, begin + size)]
 
 
-class _Mended:
-    """A set in which a broken sample is replaced by the next whole one, and noted."""
+class _SkipBroken:
+    """A set in which a broken sample is replaced by the next readable one, and recorded as skipped."""
 
-    def __init__(self, data, strict: bool):
-        self.data, self.strict, self.noted = data, strict, {}
+    def __init__(self, data: DetectorData, strict: bool):
+        self.data, self.strict, self.skipped = data, strict, {}
 
     def __len__(self) -> int:
         return len(self.data)
@@ -61,23 +61,23 @@ class _Mended:
             except BrokenSample as error:
                 if self.strict or offset == len(self.data) - 1:
                     raise
-                self.noted[error.where] = error.reason
+                self.skipped[error.where] = error.reason
         raise AssertionError("unreachable: the last sample returns or raises")
 
 
 class PlannedSamples(torch.utils.data.Dataset):
-    """`StepSamples` whose broken pictures are replaced: (picture, mask, {place: reason} of the broken ones).
+    """`StepSamples` whose broken pictures are replaced: (picture, mask, {where: reason} of the skipped ones).
 
     A `UserError` is returned, not raised: a DataLoader's worker would bury it in a traceback.
 
     Args:
         data: the labelled pictures.
-        strict: raise at a broken one instead.
+        strict: raise at a broken picture instead of replacing it.
         **options: of `StepSamples`.
     """
 
-    def __init__(self, data, strict: bool = False, **options):
-        self.data = _Mended(data, strict)
+    def __init__(self, data: DetectorData, strict: bool = False, **options):
+        self.data = _SkipBroken(data, strict)
         self.samples = StepSamples(self.data, **options)
 
     def __getitem__(self, key: tuple[int, int]):
@@ -85,19 +85,19 @@ class PlannedSamples(torch.utils.data.Dataset):
             picture, mask = self.samples[key]
         except UserError as error:
             return error
-        noted, self.data.noted = self.data.noted, {}
-        return picture, mask, noted
+        skipped, self.data.skipped = self.data.skipped, {}
+        return picture, mask, skipped
 
     def __len__(self) -> int:
         return len(self.data)
 
 
 class ResampledSamples(torch.utils.data.IterableDataset):
-    """The parts of steps from an endless stream of shards, drawn with replacement.
+    """The micro-batches of steps from an endless stream of shards, drawn with replacement.
 
-    Worker w of W makes every W-th part. What a part holds is a function of the seed, of the process, of the number of
-    workers, and of the place within its segment of steps, so that a run that goes on at the beginning of a segment
-    goes on to the same bits. Another number of processes or workers sees other pictures.
+    Worker w of W makes every W-th micro-batch. Its contents are a function of the seed, the process, the number of
+    workers and its index within its segment of steps, so that a run that resumes at the start of a segment resumes to
+    the same bits. Another number of processes or workers sees other pictures.
 
     Args:
         stream: the shards.
@@ -109,57 +109,51 @@ class ResampledSamples(torch.utils.data.IterableDataset):
     def __init__(self, stream: ShardStream, plan: StepPlan, config: AugmentConfig, size: int | None):
         self.stream, self.plan, self.config, self.size = stream, plan, config, size
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict] | UserError]:
         worker = torch.utils.data.get_worker_info()
         index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         plan = self.plan
-        segment = (plan.segment or plan.stop) * plan.parts
-        number = plan.start * plan.parts + index
-        while number < plan.stop * plan.parts:
-            part, end = number // segment, min((number // segment + 1) * segment, plan.stop * plan.parts)
-            lane = plan.process * workers + (number - part * segment) % workers
+        stop, length = plan.stop * plan.micro_batches, (plan.segment or plan.stop) * plan.micro_batches
+        number = plan.start * plan.micro_batches + index
+        while number < stop:
+            segment = number // length
+            worker_index = plan.process * workers + (number - segment * length) % workers
             counts = SkipCounts()
-            samples = self.stream.lane(lane, part, counts)
-            while number < end:
+            samples = self.stream.worker_stream(worker_index, segment, counts)
+            while number < min((segment + 1) * length, stop):
                 try:
-                    made = self._part(samples, number, counts)
+                    micro_batch = self._micro_batch(samples, number, counts)
                 except UserError as error:
                     yield error
                     return
-                yield made
+                yield micro_batch
                 number += workers
 
-    def _part(self, samples, number: int, counts: SkipCounts):
-        pairs = []
-        for place in range(self.plan.share // self.plan.parts):
-            sample = next(samples)
-            picture, mask = sample["picture"], as_mask(sample["mask"])
-            if self.size is not None and picture.shape[:2] != (self.size, self.size):
-                picture, mask = resize_pair(picture, mask, self.size)
-            rng = np.random.default_rng([self.stream.seed, 13, number, self.plan.process, place])
-            pairs.append((*augment(picture, mask, self.config, rng), {}))
-        noted = {example: reason for reason, example in counts.examples.items()}
-        picture, mask, _ = pairs[0]
-        pairs[0] = (picture, mask, noted)
-        return collate(
-            [
-                (torch.from_numpy(np.array(p.transpose(2, 0, 1))), torch.from_numpy(np.array(m[None], np.float32)), n)
-                for p, m, n in pairs
-            ]
-        )
+    def _micro_batch(self, samples: Iterator[dict[str, Any]], number: int, counts: SkipCounts):
+        made = []
+        for slot in range(self.plan.slots // self.plan.micro_batches):
+            rng = np.random.default_rng([self.stream.seed, 13, number, self.plan.process, slot])
+            made.append((*training_pair(next(samples), self.size, self.config, rng), {}))
+        picture, mask, _ = made[0]
+        made[0] = picture, mask, {example: reason for reason, example in counts.examples.items()}
+        return collate(made)
 
 
 def collate(samples: list) -> tuple[torch.Tensor, torch.Tensor, dict] | UserError:
-    """Pictures (B, 3, H, W) uint8, masks (B, 1, H, W) float32, and what was broken; or an error to raise.
+    """Stack the samples of a micro-batch.
 
     Args:
         samples: what `PlannedSamples` gives.
+
+    Returns:
+        Pictures (B, 3, H, W) uint8, masks (B, 1, H, W) float32, and {where: reason} of the skipped pictures; or an
+        error to raise.
     """
     for sample in samples:
         if isinstance(sample, UserError):
             return sample
     shapes = sorted({tuple(picture.shape[1:]) for picture, _, _ in samples})
     if len(shapes) > 1:
-        return UserError(f"size: expected a side in pixels, since pictures differ in size ({shapes[0]}, {shapes[1]})")
-    noted = {where: reason for _, _, broken in samples for where, reason in broken.items()}
-    return torch.stack([p for p, _, _ in samples]), torch.stack([m for _, m, _ in samples]), noted
+        return UserError(expected("size", "a side in pixels", f"None for pictures of sizes {shapes[0]}, {shapes[1]}"))
+    pictures, masks, skipped = zip(*samples, strict=True)
+    return torch.stack(pictures), torch.stack(masks), {where: why for each in skipped for where, why in each.items()}

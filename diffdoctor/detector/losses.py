@@ -12,7 +12,7 @@ def detector_loss(
     """A weighted sum of per-picture losses between the confidence and the soft mask, averaged over the batch.
 
     Args:
-        logits: (B, 1, h, w); brought to the mask's size bilinearly first.
+        logits: (B, 1, h, w); resized bilinearly to the mask's size.
         mask: (B, 1, H, W) in [0, 1].
         mse: weight of the mean squared difference of confidence and mask (the paper's loss).
         bce: weight of the binary cross entropy, soft masks as targets.

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from diffdoctor.data.pictures import as_mask, resize_pair, to_images
 from diffdoctor.data.shards import BrokenSample
 from diffdoctor.data.tar import SkipCounts
+from diffdoctor.detector.samples import DetectorData
 from diffdoctor.measures.components import components
 from diffdoctor.measures.pixels import flagged_share, is_flagged
+from diffdoctor.runs.errors import expected
 
 
-def diagnose_pictures(detector, pictures, *, batch_size=250):
-    """The confidence maps of uint8 pictures (N, 3, H, W): float32 (N, 1, H, W) in [0, 1] on the CPU."""
+def diagnose_pictures(detector: nn.Module, pictures: torch.Tensor, *, batch_size: int = 250) -> torch.Tensor:
+    """The confidence maps of pictures.
+
+    Args:
+        detector: a `Detector`, or a module with its `confidence`.
+        pictures: (N, 3, H, W) uint8.
+        batch_size: pictures at a time.
+
+    Returns:
+        (N, 1, H, W) float32 in [0, 1] on the CPU.
+    """
     device = next((value.device for value in detector.parameters()), torch.device("cpu"))
     with torch.no_grad():
         return torch.cat(
@@ -25,11 +37,14 @@ def diagnose_pictures(detector, pictures, *, batch_size=250):
 
 
 def describe_map(name: str, confidence: np.ndarray) -> dict:
-    """One picture's diagnosis, as JSON values: largest and mean confidence, flagged area, components.
+    """One picture's diagnosis, as JSON values.
 
     Args:
         name: of the picture.
         confidence: (H, W) in [0, 1].
+
+    Returns:
+        name, height, width, max and mean (of the confidence), flagged_share, flagged, components (box, area, score).
     """
     share = float(flagged_share(confidence[None])[0])
     return {
@@ -53,9 +68,10 @@ class Diagnosed:
     Attributes:
         confidence: (N, H, W) float32 in [0, 1].
         masks: (N, H, W) float32 in [0, 1].
-        categories, generators: (N,) lists of str.
-        indices: (N,) the pictures' places in the data.
-        skipped: what was left out, by reason.
+        categories: N names.
+        generators: N names.
+        indices: (N,) the pictures' indices in the data.
+        skipped: {reason: count} of the pictures that were skipped.
     """
 
     confidence: np.ndarray
@@ -67,7 +83,7 @@ class Diagnosed:
 
 
 def batches(
-    data,
+    data: DetectorData,
     batch_size: int,
     *,
     chosen: Sequence[int] | None = None,
@@ -77,20 +93,38 @@ def batches(
     """The data's samples in order, in lists of up to `batch_size` pictures of one size.
 
     Args:
-        data: `DetectorData`.
+        data: the labelled pictures.
         batch_size: pictures in a list.
         chosen: indices of the samples; None: all.
-        strict: raise `BrokenSample` at a broken one instead of leaving it out and counting it.
-        counts: filled with what was left out.
+        strict: raise `BrokenSample` at a broken sample instead of skipping and counting it.
+        counts: filled with what was skipped.
+
+    Returns:
+        Lists of samples, each with its `index` in the data.
     """
     counts = SkipCounts() if counts is None else counts
+
+    def readable() -> Iterator[dict]:
+        for index in range(len(data)) if chosen is None else chosen:
+            try:
+                sample = {**data[index], "index": index}
+            except BrokenSample as error:
+                counts.add(error.reason, error.where, strict)
+                continue
+            yield sample
+
+    return in_batches(readable(), batch_size)
+
+
+def in_batches(samples: Iterable[dict], batch_size: int) -> Iterator[list[dict]]:
+    """Split samples, in order, into lists of up to `batch_size` whose pictures have one size.
+
+    Args:
+        samples: dicts with `picture` (H, W, 3).
+        batch_size: samples in a list.
+    """
     batch: list[dict] = []
-    for index in range(len(data)) if chosen is None else chosen:
-        try:
-            sample = {**data[index], "index": index}
-        except BrokenSample as error:
-            counts.add(error.reason, error.where, strict)
-            continue
+    for sample in samples:
         if batch and (len(batch) == batch_size or sample["picture"].shape != batch[0]["picture"].shape):
             yield batch
             batch = []
@@ -100,8 +134,8 @@ def batches(
 
 
 def diagnosed_batches(
-    detector,
-    data,
+    detector: nn.Module,
+    data: DetectorData,
     *,
     batch_size: int = 64,
     size: int | None = None,
@@ -109,26 +143,33 @@ def diagnosed_batches(
     strict: bool = False,
     counts: SkipCounts | None = None,
 ) -> Iterator[Diagnosed]:
-    """The detector's maps batch by batch, so that memory holds one; see `diagnose_data`.
+    """The detector's maps batch by batch, so that memory holds one batch.
 
     Args:
-        counts: filled with what was left out (`skipped` of each batch is empty).
+        detector: a `Detector`, or a module with its `confidence`.
+        data: the labelled pictures.
+        batch_size: pictures at a time.
+        size: side in pixels to which maps and masks are resized; None keeps their sizes.
+        chosen: indices of the pictures; None: all.
+        strict: raise at a broken picture instead of skipping and counting it.
+        counts: filled with what was skipped; `skipped` of each batch is empty.
+
+    Yields:
+        The maps of up to `batch_size` pictures of one size.
     """
     device = next(detector.parameters()).device
     for batch in batches(data, batch_size, chosen=chosen, strict=strict, counts=counts):
-        pairs = [(s["picture"], as_mask(s["mask"])) for s in batch]
-        if size is not None:
-            pairs = [resize_pair(*pair, size) if pair[1].shape != (size, size) else pair for pair in pairs]
-        images = to_images([p for p, _ in pairs], device)
+        pictures, masks = zip(*(resize_pair(s["picture"], as_mask(s["mask"]), size) for s in batch), strict=True)
+        images = to_images(pictures, device)
         with torch.no_grad():
             confidence = detector.confidence(images)[:, 0].float().cpu().numpy()
         names = ([str(s.get(name) or "") for s in batch] for name in ("category", "generator"))
-        yield Diagnosed(confidence, np.stack([m for _, m in pairs]), *names, np.array([s["index"] for s in batch]))
+        yield Diagnosed(confidence, np.stack(masks), *names, np.array([s["index"] for s in batch]))
 
 
 def diagnose_data(
-    detector,
-    data,
+    detector: nn.Module,
+    data: DetectorData,
     *,
     batch_size: int = 64,
     size: int | None = None,
@@ -138,12 +179,12 @@ def diagnose_data(
     """The detector's map of every picture, all in memory.
 
     Args:
-        detector: a `Detector` (or a module with its `confidence`).
-        data: `DetectorData`.
+        detector: a `Detector`, or a module with its `confidence`.
+        data: the labelled pictures.
         batch_size: pictures at a time.
-        size: side in pixels to which maps and masks are brought where pictures differ in size; None: they must agree.
+        size: side in pixels to which maps and masks are resized; None: the pictures must agree in size.
         chosen: indices of the pictures; None: all.
-        strict: raise at a broken picture instead of leaving it out and counting it.
+        strict: raise at a broken picture instead of skipping and counting it.
 
     Raises:
         ValueError: the pictures differ in size, or there are none.
@@ -155,7 +196,7 @@ def diagnose_data(
         empty = np.zeros((0, size or 1, size or 1), np.float32)
         return Diagnosed(empty, empty, [], [], np.array([], int), counts.reasons)
     if len({part.confidence.shape[1:] for part in parts}) != 1:
-        raise ValueError("data: expected pictures of one size, or size= to bring them to one; got several or none")
+        raise ValueError(expected("data", "pictures of one size, or size= to resize them", "several sizes or none"))
     return Diagnosed(
         np.concatenate([part.confidence for part in parts]),
         np.concatenate([part.masks for part in parts]),

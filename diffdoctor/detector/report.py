@@ -1,4 +1,4 @@
-"""What `diffdoctor diagnose` shows: a gallery of the worst pictures."""
+"""The gallery of `diffdoctor diagnose`: the worst pictures on one page."""
 
 from __future__ import annotations
 

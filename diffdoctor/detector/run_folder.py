@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from diffdoctor.data.stream import ShardStream
+from diffdoctor.detector.config import DetectorTrainingConfig
 from diffdoctor.detector.models.base import CONFIG_NAME, WEIGHTS_NAME, Detector
-from diffdoctor.detector.samples import fingerprint_of
+from diffdoctor.detector.samples import DetectorData, fingerprint_of
 from diffdoctor.runs.record import RunFolder
 
 _DETECTOR = (CONFIG_NAME, WEIGHTS_NAME)
@@ -21,19 +23,26 @@ def training_folder(folder: str | Path, identity: dict, *, main: bool) -> RunFol
     return RunFolder(folder, "train-detector", identity, RESULTS, main=main)
 
 
-def identity_of(config, data, detector: nn.Module, validation, processes: int) -> dict:
-    """What a training's result depends on, by name.
+def identity_of(
+    config: DetectorTrainingConfig,
+    data: DetectorData | ShardStream,
+    detector: nn.Module,
+    validation: DetectorData | None,
+    processes: int,
+) -> dict[str, Any]:
+    """All that a training's result depends on, by name.
 
     Args:
-        config: a `DetectorTrainingConfig`.
-        data, validation: sets, or for `data` a `ShardStream`; see `samples.fingerprint_of`.
+        config: the options.
+        data: the labelled pictures.
         detector: the network to train.
-        processes: that share the work.
+        validation: labelled pictures that are measured during training.
+        processes: number of processes that split each batch.
     """
     identity = dataclasses.asdict(config) | {"detector": type(detector).__name__}
     if isinstance(detector, Detector):
         identity |= dataclasses.asdict(detector.preprocess_config) | {"network": detector.config_dict()}
-    # A picture that turns up broken makes no other run, and neither do workers, unless they draw the stream.
+    # Neither `strict` nor, without a stream, the number of workers changes the result.
     del identity["strict"]
     if isinstance(data, ShardStream):
         identity |= {"shards": len(data.paths), "buffer": data.buffer, "processes": processes}

@@ -1,17 +1,22 @@
-"""What a training step sees: which pictures, freshly damaged or not, as a function of (seed, step, place)."""
+"""The samples of training steps: which pictures, freshly damaged or not, as a function of (seed, step, slot)."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from diffdoctor.data.pictures import as_mask, resize_pair
 from diffdoctor.detector.config import AugmentConfig
 from diffdoctor.detector.damage.benign import benign
+from diffdoctor.detector.damage.drawing import blur
 from diffdoctor.detector.damage.injection import NoVisibleDamage, inject
+from diffdoctor.runs.errors import expected
+
+if TYPE_CHECKING:
+    import torch
 
 
 class DetectorData(Protocol):
@@ -19,7 +24,7 @@ class DetectorData(Protocol):
 
     The dict holds `picture` (H, W, 3) uint8 and `mask` (H, W) float32 in [0, 1], and may hold `category`, `generator`,
     `prompt`, `label` (real, injected, human, pseudo) and `round`. A set may also have `fingerprint()`, a text that
-    tells it from other sets, so that a training is not taken up with other data.
+    differs between sets, so that a training does not resume with other data.
     """
 
     def __len__(self) -> int: ...
@@ -34,13 +39,21 @@ class ArrayData:
         pictures: (N, H, W, 3) uint8, or a sequence of (H, W, 3) uint8.
         masks: (N, H, W) in [0, 1] float or uint8 0..255, or a sequence of such; None: all pictures are clean.
         **fields: further columns of length N, such as category=[...], prompt=[...].
+
+    Raises:
+        ValueError: a column has another length; at `data[i]`, a picture or mask of another shape or dtype.
     """
 
-    def __init__(self, pictures, masks=None, **fields: Sequence):
+    def __init__(
+        self,
+        pictures: np.ndarray | Sequence[np.ndarray],
+        masks: np.ndarray | Sequence[np.ndarray] | None = None,
+        **fields: Sequence,
+    ):
         self.pictures, self.masks, self.fields = pictures, masks, fields
         for name, column in {"masks": masks, **fields}.items():
             if column is not None and len(column) != len(pictures):
-                raise ValueError(f"{name}: expected one entry for each of {len(pictures)} pictures, got {len(column)}")
+                raise ValueError(expected(name, f"one entry for each of {len(pictures)} pictures", len(column)))
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -48,59 +61,70 @@ class ArrayData:
     def __getitem__(self, index: int) -> dict[str, Any]:
         picture = np.asarray(self.pictures[index])
         if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
-            raise ValueError(f"pictures: expected (H, W, 3) uint8, got {picture.shape} {picture.dtype} at {index}")
+            got = f"{picture.shape} {picture.dtype} at {index}"
+            raise ValueError(expected("pictures", "(H, W, 3) uint8", got))
         mask = np.zeros(picture.shape[:2], np.float32) if self.masks is None else as_mask(self.masks[index])
         if mask.shape != picture.shape[:2]:
-            raise ValueError(f"masks: expected {picture.shape[:2]}, got {mask.shape} at {index}")
+            raise ValueError(expected("masks", str(picture.shape[:2]), f"{mask.shape} at {index}"))
         return {"picture": picture, "mask": mask, **{name: column[index] for name, column in self.fields.items()}}
 
 
 class JoinedData:
-    """Several sets as one, or a part of them.
+    """Several sets as one, or some of their pictures.
 
     Args:
-        parts: sets; what all of them hold as columns (keys, categories, mask_max) is joined too.
+        sets: the columns that all of them have (keys, categories, mask_max) are joined too.
         chosen: (n,) indices into the joined set; None: all.
     """
 
-    def __init__(self, parts: Sequence[DetectorData], chosen: np.ndarray | None = None):
-        self.parts = list(parts)
-        self.ends = np.cumsum([len(part) for part in self.parts])
+    def __init__(self, sets: Sequence[DetectorData], chosen: np.ndarray | None = None):
+        self.sets = list(sets)
+        self.ends = np.cumsum([len(each) for each in self.sets])
         total = int(self.ends[-1]) if len(self.ends) else 0
         self.chosen = np.arange(total) if chosen is None else np.asarray(chosen)
         for name in ("keys", "categories", "mask_max"):
-            if self.parts and all(hasattr(part, name) for part in self.parts):
-                column = np.concatenate([np.asarray(getattr(part, name)) for part in self.parts])
+            if self.sets and all(hasattr(each, name) for each in self.sets):
+                column = np.concatenate([np.asarray(getattr(each, name)) for each in self.sets])
                 setattr(self, name, column[self.chosen])
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place = int(self.chosen[index])
-        part = int(np.searchsorted(self.ends, place, side="right"))
-        return self.parts[part][place - int(self.ends[part - 1] if part else 0)]
+        joined_index = int(self.chosen[index])
+        number = int(np.searchsorted(self.ends, joined_index, side="right"))
+        return self.sets[number][joined_index - int(self.ends[number - 1] if number else 0)]
 
     def fingerprint(self) -> str:
-        """A hash of which pictures these are."""
-        digest = hashlib.sha256(" ".join(map(str, map(fingerprint_of, self.parts))).encode())
+        """A hash of the sets and of the chosen indices."""
+        digest = hashlib.sha256(" ".join(map(str, map(fingerprint_of, self.sets))).encode())
         digest.update(np.ascontiguousarray(self.chosen).tobytes())
         return digest.hexdigest()
 
     def where(self, chosen: np.ndarray) -> JoinedData:
-        """The pictures that a boolean mask or an index array (N,) chooses."""
-        return JoinedData(self.parts, self.chosen[chosen])
+        """The pictures that a boolean mask (N,) or an index array (n,) chooses."""
+        return JoinedData(self.sets, self.chosen[chosen])
 
 
-def fingerprint_of(data) -> str | int:
-    """What tells a set from others: its `fingerprint()`, or its length where it has none."""
+def fingerprint_of(data: DetectorData) -> str | int:
+    """A set's `fingerprint()`, or its length where it has none."""
     return data.fingerprint() if hasattr(data, "fingerprint") else len(data)
 
 
 def augment(
     picture: np.ndarray, mask: np.ndarray, config: AugmentConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Apply `AugmentConfig` to one picture (H, W, 3) uint8 and its mask (H, W) float32; returns new ones."""
+    """Apply `AugmentConfig` to one picture and its mask.
+
+    Args:
+        picture: (H, W, 3) uint8.
+        mask: (H, W) float32 in [0, 1].
+        config: the augmentation.
+        rng: of all draws.
+
+    Returns:
+        The changed picture and mask, of the same shapes and dtypes.
+    """
     if not mask.any():
         if rng.uniform() < config.shrink_share:
             picture = shrink_and_pad(picture, rng)
@@ -117,7 +141,8 @@ def augment(
     if config.shift:
         picture, mask = _shift(picture, mask, config.shift, rng)
     if config.blur and rng.uniform() < 0.5:
-        picture = _blur(picture, rng.uniform(0.3, 1.0) * config.blur)
+        soft = blur(picture.astype(np.float32), rng.uniform(0.3, 1.0) * config.blur, truncate=3.0)
+        picture = np.rint(soft).astype(np.uint8)
     if config.exposure or config.noise:
         values = picture.astype(np.float32) * (1 + config.exposure * rng.uniform(-1, 1))
         values += 255 * config.noise * rng.uniform() * rng.standard_normal(picture.shape, dtype=np.float32)
@@ -126,7 +151,7 @@ def augment(
 
 
 def shrink_and_pad(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Shrink a picture to 40..90 % and pad it back to its size at a random place by its mean border colour."""
+    """Shrink a picture to 40..90 % and pad it back to its size at a random position with its mean border colour."""
     from PIL import Image
 
     height, width = picture.shape[:2]
@@ -141,13 +166,6 @@ def shrink_and_pad(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return result
 
 
-def _blur(picture: np.ndarray, sigma: float) -> np.ndarray:
-    from scipy import ndimage
-
-    soft = ndimage.gaussian_filter(picture.astype(np.float32), (sigma, sigma, 0), mode="nearest", truncate=3.0)
-    return np.rint(soft).astype(np.uint8)
-
-
 def _shift(picture: np.ndarray, mask: np.ndarray, share: float, rng: np.random.Generator):
     height, width = mask.shape
     dy, dx = (int(np.rint(rng.uniform(-share, share) * side)) for side in (height, width))
@@ -157,9 +175,9 @@ def _shift(picture: np.ndarray, mask: np.ndarray, share: float, rng: np.random.G
 
 
 class StepSamples:
-    """The samples of every training step: place i of step s is a function of (seed, s, i) alone.
+    """The samples of every training step: slot i of step s is a function of (seed, s, i) alone.
 
-    It is a map-style torch dataset whose index is (step, place), so that workers and processes change nothing.
+    It is a map-style torch dataset whose index is (step, slot), so that workers and processes change nothing.
 
     Args:
         data: the labelled pictures.
@@ -168,11 +186,22 @@ class StepSamples:
         config: augmentation.
         weights: (N,) sampling weights, as `balance.sampling_weights` gives them; None: shuffled passes over the data.
         size: side in pixels that every picture is resized to (squares); None: pictures keep their size and must agree.
+
+    Raises:
+        ValueError: no pictures, or weights that cannot be sampled from.
     """
 
-    def __init__(self, data: DetectorData, batch_size: int, seed: int, config: AugmentConfig, weights=None, size=None):
+    def __init__(
+        self,
+        data: DetectorData,
+        batch_size: int,
+        seed: int,
+        config: AugmentConfig,
+        weights: np.ndarray | None = None,
+        size: int | None = None,
+    ):
         if not len(data):
-            raise ValueError("data: expected at least one picture, got none")
+            raise ValueError(expected("data", "at least one picture", "none"))
         self.data, self.batch_size, self.seed, self.config, self.size = data, batch_size, seed, config, size
         self.cumulative = None
         if weights is not None:
@@ -183,16 +212,17 @@ class StepSamples:
                 or weights.min() < 0
                 or not weights.sum()
             ):
-                raise ValueError(f"weights: expected {len(data)} finite weights >= 0 with a positive sum")
+                what = f"{len(data)} finite weights >= 0 with a positive sum"
+                raise ValueError(expected("weights", what, f"shape {weights.shape} with a sum of {weights.sum()}"))
             self.cumulative = np.cumsum(weights / weights.sum())
         self._pass = (-1, None)
 
-    def index_of(self, step: int, place: int) -> int:
-        """Which picture of the data stands at this place of this step."""
+    def index_of(self, step: int, slot: int) -> int:
+        """Index in the data of the picture in this slot of this step."""
         if self.cumulative is not None:
-            draw = np.random.default_rng([self.seed, 1, step, place]).uniform()
+            draw = np.random.default_rng([self.seed, 1, step, slot]).uniform()
             return int(min(np.searchsorted(self.cumulative, draw, side="right"), len(self.data) - 1))
-        number, offset = divmod(step * self.batch_size + place, len(self.data))
+        number, offset = divmod(step * self.batch_size + slot, len(self.data))
         if self._pass[0] != number:
             self._pass = (number, np.random.default_rng([self.seed, 2, number]).permutation(len(self.data)))
         return int(self._pass[1][offset])
@@ -200,16 +230,31 @@ class StepSamples:
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, key: tuple[int, int]):
-        """(picture (3, H, W) uint8, mask (1, H, W) float32) tensors of (step, place)."""
-        import torch
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(picture (3, H, W) uint8, mask (1, H, W) float32) of (step, slot)."""
+        step, slot = key
+        rng = np.random.default_rng([self.seed, 3, step, slot])
+        return training_pair(self.data[self.index_of(step, slot)], self.size, self.config, rng)
 
-        step, place = key
-        sample = self.data[self.index_of(step, place)]
-        picture, mask = sample["picture"], as_mask(sample["mask"])
-        if self.size is not None and picture.shape[:2] != (self.size, self.size):
-            picture, mask = resize_pair(picture, mask, self.size)
-        rng = np.random.default_rng([self.seed, 3, step, place])
-        picture, mask = augment(picture, mask, self.config, rng)
-        picture = np.ascontiguousarray(picture.transpose(2, 0, 1))
-        return torch.from_numpy(picture), torch.from_numpy(np.ascontiguousarray(mask[None], dtype=np.float32))
+
+def training_pair(
+    sample: dict[str, Any], size: int | None, config: AugmentConfig, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Resize and augment a sample for training.
+
+    Args:
+        sample: `picture` (H, W, 3) uint8 and `mask` (H, W), see `DetectorData`.
+        size: side in pixels of the square that they are resized to; None keeps their size.
+        config: the augmentation.
+        rng: of its draws.
+
+    Returns:
+        Picture (3, H, W) uint8 and mask (1, H, W) float32.
+    """
+    import torch
+
+    picture, mask = resize_pair(sample["picture"], as_mask(sample["mask"]), size)
+    picture, mask = augment(picture, mask, config, rng)
+    # Copies: what augmentation returns may be a view with negative strides, or the caller's own array.
+    picture, mask = np.array(picture.transpose(2, 0, 1), order="C"), np.array(mask[None], np.float32, order="C")
+    return torch.from_numpy(picture), torch.from_numpy(mask)

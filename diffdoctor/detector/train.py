@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,10 +23,13 @@ from diffdoctor.detector.run_folder import identity_of, training_folder
 from diffdoctor.detector.samples import DetectorData
 from diffdoctor.detector.validate import quick_measures
 from diffdoctor.runs.checkpoints import Checkpoints
-from diffdoctor.runs.errors import UserError, missing_extra
+from diffdoctor.runs.errors import UserError, expected, missing_extra
 from diffdoctor.runs.progress import progress as progress_bar
 from diffdoctor.training.ema import RunningAverage
 from diffdoctor.training.schedule import warmup_cosine
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclasses.dataclass
@@ -36,7 +40,7 @@ class TrainedDetector:
         detector: the trained network, in evaluation mode.
         history: one dict a step: step, loss, learning_rate, grad_norm.
         validations: one dict a validation: step and the measures of `validate.quick_measures`.
-        broken: {place: reason} of the pictures that could not be read; of a stream, one example of each reason.
+        broken: {where: reason} of the pictures that could not be read; of a stream, one example of each reason.
     """
 
     detector: nn.Module
@@ -55,7 +59,7 @@ def train_detector(
     progress: bool = True,
     name: str = "detector",
 ) -> TrainedDetector:
-    """Train a detector on labelled pictures; clean ones are damaged afresh as `config.augment` says.
+    """Train a detector on labelled pictures; clean ones are damaged at random by `config.augment`.
 
     Started with `accelerate launch` it runs in several processes, which share each batch. With fp32 and without dropout
     the losses do not depend on the number of processes. Run again with the same output folder, it resumes from the last
@@ -71,7 +75,10 @@ def train_detector(
         validation: labelled pictures that are measured during training.
         output_dir: where checkpoints, `detector` and `best` go; None writes nothing.
         progress: show a progress bar.
-        name: what the progress bar calls it.
+        name: label of the progress bar.
+
+    Returns:
+        The detector with the measures of its training.
 
     Raises:
         UserError: the loss is not finite; the output folder holds another run's checkpoints or results, or `detector`
@@ -97,7 +104,11 @@ def prepared_run(
     No other process may work in its output folder until the block ends.
 
     Args:
-        config, data, detector, validation, output_dir: see `train_detector`.
+        config: see `train_detector`.
+        data: see `train_detector`.
+        detector: see `train_detector`.
+        validation: see `train_detector`.
+        output_dir: see `train_detector`.
         identity: what else the result depends on, by name.
 
     Raises:
@@ -109,9 +120,10 @@ def prepared_run(
         raise missing_extra("accelerate", "stages") from None
     # Without cpu=True, Accelerate takes several processes on a machine without accelerators for single ones.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    parts = accelerator.num_processes * config.accumulate
-    if config.batch_size % parts:
-        raise UserError(f"batch_size: expected a multiple of processes x accumulate = {parts}, got {config.batch_size}")
+    micro_batches = accelerator.num_processes * config.accumulate
+    if config.batch_size % micro_batches:
+        what = f"a multiple of processes x accumulate = {micro_batches}"
+        raise UserError(expected("batch_size", what, config.batch_size))
     # Nothing here may depend on, or disturb, the caller's random state.
     with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
@@ -130,7 +142,14 @@ def prepared_run(
 class TrainingRun:
     """One training run: the state that a checkpoint holds, and the loop over it. Made by `prepared_run`."""
 
-    def __init__(self, config, data, detector, validation, accelerator):
+    def __init__(
+        self,
+        config: DetectorTrainingConfig,
+        data: DetectorData | ShardStream,
+        detector: nn.Module,
+        validation: DetectorData | None,
+        accelerator: Accelerator,
+    ):
         self.config, self.detector, self.validation, self.accelerator = config, detector, validation, accelerator
         detector.to(accelerator.device).train()
         groups = _parameter_groups(detector, config.weight_decay)
@@ -144,7 +163,8 @@ class TrainingRun:
         self.data, self.weights = data, None
         if isinstance(data, ShardStream):
             if not data.resampled or config.balance:
-                raise UserError("data: expected a resampled stream, and balance=False with it, which knows no counts")
+                got = "balance=True" if data.resampled else "a stream that is not resampled"
+                raise UserError(expected("data", "a resampled stream, with balance=False", got))
         elif config.balance:
             from diffdoctor.detector.balance import sampling_weights
 
@@ -196,11 +216,11 @@ class TrainingRun:
         return TrainedDetector(self.detector, self.history, self.validations, self.broken)
 
     def _batches(self):
-        """Lists of (pictures, masks) parts, one list a step, of this process' share of the batch."""
+        """Lists of (pictures, masks) micro-batches, one list a step, of this process's slots of the batch."""
         config, accelerator = self.config, self.accelerator
-        share = config.batch_size // accelerator.num_processes
+        slots = config.batch_size // accelerator.num_processes
         every = config.checkpoint_every
-        plan = StepPlan(self.step, config.steps, accelerator.process_index, share, config.accumulate, every)
+        plan = StepPlan(self.step, config.steps, accelerator.process_index, slots, config.accumulate, every)
         options = {
             "num_workers": config.workers,
             "pin_memory": accelerator.device.type == "cuda",
@@ -220,18 +240,18 @@ class TrainingRun:
                 size=config.size,
             )
             loader = torch.utils.data.DataLoader(samples, batch_sampler=plan, collate_fn=collate, **options)
-        parts = []
-        for part in loader:
-            if isinstance(part, UserError):
-                raise part
-            pictures, masks, broken = part
+        micro_batches = []
+        for loaded in loader:
+            if isinstance(loaded, UserError):
+                raise loaded
+            pictures, masks, broken = loaded
             self.broken |= broken
-            parts.append((pictures, masks))
-            if len(parts) == config.accumulate:
-                yield parts
-                parts = []
+            micro_batches.append((pictures, masks))
+            if len(micro_batches) == config.accumulate:
+                yield micro_batches
+                micro_batches = []
 
-    def _train_step(self, parts) -> None:
+    def _train_step(self, micro_batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         config, accelerator = self.config, self.accelerator
         device = accelerator.device
         rate = config.learning_rate * warmup_cosine(self.step, config.warmup_steps, config.steps)
@@ -242,15 +262,16 @@ class TrainingRun:
         torch.manual_seed(int(key.generate_state(1)[0]))
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device)
-        for index, (pictures, masks) in enumerate(parts):
+        for index, (pictures, masks) in enumerate(micro_batches):
             images = to_images(pictures, device)
             masks = masks.to(device, non_blocking=True)
-            last = index == len(parts) - 1
+            last = index == len(micro_batches) - 1
             sync = self.model.no_sync() if accelerator.num_processes > 1 and not last else contextlib.nullcontext()
             with sync:
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     logits = self.model(images)
-                loss = detector_loss(logits, masks, mse=config.mse, bce=config.bce, dice=config.dice) / len(parts)
+                loss = detector_loss(logits, masks, mse=config.mse, bce=config.bce, dice=config.dice)
+                loss = loss / len(micro_batches)
                 loss.backward()
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.detector.parameters(), config.max_grad_norm or math.inf)

@@ -1,5 +1,1 @@
-"""Measures of detectors and of treated models, and the report that shows them.
-
-The modules are imported where they are used: `diffdoctor.measures.rates` needs numpy alone, `diffdoctor.evaluate.model`
-needs the extra `stages`.
-"""
+"""Evaluation of detectors and of treated models, with reports; needs the extra `stages`."""

@@ -1,8 +1,8 @@
 """Confidence maps for a training set: read, checked, and kept on their pictures through crop and flip.
 
-A map that is not cropped with its picture is silently wrong, so picture and map are never moved separately here:
-`PairedTransform` draws one placement for both, and `attach_map` lets a map ride through somebody else's transforms as a
-fourth band of the picture. docs/trainers.md shows both in real trainers.
+A map that is not cropped with its picture is silently wrong, so picture and map are never transformed separately here:
+`PairedTransform` draws one placement for both, and `attach_map` makes a map the fourth band of its picture for other
+libraries' transforms. docs/trainers.md shows both in real trainers.
 """
 
 from diffdoctor.maps.check import MapReport, MapWarning, check_maps

@@ -1,4 +1,4 @@
-"""Do a set's maps look like maps? All zero, all one and inverted ones train without an error, and wrongly."""
+"""Checks a set's maps: with maps that are all zero, all one or inverted, training is wrong without an error."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from diffdoctor.maps.files import read_map
+from diffdoctor.maps.files import MapLike, read_map
+from diffdoctor.runs.errors import expected
 
-_HALF_STEP = 0.5 / 255  # below this an 8-bit map is zero
+_HALF_STEP = 0.5 / 255  # of an 8-bit map; smaller values are zero there
 
 
 class MapWarning(UserWarning):
-    """A training set's maps are probably not what their user thinks they are."""
+    """A training set's maps are probably not what they should be."""
 
 
 @dataclass
@@ -25,12 +26,14 @@ class MapReport:
     """What `check_maps` found.
 
     Attributes:
-        count: maps looked at.
-        missing: pictures without a map.
-        zero, one, constant: maps that are 0 everywhere, 1 everywhere, or another single value.
+        count: number of maps.
+        missing: number of pictures without a map.
+        zero: number of maps that are 0 everywhere.
+        one: number of maps that are 1 everywhere.
+        constant: number of maps with another single value.
         mean: mean confidence over all maps, in [0, 1].
-        broken_share: share of all maps' area at confidence >= 0.5.
-        warnings: one sentence for each thing that looks wrong.
+        broken_share: share of all maps' area at confidence >= 0.5, in [0, 1].
+        warnings: one sentence for each probable mistake.
     """
 
     count: int = 0
@@ -43,7 +46,11 @@ class MapReport:
     warnings: list[str] = field(default_factory=list)
 
     def warn(self, stacklevel: int = 2) -> None:
-        """Emit each sentence as a `MapWarning`."""
+        """Emit each sentence as a `MapWarning`.
+
+        Args:
+            stacklevel: see `warnings.warn`; 2 names the caller's line.
+        """
         for sentence in self.warnings:
             warnings.warn(sentence, MapWarning, stacklevel=stacklevel + 1)
 
@@ -56,16 +63,19 @@ class MapReport:
         return "\n".join([*lines, *(f"warning: {sentence}" for sentence in self.warnings)])
 
 
-def check_maps(maps: Iterable | torch.Tensor) -> MapReport:
-    """Look at a set's confidence maps and say what cannot be right.
+def check_maps(maps: Iterable[MapLike | None] | torch.Tensor) -> MapReport:
+    """Check a set's confidence maps for probable mistakes.
 
-    It warns when every map is all zero (the loss is then the plain one), when maps are all one or otherwise constant,
-    when most of the area of most maps is broken (an inverted map: confidence is 1 where the picture is *broken*), when
-    many pictures share one map, and when pictures have none.
+    The report warns when every map is all zero (the loss is then the plain one), when maps are all one or otherwise
+    constant, when most of the area of most maps is broken (an inverted map: confidence is 1 where the picture is
+    *broken*), when many pictures have the same map, and when pictures have none.
 
     Args:
         maps: maps as `read_map` takes them (files, arrays), None for a picture without one, or a tensor (B, 1, H, W)
             or (B, H, W): uint8, bool or float in [0, 1].
+
+    Returns:
+        Counts, means and warnings; nothing is emitted.
 
     Raises:
         ValueError: a map with values outside [0, 1], naming it.
@@ -101,7 +111,7 @@ def check_maps(maps: Iterable | torch.Tensor) -> MapReport:
 
 def _rows(maps: torch.Tensor) -> list[np.ndarray]:
     if maps.ndim not in (3, 4) or (maps.ndim == 4 and maps.shape[1] != 1):
-        raise ValueError(f"maps: expected (B, 1, H, W) or (B, H, W), got {tuple(maps.shape)}")
+        raise ValueError(expected("maps", "(B, 1, H, W) or (B, H, W)", tuple(maps.shape)))
     maps = maps.detach().cpu()
     maps = maps.float() if maps.is_floating_point() else maps
     return list(maps.reshape(len(maps), *maps.shape[-2:]).numpy())
@@ -118,11 +128,11 @@ def _sentences(report: MapReport, shares: list[float], contents: Counter) -> lis
     if report.one:
         found.append(f"{report.one} of {count} maps are one everywhere: the whole picture counts as broken")
     if report.constant:
-        found.append(f"{report.constant} of {count} maps have the same value everywhere: they say nothing about place")
+        found.append(f"{report.constant} of {count} maps have the same value everywhere: they do not locate anything")
     # An artifact that fills more than half of most damaged pictures is rare.
     if shares and np.median(shares) > 0.5:
         found.append(
-            f"half of the maps that show a place are broken over {np.median(shares):.0%} of it or more: inverted? "
+            f"half of the maps that are not constant are broken over {np.median(shares):.0%} of it or more: inverted? "
             "(confidence is 1 where the picture is broken, 0 where it is clean)"
         )
     most = max(contents.values(), default=0)

@@ -11,10 +11,11 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from diffdoctor.maps.check import check_maps
-from diffdoctor.maps.files import Record, read_picture
+from diffdoctor.maps.files import PictureLike, Record, read_picture
 from diffdoctor.maps.geometry import PairedTransform
+from diffdoctor.runs.errors import expected
 
-_CHECKED = 256  # maps looked at when a set is opened
+_CHECKED = 256  # maps that are checked when a set is opened
 
 
 class MapDataset(Dataset):
@@ -22,10 +23,13 @@ class MapDataset(Dataset):
 
     Args:
         records: `read_folder(...)`'s result, `ShardRecords(...)`, or any sequence of `Record`.
-        transform: the placement.
+        transform: resizes, crops and flips each pair.
         seed: of crops and flips: item (epoch, i) is a function of (seed, epoch, i), whatever the worker.
-        missing: what a picture without a map is: "zeros" (clean everywhere) or "error".
-        check: look at up to 256 maps, evenly spaced, and emit a `MapWarning` for what cannot be right.
+        missing: how a picture without a map is treated: "zeros" (clean everywhere) or "error".
+        check: check up to 256 maps, evenly spaced, and emit a `MapWarning` for each probable mistake.
+
+    Raises:
+        ValueError: no records, an unknown `missing`, or with "error" a picture without a map.
     """
 
     def __init__(
@@ -38,14 +42,14 @@ class MapDataset(Dataset):
         check: bool = True,
     ):
         if not len(records):
-            raise ValueError("records: expected at least one, got none")
+            raise ValueError(expected("records", "at least one", "none"))
         if missing not in ("zeros", "error"):
-            raise ValueError(f"missing: expected 'zeros' or 'error', got {missing!r}")
+            raise ValueError(expected("missing", "'zeros' or 'error'", repr(missing)))
         self.records, self.transform, self.seed = records, transform, seed
         if missing == "error":
             for record in self.records:
                 if record.confidence is None:
-                    raise ValueError(f"records: expected a map for every picture, {_name(record)} has none")
+                    raise ValueError(expected("records", "a map for every picture", f"none for {_name(record)}"))
         if check:
             step = max(1, -(-len(self.records) // _CHECKED))
             check_maps(self.records[index].confidence for index in range(0, len(records), step)).warn()
@@ -62,7 +66,7 @@ class MapDataset(Dataset):
         return {**sample, "caption": record.caption}
 
     def bucket_of(self, index: int) -> int:
-        """Index of the picture's bucket; reads no more than the picture's header where it is a file."""
+        """Index of the picture's bucket; of a picture file, only the header is read."""
         if len(self.transform.buckets) == 1:
             return 0
         return self.transform.bucket(*_picture_size(self.records[index].picture))
@@ -71,18 +75,22 @@ class MapDataset(Dataset):
 class StepBatches(Sampler):
     """Batches of (epoch, index) keys in which all pictures have one size; use it as a `batch_sampler`.
 
-    Batch k is a function of (seed, k): a run that resumes with `start=k` sees what it would have seen, and processes
-    share out the same sequence. Do not let Accelerate shard it a second time.
+    Batch k is a function of (seed, k): a run that resumes with `start=k` gets the same batches as without the
+    interruption, and processes split one sequence. Do not let Accelerate shard it a second time.
 
     Args:
         data: the set.
-        batch_size: pictures of a batch.
-        batches: this process's number of batches from the beginning of the run to its end.
-        start: the first of them that is given.
+        batch_size: pictures in a batch.
+        batches: number of this process's batches from the beginning of the run to its end.
+        start: index of the first batch that is returned.
         seed: of the shuffles.
-        last: a bucket's incomplete batch of an epoch is filled up with pictures of the bucket ("fill"), given as it
+        last: a bucket's incomplete batch of an epoch is filled up with pictures of the bucket ("fill"), returned as it
             is ("short": processes then have unequal batches) or left out ("drop").
-        process_index, num_processes: this process gets the batches process_index, process_index + num_processes, ...
+        process_index: this process gets the batches process_index, process_index + num_processes, ...
+        num_processes: number of processes that split the batches.
+
+    Raises:
+        ValueError: an option is out of range, or no bucket fills a batch.
     """
 
     def __init__(
@@ -98,11 +106,11 @@ class StepBatches(Sampler):
         num_processes: int = 1,
     ):
         if batch_size < 1:
-            raise ValueError(f"batch_size: expected >= 1, got {batch_size}")
+            raise ValueError(expected("batch_size", ">= 1", batch_size))
         if last not in ("fill", "short", "drop"):
-            raise ValueError(f"last: expected 'fill', 'short' or 'drop', got {last!r}")
+            raise ValueError(expected("last", "'fill', 'short' or 'drop'", repr(last)))
         if not 0 <= process_index < num_processes:
-            raise ValueError(f"process_index: expected 0..{num_processes - 1}, got {process_index}")
+            raise ValueError(expected("process_index", f"0..{num_processes - 1}", process_index))
         self.batch_size, self.last, self.seed = batch_size, last, seed
         self.start, self.batches = start, batches
         self.process_index, self.num_processes = process_index, num_processes
@@ -112,7 +120,8 @@ class StepBatches(Sampler):
         self._buckets = [np.asarray(indices) for _, indices in sorted(buckets.items())]
         self._per_epoch = sum(self._batches_of(len(indices)) for indices in self._buckets)
         if not self._per_epoch:
-            raise ValueError(f"batch_size: no bucket has {batch_size} pictures, and last='drop' leaves out the others")
+            largest = max(map(len, self._buckets), default=0)
+            raise ValueError(expected("batch_size", f"<= {largest} with last='drop', the largest bucket", batch_size))
 
     def _batches_of(self, count: int) -> int:
         return count // self.batch_size if self.last == "drop" else -(-count // self.batch_size)
@@ -143,7 +152,7 @@ class StepBatches(Sampler):
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Stack what `MapDataset` gives: tensors on a new first axis, `caption` as a list."""
+    """Stack items of a `MapDataset`: tensors on a new first axis, `caption` as a list."""
     stacked: dict[str, Any] = {}
     for name, value in samples[0].items():
         column = [sample[name] for sample in samples]
@@ -154,7 +163,7 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return stacked
 
 
-def _picture_size(picture) -> tuple[int, int]:
+def _picture_size(picture: PictureLike) -> tuple[int, int]:
     if isinstance(picture, (str, os.PathLike)):
         from PIL import Image
 

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_path, atomic_write_text
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MAP_ENDING = ".mask.png"  # the ending that maps have in shards too
+MAP_ENDING = ".mask.png"  # as in shards
 METADATA_NAME = "metadata.jsonl"
 _OTHER_METADATA = ("metadata.csv", "metadata.parquet")  # which `imagefolder` reads too
 _CAPTION_FIELDS = ("text", "caption", "prompt")
 _MODES_OF_ONE_BAND = {"1": 1.0, "L": 255.0, "I;16": 65535.0, "I": 65535.0}
+
+
+# A file, a PIL picture or a uint8 array (H, W, 3).
+PictureLike: TypeAlias = "str | os.PathLike | Image.Image | np.ndarray"
+# A file, a PIL picture, or an array or tensor; see `read_map`.
+MapLike: TypeAlias = "str | os.PathLike | Image.Image | np.ndarray | torch.Tensor"
 
 
 @dataclass(frozen=True)
@@ -32,20 +42,22 @@ class Record:
         picture: a file, a PIL picture or a uint8 array (H, W, 3).
         confidence: its map: a file, an array (uint8 0..255, bool, or float in [0, 1]) of shape (H', W') in
             the picture's proportions; None where there is no map.
-        caption: the prompt that belongs to it.
+        caption: its prompt.
     """
 
-    picture: Any
-    confidence: Any = None
+    picture: PictureLike
+    confidence: MapLike | None = None
     caption: str = ""
 
 
-def find_map(picture, maps=None, root=None) -> Path | None:
+def find_map(
+    picture: str | os.PathLike, maps: str | os.PathLike | None = None, root: str | os.PathLike | None = None
+) -> Path | None:
     """The map file of a picture, or None.
 
     Args:
         picture: the picture's file, such as `set/cat.jpg`.
-        maps: the folder of maps; None looks beside the picture.
+        maps: the folder of maps; None searches beside the picture.
         root: folder that `maps` mirrors, so that `root/a/cat.jpg` has its map in `maps/a`; None: the picture's folder.
 
     Returns:
@@ -60,16 +72,23 @@ def find_map(picture, maps=None, root=None) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def read_picture(picture):
-    """A picture (file, PIL picture or uint8 (H, W, 3) array) as a PIL picture in mode RGB, upright.
+def read_picture(picture: PictureLike) -> Image.Image:
+    """Read a picture, rotated upright by its EXIF orientation, as the detector sees it.
 
-    A camera's rotation flag is carried out, since what the detector saw was upright as well.
+    Args:
+        picture: a file, a PIL picture or a uint8 array (H, W, 3).
+
+    Returns:
+        A PIL picture in mode RGB.
+
+    Raises:
+        ValueError: an array of another shape or dtype.
     """
     from PIL import Image, ImageOps
 
     if isinstance(picture, np.ndarray):
         if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
-            raise ValueError(f"picture: expected (H, W, 3) uint8, got {picture.shape} {picture.dtype}")
+            raise ValueError(expected("picture", "(H, W, 3) uint8", f"{picture.shape} {picture.dtype}"))
         return Image.fromarray(picture)
     if isinstance(picture, Image.Image):
         return ImageOps.exif_transpose(picture).convert("RGB")
@@ -77,12 +96,15 @@ def read_picture(picture):
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def read_map(confidence) -> np.ndarray:
-    """A confidence map as float32 (H, W) in [0, 1].
+def read_map(confidence: MapLike) -> np.ndarray:
+    """Read a confidence map.
 
     Args:
         confidence: a PNG of one band (8 or 16 bits; or three equal bands), such a picture in PIL, an `.npy` file,
             or an array or tensor: uint8 0..255, bool, or floats in [0, 1]; shape (H, W), (H, W, 1) or (1, H, W).
+
+    Returns:
+        (H, W) float32 in [0, 1].
 
     Raises:
         TypeError: an array of another dtype.
@@ -92,7 +114,7 @@ def read_map(confidence) -> np.ndarray:
     if isinstance(confidence, (str, Path)):
         path = Path(confidence)
         confidence = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _open_bands(path)
-    elif hasattr(confidence, "getbands"):  # a PIL picture, without importing PIL to ask
+    elif hasattr(confidence, "getbands"):  # a PIL picture, recognised without importing PIL
         confidence = _bands(confidence, name)
     elif isinstance(confidence, torch.Tensor):
         confidence = confidence.detach().cpu()
@@ -102,17 +124,17 @@ def read_map(confidence) -> np.ndarray:
     if values.ndim == 3 and 1 in (values.shape[0], values.shape[2]):
         values = values[0] if values.shape[0] == 1 else values[:, :, 0]
     if values.ndim != 2 or not values.size:
-        raise ValueError(f"{name}: expected a map of shape (H, W), got {tuple(np.shape(confidence))}")
+        raise ValueError(expected(name, "a map of shape (H, W)", tuple(np.shape(confidence))))
     if values.dtype == np.uint8:
         return values.astype(np.float32) / 255.0
     if values.dtype == np.bool_:
         return values.astype(np.float32)
     if not np.issubdtype(values.dtype, np.floating):
-        raise TypeError(f"{name}: expected uint8, bool or floating-point values, got {values.dtype}")
+        raise TypeError(expected(name, "uint8, bool or floating-point values", values.dtype))
     low, high = float(values.min()), float(values.max())
     if not (low >= 0.0 and high <= 1.0):
         hint = "; give 0..255 as uint8" if high > 1.0 else ""
-        raise ValueError(f"{name}: expected values in [0, 1], got {low:g}..{high:g}{hint}")
+        raise ValueError(expected(name, "values in [0, 1]", f"{low:g}..{high:g}{hint}"))
     return values.astype(np.float32)
 
 
@@ -130,11 +152,17 @@ def _bands(image, name: str) -> np.ndarray:
     bands = np.asarray(image)
     if bands.ndim == 3 and bands.shape[2] == 3 and (bands == bands[:, :, :1]).all():
         return bands[:, :, 0]
-    raise ValueError(f"{name}: expected a grey picture (0 clean .. 255 artifact), got mode {image.mode} with colours")
+    what = "a grey picture (0 clean .. 255 artifact)"
+    raise ValueError(expected(name, what, f"mode {image.mode} with colours"))
 
 
-def write_map(path, confidence) -> None:
-    """Write a map (see `read_map` for what it may be) as an 8-bit grey PNG, whole or not at all."""
+def write_map(path: str | os.PathLike, confidence: MapLike) -> None:
+    """Write a map as an 8-bit grey PNG, completely or not at all.
+
+    Args:
+        path: the file to write.
+        confidence: see `read_map`.
+    """
     from PIL import Image
 
     values = np.rint(read_map(confidence) * 255.0).astype(np.uint8)
@@ -143,13 +171,13 @@ def write_map(path, confidence) -> None:
 
 
 class ShardRecords(Sequence):
-    """The pictures of shards with a manifest as records, read one by one when they are asked for.
+    """The pictures of shards with a manifest as records, each read when it is indexed.
 
     Args:
-        folder: what `diffdoctor.data.shards.write_shards` wrote; the masks are the confidence maps.
+        folder: what `diffdoctor.data.shard_writer.write_shards` wrote; the masks are the confidence maps.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike):
         from diffdoctor.data.shards import ShardData
 
         self.data = ShardData(folder)
@@ -162,27 +190,27 @@ class ShardRecords(Sequence):
         return Record(sample["picture"], sample["mask"], sample.get("prompt", ""))
 
 
-def read_folder(folder, maps=None, *, caption: str = "") -> list[Record]:
+def read_folder(folder: str | os.PathLike, maps: str | os.PathLike | None = None, *, caption: str = "") -> list[Record]:
     """The pictures of a folder and its subfolders, each with its caption and its map.
 
     Args:
-        folder: of pictures. Captions stand in `metadata.jsonl` (`file_name` and `text`, `caption` or `prompt`), or
-            beside each picture in a `.txt` file.
-        maps: folder of the maps, mirroring `folder`; None looks beside each picture for `<stem>.mask.png`.
+        folder: of pictures. Captions are read from `metadata.jsonl` (`file_name` and `text`, `caption` or `prompt`), or
+            from a `.txt` file beside each picture.
+        maps: folder of the maps, mirroring `folder`; None searches beside each picture for `<stem>.mask.png`.
         caption: for pictures that have none.
 
     Returns:
         Records in the order of their paths; the map of a picture that has none is None. Warns where pictures have no
-        caption and other metadata stands there, which is not read: a `metadata.csv`, or one in a subfolder.
+        caption and there is other metadata, which is not read: a `metadata.csv`, or metadata in a subfolder.
 
     Raises:
         UserError: no folder, or no picture in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: expected a folder of pictures, there is none")
+        raise UserError(expected(folder, "a folder of pictures", "none"))
     if maps is not None and not Path(maps).is_dir():
-        raise UserError(f"{maps}: expected a folder of maps, there is none")
+        raise UserError(expected(maps, "a folder of maps", "none"))
     captions = {name: text for name, row in _read_metadata(folder) if (text := _caption(row)) is not None}
     records, bare = [], 0
     for path in sorted(folder.rglob("*")):
@@ -196,7 +224,7 @@ def read_folder(folder, maps=None, *, caption: str = "") -> list[Record]:
             text = beside.read_text(encoding="utf-8").strip() if beside.is_file() else caption
         records.append(Record(path, find_map(path, maps, folder), text))
     if not records:
-        raise UserError(f"{folder}: expected pictures ({', '.join(PICTURE_SUFFIXES)}), found none")
+        raise UserError(expected(folder, f"pictures ({', '.join(PICTURE_SUFFIXES)})", "none"))
     unread = _unread_metadata(folder) if bare else []
     if unread:
         warnings.warn(
@@ -205,11 +233,10 @@ def read_folder(folder, maps=None, *, caption: str = "") -> list[Record]:
     return records
 
 
-def write_metadata(folder, maps) -> int:
-    """Write `folder/metadata.jsonl`, with which Hugging Face's `imagefolder` gives the columns image, text, confidence.
+def write_metadata(folder: str | os.PathLike, maps: str | os.PathLike) -> int:
+    """Write `folder/metadata.jsonl`, from which Hugging Face's `imagefolder` reads the columns image, text, confidence.
 
-    Rows that stand there already keep their order and their other columns, a `text` included; pictures without a row
-    come after them.
+    Existing rows keep their order and their other columns, a `text` included; pictures without a row come after them.
 
     Args:
         folder: of pictures with captions, as `read_folder` reads them.
@@ -224,18 +251,19 @@ def write_metadata(folder, maps) -> int:
     """
     folder, maps = Path(folder).resolve(), Path(maps).resolve()
     if folder not in maps.parents:
-        raise UserError(f"{maps}: expected a folder inside {folder}, move or copy the maps there")
+        raise UserError(expected(maps, f"a folder inside {folder}", "another; move or copy the maps there"))
     if unread := _unread_metadata(folder):
-        raise UserError(f"{unread[0]}: expected all captions in {folder / METADATA_NAME}, move them there")
+        what = f"all captions in {folder / METADATA_NAME}"
+        raise UserError(expected(unread[0], what, "further metadata; move the captions there"))
     records = {}
     for record in read_folder(folder, maps):
         if record.confidence is None:
-            raise UserError(f"{record.picture}: expected a map in {maps}, there is none")
+            raise UserError(expected(record.picture, f"a map in {maps}", "none"))
         records[record.picture.relative_to(folder).as_posix()] = record
     named = _read_metadata(folder)
     for name, _ in named:
         if name not in records:
-            raise UserError(f"{folder / METADATA_NAME}: expected a picture for each row, {name} is none")
+            raise UserError(expected(folder / METADATA_NAME, "a picture for each row", f"none for {name}"))
     known = {name for name, _ in named}
     named += [(name, {"file_name": name}) for name in records if name not in known]
     for name, row in named:
@@ -253,10 +281,10 @@ def _unread_metadata(folder: Path) -> list[Path]:
 
 
 def _read_metadata(folder: Path) -> list[tuple[str, dict]]:
-    """The rows in their order, each with its picture's path below the folder."""
+    """The rows in their order, each with its picture's path relative to the folder."""
     path = folder / METADATA_NAME
     rows = []
-    # Not splitlines(), which cuts at U+2028 inside a caption too.
+    # Not splitlines(), which also splits at U+2028 inside a caption.
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.is_file() else [], start=1):
         if not line.strip():
             continue
@@ -264,7 +292,8 @@ def _read_metadata(folder: Path) -> list[tuple[str, dict]]:
             row = json.loads(line)
             rows.append((posixpath.normpath(row["file_name"]), row))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: expected a JSON object with a file_name ({error})") from None
+            got = f"{line[:80]!r} ({error})"
+            raise UserError(expected(f"{path}, line {number}", "a JSON object with a file_name", got)) from None
     return rows
 
 

@@ -5,38 +5,50 @@ from __future__ import annotations
 import math
 import operator
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffdoctor.maps.files import read_map, read_picture
+from diffdoctor.maps.files import MapLike, PictureLike, read_map, read_picture
+from diffdoctor.runs.errors import expected
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _RESAMPLES = ("bilinear", "bicubic", "lanczos", "box", "nearest")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the training crop lies in a picture.
+    """The crop of a picture, its size and its orientation.
 
     Attributes:
-        box: (left, top, right, bottom) in the picture's pixels; fractions of a pixel are meant.
-        size: (height, width) in pixels that the box is resized to.
-        flip: mirrored left to right afterwards.
+        box: (left, top, right, bottom) of the crop in the picture's pixels, with fractions.
+        size: (height, width) in pixels that the crop is resized to.
+        flip: whether the result is mirrored left to right.
     """
 
     box: tuple[float, float, float, float]
     size: tuple[int, int]
     flip: bool = False
 
-    def of(self, image, picture_size: tuple[int, int], resample):
-        """Cut a PIL picture of any band format that shows the same scene as the picture of (height, width) pixels."""
+    def of(self, image: Image.Image, picture_size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+        """Crop, resize and flip the picture, or its map.
+
+        Args:
+            image: a PIL picture of any mode, in the picture's proportions.
+            picture_size: (height, width) in pixels of the picture that `box` refers to.
+            resample: the filter.
+        """
         from PIL import Image
 
         scale_y, scale_x = image.height / picture_size[0], image.width / picture_size[1]
         left, top, right, bottom = self.box
-        # min(): the product can land one rounding above the image's own side.
+        # min(): rounding can make the product larger than the image's side.
         box = (
             left * scale_x,
             top * scale_y,
@@ -50,12 +62,23 @@ class Placement:
 def aspect_buckets(pixels: int, *, multiple: int = 64, max_aspect: float = 2.0) -> list[tuple[int, int]]:
     """Sizes (height, width) of at most `pixels` pixels, sides multiples of `multiple`, aspects up to `max_aspect`.
 
-    For each width the tallest height that fits, and no size that another one contains.
+    For each width the largest height that fits, and no size that another one contains.
+
+    Args:
+        pixels: largest area, in pixels.
+        multiple: of which both sides are multiples, in pixels.
+        max_aspect: largest quotient of the longer and the shorter side.
+
+    Returns:
+        (height, width) of each bucket, in pixels.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
     if multiple < 1 or pixels < multiple * multiple:
-        raise ValueError(f"pixels: expected at least multiple² = {multiple * multiple}, got {pixels}")
+        raise ValueError(expected("pixels", f"at least multiple² = {multiple * multiple}", pixels))
     if max_aspect < 1:
-        raise ValueError(f"max_aspect: expected >= 1, got {max_aspect}")
+        raise ValueError(expected("max_aspect", ">= 1", max_aspect))
     sizes = []
     for width in range(multiple, math.isqrt(int(pixels * max_aspect)) + multiple, multiple):
         height = min(pixels // width, int(width * max_aspect)) // multiple * multiple
@@ -66,7 +89,7 @@ def aspect_buckets(pixels: int, *, multiple: int = 64, max_aspect: float = 2.0) 
 
 
 class PairedTransform:
-    """Resize, crop and flip a picture and its map by one and the same placement.
+    """Resize, crop and flip a picture and its map by the same placement.
 
     Args:
         size: side in pixels of a square, or (height, width).
@@ -75,19 +98,30 @@ class PairedTransform:
         flip: probability of a left-right mirror; leave it at 0 for lettering.
         resample: the picture's filter: bilinear, bicubic, lanczos, box or nearest. Maps are always resampled
             bilinearly (antialiased where they shrink), which cannot leave [0, 1].
+
+    Raises:
+        ValueError: an option is out of range.
     """
 
-    def __init__(self, size=512, *, buckets=None, crop: str = "random", flip: float = 0.0, resample: str = "lanczos"):
+    def __init__(
+        self,
+        size: int | tuple[int, int] = 512,
+        *,
+        buckets: Iterable[tuple[int, int]] | None = None,
+        crop: str = "random",
+        flip: float = 0.0,
+        resample: str = "lanczos",
+    ):
         sizes = [size] if buckets is None else list(buckets)
         self.buckets = [_checked_size("size" if buckets is None else "buckets", each) for each in sizes]
         if not self.buckets:
-            raise ValueError("buckets: expected at least one (height, width), got none")
+            raise ValueError(expected("buckets", "at least one (height, width)", "none"))
         if crop not in ("random", "center"):
-            raise ValueError(f"crop: expected 'random' or 'center', got {crop!r}")
+            raise ValueError(expected("crop", "'random' or 'center'", repr(crop)))
         if not 0.0 <= flip <= 1.0:
-            raise ValueError(f"flip: expected a probability in [0, 1], got {flip!r}")
+            raise ValueError(expected("flip", "a probability in [0, 1]", repr(flip)))
         if resample not in _RESAMPLES:
-            raise ValueError(f"resample: expected one of {', '.join(_RESAMPLES)}, got {resample!r}")
+            raise ValueError(expected("resample", f"one of {', '.join(_RESAMPLES)}", repr(resample)))
         self.crop, self.flip, self.resample = crop, flip, resample
 
     def bucket(self, height: int, width: int) -> int:
@@ -97,7 +131,10 @@ class PairedTransform:
         return distances.index(min(distances))
 
     def place(self, height: int, width: int, rng: np.random.Generator) -> Placement:
-        """Draw the placement of a picture of height x width pixels. Draws the same numbers for every picture."""
+        """Draw the placement of a picture of height x width pixels.
+
+        For every picture `rng` draws the same number of values.
+        """
         size = self.buckets[self.bucket(height, width)]
         scale = min(height / size[0], width / size[1])
         box_height, box_width = min(size[0] * scale, height), min(size[1] * scale, width)
@@ -108,19 +145,23 @@ class PairedTransform:
         box = (left, top, left + box_width, top + box_height)
         return Placement(box, size, bool(mirror < self.flip))
 
-    def __call__(self, picture, confidence=None, rng: np.random.Generator | None = None) -> dict:
+    def __call__(
+        self, picture: PictureLike, confidence: MapLike | None = None, rng: np.random.Generator | None = None
+    ) -> dict[str, Tensor | bool]:
         """Transform one pair.
 
         Args:
             picture: file, PIL picture or uint8 (H, W, 3).
-            confidence: file, PIL-free array or None, see `read_map`; any size in the picture's proportions. None is
-                a map of zeros: nothing was found.
-            rng: of the crop and the flip; None draws anew.
+            confidence: see `read_map`; any size in the picture's proportions. None is a map of zeros: clean.
+            rng: of the crop and the flip; None: a new, unseeded generator.
 
         Returns:
             `pixel_values` (3, h, w) fp32 in [-1, 1]; `confidence` (1, h, w) fp32 in [0, 1]; `has_map`, bool;
-            `original_size`, `crop_top_left` and `target_size`, (2,) int64, the numbers that SDXL is conditioned on
-            (the crop in pixels of the resized, flipped picture).
+            `original_size`, `crop_top_left` and `target_size`, (2,) int64, on which SDXL is conditioned (the crop in
+            pixels of the resized, flipped picture).
+
+        Raises:
+            ValueError: the map is not in the picture's proportions.
         """
         from PIL import Image
 
@@ -131,19 +172,19 @@ class PairedTransform:
         pixels = placement.of(image, picture_size, getattr(Image.Resampling, self.resample.upper()))
         values = torch.from_numpy(np.asarray(pixels, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0)
         if confidence is None:
-            level = torch.zeros(1, *placement.size)
+            map_values = torch.zeros(1, *placement.size)
         else:
-            level = read_map(confidence)
-            check_proportions(level.shape, picture_size, confidence)
-            level = placement.of(Image.fromarray(level), picture_size, Image.Resampling.BILINEAR)
+            full_map = read_map(confidence)
+            check_proportions(full_map.shape, picture_size, confidence)
+            placed = placement.of(Image.fromarray(full_map), picture_size, Image.Resampling.BILINEAR)
             # Antialiasing weights sum to one only up to rounding.
-            level = torch.from_numpy(np.array(level, dtype=np.float32)[None]).clamp_(0.0, 1.0)
+            map_values = torch.from_numpy(np.array(placed, dtype=np.float32)[None]).clamp_(0.0, 1.0)
         left, top, right, bottom = placement.box
         scale = placement.size[0] / (bottom - top)
         crop_left = (image.width - right if placement.flip else left) * scale
         return {
             "pixel_values": values.contiguous(),
-            "confidence": level,
+            "confidence": map_values,
             "has_map": confidence is not None,
             "original_size": torch.tensor(picture_size),
             "crop_top_left": torch.tensor([round(top * scale), round(crop_left)]),
@@ -160,30 +201,37 @@ def _checked_size(name: str, size) -> tuple[int, int]:
         except TypeError:
             pair = ()
     if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"{name}: expected a side or (height, width) in pixels, got {size!r}")
+        raise ValueError(expected(name, "a side or (height, width) in pixels", repr(size)))
     return pair
 
 
-def check_proportions(map_size, picture_size, name="confidence") -> None:
-    """Raise ValueError unless a map of (height, width) is the whole picture at another scale, to less than a pixel."""
+def check_proportions(map_size: tuple[int, int], picture_size: tuple[int, int], name: object = "confidence") -> None:
+    """Check that a map is the whole picture at another scale, to less than a pixel.
+
+    Args:
+        map_size: (height, width) of the map.
+        picture_size: (height, width) of the picture.
+        name: the map's path, for the error; anything but a path is called "confidence".
+
+    Raises:
+        ValueError: the proportions differ.
+    """
     (map_height, map_width), (height, width) = map_size, picture_size
     if abs(map_width - width * map_height / height) < 1 or abs(map_height - height * map_width / width) < 1:
         return
     turned = abs(map_height - width * map_width / height) < 1
     hint = "it fits the picture turned by 90 degrees" if turned else "was it cropped or squashed?"
     name = name if isinstance(name, (str, os.PathLike)) else "confidence"
-    raise ValueError(
-        f"{name}: expected the proportions of its picture, {height} x {width} pixels, "
-        f"got {map_height} x {map_width}: {hint}"
-    )
+    what = f"the proportions of its picture, {height} x {width} pixels"
+    raise ValueError(expected(name, what, f"{map_height} x {map_width}: {hint}"))
 
 
-def attach_map(picture, confidence=None):
-    """The picture with its map as a fourth band, for transforms that are not ours.
+def attach_map(picture: PictureLike, confidence: MapLike | None = None) -> Image.Image:
+    """The picture with its map as a fourth band, for other libraries' transforms.
 
-    Any geometric transform of a PIL picture (resize, crop, pad, flip, rotate; torchvision's among them) moves all bands
-    alike and draws the same random numbers as without the map. Mode RGBX is used because RGBA would be resampled with
-    its colours multiplied by alpha. Changes of colour must come before this, or after `detach_map`.
+    Any geometric transform of a PIL picture (resize, crop, pad, flip, rotate; torchvision's among them) transforms all
+    bands alike and draws the same random numbers as without the map. The mode is RGBX because RGBA would be resampled
+    with its colours multiplied by alpha. Changes of colour must come before this, or after `detach_map`.
 
     Args:
         picture: file, PIL picture or uint8 (H, W, 3).
@@ -191,6 +239,9 @@ def attach_map(picture, confidence=None):
 
     Returns:
         A PIL picture, mode RGBX, whose fourth band is 0 where clean and 255 where broken.
+
+    Raises:
+        ValueError: the map is not in the picture's proportions.
     """
     from PIL import Image
 
@@ -198,9 +249,9 @@ def attach_map(picture, confidence=None):
     if confidence is None:
         band = Image.new("L", image.size)
     else:
-        level = read_map(confidence)
-        check_proportions(level.shape, (image.height, image.width), confidence)
-        band = Image.fromarray(level)
+        full_map = read_map(confidence)
+        check_proportions(full_map.shape, (image.height, image.width), confidence)
+        band = Image.fromarray(full_map)
         if band.size != image.size:
             band = band.resize(image.size, Image.Resampling.BILINEAR)
         band = Image.fromarray(np.rint(np.asarray(band) * 255.0).astype(np.uint8))
@@ -208,7 +259,7 @@ def attach_map(picture, confidence=None):
 
 
 def detach_map(pixels: Tensor, value_range: tuple[float, float] = (-1.0, 1.0)) -> tuple[Tensor, Tensor]:
-    """Split what became of an `attach_map` picture into the picture and its map.
+    """Split a transformed `attach_map` picture into the picture and its map.
 
     Args:
         pixels: (4, H, W) or (B, 4, H, W), floating point, all bands in `value_range`.
@@ -216,14 +267,16 @@ def detach_map(pixels: Tensor, value_range: tuple[float, float] = (-1.0, 1.0)) -
 
     Returns:
         (pixel_values, confidence): the first three bands, and (1, H, W) or (B, 1, H, W) in [0, 1].
+
+    Raises:
+        TypeError: `pixels` is no tensor.
+        ValueError: it does not have four bands.
     """
     if not isinstance(pixels, Tensor):
-        raise TypeError(f"pixels: expected a torch.Tensor, got {type(pixels).__name__}")
+        raise TypeError(expected("pixels", "a torch.Tensor", type(pixels).__name__))
     if pixels.ndim not in (3, 4) or pixels.shape[-3] != 4:
-        raise ValueError(
-            f"pixels: expected (4, H, W) or (B, 4, H, W), got {tuple(pixels.shape)}: was the picture converted to RGB "
-            "after attach_map?"
-        )
+        got = f"{tuple(pixels.shape)}: was the picture converted to RGB after attach_map?"
+        raise ValueError(expected("pixels", "(4, H, W) or (B, 4, H, W)", got))
     low, high = value_range
     picture, band = pixels.split([3, 1], dim=-3)
     return picture, ((band - low) / (high - low)).clamp(0.0, 1.0)

@@ -7,11 +7,15 @@ import dataclasses
 import functools
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from diffdoctor.measures.pixels import maps_pair
-from diffdoctor.runs.errors import missing_extra
+from diffdoctor.runs.errors import expected, missing_extra
+
+if TYPE_CHECKING:
+    import torch
 
 MIN_SHARE = 0.0002
 MIN_PIXELS = 4
@@ -37,19 +41,23 @@ class Component:
 def components(confidence: np.ndarray, threshold: float = 0.5) -> list[Component]:
     """The artifacts of one map: confidence >= threshold, a 3x3 closing, 8-connected, at least max(0.02 %, 4 pixels).
 
-    The closing holds the border: a component at the picture's edge is not eaten by it.
+    The closing does not erode a component at the picture's border.
 
     Args:
         confidence: (H, W) in [0, 1], a detector's map or a mask.
+        threshold: the confidence from which a pixel belongs to an artifact.
 
     Returns:
         `Component`s, the most confident first.
+
+    Raises:
+        ValueError: another shape.
     """
     from scipy import ndimage
 
     confidence = np.asarray(confidence)
     if confidence.ndim != 2:
-        raise ValueError(f"confidence: expected shape (H, W), got {confidence.shape}")
+        raise ValueError(expected("confidence", "shape (H, W)", confidence.shape))
     square = np.ones((3, 3), bool)
     found = np.pad(confidence >= threshold, 2)
     closed = ndimage.binary_closing(found, square)[2:-2, 2:-2]
@@ -76,13 +84,13 @@ def _run_length(mask: np.ndarray) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Matches:
-    """Which components of N pictures were found, kept ready for many resamplings of the set.
+    """Which components of N pictures were found, for the average precision of any resampling of the set.
 
     Attributes:
-        scores: (K,) of the components that the detector marks, picture by picture, the most confident first.
-        hits: (K,) bool, whether one matches a component of the truth.
-        lengths: (N,) how many of the K belong to each picture.
-        truths: (N,) components of the truth.
+        scores: (K,) of the detector's components, picture by picture, the most confident first.
+        hits: (K,) bool, whether a component matches one of the truth.
+        lengths: (N,) number of the detector's components in each picture.
+        truths: (N,) number of the truth's components in each picture.
     """
 
     scores: np.ndarray
@@ -105,19 +113,22 @@ class Matches:
         return np.cumsum(self.lengths) - self.lengths
 
     def average_precision(self, pictures: np.ndarray) -> float:
-        """mAP@0.5 of the pictures with these indices (repeats allowed: a bootstrap sample); NaN without a truth.
+        """mAP@0.5 of some of the pictures; NaN without a truth.
 
         One class, 101 recall points, the same arithmetic as pycocotools' `COCOeval.accumulate`.
+
+        Args:
+            pictures: (n,) indices; repeats are allowed, as in a bootstrap draw.
         """
         total = int(self.truths[pictures].sum())
         if not total:
             return float("nan")
         lengths = self.lengths[pictures]
-        # Component k of a chosen picture stands at begin + k.
-        places = np.repeat(self._begins[pictures] - (np.cumsum(lengths) - lengths), lengths)
-        places += np.arange(places.size)
-        order = np.argsort(-self.scores[places], kind="mergesort")
-        found = np.cumsum(self.hits[places][order])
+        # The index of component k of a chosen picture is the picture's first index plus k.
+        indices = np.repeat(self._begins[pictures] - (np.cumsum(lengths) - lengths), lengths)
+        indices += np.arange(indices.size)
+        order = np.argsort(-self.scores[indices], kind="mergesort")
+        found = np.cumsum(self.hits[indices][order])
         recall = found / total
         precision = found / (np.arange(1, found.size + 1) + np.spacing(1))
         precision = np.maximum.accumulate(precision[::-1])[::-1]
@@ -125,7 +136,7 @@ class Matches:
         return float(np.append(precision, 0.0)[np.minimum(index, found.size)].mean())
 
 
-def match_components(confidence, mask) -> Matches:
+def match_components(confidence: np.ndarray | torch.Tensor, mask: np.ndarray | torch.Tensor) -> Matches:
     """COCO matching at IoU >= 0.5, by pycocotools, of the components of confidence maps with those of masks.
 
     One class, at most 100 components a picture.
@@ -161,35 +172,13 @@ def match_components(confidence, mask) -> Matches:
         evaluation.params.maxDets = [100]
         evaluation.evaluate()
     scores, hits, truths = [np.zeros(0)], [np.zeros(0, bool)], []
-    # An entry is None where a picture has neither truth nor find.
+    # An entry is None where a picture has no component at all.
     for entry in evaluation.evalImgs:
         scores.append(np.asarray(entry["dtScores"] if entry else (), float))
         hits.append(np.asarray(entry["dtMatches"])[0] > 0 if entry else np.zeros(0, bool))
         truths.append(len(entry["gtIds"]) if entry else 0)
     lengths = np.array([len(s) for s in scores[1:]], np.int64)
     return Matches(np.concatenate(scores), np.concatenate(hits), lengths, np.array(truths, np.int64))
-
-
-class ComponentAP:
-    """Average precision of components over a set of pictures, kept ready for many resamplings of the set.
-
-    The components of a clean picture are false positives. See `match_components`.
-
-    Args:
-        confidence: (N, H, W) or (N, 1, H, W) in [0, 1], the detector's maps.
-        mask: the truth, same shape.
-
-    Attributes:
-        map50: of all pictures; NaN without a truth.
-    """
-
-    def __init__(self, confidence, mask):
-        self.matches = match_components(confidence, mask)
-        self.map50 = self.of(np.arange(len(self.matches.truths)))
-
-    def of(self, pictures: np.ndarray) -> float:
-        """mAP@0.5 of the pictures with these indices, see `Matches.average_precision`."""
-        return self.matches.average_precision(pictures)
 
 
 def _annotation(image_id: int, component: Component) -> dict:
@@ -202,6 +191,12 @@ def _annotation(image_id: int, component: Component) -> dict:
     }
 
 
-def mean_average_precision(confidence, mask) -> float:
-    """mAP@0.5 of the confidence maps' components against the masks' (see `ComponentAP`); NaN without damage."""
-    return ComponentAP(confidence, mask).map50
+def mean_average_precision(confidence: np.ndarray | torch.Tensor, mask: np.ndarray | torch.Tensor) -> float:
+    """mAP@0.5 of the confidence maps' components against the masks'; NaN without damage.
+
+    Args:
+        confidence: (N, H, W) or (N, 1, H, W) in [0, 1], the detector's maps.
+        mask: the truth, of the same shape.
+    """
+    matches = match_components(confidence, mask)
+    return matches.average_precision(np.arange(len(matches.truths)))

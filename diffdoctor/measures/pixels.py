@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeVar
+
 import numpy as np
+
+from diffdoctor.runs.errors import expected
+
+if TYPE_CHECKING:
+    import torch
+
+    Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 FLAG_CONFIDENCE = 0.5
 FLAG_SHARE = 0.02
 
 
-def _maps(name: str, maps) -> np.ndarray:
+def _checked_maps(name: str, maps: np.ndarray | torch.Tensor) -> np.ndarray:
     """(N, H, W), (N, 1, H, W) arrays or tensors to (N, H, W) float64; refuses what is not in [0, 1]."""
     if hasattr(maps, "detach"):
         maps = maps.detach().float().cpu().numpy()
@@ -16,23 +26,34 @@ def _maps(name: str, maps) -> np.ndarray:
     if maps.ndim == 4 and maps.shape[1] == 1:
         maps = maps[:, 0]
     if maps.ndim != 3:
-        raise ValueError(f"{name}: expected shape (N, H, W) or (N, 1, H, W), got {maps.shape}")
+        raise ValueError(expected(name, "shape (N, H, W) or (N, 1, H, W)", maps.shape))
     maps = maps.astype(np.float64) / (255.0 if maps.dtype == np.uint8 else 1.0)
     # Written so that NaN fails too.
     if not np.all((maps >= 0) & (maps <= 1)):
-        raise ValueError(f"{name}: expected values in [0, 1] (or uint8), got values outside or NaN")
+        raise ValueError(expected(name, "values in [0, 1] (or uint8)", "values outside or NaN"))
     return maps
 
 
-def maps_pair(confidence, mask) -> tuple[np.ndarray, np.ndarray]:
-    """Check confidence maps and masks and bring both to (N, H, W) float64 in [0, 1]."""
-    confidence, mask = _maps("confidence", confidence), _maps("mask", mask)
+def maps_pair(confidence: np.ndarray | torch.Tensor, mask: np.ndarray | torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Check confidence maps and masks and bring both to float64.
+
+    Args:
+        confidence: (N, H, W) or (N, 1, H, W) in [0, 1], or uint8.
+        mask: of the same shape and values.
+
+    Returns:
+        Both as (N, H, W) float64 in [0, 1].
+
+    Raises:
+        ValueError: another shape, two shapes, or a value outside [0, 1].
+    """
+    confidence, mask = _checked_maps("confidence", confidence), _checked_maps("mask", mask)
     if confidence.shape != mask.shape:
-        raise ValueError(f"mask: expected the confidence maps' shape {confidence.shape}, got {mask.shape}")
+        raise ValueError(expected("mask", f"the confidence maps' shape {confidence.shape}", mask.shape))
     return confidence, mask
 
 
-def flagged_share(confidence):
+def flagged_share(confidence: Array) -> Array:
     """Share of a picture's pixels at confidence >= 0.5.
 
     Args:
@@ -49,29 +70,47 @@ def flagged_share(confidence):
     return (confidence >= FLAG_CONFIDENCE).reshape(confidence.shape[0], -1).mean(axis=1)
 
 
-def is_flagged(share):
+def is_flagged(share: float | Array) -> bool | Array:
     """Whether pictures count as damaged, by the share of their pixels at confidence >= 0.5.
 
     Args:
-        share: from `flagged_share`; a number, array or tensor.
+        share: in [0, 1], from `flagged_share`; a number, array or tensor.
+
+    Returns:
+        A bool, or an array or tensor of bool.
     """
     return share >= FLAG_SHARE
 
 
-def flagged(confidence):
+def flagged(confidence: Array) -> Array:
     """Whether a picture counts as damaged: at least 2 % of its pixels have a confidence of at least 0.5.
 
-    Args and return as `flagged_share`, (B,) bool.
+    Args:
+        confidence: (B, 1, H, W) or (B, H, W) in [0, 1], tensor or array.
+
+    Returns:
+        (B,) bool of the same library.
+
+    Raises:
+        ValueError: another shape.
     """
     if confidence.ndim not in (3, 4):
-        raise ValueError(f"confidence: expected shape (B, H, W) or (B, 1, H, W), got {tuple(confidence.shape)}")
+        raise ValueError(expected("confidence", "shape (B, H, W) or (B, 1, H, W)", tuple(confidence.shape)))
     return is_flagged(flagged_share(confidence))
 
 
-def picture_counts(confidence, mask, threshold: float = 0.5) -> np.ndarray:
-    """True positives, false positives and false negatives per picture, in pixels: (N, 3) int64.
+def picture_counts(
+    confidence: np.ndarray | torch.Tensor, mask: np.ndarray | torch.Tensor, threshold: float = 0.5
+) -> np.ndarray:
+    """True positives, false positives and false negatives per picture, in pixels.
 
-    Confidence and mask count as artifact from `threshold` and 0.5 on.
+    Args:
+        confidence: (N, H, W) or (N, 1, H, W) in [0, 1] (or uint8).
+        mask: the truth, of the same shape; an artifact from 0.5 on.
+        threshold: the confidence from which a pixel counts as found.
+
+    Returns:
+        (N, 3) int64.
     """
     confidence, mask = maps_pair(confidence, mask)
     found, true = confidence >= threshold, mask >= 0.5
@@ -79,7 +118,14 @@ def picture_counts(confidence, mask, threshold: float = 0.5) -> np.ndarray:
 
 
 def from_counts(counts: np.ndarray) -> dict[str, float]:
-    """IoU, F1, precision and recall of the artifact class over a set, from `picture_counts`; 0/0 counts as NaN."""
+    """IoU, F1, precision and recall of the artifact class over a set; 0/0 counts as NaN.
+
+    Args:
+        counts: (N, 3), from `picture_counts`.
+
+    Returns:
+        `iou`, `f1`, `precision` and `recall`.
+    """
     tp, fp, fn = (float(c) for c in np.asarray(counts).sum(axis=0))
 
     def ratio(a, b):
@@ -93,17 +139,33 @@ def from_counts(counts: np.ndarray) -> dict[str, float]:
     }
 
 
-def average_precision(confidence, mask) -> float:
-    """Area under the pixel precision-recall curve (AUPRC), as scikit-learn's step-wise `average_precision_score`.
+def average_precision(confidence: np.ndarray | torch.Tensor, mask: np.ndarray | torch.Tensor) -> float:
+    """Area under the pixel precision-recall curve (AUPRC), see `average_precision_of`.
 
-    Ties share a threshold. NaN where no pixel is an artifact.
+    Args:
+        confidence: (N, H, W) or (N, 1, H, W) in [0, 1] (or uint8), the detector's maps.
+        mask: the truth, of the same shape.
+
+    Returns:
+        The area in [0, 1]; NaN where no pixel is an artifact.
     """
     confidence, mask = maps_pair(confidence, mask)
     return average_precision_of(confidence.ravel(), mask.ravel() >= 0.5)
 
 
 def average_precision_of(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Step-wise average precision of scores (n,) for labels (n,) bool; NaN without a positive."""
+    """Step-wise average precision, as scikit-learn's `average_precision_score`; ties share a threshold.
+
+    scikit-learn takes 1.6 times as long and 1.4 times the memory for 2^22 pixels, but 30 times as long for the 200
+    scores of a bootstrap draw (2.6 ms), of which an evaluation makes thousands.
+
+    Args:
+        scores: (n,) floats.
+        labels: (n,) bool.
+
+    Returns:
+        The average precision; NaN without a positive.
+    """
     positives = int(labels.sum())
     if not positives:
         return float("nan")
@@ -116,7 +178,17 @@ def average_precision_of(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def auroc_of(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Area under the ROC curve of scores (n,) for labels (n,) bool, ties counting half; NaN with one class only."""
+    """Area under the ROC curve, as scikit-learn's `roc_auc_score`; ties count half.
+
+    scikit-learn takes 45 times as long for the 200 scores of a bootstrap draw (5.8 ms).
+
+    Args:
+        scores: (n,) floats.
+        labels: (n,) bool.
+
+    Returns:
+        The area; NaN with one class only.
+    """
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels, bool)
     positives, negatives = int(labels.sum()), int((~labels).sum())
     if not positives or not negatives:
@@ -126,13 +198,22 @@ def auroc_of(scores: np.ndarray, labels: np.ndarray) -> float:
     return float((ranks[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def map_distances(confidence, mask, eps: float = 1e-7) -> dict[str, np.ndarray]:
+def map_distances(
+    confidence: np.ndarray | torch.Tensor, mask: np.ndarray | torch.Tensor, eps: float = 1e-7
+) -> dict[str, np.ndarray]:
     """How far soft maps lie from soft masks, per picture.
+
+    Definitions: Bylinskii et al., arXiv 1604.03605, used by RichHF-18K.
+
+    Args:
+        confidence: (N, H, W) or (N, 1, H, W) in [0, 1] (or uint8), the detector's maps.
+        mask: the truth, of the same shape.
+        eps: keeps quotient and logarithm finite.
 
     Returns:
         Arrays (N,): `mse`, the mean squared difference; and, NaN where the mask is empty (they compare distributions or
         patterns), `kld` = sum q log(eps + q / (p + eps)) with p, q the maps divided by their sums, `cc` (Pearson's
-        correlation) and `sim` = sum min(p, q). Definitions: Bylinskii et al., arXiv 1604.03605, used by RichHF-18K.
+        correlation) and `sim` = sum min(p, q).
     """
     confidence, mask = maps_pair(confidence, mask)
     p, q = confidence.reshape(len(confidence), -1), mask.reshape(len(mask), -1)
@@ -149,7 +230,7 @@ def map_distances(confidence, mask, eps: float = 1e-7) -> dict[str, np.ndarray]:
     return result
 
 
-def pixel_measures(confidence, mask) -> dict[str, float]:
+def pixel_measures(confidence: np.ndarray | torch.Tensor, mask: np.ndarray | torch.Tensor) -> dict[str, float]:
     """All pixel measures over a set: iou, f1, precision, recall, auprc, mse, mse_empty, mse_nonempty, kld, cc, sim.
 
     Args:
@@ -162,16 +243,32 @@ def pixel_measures(confidence, mask) -> dict[str, float]:
     confidence, mask = maps_pair(confidence, mask)
     distances = map_distances(confidence, mask)
     empty = ~(mask > 0).any(axis=(1, 2))
-
-    def mean(values):
-        values = values[~np.isnan(values)]
-        return float(values.mean()) if values.size else float("nan")
-
     return {
         **from_counts(picture_counts(confidence, mask)),
         "auprc": average_precision(confidence, mask),
-        "mse": mean(distances["mse"]),
-        "mse_empty": mean(distances["mse"][empty]),
-        "mse_nonempty": mean(distances["mse"][~empty]),
-        **{name: mean(distances[name]) for name in ("kld", "cc", "sim")},
+        **distance_means(distances, empty),
     }
+
+
+def distance_means(distances: Mapping[str, np.ndarray], empty: np.ndarray) -> dict[str, float]:
+    """The means of `map_distances` over a set; NaN where the set has no picture of the kind a mean is about.
+
+    Args:
+        distances: (N,) arrays by name, at least those of `map_distances`.
+        empty: (N,) bool, whether a picture's mask is zero everywhere.
+
+    Returns:
+        mse, mse_empty, mse_nonempty, kld, cc, sim.
+    """
+    return {
+        "mse": mean_without_nan(distances["mse"]),
+        "mse_empty": mean_without_nan(distances["mse"][empty]),
+        "mse_nonempty": mean_without_nan(distances["mse"][~empty]),
+        **{name: mean_without_nan(distances[name]) for name in ("kld", "cc", "sim")},
+    }
+
+
+def mean_without_nan(values: np.ndarray) -> float:
+    """The mean of the values (n,) that are not NaN; NaN where there is none."""
+    values = values[~np.isnan(values)] if values.dtype.kind == "f" else values
+    return float(values.mean()) if values.size else float("nan")

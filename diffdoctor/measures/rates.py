@@ -1,13 +1,16 @@
 """Shares with their uncertainty: Wilson intervals, and a paired bootstrap for before against after."""
 
-import math
-from statistics import NormalDist
+from __future__ import annotations
 
 import numpy as np
 
+from diffdoctor.runs.errors import expected, missing_extra
+
 
 def wilson_interval(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The Wilson score interval of the share `count / total`.
+    """The Wilson score interval of the share `count / total`, by scipy.
+
+    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
 
     Args:
         count: how many of the `total` have the property, 0 to `total`.
@@ -18,28 +21,25 @@ def wilson_interval(count: int, total: int, confidence: float = 0.95) -> tuple[f
         (low, high), both in [0, 1].
 
     Raises:
-        ValueError: if `count` is not in [0, total] or `confidence` not in (0, 1).
-
-    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
+        ValueError: `count` is not in [0, total], or `confidence` not in (0, 1).
     """
     if not 0 <= count <= total:
-        raise ValueError(f"count must be between 0 and total = {total}, got {count}")
+        raise ValueError(expected("count", f"0 to total = {total}", count))
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+        raise ValueError(expected("confidence", "a number in (0, 1)", confidence))
     if total == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    share = count / total
-    centre = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    # At the ends the two terms cancel exactly in theory; rounding must not push the bound past the share.
-    low = 0.0 if count == 0 else (centre - spread) / scale
-    high = 1.0 if count == total else (centre + spread) / scale
-    return low, high
+    try:
+        from scipy.stats import binomtest
+    except ImportError:
+        raise missing_extra("scipy", "stages") from None
+    interval = binomtest(count, total).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
-def paired_bootstrap(before, after, *, resamples: int = 4000, confidence: float = 0.95, seed: int = 0) -> dict:
+def paired_bootstrap(
+    before: np.ndarray, after: np.ndarray, *, resamples: int = 4000, confidence: float = 0.95, seed: int = 0
+) -> dict[str, float | list[float] | None]:
     """How the share of flagged pictures changed, with bootstrap intervals that respect the pairing.
 
     Pictures are resampled, each with its own before and after, so that the variation between prompts and seeds that
@@ -48,7 +48,7 @@ def paired_bootstrap(before, after, *, resamples: int = 4000, confidence: float 
     Args:
         before: (N,) bool, flagged before the treatment.
         after: (N,) bool, the same pictures (prompt, seed, latents) after it.
-        resamples: bootstrap resamples.
+        resamples: number of bootstrap resamples.
         confidence: coverage of the percentile intervals, between 0 and 1.
         seed: of the resampling.
 
@@ -57,38 +57,38 @@ def paired_bootstrap(before, after, *, resamples: int = 4000, confidence: float 
         `ratio_interval`, `difference_interval` as [low, high].
 
     Raises:
-        ValueError: if the two do not have the same positive length.
+        ValueError: the two do not have the same positive length.
     """
     before, after = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
-    if before.ndim != 1 or before.shape != after.shape or before.size == 0:
-        raise ValueError(f"before and after must be (N,) with N > 0, got shapes {before.shape} and {after.shape}")
+    _check_paired(before, after)
     # A picture is one of four kinds, so that a resample is one multinomial draw instead of N indices.
     kinds = np.bincount(2 * before + after, minlength=4)
     total = before.size
     draws = np.random.default_rng(seed).multinomial(total, kinds / total, size=resamples)
     before_share = (draws[:, 2] + draws[:, 3]) / total
     after_share = (draws[:, 1] + draws[:, 3]) / total
-    tails = [50 * (1 - confidence), 50 * (1 + confidence)]
     result = {
         "difference": float(after.mean() - before.mean()),
-        "difference_interval": np.percentile(after_share - before_share, tails).tolist(),
+        "difference_interval": _percentiles(after_share - before_share, confidence),
         "ratio": None,
         "ratio_interval": None,
     }
     if before.any():
         seen = before_share > 0
         result["ratio"] = float(after.mean() / before.mean())
-        result["ratio_interval"] = np.percentile(after_share[seen] / before_share[seen], tails).tolist()
+        result["ratio_interval"] = _percentiles(after_share[seen] / before_share[seen], confidence)
     return result
 
 
-def paired_mean(before, after, *, resamples: int = 4000, confidence: float = 0.95, seed: int = 0) -> dict:
+def paired_mean(
+    before: np.ndarray, after: np.ndarray, *, resamples: int = 4000, confidence: float = 0.95, seed: int = 0
+) -> dict[str, float | list[float]]:
     """How the mean of a measure changed, with a bootstrap interval that respects the pairing.
 
     Args:
         before: (N,) the measure of each picture before the treatment.
         after: (N,) of the same pictures (prompt, seed, latents) after it.
-        resamples: bootstrap resamples.
+        resamples: number of bootstrap resamples.
         confidence: coverage of the percentile interval, between 0 and 1.
         seed: of the resampling.
 
@@ -96,11 +96,10 @@ def paired_mean(before, after, *, resamples: int = 4000, confidence: float = 0.9
         `before`, `after` (means), `difference` (after − before) and `difference_interval` as [low, high].
 
     Raises:
-        ValueError: if the two do not have the same positive length.
+        ValueError: the two do not have the same positive length.
     """
     before, after = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
-    if before.ndim != 1 or before.shape != after.shape or before.size == 0:
-        raise ValueError(f"before and after must be (N,) with N > 0, got shapes {before.shape} and {after.shape}")
+    _check_paired(before, after)
     change = after - before
     rng = np.random.default_rng(seed)
     means = [change[rng.integers(change.size, size=change.size)].mean() for _ in range(resamples)]
@@ -108,5 +107,15 @@ def paired_mean(before, after, *, resamples: int = 4000, confidence: float = 0.9
         "before": float(before.mean()),
         "after": float(after.mean()),
         "difference": float(change.mean()),
-        "difference_interval": np.percentile(means, [50 * (1 - confidence), 50 * (1 + confidence)]).tolist(),
+        "difference_interval": _percentiles(means, confidence),
     }
+
+
+def _check_paired(before: np.ndarray, after: np.ndarray) -> None:
+    if before.ndim != 1 or before.shape != after.shape or before.size == 0:
+        got = f"{before.shape} and {after.shape}"
+        raise ValueError(expected("before, after", "the same shape (N,) with N > 0", got))
+
+
+def _percentiles(values, confidence: float) -> list[float]:
+    return np.percentile(values, [50 * (1 - confidence), 50 * (1 + confidence)]).tolist()

@@ -1,43 +1,46 @@
-"""What each picture adds to the measures: a set, a part of it or a resampled one then costs sums instead of maps."""
+"""Statistics of each picture, from which the measures of any set of the pictures are computed without their maps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from diffdoctor.measures.components import Matches, match_components
 from diffdoctor.measures.pixels import (
-    FLAG_SHARE,
     auroc_of,
     average_precision_of,
+    distance_means,
     flagged_share,
     from_counts,
+    is_flagged,
     map_distances,
     maps_pair,
+    mean_without_nan,
     picture_counts,
 )
+from diffdoctor.runs.errors import expected
 
-# Of confidence, an eighth of a logit wide: from them the AUPRC's interval is drawn.
+# Bins of confidence, an eighth of a logit wide, from which the AUPRC's interval is drawn.
 LEVELS = 128
-# What is worked on at once; the measures take about 100 bytes a pixel meanwhile.
+# Pixels that are measured at once, at about 100 bytes each.
 SLICE_PIXELS = 2**20
 
 
 def slices(confidence: np.ndarray) -> Iterator[slice]:
-    """Pictures (N, H, W) in slices of at most `SLICE_PIXELS` pixels, or of one picture."""
+    """Slices of pictures (N, H, W), of at most `SLICE_PIXELS` pixels or of one picture."""
     step = max(1, SLICE_PIXELS // max(1, confidence[0].size)) if len(confidence) else 1
     for first in range(0, len(confidence), step):
         yield slice(first, first + step)
 
 
 class PictureStatistics:
-    """The statistics of N pictures, some 1,200 bytes each.
+    """The statistics of N pictures, about 1,200 bytes each.
 
     Attributes:
         columns: arrays of length N. `counts` (N, 3): true positive, false positive and false negative pixels; `mse`,
-            `kld`, `cc`, `sim`: see `pixel.map_distances`; `damaged`, `empty`: any pixel of the mask >= 0.5, none > 0;
+            `kld`, `cc`, `sim`: see `pixels.map_distances`; `damaged`, `empty`: any pixel of the mask >= 0.5, none > 0;
             `share`, `peak`, `mean`: of the confidence, the share of pixels >= 0.5, the largest and the mean;
             `missed`: share of pixels that are damaged and below 0.5; `levels` (N, 2, LEVELS): how many sound and how
             many damaged pixels have a confidence of each level.
@@ -48,8 +51,12 @@ class PictureStatistics:
         self.columns, self.matches = columns, matches
 
     @classmethod
-    def of(cls, confidence, mask) -> PictureStatistics:
-        """The statistics of confidence maps against masks, both (N, H, W) or (N, 1, H, W) in [0, 1].
+    def of(cls, confidence: np.ndarray, mask: np.ndarray) -> PictureStatistics:
+        """The statistics of confidence maps against masks.
+
+        Args:
+            confidence: (N, H, W) or (N, 1, H, W) in [0, 1] (or uint8).
+            mask: the truth, of the same shape.
 
         Raises:
             ValueError: they differ in shape, or a value is outside [0, 1].
@@ -59,7 +66,7 @@ class PictureStatistics:
             maps_pair(confidence, mask)
             raise AssertionError("unreachable: such maps are refused")
         if not confidence.size:
-            raise ValueError("confidence: expected at least one picture, got none")
+            raise ValueError(expected("confidence", "at least one picture", "none"))
         return cls.joined([cls._of(confidence[part], mask[part]) for part in slices(confidence)])
 
     @classmethod
@@ -80,7 +87,7 @@ class PictureStatistics:
 
     @classmethod
     def joined(cls, parts: Sequence[PictureStatistics]) -> PictureStatistics:
-        """The statistics of all pictures of several parts, in order; at least one part."""
+        """The statistics of all pictures of one or more parts, in order."""
         names = parts[0].columns
         columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in names}
         return cls(columns, Matches.joined([part.matches for part in parts]))
@@ -95,8 +102,8 @@ class PictureStatistics:
         }
 
     @classmethod
-    def from_arrays(cls, arrays) -> PictureStatistics:
-        """The inverse of `to_arrays`; other names in the mapping are passed over."""
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> PictureStatistics:
+        """The inverse of `to_arrays`; other names in the mapping are ignored."""
         found = {kind: {} for kind in ("column", "match")}
         for name in arrays:
             kind, _, rest = name.partition("_")
@@ -107,33 +114,38 @@ class PictureStatistics:
     def measures(self, chosen: np.ndarray) -> dict[str, float]:
         """All measures but the pixels' AUPRC of the pictures with these indices; repeats count as often.
 
+        Args:
+            chosen: (n,) indices.
+
         Returns:
             Numbers by name; NaN where no picture is of the kind that a measure is about.
         """
         column = {name: values[chosen] for name, values in self.columns.items() if name != "levels"}
-        damaged, empty, flags = column["damaged"], column["empty"], column["share"] >= FLAG_SHARE
+        damaged, flags = column["damaged"], is_flagged(column["share"])
         return {
             "map50": self.matches.average_precision(chosen),
             **from_counts(column["counts"]),
-            "mse": _mean(column["mse"]),
-            "mse_empty": _mean(column["mse"][empty]),
-            "mse_nonempty": _mean(column["mse"][~empty]),
-            **{name: _mean(column[name]) for name in ("kld", "cc", "sim")},
+            **distance_means(column, column["empty"]),
             "auroc": auroc_of(column["peak"], damaged),
             "average_precision": average_precision_of(column["peak"], damaged),
-            "false_positive_rate": _mean(flags[~damaged]),
-            "hit_rate": _mean(flags[damaged]),
+            "false_positive_rate": mean_without_nan(flags[~damaged]),
+            "hit_rate": mean_without_nan(flags[damaged]),
         }
 
     def with_intervals(
         self, chosen: np.ndarray, auprc: float, *, bootstrap: int = 1000, level: float = 0.95, seed: int = 0
     ) -> dict[str, float | list[float] | int]:
-        """The measures of the chosen pictures with bootstrap intervals, as `evaluate.detector.evaluate_maps` returns.
+        """The measures of the chosen pictures with bootstrap intervals, as `evaluate_maps` returns.
 
         Args:
             chosen: (n,) indices.
             auprc: of their pixels.
-            bootstrap, level, seed: see `evaluate_maps`.
+            bootstrap: number of resamples; 0 gives no intervals.
+            level: coverage of the percentile intervals, in (0, 1).
+            seed: of the resampling.
+
+        Returns:
+            See `evaluate.detector.measure.evaluate_maps`.
         """
         measured = self.measures(chosen)
         result: dict = {"pictures": len(chosen), "damaged": int(self.columns["damaged"][chosen].sum())}
@@ -142,7 +154,7 @@ class PictureStatistics:
         if bootstrap and len(chosen):
             rng = np.random.default_rng(seed)
             levels = self.columns["levels"][chosen].reshape(len(chosen), -1).astype(np.float64)
-            # The levels' AUPRC lies a little beside the exact one; how far it is from draw to draw does not.
+            # The levels' AUPRC is a little off the exact one, by nearly the same amount in every draw.
             shift = auprc - _average_precision_of_levels(levels.sum(axis=0))
             draws = []
             for _ in range(bootstrap):
@@ -159,16 +171,19 @@ class PictureStatistics:
         return result
 
     def worst(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of the damaged pictures of which most was missed, and of the clean ones of which most is flagged.
+        """The worst misses and the worst false positives.
 
         Args:
-            count: at most so many of each.
+            count: largest number of each.
+
+        Returns:
+            Indices of the damaged pictures of which most was missed, and of the clean ones of which most is flagged.
         """
         damaged = self.columns["damaged"]
-        places = np.arange(len(self))
+        indices = np.arange(len(self))
         result = []
-        for kind, by in ((damaged, "missed"), (~damaged, "share")):
-            result.append(places[kind][np.argsort(-self.columns[by][kind], kind="stable")][:count])
+        for chosen, by in ((damaged, "missed"), (~damaged, "share")):
+            result.append(indices[chosen][np.argsort(-self.columns[by][chosen], kind="stable")][:count])
         return result[0], result[1]
 
 
@@ -183,8 +198,8 @@ def _levels(confidence: np.ndarray, true: np.ndarray) -> np.ndarray:
     """Pixels (N, 2, LEVELS) uint32 by truth and level of confidence, the levels an eighth of a logit wide."""
     scores = np.clip(confidence, 1e-6, 1 - 1e-6)
     level = np.clip(np.floor(8 * np.log(scores / (1 - scores))) + LEVELS // 2, 0, LEVELS - 1).astype(np.int64)
-    place = (2 * np.arange(len(true))[:, None, None] + true) * LEVELS + level
-    return np.bincount(place.ravel(), minlength=2 * LEVELS * len(true)).reshape(-1, 2, LEVELS).astype(np.uint32)
+    bins = (2 * np.arange(len(true))[:, None, None] + true) * LEVELS + level
+    return np.bincount(bins.ravel(), minlength=2 * LEVELS * len(true)).reshape(-1, 2, LEVELS).astype(np.uint32)
 
 
 def _average_precision_of_levels(levels: np.ndarray) -> float:
@@ -194,8 +209,3 @@ def _average_precision_of_levels(levels: np.ndarray) -> float:
         return math.nan
     precision = damaged / np.maximum(sound + damaged, 1)
     return float(np.sum(np.diff(damaged, prepend=0) * precision) / damaged[-1])
-
-
-def _mean(values: np.ndarray) -> float:
-    values = values[~np.isnan(values)] if values.dtype.kind == "f" else values
-    return float(values.mean()) if values.size else math.nan

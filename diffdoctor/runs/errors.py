@@ -8,7 +8,7 @@ class UserError(ValueError):
     """
 
 
-def expected(name: str, what: str, got: object) -> str:
+def expected(name: object, what: str, got: object) -> str:
     """The sentence in which an argument, option or file is refused: `name: expected what, got got`.
 
     Args:

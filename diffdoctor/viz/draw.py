@@ -1,17 +1,26 @@
-"""Pictures and confidence maps as something to look at: enlarged, overlaid, laid out in a grid."""
+"""Pictures and confidence maps for people: enlarged, overlaid, laid out in a grid, encoded."""
+
+from __future__ import annotations
 
 import io
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    import torch
+
 GAP = 4
 BACKGROUND = 255
+# Height of a contact sheet's row titles, in pixels.
+_TITLE = 14
 # Side of a contact sheet's tiles, in pixels.
 SHEET_TILE = 128
 
 
-def png_bytes(picture) -> bytes:
-    """A uint8 picture (H, W, 3) or (H, W) as a PNG file."""
+def png_bytes(picture: np.ndarray) -> bytes:
+    """Encode a uint8 picture (H, W, 3) or (H, W), or a uint16 one (H, W), as PNG."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -20,13 +29,13 @@ def png_bytes(picture) -> bytes:
 
 
 def map_png(confidence: np.ndarray, bits: int) -> bytes:
-    """A confidence map (H, W) in [0, 1] as an 8 or 16 bit grey PNG."""
+    """Encode a confidence map (H, W) in [0, 1] as a grey PNG of 8 or 16 bits."""
     scale, dtype = (255, np.uint8) if bits == 8 else (65535, np.uint16)
     return png_bytes(np.rint(np.clip(confidence, 0, 1).astype(np.float64) * scale).astype(dtype))
 
 
-def jpeg_bytes(picture, quality: int = 88) -> bytes:
-    """A uint8 picture (H, W, 3) as a JPEG file, for photographs in a report: a tenth of a PNG's size."""
+def jpeg_bytes(picture: np.ndarray, quality: int = 88) -> bytes:
+    """Encode a uint8 picture (H, W, 3) as JPEG, for photographs in a report: a tenth of a PNG's size."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -34,19 +43,19 @@ def jpeg_bytes(picture, quality: int = 88) -> bytes:
     return buffer.getvalue()
 
 
-def enlarge(picture, scale: int):
-    """Repeat every pixel `scale` times in both directions: small pictures stay as they are, pixel for pixel."""
+def enlarge(picture: np.ndarray, scale: int) -> np.ndarray:
+    """Repeat every pixel of a picture (H, W, ...) `scale` times in both directions."""
     return np.repeat(np.repeat(picture, scale, axis=0), scale, axis=1)
 
 
-def heat_colours(confidence):
+def heat_colours(confidence: np.ndarray) -> np.ndarray:
     """Confidence (H, W) in [0, 1] as uint8 (H, W, 3) colours: black, red, yellow, white."""
     value = np.clip(np.asarray(confidence, dtype=np.float32), 0, 1)[..., None]
     ramps = np.concatenate([3 * value, 3 * value - 1, 3 * value - 2], axis=-1)
     return (np.clip(ramps, 0, 1) * 255).astype(np.uint8)
 
 
-def overlay(picture, confidence, strength: float = 0.75):
+def overlay(picture: np.ndarray, confidence: np.ndarray, strength: float = 0.75) -> np.ndarray:
     """Redden a picture where the detector is confident.
 
     Args:
@@ -60,12 +69,17 @@ def overlay(picture, confidence, strength: float = 0.75):
     alpha = (strength * np.clip(np.asarray(confidence, dtype=np.float32), 0, 1))[..., None]
     grey = picture.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
     colour = np.array([230.0, 20.0, 40.0], dtype=np.float32)
-    # The colour keeps some of the picture's light, so that what is underneath can still be read.
+    # The colour keeps some of the picture's brightness, so that the picture stays visible.
     return np.clip((1 - alpha) * picture + alpha * (0.7 * colour + 0.3 * grey), 0, 255).astype(np.uint8)
 
 
-def grid(rows, gap: int = GAP, background: int = BACKGROUND):
-    """Lay out uint8 pictures (H, W, 3) of one size: a list of rows, each a list of pictures.
+def grid(rows: Iterable[Iterable[np.ndarray]], gap: int = GAP, background: int = BACKGROUND) -> np.ndarray:
+    """Lay out pictures in rows.
+
+    Args:
+        rows: of uint8 pictures (H, W, 3) of one size.
+        gap: between the pictures and around them, in pixels.
+        background: grey level of the gaps.
 
     Returns:
         uint8 (rows · (H + gap) + gap, columns · (W + gap) + gap, 3).
@@ -82,32 +96,34 @@ def grid(rows, gap: int = GAP, background: int = BACKGROUND):
 
 
 def contact_sheet(examples: dict[str, list[tuple]], side: int = SHEET_TILE) -> bytes:
-    """PNG bytes: a row for each kind, with clean picture, damaged picture and mask of up to six examples.
+    """A sheet with a row for each kind of damage: clean picture, damaged picture and mask of each example.
 
     Args:
-        examples: {kind: [(clean (H, W, 3) uint8, damaged, mask (H, W) uint8)]}.
+        examples: {kind: [(clean (H, W, 3) uint8, damaged, mask (H, W) uint8)]}, at least one example.
         side: of a tile, in pixels.
+
+    Returns:
+        PNG bytes.
     """
     from PIL import Image, ImageDraw
 
-    rows = {kind: found for kind, found in sorted(examples.items()) if found}
-    label, gap = 14, 4
-    width = max(len(found) for found in rows.values()) * (3 * side + gap)
-    sheet = Image.new("RGB", (width, len(rows) * (side + label + gap)), (40, 40, 40))
+    rows = {kind: triples for kind, triples in sorted(examples.items()) if triples}
+    row_height, triple_width = side + _TITLE + GAP, 3 * side + GAP
+    width = max(map(len, rows.values())) * triple_width
+    sheet = Image.new("RGB", (width, len(rows) * row_height), (40, 40, 40))
     draw = ImageDraw.Draw(sheet)
-    for row, (kind, found) in enumerate(rows.items()):
-        top = row * (side + label + gap)
-        draw.text((4, top + 1), kind, fill=(255, 255, 255))
-        for column, (clean, damaged, mask) in enumerate(found):
-            for place, picture in enumerate((clean, damaged, np.repeat(mask[..., None], 3, axis=2))):
+    for row, (kind, triples) in enumerate(rows.items()):
+        draw.text((4, row * row_height + 1), kind, fill=(255, 255, 255))
+        for column, (clean, damaged, mask) in enumerate(triples):
+            for index, picture in enumerate((clean, damaged, np.repeat(mask[..., None], 3, axis=2))):
                 tile = Image.fromarray(picture)
                 scale = side / max(tile.size)
                 resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
                 tile = tile.resize(tuple(max(1, round(s * scale)) for s in tile.size), resampling)
-                sheet.paste(tile, (column * (3 * side + gap) + place * side, top + label))
+                sheet.paste(tile, (column * triple_width + index * side, row * row_height + _TITLE))
     return png_bytes(np.asarray(sheet))
 
 
-def as_hwc(pictures):
-    """uint8 pictures (N, 3, H, W) as a numpy array (N, H, W, 3)."""
+def as_hwc(pictures: torch.Tensor) -> np.ndarray:
+    """uint8 pictures (N, 3, H, W) as an array (N, H, W, 3)."""
     return pictures.permute(0, 2, 3, 1).contiguous().numpy()

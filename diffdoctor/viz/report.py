@@ -1,12 +1,21 @@
-"""A report to look at: one HTML file that holds its pictures and opens from the disk."""
+"""Reports: one HTML file that contains its pictures and opens from the disk."""
+
+from __future__ import annotations
 
 import base64
 import contextlib
 import io
+from collections.abc import Iterable, Iterator
 from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffdoctor.runs.errors import missing_extra
 from diffdoctor.runs.files import atomic_write_text
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
 
 
 class Report:
@@ -20,49 +29,62 @@ class Report:
         self.title = title
         self._parts = []
 
-    def heading(self, text: str):
-        """A section's heading."""
+    def heading(self, text: str) -> None:
+        """Add a section's heading."""
         self._parts.append(("heading", text))
 
-    def lead(self, text: str):
-        """The sentence that one should read if one reads no other."""
+    def lead(self, text: str) -> None:
+        """Add the most important sentence, which is emphasised."""
         self._parts.append(("lead", text))
 
-    def text(self, text: str):
-        """A paragraph of plain text."""
+    def text(self, text: str) -> None:
+        """Add a paragraph of plain text."""
         self._parts.append(("text", text))
 
-    def code(self, text: str):
-        """Text in a fixed-width box: settings, commands."""
+    def code(self, text: str) -> None:
+        """Add text in a fixed-width box: settings, commands."""
         self._parts.append(("code", text))
 
-    def table(self, header, rows):
-        """A table; a cell is anything printable, or a pair (text, "number" | "good" | "bad")."""
+    def table(self, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+        """Add a table.
+
+        Args:
+            header: of the columns.
+            rows: of cells; a cell is anything printable, or a pair (text, "number" | "good" | "bad").
+        """
         cells = [[self._cell(cell) for cell in row] for row in rows]
         self._parts.append(("table", {"header": list(header), "rows": cells}))
 
     @contextlib.contextmanager
-    def tiles(self, width: int):
-        """What is added inside stands side by side, as many in a row as fit when each has `width` pixels or more."""
+    def tiles(self, width: int) -> Iterator[None]:
+        """Lay out what is added inside the context side by side, each at least `width` pixels wide."""
         self._parts.append(("tiles", width))
         yield
         self._parts.append(("end", None))
 
     def image(
         self, data: bytes, caption: str = "", alt: str | None = None, pixels: bool = True, link: str | None = None
-    ):
-        """A PNG or JPEG file's bytes; `pixels` keeps enlarged pixels sharp, `link` is a URL to go to from it."""
-        kind = "jpeg" if data.startswith(b"\xff\xd8") else "png"
-        source = f"data:image/{kind};base64," + base64.b64encode(data).decode("ascii")
+    ) -> None:
+        """Add a picture.
+
+        Args:
+            data: the bytes of a PNG or JPEG file.
+            caption: text below the picture.
+            alt: text in place of the picture; None: the caption.
+            pixels: keep enlarged pixels sharp.
+            link: URL that a click on the picture opens.
+        """
+        subtype = "jpeg" if data.startswith(b"\xff\xd8") else "png"
+        source = f"data:image/{subtype};base64," + base64.b64encode(data).decode("ascii")
         item = {"source": source, "caption": caption, "alt": alt or caption, "pixels": pixels, "link": link}
         self._parts.append(("image", item))
 
-    def figure(self, figure, caption: str = ""):
-        """A matplotlib figure as a picture."""
+    def figure(self, figure: Figure, caption: str = "") -> None:
+        """Add a matplotlib figure as a picture."""
         self.image(figure_png(figure), caption, pixels=False)
 
-    def write(self, path):
-        """Write the page to `path`, whole or not at all."""
+    def write(self, path: str | Path) -> None:
+        """Write the page to `path`, completely or not at all."""
         from jinja2 import Environment
 
         page = resources.files("diffdoctor.viz").joinpath("report.html").read_text(encoding="utf-8")
@@ -70,22 +92,28 @@ class Report:
         atomic_write_text(path, template.render(title=self.title, parts=self._parts))
 
     @staticmethod
-    def _cell(cell):
+    def _cell(cell: object) -> dict[str, object]:
         text, style = cell if isinstance(cell, tuple) else (cell, "")
         return {"text": text, "style": style}
 
 
-def figure_png(figure, dpi: int = 110) -> bytes:
-    """A matplotlib figure as PNG bytes."""
+def figure_png(figure: Figure, dpi: int = 110) -> bytes:
+    """Encode a matplotlib figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 
-def new_figure(columns: int = 1, width: float = 5.0, height: float = 3.2):
-    """A matplotlib figure of `columns` axes side by side, each width × height inches: (figure, axes).
+def new_figure(columns: int = 1, width: float = 5.0, height: float = 3.2) -> tuple[Figure, np.ndarray]:
+    """A matplotlib figure, made without pyplot, whose global backend belongs to the user's program.
 
-    Made without pyplot: the global backend belongs to the user's program.
+    Args:
+        columns: number of axes, side by side.
+        width: of each axes, in inches.
+        height: of the figure, in inches.
+
+    Returns:
+        The figure and its axes (columns,).
     """
     try:
         from matplotlib.figure import Figure

@@ -46,7 +46,7 @@ def test_options_come_from_a_file_and_the_command_line_wins(demo_options, tmp_pa
         (["treatment"], "unknown command 'treatment'"),
         (["evaluate"], "evaluate: expected one of evaluate detector, evaluate model"),
         (["evaluate", "modle"], "evaluate: expected one of evaluate detector, evaluate model"),
-        (["evaluate", "model"], "--pipeline: is needed"),
+        (["evaluate", "model"], "--pipeline: expected a value, got none"),
     ],
     ids=[
         "unknown-option", "wrong-type", "no-such-config", "demo-value", "treat-value", "unknown-command",

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from diffdoctor.data import codec, shards
+from diffdoctor.data import codec
 from diffdoctor.data import tar as archive
-from diffdoctor.data.shards import ShardData, read_manifest, read_shards, write_shards
+from diffdoctor.data.manifest import read_manifest
+from diffdoctor.data.shard_writer import write_shards
+from diffdoctor.data.shards import ShardData, read_shards
 from diffdoctor.data.stream import ShardStream
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.runs.errors import UserError
@@ -79,7 +81,7 @@ def test_the_manifest_has_a_row_for_each_picture(tmp_path):
 
 def test_parts_share_the_shards_without_overlap(tmp_path):
     write_shards(samples_of(10), tmp_path / "set", shard_size=2)
-    keys = [[s["key"] for s in read_shards(tmp_path / "set", part=(i, 3))] for i in range(3)]
+    keys = [[s["key"] for s in read_shards(tmp_path / "set", split=(i, 3))] for i in range(3)]
     assert sorted(key for part in keys for key in part) == [f"{i:09d}" for i in range(10)]
 
 
@@ -205,7 +207,7 @@ def test_a_shard_cut_short_gives_its_whole_samples(tmp_path):
     write_shards(samples_of(6), tmp_path / "set", shard_size=6)
     path = tmp_path / "set" / "shard-000000.tar"
     whole = path.read_bytes()
-    rows = shards.read_manifest(tmp_path / "set")
+    rows = read_manifest(tmp_path / "set")
     end = rows["json_offset"][-1] + rows["json_size"][-1]
     for length in (0, 100, 700, 512 * 5, 512 * 5 + 7, end // 2, end - 1, end):
         path.write_bytes(whole[:length])
@@ -237,7 +239,7 @@ def test_a_manifest_that_does_not_fit_is_named(tmp_path):
     (tmp_path / "set" / "manifest.parquet").write_bytes(b"no")
     with pytest.raises(UserError, match="manifest"):
         ShardData(tmp_path / "set")
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="elsewhere: expected a folder of shards or a shard, got nothing"):
         list(read_shards(tmp_path / "elsewhere"))
 
 
@@ -247,7 +249,7 @@ def test_memory_does_not_grow_with_the_set(tmp_path):
     peaks = {}
     for count in (150, 600):
         write_shards(samples_of(count), tmp_path / str(count), shard_size=count)
-        list(read_shards(tmp_path / str(count), part=(0, 2)))
+        list(read_shards(tmp_path / str(count), split=(0, 2)))
         tracemalloc.start()
         read = sum(1 for _ in read_shards(tmp_path / str(count), strict=True))
         peaks[count] = tracemalloc.get_traced_memory()[1]
@@ -298,7 +300,7 @@ def test_a_resampled_stream_draws_all_samples_alike(tmp_path):
     assert counts.min() > 0.75 * 200
     assert counts.max() < 1.25 * 200
     assert drawn == [sample["key"] for sample in itertools.islice(stream, 4000)]
-    other = [sample["key"] for sample in itertools.islice(stream.lane(1, 0, SkipCounts()), 100)]
+    other = [sample["key"] for sample in itertools.islice(stream.worker_stream(1, 0, SkipCounts()), 100)]
     assert other != drawn[:100]
 
 
@@ -311,7 +313,7 @@ def test_a_stream_leaves_out_what_is_broken_and_ends_where_nothing_is_whole(tmp_
     with pytest.raises(UserError, match="broken picture"):
         list(itertools.islice(ShardStream(tmp_path / "set", resampled=True, strict=True), 30))
     write_tar(tmp_path / "set" / "a.tar", members_of("bad", png=b"x").items())
-    with pytest.raises(UserError, match="no sample that is whole"):
+    with pytest.raises(UserError, match="no complete sample"):
         next(iter(ShardStream(tmp_path / "set", resampled=True, buffer=2)))
     write_tar(tmp_path / "set" / "a.tar", [])
     with pytest.raises(UserError, match="no samples in these 1 shards"):

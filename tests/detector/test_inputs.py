@@ -130,9 +130,9 @@ def test_a_pattern_that_matches_only_folders_stands_for_them(tmp_path, detector,
     assert [source.name for source in find_sources(["animals/**/"])] == ["cats/0", "cats/1", "dogs/small/2"]
     assert [source.name for source in find_sources(["animals/**/*.png"])] == ["0", "1", "2"]
     assert run_diagnose(DiagnoseConfig(["animals/*"], detector, "out"))["pictures"] == 3
-    with pytest.raises(UserError, match=r"empty/\*: no pictures .* in the folders that match"):
+    with pytest.raises(UserError, match=r"empty/\*: expected pictures .* got none in the folders that match"):
         find_sources(["animals/*", "empty/*"])
-    with pytest.raises(UserError, match="no such file, folder or pattern"):
+    with pytest.raises(UserError, match="expected an existing file or folder, or a pattern that matches one, got none"):
         find_sources(["nothing/*"])
 
 

@@ -38,7 +38,7 @@ def folder(tmp_path):
     import torch
     from PIL import Image
 
-    from diffdoctor.data.shards import write_shards
+    from diffdoctor.data.shard_writer import write_shards
     from diffdoctor.detector import ConvDetector
 
     write_shards(things(10, 0), tmp_path / "data", shard_size=4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffdoctor.cli import main
-from diffdoctor.data.shards import write_shards
+from diffdoctor.data.shard_writer import write_shards
 from diffdoctor.detector import load_detector, train_detector
 from diffdoctor.runs.errors import UserError
 from support.detector import StopAt, fresh, held_out, quick, shapes, weights_of
@@ -126,7 +126,7 @@ def test_a_run_that_left_no_result_does_not_bind_the_next(tmp_path):
     [
         (("--encoder", "nothere"), "encoder: expected none with architecture conv, got 'nothere'"),
         (("--encoder", "nothere", "--architecture", None, "--initial", "first"), "encoder: expected none with initial"),
-        (("--initial", "first"), "architecture: expected none with initial, whose own is kept; got 'conv'"),
+        (("--initial", "first"), "architecture: expected none with initial, whose own is kept, got 'conv'"),
         (("--initial", "first", "--architecture", None), "min_side: expected none with initial"),
         (("--min_side", 0), "min_side: expected >= 1 pixels, got 0"),
         (("--training.augment.kinds", "foo"), "kinds: expected some of"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffdoctor.cli import main
-from diffdoctor.data.shards import write_shards
+from diffdoctor.data.shard_writer import write_shards
 from diffdoctor.detector import load_detector, train_detector
 from diffdoctor.runs.errors import UserError
 from support.detector import StopAt, fresh, held_out, quick, shapes, twenty_steps, weights_of

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffdoctor.data.shards import ShardData, write_shards
+from diffdoctor.data.shard_writer import write_shards
+from diffdoctor.data.shards import ShardData
 from diffdoctor.data.stream import ShardStream
 from diffdoctor.detector import train_detector
 from diffdoctor.detector.config import AugmentConfig
@@ -40,8 +41,8 @@ def a_set(folder, count=30, broken=(), **fields):
     data = ShardData(folder)
     for index in broken:
         with open(folder / data.shards[index], "r+b") as file:
-            file.seek(int(data.places[index][0]))
-            file.write(bytes(int(data.places[index][1])))
+            file.seek(int(data.byte_ranges[index][0]))
+            file.write(bytes(int(data.byte_ranges[index][1])))
     return data
 
 
@@ -63,7 +64,7 @@ def test_a_stream_s_parts_depend_on_the_workers_and_the_segment_alone(tmp_path):
     stream = ShardStream(tmp_path / "set", buffer=6, resampled=True, seed=4)
 
     def parts(start, workers, process=0):
-        plan = StepPlan(start, 9, process, share=4, parts=2, segment=4)
+        plan = StepPlan(start, 9, process, slots=4, micro_batches=2, segment=4)
         samples = ResampledSamples(stream, plan, AugmentConfig(), None)
         loader = torch.utils.data.DataLoader(samples, batch_size=None, num_workers=workers)
         return [(pictures, masks) for pictures, masks, _ in loader]

@@ -10,16 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffdoctor.data.shards import ShardData, write_shards
+from diffdoctor.data.shard_writer import write_shards
+from diffdoctor.data.shards import ShardData
 from diffdoctor.detector import ConvDetector, load_detector
 from diffdoctor.detector.predict import diagnose_data
 from diffdoctor.detector.samples import JoinedData
 from diffdoctor.evaluate.detector import parts as detector_parts
+from diffdoctor.evaluate.detector import sorted_pixels
 from diffdoctor.evaluate.detector.command import EvaluateDetectorConfig, run_evaluate_detector
 from diffdoctor.evaluate.detector.measure import evaluate_maps, measure
+from diffdoctor.evaluate.detector.sorted_pixels import SortedChunk
 from diffdoctor.measures import curves as detector_pixels
 from diffdoctor.measures import statistics as detector_statistics
-from diffdoctor.measures.curves import Run, average_precision_of_runs, encode, pixel_curves
+from diffdoctor.measures.curves import average_precision_of_chunks, encode, pixel_curves
 from diffdoctor.measures.pixels import average_precision_of
 from diffdoctor.runs.errors import UserError
 
@@ -87,8 +90,8 @@ def assert_close(got, expected, path=""):
 def test_in_parts_every_figure_is_that_of_all_maps_at_once(tmp_path, detector, monkeypatch, small):
     if small:
         monkeypatch.setattr(detector_statistics, "SLICE_PIXELS", 600)
-        monkeypatch.setattr(detector_parts, "_PIXELS_IN_RUN", 1500)
-        monkeypatch.setattr(average_precision_of_runs, "__defaults__", (97,))
+        monkeypatch.setattr(sorted_pixels, "PIXELS_IN_CHUNK", 1500)
+        monkeypatch.setattr(average_precision_of_chunks, "__defaults__", (97,))
     for name, seed in (("first", 0), ("second", 1)):
         write_shards(samples(23, seed=seed), tmp_path / name, shard_size=5)
     sets = [tmp_path / "first", tmp_path / "second"]
@@ -120,13 +123,13 @@ def test_the_area_from_sorted_runs_is_that_of_all_scores(tmp_path_factory, group
             truths = np.array([label for _, label in group], bool)
             codes = encode(values, truths)
             file.write(codes.tobytes())
-            runs.append(Run(path, place, place + len(codes)))
+            runs.append(SortedChunk(path, place, place + len(codes)))
             place += len(codes)
             scores.append(values)
             labels.append(truths)
     scores, labels = np.concatenate([np.zeros(0, np.float32), *scores]), np.concatenate([np.zeros(0, bool), *labels])
     expected = average_precision_of(scores, labels)
-    assert average_precision_of_runs(runs, int(labels.sum()), most) == pytest.approx(expected, abs=1e-12, nan_ok=True)
+    assert average_precision_of_chunks(runs, int(labels.sum()), most) == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
 def test_codes_sort_as_scores_do_and_hold_the_label():
@@ -152,8 +155,8 @@ def test_curves_are_the_same_added_up_in_parts():
 def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, detector, monkeypatch):
     from accelerate import PartialState
 
-    monkeypatch.setattr(detector_parts, "_PIXELS_IN_RUN", 2**13)
-    monkeypatch.setattr(average_precision_of_runs, "__defaults__", (2**13,))
+    monkeypatch.setattr(sorted_pixels, "PIXELS_IN_CHUNK", 2**13)
+    monkeypatch.setattr(average_precision_of_chunks, "__defaults__", (2**13,))
     write_shards(samples(200, side=64), tmp_path / "set", shard_size=100)
     state, model, peaks = PartialState(cpu=True), load_detector(detector), []
     data = ShardData(tmp_path / "set")

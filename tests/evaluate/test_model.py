@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from diffdoctor.data.pictures import fitted
+from diffdoctor.data.pictures import cover_crop
 from diffdoctor.data.prompts import Prompt, read_prompt_file
 from diffdoctor.detector import ConvDetector, write_shards
 from diffdoctor.evaluate.model import networks
-from diffdoctor.evaluate.model.measure import count_real, read_unit, real_units, spoil
+from diffdoctor.evaluate.model.measure import count_real, damage_pictures, read_unit, real_units
 from diffdoctor.evaluate.model.networks import Classifier, Clip, load_features
 from diffdoctor.evaluate.model.store import EvaluationFolder, FeatureFiles, MeasureFiles
 from diffdoctor.evaluate.model.summary import PictureMeasures, summarise, summarise_groups
@@ -59,7 +59,7 @@ class TestNetworks:
         ConvDetector((8, 8)).save_pretrained(tmp_path / "detector")
         with pytest.raises(UserError, match=r"--clip .* cannot be loaded"):
             Clip(str(tmp_path / "detector"))
-        with pytest.raises(UserError, match="--clip nowhere: no such file or folder"):
+        with pytest.raises(UserError, match="--clip nowhere: expected a file, a folder or a hub id"):
             Clip("nowhere")
 
     def test_classifier_of_transformers_knows_its_labels(self, tmp_path):
@@ -74,13 +74,15 @@ class TestNetworks:
         model.save_pretrained(tmp_path)
         ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
         classifier, pictures = Classifier(str(tmp_path)), random_pictures(6)
-        assert [classifier.place(name) for name in ("cat", "dog")] == [0, 1]
+        assert [classifier.class_index(name) for name in ("cat", "dog")] == [0, 1]
         with torch.no_grad():
             guesses = model(pixel_values=pictures.float() / 127.5 - 1).logits.argmax(1)
         assert torch.equal(classifier.right(pictures, guesses), torch.ones(6, dtype=torch.bool))
         assert torch.equal(classifier.right(pictures, 1 - guesses), torch.zeros(6, dtype=torch.bool))
-        with pytest.raises(UserError, match=r"'bird' is no label .* knows cat, dog"):
-            classifier.place("bird")
+        with pytest.raises(
+            UserError, match=r"--prompts: expected labels of the classifier .* \(cat, dog\), got 'bird'"
+        ):
+            classifier.class_index("bird")
         features = load_features(str(tmp_path))
         assert features(pictures).shape == (6, 16)
 
@@ -95,7 +97,7 @@ class TestNetworks:
         expected = (pictures.float() / 255).mean(dim=(2, 3))
         torch.testing.assert_close(load_features(path)(pictures), expected)
         classifier = Classifier(path)
-        assert classifier.place("2") == 2
+        assert classifier.class_index("2") == 2
         assert torch.equal(classifier.right(pictures, torch.full((5,), 2)), expected.argmax(1) == 2)
         batch = torch.export.Dim("batch")
         example = torch.rand(2, 3, 16, 16)
@@ -120,7 +122,7 @@ class TestNetworks:
         monkeypatch.setattr(networks, "inception_weights", lambda: None)
         clip = Clip(clip_folder)
         assert load_features("auto", clip)(random_pictures(3)).shape == (3, 16)
-        with pytest.raises(UserError, match="needs --clip"):
+        with pytest.raises(UserError, match="--features clip: expected the model as --clip, got none"):
             load_features("clip")
 
     def test_inception_is_never_fetched(self, monkeypatch, tmp_path):
@@ -174,12 +176,12 @@ class TestPrompts:
     @pytest.mark.parametrize(
         ("name", "text", "message"),
         [
-            ("a.txt", "\n \n", "holds no prompt"),
-            ("a.jsonl", '{"prompt": "one"}\nnonsense', "a JSON object was expected in line 2"),
-            ("a.jsonl", '{"text": "one"}', "`prompt` was expected in record 1, got text"),
-            ("a.jsonl", '{"prompt": "one"}\n{"text": "two"}', "`prompt` was expected in record 2, got text"),
-            ("a.jsonl", '{"prompt": ["one"]}', r"text was expected in record 1, got \['one'\]"),
-            ("a.parquet", "nonsense", "not a Parquet file"),
+            ("a.txt", "\n \n", "expected at least one prompt, got none"),
+            ("a.jsonl", '{"prompt": "one"}\nnonsense', "expected a JSON object in line 2, got 'nonsense'"),
+            ("a.jsonl", '{"text": "one"}', "expected `prompt` in row 1, got text"),
+            ("a.jsonl", '{"prompt": "one"}\n{"text": "two"}', "expected `prompt` in row 2, got text"),
+            ("a.jsonl", '{"prompt": ["one"]}', r"expected text as `prompt` in row 1, got \['one'\]"),
+            ("a.parquet", "nonsense", "expected a Parquet file"),
         ],
         ids=["empty", "broken-line", "other-column", "column-that-ends", "no-text", "no-parquet"],
     )
@@ -289,17 +291,20 @@ class TestRealPictures:
     def test_a_picture_is_cut_at_its_middle(self):
         picture = np.zeros((16, 32, 3), np.uint8)
         picture[:, 8:24] = 200
-        assert fitted(picture, (16, 16)).shape == (16, 16, 3)
-        assert (fitted(picture, (16, 16)) == 200).all()
-        assert fitted(picture, (16, 32)) is picture
+        assert cover_crop(picture, (16, 16)).shape == (16, 16, 3)
+        assert (cover_crop(picture, (16, 16)) == 200).all()
+        assert cover_crop(picture, (16, 32)) is picture
 
-    def test_damage_depends_on_the_place_alone(self):
+    def test_damage_depends_on_the_index_alone(self):
         pictures = list(random_pictures(6, 32).permute(0, 2, 3, 1).numpy())
-        together, apart = spoil(pictures, 1, 2, 0), spoil(pictures[:2], 1, 2, 0) + spoil(pictures[2:], 1, 2, 2)
+        together, apart = (
+            damage_pictures(pictures, 1, 2, 0),
+            damage_pictures(pictures[:2], 1, 2, 0) + damage_pictures(pictures[2:], 1, 2, 2),
+        )
         assert np.array_equal(together, apart)
         assert all((a != b).any() for a, b in zip(together, pictures, strict=True))
         with pytest.raises(UserError, match="at least 16 pixels"):
-            spoil([np.zeros((8, 8, 3), np.uint8)], 0, 0, 0)
+            damage_pictures([np.zeros((8, 8, 3), np.uint8)], 0, 0, 0)
 
 
 class TestSummary:

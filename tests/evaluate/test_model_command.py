@@ -13,7 +13,7 @@ import yaml
 from diffdoctor.cli import main
 from diffdoctor.detector import load_detector
 from diffdoctor.evaluate.model import compare_pictures, networks
-from diffdoctor.evaluate.model.measure import spoil
+from diffdoctor.evaluate.model.measure import damage_pictures
 from diffdoctor.evaluate.model.networks import Clip
 from diffdoctor.evaluate.model.store import PictureFiles
 from support.launch import run_group
@@ -37,7 +37,9 @@ def test_the_figures_are_those_of_the_same_pictures_in_memory(files, evaluated, 
     assert torch.equal(pictures_of(output, "after"), after)
     assert (before != after).float().mean() > 0.1
     real = [np.asarray(Image.open(path)) for path in sorted((files / "real").iterdir())]
-    damaged = spoil(real[:4], 0, 0, 0) + spoil(real[4:8], 0, 0, 4) + spoil(real[8:], 0, 0, 8)
+    damaged = (
+        damage_pictures(real[:4], 0, 0, 0) + damage_pictures(real[4:8], 0, 0, 4) + damage_pictures(real[8:], 0, 0, 8)
+    )
 
     def as_tensor(pictures):
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()

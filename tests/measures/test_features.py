@@ -19,7 +19,7 @@ def test_frechet_distance_equals_its_formula():
 
 
 def test_frechet_distance_refuses_other_sizes():
-    with pytest.raises(ValueError, match="real and generated must be"):
+    with pytest.raises(ValueError, match="real, generated: expected"):
         frechet_distance(random_features(10, 4, 0), random_features(10, 5, 0))
 
 

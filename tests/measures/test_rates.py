@@ -16,7 +16,7 @@ def test_wilson_interval_of_nothing_knows_nothing():
 
 
 def test_wilson_interval_refuses_more_than_all():
-    with pytest.raises(ValueError, match="count must be between 0 and total = 5, got 6"):
+    with pytest.raises(ValueError, match="count: expected 0 to total = 5, got 6"):
         wilson_interval(6, 5)
 
 
@@ -48,5 +48,5 @@ def test_paired_bootstrap_has_no_ratio_when_nothing_was_flagged():
 
 
 def test_paired_bootstrap_refuses_unpaired_input():
-    with pytest.raises(ValueError, match=r"before and after must be \(N,\)"):
+    with pytest.raises(ValueError, match=r"before, after: expected the same shape \(N,\)"):
         paired_bootstrap([True, False], [True])

@@ -131,7 +131,7 @@ def test_help_names_every_option(capsys):
         ({"detector": "{files}/empty"}, "empty"),
         ({"monitor": "{files}/copy"}, "monitor: expected a detector with other weights"),
         ({"prompts": "/nowhere.txt"}, "cannot be read"),
-        ({"prompts": "{files}/blank.txt"}, "holds no prompt"),
+        ({"prompts": "{files}/blank.txt"}, "expected at least one prompt, got none"),
         ({"prompts": ""}, "--prompts: expected a name or a path, got an empty one; leave it out instead"),
         ({"offline": ""}, "--offline: expected a name or a path, got an empty one"),
         ({"offline": "null"}, "offline: expected (pictures, prompts) pairs, since offline_weight > 0, got None"),

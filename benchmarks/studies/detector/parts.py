@@ -139,7 +139,8 @@ def make_sets(output: Path, seed: int, workers: int) -> dict:
 
 def _small(output: Path, seed: int) -> dict:
     """Clean test pictures shrunk and padded: small things, all of them right."""
-    from diffdoctor.data.shards import ShardData, write_shards
+    from diffdoctor.data.shard_writer import write_shards
+    from diffdoctor.data.shards import ShardData
     from diffdoctor.detector.samples import shrink_and_pad
 
     folder = output / "sets" / "small"
@@ -218,22 +219,22 @@ def measures(output: Path, detector, folder: Path) -> dict:
         small clean pictures that is flagged}.
     """
     from diffdoctor.data.shards import ShardData
-    from diffdoctor.data.sources import finite
     from diffdoctor.detector.predict import diagnose_data
     from diffdoctor.detector.samples import JoinedData
     from diffdoctor.evaluate.detector.measure import evaluate_maps, measure
     from diffdoctor.evaluate.detector.report import write_report
+    from diffdoctor.runs.summary import nan_to_none
 
     result: dict = {}
     for part in ("seen", "unseen"):
         data = JoinedData([ShardData(output / "sets" / f"{group}-{part}") for group in TESTS])
         found = diagnose_data(detector, data, size=pictures.SIDE)
-        measured = finite(measure(found, bootstrap=BOOTSTRAP))
+        measured = nan_to_none(measure(found, bootstrap=BOOTSTRAP))
         groups = np.repeat(TESTS, [len(one) for one in data.parts])
         result[part] = {
             "all": measured["overall"],
             **{
-                name: finite(
+                name: nan_to_none(
                     evaluate_maps(found.confidence[groups == name], found.masks[groups == name], bootstrap=BOOTSTRAP)
                 )
                 for name in TESTS
@@ -252,7 +253,7 @@ def measures(output: Path, detector, folder: Path) -> dict:
 
 def _shifted(found, shift: float) -> dict:
     """What the detector would reach were its logits moved by `shift`."""
-    from diffdoctor.measures.components import ComponentAP
+    from diffdoctor.measures.components import mean_average_precision
     from diffdoctor.measures.pixels import flagged_share, is_flagged
 
     odds = np.exp(shift) * found.confidence / np.maximum(1 - found.confidence, 1e-7)
@@ -261,7 +262,7 @@ def _shifted(found, shift: float) -> dict:
     flags = is_flagged(flagged_share(confidence))
     return {
         "shift": shift,
-        "map50": ComponentAP(confidence, found.masks).map50,
+        "map50": mean_average_precision(confidence, found.masks),
         "false_positive_rate": float(flags[~damaged].mean()),
         "hit_rate": float(flags[damaged].mean()),
     }
@@ -276,7 +277,7 @@ def _picture(data, index: int) -> np.ndarray:
 
 def _per_kind(data, found) -> dict:
     """mAP@0.5 and the share that is flagged, of the damaged pictures of each kind."""
-    from diffdoctor.measures.components import ComponentAP
+    from diffdoctor.measures.components import mean_average_precision
     from diffdoctor.measures.pixels import flagged_share, is_flagged
 
     names = np.array([str(data[index].get("kind") or "") for index in range(len(data))])
@@ -284,7 +285,7 @@ def _per_kind(data, found) -> dict:
     return {
         str(name): {
             "pictures": int((names == name).sum()),
-            "map50": ComponentAP(found.confidence[names == name], found.masks[names == name]).map50,
+            "map50": mean_average_precision(found.confidence[names == name], found.masks[names == name]),
             "hit_rate": float(flags[names == name].mean()),
         }
         for name in sorted(set(names) - {""})

@@ -5,29 +5,27 @@ import dataclasses
 import heapq
 import json
 import os
-import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from diffdoctor.data.pictures import to_images
-from diffdoctor.data.sources import Source, find_sources, read_source, tell
+from diffdoctor.data.sources import Source, find_sources, read_source
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import open_detector
-from diffdoctor.detector.predict import describe_map
-from diffdoctor.runs.errors import UserError, check_least, missing_extra
+from diffdoctor.detector.predict import describe_map, in_batches
+from diffdoctor.detector.report import write_gallery
+from diffdoctor.runs.errors import UserError, check_least, expected, missing_extra
 from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json
 from diffdoctor.runs.journal import Journal, Records
 from diffdoctor.runs.progress import progress
 from diffdoctor.runs.record import METRICS, RunFolder, versions
+from diffdoctor.runs.summary import print_summary
 from diffdoctor.training.devices import open_device
 from diffdoctor.training.weights import weights_digest
 from diffdoctor.viz.draw import map_png, overlay, png_bytes
 
 RECORDS = "records"
-TILE = 240  # smallest width of a picture in the gallery, in pixels
 # What the maps and overlays depend on, beside the detector's weights and the pictures.
 _IDENTITY = ("detector", "tile", "overlap", "bits", "dtype", "overlays")
 RESULTS = dict.fromkeys(("maps", "overlays", RECORDS, "diagnosis.jsonl", "gallery.html"))
@@ -43,15 +41,15 @@ class DiagnoseConfig:
         output: the folder to make: maps, overlays, diagnosis.jsonl, gallery.html, config.yaml, metrics.json, records.
             Run again, it resumes with the pictures that are not there yet or whose files were replaced, and reports
             those that are given now.
-        batch_size: pictures of one size that are diagnosed together; files are shared among processes by as many.
+        batch_size: pictures of one size that are diagnosed together; processes take so many files at a time.
         tile: side in pixels of the tiles that larger pictures are cut into; null: pictures are diagnosed whole.
-        overlap: share of a tile that it has in common with the next.
+        overlap: share of a tile that it has in common with the next, in [0, 0.5].
         bits: of the confidence maps, 8 or 16.
         overlays: write the pictures reddened where the detector is confident.
-        gallery: pictures in the gallery, the worst first; 0: none.
-        dtype: fp32 or bf16: what the detector is loaded in.
+        gallery: number of pictures in the gallery, the worst first; 0: no gallery.
+        dtype: of the detector, fp32 or bf16.
         device: such as cpu or cuda:1; null: the fastest there is.
-        strict: stop at the first broken picture instead of leaving it out and counting it.
+        strict: stop at the first broken picture instead of skipping and counting it.
     """
 
     pictures: list[str]
@@ -69,20 +67,23 @@ class DiagnoseConfig:
 
     def __post_init__(self):
         if self.bits not in (8, 16):
-            raise UserError(f"bits: expected 8 or 16, got {self.bits}")
+            raise UserError(expected("bits", "8 or 16", self.bits))
         if self.dtype not in ("fp32", "bf16"):
-            raise UserError(f"dtype: expected fp32 or bf16, got {self.dtype!r}")
-        check_least(self, batch_size=1)
-        if self.tile is not None and self.tile < 16:
-            raise UserError(f"tile: expected >= 16 pixels, got {self.tile}")
+            raise UserError(expected("dtype", "fp32 or bf16", repr(self.dtype)))
+        check_least(self, batch_size=1, tile=16, gallery=0)
         if not 0 <= self.overlap <= 0.5:
-            raise UserError(f"overlap: expected a share in [0, 0.5], got {self.overlap}")
-        if self.gallery < 0:
-            raise UserError(f"gallery: expected >= 0 pictures, got {self.gallery}")
+            raise UserError(expected("overlap", "a share in [0, 0.5]", self.overlap))
 
 
 def run_diagnose(config: DiagnoseConfig) -> dict:
-    """Run `diffdoctor diagnose`; returns what metrics.json holds."""
+    """Run `diffdoctor diagnose`.
+
+    Returns:
+        What metrics.json holds; nothing on other than the main process.
+
+    Raises:
+        UserError: an option or a file does not fit or cannot be read.
+    """
     try:
         from accelerate import PartialState
     except ImportError:
@@ -116,16 +117,15 @@ def _diagnose(run: RunFolder, detector: Detector, config: DiagnoseConfig, source
     if state.is_main_process:
         metrics = _finish(index, config, journal.read(), skipped)
         page = run.path / ("gallery.html" if config.gallery else "diagnosis.jsonl")
-        tell(f"{metrics['flagged']} of {metrics['pictures']} pictures are flagged: {page}", skipped)
+        print_summary(f"{metrics['flagged']} of {metrics['pictures']} pictures are flagged: {page}", skipped)
     state.wait_for_everyone()
     return metrics
 
 
 def _units(sources: list[Source], size: int) -> list[list[Source]]:
-    """What is done by one process, from its start: a shard each, and picture files by `size`.
+    """Units of work for one process each: one shard, or up to `size` picture files.
 
-    Which pictures share a batch depends on neither the processes nor on what is done, so that their maps' last bits
-    do not either.
+    Batches, and so the last bits of the maps, depend neither on the number of processes nor on what is finished.
     """
     files = [source for source in sources if not source.is_shard]
     groups = [files[first : first + size] for first in range(0, len(files), size)]
@@ -133,7 +133,11 @@ def _units(sources: list[Source], size: int) -> list[list[Source]]:
 
 
 class SourceIndex:
-    """The sources by name, as their files are at the start of this run, and which records are current."""
+    """The sources by name, with the state of their files at the start of this attempt.
+
+    Args:
+        sources: of this run.
+    """
 
     def __init__(self, sources: list[Source]):
         self.sources = sources
@@ -148,10 +152,10 @@ class SourceIndex:
         return None
 
     def current_records(self, records: Records) -> Iterator[dict]:
-        """The records, by name, of pictures that are given and whose files are as they were.
+        """The records of pictures that are among the sources and whose files have not changed, by name.
 
         Raises:
-            UserError: there is one of another picture of the same name.
+            UserError: a record is of another picture of the same name.
         """
         for record in records:
             source, stamp = self.source(record["name"]), record.pop("stamp", None)
@@ -164,12 +168,12 @@ class SourceIndex:
                 yield record
 
     def mark(self, shard: str, pictures: int) -> str:
-        """What says in the records that a shard, as it is, is done with this many pictures."""
+        """The text that marks a shard, in its present state, as completed with this many pictures."""
         return f"{shard} {self.stamps[shard]} {pictures}"
 
 
 class Completed:
-    """What earlier attempts have done, by name: pictures and whole shards."""
+    """The names of the pictures and shards that earlier attempts completed."""
 
     def __init__(self, index: SourceIndex, journal: Journal):
         records = journal.read()
@@ -180,14 +184,14 @@ class Completed:
 
 
 def _absolute(source: Source) -> str:
-    """The source's file, wherever the command is called from."""
+    """The absolute path of the source's file."""
     return os.path.abspath(source.path)
 
 
 def _diagnose_units(
     detector, config: DiagnoseConfig, index: SourceIndex, completed: Completed, journal: Journal, state
 ) -> dict[str, int]:
-    """Diagnose this process' share of the units; returns what all processes left out, by reason."""
+    """Diagnose this process's units; returns {reason: count} of what all processes skipped."""
     counts, units = SkipCounts(), _units(index.sources, config.batch_size)
     files = sum(len(unit) for unit in units if not unit[0].is_shard)
     total = files if not any(unit[0].is_shard for unit in units) else None
@@ -204,10 +208,10 @@ def _diagnose_units(
                 pictures += len(batch)
                 missing = {sample["name"] for sample in batch if sample["name"] not in completed.names}
                 if missing:
-                    # The maps are on the disk before their records say so.
+                    # The maps must be on the disk before their records.
                     journal.append(list(_diagnose_batch(detector, batch, missing, config)))
                 bar.update(len(batch))
-            # A shard of which something was left out is read again by the next attempt, and that counted again.
+            # A shard of which something was skipped is read again by the next attempt, which counts that again.
             if shard and counts.total == before:
                 journal.append([{"shard": index.mark(shard, pictures)}])
     return _gather_counts(counts, state)
@@ -215,20 +219,16 @@ def _diagnose_units(
 
 def _batches(unit: list[Source], config: DiagnoseConfig, counts: SkipCounts, stamps: dict) -> Iterator[list[dict]]:
     """The pictures of a unit in batches of one size."""
-    batch: list[dict] = []
-    for source in unit:
-        for sample in read_source(source, strict=config.strict, counts=counts, masks="ignored"):
-            sample |= {"path": _absolute(source), "stamp": stamps[source.name]}
-            if batch and (len(batch) == config.batch_size or batch[0]["picture"].shape != sample["picture"].shape):
-                yield batch
-                batch = []
-            batch.append(sample)
-    if batch:
-        yield batch
+    samples = (
+        sample | {"path": _absolute(source), "stamp": stamps[source.name]}
+        for source in unit
+        for sample in read_source(source, strict=config.strict, counts=counts, masks="ignored")
+    )
+    return in_batches(samples, config.batch_size)
 
 
 def _diagnose_batch(detector: Detector, batch: list[dict], missing: set[str], config: DiagnoseConfig) -> Iterator[dict]:
-    """Diagnose a batch; write the maps, and yield the records, of the `missing` ones."""
+    """Diagnose a batch, and write the maps and yield the records of its `missing` pictures."""
     import torch
 
     output = Path(config.output)
@@ -252,9 +252,9 @@ def _gather_counts(counts: SkipCounts, state) -> dict[str, int]:
         return dict(sorted(counts.reasons.items()))
     from accelerate.utils import gather_object
 
-    total: dict[str, int] = {}
+    total: collections.Counter[str] = collections.Counter()
     for reason, count in gather_object(list(counts.reasons.items())):
-        total[reason] = total.get(reason, 0) + count
+        total[reason] += count
     return dict(sorted(total.items()))
 
 
@@ -275,33 +275,10 @@ def _finish(index: SourceIndex, config: DiagnoseConfig, records: Records, skippe
     }
     if config.gallery:
         worst = heapq.nsmallest(config.gallery, index.current_records(records), key=_worst_first)
-        _write_gallery(output, config, worst, metrics)
+        write_gallery(output, worst, metrics, "overlays" if config.overlays else "maps")
     atomic_write_json(output / METRICS, metrics)
     return metrics
 
 
 def _worst_first(record: dict) -> tuple:
     return -record["flagged_share"], -record["max"], record["name"]
-
-
-def _write_gallery(output: Path, config: DiagnoseConfig, records: list[dict], metrics: dict) -> None:
-    from PIL import Image
-
-    from diffdoctor.viz.report import Report
-
-    report = Report("Diagnosis")
-    report.lead(f"{metrics['flagged']} of {metrics['pictures']} pictures are flagged, the worst first.")
-    folder = "overlays" if config.overlays else "maps"
-    with report.tiles(TILE):
-        for record in records:
-            path = output / folder / f"{record['name']}.png"
-            if not path.is_file():
-                continue
-            with Image.open(path) as picture:
-                small = picture.convert("RGB")
-                small.thumbnail((384, 384))
-            caption = f"{record['name']}: {record['flagged_share']:.1%} flagged, largest confidence {record['max']:.2f}"
-            # Small pictures are enlarged by the page, in sharp pixels.
-            link = urllib.parse.quote(f"{folder}/{record['name']}.png")
-            report.image(png_bytes(np.asarray(small)), caption, pixels=max(small.size) < TILE, link=link)
-    report.write(output / "gallery.html")

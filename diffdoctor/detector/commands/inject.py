@@ -14,17 +14,18 @@ import numpy as np
 from diffdoctor.data.pictures import shrink_to
 from diffdoctor.data.resumable import ResumableSet, State, work_folder
 from diffdoctor.data.shard_writer import SHEET, check_options, refuse_no_set
-from diffdoctor.data.sources import Source, find_sources, read_source, tell
+from diffdoctor.data.sources import Source, find_sources, read_source
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.damage.injection import MIN_SIDE, check_range
 from diffdoctor.detector.damage.kinds import damage_kinds
 from diffdoctor.detector.damage.plugins import load_plugins
 from diffdoctor.detector.damage.versions import VersionOptions, labelled_versions
-from diffdoctor.runs.errors import UserError, check_least
+from diffdoctor.runs.errors import UserError, check_least, expected
 from diffdoctor.runs.files import atomic_write_bytes, atomic_write_json, clear_leftovers
 from diffdoctor.runs.lock import locked_folder
 from diffdoctor.runs.progress import track
 from diffdoctor.runs.record import METRICS, RunFolder, versions
+from diffdoctor.runs.summary import print_summary
 from diffdoctor.runs.workers import ordered_map
 from diffdoctor.viz.draw import SHEET_TILE, contact_sheet
 
@@ -40,20 +41,20 @@ class InjectConfig:
         pictures: clean pictures: files, folders, patterns, shards.
         output: the folder to make: shards, manifest.parquet, contact_sheet.png, config.yaml, metrics.json. It appears
             when all is there. Interrupted and run again, the command resumes after the last complete shard.
-        damaged: damaged versions of each picture.
-        benign: mildly changed look-alikes of each picture, with empty masks.
-        clean: put each picture itself in as well, with an empty mask.
-        kinds: kinds of damage to draw from; none named: all.
-        plugins: Python files to run first, which register kinds of their own by `diffdoctor.detector.damage_kind`.
-        strength: range of the damage's strength, within (0, 1].
-        area: range of the damaged region's size, share of the picture.
-        visible: smallest mean change of the changed pixels, of 1.
-        longest: pictures are shrunk to this longest side in pixels before; null: they stay as they are.
-        seed: of all draws; each picture's damage depends on it and on the picture's place in the input alone.
+        damaged: number of damaged versions of each picture.
+        benign: number of benign changes of each picture, with empty masks.
+        clean: include each picture itself, with an empty mask.
+        kinds: kinds of damage to draw from; null: all.
+        plugins: Python files to run first, which register kinds by `diffdoctor.detector.damage_kind`.
+        strength: range of the damage's strength, in (0, 1].
+        area: range of the damaged region's size, as a share of the picture.
+        visible: smallest mean change of the changed pixels, in [0, 1].
+        longest: larger pictures are shrunk to this longest side, in pixels; null: they keep their size.
+        seed: of all draws; each picture's damage is a function of the seed and of the picture's index in the input.
         workers: processes; the result does not depend on their number.
         shard_size: pictures in a shard.
         picture_type: png, webp (both exact) or jpg.
-        strict: stop at the first broken picture instead of leaving it out and counting it.
+        strict: stop at the first broken picture instead of skipping and counting it.
         overwrite: replace the output folder when it is there: a set of shards, and none that the pictures come from.
     """
 
@@ -77,7 +78,14 @@ class InjectConfig:
 
 
 def run_inject(config: InjectConfig) -> dict:
-    """Run `diffdoctor inject`; returns what metrics.json holds."""
+    """Run `diffdoctor inject`.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        UserError: an option or a file does not fit or cannot be read.
+    """
     plugins = load_plugins(config.plugins)
     _check(config)
     output, sources = Path(config.output), find_sources(config.pictures)
@@ -94,15 +102,15 @@ def run_inject(config: InjectConfig) -> dict:
             finally:
                 with contextlib.suppress(OSError):
                     work.rmdir()
-    tell(f"{metrics['pictures']} pictures are there already: {output}")
+    print_summary(f"already complete with {metrics['pictures']} pictures: {output}")
     return metrics
 
 
 def _already_made(config: InjectConfig, run: RunFolder, sources: list[Source]) -> dict | None:
-    """The metrics of this very set, if it is there and is not to be replaced.
+    """The metrics of this set if it exists and is not to be replaced, else None.
 
     Raises:
-        UserError: what is there must not be replaced.
+        UserError: the output holds something that must not be replaced.
     """
     output = run.path
     if not config.overwrite and output.exists():
@@ -115,18 +123,18 @@ def _already_made(config: InjectConfig, run: RunFolder, sources: list[Source]) -
 
 def _refuse_replacing(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: is there already; choose another folder or give --overwrite true")
+        raise UserError(f"{output}: exists already; choose another folder or give --overwrite true")
 
 
 def _check(config: InjectConfig) -> None:
     unknown = sorted(set(config.kinds or ()) - set(damage_kinds()))
     if unknown:
-        raise UserError(f"kinds: no such kind {', '.join(unknown)}; there are {', '.join(damage_kinds())}")
+        raise UserError(expected("kinds", f"some of {', '.join(damage_kinds())}", ", ".join(unknown)))
     check_least(config, damaged=0, benign=0, workers=1, seed=0, longest=MIN_SIDE)
     if not (config.damaged or config.benign or config.clean):
-        raise UserError("damaged, benign, clean: expected at least one version of each picture, got none")
+        raise UserError(expected("damaged, benign, clean", "at least one version of each picture", "none"))
     if not 0 <= config.visible <= 1:
-        raise UserError(f"visible: expected a change within [0, 1], got {config.visible}")
+        raise UserError(expected("visible", "a change in [0, 1]", config.visible))
     try:
         for name in ("strength", "area"):
             check_range(name, getattr(config, name), 0, 1)
@@ -136,18 +144,18 @@ def _check(config: InjectConfig) -> None:
 
 
 def _refuse_loss(output: Path, sources: list[Source]) -> None:
-    """Refuse an output where giving the set its name would remove anything but an earlier set, or a source."""
+    """Refuse an output whose replacement would delete a source, or anything but an earlier set."""
     replaced = output.resolve()
     for source in sources:
-        # A link inside would go too, wherever it leads.
-        itself = source.path.parent.resolve() / source.path.name
-        if itself.is_relative_to(replaced) or source.path.resolve().is_relative_to(replaced):
-            raise UserError(f"{output}: would be replaced, but {source.path} is to be read; choose another folder")
+        # A link inside the output would be deleted too, wherever it leads.
+        link = source.path.parent.resolve() / source.path.name
+        if link.is_relative_to(replaced) or source.path.resolve().is_relative_to(replaced):
+            raise UserError(f"{output}: would be replaced, but contains the input {source.path}; choose another folder")
     refuse_no_set(output)
 
 
 def _clear_finished(work: Path, run: RunFolder) -> None:
-    """Remove what a process left that was killed right after it had given the set its name."""
+    """Remove the leftovers of a process that was killed right after renaming the finished set."""
     if not (work / "set").exists():
         RunFolder(work, run.kind, run.identity, dict.fromkeys(("rows", "state.npz"))).remove()
 
@@ -157,13 +165,13 @@ def _make(config: InjectConfig, run: RunFolder, sources: list[Source]) -> dict:
     made = ResumableSet(output, run.identity, shard_size=config.shard_size, picture_type=config.picture_type)
     if made.discarded_stale:
         other = ", ".join(made.discarded_stale)
-        tell(f"{output}: deleted the unfinished set of a run with another {other}; starting again")
+        print_summary(f"{output}: deleted the unfinished set of a run with another {other}; starting again")
     stats = InjectStats(made.state)
     made.write(stats.count(_samples(config, sources, stats)), stats.record)
     metrics = stats.metrics() | {"versions": versions()}
     left_out = dict(stats.skipped.reasons)
     if stats.failed:
-        left_out["a damage that could not be seen"] = stats.failed
+        left_out["damage that was not visible"] = stats.failed
     if not metrics["pictures"]:
         made.remove()
         raise UserError(
@@ -176,12 +184,12 @@ def _make(config: InjectConfig, run: RunFolder, sources: list[Source]) -> dict:
         RunFolder(folder, run.kind, run.identity, {}).begin(config)
         atomic_write_json(folder / METRICS, metrics)
 
-    # Something may have been put there meanwhile.
+    # The output may have changed in the meantime.
     _refuse_loss(output, sources)
     if not config.overwrite:
         _refuse_replacing(output)
     made.finish(add)
-    tell(f"{metrics['pictures']} pictures: {output}", left_out)
+    print_summary(f"{metrics['pictures']} pictures: {output}", left_out)
     return metrics
 
 
@@ -199,13 +207,14 @@ def _identity(config: InjectConfig, sources: list[Source], plugins: list[str]) -
 
 @dataclasses.dataclass
 class Cursor:
-    """How far the input was read: up to which picture, and what was left out before it.
+    """How far the input was read: the picture, and what was skipped before it.
 
     Attributes:
         source: index of its source.
-        sample: its index among the samples of this source.
-        index: its index among the pictures that are used.
-        reasons, examples: of `SkipCounts`.
+        sample: index among the samples of this source.
+        index: index among the pictures that are used.
+        reasons: of `SkipCounts`.
+        examples: of `SkipCounts`.
     """
 
     source: int
@@ -216,7 +225,7 @@ class Cursor:
 
 
 class InjectStats:
-    """Counts what is made, and keeps examples of each kind, drawn from the whole set, for the contact sheet.
+    """Counts the samples, and keeps random examples of each kind for the contact sheet.
 
     Args:
         state: what `record` gave, to resume from.
@@ -226,7 +235,7 @@ class InjectStats:
         account, arrays = state or ({}, {})
         self.kinds, self.failed = Counter(account.get("kinds")), account.get("failed", 0)
         self.skipped, self.areas = SkipCounts(), array.array("d", arrays.get("areas", ()))
-        # {kind: [(rank, (clean, damaged, mask))]}: those of lowest rank are kept, so that any is as likely.
+        # {kind: [(rank, (clean, damaged, mask))]}: of a random rank, so that every sample is equally likely to be kept.
         self.sheet: dict[str, list[tuple]] = {}
         for number, (kind, rank) in enumerate(account.get("sheet", ())):
             tiles = tuple(arrays[f"tile-{number}-{part}"] for part in range(3))
@@ -236,10 +245,11 @@ class InjectStats:
         self.versions = account.get("versions", 0)
 
     def count(self, samples: Iterator[tuple[Cursor, int, int, dict]]) -> Iterator[dict]:
-        """The samples, counted.
+        """Count the samples and pass them on.
 
         Args:
-            samples: (cursor, versions of the picture with this one, failed before the picture, sample).
+            samples: (cursor, number of the picture's versions up to this one, number of failed versions before the
+                picture, sample).
         """
         for self.cursor, self.versions, self.failed_before, sample in samples:
             clean = sample.pop("original")
@@ -260,7 +270,7 @@ class InjectStats:
             del shown[EXAMPLES:]
 
     def record(self) -> State:
-        """All of it after the sample that was counted last, for `ResumableSet`."""
+        """The state after the sample that was counted last, for `ResumableSet`."""
         shown = [(kind, *entry) for kind, entries in self.sheet.items() for entry in entries]
         account = {
             "kinds": dict(self.kinds),
@@ -275,10 +285,11 @@ class InjectStats:
         return account, arrays
 
     def examples(self) -> dict[str, list[tuple]]:
-        """What `contact_sheet` takes."""
+        """The examples of each kind, for `contact_sheet`."""
         return {kind: [tiles for _, tiles in shown] for kind, shown in self.sheet.items()}
 
     def metrics(self) -> dict:
+        """The counts for metrics.json."""
         return {
             "pictures": sum(self.kinds.values()),
             "kinds": dict(sorted(self.kinds.items())),
@@ -295,12 +306,13 @@ class InjectStats:
 def _samples(
     config: InjectConfig, sources: list[Source], stats: InjectStats
 ) -> Iterator[tuple[Cursor, int, int, dict]]:
-    """Labelled samples from where `stats` is on, in the order of the input whatever the number of workers.
+    """Labelled samples from the cursor of `stats` on, in the order of the input for any number of workers.
 
-    With each: its picture's cursor, how many versions of the picture have come with it, and how many failed before.
+    Yields:
+        See `InjectStats.count`.
     """
     cursors: collections.deque[Cursor] = collections.deque()
-    # Named here, so that a worker in which one of them was never registered says so and does not draw from the rest.
+    # Named here, so that a worker in which one of them is not registered raises instead of drawing from the others.
     kinds = tuple(config.kinds or damage_kinds())
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(VersionOptions)}
     options = VersionOptions(**values | {"kinds": kinds})
@@ -330,15 +342,15 @@ def _samples(
 def _pictures(
     config: InjectConfig, sources: list[Source], counts: SkipCounts, start: Cursor | None
 ) -> Iterator[tuple[Cursor, dict]]:
-    """The pictures that are used, from a cursor on or all, with their cursors; fills `counts`."""
+    """The pictures that are used, from `start` on, with their cursors; fills `counts`."""
     index = start.index if start else 0
     for number in range(start.source if start else 0, len(sources)):
         resumed = start if start and number == start.source else None
-        for inside, sample in enumerate(read_source(sources[number], strict=config.strict, counts=counts)):
-            if resumed and inside < resumed.sample:
+        for sample_index, sample in enumerate(read_source(sources[number], strict=config.strict, counts=counts)):
+            if resumed and sample_index < resumed.sample:
                 continue
-            if resumed and inside == resumed.sample:
-                # What was left out up to here was counted when it was first read.
+            if resumed and sample_index == resumed.sample:
+                # What was skipped before is counted already.
                 counts.reasons, counts.examples = dict(resumed.reasons), dict(resumed.examples)
             before = dict(counts.reasons), dict(counts.examples)
             picture = shrink_to(sample["picture"], config.longest)
@@ -347,7 +359,7 @@ def _pictures(
             elif np.any(sample.get("mask", 0)):
                 counts.add("a picture that is damaged already", sample["name"], config.strict)
             else:
-                yield Cursor(number, inside, index, *before), {**sample, "picture": picture}
+                yield Cursor(number, sample_index, index, *before), {**sample, "picture": picture}
                 index += 1
 
 

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import numpy as np
 
-from diffdoctor.data.shards import ShardData, one_size
-from diffdoctor.data.sources import finite, tell
+from diffdoctor.data.shards import ShardData, require_uniform_size
 from diffdoctor.data.stream import ShardStream
 from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import ARCHITECTURES, new_detector, open_detector
 from diffdoctor.detector.samples import JoinedData
 from diffdoctor.detector.train import DetectorTrainingConfig, TrainedDetector, prepared_run
-from diffdoctor.runs.errors import UserError, missing_extra
+from diffdoctor.runs.errors import UserError, expected, missing_extra
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.record import METRICS, versions, write_config
+from diffdoctor.runs.summary import nan_to_none, print_summary
 from diffdoctor.training.weights import weights_digest
 
 
@@ -26,19 +26,19 @@ class TrainDetectorConfig:
         data: folders of shards with a manifest, as `diffdoctor inject` makes them; joined.
         output: the folder to make: detector, best, checkpoints, config.yaml, metrics.json. Run again with the same
             options, it resumes from the last checkpoint.
-        validation: folders of shards to measure on during training; none: `validation_share` is held out.
+        validation: folders of shards to validate on during training; none: `validation_share` is held out.
         validation_share: share of the data that is held out where no validation folders are given; all versions of one
             picture stay on the same side.
         architecture: tiny, b0 ... b5 (SegFormer) or conv.
-        initial: a detector's folder or hub id, or the published checkpoint's .bin file, to go on from instead of a
-            fresh network; its own architecture and sizes are kept.
+        initial: a detector's folder or hub id, or the published checkpoint's .bin file, whose weights the training
+            starts from; its own architecture and sizes are kept.
         encoder: a folder or hub id of transformers' SegFormer weights for the encoder, such as nvidia/mit-b2.
-        resampled: stream the data instead: shards are drawn with replacement, without end, and nothing of the set is
-            held in memory. For sets that are too large to index. Then another number of processes or workers sees other
-            pictures, and class balance and `validation_share` are not to be had: give `validation`.
+        resampled: stream the data instead: shards are drawn with replacement, without end, and the set is not held in
+            memory. For sets that are too large to index. Another number of processes or workers then sees other
+            pictures, and class balance and `validation_share` are not available: give `validation`.
         shuffle_buffer: pictures that a worker shuffles among when resampled, held as the bytes of their files.
-        strict: stop at the first broken picture instead of taking another in its place and counting it.
-        min_side: pictures whose short side is smaller are enlarged to it before a fresh network, in pixels.
+        strict: stop at the first broken picture instead of replacing it by another and counting it.
+        min_side: a new network enlarges pictures whose short side is smaller to this side, in pixels.
         training: the training itself, see `DetectorTrainingConfig`.
     """
 
@@ -59,13 +59,20 @@ class TrainDetectorConfig:
 
     def __post_init__(self):
         if self.min_side < 1:
-            raise UserError(f"min_side: expected >= 1 pixels, got {self.min_side}")
+            raise UserError(expected("min_side", ">= 1 pixels", self.min_side))
         if self.architecture not in ARCHITECTURES:
-            raise UserError(f"architecture: expected one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}")
+            raise UserError(expected("architecture", f"one of {', '.join(ARCHITECTURES)}", repr(self.architecture)))
 
 
 def run_train_detector(config: TrainDetectorConfig) -> dict:
-    """Run `diffdoctor train-detector`; returns what metrics.json holds."""
+    """Run `diffdoctor train-detector`.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        UserError: an option or a file does not fit or cannot be read, or the loss is not finite.
+    """
     try:
         from accelerate import PartialState
     except ImportError:
@@ -85,12 +92,17 @@ def run_train_detector(config: TrainDetectorConfig) -> dict:
         result = run.train(True, "detector")
         metrics = _metrics(config, data, validation, result)
         if state.is_main_process:
-            atomic_write_json(output / METRICS, finite(metrics))
-            tell(f"trained for {metrics['steps']} steps: {output / 'detector'}", metrics["skipped"])
+            atomic_write_json(output / METRICS, nan_to_none(metrics))
+            print_summary(f"trained for {metrics['steps']} steps: {output / 'detector'}", metrics["skipped"])
     return metrics
 
 
-def _metrics(config: TrainDetectorConfig, data, validation, result: TrainedDetector) -> dict:
+def _metrics(
+    config: TrainDetectorConfig,
+    data: JoinedData | ShardStream,
+    validation: JoinedData | None,
+    result: TrainedDetector,
+) -> dict:
     reasons = list(result.broken.values())
     return {
         "steps": len(result.history),
@@ -105,45 +117,46 @@ def _metrics(config: TrainDetectorConfig, data, validation, result: TrainedDetec
     }
 
 
-def _data(config: TrainDetectorConfig):
-    """The set to train on and the one to measure on, None for none."""
+def _data(config: TrainDetectorConfig) -> tuple[JoinedData | ShardStream, JoinedData | None]:
+    """The data to train on, and the data to validate on or None."""
     if not config.data:
-        raise UserError("data: expected at least one folder of shards")
+        raise UserError(expected("data", "at least one folder of shards", "none"))
     if not 0 <= config.validation_share < 1:
-        raise UserError(f"validation_share: expected within [0, 1), got {config.validation_share}")
+        raise UserError(expected("validation_share", "a share in [0, 1)", config.validation_share))
     validation = _opened(config.validation, config) if config.validation else None
     if config.resampled:
         return _stream(config, validation), validation
     data = _opened(config.data, config)
     if validation is not None or not config.validation_share:
         return data, validation
-    # `inject` names its pictures "<number>-<version>": one number's versions must not straddle the split.
-    groups = np.array([key.split("-")[0] for key in data.keys])
-    names = np.unique(groups)
-    held = names[np.random.default_rng([config.training.seed, 5]).permutation(len(names))]
-    held = held[: round(config.validation_share * len(names))]
-    inside = np.isin(groups, held)
-    if inside.all():
-        raise UserError("validation_share: leaves no picture for training")
-    return data.where(~inside), data.where(inside) if inside.any() else None
+    # `inject` names its samples "<picture>-<version>"; all versions of a picture belong to the same side of the split.
+    pictures = np.array([key.split("-")[0] for key in data.keys])
+    names = np.unique(pictures)
+    shuffled = names[np.random.default_rng([config.training.seed, 5]).permutation(len(names))]
+    held_out = np.isin(pictures, shuffled[: round(config.validation_share * len(names))])
+    if held_out.all():
+        what = "a share that leaves pictures for training"
+        raise UserError(expected("validation_share", what, config.validation_share))
+    return data.where(~held_out), data.where(held_out) if held_out.any() else None
 
 
 def _opened(folders: list[str], config: TrainDetectorConfig) -> JoinedData:
-    parts = [ShardData(folder) for folder in folders]
-    if not sum(map(len, parts)):
-        raise UserError(f"{', '.join(folders)}: expected labelled pictures, found none")
+    sets = [ShardData(folder) for folder in folders]
+    if not sum(map(len, sets)):
+        raise UserError(expected(", ".join(folders), "labelled pictures", "none"))
     if config.training.size is None:
-        one_size(parts, "training.size")
-    return JoinedData(parts)
+        require_uniform_size(sets, "training.size")
+    return JoinedData(sets)
 
 
-def _stream(config: TrainDetectorConfig, validation) -> ShardStream:
+def _stream(config: TrainDetectorConfig, validation: JoinedData | None) -> ShardStream:
     if validation is None and config.validation_share:
-        raise UserError("validation: expected folders of shards with resampled (or validation_share 0 for none)")
+        what = "folders of shards with resampled (or validation_share 0 for no validation)"
+        raise UserError(expected("validation", what, "none"))
     if config.training.balance:
-        raise UserError("balance: a stream does not know how many pictures a category has; leave it out with resampled")
+        raise UserError(expected("balance", "false with resampled, which does not count the categories", "true"))
     if config.shuffle_buffer < 1:
-        raise UserError(f"shuffle_buffer: expected >= 1 pictures, got {config.shuffle_buffer}")
+        raise UserError(expected("shuffle_buffer", ">= 1 pictures", config.shuffle_buffer))
     options = {"buffer": config.shuffle_buffer, "seed": config.training.seed, "strict": config.training.strict}
     return ShardStream([*config.data], resampled=True, **options)
 
@@ -151,18 +164,20 @@ def _stream(config: TrainDetectorConfig, validation) -> ShardStream:
 def _network(config: TrainDetectorConfig) -> Detector:
     import torch
 
-    if config.encoder is not None and (config.initial is not None or config.architecture == "conv"):
-        other = "initial" if config.initial is not None else "architecture conv"
-        raise UserError(f"encoder: expected none with {other}, got {config.encoder!r}")
+    if config.encoder is not None and config.initial is not None:
+        raise UserError(expected("encoder", "none with initial", repr(config.encoder)))
     if config.initial is not None:
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
             if field.name in ("architecture", "min_side") and value != field.default:
-                raise UserError(f"{field.name}: expected none with initial, whose own is kept; got {value!r}")
+                raise UserError(expected(field.name, "none with initial, whose own is kept", repr(value)))
         return open_detector(config.initial)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
         detector = new_detector(config.architecture, min_side=config.min_side)
         if config.encoder is not None:
+            if not hasattr(detector, "load_encoder"):
+                what = f"none with architecture {config.architecture}"
+                raise UserError(expected("encoder", what, repr(config.encoder)))
             detector.load_encoder(config.encoder)
         return detector

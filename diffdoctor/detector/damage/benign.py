@@ -1,4 +1,4 @@
-"""Look-alikes that are not damage: the same operations, mild and over the whole picture."""
+"""Benign changes: operations like those of damage, but mild and over the whole picture."""
 
 from __future__ import annotations
 
@@ -11,9 +11,20 @@ from diffdoctor.detector.damage.injection import Injected, as_dtype, quantise, t
 
 
 def benign(picture: np.ndarray, rng: np.random.Generator) -> Injected:
-    """A look-alike that is not damage: the same operations, mild and over the whole picture; its mask is zero.
+    """Change a picture mildly as a whole, without damage; the mask is zero.
 
-    Without them a detector learns the traces of resampling, recompression and blur instead of the damage.
+    Without such pictures a detector learns the traces of resampling, recompression and blur instead of the damage.
+
+    Args:
+        picture: (H, W, 3), uint8 or float in [0, 1]; H, W >= 16.
+        rng: of every draw: the same state gives the same result.
+
+    Returns:
+        The changed picture, whose kind is "benign:<name>".
+
+    Raises:
+        TypeError: the picture is no array, or of another dtype.
+        ValueError: the picture's shape or values are not as described.
     """
     clean = to_float(picture)
     names = tuple(BENIGN)

@@ -1,4 +1,4 @@
-"""What the kinds of damage and their look-alikes draw with: resampling, blur, noise, cells and strokes."""
+"""Tools for the kinds of damage and the benign changes: resampling, blur, noise, cells and strokes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from diffdoctor.detector.damage.registry import Region
 
 
 def resample(picture: np.ndarray, ys: np.ndarray, xs: np.ndarray) -> np.ndarray:
-    """Bilinear samples of picture (H, W, C) at rows ys and columns xs (any equal shape), the border held."""
+    """Sample a picture bilinearly; beyond the border its last pixels are repeated.
+
+    Args:
+        picture: (H, W, C) float32.
+        ys: rows in pixels, of any shape.
+        xs: columns in pixels, of the same shape.
+
+    Returns:
+        (*ys.shape, C) float32.
+    """
     height, width = picture.shape[:2]
     ys, xs = np.clip(ys, 0, height - 1), np.clip(xs, 0, width - 1)
     y0, x0 = np.minimum(ys.astype(np.intp), height - 2), np.minimum(xs.astype(np.intp), width - 2)
@@ -21,17 +30,31 @@ def resample(picture: np.ndarray, ys: np.ndarray, xs: np.ndarray) -> np.ndarray:
 
 
 def pixel_grid(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The row and the column of each pixel of a picture (H, W, ...), both (H, W) float32."""
     return np.mgrid[0 : picture.shape[0], 0 : picture.shape[1]].astype(np.float32)
 
 
-def blur(picture: np.ndarray, sigma: float) -> np.ndarray:
+def blur(picture: np.ndarray, sigma: float, truncate: float = 4.0) -> np.ndarray:
+    """Gaussian blur; beyond the border its last pixels are repeated.
+
+    Args:
+        picture: (H, W, C) float32.
+        sigma: standard deviation, in pixels.
+        truncate: radius of the filter, in standard deviations.
+    """
     from scipy import ndimage
 
-    return ndimage.gaussian_filter(picture, (sigma, sigma, 0), mode="nearest")
+    return ndimage.gaussian_filter(picture, (sigma, sigma, 0), mode="nearest", truncate=truncate)
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float) -> np.ndarray:
-    """White noise blurred over the first two axes, scaled to a largest magnitude of 1."""
+    """White noise blurred over the first two axes, scaled to a largest magnitude of 1.
+
+    Args:
+        rng: of the noise.
+        shape: of the result.
+        sigma: standard deviation of the blur, in pixels.
+    """
     from scipy import ndimage
 
     sigmas = (sigma, sigma) + (0,) * (len(shape) - 2)
@@ -40,7 +63,17 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float)
 
 
 def cells_of(region: Region, rng: np.random.Generator, low: int, high: int) -> list[tuple[slice, slice]]:
-    """Cut the region's box into equal cells of at least 2 pixels, low to high a side; a remainder is left out."""
+    """Cut the region's box into equal square cells of at least 2 pixels; a remainder is left out.
+
+    Args:
+        region: whose box is cut.
+        rng: of the number of cells.
+        low: fewest cells along the shorter side.
+        high: most cells along the shorter side.
+
+    Returns:
+        (rows, columns) of each cell.
+    """
     y0, y1, x0, x1 = region.box
     count = int(rng.integers(low, high + 1))
     size = max(2, min(y1 - y0, x1 - x0) // count)
@@ -53,7 +86,7 @@ def cells_of(region: Region, rng: np.random.Generator, low: int, high: int) -> l
 
 
 def other_colour(picture: np.ndarray, region: Region, rng: np.random.Generator) -> np.ndarray:
-    """A colour of the picture that stands out from the region: of 16 drawn pixels the one farthest from its mean."""
+    """A colour (3,) of the picture that differs from the region: of 16 drawn pixels, the farthest from its mean."""
     mean = np.average(picture.reshape(-1, 3), axis=0, weights=region.alpha.reshape(-1))
     pixels = picture.reshape(-1, 3)[rng.integers(picture.shape[0] * picture.shape[1], size=16)]
     colour = pixels[np.abs(pixels - mean).sum(axis=1).argmax()]
@@ -65,7 +98,18 @@ def other_colour(picture: np.ndarray, region: Region, rng: np.random.Generator) 
 def strokes(
     region: Region, rng: np.random.Generator, shape: tuple[int, int], count: int, thickness: float
 ) -> np.ndarray:
-    """(H, W) coverage in [0, 1] of random bent strokes inside the region's box."""
+    """Random bent strokes inside the region's box.
+
+    Args:
+        region: whose box holds the strokes.
+        rng: of the strokes.
+        shape: (H, W) of the picture.
+        count: number of strokes.
+        thickness: of a stroke, in pixels.
+
+    Returns:
+        (H, W) coverage in [0, 1].
+    """
     y0, y1, x0, x1 = region.box
     ys, xs = np.mgrid[0 : shape[0], 0 : shape[1]].astype(np.float32)
     coverage = np.zeros(shape, np.float32)

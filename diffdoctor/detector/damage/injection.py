@@ -1,7 +1,7 @@
-"""Free labels: a clean picture in, a visibly damaged one and the exact map of what changed out.
+"""Exact labels for free: damages a clean picture visibly and returns the mask of what changed.
 
-The damage itself stands in `damage.kinds`, one small function per kind, and the choice of its place in
-`damage.regions`. Here are the draw, the check that the change can be seen, and the mask.
+The kinds of damage are in `damage.kinds`, one small function each, and the choice of the region is in `damage.regions`.
+Here are the draw, the check that the change is visible, and the mask.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from diffdoctor.detector.damage.kinds import check_kinds
 from diffdoctor.detector.damage.regions import draw_region
 from diffdoctor.detector.damage.registry import damage_function
+from diffdoctor.runs.errors import expected
 
 # Smallest change of a pixel (largest channel difference, of 1) that counts as changed.
 CHANGE_EPS = 16 / 255
@@ -27,7 +28,7 @@ class Injected:
     Attributes:
         picture: (H, W, 3), of the dtype that was given.
         mask: (H, W) float32 in [0, 1]; 0 everywhere for a benign or clean picture.
-        kind: the damage's name; "benign:<name>" for a look-alike.
+        kind: name of the kind of damage; "benign:<name>" for a benign change.
     """
 
     picture: np.ndarray
@@ -36,30 +37,48 @@ class Injected:
 
 
 class NoVisibleDamage(ValueError):
-    """None of the kinds asked for leaves a visible change on this picture (a flat one, most often)."""
+    """None of the given kinds leaves a visible change on this picture (most often because it is flat)."""
 
 
-def check_range(name: str, value, low: float, high: float) -> tuple[float, float]:
-    """A number or a pair as (lowest, highest); raises `ValueError` naming `name` where it is not within (low, high]."""
+def check_range(name: str, value: float | Sequence[float], low: float, high: float) -> tuple[float, float]:
+    """A number or a pair as a range.
+
+    Args:
+        name: of the option, for the error.
+        value: a number, or (lowest, highest).
+        low: bound that the lowest must exceed.
+        high: bound that the highest must not exceed.
+
+    Returns:
+        (lowest, highest).
+
+    Raises:
+        ValueError: it is no range in (low, high].
+    """
     pair = (value, value) if np.isscalar(value) else tuple(value)
     if len(pair) != 2 or not (low < pair[0] <= pair[1] <= high):
-        raise ValueError(f"{name}: expected low <= high in ({low}, {high}], got {value!r}")
+        raise ValueError(expected(name, f"low <= high in ({low}, {high}]", repr(value)))
     return float(pair[0]), float(pair[1])
 
 
 def to_float(picture: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 or float in [0, 1] to float32 in [0, 1]."""
+    """Check a picture (H, W, 3), uint8 or float in [0, 1], and bring it to float32 in [0, 1].
+
+    Raises:
+        TypeError: it is no array, or of another dtype.
+        ValueError: its shape or a value is not as described.
+    """
     if not isinstance(picture, np.ndarray):
-        raise TypeError(f"picture: expected a numpy array, got {type(picture).__name__}")
+        raise TypeError(expected("picture", "a numpy array", type(picture).__name__))
     if picture.ndim != 3 or picture.shape[2] != 3 or min(picture.shape[:2]) < MIN_SIDE:
-        raise ValueError(f"picture: expected (H, W, 3) with H and W >= {MIN_SIDE}, got {picture.shape}")
+        raise ValueError(expected("picture", f"(H, W, 3) with H and W >= {MIN_SIDE}", picture.shape))
     if picture.dtype == np.uint8:
         return picture.astype(np.float32) / 255.0
     if not np.issubdtype(picture.dtype, np.floating):
-        raise TypeError(f"picture: expected uint8 or a float dtype, got {picture.dtype}")
+        raise TypeError(expected("picture", "uint8 or a float dtype", picture.dtype))
     picture = picture.astype(np.float32)
     if not np.isfinite(picture).all() or picture.min() < 0 or picture.max() > 1:
-        raise ValueError("picture: expected finite values in [0, 1] for a float picture")
+        raise ValueError(expected("picture", "finite values in [0, 1] for a float picture", "others"))
     return picture
 
 
@@ -69,7 +88,7 @@ def quantise(picture: np.ndarray) -> np.ndarray:
 
 
 def as_dtype(picture: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A uint8 picture as it is, or in [0, 1] for a floating-point dtype."""
+    """A uint8 picture unchanged for uint8, or scaled to [0, 1] for a floating-point dtype."""
     return picture if dtype == np.uint8 else (picture.astype(np.float32) / 255.0).astype(dtype)
 
 
@@ -83,14 +102,14 @@ def inject(
     visible: float = 0.2,
     attempts: int = 12,
 ) -> Injected:
-    """Damage a picture at one place and say exactly where.
+    """Damage one region of a picture, and return its exact mask.
 
-    A kind, a place (more often on content than on flat background), a size and a strength are drawn; the damage is
-    blended in with a soft border of random width. A draw whose change cannot be seen is thrown away and drawn again.
+    A kind, a region (more often on content than on flat background), a size and a strength are drawn; the damage is
+    blended in with a soft border of random width. A draw whose change is not visible is repeated.
 
     Args:
         picture: (H, W, 3), uint8 or float in [0, 1]; H, W >= 16.
-        rng: the source of every draw: the same state gives the same result.
+        rng: of every draw: the same state gives the same result.
         kinds: names to draw from, see `damage_kinds()`; None takes all.
         strength: a number or a range within (0, 1].
         area: size of the region as a share of the picture, a number or a range within (0, 1], drawn log-uniformly;
@@ -103,7 +122,8 @@ def inject(
         and a soft edge.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind or out of range.
+        TypeError: an argument is of another type.
+        ValueError: an argument is out of range.
         NoVisibleDamage: `attempts` draws in a row left no visible change.
     """
     clean = to_float(picture)
@@ -115,7 +135,7 @@ def inject(
     for attempt in range(attempts):
         if attempt and attempt % 4 == 0:
             kind = names[rng.integers(len(names))]
-        # What was too faint is drawn a little larger and stronger the next time.
+        # After a draw that was too faint, the next is a little larger and stronger.
         push = attempt / attempts
         low = strength[0] + (strength[1] - strength[0]) * push
         region = draw_region(clean, rng, area[0] * (area[1] / area[0]) ** (0.5 * push), area[1])
@@ -131,9 +151,15 @@ def inject(
 
 
 def mask_of_change(changed: np.ndarray) -> np.ndarray:
-    """Changed pixels (H, W) bool to the soft mask (H, W) float32: gaps closed, a thin rim, a soft edge.
+    """The soft mask of changed pixels: gaps closed, a thin rim, a soft edge.
 
-    The rim is one pixel up to 256 pixels of side and grows with the picture.
+    The rim is one pixel wide for sides of up to 256 pixels, and grows with the picture.
+
+    Args:
+        changed: (H, W) bool.
+
+    Returns:
+        (H, W) float32 in [0, 1].
     """
     from scipy import ndimage
 

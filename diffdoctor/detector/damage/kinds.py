@@ -1,4 +1,7 @@
-"""The kinds of damage: the built-in ones, functions of (H, W, 3) float32 pictures in [0, 1], and the names of all."""
+"""The built-in kinds of damage, and the names of all.
+
+A further kind is one function here, or in a plugin; see `registry.damage_kind` for its arguments.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import numpy as np
 
 from diffdoctor.detector.damage.drawing import blur, cells_of, other_colour, pixel_grid, resample, smooth_noise, strokes
 from diffdoctor.detector.damage.registry import Region, damage_kind, registered_kinds
+from diffdoctor.runs.errors import expected
 
 
 def damage_kinds() -> tuple[str, ...]:
@@ -16,15 +20,26 @@ def damage_kinds() -> tuple[str, ...]:
 
 
 def check_kinds(kinds: Sequence[str] | None) -> tuple[str, ...]:
-    """The names of these kinds of damage, of all for None; raises where one is unknown or there is none."""
+    """Check names of kinds of damage.
+
+    Args:
+        kinds: the names; None: all.
+
+    Returns:
+        The names.
+
+    Raises:
+        TypeError: it is no sequence of strings.
+        ValueError: a kind is unknown, or there is none.
+    """
     known = damage_kinds()
     if kinds is None:
         return known
     if isinstance(kinds, str) or not all(isinstance(kind, str) for kind in kinds):
-        raise TypeError(f"kinds: expected a sequence of names, got {kinds!r}")
+        raise TypeError(expected("kinds", "a sequence of names", repr(kinds)))
     unknown = [kind for kind in kinds if kind not in known]
     if unknown or not kinds:
-        raise ValueError(f"kinds: expected some of {', '.join(known)}; got {', '.join(unknown) or 'none'}")
+        raise ValueError(expected("kinds", f"some of {', '.join(known)}", ", ".join(unknown) or "none"))
     return tuple(kinds)
 
 
@@ -54,19 +69,19 @@ def swirl(picture: np.ndarray, region: Region, rng: np.random.Generator, strengt
 
 @damage_kind("patch_permutation")
 def patch_permutation(picture: np.ndarray, region: Region, rng: np.random.Generator, strength: float) -> np.ndarray:
-    """The region's cells change places; no cell keeps its own."""
+    """The region's cells are permuted; no cell keeps its position."""
     cells = cells_of(region, rng, 2, 4)
     order = np.roll(rng.permutation(len(cells)), 1)
-    source = np.roll(order, 1)
+    partners = np.roll(order, 1)
     result = picture.copy()
-    for target, origin in zip(order, source, strict=True):
-        result[cells[target]] = picture[cells[origin]]
+    for target, partner in zip(order, partners, strict=True):
+        result[cells[target]] = picture[cells[partner]]
     return result
 
 
 @damage_kind("duplicate")
 def duplicate(picture: np.ndarray, region: Region, rng: np.random.Generator, strength: float) -> np.ndarray:
-    """What stands elsewhere, turned or mirrored, stands here too."""
+    """Another part of the picture, turned or mirrored, is repeated here."""
     height, width = picture.shape[:2]
     ys, xs = pixel_grid(picture)
     reach = (0.7 + strength) * region.radius
@@ -126,7 +141,7 @@ def glyph_scramble(picture: np.ndarray, region: Region, rng: np.random.Generator
 
 @damage_kind("watermark")
 def watermark(picture: np.ndarray, region: Region, rng: np.random.Generator, strength: float) -> np.ndarray:
-    """A half-transparent row of made-up signs."""
+    """A half-transparent row of invented signs."""
     thickness = max(1.0, 0.18 * region.radius)
     coverage = strokes(region, rng, picture.shape[:2], int(rng.integers(3, 6)), thickness)[..., None]
     return picture + (0.5 + 0.4 * strength) * coverage * (other_colour(picture, region, rng) - picture)
@@ -163,7 +178,7 @@ def strip_shift(picture: np.ndarray, region: Region, rng: np.random.Generator, s
 
 @damage_kind("fuse")
 def fuse(picture: np.ndarray, region: Region, rng: np.random.Generator, strength: float) -> np.ndarray:
-    """Two things in one place: the picture turned by half or mirrored shines through."""
+    """Two objects in one: the picture turned by half or mirrored shines through."""
     ghost = (picture[::-1, ::-1], picture[:, ::-1], picture[::-1])[rng.integers(3)]
     share = 0.5 + 0.3 * strength
     return (1 - share) * picture + share * ghost
@@ -208,14 +223,14 @@ def pixelate(picture: np.ndarray, region: Region, rng: np.random.Generator, stre
 
 @damage_kind("ghost_limb")
 def ghost_limb(picture: np.ndarray, region: Region, rng: np.random.Generator, strength: float) -> np.ndarray:
-    """A limb too many: a thick bent stroke in one of the picture's own colours."""
+    """An extra limb: a thick bent stroke in one of the picture's own colours."""
     coverage = strokes(region, rng, picture.shape[:2], 1, max(1.5, 0.4 * region.radius))[..., None]
     return picture + (0.7 + 0.3 * strength) * coverage * (other_colour(picture, region, rng) - picture)
 
 
 @damage_kind("tint")
 def tint(picture: np.ndarray, region: Region, rng: np.random.Generator, strength: float) -> np.ndarray:
-    """A stain of a colour that does not belong there."""
+    """A stain in a colour that does not belong there."""
     colour = np.zeros(3, np.float32)
     colour[rng.choice(3, size=int(rng.integers(1, 3)), replace=False)] = 1.0
     return picture + (0.25 + 0.4 * strength) * (colour - picture)

@@ -1,4 +1,4 @@
-"""Kinds of damage of a user's own, from Python files that a command is given."""
+"""Users' own kinds of damage, from Python files that a command is given."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffdoctor.runs.errors import UserError, first_line
+from diffdoctor.runs.errors import UserError, expected, first_line
 
 
 def load_plugins(files: Sequence[str] | None) -> list[str]:
-    """Run Python files, which register kinds by `damage_kind`; each once in a process.
+    """Run Python files that register kinds by `damage_kind`, each once in a process.
 
     Args:
         files: their paths; None: none.
@@ -29,9 +29,9 @@ def load_plugins(files: Sequence[str] | None) -> list[str]:
             digests.append(hashlib.sha256(Path(file).read_bytes()).hexdigest())
         except OSError as error:
             raise UserError(f"plugins: {file}: cannot be read ({error.strerror})") from None
-        # The text is a part of the name: the file may be another one by the next call.
-        what = f"{Path(file).resolve()} {digests[-1]}"
-        name = f"diffdoctor_plugin_{hashlib.sha256(what.encode()).hexdigest()[:16]}"
+        # The name depends on the text too, since the file may have changed by the next call.
+        path_and_text = f"{Path(file).resolve()} {digests[-1]}"
+        name = f"diffdoctor_plugin_{hashlib.sha256(path_and_text.encode()).hexdigest()[:16]}"
         if name not in sys.modules:
             _run(name, file)
     return digests
@@ -40,7 +40,7 @@ def load_plugins(files: Sequence[str] | None) -> list[str]:
 def _run(name: str, file: str) -> None:
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise UserError(f"plugins: {file}: expected a Python file (.py)")
+        raise UserError(expected(f"plugins: {file}", "a Python file (.py)", "a file with another suffix"))
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

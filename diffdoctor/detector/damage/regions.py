@@ -1,4 +1,4 @@
-"""Where damage goes: a place, more often on content, and a shape with a soft border."""
+"""The region that is damaged: more often on content than on flat background, with a soft border."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from diffdoctor.detector.damage.registry import Region
 
 
 def draw_region(picture: np.ndarray, rng: np.random.Generator, low: float, high: float) -> Region:
-    """Draw a place, more often on content, and a shape (ellipse, box, blob) of low..high of the picture."""
+    """Draw a region: its centre, more often on content, and its shape (ellipse, box or blob).
+
+    Args:
+        picture: (H, W, 3) float32 in [0, 1].
+        rng: of all draws.
+        low: smallest size, as a share of the picture.
+        high: largest size, as a share of the picture.
+    """
     height, width = picture.shape[:2]
     share = np.exp(rng.uniform(np.log(low), np.log(high)))
     radius = float(np.sqrt(max(share * height * width, 16.0) / np.pi))

@@ -1,4 +1,4 @@
-"""The registry of the kinds of damage, and what a kind is told of the place where it goes."""
+"""The registry of the kinds of damage, and the region that a kind is given."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from collections.abc import Callable
 
 import numpy as np
 
+from diffdoctor.runs.errors import expected
+
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """Where one damage goes.
+    """The region that is damaged.
 
     Attributes:
-        alpha: (H, W) float32 in [0, 1], the soft region; the damage is blended in by it.
+        alpha: (H, W) float32 in [0, 1], opacity with which the damage is blended in.
         box: (y0, y1, x0, x1) in pixels, the half-open box that holds alpha > 0.
         centre: (y, x) in pixels.
         radius: radius in pixels of the circle of the region's area.
@@ -36,15 +38,22 @@ def damage_kind(name: str) -> Callable[[DamageFunction], DamageFunction]:
     modified), a `Region`, a `numpy.random.Generator` and a strength in (0, 1], and returns the damaged picture of the
     same shape. It need not respect the region's border: the result is blended in by `region.alpha`.
 
+    Args:
+        name: of the kind.
+
+    Returns:
+        The decorator.
+
     Raises:
+        TypeError: the name is empty or no string.
         ValueError: a kind of this name exists already.
     """
     if not isinstance(name, str) or not name:
-        raise TypeError(f"name: expected a non-empty string, got {name!r}")
+        raise TypeError(expected("name", "a non-empty string", repr(name)))
 
     def register(function: DamageFunction) -> DamageFunction:
         if name in _KINDS and _KINDS[name] is not function:
-            raise ValueError(f"name: expected a new name, got {name!r}, which is registered already")
+            raise ValueError(expected("name", "a new name", f"{name!r}, which is registered already"))
         _KINDS[name] = function
         return function
 
@@ -52,7 +61,7 @@ def damage_kind(name: str) -> Callable[[DamageFunction], DamageFunction]:
 
 
 def registered_kinds() -> tuple[str, ...]:
-    """The names of the kinds that are registered so far, sorted; see `kinds.damage_kinds`."""
+    """The names of the kinds that are registered so far, sorted; `kinds.damage_kinds` includes the built-in ones."""
     return tuple(sorted(_KINDS))
 
 

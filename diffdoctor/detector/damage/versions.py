@@ -1,4 +1,4 @@
-"""The labelled versions of a clean picture: itself, mildly changed look-alikes, and damaged ones."""
+"""The labelled versions of a clean picture: itself, benign changes of it, and damaged ones."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ class VersionOptions:
     """Which versions are made of each picture; see `commands.inject.InjectConfig`.
 
     Attributes:
-        damaged, benign: how many of each.
-        clean: whether the picture itself is one.
+        damaged: number of damaged versions.
+        benign: number of benign changes.
+        clean: whether the picture itself is a version.
         kinds: names of the kinds of damage to draw from.
-        strength, area, visible: see `injection.inject`.
+        strength: range in (0, 1], see `injection.inject`.
+        area: range of the region's size, as a share of the picture.
+        visible: smallest mean change of the changed pixels, in [0, 1].
         seed: of all draws.
     """
 
@@ -36,15 +39,16 @@ class VersionOptions:
 
 
 def labelled_versions(options: VersionOptions, index: int, sample: dict) -> tuple[list[dict], int]:
-    """The labelled versions of one picture, and how many more were asked for that left no visible damage.
+    """Make the labelled versions of one picture.
 
     Args:
         options: which versions.
-        index: the picture's number in its set; with the seed it decides every draw.
-        sample: `picture` (H, W, 3) uint8, `name`, and what else is known of it.
+        index: of the picture in its set; every draw is a function of the seed and this index.
+        sample: `picture` (H, W, 3) uint8, `name`, and optionally prompt, category, generator and round.
 
     Returns:
-        (samples for `write_shards`, each with the `original` picture; the number that failed).
+        (samples for `write_shards`, each with the `original` picture; number of damaged versions that were left out
+        since their damage was not visible).
 
     Raises:
         UserError: a kind is not registered in this process.
@@ -76,6 +80,6 @@ def labelled_versions(options: VersionOptions, index: int, sample: dict) -> tupl
 def _check_known(kinds: Sequence[str]) -> None:
     if unknown := sorted(set(kinds) - set(damage_kinds())):
         raise UserError(
-            f"kinds: {', '.join(unknown)}: not registered in the worker processes; register it in a Python file and "
-            "give this as plugins, or take workers 1"
+            f"kinds: {', '.join(unknown)}: not registered in the worker processes; register it in a Python file that "
+            "is given as plugins, or use workers 1"
         )

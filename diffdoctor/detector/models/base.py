@@ -1,4 +1,4 @@
-"""What every detector shares: differentiable preprocessing, confidence maps, tiles, files."""
+"""The base class of detectors: differentiable preprocessing, confidence maps, tiles, files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from diffdoctor.detector.models.load import CONFIG_NAME, WEIGHTS_NAME, load_detector
 from diffdoctor.detector.models.preprocess import PreprocessConfig
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_dir
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -22,7 +22,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Detector(nn.Module):
     """A network from pictures to artifact logits.
 
-    Subclasses implement `network`, `of_size`, and `config_dict` with `from_config`.
+    A subclass sets `kind`, its name in a detector's files, and implements `network`, `of_size`, `config_dict` and
+    `from_config`.
+
+    Args:
+        preprocess: how pictures are resized for the network.
+
+    Attributes:
+        preprocess_config: the same.
     """
 
     kind: str = ""
@@ -34,25 +41,42 @@ class Detector(nn.Module):
         self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
 
     def network(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Logits (B, 1, h, w) of normalised pictures (B, 3, H, W)."""
+        """Compute the logits of normalised pictures.
+
+        Args:
+            pixel_values: (B, 3, H, W), from `preprocess`.
+
+        Returns:
+            (B, 1, h, w).
+        """
         raise NotImplementedError
 
     def config_dict(self) -> dict:
-        """What `from_config` needs to build this network again, as JSON values."""
+        """The options from which `from_config` builds this network again, as JSON values."""
         raise NotImplementedError
 
     @classmethod
     def of_size(cls, size: str, **options) -> Detector:
-        """A fresh detector of one of the sizes that `models.load` names for this class; options as for the class."""
+        """A detector with fresh weights.
+
+        Args:
+            size: one of the names that `models.load.ARCHITECTURES` has for this class.
+            **options: of the class.
+        """
         raise NotImplementedError
 
     @classmethod
     def from_config(cls, config: dict, preprocess: PreprocessConfig) -> Detector:
-        """A network with fresh weights from `config_dict()`'s result."""
+        """A detector with fresh weights.
+
+        Args:
+            config: from `config_dict`.
+            preprocess: how pictures are resized for the network.
+        """
         raise NotImplementedError
 
     def to_file_keys(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The state dict under the names that stand in the file."""
+        """The state dict under the names that the file has."""
         return state
 
     def from_file_keys(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -60,7 +84,7 @@ class Detector(nn.Module):
         return state
 
     def preprocess(self, images: torch.Tensor, value_range: tuple[float, float] = (0.0, 1.0)) -> torch.Tensor:
-        """Bring pictures to the network's size and to ImageNet's mean and deviation, differentiably.
+        """Resize pictures for the network and normalise them by ImageNet's mean and deviation, differentiably.
 
         Args:
             images: (B, 3, H, W), floating point, in `value_range`.
@@ -68,16 +92,20 @@ class Detector(nn.Module):
 
         Returns:
             (B, 3, h, w) in the network's dtype.
+
+        Raises:
+            TypeError: `images` is no floating-point tensor.
+            ValueError: another shape or value range.
         """
         if not isinstance(images, torch.Tensor):
-            raise TypeError(f"images: expected a torch.Tensor, got {type(images).__name__}")
+            raise TypeError(expected("images", "a torch.Tensor", type(images).__name__))
         if not images.is_floating_point():
-            raise TypeError(f"images: expected a floating-point dtype with values in {value_range}, got {images.dtype}")
+            raise TypeError(expected("images", f"a floating-point dtype with values in {value_range}", images.dtype))
         if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images: expected shape (B, 3, H, W), got {tuple(images.shape)}")
+            raise ValueError(expected("images", "shape (B, 3, H, W)", tuple(images.shape)))
         low, high = value_range
         if not low < high:
-            raise ValueError(f"value_range: expected (low, high) with low < high, got {value_range}")
+            raise ValueError(expected("value_range", "(low, high) with low < high", value_range))
         dtype = next(self.parameters()).dtype
         pixels = images if images.dtype == torch.float64 else images.float()
         if (low, high) != (0, 1):
@@ -108,7 +136,7 @@ class Detector(nn.Module):
         tile: int | None = None,
         overlap: float = 0.25,
     ) -> torch.Tensor:
-        """How sure the detector is of an artifact, pixel by pixel.
+        """The confidence of an artifact at each pixel.
 
         Args:
             images: (B, 3, H, W), floating point, in `value_range`.
@@ -119,6 +147,9 @@ class Detector(nn.Module):
 
         Returns:
             (B, 1, H, W) in [0, 1], fp32 (fp64 for an fp64 network).
+
+        Raises:
+            ValueError: `tile` or `overlap` is out of range; see also `preprocess`.
         """
         if tile is not None and max(images.shape[2:]) > tile:
             return self._tiled_confidence(images, value_range, tile, overlap)
@@ -128,26 +159,28 @@ class Detector(nn.Module):
             logits = F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
         return logits.sigmoid()
 
-    def _tiled_confidence(self, images, value_range, tile, overlap) -> torch.Tensor:
+    def _tiled_confidence(
+        self, images: torch.Tensor, value_range: tuple[float, float], tile: int, overlap: float
+    ) -> torch.Tensor:
         if tile < 16:
-            raise ValueError(f"tile: expected >= 16 pixels, got {tile}")
+            raise ValueError(expected("tile", ">= 16 pixels", tile))
         if not 0 <= overlap <= 0.5:
-            raise ValueError(f"overlap: expected a share in [0, 0.5], got {overlap}")
+            raise ValueError(expected("overlap", "a share in [0, 0.5]", overlap))
         height, width = images.shape[2:]
         total = weight = 0.0
         for y in _tile_starts(height, tile, overlap):
             for x in _tile_starts(width, tile, overlap):
-                part = images[:, :, y : y + tile, x : x + tile]
-                confidence = self.confidence(part, value_range=value_range)
-                h, w = part.shape[2:]
+                crop = images[:, :, y : y + tile, x : x + tile]
+                confidence = self.confidence(crop, value_range=value_range)
+                h, w = crop.shape[2:]
                 blend = torch.minimum(_ramp(h, tile * overlap, images)[:, None], _ramp(w, tile * overlap, images))
-                place = (x, width - x - w, y, height - y - h)
-                total = total + F.pad(confidence * blend, place)
-                weight = weight + F.pad(blend, place)
+                padding = (x, width - x - w, y, height - y - h)
+                total = total + F.pad(confidence * blend, padding)
+                weight = weight + F.pad(blend, padding)
         return total / weight
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the configuration and the weights (safetensors) to `folder`; the folder is whole or not there."""
+        """Write the configuration and the weights (safetensors) to `folder`, completely or not at all."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -162,7 +195,7 @@ class Detector(nn.Module):
             try:
                 save_file(state, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
             except SafetensorError as error:
-                # What it makes of an error of the file system.
+                # safetensors' own class for errors of the file system.
                 raise OSError(f"{folder}: the weights could not be written ({error})") from error
             (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
@@ -174,11 +207,11 @@ class Detector(nn.Module):
             source: a folder, or the id of a repository on the Hugging Face hub that holds such a folder's files.
 
         Raises:
-            UserError: the folder is not a detector's, is one of another class, or weights are missing or left over.
+            UserError: the folder is not a detector's, is one of another class, or has missing or unexpected weights.
         """
         detector = load_detector(source)
         if not isinstance(detector, cls):
-            raise UserError(f"{source}: expected a detector of class {cls.__name__}, got {type(detector).__name__}")
+            raise UserError(expected(source, f"a detector of class {cls.__name__}", type(detector).__name__))
         return detector
 
 
@@ -190,7 +223,7 @@ def _tile_starts(length: int, tile: int, overlap: float) -> list[int]:
 
 
 def _ramp(length: int, rim: float, like: torch.Tensor) -> torch.Tensor:
-    """(length,) weights that rise linearly over `rim` pixels from both ends; never 0."""
+    """(length,) weights > 0 that rise linearly over `rim` pixels from both ends."""
     position = torch.arange(length, device=like.device, dtype=torch.float32) + 0.5
     distance = torch.minimum(position, length - position)
     return (distance / max(rim, 0.5)).clamp(max=1.0)

@@ -1,4 +1,4 @@
-"""A small convolutional detector: another architecture for the judge, and a light one for small pictures."""
+"""A small convolutional detector: another architecture for the judge, and a fast one for small pictures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.preprocess import PreprocessConfig
+from diffdoctor.runs.errors import expected
 
 
 class _Block(nn.Module):
@@ -30,10 +31,15 @@ class ConvDetector(Detector):
     """A U-Net (arXiv 1505.04597) of residual blocks with GroupNorm; logits come at the network's size / `patch`.
 
     Args:
-        channels: widths of the levels, each half as fine as the one before; multiples of 8.
-        patch: side in pixels of the squares that the first level takes together; 2 costs a quarter of 1.
-        preprocess: a `PreprocessConfig`; or give its fields by name. By default pictures are taken at their own size,
-            rounded to what the levels need.
+        channels: widths of the scales, each at half the resolution of the one before; multiples of 8.
+        patch: side in pixels of the squares that are one position of the first scale; 2 costs a quarter of 1.
+        preprocess: how pictures are resized for the network. By default they keep their size, rounded to what the
+            scales need.
+        **fields: of a `PreprocessConfig`, instead of `preprocess`.
+
+    Raises:
+        TypeError: both `preprocess` and its fields.
+        ValueError: an option is out of range.
     """
 
     kind = "conv"
@@ -47,16 +53,16 @@ class ConvDetector(Detector):
         **fields,
     ):
         if preprocess is not None and fields:
-            raise TypeError("preprocess: expected either a PreprocessConfig or its fields by name, got both")
+            raise TypeError(expected("preprocess", "either a PreprocessConfig or its fields by name", "both"))
         channels = tuple(channels)
         if not channels or any(c < 8 or c % 8 for c in channels):
-            raise ValueError(f"channels: expected positive multiples of 8, got {channels}")
+            raise ValueError(expected("channels", "positive multiples of 8", channels))
         if not isinstance(patch, int) or isinstance(patch, bool) or patch < 1:
-            raise ValueError(f"patch: expected an int >= 1 pixels, got {patch!r}")
+            raise ValueError(expected("patch", "an int >= 1 pixels", repr(patch)))
         multiple = patch * 2 ** (len(channels) - 1)
         super().__init__(preprocess or PreprocessConfig(**{"min_side": 16, "multiple": multiple, **fields}))
         if self.preprocess_config.multiple % multiple:
-            raise ValueError(f"multiple: expected a multiple of {multiple}, got {self.preprocess_config.multiple}")
+            raise ValueError(expected("multiple", f"a multiple of {multiple}", self.preprocess_config.multiple))
         self.channels, self.patch = channels, patch
         self.down = nn.ModuleList(_Block(i, o) for i, o in zip((3 * patch**2, *channels[:-1]), channels, strict=True))
         self.up = nn.ModuleList(_Block(channels[i + 1] + channels[i], channels[i]) for i in range(len(channels) - 1))
@@ -65,24 +71,32 @@ class ConvDetector(Detector):
 
     @classmethod
     def of_size(cls, size: str = "conv", **options) -> ConvDetector:
-        """A fresh detector; there is one size, "conv". Options as for the class."""
+        """A detector with fresh weights.
+
+        Args:
+            size: "conv", the only one.
+            **options: of the class.
+        """
         if size != "conv":
-            raise ValueError(f"size: expected conv, got {size!r}")
+            raise ValueError(expected("size", "conv", repr(size)))
         return cls(**options)
 
     def network(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        levels = []
+        """Logits (B, 1, h, w) of normalised pictures (B, 3, H, W)."""
+        scales = []
         h = F.pixel_unshuffle(pixel_values, self.patch)
         for index, block in enumerate(self.down):
             h = block(F.avg_pool2d(h, 2) if index else h)
-            levels.append(h)
+            scales.append(h)
         for index in reversed(range(len(self.up))):
-            h = self.up[index](torch.cat([F.interpolate(h, scale_factor=2.0, mode="nearest"), levels[index]], dim=1))
+            h = self.up[index](torch.cat([F.interpolate(h, scale_factor=2.0, mode="nearest"), scales[index]], dim=1))
         return self.head(h)
 
     def config_dict(self) -> dict:
+        """See `Detector.config_dict`."""
         return {"channels": list(self.channels), "patch": self.patch}
 
     @classmethod
     def from_config(cls, config: dict, preprocess: PreprocessConfig) -> ConvDetector:
+        """See `Detector.from_config`."""
         return cls(tuple(config["channels"]), config.get("patch", 1), preprocess=preprocess)

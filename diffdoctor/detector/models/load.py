@@ -1,7 +1,7 @@
-"""Which detectors there are, and how one is made fresh or loaded from its files.
+"""The registry of detector architectures, and how a detector is made or loaded from its files.
 
-A further architecture is a module with a subclass of `Detector`, its line in `_CLASSES`, and the names that it is made
-by in `_FRESH`. The classes are named here and not imported, since they import what is here.
+A further architecture is a module with a subclass of `Detector` and its line in `_REGISTRY`. The classes are named here
+and not imported, since they import from here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from diffdoctor.detector.models.preprocess import PreprocessConfig
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, expected
 
 if TYPE_CHECKING:
     from diffdoctor.detector.models.base import Detector
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 CONFIG_NAME = "detector.json"
 WEIGHTS_NAME = "model.safetensors"
 
-# kind, as it stands in a detector's files -> "module:class".
-_CLASSES = {
-    "segformer": "diffdoctor.detector.models.segformer:ArtifactDetector",
-    "conv": "diffdoctor.detector.models.conv:ConvDetector",
+# A class's `kind`, its name in a detector's files -> ("module:class", the sizes that its `of_size` takes).
+_REGISTRY = {
+    "segformer": (
+        "diffdoctor.detector.models.segformer:ArtifactDetector",
+        ("tiny", "b0", "b1", "b2", "b3", "b4", "b5"),
+    ),
+    "conv": ("diffdoctor.detector.models.conv:ConvDetector", ("conv",)),
 }
-# Name of an architecture -> kind.
-_FRESH = dict.fromkeys(("tiny", "b0", "b1", "b2", "b3", "b4", "b5"), "segformer") | {"conv": "conv"}
-ARCHITECTURES = tuple(_FRESH)
+ARCHITECTURES = tuple(size for _, sizes in _REGISTRY.values() for size in sizes)
 
 
 def new_detector(architecture: str, **options) -> Detector:
@@ -39,19 +40,32 @@ def new_detector(architecture: str, **options) -> Detector:
     Args:
         architecture: one of `ARCHITECTURES`.
         **options: of the class's `of_size`.
+
+    Raises:
+        ValueError: there is no such architecture.
     """
-    return _class(_CLASSES[_FRESH[architecture]]).of_size(architecture, **options)
+    for kind, (_, sizes) in _REGISTRY.items():
+        if architecture in sizes:
+            return _class(kind).of_size(architecture, **options)
+    raise ValueError(expected("architecture", f"one of {', '.join(ARCHITECTURES)}", repr(architecture)))
 
 
 def open_detector(source: str) -> Detector:
-    """A detector from a folder, a hub id, or the published checkpoint's file."""
+    """A detector from a folder, a hub id, or the published checkpoint's file.
+
+    Raises:
+        UserError: no detector is there, or it cannot be loaded.
+    """
     if Path(source).is_file():
-        return _class(_CLASSES["segformer"]).from_official(source)
+        return _class("segformer").from_official(source)
     return load_detector(source)
 
 
 def load_detector(source: str | Path) -> Detector:
-    """Load a detector of any class from a folder or a hub id; its own files say which class it is.
+    """Load a detector of any class, which its own files name.
+
+    Args:
+        source: a folder, or a hub id such as owner/name.
 
     Returns:
         The detector, in evaluation mode on the CPU.
@@ -65,9 +79,9 @@ def load_detector(source: str | Path) -> Detector:
     folder = _find_folder(source)
     try:
         config = json.loads((folder / CONFIG_NAME).read_text())
-        cls = _class(_CLASSES[config["detector"]])
+        cls = _class(config["detector"])
         if config["format"] != 1:
-            raise UserError(f"{source}: written in format {config['format']}, this version reads format 1")
+            raise UserError(expected(source, "a detector in format 1", f"format {config['format']}"))
         detector = cls.from_config(config["network"], PreprocessConfig(**config["preprocess"]))
         state = load_file(folder / WEIGHTS_NAME)
     except (OSError, json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
@@ -77,7 +91,16 @@ def load_detector(source: str | Path) -> Detector:
 
 
 def load_exactly(module: nn.Module, state: dict[str, torch.Tensor], source: object) -> None:
-    """`load_state_dict` that names what is missing, left over or of another shape in one line."""
+    """`load_state_dict` whose error names missing, unexpected and mismatched keys in one line.
+
+    Args:
+        module: to load into.
+        state: tensors by name.
+        source: path or hub id, for the error.
+
+    Raises:
+        UserError: the keys or shapes do not match.
+    """
     own = module.state_dict()
     faults = [f"missing {key}" for key in own if key not in state]
     faults += [f"unexpected {key}" for key in state if key not in own]
@@ -98,7 +121,7 @@ def _find_folder(source: str | Path) -> Path:
         return folder
     parts = str(source).split("/")
     if len(parts) != 2 or not all(parts) or str(source).startswith((".", "~")):
-        raise UserError(f"{source}: expected a folder with a detector, or a hub id such as owner/name")
+        raise UserError(expected(source, "a folder with a detector, or a hub id such as owner/name", "neither"))
     try:
         from huggingface_hub import snapshot_download
 
@@ -109,6 +132,6 @@ def _find_folder(source: str | Path) -> Path:
         raise UserError(f"{source}: no such folder, and the hub gave no detector ({type(error).__name__})") from error
 
 
-def _class(place: str) -> type[Detector]:
-    module, _, name = place.partition(":")
+def _class(kind: str) -> type[Detector]:
+    module, _, name = _REGISTRY[kind][0].partition(":")
     return getattr(importlib.import_module(module), name)

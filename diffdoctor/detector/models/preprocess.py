@@ -1,13 +1,15 @@
-"""How a picture of any size is brought to a network's size."""
+"""How pictures of any size are resized for a network."""
 
 from __future__ import annotations
 
 import dataclasses
 
+from diffdoctor.runs.errors import expected
+
 
 @dataclasses.dataclass
 class PreprocessConfig:
-    """How a picture of any size is brought to the network's size.
+    """How pictures of any size are resized for the network.
 
     Attributes:
         input_size: side in pixels of the square that every picture is resized to, whatever its aspect; None keeps the
@@ -16,6 +18,10 @@ class PreprocessConfig:
             network's size, so this decides how fine the map of a small picture is.
         max_side: pictures whose long side is larger are shrunk to it, in pixels; None: never.
         multiple: the network's height and width are rounded to multiples of this, in pixels.
+
+    Raises:
+        TypeError: a field is no int.
+        ValueError: a field is out of range.
     """
 
     input_size: int | None = None
@@ -29,14 +35,14 @@ class PreprocessConfig:
             if value is None and name in ("input_size", "max_side"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name}: expected an int, got {value!r}")
+                raise TypeError(expected(name, "an int", repr(value)))
             if value < 1:
-                raise ValueError(f"{name}: expected >= 1 pixels, got {value}")
+                raise ValueError(expected(name, ">= 1 pixels", value))
         if self.max_side is not None and self.max_side < self.min_side:
-            raise ValueError(f"max_side: expected >= min_side = {self.min_side}, got {self.max_side}")
+            raise ValueError(expected("max_side", f">= min_side = {self.min_side}", self.max_side))
 
     def network_size(self, height: int, width: int) -> tuple[int, int]:
-        """The height and width in pixels at which the network sees a picture of height x width pixels."""
+        """The (height, width) in pixels to which a picture of height x width pixels is resized."""
         if self.input_size is not None:
             return self.input_size, self.input_size
         scale = max(1.0, self.min_side / min(height, width))

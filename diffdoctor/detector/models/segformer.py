@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,7 +12,10 @@ from torch import nn
 from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import load_exactly
 from diffdoctor.detector.models.preprocess import PreprocessConfig
-from diffdoctor.runs.errors import UserError, missing_extra
+from diffdoctor.runs.errors import UserError, expected, missing_extra
+
+if TYPE_CHECKING:
+    from transformers import SegformerConfig
 
 # MiT sizes, table 6 of the SegFormer paper (arXiv 2105.15203): (depths, hidden_sizes, decoder_hidden_size).
 SIZES = {
@@ -23,8 +27,8 @@ SIZES = {
     "b5": ((3, 6, 40, 3), (64, 128, 320, 512), 768),
 }
 
-# Weights stand in files under the names that transformers 4 used and the published checkpoint has; transformers 5
-# renamed them. Pairs of (file, transformers 5); {0}, {1} are numbers.
+# Files have the names of transformers 4, as the published checkpoint does; transformers 5 renamed the weights.
+# Pairs of (file, transformers 5); {0}, {1} are numbers.
 _RENAMES = (
     ("segformer.encoder.patch_embeddings.{0}.", "segformer.stages.{0}.patch_embeddings."),
     ("segformer.encoder.block.{0}.{1}.attention.self.query.", "segformer.stages.{0}.blocks.{1}.attention.q_proj."),
@@ -49,18 +53,18 @@ _RENAMES = (
 )
 
 
-def _rename(key: str, source: int) -> str:
-    """A key of one layout (0: file, 1: transformers 5) in the other; a key of neither stays as it is."""
+def _rename(key: str, layout: int) -> str:
+    """A key of one layout (0: file, 1: transformers 5) in the other; other keys are unchanged."""
     for pair in _RENAMES:
-        pattern = re.escape(pair[source]).replace(r"\{0\}", r"(\d+)").replace(r"\{1\}", r"(\d+)")
+        pattern = re.escape(pair[layout]).replace(r"\{0\}", r"(\d+)").replace(r"\{1\}", r"(\d+)")
         match = re.match(pattern, key)
         if match:
-            return pair[1 - source].format(*match.groups()) + key[match.end() :]
+            return pair[1 - layout].format(*match.groups()) + key[match.end() :]
     return key
 
 
 class _Fp32Conv2d(nn.Conv2d):
-    """A convolution that bf16 does not reach."""
+    """A convolution that is always computed in fp32 or fp64."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -74,11 +78,16 @@ class ArtifactDetector(Detector):
     """SegFormer (arXiv 2105.15203) with one output channel: where is this picture broken?
 
     Args:
-        config: a `transformers.SegformerConfig`, or the dict to make one of. `num_labels` is set to 1.
-        head_norm: the normalisation in the decode head. "group": GroupNorm, for training from scratch; the same
-            losses come with 1 process and with 2. "batch": SegFormer's BatchNorm with its statistics frozen, for
-            published weights.
-        preprocess: a `PreprocessConfig`; or give its fields (input_size, min_side, max_side, multiple) by name.
+        config: transformers' configuration, or its fields as a dict. `num_labels` is set to 1.
+        head_norm: the normalisation in the decode head. "group": GroupNorm, for training from scratch; the losses do
+            not depend on the number of processes. "batch": SegFormer's BatchNorm with frozen statistics, for published
+            weights.
+        preprocess: how pictures are resized for the network.
+        **fields: of a `PreprocessConfig` (input_size, min_side, max_side, multiple), instead of `preprocess`.
+
+    Raises:
+        TypeError: both `preprocess` and its fields.
+        ValueError: an option is out of range.
 
     Example:
         >>> detector = ArtifactDetector.from_pretrained("runs/demo/detector")
@@ -88,12 +97,19 @@ class ArtifactDetector(Detector):
 
     kind = "segformer"
 
-    def __init__(self, config, *, head_norm: str = "group", preprocess: PreprocessConfig | None = None, **fields):
+    def __init__(
+        self,
+        config: SegformerConfig | dict,
+        *,
+        head_norm: str = "group",
+        preprocess: PreprocessConfig | None = None,
+        **fields,
+    ):
         if preprocess is not None and fields:
-            raise TypeError("preprocess: expected either a PreprocessConfig or its fields by name, got both")
+            raise TypeError(expected("preprocess", "either a PreprocessConfig or its fields by name", "both"))
         super().__init__(preprocess or PreprocessConfig(**fields))
         if head_norm not in ("group", "batch"):
-            raise ValueError(f"head_norm: expected 'group' or 'batch', got {head_norm!r}")
+            raise ValueError(expected("head_norm", "'group' or 'batch'", repr(head_norm)))
         try:
             from transformers import SegformerConfig, SegformerForSemanticSegmentation
         except ImportError:
@@ -116,17 +132,29 @@ class ArtifactDetector(Detector):
 
     @classmethod
     def of_size(cls, size: str, **options) -> ArtifactDetector:
-        """A fresh detector of size "tiny" or "b0" ... "b5"; options as for the class."""
+        """A detector with fresh weights.
+
+        Args:
+            size: "tiny", or "b0" ... "b5".
+            **options: of the class.
+
+        Raises:
+            ValueError: there is no such size.
+        """
         if size == "tiny":
             return cls.tiny(**options)
         if size not in SIZES:
-            raise ValueError(f"size: expected tiny or one of {', '.join(SIZES)}, got {size!r}")
+            raise ValueError(expected("size", f"tiny or one of {', '.join(SIZES)}", repr(size)))
         depths, hidden_sizes, decoder = SIZES[size]
         return cls({"depths": depths, "hidden_sizes": hidden_sizes, "decoder_hidden_size": decoder}, **options)
 
     @classmethod
     def tiny(cls, **options) -> ArtifactDetector:
-        """A fresh small detector (0.15 M parameters) for small pictures and tests; options as for the class."""
+        """A small detector (0.15 M parameters) with fresh weights, for small pictures and tests.
+
+        Args:
+            **options: of the class.
+        """
         config = {
             "depths": (1, 1, 1, 1),
             "hidden_sizes": (24, 32, 48, 64),
@@ -136,8 +164,8 @@ class ArtifactDetector(Detector):
             "decoder_hidden_size": 48,
             "drop_path_rate": 0.0,
             "classifier_dropout_prob": 0.0,
-            # SegFormer's own 0.02 is for wide layers; narrow ones start so faint that training from scratch stands
-            # still for hundreds of steps.
+            # SegFormer's own 0.02 is for wide layers; with it, training narrow ones from scratch makes no progress for
+            # hundreds of steps.
             "initializer_range": 0.2,
         }
         return cls(config, **options)
@@ -148,7 +176,7 @@ class ArtifactDetector(Detector):
 
         Args:
             path: the file, for the published one `ad_pytorch_model.bin`; read with `weights_only=True`. Depths and
-                widths are read off the weights' shapes.
+                widths are inferred from the weights' shapes.
             input_size: side in pixels that pictures are resized to; the published detector was trained at 512.
 
         Raises:
@@ -159,14 +187,15 @@ class ArtifactDetector(Detector):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path}: not a state dict that can be loaded safely ({error})") from error
+            what = "a state dict that can be loaded with weights_only=True"
+            raise UserError(expected(path, what, f"{type(error).__name__}: {error}")) from error
         if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-            raise UserError(f"{path}: expected a state dict of tensors")
+            raise UserError(expected(path, "a state dict of tensors", "other values"))
         state = {_rename(key, 1): value for key, value in state.items()}
         try:
             config = _config_of(state)
         except (KeyError, ValueError, IndexError) as error:
-            raise UserError(f"{path}: not a SegFormer's state dict (missing {error})") from error
+            raise UserError(expected(path, "a SegFormer's state dict", f"one without {error}")) from error
         detector = cls(config, head_norm="batch", input_size=input_size)
         # Some releases of torch's BatchNorm did not count batches; the count has no effect on frozen statistics.
         state.setdefault("decode_head.batch_norm.num_batches_tracked", torch.tensor(0))
@@ -175,7 +204,7 @@ class ArtifactDetector(Detector):
         return detector
 
     def load_encoder(self, source: str | Path) -> None:
-        """Take the encoder's weights from a SegFormer of transformers, such as the ImageNet-trained `nvidia/mit-b2`.
+        """Load the encoder's weights from a SegFormer of transformers, such as the ImageNet-trained `nvidia/mit-b2`.
 
         Args:
             source: a folder or a hub id of a model of the same size.
@@ -188,21 +217,23 @@ class ArtifactDetector(Detector):
         try:
             encoder = SegformerModel.from_pretrained(str(source))
         except (OSError, ValueError) as error:
-            raise UserError(f"{source}: no SegFormer encoder that can be loaded ({error})") from error
+            raise UserError(expected(source, "a SegFormer encoder", f"{type(error).__name__}: {error}")) from error
         load_exactly(self.segformer.segformer, encoder.state_dict(), source)
 
     def train(self, mode: bool = True) -> ArtifactDetector:
+        """Set the training mode of all modules but a BatchNorm with frozen statistics."""
         super().train(mode)
         if self.head_norm == "batch":
             self.segformer.decode_head.batch_norm.eval()
         return self
 
     def network(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Logits (B, 1, H / 4, W / 4) of normalised pictures (B, 3, H, W)."""
         stages = getattr(self.segformer.segformer, "stages", None)
         if stages is None:  # transformers 4
             return self.segformer(pixel_values=pixel_values).logits
-        # The same computation; transformers' own forward collects the stages' outputs by hooks that it installs under
-        # a lock, which torch.compile cannot trace.
+        # As transformers' own forward, which torch.compile cannot trace: it collects the stages' outputs by hooks that
+        # it installs under a lock.
         outputs = []
         for stage in stages:
             pixel_values = stage(pixel_values)
@@ -210,19 +241,23 @@ class ArtifactDetector(Detector):
         return self.segformer.decode_head(outputs)
 
     def config_dict(self) -> dict:
+        """See `Detector.config_dict`."""
         config = self.segformer.config.to_diff_dict()
         left_out = ("architectures", "transformers_version", "dtype", "id2label", "label2id")
         return {"segformer": {k: v for k, v in config.items() if k not in left_out}, "head_norm": self.head_norm}
 
     @classmethod
     def from_config(cls, config: dict, preprocess: PreprocessConfig) -> ArtifactDetector:
+        """See `Detector.from_config`."""
         options = {k: v for k, v in config["segformer"].items() if k != "model_type"}
         return cls(options, head_norm=config["head_norm"], preprocess=preprocess)
 
     def to_file_keys(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `Detector.to_file_keys`."""
         return {_file_key(key): value for key, value in state.items()}
 
     def from_file_keys(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `Detector.from_file_keys`."""
         own = {_file_key(key): key for key in self.state_dict()}
         return {own.get(key, key): value for key, value in state.items()}
 

@@ -1,1 +1,1 @@
-"""How good a detector is on labelled pictures."""
+"""Evaluation of a detector on labelled pictures."""

@@ -6,13 +6,13 @@ from pathlib import Path
 from diffdoctor.detector.predict import diagnose_data
 from diffdoctor.evaluate.detector.measure import measure_statistics
 from diffdoctor.evaluate.detector.report import verdict, write_page
-from diffdoctor.runs.errors import UserError, check_least, missing_extra
+from diffdoctor.runs.errors import UserError, check_least, expected, missing_extra
 from diffdoctor.runs.files import atomic_write_json, clear_leftovers
 from diffdoctor.runs.lock import locked_folder
 from diffdoctor.runs.record import CONFIG, METRICS, versions, write_config
 from diffdoctor.training.weights import weights_digest
 
-# Hidden: a folder of this command's own, which it removes.
+# A hidden folder in the output, which the command removes at the end.
 PARTS = ".parts"
 REPORT = "report.html"
 
@@ -27,12 +27,12 @@ class EvaluateDetectorConfig:
         output: the folder to make: report.html, metrics.json, config.yaml. Interrupted and run again, it resumes with
             the pictures that were not done yet.
         batch_size: pictures that are diagnosed together.
-        size: side in pixels to which pictures are brought where they differ in size; null: they must agree.
-        bootstrap: resamplings for the intervals; 0: none.
-        examples: pictures shown of the worst misses and of the worst false positives, each.
+        size: side in pixels to which pictures are resized where they differ in size; null: they must agree.
+        bootstrap: number of resamples for the intervals; 0: none.
+        examples: number of worst misses, and of worst false positives, in the report.
         seed: of the resampling.
         device: such as cpu or cuda:1; null: the fastest there is.
-        strict: stop at the first broken picture instead of leaving it out and counting it.
+        strict: stop at the first broken picture instead of skipping and counting it.
     """
 
     detector: str
@@ -51,14 +51,21 @@ class EvaluateDetectorConfig:
 
 
 def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
-    """Run `diffdoctor evaluate detector`; returns what metrics.json holds (nothing on other than the main process)."""
+    """Run `diffdoctor evaluate detector`.
+
+    Returns:
+        What metrics.json holds; nothing on other than the main process.
+
+    Raises:
+        UserError: an option or a file does not fit or cannot be read.
+    """
     try:
         from accelerate import PartialState
     except ImportError:
         raise missing_extra("accelerate", "stages") from None
     import torch
 
-    from diffdoctor.data.shards import ShardData, one_size
+    from diffdoctor.data.shards import ShardData, require_uniform_size
     from diffdoctor.detector.models.load import open_detector
     from diffdoctor.training.devices import open_device
 
@@ -66,9 +73,9 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
     output = Path(config.output)
     sets = [ShardData(folder) for folder in config.data]
     if not sum(map(len, sets)):
-        raise UserError("data: expected labelled pictures, got none")
+        raise UserError(expected("data", "labelled pictures", "none"))
     if config.size is None:
-        one_size(sets, "size")
+        require_uniform_size(sets, "size")
     detector = open_detector(config.detector)
     detector.to(open_device(config.device, state.device))
     with locked_folder(output, main=state.is_main_process):
@@ -77,9 +84,9 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
 
 def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> dict:
     from diffdoctor.data.pictures import resize_pair
-    from diffdoctor.data.sources import finite, tell
     from diffdoctor.detector.samples import JoinedData
     from diffdoctor.evaluate.detector.parts import evaluate_in_parts, remove_parts
+    from diffdoctor.runs.summary import nan_to_none, print_summary
 
     output, data = Path(config.output), JoinedData(sets)
     identity = {"weights": weights_digest(detector)}
@@ -91,7 +98,7 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
     if found is None:
         return {}
     names = (found.categories, found.generators, found.auprc)
-    result = finite(measure_statistics(found.statistics, *names, bootstrap=config.bootstrap, seed=config.seed))
+    result = nan_to_none(measure_statistics(found.statistics, *names, bootstrap=config.bootstrap, seed=config.seed))
     result |= {"skipped": found.skipped, "versions": versions()}
     for name in (CONFIG, METRICS, REPORT):
         clear_leftovers(output, name)
@@ -99,16 +106,14 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
     atomic_write_json(output / METRICS, result)
 
     def views(index):
-        place = int(found.indices[index])
-        again = diagnose_data(detector, data, size=config.size, chosen=[place])
-        sample = data[place]
-        picture = sample["picture"]
-        if picture.shape[:2] != again.masks.shape[1:]:
-            picture = resize_pair(picture, sample["mask"], config.size)[0]
+        data_index = int(found.indices[index])
+        again = diagnose_data(detector, data, size=config.size, chosen=[data_index])
+        sample = data[data_index]
+        picture, _ = resize_pair(sample["picture"], sample["mask"], config.size)
         return picture, again.masks[0], again.confidence[0]
 
     worst = found.statistics.worst(config.examples)
     write_page(output / REPORT, result, found.curves.result(), worst, views)
     remove_parts(output / PARTS)
-    tell(f"{verdict(result)}: {output / REPORT}", found.skipped)
+    print_summary(f"{verdict(result)}: {output / REPORT}", found.skipped)
     return result

@@ -1,36 +1,42 @@
-"""Every measure of a detector on labelled pictures, with bootstrap intervals, per category and per generator."""
+"""All measures of a detector on labelled pictures, with bootstrap intervals, per category and per generator."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from torch import nn
 
 from diffdoctor.detector.balance import category_statistics
 from diffdoctor.detector.predict import Diagnosed, diagnose_data
+from diffdoctor.detector.samples import DetectorData
 from diffdoctor.measures.pixels import average_precision, is_flagged
 from diffdoctor.measures.statistics import PictureStatistics
 
 
 def evaluate_maps(
-    confidence, mask, *, bootstrap: int = 1000, level: float = 0.95, seed: int = 0
+    confidence: np.ndarray, mask: np.ndarray, *, bootstrap: int = 1000, level: float = 0.95, seed: int = 0
 ) -> dict[str, float | list[float] | int]:
     """All measures of confidence maps against masks, with bootstrap intervals over pictures.
 
     Args:
         confidence: (N, H, W) in [0, 1].
         mask: (N, H, W) in [0, 1]; a picture is damaged where any pixel is >= 0.5.
-        bootstrap: resamplings of the set; 0 gives no intervals.
-        level: of the percentile intervals.
+        bootstrap: number of resamples of the set; 0 gives no intervals.
+        level: coverage of the percentile intervals, in (0, 1).
         seed: of the resampling.
 
     Returns:
         pictures, damaged (counts); map50; iou, f1, precision, recall, auprc, mse, mse_empty, mse_nonempty, kld, cc, sim
         (pixels); auroc (of the largest confidence), average_precision, false_positive_rate, hit_rate (pictures, the
-        latter two by the flagged rule). For all but the counts, `<name>_interval`: [low, high]; that of auprc is drawn
-        from 128 levels of confidence and laid around the exact value. NaN where a set has no picture of the kind a
-        measure is about.
+        latter two by the flagged rule). For all but the counts, `<name>_interval`: [low, high]; that of auprc is
+        computed from 128 bins of confidence and shifted to the exact value. NaN where the set has no picture of the
+        kind that a measure is about.
+
+    Raises:
+        ValueError: the shapes differ, a value is outside [0, 1], or there is no picture.
     """
     confidence, mask = np.asarray(confidence), np.asarray(mask)
     found = PictureStatistics.of(confidence, mask)
@@ -39,16 +45,23 @@ def evaluate_maps(
 
 
 def evaluate_detector(
-    detector, data, *, batch_size: int = 64, size: int | None = None, bootstrap: int = 1000, seed: int = 0
-) -> dict:
+    detector: nn.Module,
+    data: DetectorData,
+    *,
+    batch_size: int = 64,
+    size: int | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
     """All measures of a detector on labelled pictures.
 
     Args:
-        detector: a `Detector`.
-        data: `DetectorData`.
+        detector: a `Detector`, or a module with its `confidence`.
+        data: the labelled pictures.
         batch_size: pictures at a time.
-        size: side in pixels to which maps and masks are brought where pictures differ in size.
-        bootstrap, seed: see `evaluate_maps`.
+        size: side in pixels to which maps and masks are resized; None: the pictures must agree in size.
+        bootstrap: number of resamples of the set; 0 gives no intervals.
+        seed: of the resampling.
 
     Returns:
         `overall`, `per_category` and `per_generator` (by name), each as `evaluate_maps` returns, and `categories`:
@@ -58,8 +71,14 @@ def evaluate_detector(
     return measure(found, bootstrap=bootstrap, seed=seed)
 
 
-def measure(found: Diagnosed, *, bootstrap: int = 1000, seed: int = 0) -> dict:
-    """`evaluate_detector`'s result for maps that are there already."""
+def measure(found: Diagnosed, *, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """All measures of a detector from its maps, as `evaluate_detector` returns.
+
+    Args:
+        found: the maps and masks.
+        bootstrap: number of resamples of the set; 0 gives no intervals.
+        seed: of the resampling.
+    """
     statistics = PictureStatistics.of(found.confidence, found.masks)
 
     def auprc(column, name, chosen):
@@ -76,15 +95,17 @@ def measure_statistics(
     *,
     bootstrap: int = 1000,
     seed: int = 0,
-) -> dict:
-    """`evaluate_detector`'s result from the pictures' statistics.
+) -> dict[str, Any]:
+    """All measures of a detector from the pictures' statistics, as `evaluate_detector` returns.
 
     Args:
         statistics: of N pictures.
-        categories, generators: (N,) their names.
-        auprc: function from ("", ""), ("category", name) or ("generator", name) and the indices (n,) of these pictures
+        categories: N names.
+        generators: N names.
+        auprc: callable from ("", ""), ("category", name) or ("generator", name) and the indices (n,) of these pictures
             to the AUPRC of their pixels.
-        bootstrap, seed: see `evaluate_maps`.
+        bootstrap: number of resamples of the set; 0 gives no intervals.
+        seed: of the resampling.
     """
 
     def of(column, name, chosen):

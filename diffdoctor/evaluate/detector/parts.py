@@ -1,4 +1,4 @@
-"""An evaluation in parts, each on the disk when it is done: shared among processes, resumable, and little in memory."""
+"""An evaluation in parts that are stored one by one: split among processes, resumable, and with bounded memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,33 +14,38 @@ from diffdoctor.data.shards import ShardData
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.predict import diagnosed_batches
 from diffdoctor.detector.samples import JoinedData
-from diffdoctor.measures.curves import PixelCurves, Run, average_precision_of_runs, encode
+from diffdoctor.evaluate.detector.sorted_pixels import ChunkWriter, SortedChunk
+from diffdoctor.measures.curves import PixelCurves, average_precision_of_chunks
 from diffdoctor.measures.statistics import PictureStatistics, slices
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import refuse_foreign
 from diffdoctor.runs.progress import progress
 from diffdoctor.runs.record import RUN, RunFolder
 from diffdoctor.runs.units import Units
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from diffdoctor.detector.models.base import Detector
+
 _BATCHES = 4  # in a part
 _PARTS = "part-*"
 # What lies in the folder, what a kill left half-written included.
 _NAMES = (RUN, _PARTS, f".{RUN}.diffdoctor-*", f".{_PARTS}.diffdoctor-*")
-# Held until they are sorted and written: 4 bytes each.
-_PIXELS_IN_RUN = 2**22
 
 
 @dataclasses.dataclass
 class Evaluated:
-    """What an evaluation found, without the maps.
+    """The results of an evaluation, without the maps.
 
     Attributes:
         statistics: of N pictures.
-        categories, generators: (N,) lists of str.
-        indices: (N,) the pictures' places in the data.
-        skipped: what was left out, by reason.
+        categories: N names.
+        generators: N names.
+        indices: (N,) the pictures' indices in the data.
+        skipped: {reason: count} of the pictures that were skipped.
         curves: of all pixels.
-        runs: {("", "") | ("category", name) | ("generator", name): sorted pixels on the disk}.
+        chunks: {("", "") | ("category", name) | ("generator", name): sorted pixels on the disk}.
     """
 
     statistics: PictureStatistics
@@ -48,12 +54,12 @@ class Evaluated:
     indices: np.ndarray
     skipped: dict[str, int]
     curves: PixelCurves
-    runs: dict[tuple[str, str], list[Run]]
+    chunks: dict[tuple[str, str], list[SortedChunk]]
 
     def auprc(self, column: str, name: str, chosen: np.ndarray) -> float:
         """The AUPRC of all pixels ("", ""), of a "category" or of a "generator", whose pictures are `chosen` (n,)."""
         true_positive, _, false_negative = self.statistics.columns["counts"][chosen].sum(axis=0)
-        return average_precision_of_runs(self.runs[column, name], int(true_positive + false_negative))
+        return average_precision_of_chunks(self.chunks[column, name], int(true_positive + false_negative))
 
 
 def _parts_folder(folder: Path, identity: dict) -> RunFolder:
@@ -61,29 +67,38 @@ def _parts_folder(folder: Path, identity: dict) -> RunFolder:
 
 
 def evaluate_in_parts(
-    detector, sets: Sequence[ShardData], folder: Path, identity: dict, state, *, batch_size: int, size, strict: bool
+    detector: Detector,
+    sets: Sequence[ShardData],
+    folder: Path,
+    identity: dict,
+    state: PartialState,
+    *,
+    batch_size: int,
+    size: int | None,
+    strict: bool,
 ) -> Evaluated | None:
-    """Diagnose sets of shards part by part; parts that are already finished are not done again.
+    """Diagnose sets of shards part by part; parts that are already finished are skipped.
 
-    Memory holds a batch of maps and some 1,200 bytes a picture; the folder takes up to 12 bytes a pixel.
+    Memory holds a batch of maps and about 1,200 bytes a picture; the folder takes up to 12 bytes a pixel.
 
     Args:
-        detector: a `Detector`.
+        detector: the detector.
         sets: the labelled pictures.
-        folder: for the parts; the caller removes it when it has what it wants.
-        identity: what the maps depend on beside the pictures and the options here; parts made with others are refused.
-        state: Accelerate's state of the processes that share the work.
-        batch_size, size, strict: see `detector.predict.diagnose_data`.
+        folder: for the parts; the caller removes it at the end, see `remove_parts`.
+        identity: all that the maps depend on beside the pictures and the options here; other parts are refused.
+        state: Accelerate's state of the processes that split the work.
+        batch_size: pictures at a time.
+        size: side in pixels to which maps and masks are resized; None: the pictures must agree in size.
+        strict: raise at a broken picture instead of skipping and counting it.
 
     Returns:
-        What was found on the main process, None on the others.
+        The statistics on the main process, None on the others.
 
     Raises:
-        UserError: the folder holds parts that were made with other settings, or what is no part; pictures differ in
-            size.
+        UserError: the folder holds parts of another identity, or other files; or pictures differ in size.
     """
     data, length = JoinedData(sets), _BATCHES * batch_size
-    identity = identity | {"data": data.fingerprint(), "batch_size": batch_size, "size": size, "format": 2}
+    identity = identity | {"data": data.fingerprint(), "batch_size": batch_size, "size": size, "format": 3}
     run = _parts_folder(folder, identity)
     refuse_foreign(folder, _NAMES)
     run.check()
@@ -116,18 +131,18 @@ def _write(units: Units, name: str, batches: Iterator, counts: SkipCounts) -> No
     names: dict[str, list[str]] = {"categories": [], "generators": []}
     indices, shapes = [], set()
     with units.writing(name, ".pixels") as file:
-        runs = _RunWriter(file)
+        chunks = ChunkWriter(file)
         for batch in batches:
             for part in slices(batch.confidence):
                 confidence, masks = batch.confidence[part], batch.masks[part]
                 statistics.append(PictureStatistics.of(confidence, masks))
                 curves.add(confidence, masks)
-                runs.add(confidence, masks, batch.categories[part], batch.generators[part])
+                chunks.add(confidence, masks, batch.categories[part], batch.generators[part])
             names["categories"] += batch.categories
             names["generators"] += batch.generators
             indices.append(batch.indices)
             shapes.add(batch.confidence.shape[1:])
-        runs.flush()
+        chunks.flush()
     columns = PictureStatistics.joined(statistics).to_arrays() if statistics else {}
     with units.writing(name) as file:
         np.savez(
@@ -135,48 +150,13 @@ def _write(units: Units, name: str, batches: Iterator, counts: SkipCounts) -> No
             **columns,
             **{name: np.array(values, dtype=str) for name, values in names.items()},
             indices=np.concatenate([np.zeros(0, np.int64), *indices]),
-            levels=curves.levels,
-            places=curves.places,
-            run_groups=np.array([group for group, _, _ in runs.written], dtype=str).reshape(-1, 2),
-            run_places=np.array([place for _, *place in runs.written], dtype=np.int64).reshape(-1, 2),
+            thresholds=curves.thresholds,
+            calibration=curves.calibration,
+            chunk_groups=np.array([group for group, _, _ in chunks.written], dtype=str).reshape(-1, 2),
+            chunk_ranges=np.array([bounds for _, *bounds in chunks.written], dtype=np.int64).reshape(-1, 2),
             shapes=np.array(sorted(shapes), np.int64).reshape(-1, 2),
             skipped=np.array(json.dumps(counts.reasons)),
         )
-
-
-class _RunWriter:
-    """Sorted runs of all pixels, of each category's and of each generator's, into one file."""
-
-    def __init__(self, file):
-        self.file, self.written, self.end = file, [], 0
-        self.held: list[tuple[np.ndarray, str, str]] = []  # a picture's codes, its category and generator
-        self.pixels = 0
-
-    def add(self, confidence: np.ndarray, masks: np.ndarray, categories: list[str], generators: list[str]) -> None:
-        self.held += zip(map(encode, confidence, masks), categories, generators, strict=True)
-        self.pixels += confidence.size
-        if self.pixels >= _PIXELS_IN_RUN:
-            self.flush()
-
-    def flush(self) -> None:
-        groups = {("", ""): self.held}
-        for name, column in (("category", 1), ("generator", 2)):
-            for picture in self.held:
-                groups.setdefault((name, picture[column]), []).append(picture)
-        everything = None
-        for group, pictures in groups.items():
-            if not pictures:
-                continue
-            if everything is None or len(pictures) < len(self.held):
-                codes = np.sort(np.concatenate([picture[0] for picture in pictures]))
-                self.file.write(codes.tobytes())
-                place = self.end, self.end + len(codes)
-                everything, self.end = everything or place, place[1]
-            else:
-                # The only category is the whole set: its run stands there already.
-                place = everything
-            self.written.append((group, *place))
-        self.held, self.pixels = [], 0
 
 
 def _joined(paths: Sequence[Path]) -> Evaluated:
@@ -195,13 +175,14 @@ def _joined(paths: Sequence[Path]) -> Evaluated:
         found.categories += part["categories"].tolist()
         found.generators += part["generators"].tolist()
         counted = PixelCurves()
-        counted.levels, counted.places = part["levels"], part["places"]
+        counted.thresholds, counted.calibration = part["thresholds"], part["calibration"]
         found.curves.merge(counted)
-        for (column, name), (begin, end) in zip(part["run_groups"].tolist(), part["run_places"].tolist(), strict=True):
-            found.runs.setdefault((column, name), []).append(Run(path.with_suffix(".pixels"), begin, end))
-    if len(shapes) != 1:
-        raise UserError(
-            f"size: expected a side in pixels, since pictures differ in size ({sorted(shapes)}), or there are none"
-        )
+        groups, ranges = part["chunk_groups"].tolist(), part["chunk_ranges"].tolist()
+        for (column, name), (begin, end) in zip(groups, ranges, strict=True):
+            found.chunks.setdefault((column, name), []).append(SortedChunk(path.with_suffix(".pixels"), begin, end))
+    if not shapes:
+        raise UserError(expected("data", "at least one readable picture", "none"))
+    if len(shapes) > 1:
+        raise UserError(expected("size", "a side in pixels", f"none for pictures of sizes {sorted(shapes)}"))
     found.statistics, found.indices = PictureStatistics.joined(statistics), np.concatenate(indices)
     return found

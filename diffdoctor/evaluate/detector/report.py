@@ -1,8 +1,10 @@
-"""What `diffdoctor evaluate detector` shows: measures, curves, the worst misses and false positives, on one page."""
+"""The report of `diffdoctor evaluate detector`: measures, curves, the worst misses and false positives."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,22 +15,27 @@ from diffdoctor.measures.statistics import PictureStatistics
 from diffdoctor.viz.draw import enlarge, grid, heat_colours, overlay, png_bytes
 from diffdoctor.viz.report import Report, new_figure
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 def verdict(result: dict) -> str:
-    """The measures that matter most, on a line; `result` is the content of a metrics.json."""
+    """The most important measures on a line; `result` is the content of a metrics.json."""
     overall = result["overall"]
     return f"mAP@0.5 {_number(overall['map50'])}, {_percent(overall['false_positive_rate'])} of the clean flagged"
 
 
-def write_report(path: Path, result: dict, found: Diagnosed, picture, examples: int = 12) -> None:
-    """Write the report on measured maps.
+def write_report(
+    path: Path, result: dict, found: Diagnosed, picture: Callable[[int], np.ndarray], examples: int = 12
+) -> None:
+    """Write the report on maps that are in memory.
 
     Args:
         path: of the HTML file.
-        result: what `evaluate.detector.measure` returned.
+        result: what `measure.measure` returned.
         found: the maps and masks.
-        picture: function from an index to the picture (H, W, 3) uint8.
-        examples: pictures of each kind of error.
+        picture: callable from an index to the picture (H, W, 3) uint8.
+        examples: number of worst misses, and of worst false positives.
     """
     worst = PictureStatistics.of(found.confidence, found.masks).worst(examples)
 
@@ -38,15 +45,21 @@ def write_report(path: Path, result: dict, found: Diagnosed, picture, examples: 
     write_page(path, result, pixel_curves(found.confidence, found.masks), worst, views)
 
 
-def write_page(path: Path, result: dict, curve: dict[str, np.ndarray], worst, views) -> None:
+def write_page(
+    path: Path,
+    result: dict,
+    curve: dict[str, np.ndarray],
+    worst: tuple[np.ndarray, np.ndarray],
+    views: Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]],
+) -> None:
     """Write the report.
 
     Args:
         path: of the HTML file.
         result: what `measure.measure_statistics` returned.
         curve: what `measures.curves.pixel_curves` returned.
-        worst: the indices of the worst misses, and of the worst false positives.
-        views: from an index to (picture, mask, confidence).
+        worst: indices of the worst misses, and of the worst false positives.
+        views: callable from an index to picture (H, W, 3) uint8, mask (H, W) and confidence (H, W) in [0, 1].
     """
     overall = result["overall"]
     report = Report("Detector")
@@ -87,10 +100,8 @@ def _category_statistics(report: Report, statistics: list[dict]) -> None:
     report.heading("Class balance: clean pictures by category")
     abnormal = [entry["category"] for entry in statistics if entry["verdict"]]
     report.text(
-        "Categories that need new pictures: "
-        + (", ".join(abnormal) if abnormal else "none")
-        + ". A category is abnormal "
-        "when its mean confidence lies at least 3 robust deviations from the categories' median."
+        f"Categories that need new pictures: {', '.join(abnormal) or 'none'}. A category is abnormal when its mean "
+        "confidence lies at least 3 robust deviations from the categories' median."
     )
     rows = [
         (
@@ -113,7 +124,7 @@ def _category_statistics(report: Report, statistics: list[dict]) -> None:
     report.figure(figure)
 
 
-def _curves(values: dict[str, np.ndarray]):
+def _curves(values: dict[str, np.ndarray]) -> Figure:
     figure, (left, right) = new_figure(2)
     left.plot(values["recall"], values["precision"])
     left.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
@@ -124,7 +135,7 @@ def _curves(values: dict[str, np.ndarray]):
     return figure
 
 
-def _examples(report: Report, title: str, indices: np.ndarray, views) -> None:
+def _examples(report: Report, title: str, indices: np.ndarray, views: Callable) -> None:
     rows = []
     for index in indices:
         original, mask, confidence = views(int(index))
@@ -137,15 +148,15 @@ def _examples(report: Report, title: str, indices: np.ndarray, views) -> None:
         report.image(png_bytes(grid(rows)), "Each row: picture, truth, confidence, both.")
 
 
-def _number(value) -> str:
+def _number(value: float | None) -> str:
     if value is None:
         return "–"
     return str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
-def _percent(value) -> str:
+def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
-def _interval(bounds) -> str:
+def _interval(bounds: list[float | None] | None) -> str:
     return "" if not bounds or bounds[0] is None else f"{bounds[0]:.4f} … {bounds[1]:.4f}"

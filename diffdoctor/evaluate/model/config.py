@@ -1,4 +1,4 @@
-"""The options of `diffdoctor evaluate model`, and what of them a treatment's own folder can answer."""
+"""The options of `diffdoctor evaluate model`, and those of them that a treatment's folder supplies."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diffdoctor.runs.errors import UserError, missing_extra
+from diffdoctor.runs.errors import UserError, check_least, expected, missing_extra
 from diffdoctor.treat.loading import DTYPES
 
-# What `treat` writes into its config.yaml under the same names.
+# Options that `treat` writes into its config.yaml under the same names.
 _OF_TREATMENT = (
     *("pipeline", "detector", "prompts", "scheduler"),
     *("sampling_steps", "guidance_scale", "height", "width", "max_sequence_length"),
@@ -23,20 +23,20 @@ _SAMPLING = ("sampling_steps", "guidance_scale", "height", "width", "max_sequenc
 class EvaluateModelConfig:
     """Options of `diffdoctor evaluate model`.
 
-    Args:
-        treatment: folder that `diffdoctor treat` made; the LoRA there is what is evaluated, and pipeline, detector,
-            prompts, sampling_steps, guidance_scale, height, width, max_sequence_length and scheduler are those of the
-            treatment where they are not given here.
+    Attributes:
+        treatment: folder that `diffdoctor treat` made; its LoRA is evaluated, and pipeline, detector, prompts,
+            sampling_steps, guidance_scale, height, width, max_sequence_length and scheduler are those of the treatment
+            where they are not given here.
         pipeline: folder of the untreated diffusers pipeline, or its id on the Hugging Face hub.
         lora: folder or file of a LoRA for that pipeline: the treated pipeline is the two together.
-        treated: folder or hub id of another pipeline to take for the treated one.
+        treated: folder or hub id of the treated pipeline, in place of a LoRA.
         guide: sample the treated side under `diffdoctor.guide` with the detector.
         guide_options: options of `diffdoctor.guide` by name, such as {"strength": 0.3}.
         detector: folder or hub id of the detector that steered the treatment.
         judge: folder or hub id of a detector that had no part in it; the same weights are refused.
         prompts: text file with a prompt per line, or .jsonl or .parquet with `prompt` and perhaps `category` (gets a
-            table) and `label` (what the classifier must see; else each prompt is its own class for the variance).
-        pictures: how many to draw on each side; the prompts take turns.
+            table) and `label` (which the classifier must find; without labels each prompt is a class of the variance).
+        pictures: number of pictures before and after each; the prompts take turns.
         seed: picture i starts from the latents of seed + i, before and after alike.
         sampling_steps: denoising steps; 0: the treatment's, else the pipeline's own default.
         guidance_scale: null: the treatment's, else the pipeline's own default.
@@ -47,20 +47,20 @@ class EvaluateModelConfig:
         dtype: fp32, bf16 or fp16: what the pipelines are loaded in; detectors and measures are in fp32.
         real: files, folders, patterns or shards of real clean pictures, FID's reference; damaged ones in labelled
             shards are left out. None: no FID.
-        damaged: likewise, of damaged pictures: FID's ceiling; none: the real ones are damaged as `inject` does it.
-        features: where FID and variance are taken: auto, inception (or inception-64, -192, -768), clip, pixels, none, a
-            folder or hub id of a vision model of transformers, or a TorchScript or .pt2 file from pictures (B, 3, H, W)
-            in [0, 1] to features (B, D). auto: inception where its
-            weights are on this machine, else clip where --clip is given, else pixels.
+        damaged: the same of damaged pictures, FID's ceiling; none: the real ones are damaged as by `inject`.
+        features: feature network of FID and variance: auto, inception (or inception-64, -192, -768), clip, pixels,
+            none, a folder or hub id of a vision model of transformers, or a TorchScript or .pt2 file from pictures
+            (B, 3, H, W) in [0, 1] to features (B, D). auto: inception where its weights are on this machine, else clip
+            where --clip is given, else pixels.
         clip: folder or hub id of a CLIP model of transformers, for the prompts' CLIP score; empty: none.
         classifier: folder or hub id of an image classification model of transformers, or a TorchScript or .pt2
-            file from pictures to logits, that must see the prompts' labels; empty: none.
-        batch_size: pictures that are drawn, and measured, at a time.
-        picture_type: png or webp, both exact: of the drawn pictures' files.
+            file from pictures to logits, that must find the prompts' labels; empty: none.
+        batch_size: pictures that are generated, and measured, at a time.
+        picture_type: of the generated pictures' files: png or webp, both exact.
         examples: pictures shown of each kind in the report.
-        output: the folder to make: report.html, metrics.json, config.yaml, pictures, measures. The same command goes on
-            where it was interrupted; with more pictures it draws those that lack.
-        overwrite: replace pictures in the output folder that were drawn otherwise.
+        output: the folder to make: report.html, metrics.json, config.yaml, pictures, measures. The same command
+            resumes after an interruption; with more pictures it generates those that are missing.
+        overwrite: replace pictures in the output folder that were generated with other options.
         device: such as cpu or cuda:1; null: the fastest there is.
     """
 
@@ -95,22 +95,18 @@ class EvaluateModelConfig:
     device: str | None = None
 
     def __post_init__(self):
-        for name, low in (("pictures", 1), ("batch_size", 1), ("examples", 0), ("seed", 0)):
-            if getattr(self, name) < low:
-                raise UserError(f"{name}: at least {low} was expected, got {getattr(self, name)}")
-        for name in ("sampling_steps", "height", "width", "max_sequence_length"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}: at least 0 was expected, got {getattr(self, name)}")
+        check_least(self, pictures=1, batch_size=1, examples=0, seed=0)
+        check_least(self, sampling_steps=0, height=0, width=0, max_sequence_length=0)
         for name, allowed in (("dtype", tuple(DTYPES)), ("picture_type", ("png", "webp"))):
             if getattr(self, name) not in allowed:
-                raise UserError(f"{name}: one of {', '.join(allowed)} was expected, got {getattr(self, name)!r}")
+                raise UserError(expected(name, f"one of {', '.join(allowed)}", repr(getattr(self, name))))
 
 
 def completed(config: EvaluateModelConfig) -> EvaluateModelConfig:
-    """The options with what the treatment's folder answers filled in.
+    """The options, completed by those of the treatment's folder.
 
     Raises:
-        UserError: if the folder is none, or an option that is needed is still missing.
+        UserError: the folder is not a treatment's, options contradict each other, or a required one is missing.
     """
     if config.treatment:
         config = dataclasses.replace(config, **_from_treatment(config))
@@ -118,13 +114,14 @@ def completed(config: EvaluateModelConfig) -> EvaluateModelConfig:
         _warn_of_other_sampling(config)
     for name in ("pipeline", "detector", "judge", "prompts", "output"):
         if not getattr(config, name):
-            raise UserError(f"--{name}: is needed")
+            raise UserError(expected(f"--{name}", "a value", "none"))
     if config.lora and config.treated:
-        raise UserError("--lora and --treated: one of them was expected, got both")
+        raise UserError(expected("--lora, --treated", "one of them", "both"))
     if not (config.lora or config.treated or config.guide):
-        raise UserError("--treatment, --lora, --treated or --guide: one was expected, the treatment to be evaluated")
+        options = "--treatment, --lora, --treated, --guide"
+        raise UserError(expected(options, "one of them, the treatment to be evaluated", "none"))
     if config.guide_options and not config.guide:
-        raise UserError("--guide_options: needs --guide true")
+        raise UserError(expected("--guide_options", "--guide true with it", "--guide false"))
     return config
 
 
@@ -132,28 +129,27 @@ def _from_treatment(config: EvaluateModelConfig) -> dict:
     folder = Path(config.treatment)
     settings = read_settings(folder)
     if settings is None:
-        raise UserError(
-            f"--treatment {folder}: no config.yaml there; a folder that `diffdoctor treat` made was expected"
-        )
+        what = "a folder that `diffdoctor treat` made"
+        raise UserError(expected(f"--treatment {folder}", what, "one without a config.yaml"))
     values = {
         name: settings[name]
         for name in _OF_TREATMENT
-        if _said(name, getattr(config, name)) is None and _said(name, settings.get(name)) is not None
+        if _given(name, getattr(config, name)) is None and _given(name, settings.get(name)) is not None
     }
     if not (config.lora or config.treated):
         if not (folder / "lora").is_dir():
-            raise UserError(f"--treatment {folder}: holds no lora: the treatment is not finished")
+            raise UserError(expected(f"--treatment {folder}", "a finished treatment", "one without a lora"))
         values["lora"] = str(folder / "lora")
     return values
 
 
-def _said(name: str, value):
-    """An option's value; None for one that leaves it to the pipeline, as 0 does for all but the guidance scale."""
+def _given(name: str, value: object) -> object:
+    """An option's value; None where the pipeline's own is used, as with 0 for all but the guidance scale."""
     return None if value in (None, "") or (value == 0 and name != "guidance_scale") else value
 
 
 def read_settings(folder: Path) -> dict | None:
-    """What a run's config.yaml holds; None where there is none that can be read."""
+    """The contents of a run's config.yaml; None where there is none that can be read."""
     try:
         import yaml
     except ImportError:
@@ -166,12 +162,13 @@ def read_settings(folder: Path) -> dict | None:
 
 
 def _warn_of_other_sampling(config: EvaluateModelConfig) -> None:
-    """A LoRA that was tuned with one way of sampling and is measured with another is seldom meant."""
+    """Print a notice where a LoRA is sampled with other options than those it was tuned with, seldom on purpose."""
     folder = Path(config.lora).parent
     settings = read_settings(folder) if (folder / "treat.json").is_file() else None
     if settings is None:
         return
-    other = [name for name in _SAMPLING if _said(name, settings.get(name)) != _said(name, getattr(config, name))]
+    other = [name for name in _SAMPLING if _given(name, settings.get(name)) != _given(name, getattr(config, name))]
     if other:
-        said = json.dumps({name: settings.get(name) for name in other})
-        print(f"notice: the LoRA was tuned with {said}; give --treatment {folder} to sample alike", file=sys.stderr)
+        tuned_with = json.dumps({name: settings.get(name) for name in other})
+        advice = f"give --treatment {folder} to sample with the same options"
+        print(f"notice: the LoRA was tuned with {tuned_with}; {advice}", file=sys.stderr)

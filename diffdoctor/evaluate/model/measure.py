@@ -1,82 +1,89 @@
-"""What is measured of pictures: the detectors' flagged shares, features, CLIP scores, the classifier's word."""
+"""The measures of each picture: flagged shares, features, CLIP scores, the classifier's answer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from diffdoctor.data.manifest import MANIFEST, read_manifest
-from diffdoctor.data.pictures import fitted, to_images
+from diffdoctor.data.pictures import cover_crop, to_images
 from diffdoctor.data.sources import Source, find_sources, read_source
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.damage.injection import MIN_SIDE, NoVisibleDamage, inject
 from diffdoctor.detector.predict import diagnose_pictures
-from diffdoctor.evaluate.model.networks import extract_features
+from diffdoctor.evaluate.model.networks import Classifier, Clip, FeatureNetwork, extract_features
 from diffdoctor.evaluate.model.summary import PictureMeasures, summarise
 from diffdoctor.measures.pixels import flagged_share
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, expected
 
-# Pictures whose measures share a file; what an interruption costs at most.
+# Pictures whose measures are stored as one unit; an interruption loses at most so many.
 UNIT = 128
 
 
 @dataclass
 class Measurer:
-    """Everything that is asked of a picture.
+    """The networks that measure pictures.
 
-    Args:
-        judge, detector: detectors.
-        features: a `FeatureNetwork`, or None.
-        clip: a `Clip`, or None.
-        classifier: a `Classifier`, or None.
+    Attributes:
+        judge: a detector that had no part in the treatment.
+        detector: the detector that steered it.
+        features: for FID and variance; None: neither.
+        clip: for the CLIP score; None: none.
+        classifier: for the accuracy; None: none.
     """
 
     judge: torch.nn.Module
     detector: torch.nn.Module
-    features: object | None = None
-    clip: object | None = None
-    classifier: object | None = None
+    features: FeatureNetwork | None = None
+    clip: Clip | None = None
+    classifier: Classifier | None = None
 
     def to(self, device: torch.device) -> Measurer:
         """Move all networks."""
-        for part in (self.judge, self.detector, self.features, self.clip, self.classifier):
-            if part is not None:
-                part.to(device)
+        for network in (self.judge, self.detector, self.features, self.clip, self.classifier):
+            if network is not None:
+                network.to(device)
         return self
 
-    def measure(self, pictures: torch.Tensor, prompts: Sequence[str] = (), places=None) -> dict[str, np.ndarray]:
-        """What `PictureMeasures` holds, of uint8 pictures (B, 3, H, W) on the CPU.
+    def measure(
+        self, pictures: torch.Tensor, prompts: Sequence[str] = (), class_indices: torch.Tensor | None = None
+    ) -> dict[str, np.ndarray]:
+        """Measure pictures.
 
         Args:
-            prompts: what they were drawn from, B; none: no CLIP score.
-            places: (B,), which of the classifier's logits stands for what was asked for; None: no classification.
+            pictures: uint8 (B, 3, H, W) on the CPU.
+            prompts: B, from which they were generated; none: no CLIP score.
+            class_indices: (B,) index of the logit that the classifier should find largest; None: no classification.
+
+        Returns:
+            The fields of `PictureMeasures` by name, arrays of B entries.
         """
         device = next(self.judge.parameters()).device
-        there = pictures.to(device)
+        pictures = pictures.to(device)
         values = {
-            name: flagged_share(diagnose_pictures(detector, there)).numpy()
+            name: flagged_share(diagnose_pictures(detector, pictures)).numpy()
             for name, detector in (("judge", self.judge), ("detector", self.detector))
         }
         if self.features is not None:
-            values["features"] = self.features(there).numpy()
+            values["features"] = self.features(pictures).numpy()
         if self.clip is not None and len(prompts):
-            values["clip_score"] = self.clip.scores(there, list(prompts)).numpy()
-        if self.classifier is not None and places is not None:
-            values["right"] = self.classifier.right(there, places).numpy()
+            values["clip_score"] = self.clip.scores(pictures, list(prompts)).numpy()
+        if self.classifier is not None and class_indices is not None:
+            values["right"] = self.classifier.right(pictures, class_indices).numpy()
         return values
 
 
 def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The values of several batches as one."""
+    """Concatenate the values of several batches."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 @dataclass(frozen=True)
 class RealUnit:
-    """Some real pictures that are measured together.
+    """Real pictures that are measured and stored together.
 
     Attributes:
         name: of the unit's file.
@@ -87,9 +94,16 @@ class RealUnit:
     sources: tuple[Source, ...]
 
 
-def real_units(places: Sequence[str]) -> list[RealUnit]:
-    """Real pictures in units: a shard each, and files by the hundred or so."""
-    sources = find_sources(places)
+def real_units(paths: Sequence[str]) -> list[RealUnit]:
+    """Real pictures in units: a shard each, and files in groups of `UNIT`.
+
+    Args:
+        paths: files, folders, patterns and shards.
+
+    Raises:
+        UserError: see `data.sources.find_sources`.
+    """
+    sources = find_sources(paths)
     files = [source for source in sources if not source.is_shard]
     groups = [tuple(files[start : start + UNIT]) for start in range(0, len(files), UNIT)]
     groups += [(source,) for source in sources if source.is_shard]
@@ -97,7 +111,12 @@ def real_units(places: Sequence[str]) -> list[RealUnit]:
 
 
 def count_real(units: Sequence[RealUnit], *, damaged: bool = False) -> int | None:
-    """How many pictures the units hold, or None where only reading them all would tell."""
+    """The number of pictures in the units, or None where it is not known without reading them all.
+
+    Args:
+        units: the pictures.
+        damaged: of labelled pictures, count those with a mask instead of those without.
+    """
     total, folders = 0, {}
     for unit in units:
         for source in unit.sources:
@@ -118,35 +137,50 @@ def count_real(units: Sequence[RealUnit], *, damaged: bool = False) -> int | Non
 
 
 def read_unit(unit: RealUnit, size: tuple[int, int], counts: SkipCounts, *, damaged: bool) -> Iterator[np.ndarray]:
-    """The unit's pictures (H, W, 3) uint8 at the size of the drawn ones.
+    """Read a unit's pictures at the size of the generated ones.
 
     Args:
-        size: (H, W).
+        unit: the pictures.
+        size: (H, W) in pixels.
         counts: filled with what could not be read.
         damaged: of labelled pictures, those with a mask; else those without one, and without a benign change either.
+
+    Yields:
+        (H, W, 3) uint8.
     """
     for source in unit.sources:
         for sample in read_source(source, counts=counts):
             if source.is_shard:
-                spoilt = bool(np.any(sample["mask"]))
-                if spoilt != damaged or (not damaged and sample.get("kind")):
+                has_damage = bool(np.any(sample["mask"]))
+                if has_damage != damaged or (not damaged and sample.get("kind")):
                     continue
-            yield fitted(sample["picture"], size)
+            yield cover_crop(sample["picture"], size)
 
 
-def spoil(pictures: list[np.ndarray], seed: int, unit: int, start: int) -> list[np.ndarray]:
-    """Damaged versions of clean pictures, drawn as `diffdoctor inject` does; where none can be seen, none is made.
+def damage_pictures(pictures: list[np.ndarray], seed: int, unit: int, start: int) -> list[np.ndarray]:
+    """Damage clean pictures as `diffdoctor inject` does, leaving out those on which no damage is visible.
+
+    Picture i's damage is a function of (seed, unit, start + i).
 
     Args:
         pictures: (H, W, 3) uint8.
-        seed, unit, start: a picture's damage depends on these and on its place in the list.
+        seed: of the evaluation.
+        unit: index of the pictures' unit.
+        start: index of the first picture in its unit.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        UserError: the pictures are too small to be damaged.
     """
     if min(pictures[0].shape[:2]) < MIN_SIDE:
-        raise UserError(f"real: pictures of at least {MIN_SIDE} pixels were expected, to damage them for FID's ceiling")
+        what = f"pictures of at least {MIN_SIDE} pixels, to damage them for FID's ceiling"
+        raise UserError(expected("real", what, pictures[0].shape[:2]))
     result = []
-    for place, picture in enumerate(pictures, start=start):
+    for index, picture in enumerate(pictures, start=start):
         try:
-            result.append(inject(picture, np.random.default_rng([seed, unit, place])).picture)
+            result.append(inject(picture, np.random.default_rng([seed, unit, index])).picture)
         except NoVisibleDamage:
             continue
     return result
@@ -154,12 +188,12 @@ def spoil(pictures: list[np.ndarray], seed: int, unit: int, start: int) -> list[
 
 @dataclass
 class Comparison:
-    """The measures of a treatment and what a report shows of it.
+    """The measures of a treatment, and the judge's maps for a report.
 
     Attributes:
         metrics: nested numbers under the names of docs/demo.md.
-        judge_before, judge_after: (N, 1, H, W) confidence maps of the judge.
-        severity_before, severity_after: (N,) share of the pixels at confidence 0.5 or more, by the judge.
+        judge_before: (N, 1, H, W) the judge's confidence maps before the treatment.
+        judge_after: (N, 1, H, W) the same after it.
     """
 
     metrics: dict
@@ -167,36 +201,56 @@ class Comparison:
     judge_after: torch.Tensor
 
     @property
-    def severity_before(self):
+    def severity_before(self) -> torch.Tensor:
+        """(N,) the share of a picture's pixels that the judge flags before the treatment."""
         return flagged_share(self.judge_before)
 
     @property
-    def severity_after(self):
+    def severity_after(self) -> torch.Tensor:
+        """(N,) the share of a picture's pixels that the judge flags after the treatment."""
         return flagged_share(self.judge_after)
 
 
-def _correct(classify, pictures, labels, batch_size=256):
+def _correct(
+    classify: Callable[[torch.Tensor], torch.Tensor],
+    pictures: torch.Tensor,
+    labels: torch.Tensor,
+    batch_size: int = 256,
+) -> torch.Tensor:
     with torch.no_grad():
-        guesses = torch.cat([classify(to_images(part)).argmax(dim=1).cpu() for part in pictures.split(batch_size)])
+        guesses = torch.cat([classify(to_images(batch)).argmax(dim=1).cpu() for batch in pictures.split(batch_size)])
     return guesses == labels
 
 
-def compare_pictures(before, after, labels, *, detector, judge, features, real, damaged=None, classify=None, seed=0):
+def compare_pictures(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    detector: torch.nn.Module,
+    judge: torch.nn.Module,
+    features: Callable[[torch.Tensor], torch.Tensor],
+    real: torch.Tensor,
+    damaged: torch.Tensor | None = None,
+    classify: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    seed: int = 0,
+) -> Comparison:
     """Measure a treatment on pictures of the same prompts, seeds and latents.
 
     Args:
-        before, after: uint8 (N, 3, H, W).
-        labels: (N,) integers, what each prompt asked for.
+        before: uint8 (N, 3, H, W), pictures of the untreated pipeline.
+        after: uint8 (N, 3, H, W), pictures of the treated pipeline.
+        labels: (N,) integers, the class that each prompt names.
         detector: the detector that steered the treatment.
         judge: a detector that had no part in it.
         features: callable from float pictures (B, 3, H, W) in [0, 1] to features (B, D), for FID and variance.
         real: uint8 (M, 3, H, W), real clean pictures: FID's reference; its floor is the distance of two random halves.
-        damaged: uint8 (M, 3, H, W), the real pictures with damage: FID's ceiling; left out when None.
-        classify: callable from float pictures to logits over the labels; the accuracy is left out when None.
+        damaged: uint8 (M, 3, H, W), the real pictures with damage: FID's ceiling; None: no ceiling.
+        classify: callable from float pictures to logits over the labels; None: no accuracy.
         seed: of the split of `real` into halves.
 
     Returns:
-        A `Comparison`.
+        The measures and the judge's maps.
     """
     maps, sides = [], []
     for pictures in (before, after):
@@ -210,5 +264,5 @@ def compare_pictures(before, after, labels, *, detector, judge, features, real, 
             )
         )
     reference = PictureMeasures(features=extract_features(features, real))
-    spoilt = None if damaged is None else PictureMeasures(features=extract_features(features, damaged))
-    return Comparison(summarise(*sides, labels, real=reference, damaged=spoilt, seed=seed), *maps)
+    reference_damaged = None if damaged is None else PictureMeasures(features=extract_features(features, damaged))
+    return Comparison(summarise(*sides, labels, real=reference, damaged=reference_damaged, seed=seed), *maps)

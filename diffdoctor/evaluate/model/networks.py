@@ -1,6 +1,6 @@
 """The networks that measure pictures beside the detectors: features for FID and variance, CLIP, a classifier.
 
-Nothing is fetched here that was not asked for by its hub id.
+Nothing is downloaded but what is named by its hub id.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from diffdoctor.data.pictures import to_images
-from diffdoctor.runs.errors import UserError, first_line, missing_extra
+from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
 
 INCEPTION_SIZES = (64, 192, 768, 2048)
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -27,9 +27,9 @@ class FeatureNetwork:
 
     Attributes:
         name: for reports.
-        extract: from uint8 pictures (B, 3, H, W) on the network's device to features (B, D).
-        module: what must be on that device; None: nothing.
-        note: what to keep in mind of figures made with it; empty: nothing.
+        extract: callable from uint8 pictures (B, 3, H, W) on the network's device to features (B, D).
+        module: the network that must be on that device; None: none.
+        note: a caveat for the report; empty: none.
     """
 
     name: str
@@ -56,14 +56,15 @@ class Clip:
         source: a folder or a hub id.
 
     Raises:
-        UserError: if no such model is there.
+        UserError: there is no such model.
     """
 
     def __init__(self, source: str):
         self.source = source
         self.model, self.processor = _from_transformers("--clip", source, "AutoModel", "AutoProcessor")
         if not (hasattr(self.model, "get_image_features") and hasattr(self.model, "get_text_features")):
-            raise UserError(f"--clip {source}: a model of pictures and texts such as CLIP was expected")
+            what = "a model of pictures and texts such as CLIP"
+            raise UserError(expected(f"--clip {source}", what, type(self.model).__name__))
 
     def to(self, device: torch.device) -> Clip:
         """Move the model."""
@@ -79,68 +80,82 @@ class Clip:
     @torch.no_grad()
     def prompts(self, prompts: list[str]) -> torch.Tensor:
         """Embeddings (B, D) of prompts, cut at the model's token limit."""
-        # SigLIP was trained on padded texts, CLIP does not mind them.
+        # SigLIP was trained on padded texts; CLIP's embeddings do not depend on padding.
         tokens = self.processor(text=prompts, return_tensors="pt", padding="max_length", truncation=True)
         return _tensor(self.model.get_text_features(**tokens.to(self.model.device))).float()
 
     def scores(self, pictures: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """The CLIP score of each picture and its prompt, (B,) on the CPU: 100 times their cosine, at least 0.
+        """The CLIP score of each picture and its prompt: 100 times their cosine, at least 0.
 
         Source: J. Hessel et al., CLIPScore, arXiv 2104.08718, with weight 100 as in torchmetrics.
+
+        Args:
+            pictures: uint8 (B, 3, H, W) on the model's device.
+            prompts: B.
+
+        Returns:
+            (B,) float32 on the CPU.
         """
-        # One text is embedded once, however many pictures it has.
-        names = sorted(set(prompts))
-        of_names = self.prompts(names)
-        of_prompts = of_names[[names.index(prompt) for prompt in prompts]]
-        cosine = torch.nn.functional.cosine_similarity(self.pictures(pictures), of_prompts)
+        # Each text is embedded once, however many pictures it has.
+        texts = sorted(set(prompts))
+        embeddings = self.prompts(texts)[[texts.index(prompt) for prompt in prompts]]
+        cosine = torch.nn.functional.cosine_similarity(self.pictures(pictures), embeddings)
         return (100 * cosine).clamp_min(0).cpu()
 
 
 class Classifier:
-    """Says whether a picture shows its label: a model of transformers for that, or a TorchScript or .pt2 file.
+    """Tells whether a picture shows its label, by a model of transformers or a TorchScript or .pt2 file.
 
     Args:
         source: a folder, a hub id, or a TorchScript or .pt2 file from pictures (B, 3, H, W) in [0, 1] to logits.
 
     Raises:
-        UserError: if no such model is there.
+        UserError: there is no such model.
     """
 
     def __init__(self, source: str):
-        self.source, self.processor, self.places = source, None, {}
+        self.source, self.processor, self.class_indices = source, None, {}
         if Path(source).is_file():
             self.model = _saved_network("--classifier", source)
         else:
             names = "AutoModelForImageClassification", "AutoImageProcessor"
             self.model, self.processor = _from_transformers("--classifier", source, *names)
-            self.places = {str(name): place for place, name in self.model.config.id2label.items()}
+            self.class_indices = {str(name): index for index, name in self.model.config.id2label.items()}
 
     def to(self, device: torch.device) -> Classifier:
         """Move the model."""
         self.model.to(device)
         return self
 
-    def place(self, label: str) -> int:
-        """Which logit stands for a label.
+    def class_index(self, label: str) -> int:
+        """Index of a label's logit.
 
         Raises:
-            UserError: if none does.
+            UserError: the classifier has no such label.
         """
-        if label in self.places:
-            return int(self.places[label])
-        if label.isdigit() and not self.places:
+        if label in self.class_indices:
+            return int(self.class_indices[label])
+        if label.isdigit() and not self.class_indices:
             return int(label)
-        known = ", ".join(sorted(self.places)[:10]) or "whole numbers"
-        raise UserError(f"--prompts: {label!r} is no label of the classifier {self.source}, which knows {known}")
+        known = ", ".join(sorted(self.class_indices)[:10]) or "whole numbers"
+        raise UserError(expected("--prompts", f"labels of the classifier {self.source} ({known})", repr(label)))
 
     @torch.no_grad()
-    def right(self, pictures: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Whether each picture's largest logit is the one at `places` (B,): (B,) bool on the CPU."""
+    def right(self, pictures: torch.Tensor, class_indices: torch.Tensor) -> torch.Tensor:
+        """Whether each picture's largest logit is the expected one.
+
+        Args:
+            pictures: uint8 (B, 3, H, W) on the model's device.
+            class_indices: (B,) index of the expected logit.
+
+        Returns:
+            (B,) bool on the CPU.
+        """
         if self.processor is None:
             logits = self.model(to_images(pictures))
         else:
             logits = self.model(pixel_values=_prepared(self.processor, pictures, self.model.device)).logits
-        return logits.argmax(dim=1).cpu() == places
+        return logits.argmax(dim=1).cpu() == class_indices
 
 
 def load_features(name: str, clip: Clip | None = None) -> FeatureNetwork | None:
@@ -155,7 +170,7 @@ def load_features(name: str, clip: Clip | None = None) -> FeatureNetwork | None:
         The network, or None for "none".
 
     Raises:
-        UserError: if it is not there.
+        UserError: there is no such network.
     """
     if name == "none":
         return None
@@ -165,13 +180,13 @@ def load_features(name: str, clip: Clip | None = None) -> FeatureNetwork | None:
         return FeatureNetwork(
             f"thumbnails of {THUMBNAIL} x {THUMBNAIL} pixels",
             thumbnails,
-            note="The features are tiny thumbnails: they see layout and colour, no detail. A distance of them is no "
-            "FID in the usual sense, and small damage hardly moves it; the variance still tells a collapse. Name a "
+            note="The features are tiny thumbnails, which show layout and colour but no detail. Their distance is not "
+            "FID in the usual sense, and small damage hardly changes it; the variance still shows a collapse. Give a "
             "feature network with --features.",
         )
     if name == "clip":
         if clip is None:
-            raise UserError("--features clip: needs --clip, the model whose features are meant")
+            raise UserError(expected("--features clip", "the model as --clip", "none"))
         return FeatureNetwork(f"image embeddings of {clip.source}", clip.pictures, clip.model)
     if name.partition("-")[0] == "inception":
         return _inception(name)
@@ -189,8 +204,10 @@ def load_features(name: str, clip: Clip | None = None) -> FeatureNetwork | None:
     return FeatureNetwork(name, extract, model)
 
 
-def extract_features(network, pictures, *, batch_size=256):
-    """The features of pictures, in batches and without gradient.
+def extract_features(
+    network: Callable[[torch.Tensor], torch.Tensor], pictures: torch.Tensor, *, batch_size: int = 256
+) -> torch.Tensor:
+    """Compute the features of pictures in batches and without gradient.
 
     Args:
         network: a callable from float pictures (B, 3, H, W) in [0, 1] to features (B, D).
@@ -209,7 +226,7 @@ def extract_features(network, pictures, *, batch_size=256):
 
 
 def thumbnails(pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures uint8 (B, 3, H, W) as antialiased thumbnails (B, 3 · 8 · 8) in [0, 1]."""
+    """Antialiased thumbnails (B, 3 · 8 · 8) in [0, 1] of pictures uint8 (B, 3, H, W)."""
     small = torch.nn.functional.interpolate(
         to_images(pictures), (THUMBNAIL, THUMBNAIL), mode="bilinear", antialias=True
     )
@@ -217,27 +234,30 @@ def thumbnails(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def inception_weights() -> Path | None:
-    """Where Inception's weights lie on this machine, or None; torch's own cache is where they are looked for."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    """The file of Inception's weights in torch's cache, or None where it is not there."""
+    path = _inception_path()
     return path if path.is_file() else None
+
+
+def _inception_path() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
 
 
 def _inception(name: str) -> FeatureNetwork:
     size = name.partition("-")[2] or "2048"
     if size not in map(str, INCEPTION_SIZES):
         sizes = ", ".join(f"inception-{number}" for number in INCEPTION_SIZES)
-        raise UserError(f"--features {name}: one of {sizes} was expected")
+        raise UserError(expected("--features", f"one of {sizes}", name))
     path = inception_weights()
     if path is None:
-        place = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
         raise UserError(
-            f"--features {name}: Inception's weights are not on this machine and are never fetched unasked: put "
-            f"{INCEPTION_URL} at {place}, or name another network"
+            f"--features {name}: Inception's weights are not on this machine and are not downloaded automatically: "
+            f"save {INCEPTION_URL} as {_inception_path()}, or give another network"
         )
     try:
         from torchmetrics.image.fid import NoTrainInceptionV3
 
-        # torch_fidelity unpickles the file without restraint; a file that is not plain weights must not get there.
+        # torch_fidelity unpickles the file without any check, so it must contain nothing but weights.
         torch.load(path, weights_only=True)
         network = NoTrainInceptionV3("inception-v3-compat", [size], str(path))
     except ImportError:
@@ -247,18 +267,17 @@ def _inception(name: str) -> FeatureNetwork:
     return FeatureNetwork(f"Inception v3, {size} features", network, network)
 
 
-def _saved_network(option: str, source: str):
+def _saved_network(option: str, source: str) -> torch.nn.Module:
     try:
         if source.endswith(".pt2"):
             return torch.export.load(source).module()
         with warnings.catch_warnings():
-            # torch 2.13 calls TorchScript deprecated; the files that exist are of that kind.
+            # torch 2.13 warns that TorchScript is deprecated, but most existing files are TorchScript.
             warnings.simplefilter("ignore", DeprecationWarning)
             return torch.jit.load(source, map_location="cpu").eval()
     except Exception as error:
-        raise UserError(
-            f"{option} {source}: a TorchScript file or a .pt2 file of torch.export was expected ({first_line(error)})"
-        ) from error
+        what = "a TorchScript file or a .pt2 file of torch.export"
+        raise UserError(expected(f"{option} {source}", what, first_line(error))) from error
 
 
 def _from_transformers(option: str, source: str, model_class: str, processor_class: str):
@@ -267,7 +286,8 @@ def _from_transformers(option: str, source: str, model_class: str, processor_cla
     except ImportError:
         raise missing_extra("transformers", "stages") from None
     if not Path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
-        raise UserError(f"{option} {source}: no such file or folder, and no hub id such as owner/name")
+        what = "a file, a folder or a hub id such as owner/name"
+        raise UserError(expected(f"{option} {source}", what, "none of these"))
     try:
         model = getattr(transformers, model_class).from_pretrained(source)
         processor = getattr(transformers, processor_class).from_pretrained(source)
@@ -277,14 +297,14 @@ def _from_transformers(option: str, source: str, model_class: str, processor_cla
 
 
 def _prepared(processor, pictures: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Pictures uint8 (B, 3, H, W) as the model's own processor hands them to it."""
+    """Pictures uint8 (B, 3, H, W), preprocessed by the model's own processor."""
     processor = getattr(processor, "image_processor", processor)
     arrays = list(pictures.cpu().permute(0, 2, 3, 1).numpy())
     return processor(images=arrays, return_tensors="pt")["pixel_values"].to(device)
 
 
 def _tensor(output) -> torch.Tensor:
-    # transformers 4 returns the embeddings themselves, 5 an output that holds them.
+    # transformers 4 returns the embeddings themselves, 5 an output object.
     return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 

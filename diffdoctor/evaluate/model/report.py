@@ -1,15 +1,24 @@
-"""What `diffdoctor evaluate model` shows: one page with the pictures side by side, and a few lines for the terminal."""
+"""The results of `diffdoctor evaluate model`: a page with the pictures side by side, and a table for the terminal."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffdoctor.data.pictures import shrink_to
 from diffdoctor.detector.predict import diagnose_pictures
 from diffdoctor.measures.pixels import FLAG_CONFIDENCE, FLAG_SHARE
 from diffdoctor.viz.draw import as_hwc, enlarge, grid, jpeg_bytes, overlay, png_bytes
 from diffdoctor.viz.report import Report, new_figure
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+
+    from diffdoctor.evaluate.model.command import Evaluation
+    from diffdoctor.evaluate.model.summary import PictureMeasures
 
 SMALL, LARGE = 128, 288
 
@@ -19,17 +28,18 @@ def verdict(metrics: dict) -> str:
     rate = metrics["artifact_rate"]["judge"]
     return (
         f"A judge that had no part in the treatment flags {_rate(rate, 'before')} of {metrics['pictures']} pictures "
-        f"before it and {_rate(rate, 'after')} after it, drawn from the same prompts, seeds and latents."
+        f"before it and {_rate(rate, 'after')} after it, generated from the same prompts, seeds and latents."
     )
 
 
-def write_report(evaluation, metrics: dict, before, after) -> None:
+def write_report(evaluation: Evaluation, metrics: dict, before: PictureMeasures, after: PictureMeasures) -> None:
     """Write report.html into the evaluation's folder.
 
     Args:
-        evaluation: the `Evaluation`, whose pictures are all drawn.
+        evaluation: whose pictures are all generated.
         metrics: the content of metrics.json.
-        before, after: `PictureMeasures` of the two sides.
+        before: measures of the pictures before the treatment.
+        after: measures of the same pictures after it.
     """
     import yaml
 
@@ -37,7 +47,7 @@ def write_report(evaluation, metrics: dict, before, after) -> None:
     report.lead(verdict(metrics))
     report.text(
         f"A picture is flagged when at least {FLAG_SHARE:.0%} of its pixels have a confidence of at least "
-        f"{FLAG_CONFIDENCE}. docs/evaluate.md says how to read each measure."
+        f"{FLAG_CONFIDENCE}. docs/evaluate.md explains each measure."
     )
     if metrics["features"]["note"] and ("fid" in metrics or "variance" in metrics):
         report.text(metrics["features"]["note"])
@@ -47,26 +57,32 @@ def write_report(evaluation, metrics: dict, before, after) -> None:
         report.heading("Per category")
         report.table(*_category_table(metrics["per_category"]))
     report.heading("Severity")
-    report.figure(_severities(before.judge.numpy(), after.judge.numpy()), "Each side sorted for itself, by the judge.")
+    severities = _severities(before.judge.numpy(), after.judge.numpy())
+    report.figure(severities, "By the judge; before and after sorted separately.")
     growth = after.judge - before.judge
     for title, severity in (
         ("The worst before, and the same after", before.judge),
-        ("What is still wrong: the worst after", after.judge),
+        ("Still wrong: the worst after", after.judge),
         ("Made worse: the largest growth of the flagged area", growth),
     ):
         worst = severity.argsort(descending=True, stable=True)[: evaluation.config.examples].tolist()
-        chosen = [number for number in worst if severity[number] > 0]
+        chosen = [index for index in worst if severity[index] > 0]
         _strips(report, title, evaluation, chosen, before.judge, after.judge)
     report.heading("Settings")
     report.code(yaml.safe_dump({"sampling": metrics["sampling"], "versions": metrics["versions"]}, sort_keys=False))
     report.write(evaluation.folder.path / "report.html")
 
 
-def print_summary(metrics: dict, output: Path) -> None:
-    """The figures that matter, for the terminal."""
+def print_measures(metrics: dict, output: Path) -> None:
+    """Print the measures to the terminal.
+
+    Args:
+        metrics: the content of metrics.json.
+        output: the folder with report.html.
+    """
     for name, before, after, note in measure_rows(metrics):
         print(f"{name:<34} {before[0]:>10} -> {after[0]:<10} {note}".rstrip())
-    print(f"look at {output / 'report.html'}")
+    print(f"report: {output / 'report.html'}")
 
 
 def measure_rows(metrics: dict) -> list[list]:
@@ -86,15 +102,15 @@ def measure_rows(metrics: dict) -> list[list]:
         variance = metrics["variance"]
         note = f"{metrics['features']['name']}; a collapsed model has little"
         if variance["before"] is None:
-            note = "no prompt was drawn twice: draw more pictures than there are prompts"
+            note = "no prompt was used twice: generate more pictures than there are prompts"
         rows.append(["within-class variance", _number(variance["before"]), _number(variance["after"]), note])
-    for key, title, form, what in (
-        ("clip_score", "CLIP score", _number, "does the picture show its prompt?"),
-        ("accuracy", "accuracy", _percent, "does the classifier see what was asked for?"),
+    for key, title, form, note in (
+        ("clip_score", "CLIP score", _number, "similarity of picture and prompt"),
+        ("accuracy", "accuracy", _percent, "share in which the classifier finds the prompt's label"),
     ):
         if key in metrics:
             values = metrics[key]
-            rows.append([title, form(values["before"]), form(values["after"]), what])
+            rows.append([title, form(values["before"]), form(values["after"]), note])
             if "clean_before" in values:
                 clean = form(values["clean_before"]), form(values["clean_after"])
                 rows.append([f"{title}, clean before", *clean, "pictures that the judge did not flag before"])
@@ -137,7 +153,7 @@ def _category_table(groups: dict) -> tuple[list, list]:
     return header, rows
 
 
-def _severities(before: np.ndarray, after: np.ndarray):
+def _severities(before: np.ndarray, after: np.ndarray) -> Figure:
     figure, (left, right) = new_figure(2, width=4.6, height=2.8)
     for values, label, colour in ((before, "before", "tab:red"), (after, "after", "tab:green")):
         left.plot(np.linspace(0, 100, len(values)), 100 * np.sort(values)[::-1], label=label, color=colour)
@@ -151,25 +167,27 @@ def _severities(before: np.ndarray, after: np.ndarray):
     return figure
 
 
-def _strips(report: Report, title: str, evaluation, numbers: list[int], before, after) -> None:
-    """A strip per picture: before, before with the judge's map, after, after with the map."""
-    if not numbers:
+def _strips(
+    report: Report, title: str, evaluation: Evaluation, indices: list[int], before: torch.Tensor, after: torch.Tensor
+) -> None:
+    """Add a strip per picture: before, before with the judge's map, after, after with the map."""
+    if not indices:
         return
     report.heading(title)
     report.text("Each strip: before, before with the judge's map in red, after, after with the map.")
     judge, sheets = evaluation.measurer.judge, []
-    for number in numbers:
+    for index in indices:
         views = []
         for side in ("before", "after"):
-            picture = evaluation.folder.pictures(side).load([number])
+            picture = evaluation.folder.pictures(side).load([index])
             confidence = diagnose_pictures(judge, picture)[0, 0].numpy()
             shown = as_hwc(picture)[0]
             views += [_sized(shown), _sized(overlay(shown, confidence))]
-        prompt = evaluation.drawn.prompt(number)
+        prompt = evaluation.plan.prompt(index)
         category = f" [{prompt.category}]" if prompt.category else ""
         caption = (
-            f"{prompt.text}{category}; seed {evaluation.config.seed + number}; flagged area "
-            f"{float(before[number]):.1%} before, {float(after[number]):.1%} after"
+            f"{prompt.text}{category}; seed {evaluation.config.seed + index}; flagged area "
+            f"{float(before[index]):.1%} before, {float(after[index]):.1%} after"
         )
         sheets.append((grid([views]), caption))
     small = max(shown.shape[:2]) <= SMALL
@@ -179,15 +197,8 @@ def _strips(report: Report, title: str, evaluation, numbers: list[int], before, 
 
 
 def _sized(picture: np.ndarray) -> np.ndarray:
-    from PIL import Image
-
     longest = max(picture.shape[:2])
-    if longest <= SMALL:
-        return enlarge(picture, max(1, SMALL // longest))
-    if longest <= LARGE:
-        return picture
-    size = tuple(max(1, round(side * LARGE / longest)) for side in picture.shape[1::-1])
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
+    return enlarge(picture, max(1, SMALL // longest)) if longest <= SMALL else shrink_to(picture, LARGE)
 
 
 def _rate(rate: dict, when: str) -> str:
@@ -195,13 +206,13 @@ def _rate(rate: dict, when: str) -> str:
     return f"{100 * rate[when]:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f})"
 
 
-def _percent(value) -> tuple[str, str]:
+def _percent(value: float | None) -> tuple[str, str]:
     return ("–" if value is None else f"{100 * value:.2f} %"), "number"
 
 
-def _number(value) -> tuple[str, str]:
+def _number(value: float | None) -> tuple[str, str]:
     return _plain(value), "number"
 
 
-def _plain(value) -> str:
+def _plain(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"

@@ -1,8 +1,8 @@
-"""An evaluation on disk: pictures as they are drawn, and what is known of each, so that no second is spent twice.
+"""An evaluation on the disk: the generated pictures and their measures, from which an interrupted one resumes.
 
 output/
   run.json                              what the pictures depend on
-  pictures/before/00000000.png …        by number; a picture's prompt and seed follow from its number
+  pictures/before/00000000.png …        by index; a picture's prompt and seed are functions of its index
   measures/run.json                     what the measures depend on beside the pictures
   measures/before/00000000-00000128.npz and .features.npy, likewise after, real, damaged
 """
@@ -27,10 +27,10 @@ SIDES = ("before", "after", "real", "damaged")
 
 
 class PictureFiles:
-    """The drawn pictures of one side, one file each.
+    """The generated pictures before or after, one file each.
 
     Args:
-        folder: where they are.
+        folder: of the files.
         picture_type: png or webp, both exact.
     """
 
@@ -38,77 +38,79 @@ class PictureFiles:
         self.folder, self.picture_type = folder, picture_type
         self.units = Units(folder, f".{picture_type}")
 
-    def path(self, number: int) -> Path:
-        return self.units.path(f"{number:08d}")
+    def path(self, index: int) -> Path:
+        """The file of the picture of this index."""
+        return self.units.path(f"{index:08d}")
 
-    def missing(self, numbers: Sequence[int]) -> list[int]:
-        """Those that are not there yet."""
-        return [number for number in numbers if not self.path(number).is_file()]
+    def missing(self, indices: Sequence[int]) -> list[int]:
+        """Those of the indices whose picture is not there yet."""
+        return [index for index in indices if not self.path(index).is_file()]
 
-    def save(self, number: int, picture: torch.Tensor) -> None:
-        """Write one picture, uint8 (3, H, W), whole or not at all."""
-        with self.units.writing(f"{number:08d}") as file:
+    def save(self, index: int, picture: torch.Tensor) -> None:
+        """Write one picture, uint8 (3, H, W), completely or not at all."""
+        with self.units.writing(f"{index:08d}") as file:
             file.write(encode_picture(picture.permute(1, 2, 0).contiguous().numpy(), self.picture_type))
 
-    def load(self, numbers: Sequence[int]) -> torch.Tensor:
-        """Pictures, uint8 (B, 3, H, W).
+    def load(self, indices: Sequence[int]) -> torch.Tensor:
+        """Read the pictures of these indices, uint8 (B, 3, H, W).
 
         Raises:
-            UserError: if one is broken, or they differ in size.
+            UserError: one is broken, or they differ in size.
         """
         pictures = []
-        for number in numbers:
-            path = self.path(number)
+        for index in indices:
+            path = self.path(index)
             try:
                 pictures.append(decode(path.read_bytes(), "RGB"))
             except ValueError as error:
-                raise UserError(f"{path}: broken ({error}); delete it, and it is drawn again") from None
+                raise UserError(f"{path}: broken ({error}); delete it, and it is generated again") from None
             if pictures[-1].shape != pictures[0].shape:
-                raise UserError(f"{path}: not of the size of the other pictures; delete it, and it is drawn again")
+                raise UserError(f"{path}: not of the size of the other pictures; delete it, and it is generated again")
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
 class FeatureFiles:
-    """Rows of features on the disk: indexing with a tensor of numbers reads those rows alone.
+    """Rows of features on the disk; indexing with a tensor of indices reads only those rows.
 
     Args:
         paths: .npy files of (·, D) float32, in order.
-        counts: rows in each.
+        counts: number of rows in each.
     """
 
     def __init__(self, paths: Sequence[Path], counts: Sequence[int]):
         self.paths = list(paths)
         self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        # A mapping holds a file open; their number is bounded.
-        self._open = functools.lru_cache(maxsize=128)(lambda place: np.load(self.paths[place], mmap_mode="r"))
+        # A memory map keeps its file open, so their number is bounded.
+        self._open = functools.lru_cache(maxsize=128)(lambda number: np.load(self.paths[number], mmap_mode="r"))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def __getitem__(self, numbers: torch.Tensor) -> torch.Tensor:
-        numbers = numbers.numpy()
-        places = np.searchsorted(self.starts, numbers, side="right") - 1
+    def __getitem__(self, indices: torch.Tensor) -> torch.Tensor:
+        indices = indices.numpy()
+        files = np.searchsorted(self.starts, indices, side="right") - 1
         rows = None
-        for place in np.unique(places):
-            here = places == place
-            part = self._open(int(place))[numbers[here] - self.starts[place]]
+        for number in np.unique(files):
+            inside = files == number
+            found = self._open(int(number))[indices[inside] - self.starts[number]]
             if rows is None:
-                rows = np.empty((len(numbers), part.shape[1]), part.dtype)
-            rows[here] = part
+                rows = np.empty((len(indices), found.shape[1]), found.dtype)
+            rows[inside] = found
         return torch.from_numpy(rows)
 
 
 class MeasureFiles:
-    """What is known of the pictures of one side, in units of some pictures.
+    """The measures of one set of pictures, in units of some pictures.
 
     Args:
-        folder: where they are.
+        folder: of the files.
     """
 
     def __init__(self, folder: Path):
         self.units = Units(folder, ".npz")
 
     def is_done(self, unit: str) -> bool:
+        """Whether the unit of this name is stored."""
         return self.units.is_done(unit)
 
     def save(self, unit: str, values: dict[str, np.ndarray]) -> None:
@@ -144,7 +146,7 @@ class MeasureFiles:
 
 
 class EvaluationFolder(RunFolder):
-    """The folder of one evaluation; pictures that were drawn otherwise are refused, measures taken otherwise deleted.
+    """The folder of one evaluation; pictures of another identity are refused, measures of another identity deleted.
 
     Args:
         output: where it is, or is to be made.
@@ -168,10 +170,10 @@ class EvaluationFolder(RunFolder):
         return MeasureFiles(self.path / MEASURES / side)
 
     def begin_measures(self, identity: dict) -> None:
-        """Delete measures that were taken otherwise; `identity` is what they depend on beside the pictures."""
+        """Delete measures of another identity; `identity` is all they depend on beside the pictures."""
         RunFolder(self.path / MEASURES, "measures", identity, dict.fromkeys(SIDES)).begin(overwrite=True)
 
     def discard_if_empty(self) -> None:
-        """Take the folder away again when not a single picture came of it."""
+        """Delete the folder if it has no picture."""
         if not (self.path / PICTURES).is_dir():
             self.remove()

@@ -1,41 +1,47 @@
-"""From what is known of each picture to the figures of a treatment."""
+"""The measures of a treatment, from those of each picture."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from diffdoctor.measures.features import blocks, frechet_distance_of_blocks, within_class_variance
+from diffdoctor.measures.features import FeatureRows, blocks, frechet_distance_of_blocks, within_class_variance
 from diffdoctor.measures.pixels import is_flagged
 from diffdoctor.measures.rates import paired_bootstrap, paired_mean, wilson_interval
 
 
 @dataclass
 class PictureMeasures:
-    """What is known of each of N pictures; None where it was not asked for.
+    """The measures of each of N pictures; None where one was not taken.
 
     Attributes:
-        judge, detector: (N,) float32, the share of a picture's pixels at a confidence of 0.5 or more.
+        judge: (N,) float32, the share of a picture's pixels that the judge flags, in [0, 1].
+        detector: (N,) float32, the share that the detector flags.
         features: (N, D), a tensor, or rows on the disk that are read when they are indexed.
         clip_score: (N,), 100 times the cosine between picture and prompt, at least 0.
-        right: (N,) bool, whether a classifier sees what the prompt asked for.
+        right: (N,) bool, whether a classifier finds the prompt's label.
     """
 
     judge: torch.Tensor | None = None
     detector: torch.Tensor | None = None
-    features: object | None = None
+    features: FeatureRows | None = None
     clip_score: torch.Tensor | None = None
     right: torch.Tensor | None = None
 
 
-def artifact_rates(before, after) -> dict:
+def artifact_rates(before: torch.Tensor, after: torch.Tensor) -> dict[str, float | list[float] | None]:
     """Shares of flagged pictures before and after, with Wilson intervals and the paired change.
 
     Args:
-        before, after: (N,) bool tensors of the same pictures.
+        before: (N,) bool, whether each picture is flagged before the treatment.
+        after: (N,) bool, the same pictures after it.
+
+    Returns:
+        `before`, `after`, their `_interval`s, and the fields of `measures.rates.paired_bootstrap`.
     """
     result = {}
     for name, flags in (("before", before), ("after", after)):
@@ -45,32 +51,41 @@ def artifact_rates(before, after) -> dict:
     return {**result, **paired_bootstrap(before.numpy(), after.numpy())}
 
 
-def summarise(before: PictureMeasures, after: PictureMeasures, labels, *, real=None, damaged=None, seed: int = 0):
-    """The figures of a treatment.
+def summarise(
+    before: PictureMeasures,
+    after: PictureMeasures,
+    labels: torch.Tensor,
+    *,
+    real: PictureMeasures | None = None,
+    damaged: PictureMeasures | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The measures of a treatment.
 
     Args:
-        before, after: of the same prompts, seeds and latents; `judge` and `detector` are needed.
-        labels: (N,) integers, what each prompt asked for.
-        real: `PictureMeasures` of real clean pictures, or None: FID's reference; its floor is the distance of two
-            random halves. Where its `judge` and `detector` are known, their rates on it are false alarms.
-        damaged: `PictureMeasures` of the real pictures with damage, or None: FID's ceiling, the detectors' hits.
+        before: pictures of the untreated pipeline; `judge` and `detector` are required.
+        after: pictures of the treated pipeline, of the same prompts, seeds and latents.
+        labels: (N,) integers, the class that each prompt names.
+        real: real clean pictures, FID's reference, whose floor is the distance of two random halves; the flagged ones
+            among them are the detectors' false alarms. None: no FID.
+        damaged: the real pictures with damage, FID's ceiling; the flagged ones among them are the detectors' hits.
         seed: of the split of `real` into halves, and of the resampling.
 
     Returns:
-        Nested numbers: `artifact_rate`, `flagged_area`, `pictures`, and as far as known `fid`, `variance`,
-        `clip_score`, `accuracy`. Everything under docs/evaluate.md's names.
+        Nested numbers under the names of docs/evaluate.md: `artifact_rate`, `flagged_area`, `pictures`, and those of
+        `fid`, `variance`, `clip_score` and `accuracy` whose inputs were measured.
     """
     flags = {
         name: (is_flagged(getattr(before, name)), is_flagged(getattr(after, name))) for name in ("judge", "detector")
     }
     metrics: dict = {"artifact_rate": {name: artifact_rates(*pair) for name, pair in flags.items()}}
-    for kind, measures in (("real", real), ("damaged", damaged)):
+    for reference, measures in (("real", real), ("damaged", damaged)):
         for name in flags:
             shares = getattr(measures, name, None)
             if shares is not None and len(shares):
                 count = int(is_flagged(shares).sum())
-                metrics["artifact_rate"][name][kind] = count / len(shares)
-                metrics["artifact_rate"][name][f"{kind}_interval"] = list(wilson_interval(count, len(shares)))
+                metrics["artifact_rate"][name][reference] = count / len(shares)
+                metrics["artifact_rate"][name][f"{reference}_interval"] = list(wilson_interval(count, len(shares)))
     metrics["flagged_area"] = {
         name: {"before": float(getattr(before, name).mean()), "after": float(getattr(after, name).mean())}
         for name in flags
@@ -92,54 +107,60 @@ def summarise(before: PictureMeasures, after: PictureMeasures, labels, *, real=N
     return metrics
 
 
-def summarise_groups(before: PictureMeasures, after: PictureMeasures, groups: list[str]) -> dict:
-    """Rates, and scores where they are known, of each group of pictures by name.
+def summarise_groups(before: PictureMeasures, after: PictureMeasures, groups: list[str]) -> dict[str, dict]:
+    """The measures of each group of pictures, without FID and variance.
 
     Args:
-        before, after: as in `summarise`.
+        before: as in `summarise`.
+        after: as in `summarise`.
         groups: N names, such as the prompts' categories.
+
+    Returns:
+        What `summarise` returns, by name of the group.
     """
     names = np.asarray(groups, dtype=object)
     result = {}
     for group in sorted(set(groups)):
         chosen = torch.from_numpy(names == group)
 
-        def part(measures, chosen=chosen):
+        def select(measures, chosen=chosen):
             fields = ("judge", "detector", "clip_score", "right")
             values = {name: getattr(measures, name) for name in fields}
             return PictureMeasures(**{k: None if v is None else v[chosen] for k, v in values.items()})
 
-        result[group] = summarise(part(before), part(after), torch.zeros(int(chosen.sum()), dtype=torch.long))
+        result[group] = summarise(select(before), select(after), torch.zeros(int(chosen.sum()), dtype=torch.long))
     return result
 
 
-def _distances(before, after, real, damaged, seed):
+def _distances(
+    before: PictureMeasures, after: PictureMeasures, real: PictureMeasures, damaged: PictureMeasures | None, seed: int
+) -> dict[str, float]:
     order = torch.randperm(len(real.features), generator=torch.Generator().manual_seed(seed))
-    half = len(order) // 2
+    middle = len(order) // 2
 
     def distance(side):
         return frechet_distance_of_blocks(blocks(real.features), blocks(side.features))
 
     result = {"before": distance(before), "after": distance(after)}
-    # In the order of the files, so that features on the disk are read from front to back.
-    halves = order[:half].sort().values, order[half:].sort().values
+    # Sorted, so that features on the disk are read in order.
+    halves = order[:middle].sort().values, order[middle:].sort().values
     result["floor"] = math.nan
-    if half >= 2:
-        result["floor"] = frechet_distance_of_blocks(*(blocks(real.features, part) for part in halves))
+    if middle >= 2:
+        result["floor"] = frechet_distance_of_blocks(*(blocks(real.features, half) for half in halves))
     if damaged is not None and damaged.features is not None:
         result["ceiling"] = distance(damaged)
     return result
 
 
-def _clip_scores(before, after, clean, seed):
+def _clip_scores(before: torch.Tensor, after: torch.Tensor, clean: torch.Tensor, seed: int) -> dict:
     result = paired_mean(before.numpy(), after.numpy(), seed=seed)
     if clean.any():
-        kept = paired_mean(before[clean].numpy(), after[clean].numpy(), seed=seed)
-        result |= {f"clean_{name}": value for name, value in kept.items()}
+        of_clean = paired_mean(before[clean].numpy(), after[clean].numpy(), seed=seed)
+        result |= {f"clean_{name}": value for name, value in of_clean.items()}
     return result
 
 
-def _accuracy(before, after, clean):
+def _accuracy(before: torch.Tensor, after: torch.Tensor, clean: torch.Tensor) -> dict:
     result = {}
     for name, right in (("before", before), ("after", after)):
         result[name] = float(right.float().mean())
