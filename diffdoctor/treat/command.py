@@ -67,7 +67,7 @@ def run_treat(config: TreatCommandConfig) -> int:
     """
     for name in ("pipeline", "detector", "prompts", "output"):
         if getattr(config, name) is None:
-            raise UserError(f"--{name}: is needed")
+            raise UserError(expected(f"--{name}", "a value", "none"))
     try:
         import diffusers  # noqa: F401
         import peft  # noqa: F401
