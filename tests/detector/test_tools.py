@@ -93,7 +93,7 @@ def test_inject_refuses_what_it_cannot_do(pictures, tmp_path):
     injected(pictures, tmp_path / "out", overwrite=True, seed=5)
     with pytest.raises(UserError, match=r"kinds: expected some of .*, got melt"):
         injected(pictures, tmp_path / "other", kinds=["melt"])
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="expected an existing file or folder"):
         injected(tmp_path / "nowhere", tmp_path / "other")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"expected pictures .* got none in this folder"):

@@ -163,7 +163,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, detector, mo
     # The first one pays for what is made once and kept.
     for count in (20, 20, 200):
         part = ShardData(tmp_path / "set")
-        for name in ("keys", "categories", "generators", "labels", "shards", "mask_max", "sizes", "places"):
+        for name in ("keys", "categories", "generators", "labels", "shards", "mask_max", "sizes", "byte_ranges"):
             setattr(part, name, getattr(data, name)[:count])
         options = {"batch_size": 8, "size": None, "strict": False}
         tracemalloc.start()

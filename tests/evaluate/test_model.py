@@ -115,7 +115,7 @@ class TestNetworks:
         pictures[1] = 51
         assert features(pictures).shape == (2, 192)
         torch.testing.assert_close(features(pictures)[1], torch.full((192,), 0.2))
-        assert "no FID in the usual sense" in features.note
+        assert "not FID in the usual sense" in features.note
         assert load_features("none") is None
 
     def test_clip_serves_as_features(self, clip_folder, monkeypatch):
@@ -132,7 +132,7 @@ class TestNetworks:
             raise AssertionError("a download was tried")
 
         monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-        with pytest.raises(UserError, match="not on this machine and are never fetched unasked: put https"):
+        with pytest.raises(UserError, match="not on this machine and are not downloaded automatically: save https"):
             load_features("inception")
         with pytest.raises(UserError, match="one of inception-64"):
             load_features("inception-100")

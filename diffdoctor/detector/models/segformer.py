@@ -12,7 +12,7 @@ from torch import nn
 from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import load_exactly
 from diffdoctor.detector.models.preprocess import PreprocessConfig
-from diffdoctor.runs.errors import UserError, expected, missing_extra
+from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
 
 if TYPE_CHECKING:
     from transformers import SegformerConfig
@@ -187,8 +187,8 @@ class ArtifactDetector(Detector):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            what = "a state dict that can be loaded with weights_only=True"
-            raise UserError(expected(path, what, f"{type(error).__name__}: {error}")) from error
+            what = "a state dict that can be loaded safely (weights_only=True)"
+            raise UserError(expected(path, what, f"{type(error).__name__}: {first_line(error)}")) from error
         if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
             raise UserError(expected(path, "a state dict of tensors", "other values"))
         state = {_rename(key, 1): value for key, value in state.items()}
