@@ -12,6 +12,8 @@ from diffdoctor.ops import checks
 from diffdoctor.ops.autograd import ArtifactLoss, guard_reference, refuse_forward_mode, refuse_functorch
 from diffdoctor.ops.prepare import round_to_fp32
 
+__all__ = ["artifact_loss"]
+
 
 def artifact_loss(
     logits: Tensor,

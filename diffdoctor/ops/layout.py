@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+__all__ = ["Packed"]
+
 ORDERS = ("c ph pw", "ph pw c")
 
 

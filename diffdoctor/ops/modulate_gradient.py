@@ -15,6 +15,8 @@ from diffdoctor.ops import checks
 from diffdoctor.ops.autograd import forbid_second_derivative, refuse_functorch
 from diffdoctor.ops.prepare import Prepared, make_options, prepare, remember
 
+__all__ = ["GradientModulator", "modulate_gradient"]
+
 _ONE = PerSample()
 _keys = itertools.count()
 _modulators: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
@@ -195,7 +197,7 @@ def scaled(grad: Tensor, confidence: Tensor, options: Options, interpolation: st
     if grad.numel() == 0:
         return grad
     grad = grad.resolve_neg()
-    module = pick(requested(None), "modulate_gradient", grad.device.type)
+    module = pick(requested(None), "modulate_gradient", grad.device.type, "weighted_loss")
     if module is None:
         probe = grad.detach().requires_grad_()
         with torch.enable_grad():

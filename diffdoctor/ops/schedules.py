@@ -10,6 +10,8 @@ from torch import Tensor
 
 from diffdoctor.ops.checks import kind_error
 
+__all__ = ["huber_schedule", "prior_preservation_weights", "snr_weights"]
+
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 _SCHEDULES = ("constant", "exponential", "snr")
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from diffdoctor.lowering.plan import MAX_TERMS
 
+__all__ = ["Target"]
+
 
 class Target:
     """The residual d = pred_scale * model_pred - sum_i coefs[i] * terms[i], built in the kernel.

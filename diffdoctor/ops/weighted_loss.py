@@ -22,6 +22,8 @@ from diffdoctor.ops.prepare import Prepared, make_options, prepare, remember
 from diffdoctor.ops.stats import LossStats
 from diffdoctor.ops.target import Target
 
+__all__ = ["weighted_loss"]
+
 _cache: dict[tuple, Prepared] = {}
 # Found in this module rather than in torch's, whose large table is in no cache after two million elements.
 _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
@@ -195,7 +197,7 @@ def _takes_short_way(problem, module, normalize) -> bool:
     """On the CPU, and in one pass: normalize takes another before, fp16 computes its gradient in backward."""
     return (
         hasattr(module, "ShortCall")
-        and module is for_device("cpu")
+        and module is for_device("cpu", "weighted_loss")
         and problem.pred.dtype != torch.float16
         and normalize is None
     )

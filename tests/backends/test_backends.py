@@ -9,7 +9,8 @@ import torch
 
 import diffdoctor
 from diffdoctor.backends import native
-from diffdoctor.backends.select import NAMES, OPS, BackendUnavailable, describe, for_device, pick, why_not
+from diffdoctor.backends.select import NAMES, BackendUnavailable, describe, for_device, pick, why_not
+from diffdoctor.ops import OPS
 from support.backends import HAS_CPU, needs_cpu
 
 
@@ -36,8 +37,8 @@ def test_without_a_gpu_the_gpu_backends_say_so():
 
 @needs_cpu
 def test_a_cpu_tensor_goes_to_the_compiled_module():
-    assert for_device("cpu").__name__ == "diffdoctor.backends.cpu.weighted_loss"
-    assert pick(None, "weighted_loss", "cpu") is for_device("cpu")
+    assert for_device("cpu", "weighted_loss").__name__ == "diffdoctor.backends.cpu.weighted_loss"
+    assert pick(None, "weighted_loss", "cpu") is for_device("cpu", "weighted_loss")
     assert pick("reference", "weighted_loss", "cpu") is None
 
 
@@ -49,7 +50,7 @@ def test_a_backend_refuses_a_tensor_on_another_device():
 
 def test_a_cuda_tensor_on_the_reference_warns_once(monkeypatch):
     module = sys.modules["diffdoctor.backends.select"]
-    monkeypatch.setattr(module, "_chosen", {"cuda": None})
+    monkeypatch.setattr(module, "_chosen", {("cuda", "weighted_loss"): None})
     monkeypatch.setattr(module, "_warned", set())
     with pytest.warns(UserWarning, match="served by the slow reference"):
         assert pick(None, "weighted_loss", "cuda") is None
@@ -89,7 +90,7 @@ def test_a_plan_that_is_known_hides_nothing(monkeypatch):
 
 
 def test_description_has_what_env_prints():
-    found = describe()
+    found = describe(OPS)
     assert set(found["backends"]) == set(NAMES)
     assert set(found["serves"]["cpu"]) == set(OPS)
     assert found["serves"]["cpu"]["weighted_loss"] == ("cpu" if HAS_CPU else "reference")
@@ -112,7 +113,7 @@ def test_description_has_what_env_prints():
 )
 def test_description_knows_the_environment_variable(monkeypatch, value, served):
     monkeypatch.setenv("DIFFDOCTOR_BACKEND", value)
-    found = describe()["serves"]["cpu"]
+    found = describe(OPS)["serves"]["cpu"]
     assert set(found) == set(OPS)
     assert all(said == served or (served.endswith(": ") and said.startswith(served)) for said in found.values())
     x = torch.ones(1, 1, 2, 2)

@@ -10,6 +10,9 @@ from hypothesis import HealthCheck, given, settings
 
 import diffdoctor
 from diffdoctor import Target
+from diffdoctor.backends import select
+from diffdoctor.backends.cuda import artifact_loss as cuda_artifact
+from diffdoctor.backends.cuda import device as cuda_device
 from diffdoctor.backends.cuda import weighted_loss as _cuda
 from diffdoctor.backends.native_call import native_plan
 from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
@@ -30,18 +33,18 @@ def shim():
 @pytest.fixture
 def cuda(shim, monkeypatch):
     """The backend's glue over the host build of its kernels, with workspaces of its own."""
-    monkeypatch.setattr(_cuda, "_native", shim)
-    monkeypatch.setattr(_cuda, "_workspaces", {})
+    monkeypatch.setattr(cuda_device, "native", shim)
+    monkeypatch.setattr(cuda_device, "_workspaces", {})
     yield _cuda
     # Every launch leaves the workspace's head as it found it.
-    assert all(not workspace[:16].any() for workspace in _cuda._workspaces.values())
+    assert all(not workspace[:16].any() for workspace in cuda_device._workspaces.values())
 
 
 @pytest.fixture
 def public(cuda, monkeypatch):
     """The public functions on CPU tensors, served by the CUDA backend."""
-    backends = importlib.import_module("diffdoctor.backends.select")  # the name in the package is the function
-    monkeypatch.setitem(backends._chosen, "cpu", cuda)
+    monkeypatch.setitem(select._chosen, ("cpu", "weighted_loss"), cuda)
+    monkeypatch.setitem(select._chosen, ("cpu", "artifact_loss"), cuda_artifact)
     # A plan holds its backend's form: those of other tests would lead around the kernels, and these around theirs.
     for name, plans in (
         ("weighted_loss", "_cache"),
@@ -118,14 +121,14 @@ def test_the_order_of_blocks_and_threads_does_not_matter(cuda, shim, case):
 def test_artifact_loss_equals_the_reference(cuda, case):
     logits = artifact.build(case)
     problem = artifact.lower(case, logits)
-    cuda.artifact_loss(problem)
+    cuda_artifact.artifact_loss(problem)
     g = torch.linspace(0.5, 1.5, logits.shape[0], dtype=problem.loss.dtype)
     g = g if case.reduction == "sample" else g[0]
     want_loss, want_grad = artifact.expected(case, logits, g)
     rtol = 1e-12 if case.dtype == F64 else 3e-6
     torch.testing.assert_close(problem.loss, want_loss, rtol=rtol, atol=rtol)
     grad = torch.full(logits.shape, float("nan"), dtype=case.dtype)
-    cuda.artifact_loss_backward(problem.kept, problem.factor, g, grad)
+    cuda_artifact.artifact_loss_backward(problem.kept, problem.factor, g, grad)
     scale = want_grad.abs().max().item()
     torch.testing.assert_close(grad, want_grad, rtol=0, atol=cases.GRAD_TOLERANCE[case.dtype] * scale + 1e-30)
 
@@ -135,7 +138,7 @@ def test_artifact_loss_shares_ties_and_passes_nan_on(cuda):
     logits = torch.zeros(case.shape)
     logits[1, 1, 2] = float("nan")
     problem = artifact.lower(case, logits)
-    cuda.artifact_loss(problem)
+    cuda_artifact.artifact_loss(problem)
     assert problem.loss[0] == 0.5
     assert problem.loss[1].isnan()
     torch.testing.assert_close((problem.kept[0] * problem.factor[0]).sum(), torch.tensor(0.25))
@@ -145,9 +148,9 @@ def test_artifact_loss_shares_ties_and_passes_nan_on(cuda):
 def test_a_nan_logit_gives_the_gradient_that_the_reference_gives(cuda, case):
     logits = artifact.build_with_nan(case)
     problem = artifact.lower(case, logits)
-    cuda.artifact_loss(problem)
+    cuda_artifact.artifact_loss(problem)
     grad = torch.empty_like(logits)
-    cuda.artifact_loss_backward(problem.kept, problem.factor, torch.ones(2), grad)
+    cuda_artifact.artifact_loss_backward(problem.kept, problem.factor, torch.ones(2), grad)
     artifact.check(case, problem.loss, grad, artifact.expected(case, logits, torch.ones(2)))
 
 
@@ -158,7 +161,7 @@ def test_a_logit_that_is_not_finite_reaches_no_neighbour_of_the_same_size(cuda, 
     logits = artifact.build(case)
     logits[0, 2, 3] = value
     problem = artifact.lower(case, logits)
-    cuda.artifact_loss(problem)
+    cuda_artifact.artifact_loss(problem)
     want, _ = artifact.expected(case, logits, torch.ones(2))
     torch.testing.assert_close(problem.loss, want, rtol=3e-6, atol=0, equal_nan=True)
 
@@ -261,9 +264,9 @@ def test_a_compiled_graph_leaves_no_workspace_behind(public, cuda):
     pred = torch.randn(2, 4, 8, 8, requires_grad=True)
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(pred)
     compiled.backward()
-    assert not cuda._workspaces
+    assert not cuda_device._workspaces
     torch.testing.assert_close(compiled, loss(pred))
-    assert len(cuda._workspaces) == 1
+    assert len(cuda_device._workspaces) == 1
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
@@ -341,10 +344,10 @@ def test_a_failed_launch_is_raised_and_forgotten(called_before, public, shim):
 
 
 def test_the_current_stream_is_used(cuda, shim, monkeypatch):
-    monkeypatch.setattr(cuda, "_stream", lambda device: 0x1234)
+    monkeypatch.setattr(cuda_device, "raw_stream", lambda device: 0x1234)
     solve(cuda, cases.build(cases.Case("")))
     assert shim.stream() == 0x1234
-    assert (torch.device("cpu"), 0x1234) in cuda._workspaces
+    assert (torch.device("cpu"), 0x1234) in cuda_device._workspaces
 
 
 def test_targets_built_in_the_kernel(public):

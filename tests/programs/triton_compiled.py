@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from diffdoctor import Packed
+from diffdoctor.backends.triton import artifact_loss as triton_artifact
 from diffdoctor.backends.triton import weighted_loss as _triton
 from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
 from support import artifact as artifact_cases
@@ -129,8 +130,8 @@ def others(few):
         case = artifact_cases.Case(method, shape=(2, 64, 64), size=(256, 256), method=method, dtype=dtype)
         logits = artifact_cases.build(case)
         problem = artifact_cases.lower(case, logits)
-        _triton.artifact_loss(problem)
-        _triton.artifact_loss_backward(problem.kept, problem.factor, torch.ones(()), torch.empty_like(logits))
+        triton_artifact.artifact_loss(problem)
+        triton_artifact.artifact_loss_backward(problem.kept, problem.factor, torch.ones(()), torch.empty_like(logits))
 
     def scale(dtype):
         grad = torch.zeros(1 << 16, dtype=dtype)

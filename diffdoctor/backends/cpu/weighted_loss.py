@@ -1,4 +1,4 @@
-"""The C++ backend for CPU tensors."""
+"""`weighted_loss` and `modulate_gradient` by the C++ of csrc/cpu."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from diffdoctor.backends import native
-from diffdoctor.backends.native_call import artifact_arguments, call_arguments, native_plan
-from diffdoctor.lowering.plan import DTYPES, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, ArtifactProblem, Problem
+from diffdoctor.backends.native_call import call_arguments, native_plan
+from diffdoctor.lowering.plan import DTYPES, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, Problem
 from diffdoctor.ops.autograd import (
     forbid_second_derivative,
     functorch_level,
@@ -26,13 +26,9 @@ _threads, _empty_like, _is_grad_enabled = torch.get_num_threads, torch.empty_lik
 _native = native.load()
 
 # What a call runs, by the names under which benchmarks count and time it.
-LAUNCHES = ("launch", "launch_scale", "weight_mean", "artifact_loss", "artifact_loss_backward")
+LAUNCHES = ("launch", "launch_scale", "weight_mean")
 if _native is not None:
     launch, launch_scale = _native.weighted_loss_cpu, _native.scale_gradient_cpu
-
-
-def unavailable() -> str | None:
-    return native.reason()
 
 
 def weighted_loss(problem: Problem) -> None:
@@ -165,22 +161,4 @@ def scale_gradient(grad: Tensor, grad_output: Tensor, out: Tensor, batch: int, c
         grad_output.data_ptr(),
         stride,
         _threads(),
-    )
-
-
-def artifact_loss(problem: ArtifactProblem) -> None:
-    _native.artifact_loss_cpu(artifact_arguments(problem), _threads())
-
-
-def artifact_loss_backward(kept: Tensor, factor: Tensor, grad_output: Tensor, out: Tensor) -> None:
-    stride = grad_output.stride(0) if grad_output.ndim else 0
-    _native.artifact_loss_backward_cpu(
-        kept.data_ptr(),
-        factor.data_ptr(),
-        grad_output.data_ptr(),
-        stride,
-        out.data_ptr(),
-        DTYPES[out.dtype],
-        kept.shape[0],
-        kept[0].numel(),
     )

@@ -10,6 +10,7 @@ import triton.language as tl
 from hypothesis import given, settings
 
 import diffdoctor
+from diffdoctor.backends.triton import artifact_loss as triton_artifact
 from diffdoctor.backends.triton import weighted_loss as _triton
 from diffdoctor.backends.triton_tiles import index_type, make_box
 from diffdoctor.kernels.common import to_storage
@@ -78,14 +79,14 @@ def test_any_weighted_loss_equals_the_reference(case):
 def test_artifact_loss_equals_the_reference(case):
     logits = artifact.build(case)
     problem = artifact.lower(case, logits)
-    _triton.artifact_loss(problem)
+    triton_artifact.artifact_loss(problem)
     g = torch.linspace(0.5, 1.5, logits.shape[0], dtype=problem.loss.dtype)
     g = g if case.reduction == "sample" else g[0]
     want_loss, want_grad = artifact.expected(case, logits, g)
     rtol = 1e-12 if case.dtype == torch.float64 else 3e-6
     torch.testing.assert_close(problem.loss, want_loss, rtol=rtol, atol=rtol)
     grad = torch.full(logits.shape, float("nan"), dtype=case.dtype)
-    _triton.artifact_loss_backward(problem.kept, problem.factor, g, grad)
+    triton_artifact.artifact_loss_backward(problem.kept, problem.factor, g, grad)
     scale = want_grad.abs().max().item()
     torch.testing.assert_close(grad, want_grad, rtol=0, atol=cases.GRAD_TOLERANCE[case.dtype] * scale + 1e-30)
 
@@ -96,7 +97,7 @@ def test_artifact_loss_without_a_gradient_visits_each_pixel_once(method):
     logits = artifact.build(case)
     problem = artifact.lower(case, logits)
     problem.kept = problem.factor = None
-    _triton.artifact_loss(problem)
+    triton_artifact.artifact_loss(problem)
     want, _ = artifact.expected(case, logits, torch.ones(2))
     torch.testing.assert_close(problem.loss, want, rtol=3e-6, atol=0)
 
@@ -105,9 +106,9 @@ def test_artifact_loss_without_a_gradient_visits_each_pixel_once(method):
 def test_a_nan_logit_gives_the_gradient_that_the_reference_gives(case):
     logits = artifact.build_with_nan(case)
     problem = artifact.lower(case, logits)
-    _triton.artifact_loss(problem)
+    triton_artifact.artifact_loss(problem)
     grad = torch.empty_like(logits)
-    _triton.artifact_loss_backward(problem.kept, problem.factor, torch.ones(2), grad)
+    triton_artifact.artifact_loss_backward(problem.kept, problem.factor, torch.ones(2), grad)
     artifact.check(case, problem.loss, grad, artifact.expected(case, logits, torch.ones(2)))
 
 
