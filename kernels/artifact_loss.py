@@ -13,7 +13,7 @@ from .common import arrives_last, as_scalar, column_sum, to_storage
 
 BLOCK = 128  # logits of a program: one per thread, each visits its window of the up-sampled map
 
-# The values of diffdoctor.lowering.plan.ARTIFACT_METHODS and REDUCTIONS.
+# The values of diffdoctor.lowering.artifact_loss.ARTIFACT_METHODS and .plan.REDUCTIONS.
 _THRESHOLD = tl.constexpr(0)
 _SUM = tl.constexpr(2)
 _MAX = tl.constexpr(3)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from diffdoctor.lowering.artifact_loss import ARTIFACT_METHODS, ArtifactProblem
 from diffdoctor.lowering.plan import (
-    ARTIFACT_METHODS,
     DTYPES,
     MAP_MODES,
     REDUCTIONS,
-    ArtifactProblem,
     MapPlan,
     PerSample,
     Plan,

@@ -79,6 +79,11 @@ def requested(backend: str | None) -> str | None:
     raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")
 
 
+def name_of(module: ModuleType) -> str:
+    """The backend that a module belongs to."""
+    return module.__name__.split(".")[-2]
+
+
 def for_device(device_type: str, op: str) -> ModuleType | None:
     """The fastest usable module that serves `op` on a type of device; None means the reference."""
     try:

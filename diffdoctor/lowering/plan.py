@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from diffdoctor.reference.grid import accumulation_dtype
+
 MAX_DIMS = 6
 MAX_TERMS = 2
 
@@ -125,6 +127,7 @@ class Problem:
     loss: Tensor | None = None  # () for mean and sum, (B,) for sample; acc_dtype
     grad: Tensor | None = None  # like pred
     sums: Tensor | None = None  # (B, SUMS), acc_dtype
+    z_is_mean: bool = False  # z.data is an output too: the mean spatial weight, filled by weight_mean before
     keeps_workspace: bool = True  # False in a compiled graph, whose memory pool may hold nothing that outlives the call
 
 
@@ -251,7 +254,7 @@ def make_plan(
         size=pad_dims(size, 1),
         ndim=ndim,
         dtype=dtype,
-        acc_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+        acc_dtype=accumulation_dtype(dtype),
         contiguous=contiguous,
         pred_strides=full[0],
         grad_strides=full[1],
@@ -265,23 +268,3 @@ def make_plan(
         grid=grid_size,
         options=options,
     )
-
-
-ARTIFACT_METHODS = {"threshold": 0, "mean": 1, "sum": 2, "max": 3}
-
-
-@dataclass(slots=True)
-class ArtifactProblem:
-    """One call of artifact_loss. Outputs are allocated and uninitialised; no size is zero."""
-
-    logits: Tensor  # (B, h, w), any strides
-    size: tuple[int, int]  # (H, W) of the up-sampled map
-    threshold: float  # already rounded to fp32
-    method: str  # a key of ARTIFACT_METHODS
-    reduction: str  # a key of REDUCTIONS
-    loss: Tensor  # () for mean and sum, (B,) for sample; acc_dtype
-    kept: Tensor | None = (
-        None  # (B, h, w) contiguous, acc_dtype: gradient of the picture's un-normalised sum; None: not wanted
-    )
-    factor: Tensor | None = None  # (B,), acc_dtype: gradient of logits = g_b * factor[b] * kept[b]
-    keeps_workspace: bool = True  # as Problem's

@@ -52,6 +52,16 @@ def check_number(name: str, value, low: float = -math.inf, high: float = math.in
     return value
 
 
+def check_bool(name: str, value) -> None:
+    if type(value) is not bool:
+        raise kind_error(name, "a bool", value)
+
+
+def check_layout(value) -> None:
+    if value is not None and not isinstance(value, Packed):
+        raise kind_error("layout", "None or a diffdoctor.Packed", value)
+
+
 def check_choice(name: str, value, allowed) -> None:
     shown = ", ".join(repr(choice) for choice in allowed)
     if value is not None and not isinstance(value, str):
@@ -87,8 +97,6 @@ def check_pred(name: str, model_pred, layout) -> None:
         raise kind_error(name, "a tensor", model_pred)
     check_dtype(name, model_pred, FLOATS)
     check_dense(name, model_pred)
-    if layout is not None and not isinstance(layout, Packed):
-        raise kind_error("layout", "None or a diffdoctor.Packed", layout)
     if layout is None and model_pred.ndim not in (3, 4, 5):
         raise ValueError(
             f"{name} must have shape (B, C, H, W), (B, C, T, H, W) or (B, N, D), got {tuple(model_pred.shape)}"
@@ -178,11 +186,11 @@ def check_weighting(value, model_pred: Tensor, layout) -> None:
     check_input("weighting", value, model_pred)
 
 
-def check_loss_type(loss_type) -> tuple[float, ...]:
-    """The strength of each loss in the order of LOSS_KINDS."""
+def check_loss_type(loss_type) -> None:
+    """The name of an element loss, or a dict of names with their weights."""
     if isinstance(loss_type, str):
         check_choice("loss_type", loss_type, LOSS_KINDS)
-        loss_type = {loss_type: 1.0}
+        return
     if not isinstance(loss_type, dict):
         raise kind_error("loss_type", f"one of {LOSS_KINDS} or a dict of their strengths", loss_type)
     if not loss_type:
@@ -190,4 +198,3 @@ def check_loss_type(loss_type) -> tuple[float, ...]:
     for name, strength in loss_type.items():
         check_choice("loss_type", name, LOSS_KINDS)
         check_number(f"loss_type[{name!r}]", strength)
-    return tuple(float(loss_type.get(name, 0.0)) for name in LOSS_KINDS)

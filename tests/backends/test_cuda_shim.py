@@ -2,7 +2,6 @@
 the trainers' formulas."""
 
 import dataclasses
-import importlib
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from diffdoctor.backends.cuda import device as cuda_device
 from diffdoctor.backends.cuda import weighted_loss as _cuda
 from diffdoctor.backends.native_call import native_plan
 from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
+from diffdoctor.ops.call import plans
 from support import artifact, case_lists, cases, search
 from support.all_formulas import FORMULAS
 from support.cuda_shim import ROOT, build_module, build_race, compiler, run
@@ -46,14 +46,10 @@ def public(cuda, monkeypatch):
     monkeypatch.setitem(select._chosen, ("cpu", "weighted_loss"), cuda)
     monkeypatch.setitem(select._chosen, ("cpu", "artifact_loss"), cuda_artifact)
     # A plan holds its backend's form: those of other tests would lead around the kernels, and these around theirs.
-    for name, plans in (
-        ("weighted_loss", "_cache"),
-        ("modulate_gradient", "_cache"),
-        ("library.weighted_loss", "_plans"),
-    ):
-        monkeypatch.setattr(importlib.import_module(f"diffdoctor.ops.{name}"), plans, {})
+    plans.clear()
     monkeypatch.delenv("DIFFDOCTOR_BACKEND", raising=False)
-    return diffdoctor
+    yield diffdoctor
+    plans.clear()
 
 
 def solve(cuda, inputs, work=WRITE_LOSS | WRITE_GRAD | WRITE_SUMS):

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from diffdoctor.backends import native
 from diffdoctor.backends.native_call import artifact_arguments
-from diffdoctor.lowering.plan import DTYPES, ArtifactProblem
+from diffdoctor.lowering.artifact_loss import ArtifactProblem
+from diffdoctor.lowering.plan import DTYPES
 
 _native = native.load()
 

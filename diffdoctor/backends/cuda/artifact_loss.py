@@ -6,7 +6,8 @@ from torch import Tensor
 
 from diffdoctor.backends.cuda import device
 from diffdoctor.backends.native_call import artifact_arguments
-from diffdoctor.lowering.plan import DTYPES, ArtifactProblem
+from diffdoctor.lowering.artifact_loss import ArtifactProblem
+from diffdoctor.lowering.plan import DTYPES
 
 
 def artifact_loss(problem: ArtifactProblem) -> None:

@@ -23,6 +23,11 @@ def weighted_loss(problem: Problem) -> None:
         device.native.weighted_loss_cuda(native_form, work, pointers, per_sample, device.address(workspace), stream)
 
 
+def bind(problem: Problem) -> None:
+    """There is no fast path here: a launch is lowered each time."""
+    return
+
+
 def weight_mean(problem: Problem, out: Tensor) -> None:
     """The mean spatial weight into `out`: (B,) per sample, (1,) over the batch."""
     plan, where = problem.plan, problem.pred.device

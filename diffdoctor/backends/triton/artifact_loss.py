@@ -8,7 +8,8 @@ from torch import Tensor
 from diffdoctor.backends.triton.weighted_loss import INTERPRETS, SCALE_BLOCK, counters, on_device
 from diffdoctor.backends.triton_tiles import ACC, LAUNCH
 from diffdoctor.kernels import artifact_loss as artifact
-from diffdoctor.lowering.plan import ARTIFACT_METHODS, REDUCTIONS, ArtifactProblem
+from diffdoctor.lowering.artifact_loss import ARTIFACT_METHODS, ArtifactProblem
+from diffdoctor.lowering.plan import REDUCTIONS
 
 
 def artifact_loss(problem: ArtifactProblem) -> None:

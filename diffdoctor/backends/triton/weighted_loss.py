@@ -92,6 +92,11 @@ def weighted_loss(problem: Problem) -> None:
         )  # fmt: skip
 
 
+def bind(problem: Problem) -> None:
+    """There is no fast path here: a launch is lowered each time."""
+    return
+
+
 def weight_mean(problem: Problem, out: Tensor) -> None:
     """The mean of ω into out: (B,) per sample, (1,) over the batch."""
     plan = problem.plan
