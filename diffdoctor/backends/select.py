@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 
 from diffdoctor.backends import native
+from diffdoctor.runs.errors import expected
 
 #: Fastest first. `reference` serves everything and comes last.
 NAMES = ("cuda", "triton", "cpu", "reference")
@@ -75,8 +76,8 @@ def requested(backend: str | None) -> str | None:
         return name
     source = "backend" if backend is not None else "DIFFDOCTOR_BACKEND"
     if not isinstance(name, str):
-        raise TypeError(f"{source} must be None or one of {', '.join(NAMES)}, got {type(name).__name__}")
-    raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")
+        raise TypeError(expected(source, f"None or one of {', '.join(NAMES)}", type(name).__name__))
+    raise ValueError(expected(source, f"one of {', '.join(NAMES)}", repr(name)))
 
 
 def name_of(module: ModuleType) -> str:

@@ -180,6 +180,5 @@ def check_inputs(inputs: Inputs, options: LossOptions) -> None:
     elif inputs.normalizer is not None:
         checks.check_number("normalizer", inputs.normalizer)
     if options.normalize is not None and inputs.normalizer is not None:
-        raise ValueError(
-            f"normalizer takes the place of normalize: give one of them, got normalize={options.normalize!r} too"
-        )
+        got = f"a normalizer beside normalize={options.normalize!r}"
+        raise checks.value_error("normalizer", "None beside normalize, whose place it takes", got)

@@ -19,6 +19,7 @@ from diffdoctor.ops.autograd import (
 )
 from diffdoctor.ops.library import artifact_loss as registered
 from diffdoctor.reference.grid import accumulation_dtype
+from diffdoctor.runs.errors import expected
 
 __all__ = ["artifact_loss"]
 
@@ -101,17 +102,17 @@ def check_arguments(logits, size, threshold, method, reduction) -> tuple[int, in
     checks.check_dtype("logits", logits, checks.FLOATS)
     checks.check_memory("logits", logits)
     if logits.ndim not in (3, 4) or (logits.ndim == 4 and logits.shape[1] != 1):
-        raise ValueError(f"logits must have shape (B, 1, h, w) or (B, h, w), got {tuple(logits.shape)}")
+        raise checks.value_error("logits", "shape (B, 1, h, w) or (B, h, w)", tuple(logits.shape))
     checks.check_number("threshold", threshold, 0.0, 1.0)
     checks.check_choice("method", method, tuple(ARTIFACT_METHODS))
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
     height, width = logits.shape[-2:]
     if height == 0 or width == 0:
-        raise ValueError(f"logits must have at least one pixel, got shape {tuple(logits.shape)}")
+        raise checks.value_error("logits", "at least one pixel", f"shape {tuple(logits.shape)}")
     if size is None:
         return height, width
     if not isinstance(size, (tuple, list, torch.Size)) or not all(type(n) is int for n in size):
-        raise TypeError(f"size must be a pair of ints (height, width) or None, got {size!r}")
+        raise TypeError(expected("size", "a pair of ints (height, width) or None", repr(size)))
     if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"size must be a pair of positive ints (height, width), got {tuple(size)}")
+        raise checks.value_error("size", "a pair of positive ints (height, width)", tuple(size))
     return size[0], size[1]
