@@ -8,6 +8,7 @@ from diffdoctor.lowering.plan import (
     MAP_MODES,
     REDUCTIONS,
     MapPlan,
+    OperandPlan,
     PerSample,
     Plan,
     Problem,
@@ -24,9 +25,6 @@ def native_plan(plan: Plan, native):
 
 def _describe(plan: Plan) -> dict:
     options = plan.options
-    weighting = None
-    if plan.weighting_strides is not None:
-        weighting = (DTYPES[plan.weighting_dtype], plan.weighting_strides)
     return {
         "batch": plan.batch,
         "count": plan.count,
@@ -34,12 +32,10 @@ def _describe(plan: Plan) -> dict:
         "ndim": plan.ndim,
         "dtype": DTYPES[plan.dtype],
         "contiguous": plan.contiguous,
-        "pred": (DTYPES[plan.dtype], plan.pred_strides),
-        "grad": (DTYPES[plan.dtype], plan.grad_strides),
-        "terms": tuple(
-            (DTYPES[dtype], strides) for dtype, strides in zip(plan.term_dtypes, plan.term_strides, strict=True)
-        ),
-        "weighting": weighting,
+        "pred": _describe_operand(plan.pred),
+        "grad": _describe_operand(plan.grad),
+        "terms": tuple(map(_describe_operand, plan.terms)),
+        "weighting": _describe_operand(plan.weighting),
         "confidence": _describe_map(plan.confidence),
         "mask": _describe_map(plan.mask),
         "coord": plan.coord,
@@ -53,6 +49,10 @@ def _describe(plan: Plan) -> dict:
         "gamma": options.gamma,
         "reduction": REDUCTIONS[options.reduction],
     }
+
+
+def _describe_operand(plan: OperandPlan | None):
+    return None if plan is None else (DTYPES[plan.dtype], plan.strides)
 
 
 def _describe_map(plan: MapPlan | None):

@@ -9,7 +9,7 @@ from math import gcd, prod
 import torch
 import triton.language as tl
 
-from diffdoctor.lowering.plan import LOSS_KINDS, MAP_MODES, MAX_DIMS, REDUCTIONS, MapPlan, Plan
+from diffdoctor.lowering.plan import LOSS_KINDS, MAP_MODES, MAX_DIMS, REDUCTIONS, MapPlan, OperandPlan, Plan
 
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 # The fusion is said aloud because Triton 3.10 changes the default; where a rounding must not depend on it there is fma.
@@ -105,9 +105,7 @@ def _in_units(groups: tuple[tuple[int, ...], ...] | None):
 
 def index_type(plan: Plan):
     """int32 where every offset within a sample, and every product of the resampling, stays far from 2³¹."""
-    operands = [plan.pred_strides, plan.grad_strides, *plan.term_strides]
-    if plan.weighting_strides is not None:
-        operands.append(plan.weighting_strides)
+    operands = [x.strides for x in (plan.pred, plan.grad, *plan.terms, plan.weighting) if x is not None]
     reach = [plan.count]
     for map_plan in (plan.confidence, plan.mask):
         if map_plan is None:
@@ -134,9 +132,14 @@ def _kind(map_plan: MapPlan | None) -> int:
     return _SAME if map_plan.mode == "same" else _RESAMPLED
 
 
-def _strides(plan: Plan, box: Box, strides) -> tuple[tuple[int, ...], ...] | None:
-    """An operand's strides (batch first) by group; None for one that is not there."""
-    return None if strides is None else _grouped(plan, box, strides[1:])
+def _strides(plan: Plan, box: Box, operand: OperandPlan | MapPlan | None) -> tuple[tuple[int, ...], ...] | None:
+    """An operand's strides by group; None for one that is not there."""
+    return None if operand is None else _grouped(plan, box, operand.strides[1:])
+
+
+def _operands(plan: Plan) -> tuple[OperandPlan | None, ...]:
+    """model_pred, its gradient and the terms, None for a term that is not there."""
+    return (plan.pred, plan.grad, *(*plan.terms, None, None)[:2])
 
 
 def map_arguments(plan: Plan, box: Box) -> dict:
@@ -144,13 +147,11 @@ def map_arguments(plan: Plan, box: Box) -> dict:
     options = plan.options
     maps = (plan.confidence, plan.mask)
     resampled = [map_plan.mode for map_plan in maps if _kind(map_plan) == _RESAMPLED]
-    operands = (plan.pred_strides, plan.grad_strides, *(*plan.term_strides, None, None)[:2], plan.weighting_strides)
-    batch_strides = [0 if strides is None else strides[0] for strides in operands]
-    batch_strides += [0 if map_plan is None else map_plan.strides[0] for map_plan in maps]
+    operands = (*_operands(plan), plan.weighting, *maps)
     arguments = {
         "sizes": tuple(tuple(plan.size[d] for d in group) or (1,) for group in box.groups),
         "coords": tuple(_grouped(plan, box, axis) for axis in plan.coord) if resampled else None,
-        "batch_strides": tuple(batch_strides),
+        "batch_strides": tuple(0 if operand is None else operand.strides[0] for operand in operands),
         "map_grid": plan.grid if resampled else None,
         "mode": MAP_MODES[resampled[0]] if resampled else 0,
         "clean_weight": options.clean_weight,
@@ -165,7 +166,7 @@ def map_arguments(plan: Plan, box: Box) -> dict:
     }
     for name, map_plan in (("confidence", plan.confidence), ("mask", plan.mask)):
         kind = arguments[name.upper()] = _kind(map_plan)
-        arguments[f"{name}_strides"] = _strides(plan, box, map_plan.strides) if kind == _SAME else None
+        arguments[f"{name}_strides"] = _strides(plan, box, map_plan) if kind == _SAME else None
         arguments[f"{name}_axes"] = _axes(plan, map_plan)
     return arguments
 
@@ -178,7 +179,7 @@ def loss_arguments(plan: Plan, box: Box) -> dict:
     arguments = {
         **map_arguments(plan, box),
         **dict(zip(LOSS_KINDS, options.strength, strict=True)),
-        "weighting_strides": _strides(plan, box, plan.weighting_strides),
+        "weighting_strides": _strides(plan, box, plan.weighting),
         "outer_count": counts[0][0],
         "free_count": counts[1][0],
         "inner_count": counts[2][0],
@@ -196,9 +197,8 @@ def loss_arguments(plan: Plan, box: Box) -> dict:
         "BLOCK_FREE": box.block[1],
         "BLOCK_INNER": box.block[2],
     }
-    operands = (plan.pred_strides, plan.grad_strides, *(*plan.term_strides, None, None)[:2])
-    for name, strides in zip(("pred", "grad", "term0", "term1"), operands, strict=True):
-        arguments[f"{name}_strides"], arguments[f"{name.upper()}_UNITS"] = _in_units(_strides(plan, box, strides))
+    for name, operand in zip(("pred", "grad", "term0", "term1"), _operands(plan), strict=True):
+        arguments[f"{name}_strides"], arguments[f"{name.upper()}_UNITS"] = _in_units(_strides(plan, box, operand))
     return arguments
 
 

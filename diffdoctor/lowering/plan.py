@@ -35,6 +35,14 @@ Strides = tuple[int, int, int, int, int, int, int]  # batch, then the six iterat
 
 
 @dataclass(frozen=True, slots=True)
+class OperandPlan:
+    """How a tensor lies over the iteration space."""
+
+    dtype: torch.dtype
+    strides: Strides
+
+
+@dataclass(frozen=True, slots=True)
 class MapPlan:
     """How a confidence or mask reaches the grid."""
 
@@ -76,12 +84,10 @@ class Plan:
     dtype: torch.dtype  # model_pred's, and its gradient's
     acc_dtype: torch.dtype  # float64 for float64, else float32
     contiguous: bool  # pred, grad and every term are dense within a sample, in the order of `size`
-    pred_strides: Strides
-    grad_strides: Strides
-    term_dtypes: tuple[torch.dtype, ...]
-    term_strides: tuple[Strides, ...]
-    weighting_dtype: torch.dtype | None
-    weighting_strides: Strides | None
+    pred: OperandPlan
+    grad: OperandPlan
+    terms: tuple[OperandPlan, ...]
+    weighting: OperandPlan | None
     confidence: MapPlan | None
     mask: MapPlan | None
     coord: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -256,12 +262,10 @@ def make_plan(
         dtype=dtype,
         acc_dtype=accumulation_dtype(dtype),
         contiguous=contiguous,
-        pred_strides=full[0],
-        grad_strides=full[1],
-        term_dtypes=tuple(kind for kind, _ in terms),
-        term_strides=tuple(full[2 : 2 + len(terms)]),
-        weighting_dtype=None if weighting is None else weighting[0],
-        weighting_strides=None if weighting is None else full[2 + len(terms)],
+        pred=OperandPlan(dtype, full[0]),
+        grad=OperandPlan(dtype, full[1]),
+        terms=tuple(OperandPlan(kind, strides) for (kind, _), strides in zip(terms, full[2:], strict=False)),
+        weighting=None if weighting is None else OperandPlan(weighting[0], full[2 + len(terms)]),
         confidence=planned[0],
         mask=planned[1],
         coord=tuple(padded[-3:]) if resampled else (no_coord, no_coord, no_coord),

@@ -121,5 +121,5 @@ def prepare(inputs: Inputs, options: LossOptions) -> CachedPlan:
         options.for_plan(),
     )
     # empty_like is dense as a whole, so a batch stride of `count` means that each sample is one run of memory.
-    runs = (plan.batch, plan.count) if plan.batch == 1 or plan.grad_strides[0] == plan.count else None
+    runs = (plan.batch, plan.count) if plan.batch == 1 or plan.grad.strides[0] == plan.count else None
     return CachedPlan(options, plan, per_sample, runs)

@@ -14,7 +14,7 @@ from diffdoctor.backends.cuda import artifact_loss as cuda_artifact
 from diffdoctor.backends.cuda import device as cuda_device
 from diffdoctor.backends.cuda import weighted_loss as _cuda
 from diffdoctor.backends.native_call import native_plan
-from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
+from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, OperandPlan
 from diffdoctor.ops.call import plans
 from support import artifact, case_lists, cases, search
 from support.all_formulas import FORMULAS
@@ -221,10 +221,10 @@ def test_usual_layouts_move_sixteen_bytes(cuda, shim, case_id):
 def test_offsets_beyond_two_to_the_thirty_one(cuda, shim):
     plan, _, _ = describe(shim, cases.Case("", shape=(1, 4, 8, 8), confidence=((1, 8, 8), F32)))
     pixels = 1 << 31
-    strides = (4 * pixels, 0, 0, 0, 0, pixels, 1)
+    operand = OperandPlan(F32, (4 * pixels, 0, 0, 0, 0, pixels, 1))
     huge = dataclasses.replace(
-        plan, count=4 * pixels, size=(1, 1, 1, 1, 4, pixels), ndim=2, pred_strides=strides, grad_strides=strides,
-        term_strides=(strides,), confidence=dataclasses.replace(plan.confidence, strides=(pixels, 0, 0, 0, 0, 0, 1)),
+        plan, count=4 * pixels, size=(1, 1, 1, 1, 4, pixels), ndim=2, pred=operand, grad=operand, terms=(operand,),
+        confidence=dataclasses.replace(plan.confidence, strides=(pixels, 0, 0, 0, 0, 0, 1)),
         cache={},
     )  # fmt: skip
     native = native_plan(huge, shim)

@@ -257,5 +257,5 @@ def test_the_index_type_follows_the_reach():
     inputs = cases.build(cases.Case("small", confidence=((2, 50, 70), torch.float32)))
     plan = cases.lower(inputs).plan
     assert index_type(plan) is tl.int32
-    wide = dataclasses.replace(plan, pred_strides=(0, *(2**30 for _ in plan.size)))
+    wide = dataclasses.replace(plan, pred=dataclasses.replace(plan.pred, strides=(0, *(2**30 for _ in plan.size))))
     assert index_type(wide) is tl.int64
