@@ -35,13 +35,13 @@ class Box:
 
 
 def make_box(plan: Plan) -> Box:
-    """The free dims are the longest run along which every map is constant; without maps all but the last of several."""
-    dims = tuple(range(MAX_DIMS - plan.ndim, MAX_DIMS))
-    maps = [map_plan for map_plan in (plan.confidence, plan.mask) if map_plan is not None]
-    begin, end = _longest_run([all(_constant(plan, map_plan, d) for map_plan in maps) for d in dims], plan, dims)
+    """Free are the plan's free dims; without maps all dims but the last of several."""
+    dims = range(MAX_DIMS - plan.ndim, MAX_DIMS)
+    maps = plan.confidence is not None or plan.mask is not None
+    begin, end = plan.free_dims
     if not maps and len(dims) > 1:
         end -= 1
-    groups = (dims[:begin], dims[begin:end], dims[end:])
+    groups = (tuple(range(dims[0], begin)), tuple(range(begin, end)), tuple(range(max(end, dims[0]), MAX_DIMS)))
     count = tuple(prod(plan.size[d] for d in group) for group in groups)
     n_outer, n_free, n_inner = count
     tile = 256 if plan.batch * plan.count <= 1 << 18 else 1024
@@ -54,24 +54,6 @@ def make_box(plan: Plan) -> Box:
     walks = min(free_blocks, max(1, (1024 if maps else 8192) // (spots * plan.batch)))
     steps = -(-free_blocks // walks)
     return Box(groups, count, (outer, free, inner), inner_blocks, spots, -(-free_blocks // steps), steps)
-
-
-def _constant(plan: Plan, map_plan: MapPlan, d: int) -> bool:
-    if map_plan.mode == "same":
-        return map_plan.strides[1 + d] == 0
-    return all(axis[d] == 0 for axis in plan.coord)
-
-
-def _longest_run(free: list[bool], plan: Plan, dims: tuple[int, ...]) -> tuple[int, int]:
-    """[begin, end) of the run of True with most elements; (0, 0) where there is none."""
-    best, most, begin = (0, 0), 0, 0
-    for d in range(len(dims) + 1):
-        if d == len(dims) or not free[d]:
-            size = prod(plan.size[k] for k in dims[begin:d])
-            if d > begin and size > most:
-                best, most = (begin, d), size
-            begin = d + 1
-    return best
 
 
 def _block(n: int, limit: int) -> int:

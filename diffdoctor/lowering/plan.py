@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
@@ -92,6 +93,11 @@ class Plan:
     mask: MapPlan | None
     coord: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     grid: tuple[int, int, int]
+    map_varies: tuple[bool, ...]  # along which of the six dims confidence or mask changes
+    # Dims [begin, end): the run with most elements along which neither changes; in the second, nor does `weighting`.
+    # What lies outside is "outer", what lies inside "inner"; (0, 0) where there is no such run.
+    free_dims: tuple[int, int]
+    free_dims_weighted: tuple[int, int]
     options: Options
     cache: dict = field(default_factory=dict, compare=False, hash=False)  # a backend may keep its own form here
 
@@ -159,6 +165,18 @@ def pad_dims(values: list[int], fill: int) -> tuple[int, ...]:
     return (fill,) * (MAX_DIMS - len(values)) + tuple(values)
 
 
+def longest_run(varies: tuple[bool, ...], size: tuple[int, ...], first: int) -> tuple[int, int]:
+    """Dims [begin, end) of the run without `varies` that has most elements, from `first` on; (0, 0) for none."""
+    best, most, begin = (0, 0), 0, first
+    for end in range(first, MAX_DIMS + 1):
+        if end == MAX_DIMS or varies[end]:
+            elements = prod(size[begin:end])
+            if end > begin and elements > most:
+                best, most = (begin, end), elements
+            begin = end + 1
+    return best
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """The logical grid (B, C, T, H, W) of a call and the patch size p: y = h p + ph, x = w p + pw."""
@@ -188,6 +206,15 @@ class MapMeta:
     dtype: torch.dtype
     size: tuple[int, int, int]
     strides: tuple[int, int, int, int]
+
+
+def map_columns(maps: list[MapPlan | None], coord) -> list[tuple[int, ...]]:
+    """What the maps' reading advances by along the six dims: strides, or grid positions where one is resampled."""
+    columns = []
+    for plan in maps:
+        if plan is not None:
+            columns += [plan.strides[1:]] if plan.mode == "same" else coord
+    return columns
 
 
 def make_plan(
@@ -254,10 +281,18 @@ def make_plan(
         strides = full[index] if mode == "same" else (meta.strides[0], 0, 0, 0, 0, 0, 0)
         planned.append(MapPlan(meta.dtype, mode, strides, meta.size, meta.strides[1:]))
     no_coord = (0,) * MAX_DIMS
+    coord = tuple(padded[-3:]) if resampled else (no_coord, no_coord, no_coord)
+    varies = tuple(any(along) for along in zip(*map_columns(planned, coord), no_coord, strict=True))
+    weighted = varies
+    if weighting is not None:
+        along = full[2 + len(terms)][1:]
+        weighted = tuple(bool(changes or step) for changes, step in zip(varies, along, strict=True))
+    size, first = pad_dims(size, 1), MAX_DIMS - ndim
+    free = longest_run(varies, size, first)
     return Plan(
         batch=grid.batch,
         count=count,
-        size=pad_dims(size, 1),
+        size=size,
         ndim=ndim,
         dtype=dtype,
         acc_dtype=accumulation_dtype(dtype),
@@ -268,7 +303,10 @@ def make_plan(
         weighting=None if weighting is None else OperandPlan(weighting[0], full[2 + len(terms)]),
         confidence=planned[0],
         mask=planned[1],
-        coord=tuple(padded[-3:]) if resampled else (no_coord, no_coord, no_coord),
+        coord=coord,
         grid=grid_size,
+        map_varies=varies,
+        free_dims=free,
+        free_dims_weighted=free if weighted == varies else longest_run(weighted, size, first),
         options=options,
     )
