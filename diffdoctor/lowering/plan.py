@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffdoctor.reference.grid import accumulation_dtype
+from diffdoctor.reference.losses import ELEMENT_LOSSES
 
 MAX_DIMS = 6
 MAX_TERMS = 2
@@ -26,7 +27,7 @@ DTYPES = {
     torch.uint8: 4,
     torch.bool: 5,
 }
-LOSS_KINDS = ("l2", "l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh")
+LOSS_KINDS = tuple(ELEMENT_LOSSES)  # as DD_ELEMENT_LOSSES in csrc/common/losses.h lists them
 REDUCTIONS = {"mean": 0, "sample": 1, "sum": 2}
 MAP_MODES = {"same": 1, "area": 2, "bilinear": 3, "nearest": 4, "nearest-exact": 5}
 WRITE_LOSS, WRITE_GRAD, WRITE_SUMS = 1, 2, 4
@@ -64,7 +65,7 @@ class Options:
     clean_grad: float = 1.0
     threshold: float = 0.0
     gamma: float = 1.0
-    strength: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # in the order of LOSS_KINDS
+    strength: tuple[float, ...] = (1.0, *(0.0 for _ in LOSS_KINDS[1:]))  # in the order of LOSS_KINDS; l2 alone
     reduction: str = "mean"
 
 
