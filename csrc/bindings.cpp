@@ -2,9 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "common/params.h"
+#include "bind/weighted_loss.h"
+#include "common/weighted_loss_params.h"
 #include "cpu/cpu.h"
-#include "native_plan.h"
 
 #if defined(DIFFDOCTOR_CUDA)
 #include "bindings_cuda.h"

@@ -6,8 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "bind/weighted_loss.h"
 #include "cuda/launches.h"
-#include "native_plan.h"
 
 namespace diffdoctor {
 

@@ -3,8 +3,8 @@
 
 #include <cmath>
 
-#include "params.h"
-#include "platform.h"
+#include "common/platform.h"
+#include "common/weighted_loss_params.h"
 
 namespace diffdoctor {
 

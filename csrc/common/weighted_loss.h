@@ -3,11 +3,11 @@
 
 #include <cmath>
 
-#include "dtype.h"
-#include "losses.h"
-#include "params.h"
-#include "platform.h"
-#include "resample.h"
+#include "common/dtype.h"
+#include "common/losses.h"
+#include "common/platform.h"
+#include "common/resample.h"
+#include "common/weighted_loss_params.h"
 
 namespace diffdoctor {
 

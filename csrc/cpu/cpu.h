@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/params.h"
+#include "common/weighted_loss_params.h"
 
 namespace diffdoctor {
 namespace cpu {

@@ -1,7 +1,7 @@
 // The kernels built for each instruction set, and the choice between them.
 #pragma once
 
-#include "common/params.h"
+#include "common/weighted_loss_params.h"
 
 #define DD_DECLARE_KERNELS(ISA)                                                                                 \
   namespace ISA {                                                                                               \

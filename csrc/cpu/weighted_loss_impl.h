@@ -4,8 +4,8 @@
 
 #include <cstdlib>
 
-#include "cpu/block_loss.h"
 #include "cpu/parallel.h"
+#include "cpu/tiles/block_loss.h"
 
 namespace diffdoctor {
 namespace {

@@ -2,11 +2,11 @@
 // in registers. Each logit gathers its own gradient from the pixels it touches, so nothing is added atomically.
 #include <cuda_runtime.h>
 
-#include "../common/resample.h"
-#include "launch.cuh"
-#include "launches.h"
-#include "reduce.cuh"
-#include "tiling.h"
+#include "common/resample.h"
+#include "cuda/launch.cuh"
+#include "cuda/launches.h"
+#include "cuda/reduce.cuh"
+#include "cuda/tiling.h"
 
 namespace diffdoctor::cuda {
 namespace {

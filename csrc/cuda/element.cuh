@@ -2,8 +2,8 @@
 // branches cost once per N elements.
 #pragma once
 
-#include "../common/losses.h"
-#include "../common/weighted_loss.h"
+#include "common/losses.h"
+#include "common/weighted_loss.h"
 
 namespace diffdoctor::cuda {
 

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "../common/params.h"
+#include "common/weighted_loss_params.h"
 
 namespace diffdoctor::cuda {
 

@@ -2,10 +2,10 @@
 // whose kept gradient may be scaled in place, and artifact_loss, which keeps fp32 and has a factor of its own.
 #include <cuda_runtime.h>
 
-#include "launch.cuh"
-#include "launches.h"
-#include "tiling.h"
-#include "vector.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/launches.h"
+#include "cuda/tiling.h"
+#include "cuda/vector.cuh"
 
 namespace diffdoctor::cuda {
 namespace {

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "../common/weighted_loss.h"
-#include "tiling.h"
+#include "common/weighted_loss.h"
+#include "cuda/tiling.h"
 
 namespace diffdoctor::cuda {
 

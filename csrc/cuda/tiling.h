@@ -12,8 +12,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../common/params.h"
-#include "../common/platform.h"
+#include "common/platform.h"
+#include "common/weighted_loss_params.h"
 
 namespace diffdoctor::cuda {
 

@@ -2,11 +2,11 @@
 // divides.
 #include <cuda_runtime.h>
 
-#include "launch.cuh"
-#include "launches.h"
-#include "reduce.cuh"
-#include "spatial.cuh"
-#include "tiling.h"
+#include "cuda/launch.cuh"
+#include "cuda/launches.h"
+#include "cuda/reduce.cuh"
+#include "cuda/spatial.cuh"
+#include "cuda/tiling.h"
 
 namespace diffdoctor::cuda {
 namespace {

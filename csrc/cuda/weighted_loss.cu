@@ -1,13 +1,13 @@
 // weighted_loss: the loss, its gradient and the sums behind LossStats in one launch.
 #include <cuda_runtime.h>
 
-#include "element.cuh"
-#include "launch.cuh"
-#include "launches.h"
-#include "reduce.cuh"
-#include "spatial.cuh"
-#include "tiling.h"
-#include "vector.cuh"
+#include "cuda/element.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/launches.h"
+#include "cuda/reduce.cuh"
+#include "cuda/spatial.cuh"
+#include "cuda/tiling.h"
+#include "cuda/vector.cuh"
 
 namespace diffdoctor::cuda {
 namespace {

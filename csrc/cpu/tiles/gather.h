@@ -1,7 +1,7 @@
 // Blocks gathered into and scattered from buffers that stay in the first-level cache, for operands of any strides.
 #pragma once
 
-#include "cpu/blocks.h"
+#include "cpu/tiles/blocks.h"
 
 namespace diffdoctor {
 namespace {

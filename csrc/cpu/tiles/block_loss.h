@@ -1,8 +1,8 @@
 // One block of weighted_loss: its operands as runs of memory, computed where they lie or through short buffers.
 #pragma once
 
-#include "cpu/l2.h"
-#include "cpu/sums.h"
+#include "cpu/tiles/l2.h"
+#include "cpu/tiles/sums.h"
 
 namespace diffdoctor {
 namespace {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/resample.h"
-#include "cpu/gather.h"
+#include "cpu/tiles/gather.h"
 
 namespace diffdoctor {
 namespace {

@@ -1,5 +1,5 @@
-// From Python's plan (diffdoctor/backends/native_call.py) to the C++ structs: the static half once per plan, addresses and
-// per-sample numbers per call.
+// From Python's plan (diffdoctor/backends/native_call.py) to the C++ structs: the static half once per plan, addresses
+// and per-sample numbers per call.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,7 +10,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "common/params.h"
+#include "common/weighted_loss_params.h"
 
 namespace diffdoctor {
 

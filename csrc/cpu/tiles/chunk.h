@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/losses.h"
-#include "cpu/map_rows.h"
+#include "cpu/tiles/map_rows.h"
 #include "cpu/vector_math.h"
 
 namespace diffdoctor {
