@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "common/platform.h"
-#include "common/weighted_loss_params.h"
+#include "common/types.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>

@@ -5,7 +5,7 @@
 
 #include "common/dtype.h"
 #include "common/platform.h"
-#include "common/weighted_loss_params.h"
+#include "common/types.h"
 
 namespace diffdoctor {
 

@@ -8,7 +8,7 @@
 #include <cstring>
 
 #include "common/dtype.h"
-#include "common/weighted_loss_params.h"
+#include "common/types.h"
 
 namespace diffdoctor::cuda {
 
