@@ -1,4 +1,4 @@
-"""How the Triton kernels walk a plan: tiles, strides by group, and the arguments that launches of one plan share."""
+"""How the Triton kernels go over a plan: tiles, strides by group, and the arguments that launches of one plan share."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from math import gcd, prod
 import torch
 import triton.language as tl
 
+from diffdoctor.kernels.element_loss import STRENGTHS
 from diffdoctor.lowering.plan import LOSS_KINDS, MAP_MODES, MAX_DIMS, REDUCTIONS, MapPlan, OperandPlan, Plan
 
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
-# The fusion is said aloud because Triton 3.10 changes the default; where a rounding must not depend on it there is fma.
+# Fusion is set explicitly because Triton 3.10 changes the default; where a rounding must not depend on it there is fma.
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
 _ABSENT, _SAME, _RESAMPLED = 0, 1, 2  # kernels/resample.py
 
@@ -25,13 +26,13 @@ class Box:
     count: tuple[int, int, int]  # elements of each group
     block: tuple[int, int, int]
     inner_blocks: int
-    spots: int  # tiles of outer × inner positions
-    walks: int  # programs that share one spot's free positions ...
+    tiles: int  # of outer × inner positions
+    splits: int  # programs that share one tile's free positions ...
     steps: int  # ... and the blocks of them that each visits
 
     @property
     def programs(self) -> int:
-        return self.spots * self.walks
+        return self.tiles * self.splits
 
 
 def make_box(plan: Plan) -> Box:
@@ -44,16 +45,16 @@ def make_box(plan: Plan) -> Box:
     groups = (tuple(range(dims[0], begin)), tuple(range(begin, end)), tuple(range(max(end, dims[0]), MAX_DIMS)))
     count = tuple(prod(plan.size[d] for d in group) for group in groups)
     n_outer, n_free, n_inner = count
-    tile = 256 if plan.batch * plan.count <= 1 << 18 else 1024
-    inner = _block(n_inner, tile)
-    free = _block(n_free, tile // inner)
-    outer = _block(n_outer, tile // (inner * free))
+    elements = 256 if plan.batch * plan.count <= 1 << 18 else 1024
+    inner = _block(n_inner, elements)
+    free = _block(n_free, elements // inner)
+    outer = _block(n_outer, elements // (inner * free))
     inner_blocks = -(-n_inner // inner)
-    spots = -(-n_outer // outer) * inner_blocks
+    tiles = -(-n_outer // outer) * inner_blocks
     free_blocks = -(-n_free // free)
-    walks = min(free_blocks, max(1, (1024 if maps else 8192) // (spots * plan.batch)))
-    steps = -(-free_blocks // walks)
-    return Box(groups, count, (outer, free, inner), inner_blocks, spots, -(-free_blocks // steps), steps)
+    splits = min(free_blocks, max(1, (1024 if maps else 8192) // (tiles * plan.batch)))
+    steps = -(-free_blocks // splits)
+    return Box(groups, count, (outer, free, inner), inner_blocks, tiles, -(-free_blocks // steps), steps)
 
 
 def _block(n: int, limit: int) -> int:
@@ -157,17 +158,18 @@ def loss_arguments(plan: Plan, box: Box) -> dict:
     """What launches of weighted_loss_kernel on one plan share."""
     options = plan.options
     plain = not any(options.strength[1:])
+    strengths = (*options.strength, *(0.0 for _ in range(STRENGTHS - len(LOSS_KINDS))))
     counts, count_units = _in_units(tuple((n,) for n in box.count))
     arguments = {
         **map_arguments(plan, box),
-        **dict(zip(LOSS_KINDS, options.strength, strict=True)),
+        **{f"strength{k}": value for k, value in enumerate(strengths)},
         "weighting_strides": _strides(plan, box, plan.weighting),
         "outer_count": counts[0][0],
         "free_count": counts[1][0],
         "inner_count": counts[2][0],
         "COUNT_UNITS": count_units,
         "programs": box.programs,
-        "walks": box.walks,
+        "splits": box.splits,
         "steps": box.steps,
         "inner_blocks": box.inner_blocks,
         "reduction": REDUCTIONS[options.reduction],
@@ -185,7 +187,7 @@ def loss_arguments(plan: Plan, box: Box) -> dict:
 
 
 def mean_arguments(plan: Plan, box: Box) -> dict:
-    """What launches of weight_mean_kernel on one plan share: it walks no free positions, so it has tiles of its own."""
+    """What launches of weight_mean_kernel on one plan share; its tiles have no free positions."""
     inner = _block(box.count[2], 1024)
     outer = _block(box.count[0], 1024 // inner)
     inner_blocks = -(-box.count[2] // inner)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffdoctor.backends.triton.weighted_loss import INTERPRETS, SCALE_BLOCK, counters, on_device
+from diffdoctor.backends.triton.launch import INTERPRETS, SCALE_BLOCK, counters, on_device
 from diffdoctor.backends.triton_tiles import ACC, LAUNCH
 from diffdoctor.kernels import artifact_loss as artifact
 from diffdoctor.lowering.artifact_loss import ARTIFACT_METHODS, ArtifactProblem

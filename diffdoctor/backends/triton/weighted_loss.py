@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
+from diffdoctor.backends.triton.launch import INTERPRETS, SCALE_BLOCK, counters, on_device
 from diffdoctor.backends.triton_tiles import LAUNCH, loss_arguments, make_box, mean_arguments
 from diffdoctor.kernels import weighted_loss as weighted
-from diffdoctor.kernels.common import interprets
 from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, PerSample, Plan, Problem
-
-INTERPRETS = interprets(weighted.weighted_loss_kernel)
-SCALE_BLOCK = 2048
 
 
 def _prepared(plan: Plan, arguments) -> dict:
@@ -25,45 +20,27 @@ def _prepared(plan: Plan, arguments) -> dict:
     return kept
 
 
-def on_device(tensor: Tensor):
-    """Launches go to the current device; make it the tensor's."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
+def pack_per_sample(entries: tuple[PerSample | None, ...], placeholder: Tensor) -> tuple[tuple[Tensor, ...], int, int]:
+    """Per-sample numbers as the kernel takes them.
 
+    Args:
+        entries: in the kernel's order; None for one that is not there.
+        placeholder: given as the pointer of a number that is no tensor.
 
-_counters: dict[tuple[int, int], Tensor] = {}
-
-
-def counters(device: torch.device, count: int, keep: bool) -> Tensor:
-    """At least `count` int32 zeros for the current stream of the current device.
-
-    Kernels leave them at zero, so they are cleared once and kept. A graph under capture gets its own: it may be
-    replayed on another stream than the one that captured it. So does a compiled graph (`keep` is False): under
-    mode="reduce-overhead" it first runs in its graphs' memory pool, which may hold nothing that outlives the call.
+    Returns:
+        The pointers, a bit for each entry that is a tensor, and one for each of those with one number per sample.
     """
-    if not keep or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    kept = _counters.get(key)
-    if kept is None or kept.numel() < count:
-        kept = _counters[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-    return kept
-
-
-def _numbers(entries: tuple[PerSample | None, ...], stand_in: Tensor):
-    """Pointers of the per-sample numbers, which of them are tensors, and which of those have one entry per sample."""
-    given = strided = 0
+    tensor_bits = batched_bits = 0
     pointers = []
     for k, entry in enumerate(entries):
-        data = stand_in if entry is None or entry.data is None else entry.data
-        if data is not stand_in:
-            given |= 1 << k
+        data = placeholder if entry is None or entry.data is None else entry.data
+        if data is not placeholder:
+            tensor_bits |= 1 << k
             if data.shape[0] > 1 and data.stride(0) != 0:
-                strided |= 1 << k
+                batched_bits |= 1 << k
                 data = data.contiguous()
         pointers.append(data)
-    return tuple(pointers), given, strided
+    return tuple(pointers), tensor_bits, batched_bits
 
 
 def weighted_loss(problem: Problem) -> None:
@@ -74,21 +51,21 @@ def weighted_loss(problem: Problem) -> None:
     columns = 8 if problem.work & WRITE_SUMS else 1
     reduces = problem.work & (WRITE_LOSS | WRITE_SUMS)
     with on_device(problem.pred):
-        room = plan.batch * (shared["programs"] * columns + 1) if reduces else 1
-        partial = torch.empty(room, dtype=plan.acc_dtype, device=device)
+        partial_size = plan.batch * (shared["programs"] * columns + 1) if reduces else 1
+        partial = torch.empty(partial_size, dtype=plan.acc_dtype, device=device)
         coefs = (*problem.coefs, None, None)[:2]
         entries = (problem.pred_scale, *coefs, problem.huber_c, problem.weight, problem.z, problem.grad_output)
-        pointers, given, strided = _numbers(entries, partial)
+        pointers, tensor_bits, batched_bits = pack_per_sample(entries, partial)
         values = [1.0 if entry is None else entry.value for entry in entries]
         terms = (*problem.terms, None, None)[:2]
         zeros = counters(device, plan.batch + 1, problem.keeps_workspace) if reduces else None
         weighted.weighted_loss_kernel[(plan.batch * shared["programs"],)](
             problem.pred, problem.grad, *terms, problem.weighting, problem.confidence, problem.mask,
-            problem.loss if problem.work & WRITE_LOSS else None, problem.sums, partial, zeros, pointers, given=given,
-            strided=strided, pred_scale=values[0], coef0=values[1], coef1=values[2], huber_c=values[3],
-            weight=values[4], z=values[5], grad_output=values[6], LOSS=bool(problem.work & WRITE_LOSS),
-            GRAD=bool(problem.work & WRITE_GRAD), SUMS=bool(problem.work & WRITE_SUMS), ROUND_BF16=INTERPRETS,
-            **shared,
+            problem.loss if problem.work & WRITE_LOSS else None, problem.sums, partial, zeros, pointers,
+            tensor_bits=tensor_bits, batched_bits=batched_bits, pred_scale=values[0], coef0=values[1], coef1=values[2],
+            huber_c=values[3], weight=values[4], z=values[5], grad_output=values[6],
+            LOSS=bool(problem.work & WRITE_LOSS), GRAD=bool(problem.work & WRITE_GRAD),
+            SUMS=bool(problem.work & WRITE_SUMS), ROUND_BF16=INTERPRETS, **shared,
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from diffdoctor.backends.triton_tiles import index_type, make_box
 from diffdoctor.kernels.common import to_storage
 from diffdoctor.kernels.element_loss import element_loss
 from diffdoctor.kernels.weighted_loss import count_of, decode
-from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
+from diffdoctor.lowering.plan import LOSS_KINDS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
 from support import artifact, case_lists, cases, search
 
 
@@ -30,8 +30,9 @@ def store_as(x_ptr, out_ptr, BLOCK: tl.constexpr):
 def losses_of(d_ptr, loss_ptr, slope_ptr, c: tl.float64, KIND: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     one, none = tl.full([], 1.0, ACC), tl.full([], 0.0, ACC)
-    strength = (none, one if KIND == 1 else none, one if KIND == 2 else none, one if KIND == 3 else none,
-                one if KIND == 4 else none, one if KIND == 5 else none)  # fmt: skip
+    strength = (one if KIND == 0 else none, one if KIND == 1 else none, one if KIND == 2 else none,
+                one if KIND == 3 else none, one if KIND == 4 else none, one if KIND == 5 else none,
+                one if KIND == 6 else none, one if KIND == 7 else none)  # fmt: skip
     loss, slope = element_loss(tl.load(d_ptr + offs), tl.full([], c, ACC), strength, False, ACC)
     tl.store(loss_ptr + offs, loss)
     tl.store(slope_ptr + offs, slope)
@@ -215,7 +216,7 @@ def test_bf16_stores_round_to_nearest_even():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", ["l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh"])
+@pytest.mark.parametrize("kind", LOSS_KINDS)
 def test_element_losses_are_exact_near_zero_and_far_away(kind, dtype):
     magnitude = torch.logspace(-6, 2, 511, dtype=torch.float64)
     d = torch.cat([magnitude, -magnitude, torch.tensor([0.0, 1.0])]).to(dtype)
@@ -224,7 +225,7 @@ def test_element_losses_are_exact_near_zero_and_far_away(kind, dtype):
     want = diffdoctor.reference.losses.ELEMENT_LOSSES[kind](exact, torch.tensor(c, dtype=torch.float64))
     want.sum().backward()
     loss, slope = torch.empty_like(d), torch.empty_like(d)
-    number = ("l2", "l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh").index(kind)
+    number = LOSS_KINDS.index(kind)
     acc = tl.float64 if dtype == torch.float64 else tl.float32
     losses_of[(1,)](d, loss, slope, c, KIND=number, ACC=acc, BLOCK=1024)
     rtol = 1e-13 if dtype == torch.float64 else 1e-6
