@@ -7,6 +7,11 @@ namespace diffdoctor {
 namespace {
 
 const Binding artifact_loss([](py::module_& m) {
+  py::list arguments;
+#define DD_NAME(TYPE, NAME) arguments.append(#NAME);
+  DD_ARTIFACT_LOSS_PARAMS(DD_NAME)
+#undef DD_NAME
+  m.attr("artifact_loss_arguments") = py::tuple(arguments);
   m.def("artifact_loss_cpu", [](const py::tuple& arguments, int threads) {
     const ArtifactLossParams p = bind_artifact_loss(arguments);
     py::gil_scoped_release nogil;

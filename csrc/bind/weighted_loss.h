@@ -13,7 +13,8 @@ struct WeightedLossPlan {
   // fields: those of DD_WEIGHTED_LOSS_PLAN by name.
   explicit WeightedLossPlan(const py::dict& fields) {
 #define DD_COUNT(TYPE, NAME) +1
-    if (fields.size() != 0 DD_WEIGHTED_LOSS_PLAN(DD_COUNT)) throw std::invalid_argument("a plan has unknown fields");
+    if (fields.size() != 0 DD_WEIGHTED_LOSS_PLAN(DD_COUNT))
+      throw std::invalid_argument("a plan has too few or too many fields");
 #undef DD_COUNT
     std::memset(&params, 0, sizeof(params));
 #define DD_READ(TYPE, NAME) read(fields[#NAME], params.NAME);

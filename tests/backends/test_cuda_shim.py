@@ -14,7 +14,7 @@ from diffdoctor.backends.cuda import artifact_loss as cuda_artifact
 from diffdoctor.backends.cuda import device as cuda_device
 from diffdoctor.backends.cuda import weighted_loss as _cuda
 from diffdoctor.backends.native_call import native_plan
-from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, OperandPlan
+from diffdoctor.lowering.plan import LOSS_KINDS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, OperandPlan
 from diffdoctor.ops.call import plans
 from support import artifact, case_lists, cases, search
 from support.all_formulas import FORMULAS
@@ -216,6 +216,19 @@ def test_tiles_hold_every_element_once(cuda, shim, case):
 def test_usual_layouts_move_sixteen_bytes(cuda, shim, case_id):
     case = next(case for case in TILED if case.id == case_id)
     assert describe(shim, case)[2]["aligned"]
+
+
+@pytest.mark.parametrize("c", [0.0, 0.25, 3.0])
+def test_the_loops_of_the_cpu_have_the_losses_that_cuda_has(shim, c):
+    magnitude = torch.cat([torch.logspace(-6, 1.9, 400), torch.tensor([0.0, c, 1.0])])
+    for d in torch.cat([magnitude, -magnitude]).tolist():
+        losses = shim.element_losses(d, c)
+        assert tuple(losses) == LOSS_KINDS
+        for kind, (defined, in_loop) in losses.items():
+            # 4e-7 and 3e-7 relative are what log_cosh's two forms are off by; every other kind is one function.
+            assert in_loop == pytest.approx(defined, rel=7e-7 if kind == "log_cosh" else 0, abs=0), (kind, d)
+    for kind, (defined, in_loop) in shim.element_losses(float("nan"), c).items():
+        assert all(value != value for value in (defined[0], in_loop[0])), kind
 
 
 def test_offsets_beyond_two_to_the_thirty_one(cuda, shim):
