@@ -151,7 +151,7 @@ _NOT_SPECIALIZED = [
 def weighted_loss_kernel(
     pred_ptr, grad_ptr, term0_ptr, term1_ptr, weighting_ptr, confidence_ptr, mask_ptr,
     loss_ptr,  # () or (batch,) in ACC
-    sums_ptr,  # (batch, 8) in ACC: the columns of csrc/common/params.h
+    sums_ptr,  # (batch, 8) in ACC: the columns of csrc/common/weighted_loss_params.h
     partial_ptr,  # (batch, programs, COLUMNS) and (batch,) in ACC
     counter_ptr,  # (batch + 1) int32 zeros
     number_ptrs,  # per-sample numbers in ACC, in the order of PRED_SCALE ...

@@ -1,7 +1,7 @@
 """What a compiled backend receives: one call of weighted_loss, checked, flattened to strides and scalars.
 
 `Plan` holds everything that follows from shapes, strides, dtypes and options, so that it can be cached between calls;
-`Problem` adds the tensors of one call. `csrc/common/params.h` is the same thing as a C++ struct.
+`Problem` adds the tensors of one call. `csrc/common/weighted_loss_params.h` is the same thing as a C++ struct.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from diffdoctor.reference.losses import ELEMENT_LOSSES
 MAX_DIMS = 6
 MAX_TERMS = 2
 
-# Values shared with csrc/common/params.h.
+# Values shared with csrc/common/types.h.
 DTYPES = {
     torch.float32: 0,
     torch.bfloat16: 1,
@@ -31,7 +31,7 @@ LOSS_KINDS = tuple(ELEMENT_LOSSES)  # as DD_ELEMENT_LOSSES in csrc/common/losses
 REDUCTIONS = {"mean": 0, "sample": 1, "sum": 2}
 MAP_MODES = {"same": 1, "area": 2, "bilinear": 3, "nearest": 4, "nearest-exact": 5}
 WRITE_LOSS, WRITE_GRAD, WRITE_SUMS = 1, 2, 4
-SUMS = 8  # columns of Problem.sums; their meaning stands in params.h
+SUMS = 8  # columns of Problem.sums; their meaning stands in csrc/common/weighted_loss_params.h
 
 Strides = tuple[int, int, int, int, int, int, int]  # batch, then the six iteration dims
 
