@@ -10,7 +10,7 @@ BIN := .venv/bin
 # The one that was asked for, else the checkout's environment where there is one.
 GPU_PYTHON = $(or $(if $(filter file,$(origin PYTHON)),$(wildcard $(BIN)/python)),$(PYTHON))
 STAMP := .venv/.installed
-SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-seeds test lint format bench treatment-study detector-study gpu sanitize wheel clean

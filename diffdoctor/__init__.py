@@ -7,6 +7,7 @@ with `Target`, `Packed`, `LossStats` and the helpers beside them. The stages liv
 
 import importlib
 import pathlib
+from typing import TYPE_CHECKING
 
 # In a checkout the Triton kernels lie beside the package, in kernels/, and are imported as diffdoctor.kernels.
 # Extending __path__ (rather than sys.path) keeps the top-level name `kernels` free for the Hugging Face package.
@@ -17,13 +18,17 @@ del _checkout
 
 from diffdoctor import ops as _ops  # noqa: E402
 from diffdoctor.backends.select import available_backends  # noqa: E402
-from diffdoctor.ops import *  # noqa: E402, F403
 from diffdoctor.version import __version__  # noqa: E402
+
+if TYPE_CHECKING:
+    from diffdoctor.ops import *  # noqa: F403
 
 _LAZY = {"guide": "diffdoctor.treat.guided_sampling"}
 _STAGES = ("demo", "detector", "evaluate", "maps", "treat")
 
-__all__ = [*_ops.__all__, "__version__", "available_backends", *_LAZY]  # noqa: PLE0604
+_public = _ops.public()
+globals().update(_public)
+__all__ = [*_public, "__version__", "available_backends", *_LAZY]  # noqa: PLE0604
 
 
 def __getattr__(name):

@@ -34,6 +34,7 @@ def collect() -> dict:
     import torch
 
     from diffdoctor.backends.select import describe
+    from diffdoctor.ops import OPS
 
     cuda = torch.cuda.is_available()
     return {
@@ -47,7 +48,7 @@ def collect() -> dict:
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         },
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
-        **describe(),
+        **describe(OPS),
     }
 
 

@@ -2,8 +2,8 @@
 
 Each program owns a block of logits of one picture. It visits the up-sampled pixels that a logit takes part in, so the
 gradient is gathered (no atomics, the same bits twice); a pixel counts towards the loss at the logit in whose cell it
-lies. What is kept for backward is the gradient before the division by the pooled weight, the size of the logits.
-`max` needs the peak first, so its gradient takes a second launch.
+lies. What is kept for backward, `unit_grad`, is the gradient before the division by the pooled weight, the size of the
+logits. `max` needs the peak first, so its gradient takes a second launch.
 """
 
 import triton
@@ -13,7 +13,7 @@ from .common import arrives_last, as_scalar, column_sum, to_storage
 
 BLOCK = 128  # logits of a program: one per thread, each visits its window of the up-sampled map
 
-# The values of diffdoctor.lowering.plan.ARTIFACT_METHODS and REDUCTIONS.
+# The values of diffdoctor.lowering.artifact_loss.ARTIFACT_METHODS and .plan.REDUCTIONS.
 _THRESHOLD = tl.constexpr(0)
 _SUM = tl.constexpr(2)
 _MAX = tl.constexpr(3)
@@ -152,8 +152,8 @@ _SHAPE = ["batch", "n_tiles", "h", "w", "out_h", "out_w", "stride_b", "stride_y"
 @triton.jit(do_not_specialize=_SHAPE)
 def artifact_loss_kernel(
     logits_ptr,  # (batch, h, w), any strides
-    kept_ptr,  # (batch, h, w) in ACC, written when GATHER
-    factor_ptr,  # (batch,) in ACC: gradient of logits = g · factor · kept; None where none is wanted
+    unit_grad_ptr,  # (batch, h, w) in ACC, written when GATHER
+    factor_ptr,  # (batch,) in ACC: gradient of logits = g · factor · unit_grad; None where none is wanted
     loss_ptr,  # () or (batch,) in ACC
     partial_ptr,  # (batch, n_tiles, 2) and (batch,) in ACC; the latter hold the pictures' losses (of `max`: peaks)
     counter_ptr,  # (batch + 1) int32 zeros
@@ -172,7 +172,7 @@ def artifact_loss_kernel(
         as_scalar(scale_y, ACC), as_scalar(scale_x, ACC), as_scalar(as_scalar(tau, tl.float32), ACC), 0.0,
         window_y, window_x, slack, METHOD, True, GATHER, ACC)  # fmt: skip
     if GATHER:
-        tl.store(kept_ptr + b * h * w + index, gradient, mask=inside)
+        tl.store(unit_grad_ptr + b * h * w + index, gradient, mask=inside)
     pictures_ptr = partial_ptr + batch.to(tl.int64) * n_tiles * 2
     partial_ptr += b * n_tiles * 2
     if METHOD == _MAX:
@@ -209,7 +209,7 @@ def artifact_loss_kernel(
 @triton.jit(do_not_specialize=_SHAPE[1:])
 def artifact_peak_kernel(
     logits_ptr,  # (batch, h, w), any strides
-    kept_ptr,  # (batch, h, w) in ACC
+    unit_grad_ptr,  # (batch, h, w) in ACC
     peak_ptr,  # (batch,) in ACC
     n_tiles, h, w, out_h, out_w,
     stride_b, stride_y, stride_x,
@@ -225,12 +225,12 @@ def artifact_peak_kernel(
         logits_ptr + b * stride_b, index, inside, h, w, out_h, out_w, stride_y, stride_x,
         as_scalar(scale_y, ACC), as_scalar(scale_x, ACC), as_scalar(tau, ACC), tl.load(peak_ptr + b),
         window_y, window_x, slack, _MAX, False, GATHER, ACC)  # fmt: skip
-    tl.store(kept_ptr + b * h * w + index, gradient, mask=inside)
+    tl.store(unit_grad_ptr + b * h * w + index, gradient, mask=inside)
 
 
 @triton.jit(do_not_specialize=["n_tiles", "g_stride"])
 def artifact_scale_kernel(
-    kept_ptr,  # (batch, n) in ACC
+    unit_grad_ptr,  # (batch, n) in ACC
     factor_ptr,  # (batch,) in ACC
     g_ptr,  # the loss's gradient: one number (g_stride 0) or (batch,)
     out_ptr,  # (batch, n) in the logits' dtype
@@ -242,7 +242,7 @@ def artifact_scale_kernel(
     offs = tl.program_id(0) % n_tiles * BLOCK + tl.arange(0, BLOCK)
     factor = tl.load(factor_ptr + b)
     factor *= tl.load(g_ptr + b * g_stride).to(factor.dtype)
-    gradient = tl.load(kept_ptr + b * n + offs, mask=offs < n, other=0.0) * factor
+    gradient = tl.load(unit_grad_ptr + b * n + offs, mask=offs < n, other=0.0) * factor
     tl.store(out_ptr + b * n + offs, to_storage(gradient, out_ptr.dtype.element_ty, ROUND_BF16), mask=offs < n)
 
 

@@ -7,6 +7,8 @@ error that would cost log_cosh its digits near 0.
 import triton
 import triton.language as tl
 
+STRENGTHS = 8  # as many as weighted_loss_kernel has arguments for
+
 _LN2 = tl.constexpr(0.693147180559945309417)
 
 
@@ -71,7 +73,7 @@ def log_cosh(d, ACC: tl.constexpr):
 def element_loss(d, c, strength, PLAIN: tl.constexpr, ACC: tl.constexpr):
     """ℓ(d) and ℓ′(d) of the mixture; PLAIN is l2 alone at any strength. A kind whose strength is 0 is not evaluated.
 
-    strength: l2, l1, huber, smooth_l1, pseudo_huber, log_cosh, in ACC.
+    strength: of each kind in the order of diffdoctor/reference/losses.py, in ACC; the kernels have room for STRENGTHS.
     """
     loss = strength[0] * (d * d)
     slope = strength[0] * 2.0 * d

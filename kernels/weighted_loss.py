@@ -2,8 +2,8 @@
 
 A sample's elements form a box of three axes: *outer* and *inner* dims, along which the maps vary, and *free* dims
 between them, along which they do not (channels). A program owns a tile of outer × inner positions, works out their
-weights once and walks the free dims; without maps everything is free. Which dims those are, and in which order, follows
-model_pred's memory, so that neighbouring lanes read neighbouring elements in every layout.
+weights once and goes over the free dims; without maps everything is free. Which dims those are, and in which order,
+follows model_pred's memory, so that neighbouring lanes read neighbouring elements in every layout.
 
 Compiled per: dtypes, which operands are there and whether each map has the grid's size, plain l2 or a mixture, what is
 written, tile shape. Sizes, strides, options, the interpolation and the losses of a mixture are run-time values.
@@ -20,7 +20,7 @@ from .resample import ABSENT, SAME, map_value, resampled
 MEAN = tl.constexpr(0)
 SAMPLE = tl.constexpr(1)
 
-# Bits of `given` and `strided`: per-sample numbers that come as tensors, and those with an entry for each sample.
+# Bits of `tensor_bits` and `batched_bits`: per-sample numbers that come as tensors, and those with one for each sample.
 PRED_SCALE, COEF0, COEF1, HUBER_C, WEIGHT, Z, GRAD_OUTPUT = (tl.constexpr(k) for k in range(7))
 
 
@@ -51,16 +51,16 @@ def decode(linear, sizes, strides, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _spot_offset(outer, inner, sizes, strides, OUTER_UNIT: tl.constexpr, INNER_UNIT: tl.constexpr):
+def _tile_offset(outer, inner, sizes, strides, OUTER_UNIT: tl.constexpr, INNER_UNIT: tl.constexpr):
     """Offset of outer × inner positions; sizes and strides stand as (outer dims, free dims, inner dims)."""
     return decode(outer, sizes[0], strides[0], OUTER_UNIT) + decode(inner, sizes[2], strides[2], INNER_UNIT)
 
 
 @triton.jit
-def _number(pointers, given, strided, value, b, K: tl.constexpr, ACC: tl.constexpr):
-    """Per-sample number K of sample b: from its tensor where one is given, else the value."""
-    step = (strided >> K) & 1
-    return tl.load(pointers[K] + b * step, mask=((given >> K) & 1) != 0, other=as_scalar(value, ACC))
+def _number(pointers, tensor_bits, batched_bits, value, b, K: tl.constexpr, ACC: tl.constexpr):
+    """Per-sample number K of sample b: from its tensor where there is one, else the value."""
+    step = (batched_bits >> K) & 1
+    return tl.load(pointers[K] + b * step, mask=((tensor_bits >> K) & 1) != 0, other=as_scalar(value, ACC))
 
 
 @triton.jit
@@ -70,12 +70,12 @@ def _map(ptr, b, batch_stride, strides, axes, mode, default, outer, inner, insid
     if KIND == ABSENT:
         value = tl.zeros_like(outer + inner).to(ACC) + default
     elif KIND == SAME:
-        offset = _spot_offset(outer, inner, sizes, strides, 1, 1)
+        offset = _tile_offset(outer, inner, sizes, strides, 1, 1)
         value = map_value(ptr + b * batch_stride, offset, inside, ACC)
     else:
-        t = _spot_offset(outer, inner, sizes, coords[0], 1, 1)
-        y = _spot_offset(outer, inner, sizes, coords[1], 1, 1)
-        x = _spot_offset(outer, inner, sizes, coords[2], 1, 1)
+        t = _tile_offset(outer, inner, sizes, coords[0], 1, 1)
+        y = _tile_offset(outer, inner, sizes, coords[1], 1, 1)
+        x = _tile_offset(outer, inner, sizes, coords[2], 1, 1)
         value = resampled(ptr + b * batch_stride, inside, t, y, x, axes, map_grid, mode, ACC)
     return value
 
@@ -106,15 +106,15 @@ def _spatial(confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mas
 
 
 @triton.jit
-def _read(ptr, spots, free, present, sizes, strides, ACC: tl.constexpr, UNIT: tl.constexpr):
-    offset = spots + decode(free, sizes[1], strides[1], UNIT)
+def _read(ptr, tile_offset, free, present, sizes, strides, ACC: tl.constexpr, UNIT: tl.constexpr):
+    offset = tile_offset + decode(free, sizes[1], strides[1], UNIT)
     return tl.load(ptr + offset, mask=present, other=0.0).to(ACC)
 
 
 @triton.jit
-def _total(tile):
+def _total(values):
     """Sum over a whole tile."""
-    return tl.sum(tl.ravel(tile), 0)
+    return tl.sum(tl.ravel(values), 0)
 
 
 @triton.jit
@@ -134,27 +134,37 @@ def _finish_loss(share, n, loss_ptr, shares_ptr, counter_ptr, b, batch, reductio
             tl.store(loss_ptr, loss)
 
 
-_NOT_SPECIALIZED = ["batch", "programs", "walks", "steps", "inner_blocks", "given", "strided", "mode", "reduction"]
+_NOT_SPECIALIZED = [
+    "batch",
+    "programs",
+    "splits",
+    "steps",
+    "inner_blocks",
+    "tensor_bits",
+    "batched_bits",
+    "mode",
+    "reduction",
+]
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def weighted_loss_kernel(
     pred_ptr, grad_ptr, term0_ptr, term1_ptr, weighting_ptr, confidence_ptr, mask_ptr,
     loss_ptr,  # () or (batch,) in ACC
-    sums_ptr,  # (batch, 8) in ACC: the columns of csrc/common/params.h
+    sums_ptr,  # (batch, 8) in ACC: the columns of csrc/common/weighted_loss_params.h
     partial_ptr,  # (batch, programs, COLUMNS) and (batch,) in ACC
     counter_ptr,  # (batch + 1) int32 zeros
     number_ptrs,  # per-sample numbers in ACC, in the order of PRED_SCALE ...
-    batch, outer_count, free_count, inner_count, programs, walks, steps, inner_blocks,
+    batch, outer_count, free_count, inner_count, programs, splits, steps, inner_blocks,
     sizes, pred_strides, grad_strides, term0_strides, term1_strides, weighting_strides,  # (outer, free, inner)
     confidence_strides, mask_strides, coords,
     batch_strides,  # pred, grad, term0, term1, weighting, confidence, mask
     confidence_axes, mask_axes,  # see resample.py
-    map_grid, mode, reduction, given, strided,
+    map_grid, mode, reduction, tensor_bits, batched_bits,
     pred_scale: tl.float64, coef0: tl.float64, coef1: tl.float64, huber_c: tl.float64, weight: tl.float64,
     z: tl.float64, grad_output: tl.float64,
-    l2: tl.float64, l1: tl.float64, huber: tl.float64, smooth_l1: tl.float64, pseudo_huber: tl.float64,
-    log_cosh: tl.float64,
+    strength0: tl.float64, strength1: tl.float64, strength2: tl.float64, strength3: tl.float64,  # of element_loss.py's
+    strength4: tl.float64, strength5: tl.float64, strength6: tl.float64, strength7: tl.float64,  # kinds, then zeros
     clean_weight: tl.float64, artifact_weight: tl.float64, clean_grad: tl.float64, artifact_grad: tl.float64,
     threshold: tl.float64, gamma: tl.float64,
     LOSS: tl.constexpr, GRAD: tl.constexpr, SUMS: tl.constexpr, PLAIN: tl.constexpr,
@@ -166,12 +176,12 @@ def weighted_loss_kernel(
 ):  # fmt: skip
     b = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
-    spot = program // walks
+    tile = program // splits
     n_outer = count_of(outer_count, COUNT_UNITS[0], IDX)
     n_free = count_of(free_count, COUNT_UNITS[1], IDX)
     n_inner = count_of(inner_count, COUNT_UNITS[2], IDX)
-    outer = ((spot // inner_blocks).to(IDX) * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER))[:, None, None]
-    inner = ((spot % inner_blocks).to(IDX) * BLOCK_INNER + tl.arange(0, BLOCK_INNER))[None, None, :]
+    outer = ((tile // inner_blocks).to(IDX) * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER))[:, None, None]
+    inner = ((tile % inner_blocks).to(IDX) * BLOCK_INNER + tl.arange(0, BLOCK_INNER))[None, None, :]
     inside = (outer < n_outer) & (inner < n_inner)
 
     u, omega = _spatial(
@@ -179,18 +189,20 @@ def weighted_loss_kernel(
         as_scalar(as_scalar(threshold, tl.float32), ACC), as_scalar(gamma, ACC), as_scalar(clean_weight, ACC),
         as_scalar(artifact_weight, ACC), outer, inner, inside, sizes, coords, map_grid,
         CONFIDENCE, MASK, ACC)  # fmt: skip
-    s = _number(number_ptrs, given, strided, pred_scale, b, PRED_SCALE, ACC)
-    c = _number(number_ptrs, given, strided, huber_c, b, HUBER_C, ACC)
+    s = _number(number_ptrs, tensor_bits, batched_bits, pred_scale, b, PRED_SCALE, ACC)
+    c = _number(number_ptrs, tensor_bits, batched_bits, huber_c, b, HUBER_C, ACC)
     # Tiles, not scalars: the interpreter cannot spread the result of a scalar comparison over a tile.
-    v = tl.zeros_like(omega) + _number(number_ptrs, given, strided, weight, b, WEIGHT, ACC)
-    divisor = _number(number_ptrs, given, strided, z, b, Z, ACC)
-    strength = (as_scalar(l2, ACC), as_scalar(l1, ACC), as_scalar(huber, ACC), as_scalar(smooth_l1, ACC),
-                as_scalar(pseudo_huber, ACC), as_scalar(log_cosh, ACC))  # fmt: skip
+    v = tl.zeros_like(omega) + _number(number_ptrs, tensor_bits, batched_bits, weight, b, WEIGHT, ACC)
+    divisor = _number(number_ptrs, tensor_bits, batched_bits, z, b, Z, ACC)
+    strength = (
+        as_scalar(strength0, ACC), as_scalar(strength1, ACC), as_scalar(strength2, ACC), as_scalar(strength3, ACC),
+        as_scalar(strength4, ACC), as_scalar(strength5, ACC), as_scalar(strength6, ACC), as_scalar(strength7, ACC),
+    )  # fmt: skip
     n = as_scalar(n_outer, ACC) * as_scalar(n_free, ACC) * as_scalar(n_inner, ACC)
     chosen = inside & (omega != 0) & (v != 0)
     v_omega = v * omega
     if GRAD:
-        g = _number(number_ptrs, given, strided, grad_output, b, GRAD_OUTPUT, ACC) * v * s / divisor
+        g = _number(number_ptrs, tensor_bits, batched_bits, grad_output, b, GRAD_OUTPUT, ACC) * v * s / divisor
         if reduction == MEAN:
             g = g / (n * batch)
         elif reduction == SAMPLE:
@@ -198,42 +210,42 @@ def weighted_loss_kernel(
         m = as_scalar(clean_grad, ACC) + (as_scalar(artifact_grad, ACC) - as_scalar(clean_grad, ACC)) * u
         moved = chosen & (m != 0) & (tl.zeros_like(omega) + divisor != 0)
         slope_factor = omega * m * g
-        grad_spots = _spot_offset(outer, inner, sizes, grad_strides, GRAD_UNITS[0], GRAD_UNITS[2])
+        grad_tile = _tile_offset(outer, inner, sizes, grad_strides, GRAD_UNITS[0], GRAD_UNITS[2])
 
-    pred_spots = _spot_offset(outer, inner, sizes, pred_strides, PRED_UNITS[0], PRED_UNITS[2])
+    pred_tile = _tile_offset(outer, inner, sizes, pred_strides, PRED_UNITS[0], PRED_UNITS[2])
     if term0_ptr is not None:
-        coef0_b = _number(number_ptrs, given, strided, coef0, b, COEF0, ACC)
-        term0_spots = _spot_offset(outer, inner, sizes, term0_strides, TERM0_UNITS[0], TERM0_UNITS[2])
+        coef0_b = _number(number_ptrs, tensor_bits, batched_bits, coef0, b, COEF0, ACC)
+        term0_tile = _tile_offset(outer, inner, sizes, term0_strides, TERM0_UNITS[0], TERM0_UNITS[2])
     if term1_ptr is not None:
-        coef1_b = _number(number_ptrs, given, strided, coef1, b, COEF1, ACC)
-        term1_spots = _spot_offset(outer, inner, sizes, term1_strides, TERM1_UNITS[0], TERM1_UNITS[2])
+        coef1_b = _number(number_ptrs, tensor_bits, batched_bits, coef1, b, COEF1, ACC)
+        term1_tile = _tile_offset(outer, inner, sizes, term1_strides, TERM1_UNITS[0], TERM1_UNITS[2])
     if weighting_ptr is not None:
-        weighting_spots = _spot_offset(outer, inner, sizes, weighting_strides, 1, 1)
+        weighting_tile = _tile_offset(outer, inner, sizes, weighting_strides, 1, 1)
 
     total = tl.zeros([BLOCK_OUTER, BLOCK_FREE, BLOCK_INNER], ACC)
     if SUMS:
         artifact_loss, artifact_share = tl.zeros_like(total), tl.zeros_like(total)
         clean_loss, clean_share, nonfinite = tl.zeros_like(total), tl.zeros_like(total), tl.zeros_like(total)
-    first = (program % walks).to(IDX) * steps * BLOCK_FREE
+    first = (program % splits).to(IDX) * steps * BLOCK_FREE
     for step in range(steps):
         free = (first + step * BLOCK_FREE + tl.arange(0, BLOCK_FREE))[None, :, None]
         present = inside & (free < n_free)
         d = s * _read(
-            pred_ptr + b * batch_strides[0], pred_spots, free, present, sizes, pred_strides, ACC,
+            pred_ptr + b * batch_strides[0], pred_tile, free, present, sizes, pred_strides, ACC,
             PRED_UNITS[1])  # fmt: skip
         if term0_ptr is not None:
             d -= coef0_b * _read(
-                term0_ptr + b * batch_strides[2], term0_spots, free, present, sizes, term0_strides, ACC,
+                term0_ptr + b * batch_strides[2], term0_tile, free, present, sizes, term0_strides, ACC,
                 TERM0_UNITS[1])  # fmt: skip
         if term1_ptr is not None:
             d -= coef1_b * _read(
-                term1_ptr + b * batch_strides[3], term1_spots, free, present, sizes, term1_strides, ACC,
+                term1_ptr + b * batch_strides[3], term1_tile, free, present, sizes, term1_strides, ACC,
                 TERM1_UNITS[1])  # fmt: skip
         loss, slope = element_loss(d, c, strength, PLAIN, ACC)
         selected = chosen & present
         weighted = v_omega * loss
         if weighting_ptr is not None:
-            factor = _read(weighting_ptr + b * batch_strides[4], weighting_spots, free, present, sizes,
+            factor = _read(weighting_ptr + b * batch_strides[4], weighting_tile, free, present, sizes,
                            weighting_strides, ACC, 1)  # fmt: skip
             selected = selected & (factor != 0)
             weighted *= factor
@@ -241,7 +253,7 @@ def weighted_loss_kernel(
         if GRAD:
             grad = tl.where(moved & selected, slope_factor * slope, 0.0)
             grad = to_storage(grad, grad_ptr.dtype.element_ty, ROUND_BF16)
-            offset = grad_spots + decode(free, sizes[1], grad_strides[1], GRAD_UNITS[1])
+            offset = grad_tile + decode(free, sizes[1], grad_strides[1], GRAD_UNITS[1])
             tl.store(grad_ptr + b * batch_strides[1] + offset, grad, mask=present)
         weighted = tl.where(selected, weighted, 0.0)
         total += weighted

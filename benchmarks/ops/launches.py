@@ -45,7 +45,7 @@ def own_calls(module):
     """Yields a list of the names of a backend module's functions as they are called; each is one launch on a GPU."""
     names: list[str] = []
     usual = ("weighted_loss", "weight_mean", "scale_gradient", "artifact_loss", "artifact_loss_backward")
-    kept = {name: getattr(module, name) for name in getattr(module, "LAUNCHES", usual)}
+    kept = {name: getattr(module, name) for name in getattr(module, "LAUNCHES", usual) if hasattr(module, name)}
 
     def watched(name):
         def function(*arguments):

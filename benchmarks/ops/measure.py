@@ -98,7 +98,7 @@ def _operations(case, call, device):
         return {}
     if not call.side.ours or call.side.name == "reference":
         return launches.counted(call)
-    with launches.own_calls(backend_module(call.side.name)) as names:
+    with launches.own_calls(backend_module(call.side.name, case.op)) as names:
         found = launches.counted(call)
     return found | {"ops": found["ops"] + len(names)}
 

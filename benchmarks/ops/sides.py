@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.ops.gate import cotangent
 from benchmarks.ops.registry import Case, Tensors
+from diffdoctor.ops import OPS
 
 #: Our backends by device, the first one that can be used here first in the plots.
 OWN = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
@@ -70,9 +71,9 @@ class Call:
         return self.backward(self.forward())
 
 
-def backend_module(name: str):
-    """diffdoctor.backends.cpu.weighted_loss, .cuda or .triton: what stands between the checks and the kernels."""
-    return importlib.import_module(f"diffdoctor.backends.{name}.weighted_loss")
+def backend_module(name: str, op: str = "weighted_loss"):
+    """diffdoctor.backends.<name>.<op>: what stands between the checks and the kernels of an op."""
+    return importlib.import_module(f"diffdoctor.backends.{name}.{OPS[op]}")
 
 
 def kernel_of(call: Call) -> Callable[[], None]:

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "params.h"
-#include "platform.h"
+#include "common/platform.h"
+#include "common/types.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>

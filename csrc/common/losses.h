@@ -1,12 +1,32 @@
-// Element losses and their derivatives, in float or double. d is prediction minus target, c the Huber threshold.
+// Element losses and their derivatives, in float or double: the one list of them for the CPU and for CUDA.
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
-#include "params.h"
-#include "platform.h"
+#include "common/platform.h"
 
 namespace diffdoctor {
+
+// X(kind, name), in the order of ELEMENT_LOSSES in diffdoctor/reference/losses.py. NAME_loss(d, c, loss, slope) stands
+// below; d is prediction minus target, c the Huber threshold. Where its code does not vectorise, cpu/vector_math.h has
+// a twin for the CPU's loops.
+#define DD_ELEMENT_LOSSES(X)    \
+  X(kL2, l2)                    \
+  X(kL1, l1)                    \
+  X(kHuber, huber)              \
+  X(kSmoothL1, smooth_l1)       \
+  X(kPseudoHuber, pseudo_huber) \
+  X(kLogCosh, log_cosh)
+
+#define DD_KIND(KIND, NAME) KIND,
+enum LossKind : int32_t { DD_ELEMENT_LOSSES(DD_KIND) kLossKinds };
+#undef DD_KIND
+
+template <LossKind kKind>
+struct LossTag {
+  static constexpr LossKind kind = kKind;
+};
 
 template <typename acc_t>
 DD_HD acc_t sign_of(acc_t d) {
@@ -14,13 +34,13 @@ DD_HD acc_t sign_of(acc_t d) {
 }
 
 template <typename acc_t>
-DD_HD void l2_loss(acc_t d, acc_t& loss, acc_t& slope) {
+DD_HD void l2_loss(acc_t d, acc_t, acc_t& loss, acc_t& slope) {
   loss = d * d;
   slope = 2 * d;
 }
 
 template <typename acc_t>
-DD_HD void l1_loss(acc_t d, acc_t& loss, acc_t& slope) {
+DD_HD void l1_loss(acc_t d, acc_t, acc_t& loss, acc_t& slope) {
   loss = std::fabs(d);
   slope = sign_of(d);
 }
@@ -55,7 +75,7 @@ DD_HD void pseudo_huber_loss(acc_t d, acc_t c, acc_t& loss, acc_t& slope) {
 
 // log(cosh(d)): -log1p(-tanh^2(d)) / 2 near 0, |d| + log1p(e^(-2|d|)) - ln 2 elsewhere; within 4e-7 relative in fp32.
 template <typename acc_t>
-DD_HD void log_cosh_loss(acc_t d, acc_t& loss, acc_t& slope) {
+DD_HD void log_cosh_loss(acc_t d, acc_t, acc_t& loss, acc_t& slope) {
   const acc_t a = std::fabs(d);
   if (a < 1) {
     slope = std::tanh(d);
@@ -67,42 +87,24 @@ DD_HD void log_cosh_loss(acc_t d, acc_t& loss, acc_t& slope) {
   }
 }
 
-// The weighted sum of the named losses. A kind whose strength is 0 is not evaluated; the branches are uniform.
-template <typename acc_t>
-DD_HD void element_loss(const double* strength, acc_t d, acc_t c, acc_t& loss, acc_t& slope) {
-  acc_t total = 0, total_slope = 0, l, s;
-  if (strength[kL2] != 0) {
-    l2_loss(d, l, s);
-    total += acc_t(strength[kL2]) * l;
-    total_slope += acc_t(strength[kL2]) * s;
+// One element loss by its kind.
+#define DD_ELEMENT_LOSS(KIND, NAME)                                                     \
+  template <typename acc_t>                                                             \
+  DD_HD void element_loss(LossTag<KIND>, acc_t d, acc_t c, acc_t& loss, acc_t& slope) { \
+    NAME##_loss(d, c, loss, slope);                                                     \
   }
-  if (strength[kL1] != 0) {
-    l1_loss(d, l, s);
-    total += acc_t(strength[kL1]) * l;
-    total_slope += acc_t(strength[kL1]) * s;
-  }
-  if (strength[kHuber] != 0) {
-    huber_loss(d, c, l, s);
-    total += acc_t(strength[kHuber]) * l;
-    total_slope += acc_t(strength[kHuber]) * s;
-  }
-  if (strength[kSmoothL1] != 0) {
-    smooth_l1_loss(d, c, l, s);
-    total += acc_t(strength[kSmoothL1]) * l;
-    total_slope += acc_t(strength[kSmoothL1]) * s;
-  }
-  if (strength[kPseudoHuber] != 0) {
-    pseudo_huber_loss(d, c, l, s);
-    total += acc_t(strength[kPseudoHuber]) * l;
-    total_slope += acc_t(strength[kPseudoHuber]) * s;
-  }
-  if (strength[kLogCosh] != 0) {
-    log_cosh_loss(d, l, s);
-    total += acc_t(strength[kLogCosh]) * l;
-    total_slope += acc_t(strength[kLogCosh]) * s;
-  }
-  loss = total;
-  slope = total_slope;
+DD_ELEMENT_LOSSES(DD_ELEMENT_LOSS)
+#undef DD_ELEMENT_LOSS
+
+// visit(LossTag<kind>()) for every kind in turn.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable  // it is called on the host and on the device, each with functions of its own
+#endif
+template <typename visit_t>
+DD_HD void for_each_loss(const visit_t& visit) {
+#define DD_VISIT(KIND, NAME) visit(LossTag<KIND>());
+  DD_ELEMENT_LOSSES(DD_VISIT)
+#undef DD_VISIT
 }
 
 }  // namespace diffdoctor

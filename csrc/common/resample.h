@@ -3,9 +3,9 @@
 
 #include <cmath>
 
-#include "dtype.h"
-#include "params.h"
-#include "platform.h"
+#include "common/dtype.h"
+#include "common/platform.h"
+#include "common/types.h"
 
 namespace diffdoctor {
 

@@ -3,11 +3,11 @@
 
 #include <cmath>
 
-#include "dtype.h"
-#include "losses.h"
-#include "params.h"
-#include "platform.h"
-#include "resample.h"
+#include "common/dtype.h"
+#include "common/losses.h"
+#include "common/platform.h"
+#include "common/resample.h"
+#include "common/weighted_loss_params.h"
 
 namespace diffdoctor {
 
@@ -18,15 +18,27 @@ DD_HD acc_t artifact_level(const WeightedLossParams& p, acc_t c) {
   return p.gamma == 1 ? c : std::pow(c, acc_t(p.gamma));
 }
 
-// omega without the mask: clean_weight + (artifact_weight - clean_weight) * u.
+// What changes in a straight line with u: `clean` where u is 0, `clean + step` where it is 1.
 template <typename acc_t>
-DD_HD acc_t spatial_weight(const WeightedLossParams& p, acc_t u) {
-  return acc_t(p.clean_weight) + acc_t(p.artifact_weight - p.clean_weight) * u;
-}
+struct Line {
+  acc_t clean, step;
+};
 
 template <typename acc_t>
-DD_HD acc_t gradient_weight(const WeightedLossParams& p, acc_t u) {
-  return acc_t(p.clean_grad) + acc_t(p.artifact_grad - p.clean_grad) * u;
+DD_HD acc_t at_level(const Line<acc_t>& line, acc_t u) {
+  return line.clean + line.step * u;
+}
+
+// omega without the mask.
+template <typename acc_t>
+DD_HD Line<acc_t> spatial_weight(const WeightedLossParams& p) {
+  return {acc_t(p.clean_weight), acc_t(p.artifact_weight - p.clean_weight)};
+}
+
+// m.
+template <typename acc_t>
+DD_HD Line<acc_t> gradient_weight(const WeightedLossParams& p) {
+  return {acc_t(p.clean_grad), acc_t(p.artifact_grad - p.clean_grad)};
 }
 
 // E: what the reduction divides the gradient by.
@@ -54,7 +66,7 @@ DD_HD acc_t sample_loss(const WeightedLossParams& p, int64_t b, acc_t numerator)
   return p.reduction == kSum ? numerator / z : numerator / z / acc_t(p.count);
 }
 
-// False where the whole sample is left out, forward and backward: its v or its Z is 0.
+// False where a sample's v is 0: it is left out, forward and backward.
 template <typename acc_t>
 DD_HD bool sample_selected(const WeightedLossParams& p, int64_t b) {
   return load_per_sample<acc_t>(p.weight, b) != 0;

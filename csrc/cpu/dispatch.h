@@ -1,27 +1,48 @@
-// The kernels built for each instruction set, and the choice between them.
+// The builds of a kernel and the choice between them. Each cpu/<op>.cpp is compiled once for every instruction set,
+// with DD_CPU_ISA naming the namespace of its entry points (see CMakeLists.txt); all else in it has internal linkage.
 #pragma once
 
-#include "common/params.h"
-
-#define DD_DECLARE_KERNELS(ISA)                                                                                 \
-  namespace ISA {                                                                                               \
-  void weighted_loss(const WeightedLossParams& p, int threads);                                                 \
-  void weight_mean(const WeightedLossParams& p, void* out, bool per_sample, int threads);                       \
-  void scale_gradient(const void* grad, void* out, int32_t dtype, int64_t batch, int64_t count, const void* g,  \
-                      int64_t g_stride, int threads);                                                           \
-  void artifact_loss(const ArtifactLossParams& p, int threads);                                                 \
-  void artifact_loss_backward(const void* kept, const void* factor, const void* g, int64_t g_stride, void* out, \
-                              int32_t dtype, int64_t batch, int64_t count);                                     \
-  }
+#if !defined(DD_CPU_ISA)
+#define DD_CPU_ISA generic
+#endif
 
 namespace diffdoctor {
 namespace cpu {
 
-DD_DECLARE_KERNELS(generic)
-#if defined(DD_X86_KERNELS)
-DD_DECLARE_KERNELS(avx2)
-DD_DECLARE_KERNELS(avx512)
-#endif
+enum InstructionSet : int { kGeneric, kAvx2, kAvx512, kInstructionSets };
+
+// The best one that this machine runs; DIFFDOCTOR_CPU_ISA lowers it.
+InstructionSet instruction_set();
+
+// A kernel in every build, called as the one that instruction_set() names.
+template <typename signature_t>
+struct Kernel;
+template <typename... parameters_t>
+struct Kernel<void(parameters_t...)> {
+  void (*builds[kInstructionSets])(parameters_t...);
+  void operator()(parameters_t... arguments) const { builds[instruction_set()](arguments...); }
+};
 
 }  // namespace cpu
 }  // namespace diffdoctor
+
+// Declares NAME(parameters) in every build, and NAME itself. To be used in namespace diffdoctor::cpu.
+#if defined(DD_X86_KERNELS)
+#define DD_CPU_KERNEL(NAME, ...) \
+  namespace generic {            \
+  void NAME(__VA_ARGS__);        \
+  }                              \
+  namespace avx2 {               \
+  void NAME(__VA_ARGS__);        \
+  }                              \
+  namespace avx512 {             \
+  void NAME(__VA_ARGS__);        \
+  }                              \
+  constexpr Kernel<void(__VA_ARGS__)> NAME = {{generic::NAME, avx2::NAME, avx512::NAME}};
+#else
+#define DD_CPU_KERNEL(NAME, ...) \
+  namespace generic {            \
+  void NAME(__VA_ARGS__);        \
+  }                              \
+  constexpr Kernel<void(__VA_ARGS__)> NAME = {{generic::NAME, nullptr, nullptr}};
+#endif

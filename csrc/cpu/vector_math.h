@@ -40,9 +40,15 @@ inline void log_cosh_far(float a, float& loss, float& slope) {
   slope = (1 - e) / (1 + e);
 }
 
+// An element loss as a loop over many elements takes it: as common/losses.h defines it, unless a twin stands below.
+template <LossKind kKind, typename acc_t>
+DD_HD void vector_loss(LossTag<kKind> tag, acc_t d, acc_t c, acc_t& loss, acc_t& slope) {
+  element_loss(tag, d, c, loss, slope);
+}
+
 // log cosh d and tanh d within 3e-7 relative: polynomials in d^2 up to |d| = 1, and what is added beyond. A choice
 // between the two would put branches into the loop.
-inline void log_cosh_run(float d, float& loss, float& slope) {
+DD_HD void vector_loss(LossTag<kLogCosh>, float d, float, float& loss, float& slope) {
   const float a = d < 0 ? -d : d;
   const float inner = a < 1 ? a : 1.0f;
   const float outer = a < 1 ? 1.0f : a;  // a NaN goes this way
@@ -59,8 +65,6 @@ inline void log_cosh_run(float d, float& loss, float& slope) {
   loss = near * z + (far_loss - one_loss);
   slope = std::copysign(ratio * inner + (far_slope - one_slope), d);
 }
-
-inline void log_cosh_run(double d, double& loss, double& slope) { log_cosh_loss(d, loss, slope); }
 
 }  // namespace
 }  // namespace diffdoctor

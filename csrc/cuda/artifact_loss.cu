@@ -2,11 +2,11 @@
 // in registers. Each logit gathers its own gradient from the pixels it touches, so nothing is added atomically.
 #include <cuda_runtime.h>
 
-#include "../common/resample.h"
-#include "launch.cuh"
-#include "launches.h"
-#include "reduce.cuh"
-#include "tiling.h"
+#include "common/resample.h"
+#include "cuda/artifact_loss.h"
+#include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
+#include "cuda/tiling.h"
 
 namespace diffdoctor::cuda {
 namespace {
@@ -118,11 +118,11 @@ __device__ __forceinline__ acc_t confidence_at(const ArtifactLossParams& p, int6
   return 1 / (1 + std::exp(-blend(upper, lower, y.weight)));
 }
 
-// Goes over a logit's window. Returns its share of the tally; adds to `kept` the gradient of the picture's sum.
+// Goes over a logit's window. Returns its share of the tally; adds to `unit_grad` the gradient of the picture's sum.
 template <int32_t kDtype, typename acc_t>
 __device__ __forceinline__ Tally<acc_t> visit_window(const ArtifactLossParams& p, int64_t b, int64_t i, int64_t j,
                                                      int lane, int lanes, bool gather, const acc_t* maximum,
-                                                     acc_t& kept) {
+                                                     acc_t& unit_grad) {
   const acc_t threshold = static_cast<acc_t>(p.threshold);
   const Window<acc_t> rows(i, p.in_h, p.out_h), columns(j, p.in_w, p.out_w);
   Tally<acc_t> tally = Tally<acc_t>::none(p.method);
@@ -136,7 +136,7 @@ __device__ __forceinline__ Tally<acc_t> visit_window(const ArtifactLossParams& p
       if (p.method == kThreshold && c <= threshold) continue;  // a NaN is not passed over
       if (p.method == kMethodMax && c != *maximum) continue;
       const acc_t share = vertical.share_of(i) * horizontal.share_of(j);
-      if (share != 0) kept += c * (1 - c) * share;
+      if (share != 0) unit_grad += c * (1 - c) * share;
     }
   }
   return tally;
@@ -155,7 +155,7 @@ __device__ __forceinline__ void emit_picture(const ArtifactLossParams& p, int64_
     maxima[b] = static_cast<acc_t>(tally.value);
   }
   if (p.reduction == kMean) factor /= static_cast<double>(p.batch);
-  if (p.write_grad) static_cast<acc_t*>(p.factor)[b] = static_cast<acc_t>(factor);
+  if (p.unit_grad != nullptr) static_cast<acc_t*>(p.factor)[b] = static_cast<acc_t>(factor);
   if (p.reduction == kSample) static_cast<acc_t*>(p.loss)[b] = static_cast<acc_t>(loss);
   total += loss;
 }
@@ -196,22 +196,22 @@ __global__ void __launch_bounds__(kThreads, 2)
   Tally<acc_t>* partials = workspace_body<Tally<acc_t>>(workspace);
   acc_t* maxima = reinterpret_cast<acc_t*>(partials + p.batch * g.blocks_per_sample);
   const int64_t logit = (blockIdx.x - b * g.blocks_per_sample) * (kThreads / g.lanes) + threadIdx.x / g.lanes;
-  const bool gather = p.write_grad && (second_pass || p.method != kMethodMax);
+  const bool gather = p.unit_grad != nullptr && (second_pass || p.method != kMethodMax);
   const bool inside = logit < p.in_h * p.in_w;
   Tally<acc_t> tally = Tally<acc_t>::none(p.method);
-  acc_t kept = 0;
+  acc_t unit_grad = 0;
   if (inside) {
     const int64_t i = logit / p.in_w;
     tally = visit_window<kDtype, acc_t>(p, b, i, logit - i * p.in_w, threadIdx.x % g.lanes, g.lanes, gather,
-                                        second_pass ? maxima + b : nullptr, kept);
+                                        second_pass ? maxima + b : nullptr, unit_grad);
   }
   if (gather) {
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {
-      const acc_t other = __shfl_xor_sync(0xffffffffu, kept, offset);
-      if (offset < g.lanes) kept += other;
+      const acc_t other = __shfl_xor_sync(0xffffffffu, unit_grad, offset);
+      if (offset < g.lanes) unit_grad += other;
     }
-    if (inside && threadIdx.x % g.lanes == 0) static_cast<acc_t*>(p.kept)[b * p.in_h * p.in_w + logit] = kept;
+    if (inside && threadIdx.x % g.lanes == 0) static_cast<acc_t*>(p.unit_grad)[b * p.in_h * p.in_w + logit] = unit_grad;
   }
   if (second_pass) return;
   tally.merge_warp(p.method);
@@ -229,7 +229,7 @@ const char* launch_for(const ArtifactLossParams& p, void* workspace, void* strea
   const Grouping g = group(p);
   const int64_t blocks = p.batch * g.blocks_per_sample;
   const char* error = launch(artifact_loss_kernel<kDtype>, blocks, stream, p, g, false, workspace);
-  if (error != nullptr || !p.write_grad || p.method != kMethodMax) return error;
+  if (error != nullptr || p.unit_grad == nullptr || p.method != kMethodMax) return error;
   return launch(artifact_loss_kernel<kDtype>, blocks, stream, p, g, true, workspace);
 }
 

@@ -2,8 +2,8 @@
 // branches cost once per N elements.
 #pragma once
 
-#include "../common/losses.h"
-#include "../common/weighted_loss.h"
+#include "common/losses.h"
+#include "common/weighted_loss.h"
 
 namespace diffdoctor::cuda {
 
@@ -12,18 +12,18 @@ template <typename acc_t>
 struct Sample {
   acc_t pred_scale, coef[kMaxTerms], huber_c, v, gradient_scale;
   bool selected;   // v != 0
-  bool dead;       // its gradient is exactly 0
+  bool zero_grad;  // its gradient is exactly 0
   unsigned kinds;  // bit j: strength[j] != 0
 
   __device__ __forceinline__ Sample(const WeightedLossParams& p, int64_t b) {
     pred_scale = load_per_sample<acc_t>(p.pred_scale, b);
 #pragma unroll
-    for (int k = 0; k < kMaxTerms; ++k) coef[k] = k < p.num_terms ? load_per_sample<acc_t>(p.coef[k], b) : acc_t(0);
+    for (int k = 0; k < kMaxTerms; ++k) coef[k] = k < p.num_terms ? load_per_sample<acc_t>(p.coefs[k], b) : acc_t(0);
     huber_c = load_per_sample<acc_t>(p.huber_c, b);
     v = load_per_sample<acc_t>(p.weight, b);
     gradient_scale = sample_gradient_scale<acc_t>(p, b);
     selected = sample_selected<acc_t>(p, b);
-    dead = !selected || load_per_sample<acc_t>(p.z, b) == 0;
+    zero_grad = !selected || load_per_sample<acc_t>(p.z, b) == 0;
     kinds = 0;
     for (int j = 0; j < kLossKinds; ++j) kinds |= p.strength[j] != 0 ? 1u << j : 0u;
   }
@@ -43,32 +43,21 @@ __device__ __forceinline__ void add_losses(double strength, const acc_t (&d)[N],
 }
 
 template <typename acc_t, int N>
-__device__ __forceinline__ void element_losses(const WeightedLossParams& p, const Sample<acc_t>& sample,
-                                               const acc_t (&d)[N], acc_t (&loss)[N], acc_t (&slope)[N]) {
+__device__ __forceinline__ void eval_losses(const WeightedLossParams& p, const Sample<acc_t>& sample,
+                                            const acc_t (&d)[N], acc_t (&loss)[N], acc_t (&slope)[N]) {
 #pragma unroll
   for (int j = 0; j < N; ++j) loss[j] = slope[j] = 0;
   const acc_t c = sample.huber_c;
-  const auto has = [&](LossKind kind) { return (sample.kinds >> kind & 1u) != 0; };
-  if (has(kL2)) {
-    add_losses(p.strength[kL2], d, loss, slope, [](acc_t x, acc_t& l, acc_t& g) { l2_loss(x, l, g); });
-  }
-  if (sample.kinds <= 1u) return;
-  if (has(kL1)) {
-    add_losses(p.strength[kL1], d, loss, slope, [](acc_t x, acc_t& l, acc_t& g) { l1_loss(x, l, g); });
-  }
-  if (has(kHuber)) {
-    add_losses(p.strength[kHuber], d, loss, slope, [c](acc_t x, acc_t& l, acc_t& g) { huber_loss(x, c, l, g); });
-  }
-  if (has(kSmoothL1)) {
-    add_losses(p.strength[kSmoothL1], d, loss, slope, [c](acc_t x, acc_t& l, acc_t& g) { smooth_l1_loss(x, c, l, g); });
-  }
-  if (has(kPseudoHuber)) {
-    add_losses(p.strength[kPseudoHuber], d, loss, slope,
-               [c](acc_t x, acc_t& l, acc_t& g) { pseudo_huber_loss(x, c, l, g); });
-  }
-  if (has(kLogCosh)) {
-    add_losses(p.strength[kLogCosh], d, loss, slope, [](acc_t x, acc_t& l, acc_t& g) { log_cosh_loss(x, l, g); });
-  }
+  const auto add = [&](auto tag) {
+    if ((sample.kinds >> tag.kind & 1u) == 0) return;
+    add_losses(p.strength[tag.kind], d, loss, slope,
+               [tag, c](acc_t x, acc_t& l, acc_t& g) { element_loss(tag, x, c, l, g); });
+  };
+  add(LossTag<kL2>());
+  if (sample.kinds <= 1u << kL2) return;
+  for_each_loss([&](auto tag) {
+    if (tag.kind != kL2) add(tag);
+  });
 }
 
 }  // namespace diffdoctor::cuda

@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
-#include "../common/platform.h"
-#include "launch.cuh"
+#include "common/platform.h"
+#include "cuda/launch.cuh"
 
 namespace diffdoctor::cuda {
 

@@ -2,10 +2,11 @@
 // whose kept gradient may be scaled in place, and artifact_loss, which keeps fp32 and has a factor of its own.
 #include <cuda_runtime.h>
 
-#include "launch.cuh"
-#include "launches.h"
-#include "tiling.h"
-#include "vector.cuh"
+#include "cuda/artifact_loss.h"
+#include "cuda/launch.cuh"
+#include "cuda/scale_gradient.h"
+#include "cuda/tiling.h"
+#include "cuda/vector.cuh"
 
 namespace diffdoctor::cuda {
 namespace {
@@ -74,9 +75,9 @@ const char* launch_scale_gradient(const void* grad, void* out, int32_t dtype, in
   }
 }
 
-const char* launch_artifact_loss_backward(const void* kept, const void* factor, const void* g, int64_t g_stride,
+const char* launch_artifact_loss_backward(const void* unit_grad, const void* factor, const void* g, int64_t g_stride,
                                           void* out, int32_t dtype, int64_t batch, int64_t count, void* stream) {
-  const Scaling s{kept, out, count, 0, factor, g, g_stride};
+  const Scaling s{unit_grad, out, count, 0, factor, g, g_stride};
   switch (dtype) {
     case kFloat32:
       return launch_for<kFloat32, kFloat32>(s, batch, stream);

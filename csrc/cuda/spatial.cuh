@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "../common/weighted_loss.h"
-#include "tiling.h"
+#include "common/weighted_loss.h"
+#include "cuda/tiling.h"
 
 namespace diffdoctor::cuda {
 
@@ -64,8 +64,8 @@ __device__ __forceinline__ Position<acc_t> position_of(const WeightedLossParams&
   });
   Position<acc_t> position;
   position.u = artifact_level(p, map_value<acc_t>(p, p.confidence, b, confidence, at, 0));
-  position.omega = map_value<acc_t>(p, p.mask, b, mask, at, 1) * spatial_weight(p, position.u);
-  position.m = gradient_weight(p, position.u);
+  position.omega = map_value<acc_t>(p, p.mask, b, mask, at, 1) * at_level(spatial_weight<acc_t>(p), position.u);
+  position.m = at_level(gradient_weight<acc_t>(p), position.u);
   position.weighting = 1;
   if (kWithWeighting && p.weighting.present) {
     position.weighting =
@@ -79,8 +79,8 @@ template <typename acc_t>
 __device__ __forceinline__ Position<acc_t> position_without_maps(const WeightedLossParams& p) {
   Position<acc_t> position;
   position.u = artifact_level(p, acc_t(0));
-  position.omega = spatial_weight(p, position.u);
-  position.m = gradient_weight(p, position.u);
+  position.omega = at_level(spatial_weight<acc_t>(p), position.u);
+  position.m = at_level(gradient_weight<acc_t>(p), position.u);
   position.weighting = 1;
   return position;
 }

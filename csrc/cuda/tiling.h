@@ -12,8 +12,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../common/params.h"
-#include "../common/platform.h"
+#include "common/platform.h"
+#include "common/weighted_loss_params.h"
 
 namespace diffdoctor::cuda {
 
@@ -43,32 +43,14 @@ struct Tiling {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline bool varies_along(const WeightedLossParams& p, int d, bool with_weighting) {
-  if (with_weighting && p.weighting.present && p.weighting.stride[d] != 0) return true;
-  for (const Map* map : {&p.confidence, &p.mask}) {
-    if (map->mode == kAbsent) continue;
-    if (map->mode == kSame ? map->stride[d] != 0 : p.coord[0][d] != 0 || p.coord[1][d] != 0 || p.coord[2][d] != 0) {
-      return true;
-    }
-  }
-  return false;
-}
-
-// outer, free, inner: the longest run of neighbouring dims along which no map varies is `free`.
+// outer, free, inner: the plan's free dims and what lies around them.
 inline void split_positions(const WeightedLossParams& p, bool with_weighting, Tiling& t) {
   t.outer = t.free = 1;
   t.inner = p.count;
   if (!t.spatial) return;
-  for (int first = kMaxDims - p.ndim; first < kMaxDims; ++first) {
-    int64_t run = 1;
-    int end = first;
-    while (end < kMaxDims && !varies_along(p, end, with_weighting)) run *= p.size[end++];
-    if (run <= t.free) continue;
-    t.free = run;
-    t.outer = t.inner = 1;
-    for (int d = 0; d < first; ++d) t.outer *= p.size[d];
-    for (int d = end; d < kMaxDims; ++d) t.inner *= p.size[d];
-  }
+  const DimRange& range = with_weighting ? p.free_dims_weighted : p.free_dims;
+  t.inner = 1;
+  for (int d = 0; d < kMaxDims; ++d) (d < range[0] ? t.outer : d < range[1] ? t.free : t.inner) *= p.size[d];
   // A tile of whole o's holds every f; where that is too many, each element is a position of its own.
   if (t.inner < kRunPositions && t.free * t.inner > kTileElements) {
     t.outer = t.free = 1;
@@ -113,8 +95,8 @@ inline Tiling make_tiling(const WeightedLossParams& p, bool with_weighting) {
   split_positions(p, with_weighting, t);
   t.groups = 1;
   t.free_per_group = t.free;
-  const int64_t limit = t.spatial ? tile_positions(p.pred_dtype) : kTileElements;
-  const int width = vector_width(p.pred_dtype);
+  const int64_t limit = t.spatial ? tile_positions(p.dtype) : kTileElements;
+  const int width = vector_width(p.dtype);
   if (t.inner >= kRunPositions || t.inner == p.count) {
     cut_runs(p.batch, limit, width, t);
   } else {

@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../common/dtype.h"
-#include "../common/params.h"
+#include "common/dtype.h"
+#include "common/types.h"
 
 namespace diffdoctor::cuda {
 

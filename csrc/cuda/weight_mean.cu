@@ -2,11 +2,11 @@
 // divides.
 #include <cuda_runtime.h>
 
-#include "launch.cuh"
-#include "launches.h"
-#include "reduce.cuh"
-#include "spatial.cuh"
-#include "tiling.h"
+#include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
+#include "cuda/spatial.cuh"
+#include "cuda/tiling.h"
+#include "cuda/weighted_loss.h"
 
 namespace diffdoctor::cuda {
 namespace {
@@ -61,12 +61,12 @@ const char* launch_for(const WeightedLossParams& p, void* out, bool per_sample, 
 }  // namespace
 
 int64_t weight_mean_workspace(const WeightedLossParams& p) {
-  return sizeof(WorkspaceHead) + p.batch * positions_of(p).blocks_per_sample * (p.pred_dtype == kFloat64 ? 8 : 4);
+  return sizeof(WorkspaceHead) + p.batch * positions_of(p).blocks_per_sample * (p.dtype == kFloat64 ? 8 : 4);
 }
 
 const char* launch_weight_mean(const WeightedLossParams& p, void* out, bool per_sample, void* workspace, void* stream) {
-  return p.pred_dtype == kFloat64 ? launch_for<double>(p, out, per_sample, workspace, stream)
-                                  : launch_for<float>(p, out, per_sample, workspace, stream);
+  return p.dtype == kFloat64 ? launch_for<double>(p, out, per_sample, workspace, stream)
+                             : launch_for<float>(p, out, per_sample, workspace, stream);
 }
 
 }  // namespace diffdoctor::cuda

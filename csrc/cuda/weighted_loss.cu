@@ -1,13 +1,14 @@
 // weighted_loss: the loss, its gradient and the sums behind LossStats in one launch.
 #include <cuda_runtime.h>
 
-#include "element.cuh"
-#include "launch.cuh"
-#include "launches.h"
-#include "reduce.cuh"
-#include "spatial.cuh"
-#include "tiling.h"
-#include "vector.cuh"
+#include "cuda/device.h"
+#include "cuda/element.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
+#include "cuda/spatial.cuh"
+#include "cuda/tiling.h"
+#include "cuda/vector.cuh"
+#include "cuda/weighted_loss.h"
 
 namespace diffdoctor::cuda {
 namespace {
@@ -70,7 +71,7 @@ struct Unit {
 // Registers are short: the second term, which few targets have, is loaded when its turn comes.
 template <typename C>
 __device__ __forceinline__ Raw<typename C::acc_t, C::kWidth> load_term(const WeightedLossParams& p, int k, int64_t at) {
-  return load_raw<typename C::acc_t, C::kWidth>(p.term[k].data, p.term[k].dtype, at);
+  return load_raw<typename C::acc_t, C::kWidth>(p.terms[k].data, p.terms[k].dtype, at);
 }
 
 template <typename C>
@@ -99,19 +100,19 @@ __device__ __forceinline__ void load_unit(const WeightedLossParams& p, const Til
     pred_at = term_at = unit.grad_at = unit.second_term_at = 0;
     decode(p, t.narrow != 0, i, [&](int d, int64_t at) {
       pred_at += at * p.pred.stride[d];
-      term_at += at * p.term[0].stride[d];
+      term_at += at * p.terms[0].stride[d];
       unit.grad_at += at * p.grad.stride[d];
-      unit.second_term_at += at * p.term[1].stride[d];
+      unit.second_term_at += at * p.terms[1].stride[d];
     });
   }
   unit.grad_at += b * p.grad.batch_stride;
-  unit.second_term_at += b * p.term[1].batch_stride;
+  unit.second_term_at += b * p.terms[1].batch_stride;
   unit.pred = load_raw<acc_t, C::kWidth>(p.pred.data, C::kDtype, b * p.pred.batch_stride + pred_at);
-  if (p.num_terms > 0) unit.term = load_term<C>(p, 0, b * p.term[0].batch_stride + term_at);
+  if (p.num_terms > 0) unit.term = load_term<C>(p, 0, b * p.terms[0].batch_stride + term_at);
 }
 
 // Where the factors of consecutive elements stand in shared memory.
-struct Walk {
+struct Cursor {
   int s, q, r, inner, row;
 
   __device__ __forceinline__ void advance() {
@@ -122,15 +123,15 @@ struct Walk {
 };
 
 template <typename acc_t, int N>
-__device__ __forceinline__ void load_factor(bool rows, const acc_t* shared, Walk walk, acc_t (&value)[N]) {
+__device__ __forceinline__ void load_factor(bool rows, const acc_t* shared, Cursor cursor, acc_t (&value)[N]) {
   if (rows) {
-    load_shared<acc_t, N>(shared + walk.s, value);
+    load_shared<acc_t, N>(shared + cursor.s, value);
     return;
   }
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    value[j] = shared[walk.s];
-    walk.advance();
+    value[j] = shared[cursor.s];
+    cursor.advance();
   }
 }
 
@@ -157,7 +158,7 @@ __device__ __forceinline__ void compute_unit(const WeightedLossParams& p, const 
   using acc_t = typename C::acc_t;
   constexpr int N = C::kStep;
   const bool rows = t.outers_per_tile == 0;
-  Walk walk{unit.s, unit.q, unit.r, static_cast<int>(t.inner), static_cast<int>(t.free * t.inner)};
+  Cursor cursor{unit.s, unit.q, unit.r, static_cast<int>(t.inner), static_cast<int>(t.free * t.inner)};
   Packed<C::kDtype, C::kWidth> packed;
   Raw<acc_t, C::kWidth> second_term;
   if (p.num_terms > 1) second_term = load_term<C>(p, 1, unit.second_term_at);
@@ -168,73 +169,73 @@ __device__ __forceinline__ void compute_unit(const WeightedLossParams& p, const 
 #pragma unroll
     for (int j = 0; j < N; ++j) d[j] *= sample.pred_scale;
     if (p.num_terms > 0) {
-      unpack<acc_t, N>(unit.term, step, p.term[0].dtype, value);
+      unpack<acc_t, N>(unit.term, step, p.terms[0].dtype, value);
 #pragma unroll
       for (int j = 0; j < N; ++j) d[j] -= sample.coef[0] * value[j];
     }
     if (p.num_terms > 1) {
-      unpack<acc_t, N>(second_term, step, p.term[1].dtype, value);
+      unpack<acc_t, N>(second_term, step, p.terms[1].dtype, value);
 #pragma unroll
       for (int j = 0; j < N; ++j) d[j] -= sample.coef[1] * value[j];
     }
-    element_losses<acc_t, N>(p, sample, d, loss, slope);
-    if (p.work & (kWriteLoss | kWriteSums)) {
+    eval_losses<acc_t, N>(p, sample, d, loss, slope);
+    if (p.outputs & (kWriteLoss | kWriteSums)) {
 #pragma unroll
       for (int j = 0; j < N; ++j) value[j] = uniform.loss;
-      if (t.spatial) load_factor<acc_t, N>(rows, shared[0], walk, value);
+      if (t.spatial) load_factor<acc_t, N>(rows, shared[0], cursor, value);
       acc_t sum = 0;
 #pragma unroll
       for (int j = 0; j < N; ++j) sum += value[j] != 0 ? value[j] * loss[j] : acc_t(0);
       sums[kNumerator] += sum;
-      if (p.work & kWriteSums) {
+      if (p.outputs & kWriteSums) {
         acc_t level[N];
 #pragma unroll
         for (int j = 0; j < N; ++j) level[j] = uniform.level;
-        if (t.spatial) load_factor<acc_t, N>(rows, shared[2], walk, level);
+        if (t.spatial) load_factor<acc_t, N>(rows, shared[2], cursor, level);
         add_level_sums<acc_t, N>(value, level, loss, sums);
       }
     }
-    if (p.work & kWriteGrad) {
+    if (p.outputs & kWriteGrad) {
 #pragma unroll
       for (int j = 0; j < N; ++j) value[j] = uniform.slope;
-      if (t.spatial) load_factor<acc_t, N>(rows, shared[1], walk, value);
+      if (t.spatial) load_factor<acc_t, N>(rows, shared[1], cursor, value);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        slope[j] = value[j] == 0 || sample.dead ? acc_t(0) : value[j] * slope[j] * sample.gradient_scale;
+        slope[j] = value[j] == 0 || sample.zero_grad ? acc_t(0) : value[j] * slope[j] * sample.gradient_scale;
       }
       pack<C::kDtype, acc_t, N>(slope, step, packed);
     }
     if (C::kWidth > N) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) walk.advance();
+      for (int j = 0; j < N; ++j) cursor.advance();
     }
   }
-  if (p.work & kWriteGrad) store_packed<C::kDtype, C::kWidth>(p.grad.data, unit.grad_at, packed);
+  if (p.outputs & kWriteGrad) store_packed<C::kDtype, C::kWidth>(p.grad.data, unit.grad_at, packed);
 }
 
 template <typename C>
 __device__ __forceinline__ void finish(const WeightedLossParams& p, const Tiling& t,
                                        const typename C::acc_t* partials) {
   using acc_t = typename C::acc_t;
-  const bool sums_wanted = (p.work & kWriteSums) != 0;
+  const bool sums_wanted = (p.outputs & kWriteSums) != 0;
   const auto emit = [&](int64_t b, const double (&sums)[kColumns], double& total) {
     if (sums_wanted) {
-      constexpr int kPlace[kColumns] = {kSumNumerator, kSumArtifactLoss,   kSumCleanLoss,   kSumNonfinite,
-                                        kSumWeight,    kSumArtifactWeight, kSumCleanWeight, kSumArtifact};
+      constexpr int kColumn[kColumns] = {kSumNumerator, kSumArtifactLoss,   kSumCleanLoss,   kSumNonfinite,
+                                         kSumWeight,    kSumArtifactWeight, kSumCleanWeight, kSumArtifact};
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        static_cast<acc_t*>(p.sums)[b * kSums + kPlace[c]] = static_cast<acc_t>(sums[c]);
+        static_cast<acc_t*>(p.sums)[b * kSums + kColumn[c]] = static_cast<acc_t>(sums[c]);
       }
     }
     const acc_t loss = sample_loss<acc_t>(p, b, static_cast<acc_t>(sums[kNumerator]));
     if (p.reduction == kSample) {
-      if (p.work & kWriteLoss) static_cast<acc_t*>(p.loss)[b] = loss;
+      if (p.outputs & kWriteLoss) static_cast<acc_t*>(p.loss)[b] = loss;
     } else {
       total += static_cast<double>(loss);
     }
   };
   const double total = reduce_samples<kColumns>(partials, sums_wanted ? kColumns : 1, p.batch, t.tiles, emit);
-  if (threadIdx.x == 0 && (p.work & kWriteLoss) && p.reduction != kSample) {
+  if (threadIdx.x == 0 && (p.outputs & kWriteLoss) && p.reduction != kSample) {
     *static_cast<acc_t*>(p.loss) =
         static_cast<acc_t>(p.reduction == kMean ? total / static_cast<double>(p.batch) : total);
   }
@@ -251,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const Tile tile(t, blockIdx.x - b * t.tiles);
   const int frees = tile.free_end - tile.free_begin;
   const Sample<acc_t> sample(p, b);
-  const bool sums_wanted = (p.work & kWriteSums) != 0;
+  const bool sums_wanted = (p.outputs & kWriteSums) != 0;
   const int columns = sums_wanted ? kColumns : 1;
   acc_t* partials = workspace_body<acc_t>(workspace);
 
@@ -292,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     }
   }
 
-  if (!(p.work & (kWriteLoss | kWriteSums))) return;
+  if (!(p.outputs & (kWriteLoss | kWriteSums))) return;
   store_block_sums<kElementSums>(sums, partials, columns, 0);
   if (is_last_block(workspace)) finish<C>(p, t, partials);
 }
@@ -304,8 +305,8 @@ bool is_aligned(const Operand& operand, int64_t batch) {
 
 bool can_vectorise(const WeightedLossParams& p, const Tiling& t, int width) {
   bool aligned = p.contiguous && tiles_are_aligned(p, t, width) && is_aligned(p.pred, p.batch);
-  if (p.work & kWriteGrad) aligned = aligned && is_aligned(p.grad, p.batch);
-  for (int k = 0; k < p.num_terms; ++k) aligned = aligned && is_aligned(p.term[k], p.batch);
+  if (p.outputs & kWriteGrad) aligned = aligned && is_aligned(p.grad, p.batch);
+  for (int k = 0; k < p.num_terms; ++k) aligned = aligned && is_aligned(p.terms[k], p.batch);
   return aligned;
 }
 
@@ -332,14 +333,14 @@ const char* device_problem() {
 }
 
 int64_t weighted_loss_workspace(const WeightedLossParams& p) {
-  if (!(p.work & (kWriteLoss | kWriteSums))) return 0;
-  const int64_t columns = p.work & kWriteSums ? kColumns : 1;
-  const int64_t bytes = p.pred_dtype == kFloat64 ? 8 : 4;
+  if (!(p.outputs & (kWriteLoss | kWriteSums))) return 0;
+  const int64_t columns = p.outputs & kWriteSums ? kColumns : 1;
+  const int64_t bytes = p.dtype == kFloat64 ? 8 : 4;
   return sizeof(WorkspaceHead) + p.batch * make_tiling(p, true).tiles * columns * bytes;
 }
 
 const char* launch_weighted_loss(const WeightedLossParams& p, void* workspace, void* stream) {
-  switch (p.pred_dtype) {
+  switch (p.dtype) {
     case kFloat32:
       return launch_for<kFloat32>(p, workspace, stream);
     case kBFloat16:

@@ -8,6 +8,8 @@ import os
 import pathlib
 import warnings
 
+from diffdoctor.runs.errors import expected
+
 _INSTRUCTION_SETS = ("generic", "avx2", "avx512")
 _module = None
 _reason: str | None = None
@@ -44,10 +46,10 @@ def _ignored_instruction_set(module) -> str | None:
     if not wanted or wanted == module.instruction_set():
         return None
     if wanted in _INSTRUCTION_SETS:
-        expected = "one that this CPU and this build have"
+        what = "one that this CPU and this build have"
     else:
-        expected = f"one of {', '.join(_INSTRUCTION_SETS)}"
-    return f"DIFFDOCTOR_CPU_ISA must be {expected}, got {wanted!r}; {module.instruction_set()} is used"
+        what = f"one of {', '.join(_INSTRUCTION_SETS)}"
+    return f"{expected('DIFFDOCTOR_CPU_ISA', what, repr(wanted))}; {module.instruction_set()} is used"
 
 
 def reason() -> str | None:

@@ -2,68 +2,58 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import NamedTuple
+
+import torch
+
+from diffdoctor.lowering.artifact_loss import ARTIFACT_METHODS, ArtifactProblem
 from diffdoctor.lowering.plan import (
-    ARTIFACT_METHODS,
     DTYPES,
     MAP_MODES,
     REDUCTIONS,
-    ArtifactProblem,
     MapPlan,
+    OperandPlan,
+    Options,
     PerSample,
     Plan,
     Problem,
 )
+
+# The names of DD_WEIGHTED_LOSS_PLAN in csrc/common/weighted_loss_params.h, but for their order.
+_OPTION_FIELDS = tuple(field.name for field in fields(Options))
+_PLAN_FIELDS = tuple(field.name for field in fields(Plan) if field.name not in ("acc_dtype", "options", "cache"))
+_CODES = {**REDUCTIONS, **MAP_MODES}
 
 
 def native_plan(plan: Plan, native):
     """The plan as a `_native.WeightedLossPlan`, made once and kept in the plan's cache."""
     made = plan.cache.get("native")
     if made is None:
-        made = plan.cache["native"] = native.WeightedLossPlan(_describe(plan))
+        made = plan.cache["native"] = native.WeightedLossPlan(plan_fields(plan))
     return made
 
 
-def _describe(plan: Plan) -> dict:
-    options = plan.options
-    weighting = None
-    if plan.weighting_strides is not None:
-        weighting = (DTYPES[plan.weighting_dtype], plan.weighting_strides)
-    return {
-        "batch": plan.batch,
-        "count": plan.count,
-        "size": plan.size,
-        "ndim": plan.ndim,
-        "dtype": DTYPES[plan.dtype],
-        "contiguous": plan.contiguous,
-        "pred": (DTYPES[plan.dtype], plan.pred_strides),
-        "grad": (DTYPES[plan.dtype], plan.grad_strides),
-        "terms": tuple(
-            (DTYPES[dtype], strides) for dtype, strides in zip(plan.term_dtypes, plan.term_strides, strict=True)
-        ),
-        "weighting": weighting,
-        "confidence": _describe_map(plan.confidence),
-        "mask": _describe_map(plan.mask),
-        "coord": plan.coord,
-        "grid": plan.grid,
-        "strength": options.strength,
-        "artifact_weight": options.artifact_weight,
-        "clean_weight": options.clean_weight,
-        "artifact_grad": options.artifact_grad,
-        "clean_grad": options.clean_grad,
-        "threshold": options.threshold,
-        "gamma": options.gamma,
-        "reduction": REDUCTIONS[options.reduction],
-    }
+def plan_fields(plan: Plan) -> dict:
+    """What the plan and its options hold, by name, in numbers, tuples and dicts."""
+    described = {name: _plain(getattr(plan, name)) for name in _PLAN_FIELDS}
+    return described | {name: _plain(getattr(plan.options, name)) for name in _OPTION_FIELDS}
 
 
-def _describe_map(plan: MapPlan | None):
-    if plan is None:
-        return None
-    return (DTYPES[plan.dtype], MAP_MODES[plan.mode], plan.strides, plan.in_size, plan.in_stride)
+def _plain(value):
+    if isinstance(value, torch.dtype):
+        return DTYPES[value]
+    if isinstance(value, str):
+        return _CODES[value]
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, OperandPlan | MapPlan):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    return value
 
 
 def call_arguments(problem: Problem) -> tuple[tuple, tuple]:
-    """(pointers, per_sample) of `bind_call` in csrc/native_plan.h."""
+    """(pointers, numbers) in the order of DD_WEIGHTED_LOSS_POINTERS and DD_WEIGHTED_LOSS_NUMBERS."""
     terms, coefs, count = problem.terms, problem.coefs, len(problem.terms)
     pointers = (
         problem.pred.data_ptr(),
@@ -76,7 +66,7 @@ def call_arguments(problem: Problem) -> tuple[tuple, tuple]:
         _pointer(problem.loss),
         _pointer(problem.sums),
     )
-    per_sample = (
+    numbers = (
         _number(problem.pred_scale),
         _number(coefs[0]) if count else None,
         _number(coefs[1]) if count > 1 else None,
@@ -85,7 +75,7 @@ def call_arguments(problem: Problem) -> tuple[tuple, tuple]:
         _number(problem.z),
         _number(problem.grad_output),
     )
-    return pointers, per_sample
+    return pointers, numbers
 
 
 def _pointer(tensor) -> int:
@@ -96,14 +86,34 @@ def _number(entry: PerSample):
     return entry.value if entry.data is None else (entry.data.data_ptr(), entry.stride)
 
 
-def artifact_arguments(problem: ArtifactProblem) -> tuple:
-    """The description of `bind_artifact_loss` in csrc/native_plan.h."""
+class ArtifactArguments(NamedTuple):
+    """DD_ARTIFACT_LOSS_PARAMS in csrc/common/artifact_loss_params.h."""
+
+    logits: int
+    batch_stride: int
+    row_stride: int
+    col_stride: int
+    batch: int
+    in_h: int
+    in_w: int
+    out_h: int
+    out_w: int
+    threshold: float
+    dtype: int
+    method: int
+    reduction: int
+    loss: int
+    unit_grad: int
+    factor: int
+
+
+def artifact_arguments(problem: ArtifactProblem) -> ArtifactArguments:
     logits = problem.logits
-    return (
+    return ArtifactArguments(
         logits.data_ptr(),
-        logits.stride(),
-        tuple(logits.shape),
-        problem.size,
+        *logits.stride(),
+        *logits.shape,
+        *problem.size,
         problem.threshold,
         DTYPES[logits.dtype],
         ARTIFACT_METHODS[problem.method],

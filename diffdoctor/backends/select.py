@@ -5,19 +5,22 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Mapping
+from types import ModuleType
 
 import torch
 
+from diffdoctor.backends import native
+from diffdoctor.runs.errors import expected
+
 #: Fastest first. `reference` serves everything and comes last.
 NAMES = ("cuda", "triton", "cpu", "reference")
-OPS = ("weighted_loss", "modulate_gradient", "artifact_loss")
 
-_MODULES = {name: f"diffdoctor.backends.{name}.weighted_loss" for name in ("cuda", "triton", "cpu")}
 _BY_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _SERVES = {"cpu": "CPU tensors", "triton": "CUDA tensors", "cuda": "CUDA tensors"}
-_loaded: dict[str, object] = {}
-_missing: dict[str, str] = {}
-_chosen: dict[str, object] = {}
+_reasons: dict[str, str | None] = {}  # by backend: why it cannot be used, None where it can
+_modules: dict[tuple[str, str], ModuleType] = {}  # by backend and op
+_chosen: dict[tuple[str, str], ModuleType | None] = {}  # by device type and op
 _warned: set[str] = set()
 
 
@@ -31,27 +34,32 @@ class BackendUnavailable(RuntimeError):
     """A backend asked for by name cannot serve the call; the message says why."""
 
 
-def _load(name: str):
-    """The backend's module, or None with the reason kept in `_missing`."""
-    if name in _loaded:
-        return _loaded[name]
-    if name in _missing:
+def why_not(name: str, op: str | None = None) -> str | None:
+    """Why the named backend cannot be used on this machine, or None where it can.
+
+    Args:
+        name: one of NAMES.
+        op: the file of the backend that is to serve; None asks for the backend as a whole.
+    """
+    if name == "reference":
         return None
+    if name not in _reasons:
+        try:
+            _reasons[name] = importlib.import_module(f"diffdoctor.backends.{name}").unavailable()
+        except ImportError as error:
+            _reasons[name] = str(error)
+    if _reasons[name] is not None or op is None or (name, op) in _modules:
+        return _reasons[name]
     try:
-        module = importlib.import_module(_MODULES[name])
-        reason = module.unavailable()
+        _modules[name, op] = importlib.import_module(f"diffdoctor.backends.{name}.{op}")
     except ImportError as error:
-        reason = str(error)
-    if reason is not None:
-        _missing[name] = reason
-        return None
-    _loaded[name] = module
-    return module
+        return str(error)
+    return None
 
 
-def why_not(name: str) -> str | None:
-    """Why the named backend cannot be used on this machine, or None where it can."""
-    return None if name == "reference" or _load(name) is not None else _missing[name]
+def _load(name: str, op: str) -> ModuleType | None:
+    """The backend's module for an op, or None where `why_not` says why there is none."""
+    return _modules[name, op] if why_not(name, op) is None else None
 
 
 def overridden() -> bool:
@@ -68,38 +76,51 @@ def requested(backend: str | None) -> str | None:
         return name
     source = "backend" if backend is not None else "DIFFDOCTOR_BACKEND"
     if not isinstance(name, str):
-        raise TypeError(f"{source} must be None or one of {', '.join(NAMES)}, got {type(name).__name__}")
-    raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")
+        raise TypeError(expected(source, f"None or one of {', '.join(NAMES)}", type(name).__name__))
+    raise ValueError(expected(source, f"one of {', '.join(NAMES)}", repr(name)))
 
 
-def for_device(device_type: str):
-    """The fastest usable backend module for a device type; None means the reference."""
+def name_of(module: ModuleType) -> str:
+    """The backend that a module belongs to."""
+    return module.__name__.split(".")[-2]
+
+
+def for_device(device_type: str, op: str) -> ModuleType | None:
+    """The fastest usable module that serves `op` on a type of device; None means the reference."""
     try:
-        return _chosen[device_type]
+        return _chosen[device_type, op]
     except KeyError:
         pass
-    module = next((m for m in map(_load, _BY_DEVICE.get(device_type, ())) if m is not None), None)
-    _chosen[device_type] = module
+    found = (_load(name, op) for name in _BY_DEVICE.get(device_type, ()))
+    module = _chosen[device_type, op] = next((module for module in found if module is not None), None)
     return module
 
 
-def pick(name: str | None, op: str, device_type: str):
-    """The module that serves `op` on tensors of `device_type`, or None for the reference.
+def pick(name: str | None, op: str, device_type: str, served_by: str | None = None) -> ModuleType | None:
+    """The module that serves an op, or None for the reference.
 
-    Raises `BackendUnavailable` where a backend asked for by name cannot serve.
+    Args:
+        name: of the backend that was asked for; None takes the fastest.
+        op: the public name.
+        device_type: of the tensors.
+        served_by: the file of a backend that serves the op, where it is another op's.
+
+    Raises:
+        BackendUnavailable: a backend asked for by name cannot serve.
     """
     if name == "reference":
         return None
+    file = served_by or op
     if name is None:
-        module = for_device(device_type)
+        module = for_device(device_type, file)
         if module is None and device_type == "cuda" and op not in _warned:
             _warned.add(op)
-            reasons = "; ".join(f"{n}: {_missing.get(n, 'not usable')}" for n in _BY_DEVICE["cuda"])
+            reasons = "; ".join(f"{n}: {why_not(n, file) or 'not usable'}" for n in _BY_DEVICE["cuda"])
             warnings.warn(f"diffdoctor.{op} on a CUDA tensor is served by the slow reference ({reasons})", stacklevel=4)
         return module
-    module = _load(name)
+    module = _load(name, file)
     if module is None:
-        raise BackendUnavailable(f"backend {name!r} cannot be used here: {_missing[name]}")
+        raise BackendUnavailable(f"backend {name!r} cannot be used here: {why_not(name, file)}")
     if name not in _BY_DEVICE.get(device_type, ()):
         raise BackendUnavailable(f"backend {name!r} serves {_SERVES[name]}, got a tensor on {device_type}")
     return module
@@ -110,27 +131,28 @@ def available_backends() -> dict[str, str | None]:
     return {name: why_not(name) for name in NAMES}
 
 
-def _server(device: str, op: str, usable: dict[str, str | None]) -> str:
+def _server(device: str, op: str, file: str) -> str:
     """The backend that a call without `backend=` gets, or "nothing" with the error that it raises."""
     try:
         name = requested(None)
         if name is None:
-            return next((n for n in _BY_DEVICE[device] if usable[n] is None), "reference")
-        pick(name, op, device)
+            return next((n for n in _BY_DEVICE[device] if why_not(n, file) is None), "reference")
+        pick(name, op, device, file)
     except (ValueError, BackendUnavailable) as error:
         return f"nothing: {error}"
     return name
 
 
-def describe() -> dict:
-    """What `diffdoctor env` says of the backends: which can be used, which serves each op by device, the build."""
-    from diffdoctor.backends import native
+def describe(ops: Mapping[str, str]) -> dict:
+    """What `diffdoctor env` says of the backends: which can be used, which serves each op by device, the build.
 
-    usable = available_backends()
+    Args:
+        ops: each public name with the file of a backend that serves it (`diffdoctor.ops.OPS`).
+    """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {
-        "backends": {name: reason or "usable" for name, reason in usable.items()},
-        "serves": {device: {op: _server(device, op, usable) for op in OPS} for device in devices},
+        "backends": {name: reason or "usable" for name, reason in available_backends().items()},
+        "serves": {device: {op: _server(device, op, file) for op, file in ops.items()} for device in devices},
         "dtypes": ["float32", "bfloat16", "float16", "float64"],
         "native": native.describe(),
     }

@@ -1,4 +1,4 @@
-"""How the Triton kernels walk a plan: tiles, strides by group, and the arguments that launches of one plan share."""
+"""How the Triton kernels go over a plan: tiles, strides by group, and the arguments that launches of one plan share."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from math import gcd, prod
 import torch
 import triton.language as tl
 
-from diffdoctor.lowering.plan import LOSS_KINDS, MAP_MODES, MAX_DIMS, REDUCTIONS, MapPlan, Plan
+from diffdoctor.kernels.element_loss import STRENGTHS
+from diffdoctor.lowering.plan import LOSS_KINDS, MAP_MODES, MAX_DIMS, REDUCTIONS, MapPlan, OperandPlan, Plan
 
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
-# The fusion is said aloud because Triton 3.10 changes the default; where a rounding must not depend on it there is fma.
+# Fusion is set explicitly because Triton 3.10 changes the default; where a rounding must not depend on it there is fma.
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
 _ABSENT, _SAME, _RESAMPLED = 0, 1, 2  # kernels/resample.py
 
@@ -25,53 +26,35 @@ class Box:
     count: tuple[int, int, int]  # elements of each group
     block: tuple[int, int, int]
     inner_blocks: int
-    spots: int  # tiles of outer × inner positions
-    walks: int  # programs that share one spot's free positions ...
+    tiles: int  # of outer × inner positions
+    splits: int  # programs that share one tile's free positions ...
     steps: int  # ... and the blocks of them that each visits
 
     @property
     def programs(self) -> int:
-        return self.spots * self.walks
+        return self.tiles * self.splits
 
 
 def make_box(plan: Plan) -> Box:
-    """The free dims are the longest run along which every map is constant; without maps all but the last of several."""
-    dims = tuple(range(MAX_DIMS - plan.ndim, MAX_DIMS))
-    maps = [map_plan for map_plan in (plan.confidence, plan.mask) if map_plan is not None]
-    begin, end = _longest_run([all(_constant(plan, map_plan, d) for map_plan in maps) for d in dims], plan, dims)
+    """Free are the plan's free dims; without maps all dims but the last of several."""
+    dims = range(MAX_DIMS - plan.ndim, MAX_DIMS)
+    maps = plan.confidence is not None or plan.mask is not None
+    begin, end = plan.free_dims
     if not maps and len(dims) > 1:
         end -= 1
-    groups = (dims[:begin], dims[begin:end], dims[end:])
+    groups = (tuple(range(dims[0], begin)), tuple(range(begin, end)), tuple(range(max(end, dims[0]), MAX_DIMS)))
     count = tuple(prod(plan.size[d] for d in group) for group in groups)
     n_outer, n_free, n_inner = count
-    tile = 256 if plan.batch * plan.count <= 1 << 18 else 1024
-    inner = _block(n_inner, tile)
-    free = _block(n_free, tile // inner)
-    outer = _block(n_outer, tile // (inner * free))
+    elements = 256 if plan.batch * plan.count <= 1 << 18 else 1024
+    inner = _block(n_inner, elements)
+    free = _block(n_free, elements // inner)
+    outer = _block(n_outer, elements // (inner * free))
     inner_blocks = -(-n_inner // inner)
-    spots = -(-n_outer // outer) * inner_blocks
+    tiles = -(-n_outer // outer) * inner_blocks
     free_blocks = -(-n_free // free)
-    walks = min(free_blocks, max(1, (1024 if maps else 8192) // (spots * plan.batch)))
-    steps = -(-free_blocks // walks)
-    return Box(groups, count, (outer, free, inner), inner_blocks, spots, -(-free_blocks // steps), steps)
-
-
-def _constant(plan: Plan, map_plan: MapPlan, d: int) -> bool:
-    if map_plan.mode == "same":
-        return map_plan.strides[1 + d] == 0
-    return all(axis[d] == 0 for axis in plan.coord)
-
-
-def _longest_run(free: list[bool], plan: Plan, dims: tuple[int, ...]) -> tuple[int, int]:
-    """[begin, end) of the run of True with most elements; (0, 0) where there is none."""
-    best, most, begin = (0, 0), 0, 0
-    for d in range(len(dims) + 1):
-        if d == len(dims) or not free[d]:
-            size = prod(plan.size[k] for k in dims[begin:d])
-            if d > begin and size > most:
-                best, most = (begin, d), size
-            begin = d + 1
-    return best
+    splits = min(free_blocks, max(1, (1024 if maps else 8192) // (tiles * plan.batch)))
+    steps = -(-free_blocks // splits)
+    return Box(groups, count, (outer, free, inner), inner_blocks, tiles, -(-free_blocks // steps), steps)
 
 
 def _block(n: int, limit: int) -> int:
@@ -105,9 +88,7 @@ def _in_units(groups: tuple[tuple[int, ...], ...] | None):
 
 def index_type(plan: Plan):
     """int32 where every offset within a sample, and every product of the resampling, stays far from 2³¹."""
-    operands = [plan.pred_strides, plan.grad_strides, *plan.term_strides]
-    if plan.weighting_strides is not None:
-        operands.append(plan.weighting_strides)
+    operands = [x.strides for x in (plan.pred, plan.grad, *plan.terms, plan.weighting) if x is not None]
     reach = [plan.count]
     for map_plan in (plan.confidence, plan.mask):
         if map_plan is None:
@@ -134,9 +115,14 @@ def _kind(map_plan: MapPlan | None) -> int:
     return _SAME if map_plan.mode == "same" else _RESAMPLED
 
 
-def _strides(plan: Plan, box: Box, strides) -> tuple[tuple[int, ...], ...] | None:
-    """An operand's strides (batch first) by group; None for one that is not there."""
-    return None if strides is None else _grouped(plan, box, strides[1:])
+def _strides(plan: Plan, box: Box, operand: OperandPlan | MapPlan | None) -> tuple[tuple[int, ...], ...] | None:
+    """An operand's strides by group; None for one that is not there."""
+    return None if operand is None else _grouped(plan, box, operand.strides[1:])
+
+
+def _operands(plan: Plan) -> tuple[OperandPlan | None, ...]:
+    """model_pred, its gradient and the terms, None for a term that is not there."""
+    return (plan.pred, plan.grad, *(*plan.terms, None, None)[:2])
 
 
 def map_arguments(plan: Plan, box: Box) -> dict:
@@ -144,13 +130,11 @@ def map_arguments(plan: Plan, box: Box) -> dict:
     options = plan.options
     maps = (plan.confidence, plan.mask)
     resampled = [map_plan.mode for map_plan in maps if _kind(map_plan) == _RESAMPLED]
-    operands = (plan.pred_strides, plan.grad_strides, *(*plan.term_strides, None, None)[:2], plan.weighting_strides)
-    batch_strides = [0 if strides is None else strides[0] for strides in operands]
-    batch_strides += [0 if map_plan is None else map_plan.strides[0] for map_plan in maps]
+    operands = (*_operands(plan), plan.weighting, *maps)
     arguments = {
         "sizes": tuple(tuple(plan.size[d] for d in group) or (1,) for group in box.groups),
         "coords": tuple(_grouped(plan, box, axis) for axis in plan.coord) if resampled else None,
-        "batch_strides": tuple(batch_strides),
+        "batch_strides": tuple(0 if operand is None else operand.strides[0] for operand in operands),
         "map_grid": plan.grid if resampled else None,
         "mode": MAP_MODES[resampled[0]] if resampled else 0,
         "clean_weight": options.clean_weight,
@@ -165,7 +149,7 @@ def map_arguments(plan: Plan, box: Box) -> dict:
     }
     for name, map_plan in (("confidence", plan.confidence), ("mask", plan.mask)):
         kind = arguments[name.upper()] = _kind(map_plan)
-        arguments[f"{name}_strides"] = _strides(plan, box, map_plan.strides) if kind == _SAME else None
+        arguments[f"{name}_strides"] = _strides(plan, box, map_plan) if kind == _SAME else None
         arguments[f"{name}_axes"] = _axes(plan, map_plan)
     return arguments
 
@@ -174,17 +158,18 @@ def loss_arguments(plan: Plan, box: Box) -> dict:
     """What launches of weighted_loss_kernel on one plan share."""
     options = plan.options
     plain = not any(options.strength[1:])
+    strengths = (*options.strength, *(0.0 for _ in range(STRENGTHS - len(LOSS_KINDS))))
     counts, count_units = _in_units(tuple((n,) for n in box.count))
     arguments = {
         **map_arguments(plan, box),
-        **dict(zip(LOSS_KINDS, options.strength, strict=True)),
-        "weighting_strides": _strides(plan, box, plan.weighting_strides),
+        **{f"strength{k}": value for k, value in enumerate(strengths)},
+        "weighting_strides": _strides(plan, box, plan.weighting),
         "outer_count": counts[0][0],
         "free_count": counts[1][0],
         "inner_count": counts[2][0],
         "COUNT_UNITS": count_units,
         "programs": box.programs,
-        "walks": box.walks,
+        "splits": box.splits,
         "steps": box.steps,
         "inner_blocks": box.inner_blocks,
         "reduction": REDUCTIONS[options.reduction],
@@ -196,14 +181,13 @@ def loss_arguments(plan: Plan, box: Box) -> dict:
         "BLOCK_FREE": box.block[1],
         "BLOCK_INNER": box.block[2],
     }
-    operands = (plan.pred_strides, plan.grad_strides, *(*plan.term_strides, None, None)[:2])
-    for name, strides in zip(("pred", "grad", "term0", "term1"), operands, strict=True):
-        arguments[f"{name}_strides"], arguments[f"{name.upper()}_UNITS"] = _in_units(_strides(plan, box, strides))
+    for name, operand in zip(("pred", "grad", "term0", "term1"), _operands(plan), strict=True):
+        arguments[f"{name}_strides"], arguments[f"{name.upper()}_UNITS"] = _in_units(_strides(plan, box, operand))
     return arguments
 
 
 def mean_arguments(plan: Plan, box: Box) -> dict:
-    """What launches of weight_mean_kernel on one plan share: it walks no free positions, so it has tiles of its own."""
+    """What launches of weight_mean_kernel on one plan share; its tiles have no free positions."""
     inner = _block(box.count[2], 1024)
     outer = _block(box.count[0], 1024 // inner)
     inner_blocks = -(-box.count[2] // inner)

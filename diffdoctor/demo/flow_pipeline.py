@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from diffdoctor.demo.pipeline import Trained, build_text_encoder, build_tokenizer, encode_pairs, fit
-from diffdoctor.ops import Target, weighted_loss
+from diffdoctor.ops.target import Target
+from diffdoctor.ops.weighted_loss import weighted_loss
 from diffdoctor.runs.errors import expected
 from diffdoctor.treat.families import family_of
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from diffdoctor.ops import Target, weighted_loss
+from diffdoctor.ops.target import Target
+from diffdoctor.ops.weighted_loss import weighted_loss
 from diffdoctor.runs.errors import expected
 from diffdoctor.training.ema import RunningAverage
 from diffdoctor.training.schedule import warmup_cosine

@@ -1,20 +1,24 @@
 """What a compiled backend receives: one call of weighted_loss, checked, flattened to strides and scalars.
 
 `Plan` holds everything that follows from shapes, strides, dtypes and options, so that it can be cached between calls;
-`Problem` adds the tensors of one call. `csrc/common/params.h` is the same thing as a C++ struct.
+`Problem` adds the tensors of one call. `csrc/common/weighted_loss_params.h` is the same thing as a C++ struct.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
 
+from diffdoctor.reference.grid import accumulation_dtype
+from diffdoctor.reference.losses import ELEMENT_LOSSES
+
 MAX_DIMS = 6
 MAX_TERMS = 2
 
-# Values shared with csrc/common/params.h.
+# Values shared with csrc/common/types.h.
 DTYPES = {
     torch.float32: 0,
     torch.bfloat16: 1,
@@ -23,13 +27,21 @@ DTYPES = {
     torch.uint8: 4,
     torch.bool: 5,
 }
-LOSS_KINDS = ("l2", "l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh")
+LOSS_KINDS = tuple(ELEMENT_LOSSES)  # as DD_ELEMENT_LOSSES in csrc/common/losses.h lists them
 REDUCTIONS = {"mean": 0, "sample": 1, "sum": 2}
 MAP_MODES = {"same": 1, "area": 2, "bilinear": 3, "nearest": 4, "nearest-exact": 5}
 WRITE_LOSS, WRITE_GRAD, WRITE_SUMS = 1, 2, 4
-SUMS = 8  # columns of Problem.sums; their meaning stands in params.h
+SUMS = 8  # columns of Problem.sums; their meaning stands in csrc/common/weighted_loss_params.h
 
 Strides = tuple[int, int, int, int, int, int, int]  # batch, then the six iteration dims
+
+
+@dataclass(frozen=True, slots=True)
+class OperandPlan:
+    """How a tensor lies over the iteration space."""
+
+    dtype: torch.dtype
+    strides: Strides
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +65,7 @@ class Options:
     clean_grad: float = 1.0
     threshold: float = 0.0
     gamma: float = 1.0
-    strength: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # in the order of LOSS_KINDS
+    strength: tuple[float, ...] = (1.0, *(0.0 for _ in LOSS_KINDS[1:]))  # in the order of LOSS_KINDS; l2 alone
     reduction: str = "mean"
 
 
@@ -74,16 +86,19 @@ class Plan:
     dtype: torch.dtype  # model_pred's, and its gradient's
     acc_dtype: torch.dtype  # float64 for float64, else float32
     contiguous: bool  # pred, grad and every term are dense within a sample, in the order of `size`
-    pred_strides: Strides
-    grad_strides: Strides
-    term_dtypes: tuple[torch.dtype, ...]
-    term_strides: tuple[Strides, ...]
-    weighting_dtype: torch.dtype | None
-    weighting_strides: Strides | None
+    pred: OperandPlan
+    grad: OperandPlan
+    terms: tuple[OperandPlan, ...]
+    weighting: OperandPlan | None
     confidence: MapPlan | None
     mask: MapPlan | None
     coord: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     grid: tuple[int, int, int]
+    map_varies: tuple[bool, ...]  # along which of the six dims confidence or mask changes
+    # Dims [begin, end): the run with most elements along which neither changes; in the second, nor does `weighting`.
+    # What lies outside is "outer", what lies inside "inner"; (0, 0) where there is no such run.
+    free_dims: tuple[int, int]
+    free_dims_weighted: tuple[int, int]
     options: Options
     cache: dict = field(default_factory=dict, compare=False, hash=False)  # a backend may keep its own form here
 
@@ -125,6 +140,7 @@ class Problem:
     loss: Tensor | None = None  # () for mean and sum, (B,) for sample; acc_dtype
     grad: Tensor | None = None  # like pred
     sums: Tensor | None = None  # (B, SUMS), acc_dtype
+    z_is_mean: bool = False  # z.data is an output too: the mean spatial weight, filled by weight_mean before
     keeps_workspace: bool = True  # False in a compiled graph, whose memory pool may hold nothing that outlives the call
 
 
@@ -148,6 +164,18 @@ def merge_dims(size: list[int], columns: list[list[int]]) -> tuple[list[int], li
 def pad_dims(values: list[int], fill: int) -> tuple[int, ...]:
     """Six entries, `fill` in front."""
     return (fill,) * (MAX_DIMS - len(values)) + tuple(values)
+
+
+def longest_run(varies: tuple[bool, ...], size: tuple[int, ...], first: int) -> tuple[int, int]:
+    """Dims [begin, end) of the run without `varies` that has most elements, from `first` on; (0, 0) for none."""
+    best, most, begin = (0, 0), 0, first
+    for end in range(first, MAX_DIMS + 1):
+        if end == MAX_DIMS or varies[end]:
+            elements = prod(size[begin:end])
+            if end > begin and elements > most:
+                best, most = (begin, end), elements
+            begin = end + 1
+    return best
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +207,15 @@ class MapMeta:
     dtype: torch.dtype
     size: tuple[int, int, int]
     strides: tuple[int, int, int, int]
+
+
+def map_columns(maps: list[MapPlan | None], coord) -> list[tuple[int, ...]]:
+    """What the maps' reading advances by along the six dims: strides, or grid positions where one is resampled."""
+    columns = []
+    for plan in maps:
+        if plan is not None:
+            columns += [plan.strides[1:]] if plan.mode == "same" else coord
+    return columns
 
 
 def make_plan(
@@ -245,43 +282,32 @@ def make_plan(
         strides = full[index] if mode == "same" else (meta.strides[0], 0, 0, 0, 0, 0, 0)
         planned.append(MapPlan(meta.dtype, mode, strides, meta.size, meta.strides[1:]))
     no_coord = (0,) * MAX_DIMS
+    coord = tuple(padded[-3:]) if resampled else (no_coord, no_coord, no_coord)
+    varies = tuple(any(along) for along in zip(*map_columns(planned, coord), no_coord, strict=True))
+    weighted = varies
+    if weighting is not None:
+        along = full[2 + len(terms)][1:]
+        weighted = tuple(bool(changes or step) for changes, step in zip(varies, along, strict=True))
+    size, first = pad_dims(size, 1), MAX_DIMS - ndim
+    free = longest_run(varies, size, first)
     return Plan(
         batch=grid.batch,
         count=count,
-        size=pad_dims(size, 1),
+        size=size,
         ndim=ndim,
         dtype=dtype,
-        acc_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+        acc_dtype=accumulation_dtype(dtype),
         contiguous=contiguous,
-        pred_strides=full[0],
-        grad_strides=full[1],
-        term_dtypes=tuple(kind for kind, _ in terms),
-        term_strides=tuple(full[2 : 2 + len(terms)]),
-        weighting_dtype=None if weighting is None else weighting[0],
-        weighting_strides=None if weighting is None else full[2 + len(terms)],
+        pred=OperandPlan(dtype, full[0]),
+        grad=OperandPlan(dtype, full[1]),
+        terms=tuple(OperandPlan(kind, strides) for (kind, _), strides in zip(terms, full[2:], strict=False)),
+        weighting=None if weighting is None else OperandPlan(weighting[0], full[2 + len(terms)]),
         confidence=planned[0],
         mask=planned[1],
-        coord=tuple(padded[-3:]) if resampled else (no_coord, no_coord, no_coord),
+        coord=coord,
         grid=grid_size,
+        map_varies=varies,
+        free_dims=free,
+        free_dims_weighted=free if weighted == varies else longest_run(weighted, size, first),
         options=options,
     )
-
-
-ARTIFACT_METHODS = {"threshold": 0, "mean": 1, "sum": 2, "max": 3}
-
-
-@dataclass(slots=True)
-class ArtifactProblem:
-    """One call of artifact_loss. Outputs are allocated and uninitialised; no size is zero."""
-
-    logits: Tensor  # (B, h, w), any strides
-    size: tuple[int, int]  # (H, W) of the up-sampled map
-    threshold: float  # already rounded to fp32
-    method: str  # a key of ARTIFACT_METHODS
-    reduction: str  # a key of REDUCTIONS
-    loss: Tensor  # () for mean and sum, (B,) for sample; acc_dtype
-    kept: Tensor | None = (
-        None  # (B, h, w) contiguous, acc_dtype: gradient of the picture's un-normalised sum; None: not wanted
-    )
-    factor: Tensor | None = None  # (B,), acc_dtype: gradient of logits = g_b * factor[b] * kept[b]
-    keeps_workspace: bool = True  # as Problem's

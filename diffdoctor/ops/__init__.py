@@ -1,24 +1,41 @@
-"""The operations: checks, autograd, dispatch to a backend, and the helpers beside them."""
+"""The operations: checks, autograd, dispatch to a backend, and the helpers beside them.
 
-# The library registers the operators before anything is traced.
-from diffdoctor.ops import library as _library  # noqa: F401
-from diffdoctor.ops.artifact_loss import artifact_loss
-from diffdoctor.ops.layout import Packed
-from diffdoctor.ops.modulate_gradient import GradientModulator, modulate_gradient
-from diffdoctor.ops.schedules import huber_schedule, prior_preservation_weights, snr_weights
-from diffdoctor.ops.stats import LossStats
-from diffdoctor.ops.target import Target
-from diffdoctor.ops.weighted_loss import weighted_loss
+The functions are taken from their modules by `public`, not imported here: a function would hide the module that has its
+name.
+"""
 
-__all__ = [
-    "GradientModulator",
-    "LossStats",
-    "Packed",
-    "Target",
-    "artifact_loss",
-    "huber_schedule",
-    "modulate_gradient",
-    "prior_preservation_weights",
-    "snr_weights",
-    "weighted_loss",
-]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffdoctor.ops.artifact_loss import artifact_loss as artifact_loss
+    from diffdoctor.ops.layout import Packed as Packed
+    from diffdoctor.ops.modulate_gradient import GradientModulator as GradientModulator
+    from diffdoctor.ops.modulate_gradient import modulate_gradient as modulate_gradient
+    from diffdoctor.ops.schedules import huber_schedule as huber_schedule
+    from diffdoctor.ops.schedules import prior_preservation_weights as prior_preservation_weights
+    from diffdoctor.ops.schedules import snr_weights as snr_weights
+    from diffdoctor.ops.stats import LossStats as LossStats
+    from diffdoctor.ops.target import Target as Target
+    from diffdoctor.ops.weighted_loss import weighted_loss as weighted_loss
+
+#: Every op: a module here, in library/ and in reference/; the value is the file of a backend that serves it.
+OPS = {
+    "weighted_loss": "weighted_loss",
+    "modulate_gradient": "weighted_loss",
+    "artifact_loss": "artifact_loss",
+}
+_HELPERS = ("layout", "schedules", "stats", "target")
+
+
+def public() -> dict[str, object]:
+    """The public names of the ops and of the helpers beside them."""
+    modules = [importlib.import_module(f"diffdoctor.ops.{name}") for name in (*OPS, *_HELPERS)]
+    return {name: getattr(module, name) for module in modules for name in module.__all__}
+
+
+# Operators are registered before anything is traced.
+for _op in OPS:
+    importlib.import_module(f"diffdoctor.ops.library.{_op}")

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from weakref import ref
+
 import torch
 from torch import Tensor
 
 from diffdoctor import reference
 from diffdoctor.backends.select import pick, requested
-from diffdoctor.lowering.plan import ARTIFACT_METHODS, ArtifactProblem
+from diffdoctor.lowering.artifact_loss import ARTIFACT_METHODS, ArtifactProblem, lower
 from diffdoctor.ops import checks
-from diffdoctor.ops.autograd import ArtifactLoss, guard_reference, refuse_forward_mode, refuse_functorch
-from diffdoctor.ops.prepare import round_to_fp32
+from diffdoctor.ops.autograd import (
+    forbid_second_derivative,
+    guard_reference,
+    refuse_forward_mode,
+    refuse_functorch,
+)
+from diffdoctor.ops.library import artifact_loss as registered
+from diffdoctor.reference.grid import accumulation_dtype
+from diffdoctor.runs.errors import expected
+
+__all__ = ["artifact_loss"]
 
 
 def artifact_loss(
@@ -45,23 +56,43 @@ def artifact_loss(
     """
     height, width = check_arguments(logits, size, threshold, method, reduction)
     if torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter):
-        from diffdoctor.ops.library import artifact_loss as _library_artifact_loss
-
-        return _library_artifact_loss.artifact_loss(logits, height, width, threshold, method, reduction, backend)
+        return registered.artifact_loss(logits, height, width, threshold, method, reduction, backend)
     refuse_functorch("artifact_loss")
     refuse_forward_mode("artifact_loss", logits)
     module = pick(requested(backend), "artifact_loss", logits.device.type)
     if logits.shape[0] == 0 or module is None:
         x = guard_reference(logits, "artifact_loss")
         if logits.shape[0] == 0:  # no picture: 0, not the NaN of an empty mean
-            x = x.flatten(1).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+            x = x.flatten(1).to(accumulation_dtype(x.dtype))
             return x.sum(1) if reduction == "sample" else x.sum()
         return reference.artifact_loss(x, size=(height, width), threshold=threshold, method=method, reduction=reduction)
-    problem = make_problem(logits, height, width, threshold, method, reduction)
-    if torch.is_grad_enabled() and logits.requires_grad:
-        return ArtifactLoss.apply(logits, problem, module)
+    differentiable = torch.is_grad_enabled() and logits.requires_grad
+    problem = lower(logits, (height, width), threshold, method, reduction, differentiable)
+    if differentiable:
+        return _ArtifactLoss.apply(logits, problem, module)
     module.artifact_loss(problem)
     return problem.loss
+
+
+class _ArtifactLoss(torch.autograd.Function):
+    """Keeps one gradient of the logits' size in the accumulation type, and one factor per picture."""
+
+    @staticmethod
+    def forward(ctx, logits, problem: ArtifactProblem, module):
+        module.artifact_loss(problem)
+        ctx.module, ctx.shape, ctx.dtype, ctx.x = module, logits.shape, logits.dtype, ref(logits)
+        ctx.save_for_backward(problem.kept, problem.factor)
+        return problem.loss
+
+    @staticmethod
+    def backward(ctx, g):
+        refuse_functorch("artifact_loss", g)
+        kept, factor = ctx.saved_tensors
+        grad = torch.empty(ctx.shape, dtype=ctx.dtype, device=kept.device)
+        ctx.module.artifact_loss_backward(kept, factor, g.resolve_neg(), grad.view(kept.shape))
+        if torch.is_grad_enabled():
+            grad = forbid_second_derivative(grad, ctx.x(), "artifact_loss")
+        return grad, None, None
 
 
 def check_arguments(logits, size, threshold, method, reduction) -> tuple[int, int]:
@@ -71,31 +102,17 @@ def check_arguments(logits, size, threshold, method, reduction) -> tuple[int, in
     checks.check_dtype("logits", logits, checks.FLOATS)
     checks.check_memory("logits", logits)
     if logits.ndim not in (3, 4) or (logits.ndim == 4 and logits.shape[1] != 1):
-        raise ValueError(f"logits must have shape (B, 1, h, w) or (B, h, w), got {tuple(logits.shape)}")
+        raise checks.value_error("logits", "shape (B, 1, h, w) or (B, h, w)", tuple(logits.shape))
     checks.check_number("threshold", threshold, 0.0, 1.0)
     checks.check_choice("method", method, tuple(ARTIFACT_METHODS))
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
     height, width = logits.shape[-2:]
     if height == 0 or width == 0:
-        raise ValueError(f"logits must have at least one pixel, got shape {tuple(logits.shape)}")
+        raise checks.value_error("logits", "at least one pixel", f"shape {tuple(logits.shape)}")
     if size is None:
         return height, width
     if not isinstance(size, (tuple, list, torch.Size)) or not all(type(n) is int for n in size):
-        raise TypeError(f"size must be a pair of ints (height, width) or None, got {size!r}")
+        raise TypeError(expected("size", "a pair of ints (height, width) or None", repr(size)))
     if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"size must be a pair of positive ints (height, width), got {tuple(size)}")
+        raise checks.value_error("size", "a pair of positive ints (height, width)", tuple(size))
     return size[0], size[1]
-
-
-def make_problem(logits: Tensor, height: int, width: int, threshold: float, method: str, reduction: str):
-    """The problem of checked arguments, its loss allocated."""
-    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    x = logits.detach()
-    return ArtifactProblem(
-        logits=x[:, 0] if x.ndim == 4 else x,
-        size=(height, width),
-        threshold=round_to_fp32(threshold),
-        method=method,
-        reduction=reduction,
-        loss=torch.empty((logits.shape[0],) if reduction == "sample" else (), dtype=acc, device=logits.device),
-    )

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, ArtifactProblem, PerSample, Problem
+from diffdoctor.lowering.plan import SUMS, WRITE_GRAD, PerSample, Problem
+from diffdoctor.ops.arguments import target_parts
+from diffdoctor.ops.call import run
+from diffdoctor.ops.prepare import CachedPlan
+from diffdoctor.ops.stats import LossStats
+from diffdoctor.ops.target import Target
 
 functorch_level = torch._C._functorch.peek_interpreter_stack
 is_batched = torch._C._functorch.is_legacy_batchedtensor
 graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+# Found in this module rather than in torch's, whose large table is in no cache after two million elements.
+_empty_like, _is_grad_enabled = torch.empty_like, torch.is_grad_enabled
 
 
 def refuse_functorch(op: str, g: Tensor | None = None) -> None:
@@ -82,141 +89,175 @@ def guard_reference(x: Tensor, op: str) -> Tensor:
     return _GuardReference.apply(x, op) if x.requires_grad and torch.is_grad_enabled() else x
 
 
-class WeightedLoss(torch.autograd.Function):
-    """Keeps the finished gradient for g = 1; for fp16 keeps the inputs and computes it in backward, rounded once.
+class SavedGradLoss(torch.autograd.Function):
+    """A loss whose gradient for g = 1 is already there; backward scales it."""
+
+    @staticmethod
+    def forward(ctx, model_pred, done):
+        loss, grad, call = done
+        ctx.made = (call, ref(model_pred))  # one attribute: each takes as long as a call
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx, g):
+        if functorch_level() is not None or is_batched(g):
+            refuse_functorch("weighted_loss", g)
+        (unit_grad,) = ctx.saved_tensors
+        call, x = ctx.made
+        if g.is_neg():
+            g = g.resolve_neg()
+        if g.ndim == 0:
+            grad = _empty_like(unit_grad) if graph_is_kept() else unit_grad
+            call.scale(unit_grad, g, grad)
+        elif call.runs is not None:
+            grad = _empty_like(unit_grad) if graph_is_kept() else unit_grad
+            call.module.scale_gradient(unit_grad, g, grad, *call.runs)
+        else:
+            grad = (unit_grad.to(g.dtype) * g.reshape(-1, *(1,) * (unit_grad.ndim - 1))).to(unit_grad.dtype)
+        return (forbid_second_derivative(grad, x(), "weighted_loss") if _is_grad_enabled() else grad), None
+
+
+# Function.apply without what it does first for functorch, which was refused before: it takes as long again as the rest.
+_save_grad = super(torch.autograd.Function, SavedGradLoss).apply
+
+
+class RecomputedLoss(torch.autograd.Function):
+    """Saves the inputs and computes the gradient in backward, rounded once: for fp16.
 
     A normalised fp16 gradient would be lost: at 4.8M elements most of it is below the smallest subnormal until the
     loss scale multiplies it.
     """
 
     @staticmethod
-    def forward(ctx, model_pred, problem, module, runs):
-        ctx.module, ctx.runs, ctx.x = module, runs, weakref.ref(model_pred)
-        ctx.recompute = model_pred.dtype == torch.float16
-        if ctx.recompute:
-            module.weighted_loss(problem)
-            ctx.save_for_backward(*_tensors(problem))
-            ctx.problem = _without_tensors(problem)
-        else:
-            problem.work |= WRITE_GRAD
-            problem.grad = torch.empty_like(model_pred)
-            module.weighted_loss(problem)
-            ctx.save_for_backward(problem.grad)
-            problem.grad = None
+    def forward(ctx, model_pred, problem, module):
+        ctx.module, ctx.x = module, ref(model_pred)
+        tensors: list[Tensor] = []
+        ctx.problem = _without_tensors(dataclasses.replace(problem, loss=None, sums=None), tensors)
+        ctx.save_for_backward(*tensors)
         return problem.loss
 
     @staticmethod
     def backward(ctx, g):
         refuse_functorch("weighted_loss", g)
         g = g.resolve_neg()
-        if ctx.recompute:
-            problem = _with_tensors(ctx.problem, ctx.saved_tensors)
-            problem.work = WRITE_GRAD
-            problem.grad = torch.empty_like(problem.pred)
-            problem.grad_output = PerSample(data=g.reshape(1) if g.ndim == 0 else g)
-            ctx.module.weighted_loss(problem)
-            grad = problem.grad
-        else:
-            grad = scale_kept(ctx.module, ctx.saved_tensors[0], g, ctx.runs)
+        problem = _with_tensors(ctx.problem, ctx.saved_tensors)
+        problem.work = WRITE_GRAD
+        problem.grad = torch.empty_like(problem.pred)
+        problem.grad_output = PerSample(0.0, g.reshape(1) if g.ndim == 0 else g)
+        ctx.module.weighted_loss(problem)
+        grad = problem.grad
         if torch.is_grad_enabled():
             grad = forbid_second_derivative(grad, ctx.x(), "weighted_loss")
-        return grad, None, None, None
-
-
-def scale_kept(module, kept: Tensor, g: Tensor, runs) -> Tensor:
-    """kept * g, in place unless the graph is kept for another backward."""
-    if runs is None and g.ndim != 0:
-        acc = kept.to(g.dtype) * g.reshape(-1, *(1,) * (kept.ndim - 1))
-        return acc.to(kept.dtype)
-    out = torch.empty_like(kept) if graph_is_kept() else kept
-    batch, count = runs if g.ndim != 0 else (1, kept.numel())
-    module.scale_gradient(kept, g, out, batch, count)
-    return out
-
-
-def _per_samples(problem: Problem) -> tuple[PerSample, ...]:
-    return (problem.pred_scale, *problem.coefs, problem.huber_c, problem.weight, problem.z)
-
-
-def _tensors(problem: Problem) -> tuple[Tensor | None, ...]:
-    per_sample = (entry.data for entry in _per_samples(problem))
-    return (problem.pred, *problem.terms, problem.confidence, problem.mask, problem.weighting, *per_sample)
-
-
-def _without_tensors(problem: Problem) -> Problem:
-    """A copy that holds no tensor: those must go through save_for_backward."""
-    bare = [PerSample(entry.value) for entry in _per_samples(problem)]
-    terms = len(problem.terms)
-    return dataclasses.replace(
-        problem,
-        pred=None,
-        terms=(None,) * terms,
-        confidence=None,
-        mask=None,
-        weighting=None,
-        pred_scale=bare[0],
-        coefs=tuple(bare[1 : 1 + terms]),
-        huber_c=bare[-3],
-        weight=bare[-2],
-        z=bare[-1],
-        loss=None,
-        sums=None,
-    )
-
-
-def _with_tensors(problem: Problem, tensors) -> Problem:
-    terms = len(problem.terms)
-    per_sample = [
-        PerSample(entry.value, data) for entry, data in zip(_per_samples(problem), tensors[4 + terms :], strict=True)
-    ]
-    return dataclasses.replace(
-        problem,
-        pred=tensors[0],
-        terms=tuple(tensors[1 : 1 + terms]),
-        confidence=tensors[1 + terms],
-        mask=tensors[2 + terms],
-        weighting=tensors[3 + terms],
-        pred_scale=per_sample[0],
-        coefs=tuple(per_sample[1 : 1 + terms]),
-        huber_c=per_sample[-3],
-        weight=per_sample[-2],
-        z=per_sample[-1],
-    )
-
-
-class ArtifactLoss(torch.autograd.Function):
-    """Keeps one gradient of the logits' size in the accumulation type, and one factor per picture."""
-
-    @staticmethod
-    def forward(ctx, logits, problem: ArtifactProblem, module):
-        acc = problem.loss.dtype
-        problem.kept = torch.empty(problem.logits.shape, dtype=acc, device=logits.device)
-        problem.factor = torch.empty(problem.logits.shape[0], dtype=acc, device=logits.device)
-        module.artifact_loss(problem)
-        ctx.module, ctx.shape, ctx.dtype, ctx.x = module, logits.shape, logits.dtype, weakref.ref(logits)
-        ctx.save_for_backward(problem.kept, problem.factor)
-        return problem.loss
-
-    @staticmethod
-    def backward(ctx, g):
-        refuse_functorch("artifact_loss", g)
-        kept, factor = ctx.saved_tensors
-        grad = torch.empty(ctx.shape, dtype=ctx.dtype, device=kept.device)
-        ctx.module.artifact_loss_backward(kept, factor, g.resolve_neg(), grad.view(kept.shape))
-        if torch.is_grad_enabled():
-            grad = forbid_second_derivative(grad, ctx.x(), "artifact_loss")
         return grad, None, None
 
 
-__all__ = [
-    "WRITE_LOSS",
-    "ArtifactLoss",
-    "WeightedLoss",
-    "forbid_second_derivative",
-    "functorch_level",
-    "graph_is_kept",
-    "guard_reference",
-    "refuse_forward_mode",
-    "refuse_functorch",
-    "scale_kept",
-]
+def differentiable_loss(model_pred: Tensor, problem: Problem, module, runs: tuple[int, int] | None) -> Tensor:
+    """Run a problem, and connect its loss to the graph of model_pred.
+
+    Args:
+        model_pred: requires a gradient.
+        problem: where it asks for a gradient, that is saved; else backward computes it.
+        module: of the backend.
+        runs: (batch, count) where the gradient's memory is `batch` dense runs of `count` elements, else None.
+    """
+    run(module, problem)
+    if problem.grad is None:
+        return RecomputedLoss.apply(model_pred, problem, module)
+    return _save_grad(model_pred, (problem.loss, problem.grad, _GeneralCall(module, runs)))
+
+
+class _GeneralCall:
+    """What the backward of a saved gradient needs of its call.
+
+    Args:
+        module: of the backend.
+        runs: as in `differentiable_loss`.
+    """
+
+    __slots__ = ("module", "runs")
+
+    def __init__(self, module, runs: tuple[int, int] | None):
+        self.module, self.runs = module, runs
+
+    def scale(self, unit_grad: Tensor, g: Tensor, out: Tensor) -> None:
+        """out = unit_grad * g, of one number."""
+        self.module.scale_gradient(unit_grad, g, out, 1, unit_grad.numel())
+
+
+class BoundCall:
+    """A weighted_loss call whose plan is known, on a backend with a fast path: one native call, and nothing is lowered.
+
+    At a few elements a call is all overhead; at two million, whose 0.5 ms leave the caches cold, 30 microseconds of
+    Python are still a twentieth.
+
+    Args:
+        fast: what the backend's `bind` gave for `problem`.
+        problem: of a first call with the same plan, the same numbers and tensors in the same places.
+        cached: its plan.
+        module: of the backend.
+    """
+
+    __slots__ = (
+        "_acc", "_batch", "_count", "_elementwise", "_launch", "_like_loss", "_tensor_slots", "module", "runs", "scale",
+    )  # fmt: skip
+
+    def __init__(self, fast, problem: Problem, cached: CachedPlan, module):
+        plan = cached.plan
+        # Bound methods: calling an object takes twice as long.
+        self._launch, self.scale = fast.__call__, fast.scale
+        self.module, self.runs = module, cached.grad_runs
+        self._acc, self._batch, self._count = plan.acc_dtype, plan.batch, plan.count
+        self._elementwise = problem.weighting is not None
+        entries = (problem.pred_scale, *problem.coefs, problem.huber_c, problem.weight, problem.z)
+        self._tensor_slots = [k for k, entry in enumerate(entries) if entry.data is not None]
+        self._like_loss = torch.empty_like(problem.loss)  # empty_like of it takes half the time of empty
+
+    def run(self, model_pred, target, confidence, mask, weighting, huber_c, normalizer, differentiable, return_stats):
+        """The loss, connected to the graph where `differentiable`; with `return_stats` (loss, LossStats)."""
+        loss = _empty_like(self._like_loss)
+        grad = _empty_like(model_pred) if differentiable else None
+        sums = self._like_loss.new_empty(self._batch, SUMS) if return_stats else None
+        terms = target.terms if type(target) is Target else (target,)
+        per_sample = None
+        if self._tensor_slots:
+            per_sample = self._per_sample_tensors(target, huber_c, weighting, normalizer)
+        self._launch(
+            model_pred, terms, confidence, mask, weighting if self._elementwise else None, per_sample, loss, grad, sums
+        )
+        if differentiable:
+            loss = _save_grad(model_pred, (loss, grad, self))
+        return (loss, LossStats.from_sums(sums, self._count)) if return_stats else loss
+
+    def _per_sample_tensors(self, target, huber_c, weighting, normalizer) -> list[Tensor]:
+        """The per-sample values that are tensors, as the kernels read them."""
+        _, coefs, pred_scale = target_parts(target)
+        values = (pred_scale, *coefs, huber_c, weighting, normalizer)
+        return [values[k].reshape(-1).to(self._acc) for k in self._tensor_slots]
+
+
+class _Slot(int):
+    """The place of a tensor in a list of tensors."""
+
+
+def _without_tensors(value, tensors: list[Tensor]):
+    """A copy of a problem, or of a part of one, with each tensor moved to `tensors`, for save_for_backward."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return _Slot(len(tensors) - 1)
+    if isinstance(value, tuple):
+        return tuple(_without_tensors(item, tensors) for item in value)
+    if isinstance(value, (Problem, PerSample)):
+        return type(value)(**{name: _without_tensors(getattr(value, name), tensors) for name in value.__slots__})
+    return value
+
+
+def _with_tensors(value, tensors: tuple[Tensor, ...]):
+    """A copy with the tensors back in their places."""
+    if isinstance(value, _Slot):
+        return tensors[value]
+    if isinstance(value, tuple):
+        return tuple(_with_tensors(item, tensors) for item in value)
+    if isinstance(value, (Problem, PerSample)):
+        return type(value)(**{name: _with_tensors(getattr(value, name), tensors) for name in value.__slots__})
+    return value

@@ -11,6 +11,7 @@ from torch import Tensor
 from diffdoctor.lowering.plan import LOSS_KINDS
 from diffdoctor.ops.layout import Packed
 from diffdoctor.ops.target import Target
+from diffdoctor.runs.errors import expected
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAPS = (*FLOATS, torch.uint8, torch.bool)
@@ -19,8 +20,14 @@ REDUCTIONS = ("mean", "sample", "sum")
 NORMALIZE = (None, "sample", "batch")
 
 
-def kind_error(name: str, expected: str, value) -> TypeError:
-    return TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+def kind_error(name: str, what: str, value) -> TypeError:
+    """The error for an argument of the wrong kind."""
+    return TypeError(expected(name, what, type(value).__name__))
+
+
+def value_error(name: str, what: str, got) -> ValueError:
+    """The error for an argument of the right kind that cannot be."""
+    return ValueError(expected(name, what, got))
 
 
 def names(dtypes) -> str:
@@ -29,7 +36,7 @@ def names(dtypes) -> str:
 
 def check_dtype(name: str, value: Tensor, allowed) -> None:
     if value.dtype not in allowed:
-        raise TypeError(f"{name} must have one of the dtypes {names(allowed)}, got {value.dtype}")
+        raise TypeError(expected(name, f"a tensor of dtype {names(allowed)}", value.dtype))
 
 
 def check_number(name: str, value, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> float:
@@ -39,17 +46,23 @@ def check_number(name: str, value, low: float = -math.inf, high: float = math.in
     value = float(value)
     # Comparisons, not math.isfinite: Dynamo traces them on symbolic floats too.
     if not -math.inf < value < math.inf or not low <= value <= high or (open_low and value == low):
-        bounds = "finite"
-        if value == math.inf and low > -math.inf and high == math.inf:
-            bounds = f"finite and {'greater than' if open_low else 'at least'} {low:g}"
-        elif low > -math.inf or high < math.inf:
-            bounds = (
-                f"in {'(' if open_low else '['}{low:g}, {high:g}]"
-                if high < math.inf
-                else (f"{'greater than' if open_low else 'at least'} {low:g}")
-            )
-        raise ValueError(f"{name} must be {bounds}, got {value:g}")
+        what = "a finite number"
+        if high < math.inf:
+            what = f"a number in {'(' if open_low else '['}{low:g}, {high:g}]"
+        elif low > -math.inf:
+            what += f" {'>' if open_low else '>='} {low:g}"
+        raise value_error(name, what, f"{value:g}")
     return value
+
+
+def check_bool(name: str, value) -> None:
+    if type(value) is not bool:
+        raise kind_error(name, "a bool", value)
+
+
+def check_layout(value) -> None:
+    if value is not None and not isinstance(value, Packed):
+        raise kind_error("layout", "None or a diffdoctor.Packed", value)
 
 
 def check_choice(name: str, value, allowed) -> None:
@@ -57,21 +70,22 @@ def check_choice(name: str, value, allowed) -> None:
     if value is not None and not isinstance(value, str):
         raise kind_error(name, f"one of {shown}", value)
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {shown}, got {value!r}")
+        raise value_error(name, f"one of {shown}", repr(value))
 
 
 def check_input(name: str, value: Tensor, model_pred: Tensor) -> None:
     """A target, map or weight: dense, on model_pred's device, and not asking for a gradient."""
     check_memory(name, value)
     if value.device != model_pred.device:
-        raise ValueError(f"{name} must be on model_pred's device {model_pred.device}, got {value.device}")
+        raise value_error(name, f"a tensor on model_pred's device {model_pred.device}", f"one on {value.device}")
     if value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} must not require a gradient (only model_pred gets one): pass {name}.detach()")
+        what = "a tensor that requires no gradient (only model_pred gets one)"
+        raise value_error(name, what, f"one that requires it: pass {name}.detach()")
 
 
 def check_dense(name: str, value: Tensor) -> None:
     if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got {value.layout}")
+        raise TypeError(expected(name, "a dense (strided) tensor", value.layout))
 
 
 def check_memory(name: str, value: Tensor) -> None:
@@ -79,7 +93,8 @@ def check_memory(name: str, value: Tensor) -> None:
     check_dense(name, value)
     # A compiled graph hands its operators tensors that are resolved.
     if not torch.compiler.is_compiling() and value.is_neg():
-        raise ValueError(f"{name} must not be negated lazily, as z.conj().imag is: pass {name}.resolve_neg()")
+        what = "a tensor that is not negated lazily"
+        raise value_error(name, what, f"one that is, such as z.conj().imag: pass {name}.resolve_neg()")
 
 
 def check_pred(name: str, model_pred, layout) -> None:
@@ -87,19 +102,13 @@ def check_pred(name: str, model_pred, layout) -> None:
         raise kind_error(name, "a tensor", model_pred)
     check_dtype(name, model_pred, FLOATS)
     check_dense(name, model_pred)
-    if layout is not None and not isinstance(layout, Packed):
-        raise kind_error("layout", "None or a diffdoctor.Packed", layout)
     if layout is None and model_pred.ndim not in (3, 4, 5):
-        raise ValueError(
-            f"{name} must have shape (B, C, H, W), (B, C, T, H, W) or (B, N, D), got {tuple(model_pred.shape)}"
-        )
+        raise value_error(name, "shape (B, C, H, W), (B, C, T, H, W) or (B, N, D)", tuple(model_pred.shape))
     if layout is not None:
         square = layout.patch_size**2
         if model_pred.ndim != 3 or model_pred.shape[1] != layout.tokens or model_pred.shape[2] % square:
-            raise ValueError(
-                f"{name} must have shape (B, {layout.tokens}, D) with D a multiple of {square} under {layout}, "
-                f"got {tuple(model_pred.shape)}"
-            )
+            what = f"shape (B, {layout.tokens}, D) with D a multiple of {square} under {layout}"
+            raise value_error(name, what, tuple(model_pred.shape))
 
 
 def grid_shape(model_pred: Tensor, layout) -> tuple[int, ...]:
@@ -124,7 +133,7 @@ def check_target(target, model_pred: Tensor, layout) -> None:
         check_dtype("target", term, FLOATS)
         if tuple(term.shape) not in allowed:
             shown = " or ".join(map(str, allowed))
-            raise ValueError(f"target must have model_pred's shape {shown}, got {tuple(term.shape)}")
+            raise value_error("target", f"model_pred's shape {shown}", tuple(term.shape))
         check_input("target", term, model_pred)
     if isinstance(target, Target):
         for value in (*target.coefs, target.pred_scale):
@@ -139,7 +148,7 @@ def check_per_sample(name: str, value: Tensor, model_pred: Tensor) -> None:
     check_dtype(name, value, FLOATS)
     batch = model_pred.shape[0]
     if value.ndim > 1 or (value.ndim == 1 and value.shape[0] not in (1, batch)):
-        raise ValueError(f"{name} must have shape ({batch},), (1,) or (), got {tuple(value.shape)}")
+        raise value_error(name, f"shape ({batch},), (1,) or ()", tuple(value.shape))
     check_input(name, value, model_pred)
 
 
@@ -151,17 +160,16 @@ def check_map(name: str, value, model_pred: Tensor, layout) -> None:
     if model_pred.ndim == 3 and layout is None:
         tokens = model_pred.shape[1]
         if len(shape) != 2 or shape[0] not in (1, batch) or shape[1] != tokens:
-            raise ValueError(
-                f"{name} must have shape ({batch}, {tokens}) for tokens without a layout, got {shape} "
-                "(give layout=diffdoctor.Packed(...) for a map on the picture's grid)"
-            )
+            what = f"shape ({batch}, {tokens}) for tokens without a layout"
+            got = f"{shape} (give layout=diffdoctor.Packed(...) for a map on the picture's grid)"
+            raise value_error(name, what, got)
     else:
         ranks = (3, 4, 5) if model_pred.ndim == 5 else (3, 4)
         if len(shape) not in ranks or shape[0] not in (1, batch) or (len(shape) > 3 and shape[1] != 1):
             forms = f"({batch}, H, W) or ({batch}, 1, H, W)" + (f" or ({batch}, 1, T, H, W)" if 5 in ranks else "")
-            raise ValueError(f"{name} must have shape {forms}, with 1 or {batch} maps, got {shape}")
+            raise value_error(name, f"shape {forms}, with 1 or {batch} maps", shape)
         if value.numel() == 0 and model_pred.numel() != 0:
-            raise ValueError(f"{name} must not be empty, got shape {shape}")
+            raise value_error(name, "a map that is not empty", f"shape {shape}")
     check_input(name, value, model_pred)
 
 
@@ -172,22 +180,21 @@ def check_weighting(value, model_pred: Tensor, layout) -> None:
     shape, full = tuple(value.shape), grid_shape(model_pred, layout)
     if len(shape) == 1:
         if shape[0] not in (1, full[0]):
-            raise ValueError(f"weighting with one dim is per sample: it must have length {full[0]} or 1, got {shape}")
+            raise value_error("weighting", f"length {full[0]} or 1 of one dim, which is per sample", shape)
     elif len(shape) > len(full) or any(n not in (1, m) for n, m in zip(reversed(shape), reversed(full), strict=False)):
-        raise ValueError(f"weighting must be (B,) or broadcast to {full}, got {shape}")
+        raise value_error("weighting", f"shape (B,), or one that broadcasts to {full}", shape)
     check_input("weighting", value, model_pred)
 
 
-def check_loss_type(loss_type) -> tuple[float, ...]:
-    """The strength of each loss in the order of LOSS_KINDS."""
+def check_loss_type(loss_type) -> None:
+    """The name of an element loss, or a dict of names with their weights."""
     if isinstance(loss_type, str):
         check_choice("loss_type", loss_type, LOSS_KINDS)
-        loss_type = {loss_type: 1.0}
+        return
     if not isinstance(loss_type, dict):
         raise kind_error("loss_type", f"one of {LOSS_KINDS} or a dict of their strengths", loss_type)
     if not loss_type:
-        raise ValueError("loss_type must name at least one loss, got an empty dict")
+        raise value_error("loss_type", "at least one loss", "an empty dict")
     for name, strength in loss_type.items():
         check_choice("loss_type", name, LOSS_KINDS)
         check_number(f"loss_type[{name!r}]", strength)
-    return tuple(float(loss_type.get(name, 0.0)) for name in LOSS_KINDS)

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from diffdoctor.runs.errors import expected
+
+__all__ = ["Packed"]
+
 ORDERS = ("c ph pw", "ph pw c")
 
 
@@ -34,15 +38,15 @@ class Packed:
         for name in ("patch_size", "height", "width"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+                raise TypeError(expected(name, "an int", type(value).__name__))
             if value < 1:
-                raise ValueError(f"{name} must be positive, got {value}")
+                raise ValueError(expected(name, "a positive int", value))
             if value % self.patch_size:
-                raise ValueError(f"{name} must be a positive multiple of patch_size {self.patch_size}, got {value}")
+                raise ValueError(expected(name, f"a positive multiple of patch_size {self.patch_size}", value))
         if not isinstance(self.order, str):
-            raise TypeError(f"order must be one of {ORDERS}, got {type(self.order).__name__}")
+            raise TypeError(expected("order", f"one of {ORDERS}", type(self.order).__name__))
         if self.order not in ORDERS:
-            raise ValueError(f"order must be one of {ORDERS}, got {self.order!r}")
+            raise ValueError(expected("order", f"one of {ORDERS}", repr(self.order)))
 
     @property
     def tokens(self) -> int:

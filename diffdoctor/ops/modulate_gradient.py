@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import weakref
+from weakref import ref
 
 import torch
 from torch import Tensor
 
-from diffdoctor import reference
-from diffdoctor.backends.select import pick, requested
-from diffdoctor.lowering.plan import WRITE_GRAD, Options, PerSample, Problem
 from diffdoctor.ops import checks
 from diffdoctor.ops.autograd import forbid_second_derivative, refuse_functorch
-from diffdoctor.ops.prepare import Prepared, make_options, prepare, remember
+from diffdoctor.ops.library import modulate_gradient as registered
+from diffdoctor.ops.modulation import modulated, modulation_options
 
-_ONE = PerSample()
+__all__ = ["GradientModulator", "modulate_gradient"]
+
 _keys = itertools.count()
-_modulators: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
-_cache: dict[tuple, Prepared] = {}
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def modulate_gradient(
@@ -65,10 +63,8 @@ def modulate_gradient(
     )
     checks.check_pred("x", x, layout)
     checks.check_map("confidence", confidence, x, layout)
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
-        from diffdoctor.ops.library import modulate_gradient as _library_modulate_gradient
-
-        return _library_modulate_gradient.modulate_gradient(x, confidence, modulator)
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+        return registered.modulate_gradient(x, confidence, modulator._options)
     modulator.set(confidence)
     return modulator(x)
 
@@ -103,15 +99,14 @@ class GradientModulator:
         interpolation: str = "area",
         layout=None,
     ):
-        checks.check_choice("interpolation", interpolation, checks.INTERPOLATIONS)
-        # A residual that is the incoming gradient itself (no target, half an l2 loss, summed) makes the gradient of
-        # weighted_loss equal m times it: one kernel serves both ops.
-        self._options = make_options(
-            1.0, 1.0, artifact_grad, clean_grad, threshold, gamma, {"l2": 0.5}, reduction="sum"
+        self._options = modulation_options(
+            artifact_grad=artifact_grad,
+            clean_grad=clean_grad,
+            threshold=threshold,
+            gamma=gamma,
+            interpolation=interpolation,
+            layout=layout,
         )
-        if layout is not None and not isinstance(layout, checks.Packed):
-            raise checks.kind_error("layout", "None or a diffdoctor.Packed", layout)
-        self.interpolation, self.layout = interpolation, layout
         self.confidence: Tensor | None = None
         self._key = None
         if not torch.compiler.is_compiling():  # else it is one of modulate_gradient, whose map is known
@@ -120,7 +115,7 @@ class GradientModulator:
     def _register(self) -> None:
         """A number that a compiled graph can hold in place of this object."""
         self._key = next(_keys)
-        _modulators[self._key] = self
+        registered.modulators[self._key] = self
 
     def __getstate__(self):
         return {name: value for name, value in self.__dict__.items() if name != "_key"}
@@ -143,15 +138,12 @@ class GradientModulator:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x unchanged, its gradient modulated in backward."""
-        if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
-            from diffdoctor.ops.library import modulate_gradient as _library_modulate_gradient
-
-            checks.check_pred("x", x, self.layout)
+        checks.check_pred("x", x, self._options.layout)
+        if torch.compiler.is_compiling() or type(x) not in _PLAIN:
             if self._key is None:
                 raise RuntimeError("make the GradientModulator outside the compiled function, which only calls it")
-            return _library_modulate_gradient.modulate_gradient_later(x, self._key)
+            return registered.modulate_gradient_later(x, self._key)
         refuse_functorch("modulate_gradient")
-        checks.check_pred("x", x, self.layout)
         return _Modulate.apply(x, self)
 
     def scaled(self, grad: Tensor) -> Tensor:
@@ -162,22 +154,14 @@ class GradientModulator:
         """
         if self.confidence is None:
             raise RuntimeError("GradientModulator has no map: call modulator.set(confidence) before backward")
-        checks.check_map("confidence", self.confidence, grad, self.layout)
-        return scaled(grad, self.confidence, self._options, self.interpolation, self.layout)
-
-
-def modulator_of(key: int) -> GradientModulator:
-    """The living modulator of a compiled graph's key."""
-    modulator = _modulators.get(key)
-    if modulator is None:
-        raise RuntimeError("the GradientModulator of a compiled graph is gone: keep it alive until backward has run")
-    return modulator
+        checks.check_map("confidence", self.confidence, grad, self._options.layout)
+        return modulated(grad, self.confidence, self._options)
 
 
 class _Modulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, modulator):
-        ctx.modulator, ctx.x = modulator, weakref.ref(x)
+        ctx.modulator, ctx.x = modulator, ref(x)
         return x.view_as(x)
 
     @staticmethod
@@ -188,39 +172,3 @@ class _Modulate(torch.autograd.Function):
         with torch.no_grad():
             result = ctx.modulator.scaled(grad)
         return forbid_second_derivative(result, ctx.x(), "modulate_gradient"), None
-
-
-def scaled(grad: Tensor, confidence: Tensor, options: Options, interpolation: str, layout) -> Tensor:
-    """grad times the modulation, as a new tensor."""
-    if grad.numel() == 0:
-        return grad
-    grad = grad.resolve_neg()
-    module = pick(requested(None), "modulate_gradient", grad.device.type)
-    if module is None:
-        probe = grad.detach().requires_grad_()
-        with torch.enable_grad():
-            out = reference.modulate_gradient(
-                probe,
-                confidence,
-                artifact_grad=options.artifact_grad,
-                clean_grad=options.clean_grad,
-                threshold=options.threshold,
-                gamma=options.gamma,
-                interpolation=interpolation,
-                layout=layout,
-            )
-        return torch.autograd.grad(out, probe, grad)[0]
-    key = (
-        grad.shape, grad.stride(), grad.dtype, confidence.shape, confidence.stride(), confidence.dtype, options,
-        interpolation, layout,
-    )  # fmt: skip
-    prepared = _cache.get(key)
-    if prepared is None:
-        prepared = prepare(grad, (), confidence, None, None, interpolation, layout, options)
-        remember(_cache, key, prepared)
-    problem = Problem(
-        prepared.plan, WRITE_GRAD, grad, (), confidence, None, None, _ONE, (), _ONE, _ONE, _ONE, _ONE,
-        grad=torch.empty_like(grad),
-    )  # fmt: skip
-    module.weighted_loss(problem)
-    return problem.grad

@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffdoctor.lowering.plan import Grid, MapMeta, Options, Plan, make_plan
-from diffdoctor.ops import checks
+from diffdoctor.lowering.plan import Grid, MapMeta, Plan, make_plan
+from diffdoctor.ops.arguments import Inputs, LossOptions, target_parts
 
 
 @dataclass(slots=True)
-class Prepared:
-    """A cached plan and what the call does with its tensors."""
+class CachedPlan:
+    """What calls that are alike but for their tensors' values share.
 
-    plan: Plan | None  # None for an empty model_pred
+    Attributes:
+        options: of the call.
+        plan: of the call; None for an empty model_pred.
+        weighting_per_sample: whether the weighting is one number per sample.
+        grad_runs: (batch, count) where the gradient's memory is `batch` dense runs of `count` elements, else None.
+        bound: the call as a backend's fast path runs it, see `autograd.BoundCall`; None where there is none.
+        backend: that backend, the default for the tensors' device.
+    """
+
+    options: LossOptions
+    plan: Plan | None
     weighting_per_sample: bool
-    grad_runs: tuple[int, int] | None  # (batch, count): the gradient's memory is `batch` dense runs; None: it is not
-    short: object = None  # `_cpu.ShortCall` where the call can take the short way
-
-
-CACHE_LIMIT = 1024
-
-
-def remember(cache: dict, key, prepared: Prepared) -> Prepared:
-    """Put a plan into a cache that starts anew when it is full."""
-    if len(cache) >= CACHE_LIMIT:
-        cache.clear()
-    cache[key] = prepared
-    return prepared
-
-
-def round_to_fp32(value: float) -> float:
-    if torch.compiler.is_compiling():  # Dynamo cannot trace ctypes; the operator rounds when it runs
-        return value
-    return ctypes.c_float(value).value
+    grad_runs: tuple[int, int] | None
+    bound: Callable | None = None
+    backend: str | None = None
 
 
 def make_grid(model_pred: Tensor, layout) -> Grid:
@@ -100,57 +94,32 @@ def is_per_sample(weighting: Tensor | None, rank: int) -> bool:
     return weighting.shape[0] == 1 or weighting.ndim == rank
 
 
-def prepare(
-    model_pred: Tensor,
-    terms: tuple[Tensor, ...],
-    confidence: Tensor | None,
-    mask: Tensor | None,
-    weighting: Tensor | None,
-    interpolation: str,
-    layout,
-    options: Options,
-) -> Prepared:
+def prepare(inputs: Inputs, options: LossOptions) -> CachedPlan:
     """The plan of checked arguments."""
-    rank = model_pred.ndim if layout is None else 4
+    pred, weighting, layout = inputs.model_pred, inputs.weighting, options.layout
+    rank = pred.ndim if layout is None else 4
     per_sample = is_per_sample(weighting, rank)
-    if model_pred.numel() == 0:
-        return Prepared(None, per_sample, None)
-    grid = make_grid(model_pred, layout)
-    grad = torch.empty_like(model_pred, device="meta")
+    if pred.numel() == 0:
+        return CachedPlan(options, None, per_sample, None)
+    grid = make_grid(pred, layout)
+    grad = torch.empty_like(pred, device="meta")
     weights = None
     if weighting is not None and not per_sample:
         strides = tensor_strides(broadcast_stride(weighting, rank), rank, grid, None)
         weights = (weighting.dtype, strides)
+    terms, _, _ = target_parts(inputs.target)
     plan = make_plan(
         grid,
-        model_pred.dtype,
-        tensor_strides(model_pred.stride(), model_pred.ndim, grid, layout),
+        pred.dtype,
+        tensor_strides(pred.stride(), pred.ndim, grid, layout),
         tensor_strides(grad.stride(), grad.ndim, grid, layout),
         [(term.dtype, tensor_strides(term.stride(), term.ndim, grid, layout)) for term in terms],
         weights,
-        None if confidence is None else map_meta(confidence, grid),
-        None if mask is None else map_meta(mask, grid),
-        interpolation,
-        options,
+        None if inputs.confidence is None else map_meta(inputs.confidence, grid),
+        None if inputs.mask is None else map_meta(inputs.mask, grid),
+        options.interpolation,
+        options.for_plan(),
     )
     # empty_like is dense as a whole, so a batch stride of `count` means that each sample is one run of memory.
-    runs = (plan.batch, plan.count) if plan.batch == 1 or plan.grad_strides[0] == plan.count else None
-    return Prepared(plan, per_sample, runs)
-
-
-def make_options(
-    artifact_weight, clean_weight, artifact_grad, clean_grad, threshold, gamma, loss_type, reduction
-) -> Options:
-    """The scalars, checked."""
-    number = checks.check_number
-    checks.check_choice("reduction", reduction, checks.REDUCTIONS)
-    return Options(
-        artifact_weight=number("artifact_weight", artifact_weight),
-        clean_weight=number("clean_weight", clean_weight),
-        artifact_grad=number("artifact_grad", artifact_grad),
-        clean_grad=number("clean_grad", clean_grad),
-        threshold=round_to_fp32(number("threshold", threshold, 0.0, 1.0)),
-        gamma=number("gamma", gamma, 0.0, open_low=True),
-        strength=checks.check_loss_type(loss_type),
-        reduction=reduction,
-    )
+    runs = (plan.batch, plan.count) if plan.batch == 1 or plan.grad.strides[0] == plan.count else None
+    return CachedPlan(options, plan, per_sample, runs)

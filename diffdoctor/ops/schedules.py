@@ -8,7 +8,10 @@ import numbers
 import torch
 from torch import Tensor
 
-from diffdoctor.ops.checks import kind_error
+from diffdoctor.ops.checks import kind_error, value_error
+from diffdoctor.runs.errors import expected
+
+__all__ = ["huber_schedule", "prior_preservation_weights", "snr_weights"]
 
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 _SCHEDULES = ("constant", "exponential", "snr")
@@ -18,17 +21,17 @@ def _check_positive(name: str, value, finite: bool) -> None:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise kind_error(name, "a number", value)
     if not value > 0 or (finite and value == math.inf):
-        raise ValueError(f"{name} must be positive{' and finite' if finite else ''}, got {value}")
+        raise value_error(name, f"a positive{' and finite' if finite else ''} number", value)
 
 
 def _gather(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
     for name, value in (("timesteps", timesteps), ("alphas_cumprod", alphas_cumprod)):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            raise kind_error(name, "a tensor", value)
     if timesteps.is_floating_point() or timesteps.is_complex() or timesteps.dtype == torch.bool:
-        raise TypeError(f"timesteps must be integers that index alphas_cumprod, got {timesteps.dtype}")
+        raise TypeError(expected("timesteps", "integers that index alphas_cumprod", timesteps.dtype))
     if alphas_cumprod.ndim != 1:
-        raise ValueError(f"alphas_cumprod must have shape (steps,), got {tuple(alphas_cumprod.shape)}")
+        raise value_error("alphas_cumprod", "shape (steps,)", tuple(alphas_cumprod.shape))
     # Moving the table is one small copy; schedulers keep it on the CPU. An index of uint8 is a mask, of int16 refused.
     return alphas_cumprod.to(timesteps.device, torch.float32, non_blocking=True)[timesteps.long()]
 
@@ -53,7 +56,7 @@ def snr_weights(
         ValueError: an unknown prediction_type, a gamma that is not positive, a table that is not 1-D.
     """
     if prediction_type not in _PREDICTION_TYPES:
-        raise ValueError(f"prediction_type must be one of {_PREDICTION_TYPES}, got {prediction_type!r}")
+        raise value_error("prediction_type", f"one of {_PREDICTION_TYPES}", repr(prediction_type))
     _check_positive("gamma", gamma, finite=False)
     a = _gather(alphas_cumprod, timesteps)
     # Infinite quotients are right here, and a minimum takes them away; 0 / 0 and 0 * infinity do not occur.
@@ -80,9 +83,9 @@ def prior_preservation_weights(batch_size: int, prior_loss_weight: float = 1.0, 
         ValueError: a batch_size that is odd or negative.
     """
     if not isinstance(batch_size, int) or isinstance(batch_size, bool):
-        raise TypeError(f"batch_size must be an int, got {type(batch_size).__name__}")
+        raise kind_error("batch_size", "an int", batch_size)
     if batch_size < 0 or batch_size % 2:
-        raise ValueError(f"batch_size must be even (instance and class halves), got {batch_size}")
+        raise value_error("batch_size", "an even number (instance and class halves)", batch_size)
     weights = torch.full((batch_size,), 2.0, dtype=torch.float32, device=device)
     weights[batch_size // 2 :] = 2.0 * prior_loss_weight
     return weights
@@ -117,16 +120,16 @@ def huber_schedule(
         ValueError: an unknown schedule, a huber_c that is not positive and finite, "snr" without alphas_cumprod.
     """
     if schedule not in _SCHEDULES:
-        raise ValueError(f"schedule must be one of {_SCHEDULES}, got {schedule!r}")
+        raise value_error("schedule", f"one of {_SCHEDULES}", repr(schedule))
     _check_positive("huber_c", huber_c, finite=True)
     if not isinstance(timesteps, Tensor):
-        raise TypeError(f"timesteps must be a tensor, got {type(timesteps).__name__}")
+        raise kind_error("timesteps", "a tensor", timesteps)
     if schedule == "constant":
         return torch.full(timesteps.shape, huber_c * huber_scale, dtype=torch.float32, device=timesteps.device)
     if schedule == "exponential":
         return torch.exp(timesteps.float() * (math.log(huber_c) / num_train_timesteps)) * huber_scale
     if alphas_cumprod is None:
-        raise ValueError('alphas_cumprod must be given for schedule "snr", got None')
+        raise value_error("alphas_cumprod", 'a tensor for schedule "snr"', None)
     a = _gather(alphas_cumprod, timesteps)
     # 1 / (1 + s) = sqrt(a) / (sqrt(a) + sqrt(1 - a)), which is 0 at a = 0.
     signal = a.sqrt()

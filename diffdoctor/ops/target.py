@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from diffdoctor.lowering.plan import MAX_TERMS
+from diffdoctor.runs.errors import expected
+
+__all__ = ["Target"]
 
 
 class Target:
@@ -29,11 +32,10 @@ class Target:
         self.terms, self.coefs, self.pred_scale = tuple(terms), tuple(coefs), pred_scale
         for term in self.terms:
             if not isinstance(term, Tensor):
-                raise TypeError(f"a Target's term must be a tensor, got {type(term).__name__}")
+                raise TypeError(expected("terms", "tensors", type(term).__name__))
         if not 1 <= len(self.terms) <= MAX_TERMS or len(self.coefs) != len(self.terms):
-            raise ValueError(
-                f"a Target takes 1 to {MAX_TERMS} terms and as many coefs, got {len(self.terms)} and {len(self.coefs)}"
-            )
+            got = f"{len(self.terms)} and {len(self.coefs)}"
+            raise ValueError(expected("terms and coefs", f"1 to {MAX_TERMS} terms and as many coefs", got))
         for name, value in (*(("coefs", coef) for coef in self.coefs), ("pred_scale", pred_scale)):
             _check_factor(name, value)
 
@@ -86,8 +88,8 @@ class Target:
 def _check_factor(name: str, value) -> None:
     if isinstance(value, Tensor):
         if value.ndim > 1:
-            raise ValueError(f"{name} must be a number or a tensor of shape (B,), got shape {tuple(value.shape)}")
+            raise ValueError(expected(name, "a number or a tensor of shape (B,)", f"shape {tuple(value.shape)}"))
         if not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+            raise TypeError(expected(name, "a floating-point tensor", value.dtype))
     elif not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number or a tensor of shape (B,), got {type(value).__name__}")
+        raise TypeError(expected(name, "a number or a tensor of shape (B,)", type(value).__name__))

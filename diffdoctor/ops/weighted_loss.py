@@ -1,4 +1,4 @@
-"""The public `weighted_loss`: checks, the plan's cache, and the road to a backend."""
+"""The public `weighted_loss`: the key of its plan, and three exits: traced, bound to a fast path, general."""
 
 from __future__ import annotations
 
@@ -7,24 +7,32 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffdoctor import reference
-from diffdoctor.backends.select import for_device, overridden, pick, requested
-from diffdoctor.lowering.plan import SUMS
+from diffdoctor.backends.select import for_device, name_of, overridden, pick, requested
+from diffdoctor.lowering.plan import SUMS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
 from diffdoctor.ops import checks
-from diffdoctor.ops.arguments import add_divisor, allocate, make_problem, meta, target_meta
+from diffdoctor.ops.arguments import Inputs, LossOptions, check_inputs, target_key, tensor_key
 from diffdoctor.ops.autograd import (
-    WeightedLoss,
+    BoundCall,
+    differentiable_loss,
     functorch_level,
     guard_reference,
     refuse_forward_mode,
     refuse_functorch,
 )
-from diffdoctor.ops.prepare import Prepared, make_options, prepare, remember
+from diffdoctor.ops.call import lower, plans, run
+from diffdoctor.ops.library import weighted_loss as registered
+from diffdoctor.ops.prepare import CachedPlan, prepare
 from diffdoctor.ops.stats import LossStats
 from diffdoctor.ops.target import Target
+from diffdoctor.reference.grid import accumulation_dtype
 
-_cache: dict[tuple, Prepared] = {}
+__all__ = ["weighted_loss"]
+
 # Found in this module rather than in torch's, whose large table is in no cache after two million elements.
 _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_find_plan = plans.get
+_PLAIN = (Tensor, torch.nn.Parameter)
+_BOOL = frozenset({bool})
 
 
 def weighted_loss(
@@ -99,179 +107,98 @@ def weighted_loss(
         ...                                 artifact_weight=4.0)
         >>> loss.backward()
     """
-    if _is_compiling() or type(model_pred) not in _PLAIN:
-        from diffdoctor.ops.library import weighted_loss as _library_weighted_loss
-
-        return _library_weighted_loss.weighted_loss(
-            model_pred,
-            target,
-            confidence,
-            mask=mask,
-            weighting=weighting,
-            artifact_weight=artifact_weight,
-            clean_weight=clean_weight,
-            artifact_grad=artifact_grad,
-            clean_grad=clean_grad,
-            threshold=threshold,
-            gamma=gamma,
-            interpolation=interpolation,
-            loss_type=loss_type,
-            huber_c=huber_c,
-            normalize=normalize,
-            normalizer=normalizer,
-            reduction=reduction,
-            layout=layout,
-            return_stats=return_stats,
-            backend=backend,
-        )
-    if functorch_level() is not None:
-        refuse_functorch("weighted_loss")
-    if forward_ad._current_level >= 0:
-        refuse_forward_mode("weighted_loss", model_pred, target, *getattr(target, "terms", ()))
-    maps = (
-        artifact_weight, clean_weight, artifact_grad, clean_grad, threshold, gamma, interpolation
-    )  # fmt: skip
-    grad_mode = _is_grad_enabled()
-    # Written out: with cold caches each function that is called costs microseconds.
-    key = (
-        model_pred.shape, model_pred.stride(), model_pred.dtype, model_pred.device, model_pred.requires_grad,
-        model_pred.is_neg(), grad_mode,
-        (target.shape, target.stride(), target.dtype, target.device, target.requires_grad, target.is_neg())
-        if type(target) is Tensor else target_meta(target),
-        (
-            confidence.shape, confidence.stride(), confidence.dtype, confidence.device, confidence.requires_grad,
-            confidence.is_neg(),
-        )
-        if type(confidence) is Tensor else meta(confidence), None if mask is None else meta(mask),
-        None if weighting is None else meta(weighting), huber_c if type(huber_c) is float else meta(huber_c),
-        None if normalizer is None else meta(normalizer), maps,
-        tuple(loss_type.items()) if isinstance(loss_type, dict) else loss_type, normalize, reduction, layout,
-    )  # fmt: skip
-    try:
-        # True is equal to 1 in a key; the checks refuse it.
-        prepared = None if bool in map(type, maps) or type(huber_c) is bool else _cache.get(key)
-    except TypeError:  # something unhashable came: the checks below name it
-        prepared = None
-    if prepared is None:
-        prepared = _check_and_prepare(
-            key, model_pred, target, confidence, mask, weighting, maps, loss_type, huber_c, normalize, normalizer,
-            reduction, layout,
+    traced = _is_compiling() or type(model_pred) not in _PLAIN
+    cached = None
+    if not traced:
+        if functorch_level() is not None:
+            refuse_functorch("weighted_loss")
+        if forward_ad._current_level >= 0:
+            refuse_forward_mode("weighted_loss", model_pred, target, *getattr(target, "terms", ()))
+        map_options = (
+            artifact_weight, clean_weight, artifact_grad, clean_grad, threshold, gamma, interpolation
         )  # fmt: skip
-    differentiable = grad_mode and model_pred.requires_grad
-    chosen = backend == "cpu" or (backend is None and not overridden())
-    if chosen and return_stats is False and prepared.short is not None:
-        return prepared.short(model_pred, target, confidence, mask, weighting, huber_c, normalizer, differentiable)
-    if type(return_stats) is not bool:
-        raise checks.kind_error("return_stats", "a bool", return_stats)
-    arguments = (model_pred, target, confidence, mask, weighting, huber_c, normalizer)
-    if chosen and prepared.short is not None:
-        return _run_short(prepared, arguments, differentiable, return_stats)
-    module = pick(requested(backend), "weighted_loss", model_pred.device.type)
-    if prepared.plan is None:
-        return _empty(model_pred, reduction, return_stats)
+        grad_mode = _is_grad_enabled()
+        # Written out: with cold caches each function that is called costs microseconds.
+        key = (
+            model_pred.shape, model_pred.stride(), model_pred.dtype, model_pred.device, model_pred.requires_grad,
+            model_pred.is_neg(), grad_mode,
+            (target.shape, target.stride(), target.dtype, target.device, target.requires_grad, target.is_neg())
+            if type(target) is Tensor else target_key(target),
+            (
+                confidence.shape, confidence.stride(), confidence.dtype, confidence.device, confidence.requires_grad,
+                confidence.is_neg(),
+            )
+            if type(confidence) is Tensor else tensor_key(confidence), None if mask is None else tensor_key(mask),
+            None if weighting is None else tensor_key(weighting),
+            huber_c if type(huber_c) is float else tensor_key(huber_c),
+            None if normalizer is None else tensor_key(normalizer), map_options,
+            tuple(loss_type.items()) if isinstance(loss_type, dict) else loss_type, normalize, reduction, layout,
+        )  # fmt: skip
+        try:
+            # True is equal to 1 in a key; the checks refuse it.
+            if _BOOL.isdisjoint(map(type, map_options)) and type(huber_c) is not bool:
+                cached = _find_plan(key)
+        except TypeError:  # something unhashable came: the checks below name it
+            cached = None
+        if (
+            cached is not None and cached.bound is not None and type(return_stats) is bool
+            and (not overridden() if backend is None else backend == cached.backend)
+        ):  # fmt: skip
+            return cached.bound(
+                model_pred, target, confidence, mask, weighting, huber_c, normalizer,
+                grad_mode and model_pred.requires_grad, return_stats,
+            )  # fmt: skip
+    inputs = Inputs(model_pred, target, confidence, mask, weighting, huber_c, normalizer)
+    if cached is None:
+        options = LossOptions(
+            artifact_weight, clean_weight, artifact_grad, clean_grad, threshold, gamma, interpolation, loss_type,
+            normalize, reduction, layout,
+        )  # fmt: skip
+        check_inputs(inputs, options)
+    checks.check_bool("return_stats", return_stats)
+    if traced:
+        return registered.weighted_loss(inputs, options, return_stats, backend)
+    if cached is None:
+        cached = plans.cache_plan(key, prepare(inputs, options))
+    return _dispatch(inputs, cached, return_stats, backend)
+
+
+def _dispatch(inputs: Inputs, cached: CachedPlan, return_stats: bool, backend: str | None):
+    """A checked call to the backend that serves it; where that has a fast path, the plan's next calls take it."""
+    pred, options, plan = inputs.model_pred, cached.options, cached.plan
+    module = pick(requested(backend), "weighted_loss", pred.device.type)
+    if plan is None:
+        return _empty(pred, options.reduction, return_stats)
     if module is None:
-        return _run_reference(
-            model_pred, target, confidence, mask, weighting, maps, loss_type, huber_c, normalize, normalizer,
-            reduction, layout, return_stats,
-        )  # fmt: skip
-    problem = make_problem(prepared, model_pred, target, confidence, mask, weighting, huber_c)
-    add_divisor(module, problem, normalize, normalizer)
-    if _takes_short_way(problem, module, normalize):
-        prepared.short = module.ShortCall(problem, prepared)
-        return _run_short(prepared, arguments, differentiable, return_stats)
-    allocate(problem, reduction, return_stats)
+        return _run_reference(inputs, options, return_stats)
+    differentiable = torch.is_grad_enabled() and pred.requires_grad
+    outputs = WRITE_LOSS | (WRITE_SUMS if return_stats else 0)
+    if differentiable and pred.dtype != torch.float16:  # fp16 computes its gradient in backward
+        outputs |= WRITE_GRAD
+    problem = lower(inputs, options, outputs, cached)
+    if cached.bound is None and module is for_device(pred.device.type, "weighted_loss"):
+        fast = module.bind(problem)
+        if fast is not None:
+            cached.bound, cached.backend = BoundCall(fast, problem, cached, module).run, name_of(module)
     if differentiable:
-        loss = WeightedLoss.apply(model_pred, problem, module, prepared.grad_runs)
+        loss = differentiable_loss(pred, problem, module, cached.grad_runs)
     else:
-        module.weighted_loss(problem)
+        run(module, problem)
         loss = problem.loss
-    return (loss, LossStats.from_sums(problem.sums, prepared.plan.count)) if return_stats else loss
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _takes_short_way(problem, module, normalize) -> bool:
-    """On the CPU, and in one pass: normalize takes another before, fp16 computes its gradient in backward."""
-    return (
-        hasattr(module, "ShortCall")
-        and module is for_device("cpu")
-        and problem.pred.dtype != torch.float16
-        and normalize is None
-    )
-
-
-def _run_short(prepared: Prepared, arguments, differentiable: bool, return_stats: bool):
-    if not return_stats:
-        return prepared.short(*arguments, differentiable)
-    sums = torch.empty(prepared.plan.batch, SUMS, dtype=prepared.plan.acc_dtype, device="cpu")
-    loss = prepared.short(*arguments, differentiable, sums)
-    return loss, LossStats.from_sums(sums, prepared.plan.count)
-
-
-def check_arguments(
-    model_pred, target, confidence, mask, weighting, maps, loss_type, huber_c, normalize, normalizer, reduction, layout
-):
-    """Every check of weighted_loss; returns the scalars."""
-    checks.check_pred("model_pred", model_pred, layout)
-    checks.check_memory("model_pred", model_pred)
-    checks.check_target(target, model_pred, layout)
-    for name, value in (("confidence", confidence), ("mask", mask)):
-        if value is not None:
-            checks.check_map(name, value, model_pred, layout)
-    if weighting is not None:
-        checks.check_weighting(weighting, model_pred, layout)
-    *scalars, interpolation = maps
-    checks.check_choice("interpolation", interpolation, checks.INTERPOLATIONS)
-    options = make_options(*scalars, loss_type, reduction)
-    if isinstance(huber_c, Tensor):
-        checks.check_per_sample("huber_c", huber_c, model_pred)
-    else:
-        checks.check_number("huber_c", huber_c, 0.0)
-    checks.check_choice("normalize", normalize, checks.NORMALIZE)
-    if isinstance(normalizer, Tensor):
-        checks.check_per_sample("normalizer", normalizer, model_pred)
-    elif normalizer is not None:
-        checks.check_number("normalizer", normalizer)
-    if normalize is not None and normalizer is not None:
-        raise ValueError(f"normalizer takes the place of normalize: give one of them, got normalize={normalize!r} too")
-    return options
-
-
-def _check_and_prepare(
-    key, model_pred, target, confidence, mask, weighting, maps, loss_type, huber_c, normalize, normalizer, reduction,
-    layout,
-):  # fmt: skip
-    options = check_arguments(
-        model_pred, target, confidence, mask, weighting, maps, loss_type, huber_c, normalize, normalizer, reduction,
-        layout,
-    )  # fmt: skip
-    terms = (target,) if isinstance(target, Tensor) else target.terms
-    prepared = prepare(model_pred, terms, confidence, mask, weighting, maps[-1], layout, options)
-    return remember(_cache, key, prepared)
+    return (loss, LossStats.from_sums(problem.sums, plan.count)) if return_stats else loss
 
 
 def _empty(model_pred: Tensor, reduction: str, return_stats: bool):
     """The result of an empty tensor: 0, connected to the graph."""
-    dtype = torch.float64 if model_pred.dtype == torch.float64 else torch.float32
-    batch = model_pred.shape[0]
+    dtype = accumulation_dtype(model_pred.dtype)
     flat = guard_reference(model_pred, "weighted_loss").flatten(1).to(dtype)
     loss = flat.sum(1) if reduction == "sample" else flat.sum()
     if not return_stats:
         return loss
-    return loss, LossStats.from_sums(torch.zeros(batch, SUMS, dtype=dtype, device=model_pred.device), 0)
+    return loss, LossStats.from_sums(torch.zeros(flat.shape[0], SUMS, dtype=dtype, device=flat.device), 0)
 
 
-def _run_reference(
-    model_pred, target, confidence, mask, weighting, maps, loss_type, huber_c, normalize, normalizer, reduction, layout,
-    return_stats,
-):  # fmt: skip
-    artifact_weight, clean_weight, artifact_grad, clean_grad, threshold, gamma, interpolation = maps
-    result = reference.weighted_loss(
-        guard_reference(model_pred, "weighted_loss"), target, confidence, mask=mask, weighting=weighting,
-        artifact_weight=artifact_weight, clean_weight=clean_weight, artifact_grad=artifact_grad,
-        clean_grad=clean_grad, threshold=threshold, gamma=gamma, interpolation=interpolation, loss_type=loss_type,
-        huber_c=huber_c, normalize=normalize, normalizer=normalizer, reduction=reduction, layout=layout,
-        return_sums=return_stats,
-    )  # fmt: skip
-    return (result[0], LossStats.from_sums(result[1], model_pred[0].numel())) if return_stats else result
+def _run_reference(inputs: Inputs, options: LossOptions, return_stats: bool):
+    guarded = inputs._replace(model_pred=guard_reference(inputs.model_pred, "weighted_loss"))
+    result = reference.weighted_loss(**guarded._asdict(), **vars(options), return_sums=return_stats)
+    return (result[0], LossStats.from_sums(result[1], inputs.model_pred[0].numel())) if return_stats else result

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from diffdoctor.measures.pixels import flagged_share
-from diffdoctor.ops import GradientModulator, artifact_loss
+from diffdoctor.ops.artifact_loss import artifact_loss
+from diffdoctor.ops.modulate_gradient import GradientModulator
 from diffdoctor.runs.errors import expected
 from diffdoctor.training.processes import seed_of
 from diffdoctor.treat.families import family_of

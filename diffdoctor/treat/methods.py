@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from diffdoctor.ops import GradientModulator
+from diffdoctor.ops.modulate_gradient import GradientModulator
 from diffdoctor.training.processes import seed_of
 from diffdoctor.treat.picture_loss import latents_gradient
 from diffdoctor.treat.rollout import Rollout, replay

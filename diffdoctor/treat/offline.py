@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from diffdoctor.data.pictures import to_images
-from diffdoctor.ops import weighted_loss
+from diffdoctor.ops.weighted_loss import weighted_loss
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Conditioning

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from diffdoctor.ops import artifact_loss
+from diffdoctor.ops.artifact_loss import artifact_loss
 from diffdoctor.treat.sampling import Sampling
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from diffdoctor.ops import Target
+from diffdoctor.ops.target import Target
 from diffdoctor.runs.errors import UserError, expected, first_line
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 the trainers' formulas."""
 
 import dataclasses
-import importlib
 
 import pytest
 import torch
@@ -10,9 +9,13 @@ from hypothesis import HealthCheck, given, settings
 
 import diffdoctor
 from diffdoctor import Target
+from diffdoctor.backends import select
+from diffdoctor.backends.cuda import artifact_loss as cuda_artifact
+from diffdoctor.backends.cuda import device as cuda_device
 from diffdoctor.backends.cuda import weighted_loss as _cuda
 from diffdoctor.backends.native_call import native_plan
-from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
+from diffdoctor.lowering.plan import LOSS_KINDS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, OperandPlan
+from diffdoctor.ops.call import plans
 from support import artifact, case_lists, cases, search
 from support.all_formulas import FORMULAS
 from support.cuda_shim import ROOT, build_module, build_race, compiler, run
@@ -30,27 +33,23 @@ def shim():
 @pytest.fixture
 def cuda(shim, monkeypatch):
     """The backend's glue over the host build of its kernels, with workspaces of its own."""
-    monkeypatch.setattr(_cuda, "_native", shim)
-    monkeypatch.setattr(_cuda, "_workspaces", {})
+    monkeypatch.setattr(cuda_device, "native", shim)
+    monkeypatch.setattr(cuda_device, "_workspaces", {})
     yield _cuda
     # Every launch leaves the workspace's head as it found it.
-    assert all(not workspace[:16].any() for workspace in _cuda._workspaces.values())
+    assert all(not workspace[:16].any() for workspace in cuda_device._workspaces.values())
 
 
 @pytest.fixture
 def public(cuda, monkeypatch):
     """The public functions on CPU tensors, served by the CUDA backend."""
-    backends = importlib.import_module("diffdoctor.backends.select")  # the name in the package is the function
-    monkeypatch.setitem(backends._chosen, "cpu", cuda)
+    monkeypatch.setitem(select._chosen, ("cpu", "weighted_loss"), cuda)
+    monkeypatch.setitem(select._chosen, ("cpu", "artifact_loss"), cuda_artifact)
     # A plan holds its backend's form: those of other tests would lead around the kernels, and these around theirs.
-    for name, plans in (
-        ("weighted_loss", "_cache"),
-        ("modulate_gradient", "_cache"),
-        ("library.weighted_loss", "_plans"),
-    ):
-        monkeypatch.setattr(importlib.import_module(f"diffdoctor.ops.{name}"), plans, {})
+    plans.clear()
     monkeypatch.delenv("DIFFDOCTOR_BACKEND", raising=False)
-    return diffdoctor
+    yield diffdoctor
+    plans.clear()
 
 
 def solve(cuda, inputs, work=WRITE_LOSS | WRITE_GRAD | WRITE_SUMS):
@@ -118,14 +117,14 @@ def test_the_order_of_blocks_and_threads_does_not_matter(cuda, shim, case):
 def test_artifact_loss_equals_the_reference(cuda, case):
     logits = artifact.build(case)
     problem = artifact.lower(case, logits)
-    cuda.artifact_loss(problem)
+    cuda_artifact.artifact_loss(problem)
     g = torch.linspace(0.5, 1.5, logits.shape[0], dtype=problem.loss.dtype)
     g = g if case.reduction == "sample" else g[0]
     want_loss, want_grad = artifact.expected(case, logits, g)
     rtol = 1e-12 if case.dtype == F64 else 3e-6
     torch.testing.assert_close(problem.loss, want_loss, rtol=rtol, atol=rtol)
     grad = torch.full(logits.shape, float("nan"), dtype=case.dtype)
-    cuda.artifact_loss_backward(problem.kept, problem.factor, g, grad)
+    cuda_artifact.artifact_loss_backward(problem.kept, problem.factor, g, grad)
     scale = want_grad.abs().max().item()
     torch.testing.assert_close(grad, want_grad, rtol=0, atol=cases.GRAD_TOLERANCE[case.dtype] * scale + 1e-30)
 
@@ -135,7 +134,7 @@ def test_artifact_loss_shares_ties_and_passes_nan_on(cuda):
     logits = torch.zeros(case.shape)
     logits[1, 1, 2] = float("nan")
     problem = artifact.lower(case, logits)
-    cuda.artifact_loss(problem)
+    cuda_artifact.artifact_loss(problem)
     assert problem.loss[0] == 0.5
     assert problem.loss[1].isnan()
     torch.testing.assert_close((problem.kept[0] * problem.factor[0]).sum(), torch.tensor(0.25))
@@ -145,9 +144,9 @@ def test_artifact_loss_shares_ties_and_passes_nan_on(cuda):
 def test_a_nan_logit_gives_the_gradient_that_the_reference_gives(cuda, case):
     logits = artifact.build_with_nan(case)
     problem = artifact.lower(case, logits)
-    cuda.artifact_loss(problem)
+    cuda_artifact.artifact_loss(problem)
     grad = torch.empty_like(logits)
-    cuda.artifact_loss_backward(problem.kept, problem.factor, torch.ones(2), grad)
+    cuda_artifact.artifact_loss_backward(problem.kept, problem.factor, torch.ones(2), grad)
     artifact.check(case, problem.loss, grad, artifact.expected(case, logits, torch.ones(2)))
 
 
@@ -158,7 +157,7 @@ def test_a_logit_that_is_not_finite_reaches_no_neighbour_of_the_same_size(cuda, 
     logits = artifact.build(case)
     logits[0, 2, 3] = value
     problem = artifact.lower(case, logits)
-    cuda.artifact_loss(problem)
+    cuda_artifact.artifact_loss(problem)
     want, _ = artifact.expected(case, logits, torch.ones(2))
     torch.testing.assert_close(problem.loss, want, rtol=3e-6, atol=0, equal_nan=True)
 
@@ -219,13 +218,26 @@ def test_usual_layouts_move_sixteen_bytes(cuda, shim, case_id):
     assert describe(shim, case)[2]["aligned"]
 
 
+@pytest.mark.parametrize("c", [0.0, 0.25, 3.0])
+def test_the_loops_of_the_cpu_have_the_losses_that_cuda_has(shim, c):
+    magnitude = torch.cat([torch.logspace(-6, 1.9, 400), torch.tensor([0.0, c, 1.0])])
+    for d in torch.cat([magnitude, -magnitude]).tolist():
+        losses = shim.element_losses(d, c)
+        assert tuple(losses) == LOSS_KINDS
+        for kind, (defined, in_loop) in losses.items():
+            # 4e-7 and 3e-7 relative are what log_cosh's two forms are off by; every other kind is one function.
+            assert in_loop == pytest.approx(defined, rel=7e-7 if kind == "log_cosh" else 0, abs=0), (kind, d)
+    for kind, (defined, in_loop) in shim.element_losses(float("nan"), c).items():
+        assert all(value != value for value in (defined[0], in_loop[0])), kind
+
+
 def test_offsets_beyond_two_to_the_thirty_one(cuda, shim):
     plan, _, _ = describe(shim, cases.Case("", shape=(1, 4, 8, 8), confidence=((1, 8, 8), F32)))
     pixels = 1 << 31
-    strides = (4 * pixels, 0, 0, 0, 0, pixels, 1)
+    operand = OperandPlan(F32, (4 * pixels, 0, 0, 0, 0, pixels, 1))
     huge = dataclasses.replace(
-        plan, count=4 * pixels, size=(1, 1, 1, 1, 4, pixels), ndim=2, pred_strides=strides, grad_strides=strides,
-        term_strides=(strides,), confidence=dataclasses.replace(plan.confidence, strides=(pixels, 0, 0, 0, 0, 0, 1)),
+        plan, count=4 * pixels, size=(1, 1, 1, 1, 4, pixels), ndim=2, pred=operand, grad=operand, terms=(operand,),
+        confidence=dataclasses.replace(plan.confidence, strides=(pixels, 0, 0, 0, 0, 0, 1)),
         cache={},
     )  # fmt: skip
     native = native_plan(huge, shim)
@@ -261,9 +273,9 @@ def test_a_compiled_graph_leaves_no_workspace_behind(public, cuda):
     pred = torch.randn(2, 4, 8, 8, requires_grad=True)
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(pred)
     compiled.backward()
-    assert not cuda._workspaces
+    assert not cuda_device._workspaces
     torch.testing.assert_close(compiled, loss(pred))
-    assert len(cuda._workspaces) == 1
+    assert len(cuda_device._workspaces) == 1
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
@@ -341,10 +353,10 @@ def test_a_failed_launch_is_raised_and_forgotten(called_before, public, shim):
 
 
 def test_the_current_stream_is_used(cuda, shim, monkeypatch):
-    monkeypatch.setattr(cuda, "_stream", lambda device: 0x1234)
+    monkeypatch.setattr(cuda_device, "raw_stream", lambda device: 0x1234)
     solve(cuda, cases.build(cases.Case("")))
     assert shim.stream() == 0x1234
-    assert (torch.device("cpu"), 0x1234) in cuda._workspaces
+    assert (torch.device("cpu"), 0x1234) in cuda_device._workspaces
 
 
 def test_targets_built_in_the_kernel(public):

@@ -87,29 +87,29 @@ def test_dense_but_unaligned_tensors(glue, dtype, place):
 
 
 @pytest.mark.parametrize("case", artifact.every_case(), ids=lambda case: case.id)
-def test_artifact_loss_equals_the_reference(glue, case):
+def test_artifact_loss_equals_the_reference(artifact_glue, case):
     logits = artifact.build(case)
     strided = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device="cuda").copy_(logits)
     problem = artifact.lower(case, strided)
-    glue.artifact_loss(problem)
+    artifact_glue.artifact_loss(problem)
     g = torch.linspace(0.5, 1.5, logits.shape[0], dtype=problem.loss.dtype)
     g = g if case.reduction == "sample" else g[0]
     want_loss, want_grad = artifact.expected(case, logits, g)
     rtol = 1e-12 if case.dtype == F64 else 3e-6
     torch.testing.assert_close(problem.loss.cpu(), want_loss, rtol=rtol, atol=rtol)
     grad = torch.full(logits.shape, float("nan"), dtype=case.dtype, device="cuda")
-    glue.artifact_loss_backward(problem.kept, problem.factor, g.cuda(), grad)
+    artifact_glue.artifact_loss_backward(problem.kept, problem.factor, g.cuda(), grad)
     atol = cases.GRAD_TOLERANCE[case.dtype] * want_grad.abs().max().item() + 1e-30
     torch.testing.assert_close(grad.cpu(), want_grad, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("case", artifact.nan_cases(), ids=lambda case: case.id)
-def test_a_nan_logit_gives_the_gradient_that_the_reference_gives(glue, case):
+def test_a_nan_logit_gives_the_gradient_that_the_reference_gives(artifact_glue, case):
     logits = artifact.build_with_nan(case)
     problem = artifact.lower(case, logits.cuda())
-    glue.artifact_loss(problem)
+    artifact_glue.artifact_loss(problem)
     grad = torch.empty_like(logits, device="cuda")
-    glue.artifact_loss_backward(problem.kept, problem.factor, torch.ones(2).cuda(), grad)
+    artifact_glue.artifact_loss_backward(problem.kept, problem.factor, torch.ones(2).cuda(), grad)
     artifact.check(case, problem.loss, grad, artifact.expected(case, logits, torch.ones(2)))
 
 
@@ -158,20 +158,20 @@ def test_nan_under_zero_weight_and_an_empty_mask(gpu_backend):
 
 
 @pytest.mark.parametrize("method", ["threshold", "mean", "max"])
-def test_a_nan_logit_does_what_it_does_to_the_reference(glue, method):
+def test_a_nan_logit_does_what_it_does_to_the_reference(artifact_glue, method):
     case = artifact.Case(method, shape=(2, 13, 12), size=(13, 12), method=method, reduction="sample")
     logits = artifact.build(case)
     logits[0, 2, 3] = float("nan")
     problem = artifact.lower(case, logits.cuda())
-    glue.artifact_loss(problem)
+    artifact_glue.artifact_loss(problem)
     want, _ = artifact.expected(case, logits, torch.ones(2))
     torch.testing.assert_close(problem.loss.cpu(), want, rtol=3e-6, atol=0, equal_nan=True)
 
 
-def test_ties_share_the_gradient_of_the_maximum(glue):
+def test_ties_share_the_gradient_of_the_maximum(artifact_glue):
     case = artifact.Case("", shape=(1, 3, 4), size=(12, 16), method="max", reduction="sample")
     problem = artifact.lower(case, torch.zeros(case.shape, device="cuda"))
-    glue.artifact_loss(problem)
+    artifact_glue.artifact_loss(problem)
     assert problem.loss.item() == 0.5
     torch.testing.assert_close((problem.kept * problem.factor).sum().cpu(), torch.tensor(0.25))
 

@@ -2,7 +2,10 @@
 // the host's. The last functions are for the tests alone.
 #include <pybind11/pybind11.h>
 
-#include "bindings_cuda.h"
+#include "bind/registry.h"
+#include "bind/weighted_loss.h"
+#include "common/losses.h"
+#include "cpu/vector_math.h"
 #include "cuda/spatial.cuh"
 #include "cuda/tiling.h"
 #include "cuda_runtime.h"
@@ -12,8 +15,7 @@ using namespace diffdoctor;
 
 PYBIND11_MODULE(_cuda_shim, m) {
   py::class_<WeightedLossPlan>(m, "WeightedLossPlan", py::module_local()).def(py::init<const py::dict&>());
-  define_cuda(m);
-  m.attr("has_cuda") = true;
+  define_bindings(m);
   m.def("launches", [] { return cuda_shim::record.launches; });
   m.def("blocks", [] { return cuda_shim::record.blocks; });
   m.def("stream", [] { return reinterpret_cast<uintptr_t>(cuda_shim::record.stream); });
@@ -29,8 +31,8 @@ PYBIND11_MODULE(_cuda_shim, m) {
     d["positions"] = t.positions;
     d["groups"] = t.groups;
     d["narrow"] = t.narrow != 0;
-    d["aligned"] = plan.params.contiguous != 0 &&
-                   cuda::tiles_are_aligned(plan.params, t, cuda::vector_width(plan.params.pred_dtype));
+    d["aligned"] =
+        plan.params.contiguous != 0 && cuda::tiles_are_aligned(plan.params, t, cuda::vector_width(plan.params.dtype));
     return d;
   });
   // (element of its first position at f = 0, of its last one at its last f, elements) of a tile.
@@ -40,6 +42,20 @@ PYBIND11_MODULE(_cuda_shim, m) {
     const int64_t frees = tile.free_end - tile.free_begin;
     return py::make_tuple(tile.element(t, 0) + tile.free_begin * t.inner,
                           tile.element(t, tile.positions - 1) + (tile.free_end - 1) * t.inner, tile.positions * frees);
+  });
+  // {kind: ((loss, slope), (loss, slope))} of a residual: by common/losses.h, and as the loops of csrc/cpu take it.
+  m.def("element_losses", [](float d, float c) {
+    py::dict by_kind;
+#define DD_ADD(KIND, NAME)                                                                               \
+  {                                                                                                      \
+    float loss, slope, loop_loss, loop_slope;                                                            \
+    element_loss(LossTag<KIND>(), d, c, loss, slope);                                                    \
+    vector_loss(LossTag<KIND>(), d, c, loop_loss, loop_slope);                                           \
+    by_kind[#NAME] = py::make_tuple(py::make_tuple(loss, slope), py::make_tuple(loop_loss, loop_slope)); \
+  }
+    DD_ELEMENT_LOSSES(DD_ADD)
+#undef DD_ADD
+    return by_kind;
   });
   m.def("seed", [](uint64_t seed) { cuda_shim::shuffle_state = 2 * seed + 1; });
 }

@@ -7,7 +7,9 @@
 #include <vector>
 
 #include "common/weighted_loss.h"
-#include "cuda/launches.h"
+#include "cuda/artifact_loss.h"
+#include "cuda/scale_gradient.h"
+#include "cuda/weighted_loss.h"
 
 using namespace diffdoctor;
 
@@ -69,18 +71,21 @@ void weighted_loss(int64_t batch, int64_t channels, int64_t n, int64_t stride) {
   };
   p.pred = operand(pred, stride);
   p.grad = operand(grad, 1);
-  p.term[0] = operand(target, 1);
+  p.terms[0] = operand(target, 1);
   p.confidence.data = map.data();
   p.confidence.batch_stride = n;
   p.confidence.stride[5] = 1;
+  p.map_varies[5] = 1;
+  p.free_dims[0] = p.free_dims_weighted[0] = 4;
+  p.free_dims[1] = p.free_dims_weighted[1] = 5;
   p.confidence.mode = kSame;
-  p.pred_scale = p.coef[0] = p.huber_c = p.weight = p.z = p.grad_output = PerSample{nullptr, 0, 1.0};
+  p.pred_scale = p.coefs[0] = p.huber_c = p.weight = p.z = p.grad_output = PerSample{nullptr, 0, 1.0};
   p.strength[kL2] = 1;
   p.artifact_weight = 2;
   p.clean_weight = 1;
   p.artifact_grad = p.clean_grad = 1;
   p.gamma = 1;
-  p.work = kWriteLoss | kWriteGrad | kWriteSums;
+  p.outputs = kWriteLoss | kWriteGrad | kWriteSums;
   p.loss = &loss;
   p.sums = sums.data();
 
@@ -124,12 +129,24 @@ void weighted_loss(int64_t batch, int64_t channels, int64_t n, int64_t stride) {
 
 // Logits without up-sampling, where the answer is a few lines.
 void artifact_loss(int64_t batch, int64_t side, int32_t method) {
-  std::vector<float> logits(static_cast<size_t>(batch * side * side)), kept(logits.size()),
+  std::vector<float> logits(static_cast<size_t>(batch * side * side)), unit_grad(logits.size()),
       factor(static_cast<size_t>(batch));
   for (size_t i = 0; i < logits.size(); ++i) logits[i] = 3 * noise(static_cast<unsigned>(i));
   float loss = NAN;
-  ArtifactLossParams p{logits.data(), side * side, side,   1,    batch, side,  side,        side,         side,
-                       0.1f,          kFloat32,    method, kSum, 1,     &loss, kept.data(), factor.data()};
+  ArtifactLossParams p;
+  p.logits = logits.data();
+  p.batch_stride = side * side;
+  p.row_stride = side;
+  p.col_stride = 1;
+  p.batch = batch;
+  p.in_h = p.in_w = p.out_h = p.out_w = side;
+  p.threshold = 0.1f;
+  p.dtype = kFloat32;
+  p.method = method;
+  p.reduction = kSum;
+  p.loss = &loss;
+  p.unit_grad = unit_grad.data();
+  p.factor = factor.data();
   Workspace workspace(cuda::artifact_loss_workspace(p));
   expect_launched("artifact_loss", cuda::launch_artifact_loss(p, workspace.data(), nullptr));
   workspace.expect_clear();
@@ -147,11 +164,11 @@ void artifact_loss(int64_t batch, int64_t side, int32_t method) {
   std::vector<float> grad(logits.size(), NAN);
   const float g = 1;
   expect_launched("artifact_loss_backward",
-                  cuda::launch_artifact_loss_backward(kept.data(), factor.data(), &g, 0, grad.data(), kFloat32, batch,
-                                                      side * side, nullptr));
+                  cuda::launch_artifact_loss_backward(unit_grad.data(), factor.data(), &g, 0, grad.data(), kFloat32,
+                                                      batch, side * side, nullptr));
   for (size_t i = 0; i < grad.size(); ++i) {
-    expect("artifact gradient", grad[i], static_cast<double>(kept[i]) * factor[i / static_cast<size_t>(side * side)],
-           1e-6);
+    expect("artifact gradient", grad[i],
+           static_cast<double>(unit_grad[i]) * factor[i / static_cast<size_t>(side * side)], 1e-6);
   }
 }
 

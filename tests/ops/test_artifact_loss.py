@@ -118,15 +118,15 @@ def test_second_derivative_and_functorch_are_refused(backend):
 @pytest.mark.parametrize(
     ("error", "message", "change"),
     [
-        (TypeError, "logits must be a tensor, got list", {"logits": [1.0]}),
-        (TypeError, "logits must have one of the dtypes", {"logits": torch.ones(1, 1, 4, 4, dtype=torch.int32)}),
-        (ValueError, r"logits must have shape \(B, 1, h, w\) or \(B, h, w\), got", {"logits": torch.ones(1, 2, 4, 4)}),
+        (TypeError, "logits: expected a tensor, got list", {"logits": [1.0]}),
+        (TypeError, "logits: expected a tensor of dtype", {"logits": torch.ones(1, 1, 4, 4, dtype=torch.int32)}),
+        (ValueError, r"logits: expected shape \(B, 1, h, w\) or \(B, h, w\), got", {"logits": torch.ones(1, 2, 4, 4)}),
         (ValueError, "at least one pixel", {"logits": torch.ones(1, 1, 0, 4)}),
-        (TypeError, "size must be a pair of ints", {"size": 32}),
-        (ValueError, "size must be a pair of positive ints", {"size": (0, 4)}),
-        (ValueError, r"threshold must be in \[0, 1\]", {"threshold": -0.1}),
-        (ValueError, "method must be one of .* got 'median'", {"method": "median"}),
-        (ValueError, "reduction must be one of", {"reduction": "none"}),
+        (TypeError, "size: expected a pair of ints", {"size": 32}),
+        (ValueError, "size: expected a pair of positive ints", {"size": (0, 4)}),
+        (ValueError, r"threshold: expected a number in \[0, 1\]", {"threshold": -0.1}),
+        (ValueError, "method: expected one of .* got 'median'", {"method": "median"}),
+        (ValueError, "reduction: expected one of", {"reduction": "none"}),
     ],
     ids=["kind", "dtype", "channels", "empty", "size kind", "size", "threshold", "method", "reduction"],
 )

@@ -114,15 +114,19 @@ def test_empty():
 @pytest.mark.parametrize(
     ("error", "message", "change"),
     [
-        (TypeError, "x must be a tensor", {"x": 1.0}),
-        (ValueError, "x must have shape", {"x": torch.ones(3)}),
-        (TypeError, "confidence must be a tensor", {"confidence": 0.5}),
-        (ValueError, "confidence must have shape", {"confidence": torch.rand(3, 4, 4)}),
-        (ValueError, "confidence must not require a gradient", {"confidence": torch.rand(2, 4, 4, requires_grad=True)}),
-        (TypeError, "artifact_grad must be a number", {"artifact_grad": None}),
-        (ValueError, "gamma must be greater than 0", {"gamma": -1.0}),
-        (ValueError, "interpolation must be one of", {"interpolation": "bicubic"}),
-        (TypeError, "layout must be None or a diffdoctor.Packed", {"layout": (4, 4)}),
+        (TypeError, "x: expected a tensor", {"x": 1.0}),
+        (ValueError, "x: expected shape", {"x": torch.ones(3)}),
+        (TypeError, "confidence: expected a tensor", {"confidence": 0.5}),
+        (ValueError, "confidence: expected shape", {"confidence": torch.rand(3, 4, 4)}),
+        (
+            ValueError,
+            "confidence: expected a tensor that requires no gradient",
+            {"confidence": torch.rand(2, 4, 4, requires_grad=True)},
+        ),
+        (TypeError, "artifact_grad: expected a number", {"artifact_grad": None}),
+        (ValueError, "gamma: expected a finite number > 0", {"gamma": -1.0}),
+        (ValueError, "interpolation: expected one of", {"interpolation": "bicubic"}),
+        (TypeError, "layout: expected None or a diffdoctor.Packed", {"layout": (4, 4)}),
     ],
     ids=["kind", "rank", "map kind", "map shape", "map grad", "number", "gamma", "interpolation", "layout"],
 )
@@ -134,11 +138,11 @@ def test_bad_argument(error, message, change):
 
 def test_modulator_checks_its_map():
     modulator = GradientModulator(artifact_grad=1.0)
-    with pytest.raises(TypeError, match="confidence must be a tensor or None"):
+    with pytest.raises(TypeError, match="confidence: expected a tensor or None"):
         modulator.set([0.5])
     y = modulator(torch.randn(2, 3, 4, 4, requires_grad=True))
     modulator.set(torch.rand(3, 4, 4))
-    with pytest.raises(ValueError, match="confidence must have shape"):
+    with pytest.raises(ValueError, match="confidence: expected shape"):
         y.sum().backward()
 
 

@@ -62,9 +62,9 @@ def test_weights_are_fp32_whatever_the_default_dtype_is():
 def test_prior_preservation_weights():
     assert prior_preservation_weights(6, 0.5).tolist() == [2, 2, 2, 1, 1, 1]
     assert prior_preservation_weights(0).shape == (0,)
-    with pytest.raises(ValueError, match="must be even"):
+    with pytest.raises(ValueError, match="batch_size: expected an even number"):
         prior_preservation_weights(3)
-    with pytest.raises(TypeError, match="must be an int"):
+    with pytest.raises(TypeError, match="batch_size: expected an int"):
         prior_preservation_weights(4.0)
 
 
@@ -84,19 +84,23 @@ def test_huber_schedules():
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
-        (TypeError, "timesteps must be integers", lambda: snr_weights(T.float(), ACP)),
-        (TypeError, "alphas_cumprod must be a tensor", lambda: snr_weights(T, [1.0])),
-        (ValueError, r"alphas_cumprod must have shape \(steps,\)", lambda: snr_weights(T, ACP[None])),
-        (ValueError, "prediction_type must be one of", lambda: snr_weights(T, ACP, 5.0, "eps")),
-        (ValueError, "gamma must be positive", lambda: snr_weights(T, ACP, 0.0)),
-        (ValueError, "gamma must be positive, got nan", lambda: snr_weights(T, ACP, math.nan)),
-        (TypeError, "gamma must be a number, got NoneType", lambda: snr_weights(T, ACP, None)),
-        (ValueError, "schedule must be one of", lambda: huber_schedule(T, 0.1, "linear")),
-        (ValueError, "huber_c must be positive", lambda: huber_schedule(T, 0.0)),
-        (ValueError, "huber_c must be positive and finite, got inf", lambda: huber_schedule(T, math.inf, "constant")),
-        (TypeError, "huber_c must be a number, got NoneType", lambda: huber_schedule(T, None)),
-        (ValueError, "alphas_cumprod must be given", lambda: huber_schedule(T, 0.1, "snr")),
-        (TypeError, "timesteps must be a tensor", lambda: huber_schedule(3, 0.1, "constant")),
+        (TypeError, "timesteps: expected integers", lambda: snr_weights(T.float(), ACP)),
+        (TypeError, "alphas_cumprod: expected a tensor", lambda: snr_weights(T, [1.0])),
+        (ValueError, r"alphas_cumprod: expected shape \(steps,\)", lambda: snr_weights(T, ACP[None])),
+        (ValueError, "prediction_type: expected one of", lambda: snr_weights(T, ACP, 5.0, "eps")),
+        (ValueError, "gamma: expected a positive number", lambda: snr_weights(T, ACP, 0.0)),
+        (ValueError, "gamma: expected a positive number, got nan", lambda: snr_weights(T, ACP, math.nan)),
+        (TypeError, "gamma: expected a number, got NoneType", lambda: snr_weights(T, ACP, None)),
+        (ValueError, "schedule: expected one of", lambda: huber_schedule(T, 0.1, "linear")),
+        (ValueError, "huber_c: expected a positive and finite number", lambda: huber_schedule(T, 0.0)),
+        (
+            ValueError,
+            "huber_c: expected a positive and finite number, got inf",
+            lambda: huber_schedule(T, math.inf, "constant"),
+        ),
+        (TypeError, "huber_c: expected a number, got NoneType", lambda: huber_schedule(T, None)),
+        (ValueError, "alphas_cumprod: expected a tensor for", lambda: huber_schedule(T, 0.1, "snr")),
+        (TypeError, "timesteps: expected a tensor", lambda: huber_schedule(3, 0.1, "constant")),
     ],
     ids=range(13),
 )

@@ -72,7 +72,7 @@ def test_memory_that_does_not_hold_the_values_is_refused(name, value):
     # an equal call whose plan is there already
     diffdoctor.weighted_loss(TARGET, TARGET, TARGET, mask=TARGET, weighting=TARGET)
     arguments = dict.fromkeys(("model_pred", "target", "confidence", "mask", "weighting"), TARGET)
-    with pytest.raises(error, match=f"^{name} must "):
+    with pytest.raises(error, match=f"^{name}: expected "):
         if name == "logits":
             diffdoctor.artifact_loss(value)
         else:
@@ -149,7 +149,7 @@ def test_batched_gradients_are_refused(default_backend):
 @pytest.mark.parametrize("name", ["artifact_weight", "clean_weight", "artifact_grad", "threshold", "gamma", "huber_c"])
 def test_a_bool_is_no_number_whatever_was_called_before(name):
     for _ in range(2):
-        with pytest.raises(TypeError, match=f"{name} must be a number, got bool"):
+        with pytest.raises(TypeError, match=f"{name}: expected a number, got bool"):
             diffdoctor.weighted_loss(prediction(), TARGET, MAP, **{name: True})
         diffdoctor.weighted_loss(prediction(), TARGET, MAP, **{name: 1.0})
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import diffdoctor
+from diffdoctor.lowering.plan import LOSS_KINDS
 from support import case_lists, cases
 from support.backends import BACKENDS, needs_cpu
 from support.launch import environment
@@ -290,7 +291,7 @@ def test_fp16_under_a_loss_scale_keeps_its_gradient(backend):
 
 @needs_cpu
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
-@pytest.mark.parametrize("loss_type", ["l2", "l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh"])
+@pytest.mark.parametrize("loss_type", LOSS_KINDS)
 def test_low_precision_is_no_worse_than_twice_plain_pytorch(dtype, loss_type):
     torch.manual_seed(0)
     pred, target = torch.randn(2, 4, 32, 32).to(dtype), torch.randn(2, 4, 32, 32).to(dtype)

@@ -16,71 +16,91 @@ TOKENS = torch.randn(2, 6, 12)
 MAP = torch.rand(2, 8, 8)
 
 BAD = {
-    "pred kind": (TypeError, "model_pred must be a tensor, got list", {"model_pred": [1.0]}),
-    "pred dtype": (TypeError, "model_pred must have one of the dtypes .* got torch.int64", {"model_pred": P.long()}),
-    "pred rank": (ValueError, r"model_pred must have shape .* got \(2, 3\)", {"model_pred": torch.randn(2, 3)}),
+    "pred kind": (TypeError, "model_pred: expected a tensor, got list", {"model_pred": [1.0]}),
+    "pred dtype": (TypeError, "model_pred: expected a tensor of dtype .* got torch.int64", {"model_pred": P.long()}),
+    "pred rank": (ValueError, r"model_pred: expected shape .* got \(2, 3\)", {"model_pred": torch.randn(2, 3)}),
     "pred sparse": (TypeError, "strided", {"model_pred": torch.zeros(1, 1, 2, 2).to_sparse()}),
-    "target kind": (TypeError, "target must be a tensor or a diffdoctor.Target, got NoneType", {"target": None}),
-    "target shape": (ValueError, r"target must have model_pred's shape \(2, 3, 4, 6\), got", {"target": P[:1]}),
-    "target dtype": (TypeError, "target must have one of the dtypes", {"target": P.long()}),
+    "target kind": (TypeError, "target: expected a tensor or a diffdoctor.Target, got NoneType", {"target": None}),
+    "target shape": (ValueError, r"target: expected model_pred's shape \(2, 3, 4, 6\), got", {"target": P[:1]}),
+    "target dtype": (TypeError, "target: expected a tensor of dtype", {"target": P.long()}),
     "target grad": (
         ValueError,
-        r"target must not require a gradient .*target\.detach",
+        r"target: expected a tensor that requires no gradient .*target\.detach",
         {"target": P.clone().requires_grad_()},
     ),
     "target factor": (
         ValueError,
-        r"target's factor must have shape \(2,\)",
+        r"target's factor: expected shape \(2,\)",
         {"target": Target((P,), (torch.ones(3),))},
     ),
-    "map kind": (TypeError, "confidence must be a tensor or None, got list", {"confidence": [[0.5]]}),
+    "map kind": (TypeError, "confidence: expected a tensor or None, got list", {"confidence": [[0.5]]}),
     "map dtype": (
         TypeError,
-        "confidence must have one of the dtypes .*uint8, bool, got torch.int32",
+        "confidence: expected a tensor of dtype .*uint8, bool, got torch.int32",
         {"confidence": MAP.int()},
     ),
-    "map rank": (ValueError, "confidence must have shape", {"confidence": MAP[0]}),
-    "map batch": (ValueError, "confidence must have shape .* with 1 or 2 maps", {"confidence": torch.rand(3, 8, 8)}),
-    "map channels": (ValueError, "confidence must have shape", {"confidence": torch.rand(2, 3, 8, 8)}),
-    "map video": (ValueError, "confidence must have shape", {"confidence": torch.rand(2, 1, 2, 8, 8)}),
-    "map empty": (ValueError, "confidence must not be empty", {"confidence": torch.rand(2, 0, 8)}),
-    "map grad": (ValueError, "confidence must not require a gradient", {"confidence": MAP.clone().requires_grad_()}),
-    "mask kind": (TypeError, "mask must be a tensor", {"mask": 1.0}),
-    "mask meta": (ValueError, "mask must be on model_pred's device cpu, got meta", {"mask": MAP.to("meta")}),
-    "weighting kind": (TypeError, "weighting must be a tensor", {"weighting": 2.0}),
-    "weighting dtype": (TypeError, "weighting must have one of the dtypes", {"weighting": torch.ones(2).long()}),
-    "weighting length": (ValueError, "per sample: it must have length 2 or 1", {"weighting": torch.ones(6)}),
-    "weighting shape": (ValueError, r"broadcast to \(2, 3, 4, 6\)", {"weighting": torch.ones(2, 1, 1, 1, 1)}),
-    "weighting grad": (ValueError, "weighting must not require", {"weighting": torch.ones(2, requires_grad=True)}),
+    "map rank": (ValueError, "confidence: expected shape", {"confidence": MAP[0]}),
+    "map batch": (ValueError, "confidence: expected shape .* with 1 or 2 maps", {"confidence": torch.rand(3, 8, 8)}),
+    "map channels": (ValueError, "confidence: expected shape", {"confidence": torch.rand(2, 3, 8, 8)}),
+    "map video": (ValueError, "confidence: expected shape", {"confidence": torch.rand(2, 1, 2, 8, 8)}),
+    "map empty": (ValueError, "confidence: expected a map that is not empty", {"confidence": torch.rand(2, 0, 8)}),
+    "map grad": (
+        ValueError,
+        "confidence: expected a tensor that requires no gradient",
+        {"confidence": MAP.clone().requires_grad_()},
+    ),
+    "mask kind": (TypeError, "mask: expected a tensor", {"mask": 1.0}),
+    "mask meta": (
+        ValueError,
+        "mask: expected a tensor on model_pred's device cpu, got one on meta",
+        {"mask": MAP.to("meta")},
+    ),
+    "weighting kind": (TypeError, "weighting: expected a tensor", {"weighting": 2.0}),
+    "weighting dtype": (TypeError, "weighting: expected a tensor of dtype", {"weighting": torch.ones(2).long()}),
+    "weighting length": (
+        ValueError,
+        "weighting: expected length 2 or 1 of one dim, which is per sample",
+        {"weighting": torch.ones(6)},
+    ),
+    "weighting shape": (ValueError, r"one that broadcasts to \(2, 3, 4, 6\)", {"weighting": torch.ones(2, 1, 1, 1, 1)}),
+    "weighting grad": (
+        ValueError,
+        "weighting: expected a tensor that requires no gradient",
+        {"weighting": torch.ones(2, requires_grad=True)},
+    ),
     "artifact_weight kind": (
         TypeError,
-        "artifact_weight must be a number, got Tensor",
+        "artifact_weight: expected a number, got Tensor",
         {"artifact_weight": torch.tensor(2.0)},
     ),
-    "clean_weight nan": (ValueError, "clean_weight must be finite, got nan", {"clean_weight": float("nan")}),
-    "artifact_grad kind": (TypeError, "artifact_grad must be a number, got str", {"artifact_grad": "1"}),
-    "clean_grad inf": (ValueError, "clean_grad must be finite", {"clean_grad": float("inf")}),
-    "threshold": (ValueError, r"threshold must be in \[0, 1\], got 1.5", {"threshold": 1.5}),
-    "gamma": (ValueError, "gamma must be greater than 0, got 0", {"gamma": 0.0}),
-    "gamma inf": (ValueError, "gamma must be finite and greater than 0, got inf", {"gamma": float("inf")}),
-    "interpolation": (ValueError, "interpolation must be one of .*'area'.* got 'cubic'", {"interpolation": "cubic"}),
-    "interpolation kind": (TypeError, "interpolation must be one of", {"interpolation": 3}),
-    "loss_type": (ValueError, "loss_type must be one of .* got 'mse'", {"loss_type": "mse"}),
-    "loss_type kind": (TypeError, "loss_type must be one of .* or a dict", {"loss_type": ["l2"]}),
-    "loss_type empty": (ValueError, "loss_type must name at least one loss", {"loss_type": {}}),
-    "loss_type strength": (TypeError, r"loss_type\['l2'\] must be a number", {"loss_type": {"l2": "1"}}),
-    "huber_c": (ValueError, "huber_c must be at least 0, got -1", {"huber_c": -1.0}),
-    "huber_c shape": (ValueError, r"huber_c must have shape \(2,\), \(1,\) or \(\)", {"huber_c": torch.ones(3)}),
-    "normalize": (ValueError, "normalize must be one of None, 'sample', 'batch', got 'mean'", {"normalize": "mean"}),
-    "normalizer shape": (ValueError, "normalizer must have shape", {"normalizer": torch.ones(2, 1)}),
-    "normalizer twice": (ValueError, "takes the place of normalize", {"normalizer": 1.0, "normalize": "batch"}),
-    "reduction": (ValueError, "reduction must be one of .* got 'none'", {"reduction": "none"}),
-    "layout kind": (TypeError, "layout must be None or a diffdoctor.Packed, got str", {"layout": "packed"}),
-    "layout shape": (ValueError, r"model_pred must have shape \(B, 6, D\)", {"layout": Packed(4, 6)}),
-    "return_stats": (TypeError, "return_stats must be a bool", {"return_stats": 1}),
+    "clean_weight nan": (ValueError, "clean_weight: expected a finite number, got nan", {"clean_weight": float("nan")}),
+    "artifact_grad kind": (TypeError, "artifact_grad: expected a number, got str", {"artifact_grad": "1"}),
+    "clean_grad inf": (ValueError, "clean_grad: expected a finite number", {"clean_grad": float("inf")}),
+    "threshold": (ValueError, r"threshold: expected a number in \[0, 1\], got 1.5", {"threshold": 1.5}),
+    "gamma": (ValueError, "gamma: expected a finite number > 0, got 0", {"gamma": 0.0}),
+    "gamma inf": (ValueError, "gamma: expected a finite number > 0, got inf", {"gamma": float("inf")}),
+    "interpolation": (ValueError, "interpolation: expected one of .*'area'.* got 'cubic'", {"interpolation": "cubic"}),
+    "interpolation kind": (TypeError, "interpolation: expected one of", {"interpolation": 3}),
+    "loss_type": (ValueError, "loss_type: expected one of .* got 'mse'", {"loss_type": "mse"}),
+    "loss_type kind": (TypeError, "loss_type: expected one of .* or a dict", {"loss_type": ["l2"]}),
+    "loss_type empty": (ValueError, "loss_type: expected at least one loss", {"loss_type": {}}),
+    "loss_type strength": (TypeError, r"loss_type\['l2'\]: expected a number", {"loss_type": {"l2": "1"}}),
+    "huber_c": (ValueError, "huber_c: expected a finite number >= 0, got -1", {"huber_c": -1.0}),
+    "huber_c shape": (ValueError, r"huber_c: expected shape \(2,\), \(1,\) or \(\)", {"huber_c": torch.ones(3)}),
+    "normalize": (ValueError, "normalize: expected one of None, 'sample', 'batch', got 'mean'", {"normalize": "mean"}),
+    "normalizer shape": (ValueError, "normalizer: expected shape", {"normalizer": torch.ones(2, 1)}),
+    "normalizer twice": (
+        ValueError,
+        "normalizer: expected None beside normalize, whose place it takes",
+        {"normalizer": 1.0, "normalize": "batch"},
+    ),
+    "reduction": (ValueError, "reduction: expected one of .* got 'none'", {"reduction": "none"}),
+    "layout kind": (TypeError, "layout: expected None or a diffdoctor.Packed, got str", {"layout": "packed"}),
+    "layout shape": (ValueError, r"model_pred: expected shape \(B, 6, D\)", {"layout": Packed(4, 6)}),
+    "return_stats": (TypeError, "return_stats: expected a bool", {"return_stats": 1}),
     "token map": (
         ValueError,
-        r"confidence must have shape \(2, 6\) for tokens",
+        r"confidence: expected shape \(2, 6\) for tokens",
         {"model_pred": TOKENS, "target": TOKENS, "confidence": MAP},
     ),
 }
@@ -102,14 +122,14 @@ def test_a_target_that_requires_a_gradient_is_fine_without_grad_mode(backend):
 def test_a_cached_plan_does_not_hide_a_bad_argument(backend):
     weighting = torch.ones(2)
     diffdoctor.weighted_loss(P, P, weighting=weighting, backend=backend)
-    with pytest.raises(ValueError, match="weighting must not require a gradient"):
+    with pytest.raises(ValueError, match="weighting: expected a tensor that requires no gradient"):
         diffdoctor.weighted_loss(P, P, weighting=weighting.requires_grad_(), backend=backend)
 
 
 def test_backend_names(backend):
-    with pytest.raises(ValueError, match="backend must be one of cuda, triton, cpu, reference, got 'gpu'"):
+    with pytest.raises(ValueError, match="backend: expected one of cuda, triton, cpu, reference, got 'gpu'"):
         diffdoctor.weighted_loss(P, P, backend="gpu")
-    with pytest.raises(TypeError, match="backend must be None or one of"):
+    with pytest.raises(TypeError, match="backend: expected None or one of"):
         diffdoctor.weighted_loss(P, P, backend=3)
     with pytest.raises(BackendUnavailable, match="'cuda'"):
         diffdoctor.weighted_loss(P, P, backend="cuda")

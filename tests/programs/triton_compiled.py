@@ -19,8 +19,9 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from diffdoctor import Packed
+from diffdoctor.backends.triton import artifact_loss as triton_artifact
 from diffdoctor.backends.triton import weighted_loss as _triton
-from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
+from diffdoctor.lowering.plan import LOSS_KINDS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
 from support import artifact as artifact_cases
 from support import cases
 
@@ -88,7 +89,7 @@ def losses(few):
     shape, latents, tokens = (2, 16, 128, 128), (2, 4, 64, 64), (2, 1024, 64)
     big, pixels = ((2, 128, 128), F32), ((2, 512, 512), torch.uint8)
     flux = {"layout": Packed(64, 64, 2)}
-    mixture = {"l2": 1.0, "huber": 0.5, "pseudo_huber": 0.5, "log_cosh": 0.5, "l1": 0.5, "smooth_l1": 0.5}
+    mixture = {kind: 1.0 if kind == "l2" else 0.5 for kind in LOSS_KINDS}
     calls = {
         "plain-bf16": lambda: weighted(cases.Case("", shape=shape, dtype=BF16, target_dtype=BF16)),
         "map-fp32": lambda: weighted(cases.Case("", shape=shape, confidence=big), TRAIN | WRITE_SUMS),
@@ -129,8 +130,8 @@ def others(few):
         case = artifact_cases.Case(method, shape=(2, 64, 64), size=(256, 256), method=method, dtype=dtype)
         logits = artifact_cases.build(case)
         problem = artifact_cases.lower(case, logits)
-        _triton.artifact_loss(problem)
-        _triton.artifact_loss_backward(problem.kept, problem.factor, torch.ones(()), torch.empty_like(logits))
+        triton_artifact.artifact_loss(problem)
+        triton_artifact.artifact_loss_backward(problem.kept, problem.factor, torch.ones(()), torch.empty_like(logits))
 
     def scale(dtype):
         grad = torch.zeros(1 << 16, dtype=dtype)

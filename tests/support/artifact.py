@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from diffdoctor import reference
-from diffdoctor.lowering.plan import ArtifactProblem
-from diffdoctor.ops.artifact_loss import make_problem
+from diffdoctor.lowering.artifact_loss import ArtifactProblem
+from diffdoctor.lowering.artifact_loss import lower as lower_call
 from support import cases
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -46,10 +46,9 @@ def expected(case: Case, logits: torch.Tensor, g: torch.Tensor) -> tuple[torch.T
 
 def lower(case: Case, logits: torch.Tensor) -> ArtifactProblem:
     """The ArtifactProblem a backend's glue receives, its outputs full of NaN."""
-    problem = make_problem(logits, *case.size, case.threshold, case.method, case.reduction)
-    problem.loss.fill_(float("nan"))
-    problem.kept = torch.full(logits.shape, float("nan"), dtype=problem.loss.dtype, device=logits.device)
-    problem.factor = torch.full((logits.shape[0],), float("nan"), dtype=problem.loss.dtype, device=logits.device)
+    problem = lower_call(logits, case.size, case.threshold, case.method, case.reduction, want_grad=True)
+    for output in (problem.loss, problem.kept, problem.factor):
+        output.fill_(float("nan"))
     return problem
 
 

@@ -103,7 +103,7 @@ def _losses() -> list[Case]:
     for loss in LOSSES:
         cases.append(Case(f"loss-{loss}", options={"loss_type": loss}, confidence=CONF))
         cases.append(Case(f"loss-{loss}-f64", dtype=F64, options={"loss_type": loss}))
-    mixture = {"l2": 1.0, "l1": 0.5, "huber": 0.25, "smooth_l1": 2.0, "pseudo_huber": 1.5, "log_cosh": 0.75}
+    mixture = dict(zip(ELEMENT_LOSSES, (1.0, 0.5, 0.25, 2.0, 1.5, 0.75, 1.25, 0.6), strict=False))
     return [
         *cases,
         Case("loss-mixture", options={"loss_type": mixture}, huber_c="tensor", confidence=CONF),

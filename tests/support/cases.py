@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import torch
 
 from diffdoctor import Target, reference
-from diffdoctor.lowering.plan import SUMS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, PerSample, Problem
-from diffdoctor.ops.arguments import make_problem, per_sample
+from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, PerSample, Problem
+from diffdoctor.ops.arguments import Inputs, LossOptions, check_inputs
+from diffdoctor.ops.call import lower as lower_call
 from diffdoctor.ops.prepare import prepare
-from diffdoctor.ops.weighted_loss import check_arguments
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -124,25 +124,6 @@ def build(case: Case) -> dict:
     return {"model_pred": pred, "target": target, "confidence": _map(case.confidence, g, case.map_view), **kwargs}
 
 
-_DEFAULTS = {
-    "mask": None,
-    "weighting": None,
-    "artifact_weight": 2.0,
-    "clean_weight": 1.0,
-    "artifact_grad": 1.0,
-    "clean_grad": 1.0,
-    "threshold": 0.0,
-    "gamma": 1.0,
-    "interpolation": "area",
-    "loss_type": "l2",
-    "huber_c": 0.1,
-    "normalize": None,
-    "normalizer": None,
-    "reduction": "mean",
-    "layout": None,
-}
-
-
 def cotangent(inputs: dict) -> torch.Tensor:
     """A gradient of the result that is not 1: a number, or one per sample for reduction="sample"."""
     dtype = F64 if inputs["model_pred"].dtype == F64 else F32
@@ -168,53 +149,22 @@ def lower(inputs: dict, work: int = WRITE_LOSS | WRITE_GRAD | WRITE_SUMS, weight
 
     `weight_mean(problem, out)` is the backend's own, needed where the case normalises.
     """
-    a = {**_DEFAULTS, **inputs}
-    a = {key: _move(value, device) for key, value in a.items()}
-    maps = tuple(
-        a[name]
-        for name in (
-            "artifact_weight",
-            "clean_weight",
-            "artifact_grad",
-            "clean_grad",
-            "threshold",
-            "gamma",
-            "interpolation",
-        )
-    )
-    pred, target = a["model_pred"], a["target"]
-    options = check_arguments(
-        pred, target, a["confidence"], a["mask"], a["weighting"], maps, a["loss_type"], a["huber_c"], a["normalize"],
-        a["normalizer"], a["reduction"], a["layout"],
-    )  # fmt: skip
-    terms = (target,) if isinstance(target, torch.Tensor) else target.terms
-    prepared = prepare(
-        pred, terms, a["confidence"], a["mask"], a["weighting"], a["interpolation"], a["layout"], options
-    )
-    problem = make_problem(prepared, pred, target, a["confidence"], a["mask"], a["weighting"], a["huber_c"])
-    plan, acc = prepared.plan, prepared.plan.acc_dtype
-    g = cotangent(inputs).to(pred.device)
-    problem.grad_output = PerSample(0.0, g.reshape(-1))
-    if a["normalizer"] is not None:
-        problem.z = per_sample(a["normalizer"], acc)
-    elif a["normalize"] is not None:
-        if a["confidence"] is None and a["mask"] is None:
-            problem.z = PerSample(options.clean_weight)
-        else:
-            out = torch.full((plan.batch if a["normalize"] == "sample" else 1,), float("nan"), dtype=acc)
-            out = out.to(pred.device)
-            weight_mean(problem, out)
-            problem.z = PerSample(0.0, out)
-    nan = float("nan")
-    problem.work = work
-    if work & WRITE_LOSS:
-        shape = (plan.batch,) if a["reduction"] == "sample" else ()
-        problem.loss = torch.full(shape, nan, dtype=acc, device=pred.device)
-    if work & WRITE_GRAD:
-        problem.grad = torch.empty_like(pred).fill_(nan)
-    if work & WRITE_SUMS:
-        problem.sums = torch.full((plan.batch, SUMS), nan, dtype=acc, device=pred.device)
+    call, options = call_of(**{key: _move(value, device) for key, value in inputs.items()})
+    check_inputs(call, options)
+    problem = lower_call(call, options, work, prepare(call, options))
+    problem.grad_output = PerSample(0.0, cotangent(inputs).to(call.model_pred.device).reshape(-1))
+    for output in (problem.loss, problem.grad, problem.sums):
+        if output is not None:
+            output.fill_(float("nan"))
+    if problem.z_is_mean:
+        weight_mean(problem, problem.z.data.fill_(float("nan")))
     return problem
+
+
+def call_of(**arguments) -> tuple[Inputs, LossOptions]:
+    """The two halves of a call's arguments."""
+    inputs = {name: arguments.pop(name) for name in Inputs._fields if name in arguments}
+    return Inputs(**inputs), LossOptions(**arguments)
 
 
 def _move(value, device):

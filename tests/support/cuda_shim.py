@@ -17,6 +17,7 @@ from support.paths import ROOT, TESTS
 
 SHIM = TESTS / "cuda_shim"
 SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+BINDINGS = tuple(sorted((ROOT / "csrc" / "bind" / "cuda").glob("*.cpp")))
 # A Raw copies words that its element type does not fill, which GCC takes for a mistake.
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized")
 # A GPU faults on a vector that is not aligned; a CPU does not, and is made to.
@@ -43,7 +44,7 @@ def compile_objects(folder: pathlib.Path, sources, *flags) -> list[pathlib.Path]
     cxx = compiler()
 
     def one(source: pathlib.Path) -> pathlib.Path:
-        target = folder / f"{source.stem}.o"
+        target = folder / f"{source.name}.o"
         run(cxx, *FLAGS, *flags, f"-I{SHIM}", f"-I{ROOT / 'csrc'}", "-x", "c++", "-c", source, "-o", target)
         return target
 
@@ -66,7 +67,7 @@ def build_module():
     name = f"_cuda_shim{sysconfig.get_config_var('EXT_SUFFIX')}"
 
     def build(folder: pathlib.Path) -> pathlib.Path:
-        objects = compile_objects(folder, (*SOURCES, SHIM / "module.cpp"), *flags)
+        objects = compile_objects(folder, (*SOURCES, *BINDINGS, SHIM / "module.cpp"), *flags)
         run(compiler(), "-shared", "-pthread", *objects, "-o", folder / name)
         return folder / name
 

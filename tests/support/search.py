@@ -4,11 +4,11 @@ import torch
 from hypothesis import strategies as st
 
 from diffdoctor import Packed
+from diffdoctor.lowering.plan import LOSS_KINDS
 from support.cases import Case
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VIEWS = ("contiguous", "transposed", "sliced", "chunk", "channels_last", "batch_inner")
-LOSSES = ("l2", "l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh")
 
 
 @st.composite
@@ -60,8 +60,8 @@ def cases(draw, max_side: int = 13):
     if draw(st.booleans()):
         options["loss_type"] = draw(
             st.one_of(
-                st.sampled_from(LOSSES),
-                st.dictionaries(st.sampled_from(LOSSES), st.sampled_from((0.25, 1.0, 2.0)), min_size=1, max_size=3),
+                st.sampled_from(LOSS_KINDS),
+                st.dictionaries(st.sampled_from(LOSS_KINDS), st.sampled_from((0.25, 1.0, 2.0)), min_size=1, max_size=3),
             )
         )
     if draw(st.booleans()):

@@ -35,9 +35,9 @@ def build(arch: str, output: pathlib.Path) -> None:
     if nvcc is None:
         raise RuntimeError("nvcc was found neither on PATH nor in /usr/local/cuda")
     csrc = ROOT / "csrc"
-    sources = [csrc / "bindings.cpp", *sorted((csrc / "cpu").glob("*.cpp")), *sorted((csrc / "cuda").glob("*.cu"))]
+    sources = [*sorted(csrc.rglob("*.cpp")), *sorted(csrc.rglob("*.cu"))]
     common = [
-        nvcc, "-std=c++17", "-O3", "-DNDEBUG", "-DDIFFDOCTOR_CUDA=1", f"-arch=sm_{arch}",
+        nvcc, "-std=c++17", "-O3", "-DNDEBUG", f"-arch=sm_{arch}",
         "-Xcompiler", "-fPIC,-fvisibility=hidden,-fopenmp",
         "-I", str(csrc), "-I", pybind11_include(), "-I", sysconfig.get_paths()["include"],
     ]  # fmt: skip

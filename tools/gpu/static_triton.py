@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.ops.registry import Case, cases, dtype_name, least_bytes
 from benchmarks.ops.sides import Call, Side, backend_module
+from diffdoctor.ops import OPS
 from tools.gpu import sass
 
 #: What is compiled: both regimes, each map, tokens, video, mixtures, the kept-nothing dtype, and the other operations.
@@ -64,9 +65,9 @@ def record(arch: int) -> list:
 def launched(case: Case, launches: list) -> list:
     """(part, name, grid, kernel) for every launch of the case's forward and backward."""
     launches.clear()
-    module = backend_module("triton")
+    chosen = {("cpu", OPS[op]): backend_module("triton", op) for op in OPS}
     side = Side("triton", lambda **tensors: case.fused(tensors, None), True)
-    with mock.patch.dict("diffdoctor.backends.select._chosen", {"cpu": module}):
+    with mock.patch.dict("diffdoctor.backends.select._chosen", chosen):
         call = Call(case, case.inputs(case, torch.device("cpu")), side)
         launches.clear()  # Call has run one forward
         result = call.forward()

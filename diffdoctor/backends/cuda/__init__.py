@@ -1,1 +1,27 @@
-"""The CUDA C++ backend."""
+"""The CUDA C++ backend: one file per op, found by its name."""
+
+from functools import cache
+
+import torch
+
+from diffdoctor.backends import native
+
+
+@cache
+def unavailable() -> str | None:
+    """Why the backend cannot be used here, or None."""
+    module = native.load()
+    if module is None:
+        return native.reason()
+    if not module.has_cuda:
+        left_out = native.build_info().get("left_out", {}).get("cuda")
+        return left_out or "the native module was built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if torch.version.hip is not None:
+        return "torch is built for ROCm"
+    torch.cuda.init()
+    problem = module.cuda_problem()
+    if problem is None:
+        return None
+    return f"the compiled kernels cannot run on {torch.cuda.get_device_name()}: {problem}"

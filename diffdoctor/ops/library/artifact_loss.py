@@ -1,4 +1,4 @@
-"""`artifact_loss` under torch.compile; see _library."""
+"""`artifact_loss` behind torch.compile; see schemas.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import torch
 
 from diffdoctor import reference
 from diffdoctor.backends.select import pick, requested
-from diffdoctor.ops.library.schemas import acc_dtype, library
+from diffdoctor.lowering.artifact_loss import lower
+from diffdoctor.ops.library.schemas import library
+from diffdoctor.reference.grid import accumulation_dtype
+
+library.define(
+    "artifact_loss(Tensor logits, int height, int width, float threshold, str method, str reduction, str backend, "
+    "bool want_grad) -> (Tensor, Tensor, Tensor)"
+)
+library.define("artifact_loss_grad(Tensor kept, Tensor factor, Tensor g, Tensor logits, str backend) -> Tensor")
 
 
 def artifact_loss(logits, height, width, threshold, method, reduction, backend):
@@ -20,9 +28,7 @@ def artifact_loss(logits, height, width, threshold, method, reduction, backend):
 
 @torch.library.impl(library, "artifact_loss", "CompositeExplicitAutograd")
 def _artifact_impl(logits, height, width, threshold, method, reduction, backend, want_grad):
-    from diffdoctor.ops.artifact_loss import make_problem
-
-    acc, batch = acc_dtype(logits.dtype), logits.shape[0]
+    acc, batch = accumulation_dtype(logits.dtype), logits.shape[0]
     logits = logits.detach()
     module = pick(backend or None, "artifact_loss", logits.device.type)
     shape = (batch, *logits.shape[-2:]) if want_grad else (0,)
@@ -40,17 +46,15 @@ def _artifact_impl(logits, height, width, threshold, method, reduction, backend,
             (grad,) = torch.autograd.grad(loss.sum(), x)
             kept.copy_(grad.reshape(shape))
         return loss.detach(), kept, factor
-    problem = make_problem(logits, height, width, threshold, method, reduction)
+    problem = lower(logits, (height, width), threshold, method, reduction, want_grad)
     problem.keeps_workspace = False
-    if want_grad:
-        problem.kept, problem.factor = kept, factor
     module.artifact_loss(problem)
-    return problem.loss, kept, factor
+    return problem.loss, problem.kept if want_grad else kept, problem.factor if want_grad else factor
 
 
 @torch.library.register_fake("diffdoctor::artifact_loss", lib=library)
 def _artifact_fake(logits, height, width, threshold, method, reduction, backend, want_grad):
-    acc, batch = acc_dtype(logits.dtype), logits.shape[0]
+    acc, batch = accumulation_dtype(logits.dtype), logits.shape[0]
     loss = logits.new_empty((batch,) if reduction == "sample" else (), dtype=acc)
     kept = logits.new_empty((batch, *logits.shape[-2:]) if want_grad else (0,), dtype=acc)
     return loss, kept, logits.new_empty((batch if want_grad else 0,), dtype=acc)

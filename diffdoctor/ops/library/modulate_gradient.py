@@ -1,43 +1,58 @@
-"""`modulate_gradient` and `GradientModulator` under torch.compile; see _library."""
+"""`modulate_gradient` and `GradientModulator` behind torch.compile; see schemas.py."""
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 
-from diffdoctor.ops.library.schemas import library, pack_layout, unpack_layout
-from diffdoctor.ops.prepare import make_options
+from diffdoctor.ops.arguments import LossOptions, pack_layout, unpack_layout
+from diffdoctor.ops.library.schemas import library
+from diffdoctor.ops.modulation import modulated, modulation_options
+
+_ARGUMENTS = "Tensor confidence, float[] map_options, str interpolation, int[] layout"
+library.define(f"modulate_gradient(Tensor x, {_ARGUMENTS}) -> Tensor")
+library.define(f"modulate_gradient_grad(Tensor grad, {_ARGUMENTS}) -> Tensor")
+# A map that is set later is found through its modulator's key when backward runs; a captured CUDA graph would keep the
+# address of the first one.
+_LATER = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+library.define("modulate_gradient_later(Tensor x, SymInt key) -> Tensor")
+library.define("modulate_gradient_later_grad(Tensor grad, SymInt key) -> Tensor", tags=_LATER)
+
+#: The living GradientModulators by the numbers that compiled graphs hold in their place.
+modulators: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
 
-def modulate_gradient(x, confidence, modulator):
-    """The public function on traced tensors."""
-    options = modulator._options
-    scalars = [options.artifact_grad, options.clean_grad, options.threshold, options.gamma]
-    return torch.ops.diffdoctor.modulate_gradient(
-        x, confidence, scalars, modulator.interpolation, pack_layout(modulator.layout)
-    )
+def modulate_gradient(x, confidence, options: LossOptions):
+    """The public function on traced tensors, checked."""
+    map_options = [options.artifact_grad, options.clean_grad, options.threshold, options.gamma]
+    layout = pack_layout(options.layout)
+    return torch.ops.diffdoctor.modulate_gradient(x, confidence, map_options, options.interpolation, layout)
 
 
 @torch.library.impl(library, "modulate_gradient", "CompositeExplicitAutograd")
-def _modulate_impl(x, confidence, scalars, interpolation, layout):
+def _modulate_impl(x, confidence, map_options, interpolation, layout):
     return x.clone()  # an operator's output may not alias its input
 
 
 @torch.library.register_fake("diffdoctor::modulate_gradient", lib=library)
-def _modulate_fake(x, confidence, scalars, interpolation, layout):
+def _modulate_fake(x, confidence, map_options, interpolation, layout):
     return x.clone()
 
 
 @torch.library.impl(library, "modulate_gradient_grad", "CompositeExplicitAutograd")
-def _modulate_grad_impl(grad, confidence, scalars, interpolation, layout):
-    from diffdoctor.ops.modulate_gradient import scaled
-
-    options = make_options(1.0, 1.0, *scalars, {"l2": 0.5}, "sum")
-    out = scaled(grad.detach(), confidence, options, interpolation, unpack_layout(layout))
+def _modulate_grad_impl(grad, confidence, map_options, interpolation, layout):
+    artifact_grad, clean_grad, threshold, gamma = map_options
+    options = modulation_options(
+        artifact_grad=artifact_grad, clean_grad=clean_grad, threshold=threshold, gamma=gamma,
+        interpolation=interpolation, layout=unpack_layout(layout),
+    )  # fmt: skip
+    out = modulated(grad.detach(), confidence, options)
     return out.clone() if out.data_ptr() == grad.data_ptr() else torch.empty_like(grad).copy_(out)
 
 
 @torch.library.register_fake("diffdoctor::modulate_gradient_grad", lib=library)
-def _modulate_grad_fake(grad, confidence, scalars, interpolation, layout):
+def _modulate_grad_fake(grad, confidence, map_options, interpolation, layout):
     return torch.empty_like(grad)
 
 
@@ -73,9 +88,10 @@ def _later_fake(x, key):
 
 @torch.library.impl(library, "modulate_gradient_later_grad", "CompositeExplicitAutograd")
 def _later_grad_impl(grad, key):
-    from diffdoctor.ops.modulate_gradient import modulator_of
-
-    out = modulator_of(key).scaled(grad.detach())
+    modulator = modulators.get(key)
+    if modulator is None:
+        raise RuntimeError("the GradientModulator of a compiled graph is gone: keep it alive until backward has run")
+    out = modulator.scaled(grad.detach())
     return out.clone() if out.data_ptr() == grad.data_ptr() else torch.empty_like(grad).copy_(out)
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from diffdoctor.ops import Packed
+from diffdoctor.ops.layout import Packed
 from diffdoctor.treat.families.base import TRANSFORMER_TARGETS, Family, dynamic_shift
 from diffdoctor.treat.families.conditioning import Conditioning
 from diffdoctor.treat.families.registry import register_family

@@ -10,12 +10,13 @@ import triton.language as tl
 from hypothesis import given, settings
 
 import diffdoctor
+from diffdoctor.backends.triton import artifact_loss as triton_artifact
 from diffdoctor.backends.triton import weighted_loss as _triton
 from diffdoctor.backends.triton_tiles import index_type, make_box
 from diffdoctor.kernels.common import to_storage
 from diffdoctor.kernels.element_loss import element_loss
 from diffdoctor.kernels.weighted_loss import count_of, decode
-from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
+from diffdoctor.lowering.plan import LOSS_KINDS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
 from support import artifact, case_lists, cases, search
 
 
@@ -29,8 +30,9 @@ def store_as(x_ptr, out_ptr, BLOCK: tl.constexpr):
 def losses_of(d_ptr, loss_ptr, slope_ptr, c: tl.float64, KIND: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     one, none = tl.full([], 1.0, ACC), tl.full([], 0.0, ACC)
-    strength = (none, one if KIND == 1 else none, one if KIND == 2 else none, one if KIND == 3 else none,
-                one if KIND == 4 else none, one if KIND == 5 else none)  # fmt: skip
+    strength = (one if KIND == 0 else none, one if KIND == 1 else none, one if KIND == 2 else none,
+                one if KIND == 3 else none, one if KIND == 4 else none, one if KIND == 5 else none,
+                one if KIND == 6 else none, one if KIND == 7 else none)  # fmt: skip
     loss, slope = element_loss(tl.load(d_ptr + offs), tl.full([], c, ACC), strength, False, ACC)
     tl.store(loss_ptr + offs, loss)
     tl.store(slope_ptr + offs, slope)
@@ -78,14 +80,14 @@ def test_any_weighted_loss_equals_the_reference(case):
 def test_artifact_loss_equals_the_reference(case):
     logits = artifact.build(case)
     problem = artifact.lower(case, logits)
-    _triton.artifact_loss(problem)
+    triton_artifact.artifact_loss(problem)
     g = torch.linspace(0.5, 1.5, logits.shape[0], dtype=problem.loss.dtype)
     g = g if case.reduction == "sample" else g[0]
     want_loss, want_grad = artifact.expected(case, logits, g)
     rtol = 1e-12 if case.dtype == torch.float64 else 3e-6
     torch.testing.assert_close(problem.loss, want_loss, rtol=rtol, atol=rtol)
     grad = torch.full(logits.shape, float("nan"), dtype=case.dtype)
-    _triton.artifact_loss_backward(problem.kept, problem.factor, g, grad)
+    triton_artifact.artifact_loss_backward(problem.kept, problem.factor, g, grad)
     scale = want_grad.abs().max().item()
     torch.testing.assert_close(grad, want_grad, rtol=0, atol=cases.GRAD_TOLERANCE[case.dtype] * scale + 1e-30)
 
@@ -96,7 +98,7 @@ def test_artifact_loss_without_a_gradient_visits_each_pixel_once(method):
     logits = artifact.build(case)
     problem = artifact.lower(case, logits)
     problem.kept = problem.factor = None
-    _triton.artifact_loss(problem)
+    triton_artifact.artifact_loss(problem)
     want, _ = artifact.expected(case, logits, torch.ones(2))
     torch.testing.assert_close(problem.loss, want, rtol=3e-6, atol=0)
 
@@ -105,9 +107,9 @@ def test_artifact_loss_without_a_gradient_visits_each_pixel_once(method):
 def test_a_nan_logit_gives_the_gradient_that_the_reference_gives(case):
     logits = artifact.build_with_nan(case)
     problem = artifact.lower(case, logits)
-    _triton.artifact_loss(problem)
+    triton_artifact.artifact_loss(problem)
     grad = torch.empty_like(logits)
-    _triton.artifact_loss_backward(problem.kept, problem.factor, torch.ones(2), grad)
+    triton_artifact.artifact_loss_backward(problem.kept, problem.factor, torch.ones(2), grad)
     artifact.check(case, problem.loss, grad, artifact.expected(case, logits, torch.ones(2)))
 
 
@@ -214,7 +216,7 @@ def test_bf16_stores_round_to_nearest_even():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", ["l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh"])
+@pytest.mark.parametrize("kind", LOSS_KINDS)
 def test_element_losses_are_exact_near_zero_and_far_away(kind, dtype):
     magnitude = torch.logspace(-6, 2, 511, dtype=torch.float64)
     d = torch.cat([magnitude, -magnitude, torch.tensor([0.0, 1.0])]).to(dtype)
@@ -223,7 +225,7 @@ def test_element_losses_are_exact_near_zero_and_far_away(kind, dtype):
     want = diffdoctor.reference.losses.ELEMENT_LOSSES[kind](exact, torch.tensor(c, dtype=torch.float64))
     want.sum().backward()
     loss, slope = torch.empty_like(d), torch.empty_like(d)
-    number = ("l2", "l1", "huber", "smooth_l1", "pseudo_huber", "log_cosh").index(kind)
+    number = LOSS_KINDS.index(kind)
     acc = tl.float64 if dtype == torch.float64 else tl.float32
     losses_of[(1,)](d, loss, slope, c, KIND=number, ACC=acc, BLOCK=1024)
     rtol = 1e-13 if dtype == torch.float64 else 1e-6
@@ -256,5 +258,5 @@ def test_the_index_type_follows_the_reach():
     inputs = cases.build(cases.Case("small", confidence=((2, 50, 70), torch.float32)))
     plan = cases.lower(inputs).plan
     assert index_type(plan) is tl.int32
-    wide = dataclasses.replace(plan, pred_strides=(0, *(2**30 for _ in plan.size)))
+    wide = dataclasses.replace(plan, pred=dataclasses.replace(plan.pred, strides=(0, *(2**30 for _ in plan.size))))
     assert index_type(wide) is tl.int64

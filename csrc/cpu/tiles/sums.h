@@ -1,7 +1,7 @@
-// The sums behind LossStats (see Sum in common/params.h): short ones in acc_t, all of them in double.
+// The sums behind LossStats (see Sum in common/weighted_loss_params.h): short ones in acc_t, all of them in double.
 #pragma once
 
-#include "cpu/chunk.h"
+#include "cpu/tiles/chunk.h"
 
 namespace diffdoctor {
 namespace {

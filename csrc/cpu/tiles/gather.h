@@ -1,7 +1,7 @@
 // Blocks gathered into and scattered from buffers that stay in the first-level cache, for operands of any strides.
 #pragma once
 
-#include "cpu/blocks.h"
+#include "cpu/tiles/blocks.h"
 
 namespace diffdoctor {
 namespace {
@@ -10,7 +10,7 @@ constexpr int64_t kShortRun = 16;  // below, a call for each run of memory costs
 
 // Fills out[] over dims d.. of a block; returns how many elements that was. A dim with stride 0 is copied, not read.
 template <typename acc_t>
-int64_t gather_runs(const WeightedLossParams& p, const Tiling& t, const Place& at, const void* data, int32_t dtype,
+int64_t gather_runs(const WeightedLossParams& p, const Tiling& t, const Block& at, const void* data, int32_t dtype,
                     const int64_t* stride, int64_t offset, int d, acc_t* out) {
   const int64_t steps = block_steps(p, t, at, d);
   if (d == kMaxDims - 1) {
@@ -29,7 +29,7 @@ int64_t gather_runs(const WeightedLossParams& p, const Tiling& t, const Place& a
 
 // A block whose memory runs along another dim than its innermost: packed tokens against an unpacked target, a
 // channels_last prediction against a plain one. Units of a few dense elements are taken along dim `along`.
-struct UnitWalk {
+struct UnitLoop {
   int64_t unit;             // dense elements, the block's innermost dims
   int64_t steps, from, to;  // along `along`: how many units, strides in the source and in the block
   int dims;                 // the dims around it, outermost first
@@ -37,31 +37,31 @@ struct UnitWalk {
 };
 
 // False where the block's own order is the memory's, or its dense runs are long.
-inline bool make_unit_walk(const WeightedLossParams& p, const Tiling& t, const Place& at, const int64_t* stride,
-                           UnitWalk& walk) {
+inline bool make_unit_loop(const WeightedLossParams& p, const Tiling& t, const Block& at, const int64_t* stride,
+                           UnitLoop& loop) {
   int d = kMaxDims - 1;
-  walk.unit = 1;
-  for (; d >= t.split && stride[d] == walk.unit && walk.unit < kShortRun; --d) walk.unit *= block_steps(p, t, at, d);
-  if (d < t.split || walk.unit >= kShortRun) return false;
+  loop.unit = 1;
+  for (; d >= t.split && stride[d] == loop.unit && loop.unit < kShortRun; --d) loop.unit *= block_steps(p, t, at, d);
+  if (d < t.split || loop.unit >= kShortRun) return false;
   int along = -1;
   for (int k = d; k >= t.split; --k) {
     const int64_t length = stride[k] < 0 ? -stride[k] : stride[k];
     if (length == 0 || block_steps(p, t, at, k) == 1) continue;
     if (along < 0 || length < (stride[along] < 0 ? -stride[along] : stride[along])) along = k;
   }
-  if (along < 0 || (walk.unit == 1 && along == kMaxDims - 1)) return false;
-  int64_t dense = walk.unit;
-  walk.dims = 0;
+  if (along < 0 || (loop.unit == 1 && along == kMaxDims - 1)) return false;
+  int64_t dense = loop.unit;
+  loop.dims = 0;
   for (int k = d; k >= t.split; --k) {
     const int64_t steps = block_steps(p, t, at, k);
     if (k == along) {
-      walk.steps = steps;
-      walk.from = stride[k];
-      walk.to = dense;
+      loop.steps = steps;
+      loop.from = stride[k];
+      loop.to = dense;
     } else {
-      walk.size[walk.dims] = steps;
-      walk.stride[walk.dims] = stride[k];
-      walk.dense[walk.dims++] = dense;
+      loop.size[loop.dims] = steps;
+      loop.stride[loop.dims] = stride[k];
+      loop.dense[loop.dims++] = dense;
     }
     dense *= steps;
   }
@@ -69,20 +69,20 @@ inline bool make_unit_walk(const WeightedLossParams& p, const Tiling& t, const P
 }
 
 template <int kUnit, typename acc_t, typename storage_t>
-void copy_units(const storage_t* in, const UnitWalk& walk, acc_t* out) {
-  const int64_t unit = kUnit > 0 ? kUnit : walk.unit;
-  for (int64_t i = 0; i < walk.steps; ++i)
-    for (int64_t k = 0; k < unit; ++k) out[i * walk.to + k] = as<acc_t, storage_t>(in[i * walk.from + k]);
+void copy_units(const storage_t* in, const UnitLoop& loop, acc_t* out) {
+  const int64_t unit = kUnit > 0 ? kUnit : loop.unit;
+  for (int64_t i = 0; i < loop.steps; ++i)
+    for (int64_t k = 0; k < unit; ++k) out[i * loop.to + k] = as<acc_t, storage_t>(in[i * loop.from + k]);
 }
 
 // Two bf16 as one word each: packed tokens with patches of 2.
 template <int kUnit>
-void copy_units(const bfloat16* in, const UnitWalk& walk, float* out) {
+void copy_units(const bfloat16* in, const UnitLoop& loop, float* out) {
   if (kUnit != 2) {
-    copy_units<kUnit, float, bfloat16>(in, walk, out);
+    copy_units<kUnit, float, bfloat16>(in, loop, out);
     return;
   }
-  const int64_t steps = walk.steps, from = walk.from, to = walk.to;
+  const int64_t steps = loop.steps, from = loop.from, to = loop.to;
 #pragma GCC unroll 4
   for (int64_t i = 0; i < steps; ++i) {
     uint32_t pair;
@@ -93,61 +93,61 @@ void copy_units(const bfloat16* in, const UnitWalk& walk, float* out) {
   }
 }
 
-// All rows of a walk at once, since each lies elsewhere and the hardware fetches none ahead.
-inline void prefetch_rows(const UnitWalk& walk, const void* data, int64_t size) {
-  const int64_t stride = walk.from < 0 ? -walk.from : walk.from;
-  if (stride * size > 64 || walk.from < 0) return;
+// All rows of a loop at once, since each lies elsewhere and the hardware fetches none ahead.
+inline void prefetch_rows(const UnitLoop& loop, const void* data, int64_t size) {
+  const int64_t stride = loop.from < 0 ? -loop.from : loop.from;
+  if (stride * size > 64 || loop.from < 0) return;
   int64_t index[kMaxDims] = {};
   for (;;) {
     int64_t from = 0;
-    for (int k = 0; k < walk.dims; ++k) from += index[k] * walk.stride[k];
+    for (int k = 0; k < loop.dims; ++k) from += index[k] * loop.stride[k];
     const char* row = static_cast<const char*>(data) + from * size;
-    for (int64_t byte = 0; byte < walk.steps * stride * size; byte += 64) __builtin_prefetch(row + byte);
+    for (int64_t byte = 0; byte < loop.steps * stride * size; byte += 64) __builtin_prefetch(row + byte);
     int k = 0;
-    while (k < walk.dims && ++index[k] == walk.size[k]) index[k++] = 0;
-    if (k == walk.dims) return;
+    while (k < loop.dims && ++index[k] == loop.size[k]) index[k++] = 0;
+    if (k == loop.dims) return;
   }
 }
 
 template <typename acc_t>
-void gather_units(const UnitWalk& walk, const void* data, int32_t dtype, int64_t offset, acc_t* out) {
-  prefetch_rows(walk, address(data, dtype, offset), element_size(dtype));
+void gather_units(const UnitLoop& loop, const void* data, int32_t dtype, int64_t offset, acc_t* out) {
+  prefetch_rows(loop, address(data, dtype, offset), element_size(dtype));
   with_storage(address(data, dtype, offset), dtype, [&](auto in) {
     int64_t index[kMaxDims] = {};
     for (;;) {
       int64_t from = 0, to = 0;
-      for (int k = 0; k < walk.dims; ++k) {
-        from += index[k] * walk.stride[k];
-        to += index[k] * walk.dense[k];
+      for (int k = 0; k < loop.dims; ++k) {
+        from += index[k] * loop.stride[k];
+        to += index[k] * loop.dense[k];
       }
-      if (walk.unit == 1)
-        copy_units<1>(in + from, walk, out + to);
-      else if (walk.unit == 2)
-        copy_units<2>(in + from, walk, out + to);
-      else if (walk.unit == 4)
-        copy_units<4>(in + from, walk, out + to);
+      if (loop.unit == 1)
+        copy_units<1>(in + from, loop, out + to);
+      else if (loop.unit == 2)
+        copy_units<2>(in + from, loop, out + to);
+      else if (loop.unit == 4)
+        copy_units<4>(in + from, loop, out + to);
       else
-        copy_units<0>(in + from, walk, out + to);
+        copy_units<0>(in + from, loop, out + to);
       int k = 0;
-      while (k < walk.dims && ++index[k] == walk.size[k]) index[k++] = 0;
-      if (k == walk.dims) return;
+      while (k < loop.dims && ++index[k] == loop.size[k]) index[k++] = 0;
+      if (k == loop.dims) return;
     }
   });
 }
 
 // A block of an operand at `offset`, dense in out[].
 template <typename acc_t>
-void gather(const WeightedLossParams& p, const Tiling& t, const Place& at, const void* data, int32_t dtype,
+void gather(const WeightedLossParams& p, const Tiling& t, const Block& at, const void* data, int32_t dtype,
             const int64_t* stride, int64_t offset, acc_t* out) {
-  UnitWalk walk = {};
-  if (make_unit_walk(p, t, at, stride, walk))
-    gather_units(walk, data, dtype, offset, out);
+  UnitLoop loop = {};
+  if (make_unit_loop(p, t, at, stride, loop))
+    gather_units(loop, data, dtype, offset, out);
   else
     gather_runs(p, t, at, data, dtype, stride, offset, t.split, out);
 }
 
 template <typename acc_t>
-int64_t scatter(const WeightedLossParams& p, const Tiling& t, const Place& at, void* data, int32_t dtype,
+int64_t scatter(const WeightedLossParams& p, const Tiling& t, const Block& at, void* data, int32_t dtype,
                 const int64_t* stride, int64_t offset, int d, const acc_t* in) {
   const int64_t steps = block_steps(p, t, at, d);
   if (d == kMaxDims - 1) {

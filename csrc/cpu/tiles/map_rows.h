@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/resample.h"
-#include "cpu/gather.h"
+#include "cpu/tiles/gather.h"
 
 namespace diffdoctor {
 namespace {
@@ -171,7 +171,7 @@ void resample_box(const Map& map, const int64_t* grid, int64_t b, const Box& box
 
 // Position by position, for a block whose box is too large for a buffer. coord: grid position of the block's corner.
 template <typename acc_t>
-int64_t gather_positions(const WeightedLossParams& p, const Tiling& t, const Place& at, const Map& map,
+int64_t gather_positions(const WeightedLossParams& p, const Tiling& t, const Block& at, const Map& map,
                          const int64_t* coord, int d, acc_t* out) {
   const int64_t steps = block_steps(p, t, at, d);
   int64_t done = 0;
@@ -186,16 +186,16 @@ int64_t gather_positions(const WeightedLossParams& p, const Tiling& t, const Pla
   return done;
 }
 
-// Room for resampling, beside the block itself.
+// What resampling needs beside the block itself.
 template <typename acc_t>
-struct alignas(64) MapRoom {
+struct alignas(64) MapScratch {
   acc_t box[kChunk];
   MapColumns<acc_t> columns;
 };
 
 template <typename acc_t>
-void gather_resampled(const WeightedLossParams& p, const Tiling& t, const Place& at, const Map& map,
-                      MapRoom<acc_t>& room, acc_t* out) {
+void gather_resampled(const WeightedLossParams& p, const Tiling& t, const Block& at, const Map& map,
+                      MapScratch<acc_t>& scratch, acc_t* out) {
   Box box;
   for (int axis = 0; axis < 3; ++axis) {
     box.low[axis] = at.lo * p.coord[axis][t.split];
@@ -219,18 +219,18 @@ void gather_resampled(const WeightedLossParams& p, const Tiling& t, const Place&
     dense *= steps;
   }
   if (same_order) {
-    resample_box(map, p.grid, at.b, box, room.columns, out);
+    resample_box(map, p.grid, at.b, box, scratch.columns, out);
     return;
   }
-  resample_box(map, p.grid, at.b, box, room.columns, room.box);
-  gather(p, t, at, room.box, kAccDtype<acc_t>, stride, 0, out);
+  resample_box(map, p.grid, at.b, box, scratch.columns, scratch.box);
+  gather(p, t, at, scratch.box, kAccDtype<acc_t>, stride, 0, out);
 }
 
 template <typename acc_t>
-void gather_map(const WeightedLossParams& p, const Tiling& t, const Place& at, const Map& map, MapRoom<acc_t>& room,
-                acc_t* out) {
+void gather_map(const WeightedLossParams& p, const Tiling& t, const Block& at, const Map& map,
+                MapScratch<acc_t>& scratch, acc_t* out) {
   if (map.mode != kSame) {
-    gather_resampled(p, t, at, map, room, out);
+    gather_resampled(p, t, at, map, scratch, out);
     return;
   }
   const int64_t offset = block_offset(t, at, map.batch_stride, map.stride);

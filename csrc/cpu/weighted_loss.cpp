@@ -1,11 +1,11 @@
-// weighted_loss over a whole call. Included once per instruction set; all of it has internal linkage but the entry
-// points named by DD_CPU_ISA. No std containers: their out-of-line copies would be shared between the sets.
-#pragma once
+// weighted_loss over a whole call. Compiled once for each instruction set; all of it has internal linkage but the entry
+// points at the end. No std containers: their out-of-line copies would be shared between the sets.
+#include "cpu/weighted_loss.h"
 
 #include <cstdlib>
 
-#include "cpu/block_loss.h"
 #include "cpu/parallel.h"
+#include "cpu/tiles/block_loss.h"
 
 namespace diffdoctor {
 namespace {
@@ -16,7 +16,7 @@ constexpr int64_t kTiles = 256;
 constexpr int64_t kGrain = 16384;  // elements below which another thread does not pay
 
 // Where a work item's blocks lie: all but the free dims.
-inline void place_item(const WeightedLossParams& p, const Tiling& t, int64_t item, Place& at) {
+inline void locate_item(const WeightedLossParams& p, const Tiling& t, int64_t item, Block& at) {
   set_index(p, t.map_dims, t.map_count, item / t.groups / t.ranges, at.index);
   at.lo = item / t.groups % t.ranges * t.range;
   at.steps = p.size[t.split] - at.lo < t.range ? p.size[t.split] - at.lo : t.range;
@@ -29,7 +29,7 @@ inline int64_t last_step(const Tiling& t, int64_t item) { return (item % t.group
 // The start of the next block into the cache while this one is computed: the hardware's own prefetcher starts anew with
 // each run of memory, and there the page may have to be looked up first.
 template <typename acc_t>
-void prefetch_start(const Call<acc_t>& call, const Place& at) {
+void prefetch_start(const Call<acc_t>& call, const Block& at) {
   const WeightedLossParams& p = call.p;
   constexpr int kLines = 8;
   const auto start = [&](const Operand& x) {
@@ -42,7 +42,7 @@ void prefetch_start(const Call<acc_t>& call, const Place& at) {
   };
   if (call.pred_run) read(p.pred);
   for (int k = 0; k < p.num_terms; ++k)
-    if (call.term_run[k]) read(p.term[k]);
+    if (call.term_run[k]) read(p.terms[k]);
   if (!call.grad_run) return;
   const char* to = start(p.grad);
   for (int line = 0; line < kLines; ++line) __builtin_prefetch(to + 64 * line, 1);
@@ -50,20 +50,20 @@ void prefetch_start(const Call<acc_t>& call, const Place& at) {
 
 // A work item: one range of blocks that share their maps. Adds to sums[0], or to all sums where they are wanted.
 template <typename acc_t>
-void process_item(const Call<acc_t>& call, const Sample<acc_t>& s, Place& at, int64_t item, Buffers<acc_t>& buf,
+void process_item(const Call<acc_t>& call, const Sample<acc_t>& s, Block& at, int64_t item, Buffers<acc_t>& buf,
                   double* sums) {
   const WeightedLossParams& p = call.p;
   const Tiling& t = call.tiling;
-  place_item(p, t, item, at);
+  locate_item(p, t, item, at);
   if (call.has_maps) fill_weights(p, t, at, buf.maps);
 
-  const bool stats = (p.work & kWriteSums) != 0, write_grad = (p.work & kWriteGrad) != 0;
+  const bool stats = (p.outputs & kWriteSums) != 0, write_grad = (p.outputs & kWriteGrad) != 0;
   const bool left_out = s.weight == 0 || (!call.has_maps && call.clean_weight == 0);
   const bool no_gradient = write_grad && (s.gradient_scale == 0 || (!call.has_maps && call.clean_grad == 0));
   const bool l2_sums = stats && call.l2_only && !p.weighting.present;
   int64_t blocks = 0;
   const int64_t first = first_step(t, item), last = last_step(t, item);
-  Place next = at;
+  Block next = at;
   set_index(p, t.free_dims, t.free_count, first, next.index);
   for (int64_t step = first; step < last; ++step) {
     at = next;
@@ -100,10 +100,10 @@ template <typename acc_t>
 Sample<acc_t> load_sample(const WeightedLossParams& p, int64_t b) {
   Sample<acc_t> s;
   s.pred_scale = load_per_sample<acc_t>(p.pred_scale, b);
-  for (int k = 0; k < kMaxTerms; ++k) s.coef[k] = k < p.num_terms ? load_per_sample<acc_t>(p.coef[k], b) : acc_t(0);
+  for (int k = 0; k < kMaxTerms; ++k) s.coef[k] = k < p.num_terms ? load_per_sample<acc_t>(p.coefs[k], b) : acc_t(0);
   s.huber_c = load_per_sample<acc_t>(p.huber_c, b);
   s.weight = load_per_sample<acc_t>(p.weight, b);
-  s.gradient_scale = (p.work & kWriteGrad) ? sample_gradient_scale<acc_t>(p, b) : acc_t(0);
+  s.gradient_scale = (p.outputs & kWriteGrad) ? sample_gradient_scale<acc_t>(p, b) : acc_t(0);
   return s;
 }
 
@@ -119,15 +119,15 @@ void finish(const WeightedLossParams& p, const double* partial, int64_t tiles, i
   double result = 0;
   for (int64_t b = 0; b < p.batch; ++b) {
     const double numerator = sum_tiles(partial, b, tiles, columns, kSumNumerator);
-    if (p.work & kWriteSums)
+    if (p.outputs & kWriteSums)
       for (int c = 0; c < kSums; ++c)
         static_cast<acc_t*>(p.sums)[b * kSums + c] = acc_t(sum_tiles(partial, b, tiles, columns, c));
     const double z = load_per_sample<acc_t>(p.z, b);
     const double share = z == 0 ? 0 : (p.reduction == kSum ? numerator / z : numerator / z / double(p.count));
     result += share;
-    if ((p.work & kWriteLoss) && p.reduction == kSample) static_cast<acc_t*>(p.loss)[b] = acc_t(share);
+    if ((p.outputs & kWriteLoss) && p.reduction == kSample) static_cast<acc_t*>(p.loss)[b] = acc_t(share);
   }
-  if (!(p.work & kWriteLoss) || p.reduction == kSample) return;
+  if (!(p.outputs & kWriteLoss) || p.reduction == kSample) return;
   *static_cast<acc_t*>(p.loss) = acc_t(p.reduction == kMean ? result / double(p.batch) : result);
 }
 
@@ -136,11 +136,11 @@ void run_weighted_loss(const WeightedLossParams& p, int threads) {
   const Call<acc_t> call(p);
   const int64_t items = call.tiling.items;
   const int64_t tiles = items < kTiles ? items : kTiles;
-  const int columns = (p.work & kWriteSums) ? kSums : 1;
+  const int columns = (p.outputs & kWriteSums) ? kSums : 1;
   const Scratch partial(p.batch * tiles * columns);
   parallel_for(p.batch * tiles, usable_threads(threads, p.batch * p.count, kGrain), [&](int64_t begin, int64_t end) {
     Buffers<acc_t> buf;
-    Place at = {};
+    Block at = {};
     for (int64_t k = begin; k < end; ++k) {
       const int64_t tile = k % tiles;
       at.b = k / tiles;
@@ -154,7 +154,7 @@ void run_weighted_loss(const WeightedLossParams& p, int threads) {
   finish<acc_t>(p, partial.data, tiles, columns);
 }
 
-// The mean of omega. Free dims outside a block are not walked: omega does not change along them.
+// The mean of omega. Free dims outside a block are not gone through: omega does not change along them.
 template <typename acc_t>
 void run_weight_mean(const WeightedLossParams& p, void* out, bool per_sample, int threads) {
   const Tiling t = make_tiling(p);
@@ -163,7 +163,7 @@ void run_weight_mean(const WeightedLossParams& p, void* out, bool per_sample, in
   const Scratch partial(p.batch * tiles);
   parallel_for(p.batch * tiles, usable_threads(threads, p.batch * p.count, kGrain), [&](int64_t begin, int64_t end) {
     Weights<acc_t> w;
-    Place at = {};
+    Block at = {};
     for (int64_t k = begin; k < end; ++k) {
       const int64_t tile = k % tiles;
       at.b = k / tiles;
@@ -191,4 +191,22 @@ void run_weight_mean(const WeightedLossParams& p, void* out, bool per_sample, in
 }
 
 }  // namespace
+
+namespace cpu {
+
+void DD_CPU_ISA::weighted_loss(const WeightedLossParams& p, int threads) {
+  if (p.dtype == kFloat64)
+    run_weighted_loss<double>(p, threads);
+  else
+    run_weighted_loss<float>(p, threads);
+}
+
+void DD_CPU_ISA::weight_mean(const WeightedLossParams& p, void* out, bool per_sample, int threads) {
+  if (p.dtype == kFloat64)
+    run_weight_mean<double>(p, out, per_sample, threads);
+  else
+    run_weight_mean<float>(p, out, per_sample, threads);
+}
+
+}  // namespace cpu
 }  // namespace diffdoctor

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/losses.h"
-#include "cpu/map_rows.h"
+#include "cpu/tiles/map_rows.h"
 #include "cpu/vector_math.h"
 
 namespace diffdoctor {
@@ -14,7 +14,7 @@ namespace {
 template <typename acc_t>
 struct alignas(64) Weights {
   acc_t u[kChunk], mask[kChunk], omega[kChunk], modulated[kChunk];
-  MapRoom<acc_t> room;
+  MapScratch<acc_t> scratch;
 };
 
 inline bool modulates(const WeightedLossParams& p) { return p.artifact_grad != 1 || p.clean_grad != 1; }
@@ -22,16 +22,15 @@ inline bool modulates(const WeightedLossParams& p) { return p.artifact_grad != 1
 template <bool kMask, bool kModulated, typename acc_t>
 void combine_weights(const WeightedLossParams& p, const acc_t* c, acc_t threshold, int64_t n, bool keep_level,
                      Weights<acc_t>& w) {
-  const acc_t base = acc_t(p.clean_weight), slope = acc_t(p.artifact_weight - p.clean_weight);
-  const acc_t m_base = acc_t(p.clean_grad), m_slope = acc_t(p.artifact_grad - p.clean_grad);
+  const Line<acc_t> weight_of = spatial_weight<acc_t>(p), m_of = gradient_weight<acc_t>(p);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const acc_t u = c[i] >= threshold ? c[i] : acc_t(0);
-    const acc_t weight = base + slope * u;
+    const acc_t weight = at_level(weight_of, u);
     const acc_t omega = kMask ? w.mask[i] * weight : weight;
     w.omega[i] = omega;
     if (kModulated) {
-      const acc_t m = m_base + m_slope * u;
+      const acc_t m = at_level(m_of, u);
       w.modulated[i] = omega == 0 || m == 0 ? acc_t(0) : omega * m;
     }
   }
@@ -40,7 +39,7 @@ void combine_weights(const WeightedLossParams& p, const acc_t* c, acc_t threshol
 }
 
 template <typename acc_t>
-void fill_weights(const WeightedLossParams& p, const Tiling& t, const Place& at, Weights<acc_t>& w) {
+void fill_weights(const WeightedLossParams& p, const Tiling& t, const Block& at, Weights<acc_t>& w) {
   const int64_t n = at.count;
   const acc_t* c = w.u;
   acc_t threshold = acc_t(p.threshold);
@@ -51,15 +50,15 @@ void fill_weights(const WeightedLossParams& p, const Tiling& t, const Place& at,
     c = static_cast<const acc_t*>(p.confidence.data) +
         block_offset(t, at, p.confidence.batch_stride, p.confidence.stride);
   } else {
-    gather_map(p, t, at, p.confidence, w.room, w.u);
+    gather_map(p, t, at, p.confidence, w.scratch, w.u);
     if (p.gamma != 1) {
       for (int64_t i = 0; i < n; ++i) w.u[i] = artifact_level<acc_t>(p, w.u[i]);
       threshold = 0;  // it compares with c, not with c^gamma
     }
   }
-  const bool keep_level = (p.work & kWriteSums) != 0;
+  const bool keep_level = (p.outputs & kWriteSums) != 0;
   const bool mask = p.mask.mode != kAbsent, modulated = modulates(p);
-  if (mask) gather_map(p, t, at, p.mask, w.room, w.mask);
+  if (mask) gather_map(p, t, at, p.mask, w.scratch, w.mask);
   if (mask && modulated)
     combine_weights<true, true>(p, c, threshold, n, keep_level, w);
   else if (mask)
@@ -105,23 +104,18 @@ void add_loss(acc_t strength, const acc_t* d, int64_t n, acc_t* loss, acc_t* slo
 
 // Any mixture of element losses of the residuals d, one vectorised pass for each.
 template <typename acc_t>
-void mixture(const WeightedLossParams& p, const acc_t* d, acc_t c, int64_t n, acc_t* loss, acc_t* slope) {
+void eval_losses(const WeightedLossParams& p, const acc_t* d, acc_t c, int64_t n, acc_t* loss, acc_t* slope) {
   bool first = true;
-  const auto add = [&](LossKind kind, auto element) {
-    const acc_t strength = acc_t(p.strength[kind]);
-    if (p.strength[kind] == 0) return;
+  for_each_loss([&](auto tag) {
+    const acc_t strength = acc_t(p.strength[tag.kind]);
+    if (p.strength[tag.kind] == 0) return;
+    const auto element = [tag, c](acc_t x, acc_t& l, acc_t& s) { vector_loss(tag, x, c, l, s); };
     if (first)
       add_loss<true>(strength, d, n, loss, slope, element);
     else
       add_loss<false>(strength, d, n, loss, slope, element);
     first = false;
-  };
-  add(kL2, [](acc_t x, acc_t& l, acc_t& s) { l2_loss(x, l, s); });
-  add(kL1, [](acc_t x, acc_t& l, acc_t& s) { l1_loss(x, l, s); });
-  add(kHuber, [c](acc_t x, acc_t& l, acc_t& s) { huber_loss(x, c, l, s); });
-  add(kSmoothL1, [c](acc_t x, acc_t& l, acc_t& s) { smooth_l1_loss(x, c, l, s); });
-  add(kPseudoHuber, [c](acc_t x, acc_t& l, acc_t& s) { pseudo_huber_loss(x, c, l, s); });
-  add(kLogCosh, [](acc_t x, acc_t& l, acc_t& s) { log_cosh_run(x, l, s); });
+  });
   for (int64_t i = 0; first && i < n; ++i) loss[i] = slope[i] = 0;
 }
 

@@ -1,7 +1,7 @@
 // l2 over a run, in one pass: the loss that nearly every call asks for.
 #pragma once
 
-#include "cpu/chunk.h"
+#include "cpu/tiles/chunk.h"
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>

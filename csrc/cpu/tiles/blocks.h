@@ -23,12 +23,6 @@ struct Tiling {
   int64_t items;   // per sample: map_steps * ranges * groups
 };
 
-inline bool map_moves(const Map& map, const WeightedLossParams& p, int d) {
-  if (map.mode == kAbsent) return false;
-  if (map.mode == kSame) return map.stride[d] != 0;
-  return p.coord[0][d] != 0 || p.coord[1][d] != 0 || p.coord[2][d] != 0;
-}
-
 inline Tiling make_tiling(const WeightedLossParams& p) {
   Tiling t;
   t.inner = 1;
@@ -37,8 +31,7 @@ inline Tiling make_tiling(const WeightedLossParams& p) {
   // Where a map is resampled, it should be once for a position: no blocks along a dim it does not know, and smaller
   // blocks rather than free steps on several threads.
   const bool resampled = p.confidence.mode > kSame || p.mask.mode > kSame;
-  if (resampled && t.split < kMaxDims - 1 && !map_moves(p.confidence, p, t.split) && !map_moves(p.mask, p, t.split))
-    t.inner /= p.size[++t.split];
+  if (resampled && t.split < kMaxDims - 1 && !p.map_varies[t.split]) t.inner /= p.size[++t.split];
   const int64_t size = p.size[t.split];
   int64_t most = kChunk / t.inner;
   if (resampled && p.batch * p.count < 64 * kChunk * 16) most = most / 4;
@@ -50,7 +43,7 @@ inline Tiling make_tiling(const WeightedLossParams& p) {
   t.map_steps = t.free_steps = 1;
   for (int d = 0; d < t.split; ++d) {
     if (p.size[d] == 1) continue;
-    if (map_moves(p.confidence, p, d) || map_moves(p.mask, p, d)) {
+    if (p.map_varies[d]) {
       t.map_dims[t.map_count++] = d;
       t.map_steps *= p.size[d];
     } else {
@@ -66,8 +59,8 @@ inline Tiling make_tiling(const WeightedLossParams& p) {
   return t;
 }
 
-// A block's place: indices of the dims outside, and the range [lo, lo + steps) of dim `split`.
-struct Place {
+// A block: indices of the dims outside, and the range [lo, lo + steps) of dim `split`.
+struct Block {
   int64_t b;
   int64_t index[kMaxDims];
   int64_t lo, steps, count;
@@ -87,7 +80,7 @@ inline void next_index(const WeightedLossParams& p, const int* dims, int count, 
   }
 }
 
-inline int64_t block_offset(const Tiling& t, const Place& at, int64_t batch_stride, const int64_t* stride) {
+inline int64_t block_offset(const Tiling& t, const Block& at, int64_t batch_stride, const int64_t* stride) {
   int64_t offset = at.b * batch_stride + at.lo * stride[t.split];
   for (int d = 0; d < t.split; ++d) offset += at.index[d] * stride[d];
   return offset;
@@ -103,7 +96,7 @@ inline bool block_is_run(const WeightedLossParams& p, const Tiling& t, const int
   return true;
 }
 
-inline int64_t block_steps(const WeightedLossParams& p, const Tiling& t, const Place& at, int d) {
+inline int64_t block_steps(const WeightedLossParams& p, const Tiling& t, const Block& at, int d) {
   return d == t.split ? at.steps : p.size[d];
 }
 

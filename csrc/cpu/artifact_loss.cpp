@@ -1,6 +1,6 @@
 // artifact_loss: bilinear up-sampling, sigmoid, reduction, and the gradient gathered back per logit. Rows of the
 // up-sampled map live in a buffer one row high; the map itself is never stored.
-#pragma once
+#include "cpu/artifact_loss.h"
 
 #include "common/resample.h"
 #include "cpu/convert.h"
@@ -81,10 +81,11 @@ void confidence_row(const ArtifactCall<acc_t>& call, int64_t b, int64_t y, acc_t
   for (int64_t x = 0; x < p.out_w; ++x) out[x] = sigmoid(out[x]);
 }
 
-// Adds row y's slopes to the two logit rows it came from. kept: the band's rows, in_w wide, from logit row `origin`.
+// Adds row y's slopes to the two logit rows it came from. unit_grad: the band's rows, in_w wide, from logit row
+// `origin`.
 template <typename acc_t>
 void gather_row(const ArtifactCall<acc_t>& call, int64_t y, int64_t origin, const acc_t* slope, acc_t* gathered,
-                acc_t* kept) {
+                acc_t* unit_grad) {
   const ArtifactLossParams& p = call.p;
   int64_t top, bottom;
   acc_t weight;
@@ -97,25 +98,26 @@ void gather_row(const ArtifactCall<acc_t>& call, int64_t y, int64_t origin, cons
     gathered[k + 1] += right;
   }
   gathered[p.in_w - 1] += gathered[p.in_w];
-  acc_t* upper = kept + (top - origin) * p.in_w;
-  acc_t* lower = kept + (bottom - origin) * p.in_w;
+  acc_t* upper = unit_grad + (top - origin) * p.in_w;
+  acc_t* lower = unit_grad + (bottom - origin) * p.in_w;
   for (int64_t k = 0; k < p.in_w; ++k) upper[k] += (1 - weight) * gathered[k];
   if (weight == 0) return;
   for (int64_t k = 0; k < p.in_w; ++k) lower[k] += weight * gathered[k];
 }
 
-// One band: its sums, and its part of the gradient in kept[0 .. rows * in_w). work: scratch of row_scratch().
+// One band: its sums, and its part of the gradient in unit_grad[0 .. rows * in_w). work: out_w +
+// 2 * (in_w + 1) numbers.
 template <typename acc_t>
-void process_band(const ArtifactCall<acc_t>& call, int64_t b, int64_t k, double largest, acc_t* work, acc_t* kept,
+void process_band(const ArtifactCall<acc_t>& call, int64_t b, int64_t k, double largest, acc_t* work, acc_t* unit_grad,
                   Band& band) {
   const ArtifactLossParams& p = call.p;
   acc_t* c = work;
   acc_t* row = work + p.out_w;
   const acc_t threshold = acc_t(p.threshold);
   const int64_t origin = call.first_row(k);
-  if (kept) {
+  if (unit_grad) {
     const int64_t n = (call.last_row(k) - origin + 1) * p.in_w;
-    for (int64_t i = 0; i < n; ++i) kept[i] = 0;
+    for (int64_t i = 0; i < n; ++i) unit_grad[i] = 0;
   }
   for (int64_t y = call.band_begin(k); y < call.band_begin(k + 1); ++y) {
     confidence_row(call, b, y, row, c);
@@ -130,7 +132,7 @@ void process_band(const ArtifactCall<acc_t>& call, int64_t b, int64_t k, double 
     }
     band.sum += sum;
     band.counted += counted;
-    if (kept) gather_row(call, y, origin, c, row, kept);
+    if (unit_grad) gather_row(call, y, origin, c, row, unit_grad);
   }
 }
 
@@ -170,16 +172,15 @@ inline PictureResult picture_result(const ArtifactLossParams& p, double sum, dou
 template <typename acc_t>
 void run_artifact_loss(const ArtifactLossParams& p, int threads) {
   const int64_t bands = p.out_h < kBands ? p.out_h : kBands;
-  // One block of scratch: column table, then rows and a band of kept gradient for each (picture, band).
-  const int64_t rows = p.in_h + 2 * bands + 1;  // kept rows of all bands of a picture, shared borders twice
+  // One block of scratch: column table, then rows and a band of the gradient for each (picture, band).
+  const int64_t rows = p.in_h + 2 * bands + 1;  // of the gradient in all bands of a picture, shared borders twice
   const int64_t band_work = 2 * (p.in_w + 1) + p.out_w;
-  const int64_t picture = bands * band_work + (p.write_grad ? rows * p.in_w : 0);
+  const int64_t picture = bands * band_work + (p.unit_grad ? rows * p.in_w : 0);
   const Scratch memory(2 * p.out_w + p.batch * (picture + 3 * bands) + 1);
   int64_t* first = reinterpret_cast<int64_t*>(memory.data);
   acc_t* weight = reinterpret_cast<acc_t*>(memory.data + p.out_w);
-  double* largest = memory.data + 2 * p.out_w;  // (batch, bands)
-  Band* found = reinterpret_cast<Band*>(largest + 0);
-  double* pictures = largest + 3 * p.batch * bands;
+  Band* found = reinterpret_cast<Band*>(memory.data + 2 * p.out_w);  // (batch, bands)
+  double* pictures = memory.data + 2 * p.out_w + 3 * p.batch * bands;
   for (int64_t x = 0; x < p.out_w; ++x) {
     int64_t second;
     bilinear_index(x, p.in_w, p.out_w, first[x], second, weight[x]);
@@ -187,8 +188,8 @@ void run_artifact_loss(const ArtifactLossParams& p, int threads) {
   const ArtifactCall<acc_t> call = {p, {first, weight}, bands};
   const int team = usable_threads(threads, p.batch * p.out_h * p.out_w, 8192);
   auto work_of = [&](int64_t b, int64_t k) { return reinterpret_cast<acc_t*>(pictures + b * picture + k * band_work); };
-  auto kept_of = [&](int64_t b, int64_t k) -> acc_t* {
-    if (!p.write_grad) return nullptr;
+  auto unit_grad_of = [&](int64_t b, int64_t k) -> acc_t* {
+    if (!p.unit_grad) return nullptr;
     // Bands before this one hold at most first_row(k) - first_row(0) + 2k rows.
     return reinterpret_cast<acc_t*>(pictures + b * picture + bands * band_work) + (call.first_row(k) + 2 * k) * p.in_w;
   };
@@ -212,7 +213,7 @@ void run_artifact_loss(const ArtifactLossParams& p, int threads) {
       Band& band = found[i];
       band.sum = band.counted = 0;
       process_band(call, i / bands, i % bands, band.largest, work_of(i / bands, i % bands),
-                   kept_of(i / bands, i % bands), band);
+                   unit_grad_of(i / bands, i % bands), band);
     }
   });
   double result = 0;
@@ -225,14 +226,14 @@ void run_artifact_loss(const ArtifactLossParams& p, int threads) {
     const PictureResult of = picture_result(p, sum, counted);
     result += of.value;
     if (p.reduction == kSample) static_cast<acc_t*>(p.loss)[b] = acc_t(of.value);
-    if (!p.write_grad) continue;
+    if (!p.unit_grad) continue;
     static_cast<acc_t*>(p.factor)[b] = acc_t(p.reduction == kMean ? of.factor / double(p.batch) : of.factor);
-    acc_t* kept = static_cast<acc_t*>(p.kept) + b * p.in_h * p.in_w;
-    for (int64_t i = 0; i < p.in_h * p.in_w; ++i) kept[i] = 0;
+    acc_t* unit_grad = static_cast<acc_t*>(p.unit_grad) + b * p.in_h * p.in_w;
+    for (int64_t i = 0; i < p.in_h * p.in_w; ++i) unit_grad[i] = 0;
     for (int64_t k = 0; k < bands; ++k) {
-      const acc_t* part = kept_of(b, k);
+      const acc_t* part = unit_grad_of(b, k);
       const int64_t from = call.first_row(k) * p.in_w, n = (call.last_row(k) + 1) * p.in_w - from;
-      for (int64_t i = 0; i < n; ++i) kept[from + i] += part[i];
+      for (int64_t i = 0; i < n; ++i) unit_grad[from + i] += part[i];
     }
   }
   if (p.reduction != kSample)
@@ -240,9 +241,9 @@ void run_artifact_loss(const ArtifactLossParams& p, int threads) {
 }
 
 template <typename acc_t>
-void run_artifact_loss_backward(const void* kept, const void* factor, const void* g, int64_t g_stride, void* out,
+void run_artifact_loss_backward(const void* unit_grad, const void* factor, const void* g, int64_t g_stride, void* out,
                                 int32_t dtype, int64_t batch, int64_t count) {
-  const acc_t* from = static_cast<const acc_t*>(kept);
+  const acc_t* from = static_cast<const acc_t*>(unit_grad);
   for (int64_t b = 0; b < batch; ++b) {
     const acc_t scale = static_cast<const acc_t*>(factor)[b] * static_cast<const acc_t*>(g)[b * g_stride];
     for (int64_t i = 0; i < count; ++i) store_element<acc_t>(out, dtype, b * count + i, from[b * count + i] * scale);
@@ -250,4 +251,23 @@ void run_artifact_loss_backward(const void* kept, const void* factor, const void
 }
 
 }  // namespace
+
+namespace cpu {
+
+void DD_CPU_ISA::artifact_loss(const ArtifactLossParams& p, int threads) {
+  if (p.dtype == kFloat64)
+    run_artifact_loss<double>(p, threads);
+  else
+    run_artifact_loss<float>(p, threads);
+}
+
+void DD_CPU_ISA::artifact_loss_backward(const void* unit_grad, const void* factor, const void* g, int64_t g_stride,
+                                        void* out, int32_t dtype, int64_t batch, int64_t count) {
+  if (dtype == kFloat64)
+    run_artifact_loss_backward<double>(unit_grad, factor, g, g_stride, out, dtype, batch, count);
+  else
+    run_artifact_loss_backward<float>(unit_grad, factor, g, g_stride, out, dtype, batch, count);
+}
+
+}  // namespace cpu
 }  // namespace diffdoctor

@@ -1,8 +1,8 @@
 // One block of weighted_loss: its operands as runs of memory, computed where they lie or through short buffers.
 #pragma once
 
-#include "cpu/l2.h"
-#include "cpu/sums.h"
+#include "cpu/tiles/l2.h"
+#include "cpu/tiles/sums.h"
 
 namespace diffdoctor {
 namespace {
@@ -30,10 +30,10 @@ struct Call {
     has_maps = p.confidence.mode != kAbsent || p.mask.mode != kAbsent;
     modulated = modulates(p);
     l2_only = true;
-    for (int k = kL1; k < kLossKinds; ++k) l2_only = l2_only && p.strength[k] == 0;
+    for (int k = 0; k < kLossKinds; ++k) l2_only = l2_only && (k == kL2 || p.strength[k] == 0);
     pred_run = block_is_run(p, tiling, p.pred.stride);
-    grad_run = (p.work & kWriteGrad) && block_is_run(p, tiling, p.grad.stride);
-    for (int k = 0; k < p.num_terms; ++k) term_run[k] = block_is_run(p, tiling, p.term[k].stride);
+    grad_run = (p.outputs & kWriteGrad) && block_is_run(p, tiling, p.grad.stride);
+    for (int k = 0; k < p.num_terms; ++k) term_run[k] = block_is_run(p, tiling, p.terms[k].stride);
     clean_weight = acc_t(p.clean_weight);
     clean_grad = acc_t(p.clean_grad);
   }
@@ -46,7 +46,7 @@ struct Run {
 };
 
 template <typename acc_t>
-Run run_of(const Call<acc_t>& call, const Place& at, const Operand& x, bool run, acc_t* buffer) {
+Run run_of(const Call<acc_t>& call, const Block& at, const Operand& x, bool run, acc_t* buffer) {
   const int64_t offset = block_offset(call.tiling, at, x.batch_stride, x.stride);
   if (run) return {address(x.data, x.dtype, offset), x.dtype};
   gather(call.p, call.tiling, at, x.data, x.dtype, x.stride, offset, buffer);
@@ -69,11 +69,11 @@ struct Runs {
 };
 
 template <typename acc_t>
-Runs<acc_t> runs_of(const Call<acc_t>& call, const Place& at, Buffers<acc_t>& buf, bool write_grad) {
+Runs<acc_t> runs_of(const Call<acc_t>& call, const Block& at, Buffers<acc_t>& buf, bool write_grad) {
   const WeightedLossParams& p = call.p;
   Runs<acc_t> runs = {};
   runs.pred = run_of(call, at, p.pred, call.pred_run, buf.pred);
-  for (int k = 0; k < p.num_terms; ++k) runs.term[k] = run_of(call, at, p.term[k], call.term_run[k], buf.term[k]);
+  for (int k = 0; k < p.num_terms; ++k) runs.term[k] = run_of(call, at, p.terms[k], call.term_run[k], buf.term[k]);
   if (!write_grad) return runs;
   runs.scatter_grad = !call.grad_run;
   runs.grad = {buf.grad, kAccDtype<acc_t>};
@@ -85,7 +85,7 @@ Runs<acc_t> runs_of(const Call<acc_t>& call, const Place& at, Buffers<acc_t>& bu
 }
 
 template <typename acc_t>
-void store_block(const Call<acc_t>& call, const Place& at, const acc_t* values) {
+void store_block(const Call<acc_t>& call, const Block& at, const acc_t* values) {
   const Operand& x = call.p.grad;
   const int64_t offset = block_offset(call.tiling, at, x.batch_stride, x.stride);
   if (call.grad_run)
@@ -102,7 +102,7 @@ struct BlockWeights {
 };
 
 template <typename acc_t>
-BlockWeights<acc_t> block_weights(const Call<acc_t>& call, const Place& at, Buffers<acc_t>& buf) {
+BlockWeights<acc_t> block_weights(const Call<acc_t>& call, const Block& at, Buffers<acc_t>& buf) {
   const WeightedLossParams& p = call.p;
   const acc_t *omega = buf.maps.omega, *modulated = call.modulated ? buf.maps.modulated : omega;
   if (!p.weighting.present) {
@@ -164,7 +164,7 @@ acc_t l2_piece(int terms, const Operands<pred_t, term_t>& x, const Sample<acc_t>
 // How a block's pieces are read: without conversion where prediction and terms are runs of acc_t or bf16, else through
 // buffers.
 template <typename pred_t, typename term_t, typename acc_t>
-double l2_block(const Call<acc_t>& call, const Place& at, const Sample<acc_t>& s, Buffers<acc_t>& buf,
+double l2_block(const Call<acc_t>& call, const Block& at, const Sample<acc_t>& s, Buffers<acc_t>& buf,
                 const BlockWeights<acc_t>& w, const Runs<acc_t>& runs, acc_t grad_scale) {
   constexpr bool buffered = sizeof(pred_t) == sizeof(acc_t), term_buffered = sizeof(term_t) == sizeof(acc_t);
   const bool own_grad = runs.grad.data && (!buffered || runs.grad.dtype == kAccDtype<acc_t>);
@@ -198,7 +198,7 @@ double l2_block(const Call<acc_t>& call, const Place& at, const Sample<acc_t>& s
   return total;
 }
 
-inline double dispatch_l2(const Call<float>& call, const Place& at, const Sample<float>& s, Buffers<float>& buf,
+inline double dispatch_l2(const Call<float>& call, const Block& at, const Sample<float>& s, Buffers<float>& buf,
                           const BlockWeights<float>& w, const Runs<float>& runs, float grad_scale) {
   const auto all = [&](int32_t dtype) {
     bool same = call.p.num_terms > 0;
@@ -219,20 +219,20 @@ inline double dispatch_l2(const Call<float>& call, const Place& at, const Sample
   return all(kBFloat16) ? run(float(), bfloat16()) : run(float(), float());
 }
 
-inline double dispatch_l2(const Call<double>& call, const Place& at, const Sample<double>& s, Buffers<double>& buf,
+inline double dispatch_l2(const Call<double>& call, const Block& at, const Sample<double>& s, Buffers<double>& buf,
                           const BlockWeights<double>& w, const Runs<double>& runs, double grad_scale) {
   return l2_block<double, double>(call, at, s, buf, w, runs, grad_scale);
 }
 
 template <typename acc_t>
-double process_l2(const Call<acc_t>& call, const Place& at, const Sample<acc_t>& s, Buffers<acc_t>& buf,
+double process_l2(const Call<acc_t>& call, const Block& at, const Sample<acc_t>& s, Buffers<acc_t>& buf,
                   const BlockWeights<acc_t>& w) {
   const WeightedLossParams& p = call.p;
   const acc_t strength = acc_t(p.strength[kL2]);
   const acc_t loss_scale = strength * s.weight * (w.weight ? acc_t(1) : call.clean_weight);
   const acc_t grad_scale =
       2 * strength * s.gradient_scale * (w.weight ? acc_t(1) : call.clean_weight * call.clean_grad);
-  const Runs<acc_t> runs = runs_of(call, at, buf, (p.work & kWriteGrad) != 0);
+  const Runs<acc_t> runs = runs_of(call, at, buf, (p.outputs & kWriteGrad) != 0);
   const double total = dispatch_l2(call, at, s, buf, w, runs, grad_scale);
   if (runs.scatter_grad) store_block(call, at, buf.grad);
   return total * double(loss_scale);
@@ -262,7 +262,7 @@ void residuals(const Call<acc_t>& call, const Sample<acc_t>& s, const Runs<acc_t
 
 // Any losses, and the sums where they are wanted.
 template <typename acc_t>
-double process_general(const Call<acc_t>& call, const Place& at, const Sample<acc_t>& s, Buffers<acc_t>& buf,
+double process_general(const Call<acc_t>& call, const Block& at, const Sample<acc_t>& s, Buffers<acc_t>& buf,
                        const BlockWeights<acc_t>& w, double* sums, bool write_grad) {
   const WeightedLossParams& p = call.p;
   const Runs<acc_t> runs = runs_of(call, at, buf, write_grad);
@@ -279,7 +279,7 @@ double process_general(const Call<acc_t>& call, const Place& at, const Sample<ac
     const acc_t* weight = w.weight ? w.weight + begin : buf.plain;
     const acc_t* modulated = w.weight ? w.modulated + begin : buf.plain_modulated;
     residuals(call, s, runs, weight, begin, n, buf);
-    mixture(p, buf.d, s.huber_c, n, buf.loss, buf.slope);
+    eval_losses(p, buf.d, s.huber_c, n, buf.loss, buf.slope);
     total += weighted_sum(weight, buf.loss, n);
     if (write_grad) {
       const bool in_place = runs.grad.dtype == kAccDtype<acc_t>;
@@ -313,7 +313,7 @@ void with_maps(const Call<acc_t>& call, const Buffers<acc_t>& buf, const body_t&
 // l2 with its sums but for those of the maps, where v is one number for the sample: the call without sums, then another
 // pass over the block, which the cache still holds.
 template <typename acc_t>
-void process_l2_sums(const Call<acc_t>& call, const Place& at, const Sample<acc_t>& s, Buffers<acc_t>& buf,
+void process_l2_sums(const Call<acc_t>& call, const Block& at, const Sample<acc_t>& s, Buffers<acc_t>& buf,
                      const BlockWeights<acc_t>& w, double* sums) {
   sums[kSumNumerator] += process_l2(call, at, s, buf, w);
   const Runs<acc_t> runs = runs_of(call, at, buf, false);
@@ -330,8 +330,8 @@ void process_l2_sums(const Call<acc_t>& call, const Place& at, const Sample<acc_
 
 // What a block leaves when its whole sample, or every element, is left out: a zero gradient, and omega in the sums.
 template <typename acc_t>
-void process_unselected(const Call<acc_t>& call, const Place& at, Buffers<acc_t>& buf, double* sums) {
-  if (call.p.work & kWriteGrad) {
+void process_unselected(const Call<acc_t>& call, const Block& at, Buffers<acc_t>& buf, double* sums) {
+  if (call.p.outputs & kWriteGrad) {
     for (int64_t i = 0; i < at.count; ++i) buf.grad[i] = 0;
     store_block(call, at, buf.grad);
   }

@@ -1,5 +1,5 @@
 // Backward of weighted_loss where the gradient for g = 1 was kept.
-#pragma once
+#include "cpu/scale_gradient.h"
 
 #include "cpu/convert.h"
 #include "cpu/parallel.h"
@@ -43,4 +43,16 @@ void run_scale_gradient(const void* grad, void* out, int32_t dtype, int64_t batc
 }
 
 }  // namespace
+
+namespace cpu {
+
+void DD_CPU_ISA::scale_gradient(const void* grad, void* out, int32_t dtype, int64_t batch, int64_t count, const void* g,
+                                int64_t g_stride, int threads) {
+  if (dtype == kFloat64)
+    run_scale_gradient<double>(grad, out, dtype, batch, count, g, g_stride, threads);
+  else
+    run_scale_gradient<float>(grad, out, dtype, batch, count, g, g_stride, threads);
+}
+
+}  // namespace cpu
 }  // namespace diffdoctor

@@ -1,2 +1,0 @@
-#define DD_CPU_ISA generic
-#include "cpu/kernels.h"
