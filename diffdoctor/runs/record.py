@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from diffdoctor.runs.files import (
     atomic_write_json,
     atomic_write_text,
     clear_leftovers,
+    is_leftover,
     leftovers,
     refuse_file,
     refuse_foreign,
@@ -241,7 +243,10 @@ class RunFolder:
 
 
 def _holds_anything(path: Path) -> bool:
-    return not path.is_dir() or {*path.iterdir()} != {*leftovers(path)}
+    if not path.is_dir():
+        return True
+    with os.scandir(path) as entries:
+        return any(not is_leftover(entry.name) for entry in entries)
 
 
 def write_config(folder: Path, config: Any) -> None:
