@@ -62,6 +62,8 @@ def write_shards(
                         count += 1
         finally:
             manifest.close()
+        # Something may have been put there meanwhile.
+        refuse_no_set(folder)
     return count
 
 

@@ -181,6 +181,11 @@ def refuse_file(folder) -> None:
         raise UserError(expected(str(folder), "a folder or nothing", "a file") + "; choose another output folder")
 
 
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder of this name was being written, or being replaced, when a process was killed."""
+    return _HIDDEN.fullmatch(name) is not None
+
+
 def leftovers(folder, name: str | None = None) -> list[Path]:
     """What `atomic_path`, `atomic_dir` and `delete_dir` left in `folder` when they were killed.
 
@@ -188,13 +193,9 @@ def leftovers(folder, name: str | None = None) -> list[Path]:
         folder: where to look; need not exist.
         name: only what was to be the file or folder of this name; None: everything.
     """
-    starts = None if name is None else tuple(_hidden_start(name) + mark for mark in (_WRITING, _REPLACED))
-    with suppress(FileNotFoundError, NotADirectoryError):
-        return [
-            entry
-            for entry in Path(folder).iterdir()
-            if entry.name.startswith(starts or ".") and _HIDDEN.fullmatch(entry.name)
-        ]
+    starts = "." if name is None else tuple(_hidden_start(name) + mark for mark in (_WRITING, _REPLACED))
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        return [Path(entry) for entry in entries if entry.name.startswith(starts) and is_leftover(entry.name)]
     return []
 
 
@@ -219,7 +220,8 @@ def clear_leftovers(folder, name: str | None = None, *, deep: bool = False) -> N
                 if not (entry.parent / replaced.name).exists():
                     os.replace(replaced, entry.parent / replaced.name)
         shutil.rmtree(entry, ignore_errors=True)
-    if deep and Path(folder).is_dir():
-        for entry in Path(folder).iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                clear_leftovers(entry, name, deep=True)
+    if deep:
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    clear_leftovers(entry, name, deep=True)

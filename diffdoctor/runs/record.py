@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from diffdoctor.runs.files import (
     atomic_write_json,
     atomic_write_text,
     clear_leftovers,
+    is_leftover,
     leftovers,
     refuse_file,
     refuse_foreign,
@@ -39,7 +41,10 @@ def as_json(value: Any) -> Any:
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """What differs between two identities: the names, with both values where these are short."""
+    """What differs between two identities: the names, with both values where these are short.
+
+    A name that is missing is one of the value None.
+    """
     names = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
     return [
         f"{name} (expected {theirs[name]}, got {ours[name]})"
@@ -123,18 +128,17 @@ class RunFolder:
         for name, files in self.results.items():
             if files is not None:
                 refuse_foreign(self.path / name, files)
-        found, is_known = self._present(), self._is_known()
-        if not is_known:
+        found, record = self._present(), self._record()
+        if record is None:
             if self.exclusive and self.path.is_dir() and {*self.path.iterdir()} - {*leftovers(self.path, RUN)}:
                 raise UserError(f"{self.path}: holds something else than a run of {self.kind}; {_FOREIGN}")
             if found:
                 raise UserError(f"{self.path}: holds {found} of another run (no {RUN} says of which); {_FOREIGN}")
-        theirs = self._read()["identity"] if is_known else None
-        other = [] if theirs is None else differences(theirs, self.identity)
+        other = self._differences(record)
         if other and found and not overwrite:
             raise UserError(f"{self.path}: holds {found} of a run with another {', '.join(other)}; {self.advice}")
-        self._seen = theirs, found
-        return theirs is not None and not other
+        self._seen = record, found
+        return self._is_ours(record)
 
     def begin(self, config: Any = None, *, overwrite: bool = False) -> list[str]:
         """Make the folder this run's, when all else has been checked: on the main process alone.
@@ -161,11 +165,10 @@ class RunFolder:
             raise UserError(f"{self.path}: another process has been at work there meanwhile; run this again to resume")
         clear_leftovers(self.path, RUN)
         deleted: list[str] = []
-        if self._is_known():
+        if (record := self._record()) is not None:
             self._clear_leftovers()
             if not resumes and self._present():
-                theirs = self._read()["identity"]
-                deleted = [] if theirs is None else differences(theirs, self.identity)
+                deleted = self._differences(record)
                 self.discard()
         if not resumes:
             self._write(self.identity)
@@ -175,12 +178,10 @@ class RunFolder:
 
     def finished(self) -> dict[str, Any] | None:
         """What metrics.json says of this very run; None where there is none."""
-        if not self._is_known() or self._read()["identity"] != self.identity:
+        metrics = self.path / METRICS
+        if not self._is_ours(self._record()) or not metrics.is_file():
             return None
-        try:
-            return json.loads((self.path / METRICS).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
+        return json.loads(metrics.read_text(encoding="utf-8"))
 
     def discard(self) -> None:
         """Delete the results; a kill leaves a folder of which is known that nothing in it counts."""
@@ -193,7 +194,7 @@ class RunFolder:
 
     def remove(self) -> None:
         """Delete all that the run wrote, and the folder unless it holds something else."""
-        if not self._is_known():
+        if self._record() is None:
             return
         self._clear_leftovers()
         self.discard()
@@ -205,10 +206,10 @@ class RunFolder:
 
     def _present(self) -> str:
         """The results that lie there, as words."""
-        found = [name for name in self.results if any(map(_holds_anything, self._places(name)))]
+        found = [name for name in self.results if any(map(_holds_anything, self._paths(name)))]
         return " and ".join(filter(None, [", ".join(found[:-1]), *found[-1:]]))
 
-    def _places(self, name: str) -> list[Path]:
+    def _paths(self, name: str) -> list[Path]:
         # What a kill kept from its name, between the two renames of its replacement, is there too.
         hidden = [entry / name for entry in leftovers(self.path, name)]
         return [*self.path.glob(name), *filter(Path.exists, hidden)]
@@ -219,29 +220,36 @@ class RunFolder:
             if not (self.path / name).is_symlink():
                 clear_leftovers(self.path / name, deep=True)
 
-    def _read(self) -> dict[str, Any]:
-        return json.loads((self.path / RUN).read_text(encoding="utf-8"))
-
-    def _is_known(self) -> bool:
-        """Whether a run of this kind has been here; another's or somebody else's run.json is refused."""
+    def _record(self) -> dict[str, Any] | None:
+        """What run.json says, if a run of this kind has been here; another's or somebody else's is refused."""
         try:
-            found = self._read()
+            found = json.loads((self.path / RUN).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            return False
+            return None
         except ValueError:
             found = None
-        kind = found.get("run") if isinstance(found, dict) and "identity" in found else None
-        if kind == self.kind:
-            return True
-        what = "something else than" if kind is None else f"a run of {kind}, not"
+        is_record = isinstance(found, dict) and isinstance(found.get("identity", ""), (dict, type(None)))
+        if is_record and found.get("run") == self.kind:
+            return found
+        what = f"a run of {found['run']}, not" if is_record and "run" in found else "something else than"
         raise UserError(f"{self.path}: holds {what} a run of {self.kind} ({RUN}); {_FOREIGN}")
+
+    def _differences(self, record: dict[str, Any] | None) -> list[str]:
+        # Where the results were deleted, or are being deleted, nothing says of which run they are.
+        return [] if not record or record["identity"] is None else differences(record["identity"], self.identity)
+
+    def _is_ours(self, record: dict[str, Any] | None) -> bool:
+        return bool(record) and record["identity"] is not None and not self._differences(record)
 
     def _write(self, identity: dict[str, Any] | None) -> None:
         atomic_write_json(self.path / RUN, {"run": self.kind, "identity": identity})
 
 
 def _holds_anything(path: Path) -> bool:
-    return not path.is_dir() or {*path.iterdir()} != {*leftovers(path)}
+    if not path.is_dir():
+        return True
+    with os.scandir(path) as entries:
+        return any(not is_leftover(entry.name) for entry in entries)
 
 
 def write_config(folder: Path, config: Any) -> None:

@@ -144,7 +144,7 @@ def test_a_toy_run_writes_its_report_and_does_nothing_the_second_time(tmp_path, 
     again = json.loads((tmp_path / "metrics.json").read_text())
     assert again["runs"] == metrics["runs"]
     assert study.main([*arguments[:3], "5", *arguments[4:]]) == 2
-    assert "other settings" in capsys.readouterr().err
+    assert "of a run with another steps (expected 4, got 5)" in capsys.readouterr().err
 
 
 class _Here:

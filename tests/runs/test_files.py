@@ -17,7 +17,7 @@ from diffdoctor.runs.files import (
 )
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+def test_a_failed_write_leaves_the_old_file_and_no_leftover(tmp_path):
     path = tmp_path / "metrics.json"
     atomic_write_json(path, {"rate": 0.5})
     with pytest.raises(ValueError, match="JSON"):

@@ -48,6 +48,15 @@ def test_the_same_run_resumes_and_keeps_what_is_there(tmp_path):
     assert json.loads((tmp_path / "out" / "run.json").read_text())["run"] == run.kind
 
 
+def test_an_option_that_came_later_and_is_not_given_makes_no_other_run(tmp_path):
+    with_results(tmp_path)
+    before = tree(tmp_path)
+    for identity in ({"seed": 0, "later": None}, {"seed": 0}):
+        assert folder(tmp_path, identity).check()
+        folder(tmp_path, identity).begin()
+    assert tree(tmp_path) == before
+
+
 def test_results_of_another_run_are_refused_by_what_differs_and_nothing_changes(tmp_path):
     with_results(tmp_path / "out")
     before = tree(tmp_path)
@@ -115,7 +124,10 @@ def test_deleting_that_is_cut_short_is_finished_by_the_next(tmp_path, monkeypatc
         assert tree(tmp_path / "out").keys() <= {"run.json", "config.yaml"}
 
 
-@pytest.mark.parametrize("text", ["[]", "not JSON", '{"seed": 0}', '{"run": "other", "identity": {"seed": 0}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "not JSON", '{"seed": 0}', '{"run": "test", "identity": 5}', '{"run": "other", "identity": {"seed": 0}}'],
+)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_run_json_of_somebody_else_is_never_replaced(tmp_path, text, overwrite):
     (tmp_path / "run.json").write_text(text)
