@@ -111,7 +111,7 @@ def test_a_wheel_from_the_sdist_holds_everything(sdist, tmp_path):
     assert info["built"] == ["cpu"]
     names = {path.name for path in (tmp_path / "site" / "diffdoctor" / "kernels").glob("*.py")}
     assert names == {path.name for path in (ROOT / "kernels").glob("*.py")}
-    assert (tmp_path / "site" / "diffdoctor" / "evaluate" / "report.html").is_file()
+    assert (tmp_path / "site" / "diffdoctor" / "viz" / "report.html").is_file()
     tracked = run("git", "ls-files", "diffdoctor/**.py", cwd=ROOT).stdout.split()
     assert len(tracked) > 50
     assert not [name for name in tracked if not (tmp_path / "site" / name).is_file()]
