@@ -6,7 +6,7 @@ Never run, only type-checked (test_user_script.py): an editor must know each nam
 from __future__ import annotations
 
 import pathlib
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -173,7 +173,7 @@ def cure(detector: Detector, pictures: np.ndarray, captions: list[str]) -> Treat
 class MyFamily(Family):
     pipeline_classes = ("MyPipeline",)
     denoiser_name = "transformer"
-    lora_targets = {"attention": ("to_q", "to_k", "to_v", "to_out.0")}
+    lora_targets: ClassVar = {"attention": ("to_q", "to_k", "to_v", "to_out.0")}
 
     def encode_prompts(self, prompts, *, guidance_scale, height, width, device):
         embeds, negative = self.pipeline.encode_prompt(list(prompts), device)
