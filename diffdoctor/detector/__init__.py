@@ -1,24 +1,45 @@
 """Stage 1: where is a picture broken, pixel by pixel?"""
 
+from typing import TYPE_CHECKING
+
 from diffdoctor.lazy import lazy_names
+
+if TYPE_CHECKING:  # what an editor sees; tests/packaging/test_lazy_names.py holds it equal to the table below
+    from diffdoctor.data.shard_writer import write_shards as write_shards
+    from diffdoctor.data.shards import read_shards as read_shards
+    from diffdoctor.data.stream import ShardStream as ShardStream
+    from diffdoctor.detector.config import DetectorTrainingConfig as DetectorTrainingConfig
+    from diffdoctor.detector.damage.benign import benign as benign
+    from diffdoctor.detector.damage.injection import Injected as Injected
+    from diffdoctor.detector.damage.injection import inject as inject
+    from diffdoctor.detector.damage.kinds import damage_kinds as damage_kinds
+    from diffdoctor.detector.damage.registry import damage_kind as damage_kind
+    from diffdoctor.detector.models.base import Detector as Detector
+    from diffdoctor.detector.models.conv import ConvDetector as ConvDetector
+    from diffdoctor.detector.models.load import load_detector as load_detector
+    from diffdoctor.detector.models.preprocess import PreprocessConfig as PreprocessConfig
+    from diffdoctor.detector.models.segformer import ArtifactDetector as ArtifactDetector
+    from diffdoctor.detector.train import TrainedDetector as TrainedDetector
+    from diffdoctor.detector.train import train_detector as train_detector
 
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "ArtifactDetector": "diffdoctor.detector.models.segformer",
-        "ConvDetector": "diffdoctor.detector.models.conv",
-        "Detector": "diffdoctor.detector.models.base",
-        "PreprocessConfig": "diffdoctor.detector.models.preprocess",
-        "load_detector": "diffdoctor.detector.models.load",
-        "DetectorTrainingConfig": "diffdoctor.detector.config",
-        "TrainedDetector": "diffdoctor.detector.train",
-        "train_detector": "diffdoctor.detector.train",
-        "Injected": "diffdoctor.detector.damage.injection",
         "benign": "diffdoctor.detector.damage.benign",
+        "ConvDetector": "diffdoctor.detector.models.conv",
         "damage_kind": "diffdoctor.detector.damage.registry",
         "damage_kinds": "diffdoctor.detector.damage.kinds",
+        "Detector": "diffdoctor.detector.models.base",
+        "DetectorTrainingConfig": "diffdoctor.detector.config",
         "inject": "diffdoctor.detector.damage.injection",
+        "Injected": "diffdoctor.detector.damage.injection",
+        "load_detector": "diffdoctor.detector.models.load",
+        "PreprocessConfig": "diffdoctor.detector.models.preprocess",
         "read_shards": "diffdoctor.data.shards",
+        "ShardStream": "diffdoctor.data.stream",
+        "train_detector": "diffdoctor.detector.train",
+        "TrainedDetector": "diffdoctor.detector.train",
         "write_shards": "diffdoctor.data.shard_writer",
     },
 )

@@ -3,14 +3,24 @@
 The public names work on pictures in memory; `diffdoctor evaluate model` measures the same from files.
 """
 
+from typing import TYPE_CHECKING
+
 from diffdoctor.lazy import lazy_names
+
+if TYPE_CHECKING:  # what an editor sees; tests/packaging/test_lazy_names.py holds it equal to the table below
+    from diffdoctor.detector.predict import diagnose_pictures as diagnose_pictures
+    from diffdoctor.evaluate.model.draw import draw_pictures as draw_pictures
+    from diffdoctor.evaluate.model.draw import sample_pictures as sample_pictures
+    from diffdoctor.evaluate.model.measure import Comparison as Comparison
+    from diffdoctor.evaluate.model.measure import compare_pictures as compare_pictures
+    from diffdoctor.evaluate.model.summary import artifact_rates as artifact_rates
 
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "Comparison": "diffdoctor.evaluate.model.measure",
         "artifact_rates": "diffdoctor.evaluate.model.summary",
         "compare_pictures": "diffdoctor.evaluate.model.measure",
+        "Comparison": "diffdoctor.evaluate.model.measure",
         "diagnose_pictures": "diffdoctor.detector.predict",
         "draw_pictures": "diffdoctor.evaluate.model.draw",
         "sample_pictures": "diffdoctor.evaluate.model.draw",

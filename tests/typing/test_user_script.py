@@ -1,0 +1,49 @@
+"""An editor sees every public name: pyright's basic mode finds nothing in a script that uses all of them."""
+
+import ast
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("user_script.py")
+PACKAGES = ("diffdoctor", "diffdoctor.detector", "diffdoctor.treat", "diffdoctor.evaluate.model", "diffdoctor.maps")
+
+
+def test_the_script_uses_every_public_name():
+    for module in ("diffusers", "peft", "accelerate", "transformers"):
+        pytest.importorskip(module)
+    tree = ast.parse(SCRIPT.read_text(encoding="utf-8"))
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    used |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for package in PACKAGES:
+        assert not set(importlib.import_module(package).__all__) - used, package
+
+
+def test_pyright_finds_nothing(tmp_path):
+    pytest.importorskip("diffusers")
+    checker = shutil.which("basedpyright", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if checker is None:
+        pytest.skip("basedpyright is not installed")
+    root = SCRIPT.parents[2]
+    config = {
+        "include": [str(SCRIPT)],
+        "extraPaths": [str(root)],
+        "typeCheckingMode": "basic",
+        "reportMissingModuleSource": False,
+        "pythonVersion": f"{sys.version_info.major}.{sys.version_info.minor}",
+    }
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))
+    command = [checker, "--project", str(tmp_path), "--pythonpath", sys.executable, "--outputjson"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    found = [
+        f"{item['range']['start']['line'] + 1}: {item['message']}"
+        for item in json.loads(done.stdout)["generalDiagnostics"]
+    ]
+    assert not found, "\n".join(found)
+    assert json.loads(done.stdout)["summary"]["filesAnalyzed"] == 1
