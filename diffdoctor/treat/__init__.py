@@ -6,9 +6,9 @@ from diffdoctor.lazy import lazy_names
 
 if TYPE_CHECKING:  # what an editor sees; tests/packaging/test_lazy_names.py holds it equal to the table below
     from diffdoctor.treat.config import TreatConfig as TreatConfig
+    from diffdoctor.treat.families import Conditioning as Conditioning
     from diffdoctor.treat.families import Family as Family
     from diffdoctor.treat.families import register_family as register_family
-    from diffdoctor.treat.families.base import Conditioning as Conditioning
     from diffdoctor.treat.guided_sampling import GuideLog as GuideLog
     from diffdoctor.treat.guided_sampling import guide as guide
     from diffdoctor.treat.lora import save_lora as save_lora
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # what an editor sees; tests/packaging/test_lazy_names.py hol
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "Conditioning": "diffdoctor.treat.families.base",
+        "Conditioning": "diffdoctor.treat.families",
         "Family": "diffdoctor.treat.families",
         "guide": "diffdoctor.treat.guided_sampling",
         "GuideLog": "diffdoctor.treat.guided_sampling",

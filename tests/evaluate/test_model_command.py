@@ -90,7 +90,7 @@ def test_an_interrupted_run_goes_on_to_the_same_figures(files, evaluated, tmp_pa
         assert main(options(files, output)) == code
         assert (output / "metrics.json").is_file() == (code == 0)
     assert sorted(saved) == sorted((side, number) for side in ("before", "after") for number in range(COUNT))
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     metrics, undisturbed = json.loads((output / "metrics.json").read_text()), evaluated[1]
     # The batches were cut elsewhere, which may move a pixel by a rounding.
     assert flat(metrics["fid"]) == pytest.approx(flat(undisturbed["fid"]), rel=1e-2)

@@ -68,7 +68,7 @@ def test_a_full_disk_is_one_line_and_the_pictures_stay(files, tmp_path, monkeypa
         ({"classifier": "nowhere"}, "--classifier nowhere"),
         ({"prompts": "{files}/plain.txt"}, "--classifier: expected a `label` with every prompt"),
         ({"clip": "{files}/judge"}, "--clip"),
-        ({"scheduler": "Nonsense"}, "--scheduler Nonsense"),
+        ({"scheduler": "Nonsense"}, "--scheduler: expected a diffusers scheduler such as DDIMScheduler, got Nonsense"),
         ({"max_sequence_length": 32}, "StableDiffusionPipeline does not take this option"),
         ({"height": 15}, "15"),
         ({"dtype": "int8"}, "dtype: expected one of fp32"),
