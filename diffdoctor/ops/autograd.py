@@ -142,7 +142,7 @@ class RecomputedLoss(torch.autograd.Function):
         refuse_functorch("weighted_loss", g)
         g = g.resolve_neg()
         problem = _with_tensors(ctx.problem, ctx.saved_tensors)
-        problem.work = WRITE_GRAD
+        problem.outputs = WRITE_GRAD
         problem.grad = torch.empty_like(problem.pred)
         problem.grad_output = PerSample(0.0, g.reshape(1) if g.ndim == 0 else g)
         ctx.module.weighted_loss(problem)
