@@ -65,6 +65,7 @@ def forbid_second_derivative(grad: Tensor, x: Tensor | None, op: str) -> Tensor:
 
 
 def second_derivative(op: str) -> RuntimeError:
+    """The error for a second derivative of an op."""
     return RuntimeError(
         f"diffdoctor.{op} has no second derivative (its gradient is computed in the forward pass); "
         f"diffdoctor.reference.{op} in plain PyTorch has one"
@@ -86,6 +87,7 @@ class _GuardReference(torch.autograd.Function):
 
 
 def guard_reference(x: Tensor, op: str) -> Tensor:
+    """What the reference is called on: x, which raises where a second derivative passes it."""
     return _GuardReference.apply(x, op) if x.requires_grad and torch.is_grad_enabled() else x
 
 
