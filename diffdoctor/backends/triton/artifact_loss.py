@@ -16,7 +16,7 @@ def artifact_loss(problem: ArtifactProblem) -> None:
     """Fill loss, and unit_grad and factor where they are wanted."""
     logits = problem.logits
     batch, h, w = logits.shape
-    acc = torch.float64 if logits.dtype is torch.float64 else torch.float32
+    acc = problem.loss.dtype
     gathers = problem.unit_grad is not None
     n_tiles = -(-h * w // artifact.BLOCK)
     with on_device(logits):
@@ -37,7 +37,7 @@ def artifact_arguments(problem: ArtifactProblem, gathers: bool) -> dict:
     """Shapes and windows of a visit of the up-sampled map, gathering the gradient or not."""
     _, h, w = problem.logits.shape
     out_h, out_w = problem.size
-    acc = torch.float64 if problem.logits.dtype is torch.float64 else torch.float32
+    acc = problem.loss.dtype
     window_y, window_x, slack = artifact.windows(h, w, out_h, out_w, gathers)
     stride_b, stride_y, stride_x = problem.logits.stride()
     return dict(
