@@ -119,6 +119,6 @@ def artifact_arguments(problem: ArtifactProblem) -> ArtifactArguments:
         ARTIFACT_METHODS[problem.method],
         REDUCTIONS[problem.reduction],
         problem.loss.data_ptr(),
-        _pointer(problem.kept),
-        _pointer(problem.factor) if problem.kept is not None else 0,
+        _pointer(problem.unit_grad),
+        _pointer(problem.factor) if problem.unit_grad is not None else 0,
     )

@@ -25,8 +25,8 @@ class ArtifactProblem:
         method: a key of ARTIFACT_METHODS.
         reduction: a key of plan.REDUCTIONS.
         loss: () for mean and sum, (B,) for sample; of the accumulation dtype, as the outputs below.
-        kept: (B, h, w) contiguous, the gradient of the picture's un-normalised sum; None: not wanted.
-        factor: (B,); the gradient of logits is g_b * factor[b] * kept[b].
+        unit_grad: (B, h, w) contiguous, the gradient of the picture's un-normalised sum; None: not wanted.
+        factor: (B,); the gradient of logits is g_b * factor[b] * unit_grad[b].
         keeps_workspace: as Problem's.
     """
 
@@ -36,7 +36,7 @@ class ArtifactProblem:
     method: str
     reduction: str
     loss: Tensor
-    kept: Tensor | None = None
+    unit_grad: Tensor | None = None
     factor: Tensor | None = None
     keeps_workspace: bool = True
 
@@ -65,6 +65,6 @@ def lower(
         method=method,
         reduction=reduction,
         loss=torch.empty((batch,) if reduction == "sample" else (), **new),
-        kept=torch.empty(x.shape, **new) if want_grad else None,
+        unit_grad=torch.empty(x.shape, **new) if want_grad else None,
         factor=torch.empty(batch, **new) if want_grad else None,
     )

@@ -120,12 +120,12 @@ class PerSample:
 class Problem:
     """One call: the plan, the inputs and the outputs to fill. Nothing in it needs another check.
 
-    `work` is a union of WRITE_LOSS (fill `loss`), WRITE_GRAD (fill `grad`) and WRITE_SUMS (fill `sums`). Outputs are
+    `outputs` is a union of WRITE_LOSS (fill `loss`), WRITE_GRAD (fill `grad`) and WRITE_SUMS (fill `sums`). Outputs are
     allocated and uninitialised; `batch` and `count` are positive.
     """
 
     plan: Plan
-    work: int
+    outputs: int
     pred: Tensor
     terms: tuple[Tensor, ...]
     confidence: Tensor | None

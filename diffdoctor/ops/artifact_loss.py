@@ -81,15 +81,15 @@ class _ArtifactLoss(torch.autograd.Function):
     def forward(ctx, logits, problem: ArtifactProblem, module):
         module.artifact_loss(problem)
         ctx.module, ctx.shape, ctx.dtype, ctx.x = module, logits.shape, logits.dtype, ref(logits)
-        ctx.save_for_backward(problem.kept, problem.factor)
+        ctx.save_for_backward(problem.unit_grad, problem.factor)
         return problem.loss
 
     @staticmethod
     def backward(ctx, g):
         refuse_functorch("artifact_loss", g)
-        kept, factor = ctx.saved_tensors
-        grad = torch.empty(ctx.shape, dtype=ctx.dtype, device=kept.device)
-        ctx.module.artifact_loss_backward(kept, factor, g.resolve_neg(), grad.view(kept.shape))
+        unit_grad, factor = ctx.saved_tensors
+        grad = torch.empty(ctx.shape, dtype=ctx.dtype, device=unit_grad.device)
+        ctx.module.artifact_loss_backward(unit_grad, factor, g.resolve_neg(), grad.view(unit_grad.shape))
         if torch.is_grad_enabled():
             grad = forbid_second_derivative(grad, ctx.x(), "artifact_loss")
         return grad, None, None

@@ -65,6 +65,7 @@ def forbid_second_derivative(grad: Tensor, x: Tensor | None, op: str) -> Tensor:
 
 
 def second_derivative(op: str) -> RuntimeError:
+    """The error for a second derivative of an op."""
     return RuntimeError(
         f"diffdoctor.{op} has no second derivative (its gradient is computed in the forward pass); "
         f"diffdoctor.reference.{op} in plain PyTorch has one"
@@ -86,6 +87,7 @@ class _GuardReference(torch.autograd.Function):
 
 
 def guard_reference(x: Tensor, op: str) -> Tensor:
+    """What the reference is called on: x, which raises where a second derivative passes it."""
     return _GuardReference.apply(x, op) if x.requires_grad and torch.is_grad_enabled() else x
 
 
@@ -142,7 +144,7 @@ class RecomputedLoss(torch.autograd.Function):
         refuse_functorch("weighted_loss", g)
         g = g.resolve_neg()
         problem = _with_tensors(ctx.problem, ctx.saved_tensors)
-        problem.work = WRITE_GRAD
+        problem.outputs = WRITE_GRAD
         problem.grad = torch.empty_like(problem.pred)
         problem.grad_output = PerSample(0.0, g.reshape(1) if g.ndim == 0 else g)
         ctx.module.weighted_loss(problem)

@@ -31,10 +31,12 @@ def value_error(name: str, what: str, got) -> ValueError:
 
 
 def names(dtypes) -> str:
+    """Dtypes as errors show them."""
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def check_dtype(name: str, value: Tensor, allowed) -> None:
+    """A tensor of one of the allowed dtypes."""
     if value.dtype not in allowed:
         raise TypeError(expected(name, f"a tensor of dtype {names(allowed)}", value.dtype))
 
@@ -56,16 +58,19 @@ def check_number(name: str, value, low: float = -math.inf, high: float = math.in
 
 
 def check_bool(name: str, value) -> None:
+    """A bool, and nothing that is only true or false."""
     if type(value) is not bool:
         raise kind_error(name, "a bool", value)
 
 
 def check_layout(value) -> None:
+    """None or a Packed."""
     if value is not None and not isinstance(value, Packed):
         raise kind_error("layout", "None or a diffdoctor.Packed", value)
 
 
 def check_choice(name: str, value, allowed) -> None:
+    """One of the allowed names; None where it is among them."""
     shown = ", ".join(repr(choice) for choice in allowed)
     if value is not None and not isinstance(value, str):
         raise kind_error(name, f"one of {shown}", value)
@@ -84,6 +89,7 @@ def check_input(name: str, value: Tensor, model_pred: Tensor) -> None:
 
 
 def check_dense(name: str, value: Tensor) -> None:
+    """A tensor that is not sparse."""
     if value.layout != torch.strided:
         raise TypeError(expected(name, "a dense (strided) tensor", value.layout))
 
@@ -98,6 +104,7 @@ def check_memory(name: str, value: Tensor) -> None:
 
 
 def check_pred(name: str, model_pred, layout) -> None:
+    """A prediction: a dense floating-point tensor of a shape that the layout allows."""
     if not isinstance(model_pred, Tensor):
         raise kind_error(name, "a tensor", model_pred)
     check_dtype(name, model_pred, FLOATS)
@@ -124,6 +131,7 @@ def grid_shape(model_pred: Tensor, layout) -> tuple[int, ...]:
 
 
 def check_target(target, model_pred: Tensor, layout) -> None:
+    """A tensor of model_pred's shape, under a layout also of its unpacked shape, or a Target of such terms."""
     if not isinstance(target, (Tensor, Target)):
         raise kind_error("target", "a tensor or a diffdoctor.Target", target)
     allowed = [tuple(model_pred.shape)]
@@ -153,6 +161,7 @@ def check_per_sample(name: str, value: Tensor, model_pred: Tensor) -> None:
 
 
 def check_map(name: str, value, model_pred: Tensor, layout) -> None:
+    """A confidence or mask of a shape that fits model_pred's."""
     if not isinstance(value, Tensor):
         raise kind_error(name, "a tensor or None", value)
     check_dtype(name, value, MAPS)
@@ -174,6 +183,7 @@ def check_map(name: str, value, model_pred: Tensor, layout) -> None:
 
 
 def check_weighting(value, model_pred: Tensor, layout) -> None:
+    """Per sample, or broadcast to model_pred's unpacked shape."""
     if not isinstance(value, Tensor):
         raise kind_error("weighting", "a tensor or None", value)
     check_dtype("weighting", value, FLOATS)

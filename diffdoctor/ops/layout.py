@@ -17,7 +17,7 @@ ORDERS = ("c ph pw", "ph pw c")
 class Packed:
     """Says that a (B, N, D) tensor holds patches of a (B, C, height, width) latent.
 
-    Args:
+    Attributes:
         height: of the latent, in latent pixels before packing.
         width: likewise.
         patch_size: side p of a patch; height and width are multiples of it.

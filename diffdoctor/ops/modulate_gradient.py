@@ -76,10 +76,17 @@ class GradientModulator:
     `set`, then call backward. One map serves every tensor it was called on; `set` may be called again before another
     backward. A function under torch.compile may call one that was made outside it.
 
-    Args: as `modulate_gradient`, by name.
+    Args:
+        artifact_grad: as `modulate_gradient` has it, and so are the others.
+        clean_grad: factor where confidence is 0.
+        threshold: confidence below it counts as 0; in [0, 1].
+        gamma: exponent of the confidence; positive.
+        interpolation: area | bilinear | nearest | nearest-exact.
+        layout: `Packed` where the tensors hold packed tokens.
 
     Raises:
-        TypeError, ValueError: as `modulate_gradient`.
+        TypeError: an option of the wrong kind.
+        ValueError: a name or a number that cannot be.
         RuntimeError: in backward, where no map was set.
 
     Example:

@@ -15,7 +15,7 @@ from diffdoctor.lowering.plan import WRITE_GRAD
 from diffdoctor.ops.arguments import Inputs, LossOptions
 from diffdoctor.ops.call import lower, run
 
-#: The options of modulate_gradient, by name.
+#: The options of modulate_gradient, in the order of its operators.
 NAMES = ("artifact_grad", "clean_grad", "threshold", "gamma", "interpolation", "layout")
 
 

@@ -34,6 +34,7 @@ class CachedPlan:
 
 
 def make_grid(model_pred: Tensor, layout) -> Grid:
+    """The logical grid of a prediction."""
     shape = model_pred.shape
     if layout is not None:
         p = layout.patch_size

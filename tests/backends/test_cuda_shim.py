@@ -52,8 +52,8 @@ def public(cuda, monkeypatch):
     plans.clear()
 
 
-def solve(cuda, inputs, work=WRITE_LOSS | WRITE_GRAD | WRITE_SUMS):
-    problem = cases.lower(inputs, work, weight_mean=cuda.weight_mean)
+def solve(cuda, inputs, outputs=WRITE_LOSS | WRITE_GRAD | WRITE_SUMS):
+    problem = cases.lower(inputs, outputs, weight_mean=cuda.weight_mean)
     cuda.weighted_loss(problem)
     return problem
 
@@ -88,10 +88,10 @@ def test_dense_but_unaligned_tensors_are_not_read_sixteen_bytes_at_a_time(cuda, 
     cases.check(problem, want)
 
 
-@pytest.mark.parametrize("work", [WRITE_LOSS, WRITE_LOSS | WRITE_GRAD, WRITE_LOSS | WRITE_SUMS, WRITE_GRAD])
-def test_each_output_alone(cuda, work):
+@pytest.mark.parametrize("outputs", [WRITE_LOSS, WRITE_LOSS | WRITE_GRAD, WRITE_LOSS | WRITE_SUMS, WRITE_GRAD])
+def test_each_output_alone(cuda, outputs):
     inputs = cases.build(cases.Case("", shape=(2, 3, 16, 24), dtype=F16, confidence=((2, 8, 8), F32)))
-    cases.check(solve(cuda, inputs, work), cases.expected(inputs))
+    cases.check(solve(cuda, inputs, outputs), cases.expected(inputs))
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None,
@@ -124,7 +124,7 @@ def test_artifact_loss_equals_the_reference(cuda, case):
     rtol = 1e-12 if case.dtype == F64 else 3e-6
     torch.testing.assert_close(problem.loss, want_loss, rtol=rtol, atol=rtol)
     grad = torch.full(logits.shape, float("nan"), dtype=case.dtype)
-    cuda_artifact.artifact_loss_backward(problem.kept, problem.factor, g, grad)
+    cuda_artifact.artifact_loss_backward(problem.unit_grad, problem.factor, g, grad)
     scale = want_grad.abs().max().item()
     torch.testing.assert_close(grad, want_grad, rtol=0, atol=cases.GRAD_TOLERANCE[case.dtype] * scale + 1e-30)
 
@@ -137,7 +137,7 @@ def test_artifact_loss_shares_ties_and_passes_nan_on(cuda):
     cuda_artifact.artifact_loss(problem)
     assert problem.loss[0] == 0.5
     assert problem.loss[1].isnan()
-    torch.testing.assert_close((problem.kept[0] * problem.factor[0]).sum(), torch.tensor(0.25))
+    torch.testing.assert_close((problem.unit_grad[0] * problem.factor[0]).sum(), torch.tensor(0.25))
 
 
 @pytest.mark.parametrize("case", artifact.nan_cases(), ids=lambda case: case.id)
@@ -146,7 +146,7 @@ def test_a_nan_logit_gives_the_gradient_that_the_reference_gives(cuda, case):
     problem = artifact.lower(case, logits)
     cuda_artifact.artifact_loss(problem)
     grad = torch.empty_like(logits)
-    cuda_artifact.artifact_loss_backward(problem.kept, problem.factor, torch.ones(2), grad)
+    cuda_artifact.artifact_loss_backward(problem.unit_grad, problem.factor, torch.ones(2), grad)
     artifact.check(case, problem.loss, grad, artifact.expected(case, logits, torch.ones(2)))
 
 

@@ -98,7 +98,7 @@ def test_artifact_loss_equals_the_reference(artifact_glue, case):
     rtol = 1e-12 if case.dtype == F64 else 3e-6
     torch.testing.assert_close(problem.loss.cpu(), want_loss, rtol=rtol, atol=rtol)
     grad = torch.full(logits.shape, float("nan"), dtype=case.dtype, device="cuda")
-    artifact_glue.artifact_loss_backward(problem.kept, problem.factor, g.cuda(), grad)
+    artifact_glue.artifact_loss_backward(problem.unit_grad, problem.factor, g.cuda(), grad)
     atol = cases.GRAD_TOLERANCE[case.dtype] * want_grad.abs().max().item() + 1e-30
     torch.testing.assert_close(grad.cpu(), want_grad, rtol=0, atol=atol)
 
@@ -109,7 +109,7 @@ def test_a_nan_logit_gives_the_gradient_that_the_reference_gives(artifact_glue, 
     problem = artifact.lower(case, logits.cuda())
     artifact_glue.artifact_loss(problem)
     grad = torch.empty_like(logits, device="cuda")
-    artifact_glue.artifact_loss_backward(problem.kept, problem.factor, torch.ones(2).cuda(), grad)
+    artifact_glue.artifact_loss_backward(problem.unit_grad, problem.factor, torch.ones(2).cuda(), grad)
     artifact.check(case, problem.loss, grad, artifact.expected(case, logits, torch.ones(2)))
 
 
@@ -173,7 +173,7 @@ def test_ties_share_the_gradient_of_the_maximum(artifact_glue):
     problem = artifact.lower(case, torch.zeros(case.shape, device="cuda"))
     artifact_glue.artifact_loss(problem)
     assert problem.loss.item() == 0.5
-    torch.testing.assert_close((problem.kept * problem.factor).sum().cpu(), torch.tensor(0.25))
+    torch.testing.assert_close((problem.unit_grad * problem.factor).sum().cpu(), torch.tensor(0.25))
 
 
 def test_fp16_under_a_loss_scale(gpu_backend):

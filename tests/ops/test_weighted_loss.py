@@ -35,13 +35,13 @@ def loss_and_grad(inputs, backend):
 
 
 @needs_cpu
-@pytest.mark.parametrize("work", [7, 3, 1, 2], ids=["all", "loss+grad", "loss", "grad"])
+@pytest.mark.parametrize("outputs", [7, 3, 1, 2], ids=["all", "loss+grad", "loss", "grad"])
 @pytest.mark.parametrize("case", ALL, ids=[case.id for case in ALL])
-def test_cpu_fills_every_output_as_the_reference(case, work):
+def test_cpu_fills_every_output_as_the_reference(case, outputs):
     from diffdoctor.backends.cpu import weighted_loss as _cpu
 
     inputs = cases.build(case)
-    problem = cases.lower(inputs, work=work, weight_mean=_cpu.weight_mean)
+    problem = cases.lower(inputs, outputs=outputs, weight_mean=_cpu.weight_mean)
     _cpu.weighted_loss(problem)
     cases.check(problem, cases.expected(inputs))
 

@@ -131,7 +131,9 @@ def others(few):
         logits = artifact_cases.build(case)
         problem = artifact_cases.lower(case, logits)
         triton_artifact.artifact_loss(problem)
-        triton_artifact.artifact_loss_backward(problem.kept, problem.factor, torch.ones(()), torch.empty_like(logits))
+        triton_artifact.artifact_loss_backward(
+            problem.unit_grad, problem.factor, torch.ones(()), torch.empty_like(logits)
+        )
 
     def scale(dtype):
         grad = torch.zeros(1 << 16, dtype=dtype)

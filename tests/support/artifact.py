@@ -47,7 +47,7 @@ def expected(case: Case, logits: torch.Tensor, g: torch.Tensor) -> tuple[torch.T
 def lower(case: Case, logits: torch.Tensor) -> ArtifactProblem:
     """The ArtifactProblem a backend's glue receives, its outputs full of NaN."""
     problem = lower_call(logits, case.size, case.threshold, case.method, case.reduction, want_grad=True)
-    for output in (problem.loss, problem.kept, problem.factor):
+    for output in (problem.loss, problem.unit_grad, problem.factor):
         output.fill_(float("nan"))
     return problem
 

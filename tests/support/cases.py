@@ -144,14 +144,14 @@ def expected(inputs: dict, upcast: bool = False) -> dict:
     return {"loss": loss.detach(), "grad": pred.grad, "sums": sums}
 
 
-def lower(inputs: dict, work: int = WRITE_LOSS | WRITE_GRAD | WRITE_SUMS, weight_mean=None, device=None) -> Problem:
+def lower(inputs: dict, outputs: int = WRITE_LOSS | WRITE_GRAD | WRITE_SUMS, weight_mean=None, device=None) -> Problem:
     """The Problem of `inputs`, outputs allocated and full of NaN; g is `cotangent`.
 
     `weight_mean(problem, out)` is the backend's own, needed where the case normalises.
     """
     call, options = call_of(**{key: _move(value, device) for key, value in inputs.items()})
     check_inputs(call, options)
-    problem = lower_call(call, options, work, prepare(call, options))
+    problem = lower_call(call, options, outputs, prepare(call, options))
     problem.grad_output = PerSample(0.0, cotangent(inputs).to(call.model_pred.device).reshape(-1))
     for output in (problem.loss, problem.grad, problem.sums):
         if output is not None:

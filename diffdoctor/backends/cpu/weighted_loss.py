@@ -20,9 +20,9 @@ if _native is not None:
 
 
 def weighted_loss(problem: Problem) -> None:
-    """Fill the outputs that `problem.work` names."""
+    """Fill the outputs that `problem.outputs` names."""
     pointers, per_sample = call_arguments(problem)
-    launch(native_plan(problem.plan, _native), problem.work, pointers, per_sample, _threads())
+    launch(native_plan(problem.plan, _native), problem.outputs, pointers, per_sample, _threads())
 
 
 def bind(problem: Problem) -> FastCall | None:

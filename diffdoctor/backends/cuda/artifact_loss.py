@@ -11,7 +11,7 @@ from diffdoctor.lowering.plan import DTYPES
 
 
 def artifact_loss(problem: ArtifactProblem) -> None:
-    """Fill loss, and kept and factor where they are wanted."""
+    """Fill loss, and unit_grad and factor where they are wanted."""
     where = problem.logits.device
     description = artifact_arguments(problem)
     with device.guard(where):
@@ -21,18 +21,18 @@ def artifact_loss(problem: ArtifactProblem) -> None:
         device.native.artifact_loss_cuda(description, device.address(workspace), stream)
 
 
-def artifact_loss_backward(kept: Tensor, factor: Tensor, grad_output: Tensor, out: Tensor) -> None:
-    """out = kept · factor_b · g_b, in the logits' dtype."""
+def artifact_loss_backward(unit_grad: Tensor, factor: Tensor, grad_output: Tensor, out: Tensor) -> None:
+    """out = unit_grad · factor_b · g_b, in the logits' dtype."""
     stride = grad_output.stride(0) if grad_output.ndim else 0
-    with device.guard(kept.device):
+    with device.guard(unit_grad.device):
         device.native.artifact_loss_backward_cuda(
-            kept.data_ptr(),
+            unit_grad.data_ptr(),
             factor.data_ptr(),
             grad_output.data_ptr(),
             stride,
             out.data_ptr(),
             DTYPES[out.dtype],
-            kept.shape[0],
-            kept[0].numel(),
-            device.raw_stream(kept.device),
+            unit_grad.shape[0],
+            unit_grad[0].numel(),
+            device.raw_stream(unit_grad.device),
         )

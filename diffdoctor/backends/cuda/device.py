@@ -17,7 +17,7 @@ _workspaces: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def guard(device: torch.device):
-    """Makes `device` current for the launch. (Tensors of the host are met in tests of the kernels alone.)"""
+    """A context in which `device` is current; tensors of the host are met in tests of the kernels alone."""
     if device.type != "cuda" or torch.cuda.current_device() == device.index:
         return _nothing
     return torch.cuda.device(device)

@@ -10,17 +10,17 @@ from diffdoctor.lowering.plan import DTYPES, Problem
 
 
 def weighted_loss(problem: Problem) -> None:
-    """Fill the outputs that `problem.work` names."""
-    plan, work, where = problem.plan, problem.work, problem.pred.device
+    """Fill the outputs that `problem.outputs` names."""
+    plan, outputs, where = problem.plan, problem.outputs, problem.pred.device
     native_form = native_plan(plan, device.native)
-    size = plan.cache.get(("cuda", work))
+    size = plan.cache.get(("cuda", outputs))
     if size is None:
-        size = plan.cache["cuda", work] = device.native.weighted_loss_cuda_workspace(native_form, work)
+        size = plan.cache["cuda", outputs] = device.native.weighted_loss_cuda_workspace(native_form, outputs)
     pointers, per_sample = call_arguments(problem)
     with device.guard(where):
         stream = device.raw_stream(where)
         workspace = device.workspace_for(where, stream, size, problem.keeps_workspace)
-        device.native.weighted_loss_cuda(native_form, work, pointers, per_sample, device.address(workspace), stream)
+        device.native.weighted_loss_cuda(native_form, outputs, pointers, per_sample, device.address(workspace), stream)
 
 
 def bind(problem: Problem) -> None:

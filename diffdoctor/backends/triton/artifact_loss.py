@@ -13,23 +13,23 @@ from diffdoctor.lowering.plan import REDUCTIONS
 
 
 def artifact_loss(problem: ArtifactProblem) -> None:
-    """Fill loss, and kept and factor where they are wanted."""
+    """Fill loss, and unit_grad and factor where they are wanted."""
     logits = problem.logits
     batch, h, w = logits.shape
-    acc = torch.float64 if logits.dtype is torch.float64 else torch.float32
-    gathers = problem.kept is not None
+    acc = problem.loss.dtype
+    gathers = problem.unit_grad is not None
     n_tiles = -(-h * w // artifact.BLOCK)
     with on_device(logits):
         partial = torch.empty(batch * (2 * n_tiles + 1), dtype=acc, device=logits.device)
         artifact.artifact_loss_kernel[(batch * n_tiles,)](
-            logits, problem.kept, problem.factor, problem.loss, partial,
+            logits, problem.unit_grad, problem.factor, problem.loss, partial,
             counters(logits.device, batch + 1, problem.keeps_workspace),
             batch, n_tiles, **artifact_arguments(problem, gathers and problem.method != "max"),
             METHOD=ARTIFACT_METHODS[problem.method], REDUCTION=REDUCTIONS[problem.reduction],
         )  # fmt: skip
         if gathers and problem.method == "max":
             artifact.artifact_peak_kernel[(batch * n_tiles,)](
-                logits, problem.kept, partial[2 * batch * n_tiles :], n_tiles, **artifact_arguments(problem, True)
+                logits, problem.unit_grad, partial[2 * batch * n_tiles :], n_tiles, **artifact_arguments(problem, True)
             )
 
 
@@ -37,7 +37,7 @@ def artifact_arguments(problem: ArtifactProblem, gathers: bool) -> dict:
     """Shapes and windows of a visit of the up-sampled map, gathering the gradient or not."""
     _, h, w = problem.logits.shape
     out_h, out_w = problem.size
-    acc = torch.float64 if problem.logits.dtype is torch.float64 else torch.float32
+    acc = problem.loss.dtype
     window_y, window_x, slack = artifact.windows(h, w, out_h, out_w, gathers)
     stride_b, stride_y, stride_x = problem.logits.stride()
     return dict(
@@ -55,12 +55,12 @@ def _ratio(size: int, out_size: int, acc: torch.dtype) -> float:
     return (torch.tensor(float(size), dtype=torch.float32, device="cpu") / float(out_size)).item()
 
 
-def artifact_loss_backward(kept: Tensor, factor: Tensor, grad_output: Tensor, out: Tensor) -> None:
-    """out = kept · factor_b · g_b, in the logits' dtype."""
-    batch, h, w = kept.shape
+def artifact_loss_backward(unit_grad: Tensor, factor: Tensor, grad_output: Tensor, out: Tensor) -> None:
+    """out = unit_grad · factor_b · g_b, in the logits' dtype."""
+    batch, h, w = unit_grad.shape
     n_tiles = -(-h * w // SCALE_BLOCK)
-    with on_device(kept):
+    with on_device(unit_grad):
         artifact.artifact_scale_kernel[(batch * n_tiles,)](
-            kept, factor, grad_output, out, h * w, n_tiles, grad_output.stride(0) if grad_output.ndim else 0,
+            unit_grad, factor, grad_output, out, h * w, n_tiles, grad_output.stride(0) if grad_output.ndim else 0,
             BLOCK=SCALE_BLOCK, ROUND_BF16=INTERPRETS, **LAUNCH,
         )  # fmt: skip

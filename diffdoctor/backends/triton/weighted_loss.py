@@ -44,12 +44,12 @@ def pack_per_sample(entries: tuple[PerSample | None, ...], placeholder: Tensor) 
 
 
 def weighted_loss(problem: Problem) -> None:
-    """Fill the outputs that `problem.work` names."""
+    """Fill the outputs that `problem.outputs` names."""
     plan = problem.plan
     shared = _prepared(plan, loss_arguments)
     device = problem.pred.device
-    columns = 8 if problem.work & WRITE_SUMS else 1
-    reduces = problem.work & (WRITE_LOSS | WRITE_SUMS)
+    columns = 8 if problem.outputs & WRITE_SUMS else 1
+    reduces = problem.outputs & (WRITE_LOSS | WRITE_SUMS)
     with on_device(problem.pred):
         partial_size = plan.batch * (shared["programs"] * columns + 1) if reduces else 1
         partial = torch.empty(partial_size, dtype=plan.acc_dtype, device=device)
@@ -61,11 +61,11 @@ def weighted_loss(problem: Problem) -> None:
         zeros = counters(device, plan.batch + 1, problem.keeps_workspace) if reduces else None
         weighted.weighted_loss_kernel[(plan.batch * shared["programs"],)](
             problem.pred, problem.grad, *terms, problem.weighting, problem.confidence, problem.mask,
-            problem.loss if problem.work & WRITE_LOSS else None, problem.sums, partial, zeros, pointers,
+            problem.loss if problem.outputs & WRITE_LOSS else None, problem.sums, partial, zeros, pointers,
             tensor_bits=tensor_bits, batched_bits=batched_bits, pred_scale=values[0], coef0=values[1], coef1=values[2],
             huber_c=values[3], weight=values[4], z=values[5], grad_output=values[6],
-            LOSS=bool(problem.work & WRITE_LOSS), GRAD=bool(problem.work & WRITE_GRAD),
-            SUMS=bool(problem.work & WRITE_SUMS), ROUND_BF16=INTERPRETS, **shared,
+            LOSS=bool(problem.outputs & WRITE_LOSS), GRAD=bool(problem.outputs & WRITE_GRAD),
+            SUMS=bool(problem.outputs & WRITE_SUMS), ROUND_BF16=INTERPRETS, **shared,
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import torch
 
 from diffdoctor import reference
 from diffdoctor.backends.select import pick, requested
-from diffdoctor.lowering.artifact_loss import lower
+from diffdoctor.lowering.artifact_loss import ArtifactProblem, lower
 from diffdoctor.ops.library.schemas import library
 from diffdoctor.reference.grid import accumulation_dtype
 
@@ -14,7 +14,7 @@ library.define(
     "artifact_loss(Tensor logits, int height, int width, float threshold, str method, str reduction, str backend, "
     "bool want_grad) -> (Tensor, Tensor, Tensor)"
 )
-library.define("artifact_loss_grad(Tensor kept, Tensor factor, Tensor g, Tensor logits, str backend) -> Tensor")
+library.define("artifact_loss_grad(Tensor unit_grad, Tensor factor, Tensor g, Tensor logits, str backend) -> Tensor")
 
 
 def artifact_loss(logits, height, width, threshold, method, reduction, backend):
@@ -28,51 +28,54 @@ def artifact_loss(logits, height, width, threshold, method, reduction, backend):
 
 @torch.library.impl(library, "artifact_loss", "CompositeExplicitAutograd")
 def _artifact_impl(logits, height, width, threshold, method, reduction, backend, want_grad):
-    acc, batch = accumulation_dtype(logits.dtype), logits.shape[0]
     logits = logits.detach()
     module = pick(backend or None, "artifact_loss", logits.device.type)
-    shape = (batch, *logits.shape[-2:]) if want_grad else (0,)
-    kept = torch.empty(shape, dtype=acc, device=logits.device)
-    factor = torch.ones(batch if want_grad else 0, dtype=acc, device=logits.device)
-    if batch == 0:
-        return torch.zeros((0,) if reduction == "sample" else (), dtype=acc, device=logits.device), kept, factor
-    if module is None:
-        x = logits.requires_grad_(want_grad)
-        with torch.enable_grad():
-            loss = reference.artifact_loss(
-                x, size=(height, width), threshold=threshold, method=method, reduction=reduction
-            )
-        if want_grad:
-            (grad,) = torch.autograd.grad(loss.sum(), x)
-            kept.copy_(grad.reshape(shape))
-        return loss.detach(), kept, factor
     problem = lower(logits, (height, width), threshold, method, reduction, want_grad)
     problem.keeps_workspace = False
-    module.artifact_loss(problem)
-    return problem.loss, problem.kept if want_grad else kept, problem.factor if want_grad else factor
+    if logits.shape[0] == 0:
+        problem.loss.zero_()
+    elif module is None:
+        _run_reference(problem, want_grad)
+    else:
+        module.artifact_loss(problem)
+    if want_grad:
+        return problem.loss, problem.unit_grad, problem.factor
+    return problem.loss, problem.loss.new_empty(0), problem.loss.new_empty(0)
+
+
+def _run_reference(problem: ArtifactProblem, want_grad: bool) -> None:
+    x = problem.logits.detach().requires_grad_(want_grad)
+    with torch.enable_grad():
+        loss = reference.artifact_loss(
+            x, size=problem.size, threshold=problem.threshold, method=problem.method, reduction=problem.reduction
+        )
+    problem.loss.copy_(loss.detach())
+    if want_grad:
+        problem.unit_grad.copy_(torch.autograd.grad(loss.sum(), x)[0])
+        problem.factor.fill_(1.0)
 
 
 @torch.library.register_fake("diffdoctor::artifact_loss", lib=library)
 def _artifact_fake(logits, height, width, threshold, method, reduction, backend, want_grad):
     acc, batch = accumulation_dtype(logits.dtype), logits.shape[0]
     loss = logits.new_empty((batch,) if reduction == "sample" else (), dtype=acc)
-    kept = logits.new_empty((batch, *logits.shape[-2:]) if want_grad else (0,), dtype=acc)
-    return loss, kept, logits.new_empty((batch if want_grad else 0,), dtype=acc)
+    unit_grad = logits.new_empty((batch, *logits.shape[-2:]) if want_grad else (0,), dtype=acc)
+    return loss, unit_grad, logits.new_empty((batch if want_grad else 0,), dtype=acc)
 
 
 @torch.library.impl(library, "artifact_loss_grad", "CompositeExplicitAutograd")
-def _artifact_grad_impl(kept, factor, g, logits, backend):
+def _artifact_grad_impl(unit_grad, factor, g, logits, backend):
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     module = pick(backend or None, "artifact_loss", logits.device.type)
-    if module is None or kept.numel() == 0:
+    if module is None or unit_grad.numel() == 0:
         scale = (factor * g).reshape(-1, 1, 1)
-        return grad.copy_((kept * scale).reshape(grad.shape))
-    module.artifact_loss_backward(kept, factor, g, grad.view(kept.shape))
+        return grad.copy_((unit_grad * scale).reshape(grad.shape))
+    module.artifact_loss_backward(unit_grad, factor, g, grad.view(unit_grad.shape))
     return grad
 
 
 @torch.library.register_fake("diffdoctor::artifact_loss_grad", lib=library)
-def _artifact_grad_fake(kept, factor, g, logits, backend):
+def _artifact_grad_fake(unit_grad, factor, g, logits, backend):
     return logits.new_empty(logits.shape)
 
 
@@ -85,8 +88,8 @@ def _artifact_setup(ctx, inputs, output):
 def _artifact_backward(ctx, g, *_):
     if g is None:
         return (None,) * 8
-    kept, factor, logits = ctx.saved_tensors
-    return torch.ops.diffdoctor.artifact_loss_grad(kept, factor, g, logits, ctx.backend), *(None,) * 7
+    unit_grad, factor, logits = ctx.saved_tensors
+    return torch.ops.diffdoctor.artifact_loss_grad(unit_grad, factor, g, logits, ctx.backend), *(None,) * 7
 
 
 torch.library.register_autograd(

@@ -8,7 +8,7 @@ import torch
 
 from diffdoctor.ops.arguments import LossOptions, pack_layout, unpack_layout
 from diffdoctor.ops.library.schemas import library
-from diffdoctor.ops.modulation import modulated, modulation_options
+from diffdoctor.ops.modulation import NAMES, modulated, modulation_options
 
 _ARGUMENTS = "Tensor confidence, float[] map_options, str interpolation, int[] layout"
 library.define(f"modulate_gradient(Tensor x, {_ARGUMENTS}) -> Tensor")
@@ -25,9 +25,8 @@ modulators: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
 def modulate_gradient(x, confidence, options: LossOptions):
     """The public function on traced tensors, checked."""
-    map_options = [options.artifact_grad, options.clean_grad, options.threshold, options.gamma]
-    layout = pack_layout(options.layout)
-    return torch.ops.diffdoctor.modulate_gradient(x, confidence, map_options, options.interpolation, layout)
+    *map_options, interpolation, layout = (getattr(options, name) for name in NAMES)
+    return torch.ops.diffdoctor.modulate_gradient(x, confidence, map_options, interpolation, pack_layout(layout))
 
 
 @torch.library.impl(library, "modulate_gradient", "CompositeExplicitAutograd")
@@ -42,11 +41,8 @@ def _modulate_fake(x, confidence, map_options, interpolation, layout):
 
 @torch.library.impl(library, "modulate_gradient_grad", "CompositeExplicitAutograd")
 def _modulate_grad_impl(grad, confidence, map_options, interpolation, layout):
-    artifact_grad, clean_grad, threshold, gamma = map_options
-    options = modulation_options(
-        artifact_grad=artifact_grad, clean_grad=clean_grad, threshold=threshold, gamma=gamma,
-        interpolation=interpolation, layout=unpack_layout(layout),
-    )  # fmt: skip
+    values = (*map_options, interpolation, unpack_layout(layout))
+    options = modulation_options(**dict(zip(NAMES, values, strict=True)))
     out = modulated(grad.detach(), confidence, options)
     return out.clone() if out.data_ptr() == grad.data_ptr() else torch.empty_like(grad).copy_(out)
 

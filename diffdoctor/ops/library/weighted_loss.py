@@ -146,7 +146,7 @@ def _weighted_loss_setup(ctx, inputs, output):
     model_pred, *others, want_grad, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.none = _no_gradients(inputs)[1:]
-    ctx.kept = want_grad
+    ctx.saves_grad = want_grad
     if want_grad:
         ctx.save_for_backward(output[1])
         return
@@ -158,10 +158,10 @@ def _weighted_loss_setup(ctx, inputs, output):
 def _weighted_loss_backward(ctx, g, *_):
     if g is None:
         return None, *ctx.none
-    if ctx.kept:
-        (kept,) = ctx.saved_tensors
-        factor = g if g.ndim == 0 else g.reshape(-1, *(1,) * (kept.ndim - 1))
-        grad = (kept.to(g.dtype) * factor).to(kept.dtype)
+    if ctx.saves_grad:
+        (unit_grad,) = ctx.saved_tensors
+        factor = g if g.ndim == 0 else g.reshape(-1, *(1,) * (unit_grad.ndim - 1))
+        grad = (unit_grad.to(g.dtype) * factor).to(unit_grad.dtype)
     else:
         model_pred, *saved = ctx.saved_tensors
         terms = saved[: ctx.counts[0]]
@@ -170,7 +170,7 @@ def _weighted_loss_backward(ctx, g, *_):
             g, model_pred, terms, confidence, mask, weighting, per_sample, *ctx.plain
         )
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        x = torch.empty(0, requires_grad=True) if ctx.kept else model_pred
+        x = torch.empty(0, requires_grad=True) if ctx.saves_grad else model_pred
         grad = forbid_second_derivative(grad, x, "weighted_loss")
     return grad, *ctx.none
 

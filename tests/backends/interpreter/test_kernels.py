@@ -87,7 +87,7 @@ def test_artifact_loss_equals_the_reference(case):
     rtol = 1e-12 if case.dtype == torch.float64 else 3e-6
     torch.testing.assert_close(problem.loss, want_loss, rtol=rtol, atol=rtol)
     grad = torch.full(logits.shape, float("nan"), dtype=case.dtype)
-    triton_artifact.artifact_loss_backward(problem.kept, problem.factor, g, grad)
+    triton_artifact.artifact_loss_backward(problem.unit_grad, problem.factor, g, grad)
     scale = want_grad.abs().max().item()
     torch.testing.assert_close(grad, want_grad, rtol=0, atol=cases.GRAD_TOLERANCE[case.dtype] * scale + 1e-30)
 
@@ -97,7 +97,7 @@ def test_artifact_loss_without_a_gradient_visits_each_pixel_once(method):
     case = artifact.Case(method, shape=(2, 5, 6), size=(17, 24), method=method, reduction="sample")
     logits = artifact.build(case)
     problem = artifact.lower(case, logits)
-    problem.kept = problem.factor = None
+    problem.unit_grad = problem.factor = None
     triton_artifact.artifact_loss(problem)
     want, _ = artifact.expected(case, logits, torch.ones(2))
     torch.testing.assert_close(problem.loss, want, rtol=3e-6, atol=0)
@@ -109,7 +109,7 @@ def test_a_nan_logit_gives_the_gradient_that_the_reference_gives(case):
     problem = artifact.lower(case, logits)
     triton_artifact.artifact_loss(problem)
     grad = torch.empty_like(logits)
-    triton_artifact.artifact_loss_backward(problem.kept, problem.factor, torch.ones(2), grad)
+    triton_artifact.artifact_loss_backward(problem.unit_grad, problem.factor, torch.ones(2), grad)
     artifact.check(case, problem.loss, grad, artifact.expected(case, logits, torch.ones(2)))
 
 
