@@ -17,11 +17,18 @@ if (_checkout / "CMakeLists.txt").is_file() and (_checkout / "kernels").is_dir()
 del _checkout
 
 from diffdoctor import ops as _ops  # noqa: E402
+from diffdoctor import reference as reference  # noqa: E402
 from diffdoctor.backends.select import available_backends  # noqa: E402
 from diffdoctor.version import __version__  # noqa: E402
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what an editor sees
+    from diffdoctor import demo as demo
+    from diffdoctor import detector as detector
+    from diffdoctor import evaluate as evaluate
+    from diffdoctor import maps as maps
+    from diffdoctor import treat as treat
     from diffdoctor.ops import *  # noqa: F403
+    from diffdoctor.treat.guided_sampling import guide as guide
 
 _LAZY = {"guide": "diffdoctor.treat.guided_sampling"}
 _STAGES = ("demo", "detector", "evaluate", "maps", "treat")
@@ -31,7 +38,7 @@ globals().update(_public)
 __all__ = [*_public, "__version__", "available_backends", *_LAZY]  # noqa: PLE0604
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> object:
     if name in _STAGES:
         return importlib.import_module(f"diffdoctor.{name}")
     if name in _LAZY:
@@ -39,5 +46,5 @@ def __getattr__(name):
     raise AttributeError(f"module 'diffdoctor' has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *_STAGES, *_LAZY})

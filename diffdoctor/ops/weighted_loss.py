@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -20,11 +22,15 @@ from diffdoctor.ops.autograd import (
     refuse_functorch,
 )
 from diffdoctor.ops.call import lower, plans, run
+from diffdoctor.ops.layout import Packed
 from diffdoctor.ops.library import weighted_loss as registered
 from diffdoctor.ops.prepare import CachedPlan, prepare
 from diffdoctor.ops.stats import LossStats
 from diffdoctor.ops.target import Target
 from diffdoctor.reference.grid import accumulation_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["weighted_loss"]
 
@@ -35,6 +41,45 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _BOOL = frozenset({bool})
 
 
+class _Keywords(TypedDict, total=False):
+    """The arguments by name, for the overloads alone; tests/typing holds them equal to the function's."""
+
+    mask: Tensor | None
+    weighting: Tensor | None
+    artifact_weight: float
+    clean_weight: float
+    artifact_grad: float
+    clean_grad: float
+    threshold: float
+    gamma: float
+    interpolation: str
+    loss_type: str | dict[str, float]
+    huber_c: float | Tensor
+    normalize: str | None
+    normalizer: Tensor | float | None
+    reduction: str
+    layout: Packed | None
+    backend: str | None
+
+
+@overload
+def weighted_loss(
+    model_pred: Tensor,
+    target: Tensor | Target,
+    confidence: Tensor | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **keywords: Unpack[_Keywords],
+) -> Tensor: ...
+@overload
+def weighted_loss(
+    model_pred: Tensor,
+    target: Tensor | Target,
+    confidence: Tensor | None = None,
+    *,
+    return_stats: Literal[True],
+    **keywords: Unpack[_Keywords],
+) -> tuple[Tensor, LossStats]: ...
 def weighted_loss(
     model_pred: Tensor,
     target: Tensor | Target,
@@ -54,10 +99,10 @@ def weighted_loss(
     normalize: str | None = None,
     normalizer: Tensor | float | None = None,
     reduction: str = "mean",
-    layout=None,
+    layout: Packed | None = None,
     return_stats: bool = False,
     backend: str | None = None,
-):
+) -> Tensor | tuple[Tensor, LossStats]:
     """A diffusion training loss weighted, and its gradient modulated, by where a picture is broken.
 
     With d the residual, u = confidence ** gamma where confidence >= threshold (else 0), the spatial weight

@@ -1,5 +1,7 @@
 """The definition of `diffdoctor.weighted_loss`; docs/ops.md derives it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def weighted_loss(
     reduction: str = "mean",
     layout=None,
     return_sums: bool = False,
-):
+) -> Any:
     """The loss, or with `return_sums` (loss, sums): the (B, 8) sums behind `LossStats` in the accumulation type.
 
     Arguments are those of the public function and are not checked again. A target that is not a tensor has `terms`,

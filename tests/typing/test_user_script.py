@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import json
 import os
 import shutil
@@ -23,6 +24,15 @@ def test_the_script_uses_every_public_name():
     used |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     for package in PACKAGES:
         assert not set(importlib.import_module(package).__all__) - used, package
+
+
+def test_the_overloads_name_the_functions_own_arguments():
+    from diffdoctor.ops.weighted_loss import _Keywords, weighted_loss
+
+    parameters = inspect.signature(weighted_loss).parameters
+    by_name = {name: p.annotation for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    del by_name["return_stats"]
+    assert {name: a.__forward_arg__ for name, a in _Keywords.__annotations__.items()} == by_name
 
 
 def test_pyright_finds_nothing(tmp_path):
