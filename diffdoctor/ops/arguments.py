@@ -142,9 +142,9 @@ def target_parts(target: Tensor | Target | None) -> tuple[tuple, tuple, float | 
 
 def tensor_key(x):
     """What a plan depends on in an argument: a tensor's metadata, or the argument itself."""
-    if isinstance(x, Tensor):
-        return (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_neg())
-    return x
+    if x is None or not isinstance(x, Tensor):
+        return x
+    return (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_neg())
 
 
 def target_key(target):

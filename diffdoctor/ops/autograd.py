@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from weakref import ref
 
 import torch
@@ -133,20 +132,25 @@ class RecomputedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, model_pred, problem, module):
-        ctx.module, ctx.x = module, ref(model_pred)
-        tensors: list[Tensor] = []
-        ctx.problem = _without_tensors(dataclasses.replace(problem, loss=None, sums=None), tensors)
-        ctx.save_for_backward(*tensors)
+        entries = (problem.pred_scale, *problem.coefs, problem.huber_c, problem.weight, problem.z)
+        ctx.module, ctx.x, ctx.plan, ctx.values = module, ref(model_pred), problem.plan, [x.value for x in entries]
+        ctx.save_for_backward(
+            problem.pred, problem.confidence, problem.mask, problem.weighting, *problem.terms,
+            *(entry.data for entry in entries),
+        )  # fmt: skip
         return problem.loss
 
     @staticmethod
     def backward(ctx, g):
         refuse_functorch("weighted_loss", g)
         g = g.resolve_neg()
-        problem = _with_tensors(ctx.problem, ctx.saved_tensors)
-        problem.outputs = WRITE_GRAD
-        problem.grad = torch.empty_like(problem.pred)
-        problem.grad_output = PerSample(0.0, g.reshape(1) if g.ndim == 0 else g)
+        pred, confidence, mask, weighting, *others = ctx.saved_tensors
+        terms = others[: -len(ctx.values)]
+        pred_scale, *coefs, huber_c, weight, z = map(PerSample, ctx.values, others[len(terms) :])
+        problem = Problem(
+            ctx.plan, WRITE_GRAD, pred, tuple(terms), confidence, mask, weighting, pred_scale, tuple(coefs), huber_c,
+            weight, z, PerSample(0.0, g.reshape(1) if g.ndim == 0 else g), grad=torch.empty_like(pred),
+        )  # fmt: skip
         ctx.module.weighted_loss(problem)
         grad = problem.grad
         if torch.is_grad_enabled():
@@ -236,30 +240,3 @@ class BoundCall:
         _, coefs, pred_scale = target_parts(target)
         values = (pred_scale, *coefs, huber_c, weighting, normalizer)
         return [values[k].reshape(-1).to(self._acc) for k in self._tensor_slots]
-
-
-class _Slot(int):
-    """The place of a tensor in a list of tensors."""
-
-
-def _without_tensors(value, tensors: list[Tensor]):
-    """A copy of a problem, or of a part of one, with each tensor moved to `tensors`, for save_for_backward."""
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return _Slot(len(tensors) - 1)
-    if isinstance(value, tuple):
-        return tuple(_without_tensors(item, tensors) for item in value)
-    if isinstance(value, (Problem, PerSample)):
-        return type(value)(**{name: _without_tensors(getattr(value, name), tensors) for name in value.__slots__})
-    return value
-
-
-def _with_tensors(value, tensors: tuple[Tensor, ...]):
-    """A copy with the tensors back in their places."""
-    if isinstance(value, _Slot):
-        return tensors[value]
-    if isinstance(value, tuple):
-        return tuple(_with_tensors(item, tensors) for item in value)
-    if isinstance(value, (Problem, PerSample)):
-        return type(value)(**{name: _with_tensors(getattr(value, name), tensors) for name in value.__slots__})
-    return value

@@ -43,9 +43,10 @@ def check_dtype(name: str, value: Tensor, allowed) -> None:
 
 def check_number(name: str, value, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> float:
     """The value as a finite float in [low, high], or in (low, high]."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise kind_error(name, "a number", value)
-    value = float(value)
+    if type(value) is not float:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise kind_error(name, "a number", value)
+        value = float(value)
     # Comparisons, not math.isfinite: Dynamo traces them on symbolic floats too.
     if not -math.inf < value < math.inf or not low <= value <= high or (open_low and value == low):
         what = "a finite number"
@@ -71,11 +72,11 @@ def check_layout(value) -> None:
 
 def check_choice(name: str, value, allowed) -> None:
     """One of the allowed names; None where it is among them."""
-    shown = ", ".join(repr(choice) for choice in allowed)
-    if value is not None and not isinstance(value, str):
-        raise kind_error(name, f"one of {shown}", value)
-    if value not in allowed:
-        raise value_error(name, f"one of {shown}", repr(value))
+    named = value is None or isinstance(value, str)
+    if named and value in allowed:
+        return
+    what = f"one of {', '.join(repr(choice) for choice in allowed)}"
+    raise value_error(name, what, repr(value)) if named else kind_error(name, what, value)
 
 
 def check_input(name: str, value: Tensor, model_pred: Tensor) -> None:
