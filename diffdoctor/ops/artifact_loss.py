@@ -87,7 +87,7 @@ class _ArtifactLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         refuse_functorch("artifact_loss", g)
-        unit_grad, factor = ctx.saved_tensors
+        unit_grad, factor = (x.contiguous() for x in ctx.saved_tensors)  # saved-tensor hooks may have changed that
         grad = torch.empty(ctx.shape, dtype=ctx.dtype, device=unit_grad.device)
         ctx.module.artifact_loss_backward(unit_grad, factor, g.resolve_neg(), grad.view(unit_grad.shape))
         if torch.is_grad_enabled():

@@ -90,13 +90,25 @@ def guard_reference(x: Tensor, op: str) -> Tensor:
     return _GuardReference.apply(x, op) if x.requires_grad and torch.is_grad_enabled() else x
 
 
+def with_strides(x: Tensor | None, stride: tuple[int, ...] | None) -> Tensor | None:
+    """A saved tensor in the strides with which it was saved, by which the kernels read it; None stays None.
+
+    Saved-tensor hooks may hand back others; `torch.autograd.graph.save_on_cpu(pin_memory=True)` makes everything
+    contiguous.
+    """
+    if x is None or x.stride() == stride:
+        return x
+    once = x[tuple(slice(None) if step else slice(1) for step in stride)]
+    return torch.empty_strided(once.shape, stride, dtype=x.dtype, device=x.device).copy_(once).expand(x.shape)
+
+
 class SavedGradLoss(torch.autograd.Function):
     """A loss whose gradient for g = 1 is already there; backward scales it."""
 
     @staticmethod
     def forward(ctx, model_pred, done):
         loss, grad, call = done
-        ctx.made = (call, ref(model_pred))  # one attribute: each takes as long as a call
+        ctx.made = (call, ref(model_pred), grad.stride())  # one attribute: each takes as long as a call
         ctx.save_for_backward(grad)
         return loss
 
@@ -105,7 +117,9 @@ class SavedGradLoss(torch.autograd.Function):
         if functorch_level() is not None or is_batched(g):
             refuse_functorch("weighted_loss", g)
         (unit_grad,) = ctx.saved_tensors
-        call, x = ctx.made
+        call, x, stride = ctx.made
+        if unit_grad.stride() != stride:
+            unit_grad = with_strides(unit_grad, stride)
         if g.is_neg():
             g = g.resolve_neg()
         if g.ndim == 0:
@@ -134,17 +148,17 @@ class RecomputedLoss(torch.autograd.Function):
     def forward(ctx, model_pred, problem, module):
         entries = (problem.pred_scale, *problem.coefs, problem.huber_c, problem.weight, problem.z)
         ctx.module, ctx.x, ctx.plan, ctx.values = module, ref(model_pred), problem.plan, [x.value for x in entries]
-        ctx.save_for_backward(
-            problem.pred, problem.confidence, problem.mask, problem.weighting, *problem.terms,
-            *(entry.data for entry in entries),
-        )  # fmt: skip
+        inputs = (problem.pred, problem.confidence, problem.mask, problem.weighting, *problem.terms)
+        tensors = (*inputs, *(entry.data for entry in entries))
+        ctx.strides = [None if x is None else x.stride() for x in tensors]
+        ctx.save_for_backward(*tensors)
         return problem.loss
 
     @staticmethod
     def backward(ctx, g):
         refuse_functorch("weighted_loss", g)
         g = g.resolve_neg()
-        pred, confidence, mask, weighting, *others = ctx.saved_tensors
+        pred, confidence, mask, weighting, *others = map(with_strides, ctx.saved_tensors, ctx.strides)
         terms = others[: -len(ctx.values)]
         pred_scale, *coefs, huber_c, weight, z = map(PerSample, ctx.values, others[len(terms) :])
         problem = Problem(

@@ -1,6 +1,7 @@
 """Tensors whose memory does not hold their values, other default devices, and every road to a second derivative."""
 
 import collections
+import contextlib
 
 import pytest
 import torch
@@ -169,3 +170,53 @@ def test_a_tangent_of_a_target_is_refused():
         for target in (dual, diffdoctor.Target.flow(dual, latents)):
             with pytest.raises(RuntimeError, match="forward-mode"):
                 diffdoctor.weighted_loss(latents, target)
+
+
+def interleaved(x):
+    """A copy of every second element of a tensor of twice the size."""
+    return torch.stack([x, x], -1)[..., 0]
+
+
+LAID_OUT = {
+    "contiguous": (lambda x: x, lambda x: x, lambda x: x),
+    "channels_last": (lambda x: x.contiguous(memory_format=torch.channels_last), lambda x: x, lambda x: x),
+    "expanded target": (lambda x: x, lambda x: x[:1].expand(x.shape), lambda x: x),
+    "transposed map": (lambda x: x, lambda x: x, lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)),
+}
+
+
+@pytest.mark.parametrize("unpack", [torch.Tensor.contiguous, interleaved], ids=["contiguous", "interleaved"])
+@pytest.mark.parametrize("layout", LAID_OUT)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_saved_tensors_may_come_back_in_other_strides(dtype, layout, unpack):
+    generator = torch.Generator().manual_seed(0)
+    pred, target = torch.randn(2, 2, 4, 6, 6, generator=generator)
+    lay_pred, lay_target, lay_map = LAID_OUT[layout]
+    pred, target = lay_pred(pred.to(dtype)), lay_target(target.to(dtype))
+    confidence = lay_map(torch.rand(2, 6, 6, generator=generator))
+    weighting, scale = torch.rand(2, generator=generator), torch.tensor([3.0, 5.0])
+
+    def gradient(loss_function, hooks):
+        x = pred.clone(memory_format=torch.preserve_format).requires_grad_()
+        with hooks:
+            loss = loss_function(x, target, confidence, artifact_weight=3.0, weighting=weighting, reduction="sample")
+        return torch.autograd.grad((loss * scale).sum(), x)[0].double()
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack)
+    got = gradient(diffdoctor.weighted_loss, hooks)
+    want = gradient(diffdoctor.reference.weighted_loss, contextlib.nullcontext())
+    torch.testing.assert_close(got, want, rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=1e-6)
+
+
+def test_artifact_loss_takes_saved_tensors_in_other_strides():
+    logits = torch.randn(2, 1, 4, 6)
+
+    def gradient(loss_function, hooks):
+        x = logits.clone().requires_grad_()
+        with hooks:
+            loss = loss_function(x, size=(8, 12), method="mean", reduction="sample")
+        return torch.autograd.grad((loss * torch.tensor([2.0, 3.0])).sum(), x)[0]
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, interleaved)
+    got = gradient(diffdoctor.artifact_loss, hooks)
+    torch.testing.assert_close(got, gradient(diffdoctor.reference.artifact_loss, contextlib.nullcontext()))
