@@ -134,7 +134,7 @@ def weighted_loss(
         normalizer: what to divide by instead: a number or a tensor of shape () or (B,). A sample divided by 0
             contributes 0.
         reduction: "mean" -> (), "sample" -> (B,), "sum" -> ().
-        layout: `Packed` where model_pred holds packed tokens; maps are then on the picture's grid.
+        layout: `Packed` where model_pred holds packed tokens; maps are then on the unpacked latents' grid.
         return_stats: also return a `LossStats` of device tensors.
         backend: cuda | triton | cpu | reference; None takes the fastest (or DIFFDOCTOR_BACKEND).
 
