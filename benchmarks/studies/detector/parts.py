@@ -230,7 +230,7 @@ def measures(output: Path, detector, folder: Path) -> dict:
         data = JoinedData([ShardData(output / "sets" / f"{group}-{part}") for group in TESTS])
         found = diagnose_data(detector, data, size=pictures.SIDE)
         measured = nan_to_none(measure(found, bootstrap=BOOTSTRAP))
-        groups = np.repeat(TESTS, [len(one) for one in data.parts])
+        groups = np.repeat(TESTS, [len(one) for one in data.sets])
         result[part] = {
             "all": measured["overall"],
             **{

@@ -195,7 +195,8 @@ class ArtifactDetector(Detector):
         try:
             config = _config_of(state)
         except (KeyError, ValueError, IndexError) as error:
-            raise UserError(expected(path, "a SegFormer's state dict", f"one without {error}")) from error
+            keys = ", ".join(sorted(state)[:3]) or "none"
+            raise UserError(expected(path, "a SegFormer's state dict", f"other keys ({keys} …)")) from error
         detector = cls(config, head_norm="batch", input_size=input_size)
         # Some releases of torch's BatchNorm did not count batches; the count has no effect on frozen statistics.
         state.setdefault("decode_head.batch_norm.num_batches_tracked", torch.tensor(0))
