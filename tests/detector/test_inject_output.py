@@ -91,7 +91,7 @@ def test_overwriting_replaces_a_set_and_nothing_else(tmp_path, monkeypatch):
     [
         ({"longest": -5}, "longest: expected >= 16, got -5"),
         ({"longest": 0}, "longest: expected >= 16, got 0"),
-        ({"visible": 5.0}, r"visible: expected a change within \[0, 1\], got 5"),
+        ({"visible": 5.0}, r"visible: expected a change in \[0, 1\], got 5"),
         ({"visible": float("inf")}, "visible"),
         ({"visible": float("nan")}, "visible"),
         ({"visible": -1.0}, "visible"),

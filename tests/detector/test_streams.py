@@ -107,7 +107,7 @@ def test_the_command_streams_and_refuses_early_what_cannot_be(tmp_path):
 
     with pytest.raises(UserError, match="validation: expected folders"):
         run(train, [], resampled=True)
-    with pytest.raises(UserError, match="balance: a stream"):
+    with pytest.raises(UserError, match="balance: expected false with resampled, which does not count"):
         run(train, other, quick(balance=True), resampled=True)
     with pytest.raises(UserError, match=r"training.size: expected a side in pixels.*2 sizes \(16x16, 30x20\)"):
         run([*train, str(tmp_path / "large")], other)

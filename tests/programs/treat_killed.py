@@ -167,7 +167,8 @@ def main(folder, seed, numbers):
     # one run, killed again and again
     output, kills = folder / "chain", 0
     while True:
-        number = rng.randint(8, max(9, operations // 3))
+        # A third of them is what a run takes until its first checkpoint, so that most would end with nothing done.
+        number = rng.randint(8, max(9, operations // 2))
         status = forked(lambda number=number: (kill_at_operation(output, number), run(output)))
         if status == 0:
             break
