@@ -16,8 +16,8 @@ pytestmark = needs_cpu
 def test_cpu_agrees_with_the_reference(case):
     from diffdoctor.backends.cpu import weighted_loss as _cpu
 
-    # Where a source position is a whole number, the kernels' fused multiply-add may miss it by a rounding: a mask of 0 is
-    # then 1e-16, and its element is selected into the sums. A known fault; the named cases hold such masks all the same.
+    # Where a source position is a whole number, the kernels' fused multiply-add may miss it by a rounding: a mask of 0
+    # is then 1e-16, and its element is selected into the sums. A known fault; the named cases hold such masks too.
     assume(case.options["interpolation"] != "bilinear" or case.mask is None or case.dtype != torch.float64)
     inputs = cases.build(case)
     want = cases.expected(inputs)
