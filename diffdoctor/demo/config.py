@@ -23,7 +23,7 @@ class DemoConfig:
         shuffled_control: also treat with the maps shuffled across the batch (half a minute more).
         overwrite: start again where the folder holds a demo made with other options.
         threads: CPU threads; None: PyTorch's own choice.
-        strict: end with exit code 1 when a figure misses the bar of docs/demo.md.
+        strict: end with exit code 1 when a figure misses the acceptance checks of docs/demo.md.
     """
 
     output: str = "runs/demo"
