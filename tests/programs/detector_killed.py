@@ -226,7 +226,7 @@ def scalars(folder):
 
 
 def contents(work):
-    """{file: bytes} of all that a run leaves, but for the records of its attempts; the curves as they would be shown."""
+    """{file: bytes} of all that a run leaves but the records of its attempts; the curves as they would be shown."""
     found = {}
     for path in sorted(work.rglob("*")):
         name = path.relative_to(work).as_posix()
