@@ -23,6 +23,7 @@ from benchmarks.ops import (
     table,
     timing,
 )
+from benchmarks.studies import detector_cost
 
 CPU = torch.device("cpu")
 EVERY = {case.key: case for device in ("cuda", "cpu") for case in registry.cases(device)}
@@ -393,3 +394,9 @@ def test_a_step_with_other_gradients_is_not_timed(monkeypatch):
     plain = next(one for one in step.STEPS if one.name == "plain-dit-latent")
     with pytest.raises(ValueError, match="other gradients"):
         step.measure(plain, CPU, small=True, seconds=0.05)
+
+
+def test_a_detectors_operations_are_counted_for_forward_and_backward():
+    layer = torch.nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    products = 2 * 3 * 8 * 9 * 16 * 16  # of the forward; the weight's gradient takes as many, the picture needs none
+    assert detector_cost.gflop_per_picture(layer, 16) == pytest.approx(2 * products / 1e9)
