@@ -310,8 +310,12 @@ class TrainingRun:
         self.detector.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load(state["ema"])
-        self.step, self.history, self.validations = state["step"], state["history"], state["validations"]
-        self.broken = state["broken"]
+        self.step, self.broken = state["step"], state["broken"]
+        # JSON has no NaN: what was not finite is null there.
+        self.history, self.validations = (
+            [{name: math.nan if value is None else value for name, value in row.items()} for row in state[rows]]
+            for rows in ("history", "validations")
+        )
 
     def _validate(self) -> None:
         self.detector.eval()

@@ -37,5 +37,5 @@ def check_least(options: object, **least: float) -> None:
     """
     for name, value in least.items():
         given = getattr(options, name)
-        if given is not None and given < value:
+        if given is not None and not given >= value:
             raise UserError(expected(name, f">= {value}", given))

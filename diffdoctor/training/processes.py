@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, missing_extra
+from diffdoctor.training.devices import open_device
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 def seed_of(*parts: int) -> int:
@@ -16,8 +21,25 @@ def seed_of(*parts: int) -> int:
     return int(np.random.SeedSequence([int(part) for part in parts]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def process_state() -> PartialState:
+    """Accelerate's state of the processes that `accelerate launch` or torchrun started; of one where nothing did.
+
+    Raises:
+        UserError: Accelerate is not installed.
+    """
+    try:
+        from accelerate import PartialState
+    except ImportError:
+        raise missing_extra("accelerate", "stages") from None
+    # Without cpu=True, Accelerate takes several processes on a machine without accelerators for single ones.
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 class Processes:
     """The processes that `accelerate launch` or torchrun started; one process where nothing did.
+
+    Args:
+        device: name of the device that all of them use; None: each has the one that Accelerate gives it.
 
     Attributes:
         rank: of this process, from 0.
@@ -25,11 +47,10 @@ class Processes:
         device: of this process.
     """
 
-    def __init__(self):
-        from accelerate import PartialState
-
-        state = PartialState(cpu=not torch.accelerator.is_available())
-        self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
+    def __init__(self, device: str | None = None):
+        state = process_state()
+        self.rank, self.count = state.process_index, state.num_processes
+        self.device = open_device(device, state.device)
 
     @property
     def is_main(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from diffdoctor.detector.confidence import check_finite_weights
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.training.processes import Processes
 from diffdoctor.training.weights import same_weights
@@ -23,17 +24,19 @@ def check_pipeline(family: Family) -> None:
 
 
 def check_detectors(detector: torch.nn.Module, monitor: torch.nn.Module | None) -> None:
-    """Refuse a monitor that is the detector: it would see what the detector sees.
+    """Refuse weights that are not finite, and a monitor that is the detector: it would see what the detector sees.
 
     Args:
         detector: steers the treatment.
         monitor: watches it, or None.
 
     Raises:
-        UserError: if both have the same weights, rounding aside.
+        UserError: if one is broken, or both have the same weights, rounding aside.
     """
+    check_finite_weights(detector.state_dict(), "detector")
     if monitor is None:
         return
+    check_finite_weights(monitor.state_dict(), "monitor")
     if same_weights(monitor, detector):
         raise UserError(expected("monitor", "a detector with other weights", "those of the detector"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from diffdoctor.runs.errors import UserError, expected
@@ -154,7 +155,7 @@ def _check_bounds(name: str, kind: str, value: object) -> None:
     if value is None or kind not in ("int", "float"):
         return
     low, high = _BOUNDS.get(name, (0, None))
-    within = low <= value and (high is None or value <= high)
+    within = low <= value < math.inf and (high is None or value <= high)
     if within and (value > 0 or name not in _POSITIVE):
         return
     if name in _POSITIVE:

@@ -7,13 +7,13 @@ the metadata an alpha that differs from the rank is read back as the rank.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_dir
 from diffdoctor.treat.families import Family
@@ -120,7 +120,7 @@ def save_lora(
             {f"{prefix}.{name}": value for name, value in weights.items()},
             temporary / WEIGHTS_NAME,
             # one entry alone: safetensors writes several in an order that changes from call to call
-            metadata={_METADATA_KEY: json.dumps(metadata, sort_keys=True)},
+            metadata={_METADATA_KEY: strict_json.dumps(metadata, sort_keys=True)},
         )
     return Path(folder)
 

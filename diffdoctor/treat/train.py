@@ -83,10 +83,11 @@ def treat(
         A `TreatResult`.
 
     Raises:
-        UserError: a pipeline or scheduler that is not served, no prompts, missing offline pairs, a monitor that is the
-            detector, a VAE that gives NaN, checkpoints of a treatment with other options, weights, prompts or pairs, an
-            output folder that cannot be written, holds a `lora` of another origin or where another process is at work,
-            or `max_skipped` steps in a row whose loss or gradient was not finite.
+        UserError: a pipeline or scheduler that is not served, no prompts, missing offline pairs, a detector or monitor
+            that gives NaN, a monitor that is the detector, a VAE that gives NaN, checkpoints of a treatment with other
+            options, weights, prompts or pairs, an output folder that cannot be written, holds a `lora` of another
+            origin or where another process is at work, or `max_skipped` steps in a row whose loss or gradient was not
+            finite.
     """
     treatment = Treatment(pipeline, detector, prompts, config or TreatConfig(), offline, monitor, output_dir, settings)
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from diffdoctor.detector.confidence import confidence_of
 from diffdoctor.runs.checkpoints import Checkpoints
 from diffdoctor.runs.progress import progress as show_progress
 from diffdoctor.runs.signals import deferred_signals
@@ -152,8 +153,10 @@ class Treatment:
                 if self.step and progress:
                     what = "was done" if self._is_over() else "resumes"
                     _say(f"{what} after step {self.step} of {self.config.steps}")
-                # nothing is written before the untreated model has drawn its first pictures
+                # nothing is written before the untreated model's first pictures are drawn and diagnosed
                 first = None if self.early_stopping.measurements else self._draw(self.config.evaluate_pictures)
+                if first is not None and self.monitor_detector is not None:
+                    self._by_monitor(first[0][:1])
                 if self.folder is not None:
                     self.processes.from_main(self._begin)
                 self.tracking = Tracking(self.config, self.output_dir, self.step, is_main=self.processes.is_main)
@@ -280,11 +283,7 @@ class Treatment:
         config = self.config
         prompt_count = len(self.drawing.prompts)
         groups = [i % prompt_count for i in range(config.evaluate_pictures)]
-        by_monitor = None
-        if self.monitor_detector is not None:
-            with torch.no_grad():
-                parts = [part.to(self.device) for part in pictures.split(self.drawing.chunk)]
-                by_monitor = torch.cat([self.monitor_detector.confidence(part).cpu() for part in parts])
+        by_monitor = None if self.monitor_detector is None else self._by_monitor(pictures)
         measurement = measure(pictures, confidence, groups, self.step, by_monitor)
         # one process decides, lest rounding on another machine make it decide otherwise
         measurement = self.processes.from_main(lambda: measurement)
@@ -296,6 +295,11 @@ class Treatment:
         if shown and (self._is_due(config.sample_every) or not config.sample_every or self.step == 0):
             self.tracking.sheet(self.step, pictures[:shown], confidence[:shown])
         return stopped
+
+    def _by_monitor(self, pictures: torch.Tensor) -> torch.Tensor:
+        """The monitor's maps (B, 1, H, W), on the CPU."""
+        parts = (part.to(self.device) for part in pictures.split(self.drawing.chunk))
+        return torch.cat([confidence_of(self.monitor_detector, part, name="monitor").cpu() for part in parts])
 
     def _draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first fixed pictures (count, 3, H, W) and their maps, on the CPU, drawn with the average's weights."""

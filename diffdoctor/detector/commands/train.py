@@ -11,10 +11,12 @@ from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import ARCHITECTURES, new_detector, open_detector
 from diffdoctor.detector.samples import JoinedData
 from diffdoctor.detector.train import DetectorTrainingConfig, TrainedDetector, prepared_run
-from diffdoctor.runs.errors import UserError, expected, missing_extra
+from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.record import METRICS, versions, write_config
-from diffdoctor.runs.summary import nan_to_none, print_summary
+from diffdoctor.runs.strict_json import nan_to_none
+from diffdoctor.runs.summary import print_summary
+from diffdoctor.training.processes import process_state
 from diffdoctor.training.weights import weights_digest
 
 
@@ -73,18 +75,12 @@ def run_train_detector(config: TrainDetectorConfig) -> dict:
     Raises:
         UserError: an option or a file does not fit or cannot be read, or the loss is not finite.
     """
-    try:
-        from accelerate import PartialState
-    except ImportError:
-        raise missing_extra("accelerate", "stages") from None
-    import torch
-
     training = dataclasses.replace(config.training, strict=config.strict or config.training.strict)
     config = dataclasses.replace(config, training=training)
     output = Path(config.output)
     data, validation = _data(config)
     detector = _network(config)
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = process_state()
     options = {"detector": detector, "validation": validation, "output_dir": output}
     with prepared_run(config.training, data, **options, identity={"weights": weights_digest(detector)}) as run:
         if state.is_main_process:

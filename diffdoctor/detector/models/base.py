@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from diffdoctor.detector.models.load import CONFIG_NAME, WEIGHTS_NAME, load_detector
 from diffdoctor.detector.models.preprocess import PreprocessConfig
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_dir
 
@@ -197,7 +197,7 @@ class Detector(nn.Module):
             except SafetensorError as error:
                 # safetensors' own class for errors of the file system.
                 raise OSError(f"{folder}: the weights could not be written ({error})") from error
-            (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+            (temporary / CONFIG_NAME).write_text(strict_json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Detector:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from diffdoctor.detector.confidence import check_finite_weights
 from diffdoctor.detector.models.preprocess import PreprocessConfig
 from diffdoctor.runs.errors import UserError, expected
 
@@ -71,7 +72,7 @@ def load_detector(source: str | Path) -> Detector:
         The detector, in evaluation mode on the CPU.
 
     Raises:
-        UserError: no detector is there, or its weights do not fit its configuration.
+        UserError: no detector is there, its weights do not fit its configuration, or one is not finite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -91,7 +92,7 @@ def load_detector(source: str | Path) -> Detector:
 
 
 def load_exactly(module: nn.Module, state: dict[str, torch.Tensor], source: object) -> None:
-    """`load_state_dict` whose error names missing, unexpected and mismatched keys in one line.
+    """`load_state_dict` whose error names missing, unexpected and mismatched keys, or broken weights, in one line.
 
     Args:
         module: to load into.
@@ -99,7 +100,7 @@ def load_exactly(module: nn.Module, state: dict[str, torch.Tensor], source: obje
         source: path or hub id, for the error.
 
     Raises:
-        UserError: the keys or shapes do not match.
+        UserError: the keys or shapes do not match, or a weight is not finite.
     """
     own = module.state_dict()
     faults = [f"missing {key}" for key in own if key not in state]
@@ -112,6 +113,7 @@ def load_exactly(module: nn.Module, state: dict[str, torch.Tensor], source: obje
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise UserError(f"{source}: the weights do not fit: {'; '.join(faults[:5])}{more}")
+    check_finite_weights(state, source)
     module.load_state_dict(state)
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from diffdoctor.detector.predict import diagnose_data
 from diffdoctor.evaluate.detector.measure import measure_statistics
 from diffdoctor.evaluate.detector.report import verdict, write_page
-from diffdoctor.runs.errors import UserError, check_least, expected, missing_extra
+from diffdoctor.runs.errors import UserError, check_least, expected
 from diffdoctor.runs.files import atomic_write_json, clear_leftovers
 from diffdoctor.runs.lock import locked_folder
 from diffdoctor.runs.record import CONFIG, METRICS, versions, write_config
+from diffdoctor.training.processes import process_state
 from diffdoctor.training.weights import weights_digest
 
 # A hidden folder in the output, which the command removes at the end.
@@ -59,17 +60,11 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
     Raises:
         UserError: an option or a file does not fit or cannot be read.
     """
-    try:
-        from accelerate import PartialState
-    except ImportError:
-        raise missing_extra("accelerate", "stages") from None
-    import torch
-
     from diffdoctor.data.shards import ShardData, require_uniform_size
     from diffdoctor.detector.models.load import open_detector
     from diffdoctor.training.devices import open_device
 
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = process_state()
     output = Path(config.output)
     sets = [ShardData(folder) for folder in config.data]
     if not sum(map(len, sets)):
@@ -86,7 +81,8 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
     from diffdoctor.data.pictures import resize_pair
     from diffdoctor.detector.samples import JoinedData
     from diffdoctor.evaluate.detector.parts import evaluate_in_parts, remove_parts
-    from diffdoctor.runs.summary import nan_to_none, print_summary
+    from diffdoctor.runs.strict_json import nan_to_none
+    from diffdoctor.runs.summary import print_summary
 
     output, data = Path(config.output), JoinedData(sets)
     identity = {"weights": weights_digest(detector)}

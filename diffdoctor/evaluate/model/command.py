@@ -13,6 +13,7 @@ import torch
 from diffdoctor.data.pictures import as_batch
 from diffdoctor.data.prompts import Prompt, read_prompt_file
 from diffdoctor.data.tar import SkipCounts
+from diffdoctor.detector.confidence import check_detector
 from diffdoctor.detector.models.load import open_detector
 from diffdoctor.evaluate.model import draw as pipelines
 from diffdoctor.evaluate.model import measure as measuring
@@ -20,12 +21,13 @@ from diffdoctor.evaluate.model.config import EvaluateModelConfig, completed, rea
 from diffdoctor.evaluate.model.networks import Classifier, Clip, load_features
 from diffdoctor.evaluate.model.store import EvaluationFolder
 from diffdoctor.evaluate.model.summary import summarise, summarise_groups
-from diffdoctor.runs.errors import UserError, expected, missing_extra
+from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.progress import progress, quiet_loaders
 from diffdoctor.runs.record import METRICS, versions
-from diffdoctor.runs.summary import nan_to_none
+from diffdoctor.runs.strict_json import nan_to_none
 from diffdoctor.training.devices import open_device
+from diffdoctor.training.processes import process_state
 from diffdoctor.training.weights import same_weights, weights_digest
 from diffdoctor.treat.prompts import check_prompts
 
@@ -80,10 +82,6 @@ class Evaluation:
     """
 
     def __init__(self, config: EvaluateModelConfig):
-        try:
-            from accelerate import PartialState
-        except ImportError:
-            raise missing_extra("accelerate", "stages") from None
         quiet_loaders()
         self.config = config
         prompts = read_prompt_file(config.prompts)
@@ -95,7 +93,7 @@ class Evaluation:
         identity = pipelines.picture_identity(
             config, [prompt.text for prompt in prompts], weights_digest(self.measurer.detector)
         )
-        self.state = PartialState(cpu=not torch.accelerator.is_available())
+        self.state = process_state()
         main = self.state.is_main_process
         self.folder = EvaluationFolder(Path(config.output), identity, config.picture_type, main=main)
         self.folder.check(overwrite=config.overwrite)
@@ -292,6 +290,9 @@ class Evaluation:
 
 def _networks(config: EvaluateModelConfig) -> measuring.Measurer:
     detector, judge = open_detector(config.detector), open_detector(config.judge)
+    for name, network in (("--detector", detector), ("--judge", judge)):
+        # The pictures are drawn before the first map is made of one.
+        check_detector(network, name=name)
     if same_weights(judge, detector):
         what = "a detector that had no part in the treatment"
         raise UserError(expected("--judge", what, "the detector's own weights"))

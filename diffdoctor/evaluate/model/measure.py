@@ -64,7 +64,7 @@ class Measurer:
         device = next(self.judge.parameters()).device
         pictures = pictures.to(device)
         values = {
-            name: flagged_share(diagnose_pictures(detector, pictures)).numpy()
+            name: flagged_share(diagnose_pictures(detector, pictures, name=name)).numpy()
             for name, detector in (("judge", self.judge), ("detector", self.detector))
         }
         if self.features is not None:
@@ -254,7 +254,7 @@ def compare_pictures(
     """
     maps, sides = [], []
     for pictures in (before, after):
-        maps.append(diagnose_pictures(judge, pictures))
+        maps.append(diagnose_pictures(judge, pictures, name="judge"))
         sides.append(
             PictureMeasures(
                 judge=flagged_share(maps[-1]),

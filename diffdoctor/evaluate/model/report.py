@@ -180,7 +180,7 @@ def _strips(
         views = []
         for side in ("before", "after"):
             picture = evaluation.folder.pictures(side).load([index])
-            confidence = diagnose_pictures(judge, picture)[0, 0].numpy()
+            confidence = diagnose_pictures(judge, picture, name="judge")[0, 0].numpy()
             shown = as_hwc(picture)[0]
             views += [_sized(shown), _sized(overlay(shown, confidence))]
         prompt = evaluation.plan.prompt(index)
