@@ -27,9 +27,12 @@ class TreatFiles:
         output: folder for lora/, treat.json, config.yaml, samples/, logs/ and checkpoints; the same command resumes
             there.
         monitor: a second detector that watches for reward hacking; None: none. Never the judge of the evaluation.
+        lora: folder, file or hub id of a LoRA to begin with, which is tuned on with its own rank, alpha and modules;
+            the result contains it. None: a new one.
         scheduler: class of a diffusers scheduler to use in place of the pipeline's own; None: its own.
         dtype: fp32, bf16 or fp16: what the denoiser and the text encoders are loaded in; the VAE is loaded in fp32.
             Large pipelines need bf16, with precision bf16.
+        device: such as cpu or cuda:1; None: the fastest there is.
     """
 
     pipeline: str | None = None
@@ -38,8 +41,10 @@ class TreatFiles:
     offline: str | None = None
     output: str | None = None
     monitor: str | None = None
+    lora: str | None = None
     scheduler: str | None = None
     dtype: str = "fp32"
+    device: str | None = None
 
 
 # in this order, so that the files come first in the help
@@ -94,6 +99,8 @@ def run_treat(config: TreatCommandConfig) -> int:
         monitor=monitor,
         output_dir=Path(config.output),
         settings=_with_absolute_paths(asdict(config)),
+        lora=config.lora,
+        device=config.device,
     )
     if not Processes().is_main:
         return 0
@@ -110,7 +117,7 @@ def run_treat(config: TreatCommandConfig) -> int:
 
 def _with_absolute_paths(settings: dict) -> dict:
     """For `config.yaml`, which may be read from another working folder; what is no path here is the hub's id."""
-    paths = ("pipeline", "detector", "monitor", "prompts", "offline", "output")
+    paths = ("pipeline", "detector", "monitor", "prompts", "offline", "lora", "output")
     found = {name: Path(settings[name]).absolute() for name in paths if settings[name] is not None}
     return settings | {name: str(path) for name, path in found.items() if path.exists() or name == "output"}
 

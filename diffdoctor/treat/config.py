@@ -16,11 +16,13 @@ class TreatConfig:
         method: draft_k (graph through the last grad_steps steps), draft_lv (one step from a re-noised result), drtune
             (spaced steps, denoiser input detached), full (every step) or weighted (no sampling: the offline term
             alone).
-        steps: optimisation steps.
+        steps: optimisation steps. More steps continue a finished treatment where final_learning_rate is 1: with any
+            other, what each step's rate was depends on how many there are.
         batch_size: pictures sampled per step, over all processes.
         sampling_steps: denoising steps of a roll-out.
         grad_steps: denoising steps that carry a gradient in draft_k and drtune; None: a quarter of sampling_steps.
         guidance_scale: of classifier-free guidance (or FLUX's embedded guidance); the same here as in evaluation.
+        negative_prompt: what the negative prediction of classifier-free guidance is told; None: nothing.
         cfg_grad: both, or cond to keep the negative prediction out of the graph.
         height: of the sampled pictures, in pixels; None: the pipeline's own.
         width: as height.
@@ -89,6 +91,7 @@ class TreatConfig:
     sampling_steps: int = 10
     grad_steps: int | None = None
     guidance_scale: float = 1.0
+    negative_prompt: str | None = None
     cfg_grad: str = "both"
     height: int | None = None
     width: int | None = None
@@ -149,6 +152,11 @@ class TreatConfig:
             _check_bounds(field.name, field.type.removesuffix(" | None"), getattr(self, field.name))
         if self.attention_backend == "":
             raise UserError(expected("attention_backend", "a name, or None for the pipeline's own", "''"))
+
+    @property
+    def can_be_longer(self) -> bool:
+        """Whether the first steps are the same, however many follow."""
+        return self.final_learning_rate == 1
 
 
 def _check_bounds(name: str, kind: str, value: object) -> None:

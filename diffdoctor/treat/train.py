@@ -57,6 +57,8 @@ def treat(
     output_dir: str | Path | None = None,
     progress: bool = True,
     settings: dict | None = None,
+    lora: str | Path | None = None,
+    device: str | None = None,
 ) -> TreatResult:
     """Tune a LoRA of `pipeline` with what `detector` finds in its pictures.
 
@@ -78,6 +80,10 @@ def treat(
             there after an interruption; after the last step it gives the finished treatment.
         progress: show a bar, or plain lines where there is no terminal.
         settings: what else `config.yaml` is to hold, beside the options.
+        lora: folder, file or hub id of a LoRA to begin with: it is tuned on, with its own rank, alpha and modules, and
+            the result contains it. None: a new one, which changes nothing at first. (A LoRA that the pipeline carries
+            and that is active stays so, frozen, and is no part of the result.)
+        device: such as cpu or cuda:1; None: the fastest there is.
 
     Returns:
         A `TreatResult`.
@@ -89,7 +95,18 @@ def treat(
             origin or where another process is at work, or `max_skipped` steps in a row whose loss or gradient was not
             finite.
     """
-    treatment = Treatment(pipeline, detector, prompts, config or TreatConfig(), offline, monitor, output_dir, settings)
+    treatment = Treatment(
+        pipeline,
+        detector,
+        prompts,
+        config or TreatConfig(),
+        offline,
+        monitor,
+        output_dir,
+        settings,
+        lora=lora,
+        device=device,
+    )
     try:
         stopped = treatment.run(progress)
         best = treatment.early_stopping.best

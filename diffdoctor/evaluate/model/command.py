@@ -29,6 +29,7 @@ from diffdoctor.runs.strict_json import nan_to_none
 from diffdoctor.training.devices import open_device
 from diffdoctor.training.processes import process_state
 from diffdoctor.training.weights import same_weights, weights_digest
+from diffdoctor.treat.loading import load_lora
 from diffdoctor.treat.prompts import check_prompts
 
 SIDES = ("before", "after")
@@ -122,7 +123,7 @@ class Evaluation:
         texts = [prompt.text for prompt in self.plan.prompts]
         check_prompts(pipeline, texts, max_sequence_length=config.max_sequence_length or None)
         if config.lora:
-            pipelines.add_lora(pipeline, config.lora)
+            load_lora(pipeline, config.lora)
             pipelines.remove_lora(pipeline)
         with pipelines.guided(pipeline, self.measurer.detector, config):
             return pipeline
@@ -214,7 +215,7 @@ class Evaluation:
             self.pipeline = None
             self.pipeline = pipelines.open_pipeline("treated", self.config.treated, self.config)
         elif side == "after" and self.config.lora:
-            pipelines.add_lora(self.pipeline, self.config.lora)
+            load_lora(self.pipeline, self.config.lora)
         return self.pipeline
 
     def _generated_units(self) -> list[tuple[str, range]]:
