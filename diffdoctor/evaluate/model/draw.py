@@ -99,11 +99,12 @@ def without_safety_checker(pipeline: DiffusionPipeline) -> Iterator[None]:
     if checker is None:
         yield
         return
-    pipeline.safety_checker = None
+    # Past the pipeline's own setter, which forgets in its configuration what stood there.
+    object.__setattr__(pipeline, "safety_checker", None)
     try:
         yield
     finally:
-        pipeline.safety_checker = checker
+        object.__setattr__(pipeline, "safety_checker", checker)
 
 
 def _refuse_blackened(drawn) -> None:
