@@ -14,10 +14,11 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffdoctor.runs.errors import UserError, expected, missing_extra
+from diffdoctor.runs.errors import DoubtfulResult, UserError, expected, missing_extra
 from diffdoctor.version import __version__
 
 USER_ERROR = 2
+DOUBTFUL = 3
 INTERRUPTED = 130
 
 
@@ -93,7 +94,7 @@ def main(argv=None) -> int:
         argv: the words after the program's name; None: those of this process.
 
     Returns:
-        The exit code: 2 for bad input, 130 after Ctrl-C.
+        The exit code: 2 for bad input, 3 for a result that `--strict` does not accept, 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -116,6 +117,9 @@ def main(argv=None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return _run(name, COMMANDS[name], rest)
+    except DoubtfulResult as error:
+        _fail(str(error), name)
+        return DOUBTFUL
     except UserError as error:
         return _fail(str(error), name)
     except OSError as error:

@@ -8,6 +8,13 @@ class UserError(ValueError):
     """
 
 
+class DoubtfulResult(UserError):
+    """A command's work is done and written, but its result is not worth what it seems; raised with `strict` alone.
+
+    The command line prints the message without a traceback and ends with exit code 3.
+    """
+
+
 def expected(name: object, what: str, got: object) -> str:
     """The sentence in which an argument, option or file is refused: `name: expected what, got got`.
 

@@ -4,6 +4,24 @@ from __future__ import annotations
 
 import sys
 
+from diffdoctor.runs.errors import DoubtfulResult
+
+
+def print_doubts(doubts: list[str], *, strict: bool) -> None:
+    """Print why a result is not worth what it seems, on standard error; the last thing that a command does.
+
+    Args:
+        doubts: a sentence each.
+        strict: raise the first one instead.
+
+    Raises:
+        DoubtfulResult: with `strict`, where there is one.
+    """
+    if strict and doubts:
+        raise DoubtfulResult("; ".join(doubts))
+    for doubt in doubts:
+        print(f"warning: {doubt}", file=sys.stderr)
+
 
 def print_summary(line: str, skipped: dict[str, int] | None = None) -> None:
     """Print a command's result, and what was skipped, on standard error.

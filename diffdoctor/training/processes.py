@@ -35,6 +35,15 @@ def process_state() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
+def largest(value: int, device: torch.device) -> int:
+    """The largest of all processes' numbers; each has a device."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return value
+    packed = torch.tensor(value, dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(packed, torch.distributed.ReduceOp.MAX)
+    return int(packed)
+
+
 class Processes:
     """The processes that `accelerate launch` or torchrun started; one process where nothing did.
 
@@ -96,11 +105,7 @@ class Processes:
 
     def largest(self, value: int) -> int:
         """The largest of all processes' numbers."""
-        if self.count == 1:
-            return value
-        packed = torch.tensor(value, dtype=torch.int64, device=self.device)
-        torch.distributed.all_reduce(packed, torch.distributed.ReduceOp.MAX)
-        return int(packed)
+        return largest(value, self.device)
 
     def from_main(self, make: Callable[[], object]):
         """What make() gives on the main process, on all of them; its UserError is raised on all of them.

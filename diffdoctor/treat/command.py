@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diffdoctor.data.prompts import read_prompt_file
 from diffdoctor.runs.errors import UserError, expected, missing_extra
+from diffdoctor.runs.summary import print_doubts
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.loading import DTYPES, load_pipeline, replace_scheduler
 
@@ -69,6 +70,7 @@ def run_treat(config: TreatCommandConfig) -> int:
 
     Raises:
         UserError: what is missing or cannot be read, in one line.
+        DoubtfulResult: with `strict`, nothing was flagged.
     """
     for name in ("pipeline", "detector", "prompts", "output"):
         if getattr(config, name) is None:
@@ -112,6 +114,7 @@ def run_treat(config: TreatCommandConfig) -> int:
         f"mean confidence {first.mean_confidence:.4f} -> {best.mean_confidence:.4f} (step {result.best_step})"
     )
     print(f"pipeline.load_lora_weights({str(result.lora_dir)!r})")
+    print_doubts(result.doubts, strict=config.strict)
     return 0
 
 

@@ -78,7 +78,8 @@ class TreatConfig:
         sample_every: steps between pictures of the fixed prompts and seeds in the output folder's samples; 0: with
             every measurement.
         sample_pictures: how many of them; 0: none.
-        strict: refuse prompts beyond the token limit instead of cutting them with a warning.
+        strict: refuse prompts beyond the token limit instead of cutting them with a warning; the command ends with exit
+            code 3 where nothing was flagged.
         seed: of everything random.
 
     Raises:

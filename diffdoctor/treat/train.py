@@ -13,7 +13,7 @@ from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.files import writing
 from diffdoctor.treat.lora import save_lora
-from diffdoctor.treat.monitor import Measurement
+from diffdoctor.treat.monitor import Measurement, doubts
 from diffdoctor.treat.treatment import Treatment
 
 
@@ -29,6 +29,7 @@ class TreatResult:
         stopped: why it ended before the last step, or None.
         skipped: steps left out because a loss or gradient was not finite.
         seconds: wall time, that of interrupted calls up to their last checkpoint included.
+        doubts: what says that nothing was treated, a sentence each.
         lora_dir: where the LoRA was written, or None.
     """
 
@@ -39,6 +40,7 @@ class TreatResult:
     stopped: str | None
     skipped: int
     seconds: float
+    doubts: list[str] = field(default_factory=list)
     lora_dir: Path | None = field(default=None)
 
     def save_lora(self, folder: str | Path) -> Path:
@@ -118,6 +120,7 @@ def treat(
             stopped=stopped,
             skipped=treatment.training.skipped,
             seconds=treatment.seconds,
+            doubts=doubts(treatment.early_stopping.measurements, treatment.history, treatment.config),
         )
         if output_dir is not None:
             _write(result, treatment, Path(output_dir))
@@ -144,6 +147,7 @@ def _summary(result: TreatResult, config: TreatConfig) -> dict:
         "stopped": result.stopped,
         "skipped": result.skipped,
         "seconds": result.seconds,
+        "doubts": result.doubts,
         "measurements": [asdict(measurement) for measurement in result.measurements],
         "history": result.history,
     }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffdoctor.detector.predict import diagnose_data
 from diffdoctor.evaluate.detector.measure import measure_statistics
-from diffdoctor.evaluate.detector.report import verdict, write_page
+from diffdoctor.evaluate.detector.report import doubts, verdict, write_page
 from diffdoctor.runs.errors import UserError, check_least, expected
 from diffdoctor.runs.files import atomic_write_json, clear_leftovers
 from diffdoctor.runs.lock import locked_folder
@@ -33,7 +33,8 @@ class EvaluateDetectorConfig:
         examples: number of worst misses, and of worst false positives, in the report.
         seed: of the resampling.
         device: such as cpu or cuda:1; null: the fastest there is.
-        strict: stop at the first broken picture instead of skipping and counting it.
+        strict: stop at the first broken picture instead of skipping and counting it, and end with exit code 3 where the
+            detector is blind.
     """
 
     detector: str
@@ -59,6 +60,7 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
 
     Raises:
         UserError: an option or a file does not fit or cannot be read.
+        DoubtfulResult: with `strict`, the detector is blind.
     """
     from diffdoctor.data.shards import ShardData, require_uniform_size
     from diffdoctor.detector.models.load import open_detector
@@ -82,7 +84,7 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
     from diffdoctor.detector.samples import JoinedData
     from diffdoctor.evaluate.detector.parts import evaluate_in_parts, remove_parts
     from diffdoctor.runs.strict_json import nan_to_none
-    from diffdoctor.runs.summary import print_summary
+    from diffdoctor.runs.summary import print_doubts, print_summary
 
     output, data = Path(config.output), JoinedData(sets)
     identity = {"weights": weights_digest(detector)}
@@ -95,7 +97,7 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
         return {}
     names = (found.categories, found.generators, found.auprc)
     result = nan_to_none(measure_statistics(found.statistics, *names, bootstrap=config.bootstrap, seed=config.seed))
-    result |= {"skipped": found.skipped, "versions": versions()}
+    result |= {"doubts": doubts(result), "skipped": found.skipped, "versions": versions()}
     for name in (CONFIG, METRICS, REPORT):
         clear_leftovers(output, name)
     write_config(output, config)
@@ -112,4 +114,5 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
     write_page(output / REPORT, result, found.curves.result(), worst, views)
     remove_parts(output / PARTS)
     print_summary(f"{verdict(result)}: {output / REPORT}", found.skipped)
+    print_doubts(result["doubts"], strict=config.strict)
     return result

@@ -65,6 +65,8 @@ class EvaluateModelConfig:
         output: the folder to make: report.html, metrics.json, config.yaml, pictures, measures. The same command
             resumes after an interruption; with more pictures it generates those that are missing.
         overwrite: replace pictures in the output folder that were generated with other options.
+        strict: stop at the first broken real picture instead of skipping and counting it, and end with exit code 3
+            where the judge or the detector is blind.
         device: such as cpu or cuda:1; null: the fastest there is.
     """
 
@@ -97,6 +99,7 @@ class EvaluateModelConfig:
     examples: int = 12
     output: str = ""
     overwrite: bool = False
+    strict: bool = False
     device: str | None = None
 
     def __post_init__(self):
