@@ -14,11 +14,10 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffdoctor.runs.errors import DoubtfulResult, UserError, expected, missing_extra
+from diffdoctor.runs.errors import UserError, expected, missing_extra
 from diffdoctor.version import __version__
 
 USER_ERROR = 2
-DOUBTFUL = 3
 INTERRUPTED = 130
 
 
@@ -117,11 +116,8 @@ def main(argv=None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return _run(name, COMMANDS[name], rest)
-    except DoubtfulResult as error:
-        _fail(str(error), name)
-        return DOUBTFUL
     except UserError as error:
-        return _fail(str(error), name)
+        return _fail(str(error), name, error.exit_code)
     except OSError as error:
         path = f"{error.filename}: " if error.filename else ""
         return _fail(f"{path}{error.strerror or error}", name)
@@ -146,10 +142,10 @@ def _usage(names=tuple(COMMANDS)):
     )
 
 
-def _fail(message, name=None):
+def _fail(message, name=None, code=USER_ERROR):
     prefix = f"diffdoctor {name}" if name else "diffdoctor"
     print(f"{prefix}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    return USER_ERROR
+    return code
 
 
 def _load(path):

@@ -68,8 +68,8 @@ def train_detector(
 
     Started with `accelerate launch` it runs in several processes, which share each batch. With fp32 and without dropout
     the losses do not depend on the number of processes. Run again with the same output folder, it resumes from the last
-    complete checkpoint, on the CPU to the same bits as without the interruption. SIGINT and SIGTERM take effect when the
-    step is finished and a checkpoint written.
+    complete checkpoint, on the CPU to the same bits as without the interruption. SIGINT and SIGTERM take effect when
+    the step is finished and a checkpoint written.
 
     Args:
         config: the options.

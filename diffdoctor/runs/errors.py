@@ -7,12 +7,16 @@ class UserError(ValueError):
     The command line prints the message without a traceback and ends with exit code 2.
     """
 
+    exit_code = 2
+
 
 class DoubtfulResult(UserError):
     """A command's work is done and written, but its result is not worth what it seems; raised with `strict` alone.
 
     The command line prints the message without a traceback and ends with exit code 3.
     """
+
+    exit_code = 3
 
 
 def expected(name: object, what: str, got: object) -> str:

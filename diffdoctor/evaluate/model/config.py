@@ -42,7 +42,7 @@ class EvaluateModelConfig:
         seed: picture i starts from the latents of seed + i, before and after alike.
         sampling_steps: denoising steps; 0: the treatment's, else the pipeline's own default.
         guidance_scale: null: the treatment's, else the pipeline's own default.
-        negative_prompt: what the negative prediction of classifier-free guidance is told; empty: the treatment's, else
+        negative_prompt: what the negative prediction of classifier-free guidance is told; null: the treatment's, else
             nothing.
         height: of the pictures, in pixels; 0: the treatment's, else the pipeline's own.
         width: as height.
@@ -83,7 +83,7 @@ class EvaluateModelConfig:
     seed: int = 0
     sampling_steps: int = 0
     guidance_scale: float | None = None
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     height: int = 0
     width: int = 0
     max_sequence_length: int = 0

@@ -14,7 +14,6 @@ import torch
 
 from diffdoctor.data.pictures import to_images
 from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
-from diffdoctor.runs.hub import is_hub_id, near
 
 INCEPTION_SIZES = (64, 192, 768, 2048)
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -286,9 +285,9 @@ def _from_transformers(option: str, source: str, model_class: str, processor_cla
         import transformers
     except ImportError:
         raise missing_extra("transformers", "stages") from None
-    if not Path(source).is_dir() and not is_hub_id(source):
+    if not Path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         what = "a file, a folder or a hub id such as owner/name"
-        raise UserError(expected(f"{option} {source}", what, f"none of these{near(source)}"))
+        raise UserError(expected(f"{option} {source}", what, "none of these"))
     try:
         model = getattr(transformers, model_class).from_pretrained(source)
         processor = getattr(transformers, processor_class).from_pretrained(source)
