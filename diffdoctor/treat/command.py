@@ -30,6 +30,7 @@ class TreatFiles:
         monitor: a second detector that watches for reward hacking; None: none. Never the judge of the evaluation.
         lora: folder, file or hub id of a LoRA to begin with, which is tuned on with its own rank, alpha and modules;
             the result contains it. None: a new one.
+        webui: write the LoRA for ComfyUI and A1111 too, to lora-webui.safetensors in the output folder.
         scheduler: class of a diffusers scheduler to use in place of the pipeline's own; None: its own.
         dtype: fp32, bf16 or fp16: what the denoiser and the text encoders are loaded in; the VAE is loaded in fp32.
             Large pipelines need bf16, with precision bf16.
@@ -43,6 +44,7 @@ class TreatFiles:
     output: str | None = None
     monitor: str | None = None
     lora: str | None = None
+    webui: bool = False
     scheduler: str | None = None
     dtype: str = "fp32"
     device: str | None = None
@@ -102,6 +104,7 @@ def run_treat(config: TreatCommandConfig) -> int:
         output_dir=Path(config.output),
         settings=_with_absolute_paths(asdict(config)),
         lora=config.lora,
+        webui=config.webui,
         device=config.device,
     )
     if not Processes().is_main:

@@ -36,7 +36,13 @@ def treatment_folder(output_dir: Path, config: TreatConfig, inputs: dict) -> Run
     """The output folder of this treatment: what other options, or other `inputs`, have made there is refused."""
     free = (*_FREE, "steps") if config.can_be_longer else _FREE
     options = {name: value for name, value in asdict(config).items() if name not in free}
-    results = {"lora": [WEIGHTS_NAME], "treat.json": None, "samples": None, "checkpoints": None}
+    results = {
+        "lora": [WEIGHTS_NAME],
+        "lora-webui.safetensors": None,
+        "treat.json": None,
+        "samples": None,
+        "checkpoints": None,
+    }
     advice = (
         "choose another output folder or remove it (--lora begins with the weights of a finished treatment; more steps "
         "continue one only with final_learning_rate 1)"

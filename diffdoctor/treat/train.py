@@ -15,6 +15,7 @@ from diffdoctor.treat.files import writing
 from diffdoctor.treat.lora import save_lora
 from diffdoctor.treat.monitor import Measurement, doubts
 from diffdoctor.treat.treatment import Treatment
+from diffdoctor.treat.webui import WEBUI_NAME, save_for_webui
 
 
 @dataclass
@@ -47,6 +48,10 @@ class TreatResult:
         """Write the LoRA for `pipeline.load_lora_weights(folder)`."""
         return save_lora(family_of(self.pipeline), folder)
 
+    def save_for_webui(self, path: str | Path) -> Path:
+        """Write the LoRA as one .safetensors file for ComfyUI and A1111."""
+        return save_for_webui(family_of(self.pipeline), path)
+
 
 def treat(
     pipeline,
@@ -60,6 +65,7 @@ def treat(
     progress: bool = True,
     settings: dict | None = None,
     lora: str | Path | None = None,
+    webui: bool = False,
     device: str | None = None,
 ) -> TreatResult:
     """Tune a LoRA of `pipeline` with what `detector` finds in its pictures.
@@ -85,6 +91,7 @@ def treat(
         lora: folder, file or hub id of a LoRA to begin with: it is tuned on, with its own rank, alpha and modules, and
             the result contains it. None: a new one, which changes nothing at first. (A LoRA that the pipeline carries
             and that is active stays so, frozen, and is no part of the result.)
+        webui: write the LoRA for ComfyUI and A1111 too, to `lora-webui.safetensors` in the output folder.
         device: such as cpu or cuda:1; None: the fastest there is.
 
     Returns:
@@ -123,17 +130,19 @@ def treat(
             doubts=doubts(treatment.early_stopping.measurements, treatment.history, treatment.config),
         )
         if output_dir is not None:
-            _write(result, treatment, Path(output_dir))
+            _write(result, treatment, Path(output_dir), webui)
     finally:
         if treatment.folder is not None:
             treatment.folder.close()
     return result
 
 
-def _write(result: TreatResult, treatment: Treatment, output_dir: Path) -> None:
+def _write(result: TreatResult, treatment: Treatment, output_dir: Path, webui: bool) -> None:
     if treatment.processes.is_main:
         with writing(output_dir):
             save_lora(treatment.sampling.family, output_dir / "lora")
+            if webui:
+                save_for_webui(treatment.sampling.family, output_dir / WEBUI_NAME)
             atomic_write_json(output_dir / "treat.json", _summary(result, treatment.config))
         treatment.checkpoints.keep_last()
     treatment.processes.wait()
