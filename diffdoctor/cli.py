@@ -93,7 +93,7 @@ def main(argv=None) -> int:
         argv: the words after the program's name; None: those of this process.
 
     Returns:
-        The exit code: 2 for bad input, 130 after Ctrl-C.
+        The exit code: 2 for bad input, 3 for a result that `--strict` does not accept, 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -117,7 +117,7 @@ def main(argv=None) -> int:
     try:
         return _run(name, COMMANDS[name], rest)
     except UserError as error:
-        return _fail(str(error), name)
+        return _fail(str(error), name, error.exit_code)
     except OSError as error:
         path = f"{error.filename}: " if error.filename else ""
         return _fail(f"{path}{error.strerror or error}", name)
@@ -142,10 +142,10 @@ def _usage(names=tuple(COMMANDS)):
     )
 
 
-def _fail(message, name=None):
+def _fail(message, name=None, code=USER_ERROR):
     prefix = f"diffdoctor {name}" if name else "diffdoctor"
     print(f"{prefix}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    return USER_ERROR
+    return code
 
 
 def _load(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from diffdoctor.runs.errors import UserError, expected
@@ -15,11 +16,13 @@ class TreatConfig:
         method: draft_k (graph through the last grad_steps steps), draft_lv (one step from a re-noised result), drtune
             (spaced steps, denoiser input detached), full (every step) or weighted (no sampling: the offline term
             alone).
-        steps: optimisation steps.
+        steps: optimisation steps. More steps continue a finished treatment where final_learning_rate is 1: with any
+            other, what each step's rate was depends on how many there are.
         batch_size: pictures sampled per step, over all processes.
         sampling_steps: denoising steps of a roll-out.
         grad_steps: denoising steps that carry a gradient in draft_k and drtune; None: a quarter of sampling_steps.
         guidance_scale: of classifier-free guidance (or FLUX's embedded guidance); the same here as in evaluation.
+        negative_prompt: what the negative prediction of classifier-free guidance is told; None: nothing.
         cfg_grad: both, or cond to keep the negative prediction out of the graph.
         height: of the sampled pictures, in pixels; None: the pipeline's own.
         width: as height.
@@ -75,7 +78,8 @@ class TreatConfig:
         sample_every: steps between pictures of the fixed prompts and seeds in the output folder's samples; 0: with
             every measurement.
         sample_pictures: how many of them; 0: none.
-        strict: refuse prompts beyond the token limit instead of cutting them with a warning.
+        strict: refuse prompts beyond the token limit instead of cutting them with a warning; the command ends with exit
+            code 3 where nothing was flagged.
         seed: of everything random.
 
     Raises:
@@ -88,6 +92,7 @@ class TreatConfig:
     sampling_steps: int = 10
     grad_steps: int | None = None
     guidance_scale: float = 1.0
+    negative_prompt: str | None = None
     cfg_grad: str = "both"
     height: int | None = None
     width: int | None = None
@@ -149,12 +154,17 @@ class TreatConfig:
         if self.attention_backend == "":
             raise UserError(expected("attention_backend", "a name, or None for the pipeline's own", "''"))
 
+    @property
+    def can_be_longer(self) -> bool:
+        """Whether the first steps are the same, however many follow."""
+        return self.final_learning_rate == 1
+
 
 def _check_bounds(name: str, kind: str, value: object) -> None:
     if value is None or kind not in ("int", "float"):
         return
     low, high = _BOUNDS.get(name, (0, None))
-    within = low <= value and (high is None or value <= high)
+    within = low <= value < math.inf and (high is None or value <= high)
     if within and (value > 0 or name not in _POSITIVE):
         return
     if name in _POSITIVE:

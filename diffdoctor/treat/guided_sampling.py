@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from diffdoctor.detector.confidence import check_confidence
 from diffdoctor.measures.pixels import flagged_share
 from diffdoctor.ops.artifact_loss import artifact_loss
 from diffdoctor.ops.modulate_gradient import GradientModulator
@@ -122,7 +123,7 @@ def guide(
         A `GuideLog`.
 
     Raises:
-        UserError: a pipeline or scheduler that is not served.
+        UserError: a pipeline or scheduler that is not served; a detector that gives NaN.
         ValueError: an option out of its range.
     """
     options = _Options(
@@ -259,6 +260,7 @@ class _Run:
             logits = self.sampling.detector(StraightThroughClamp.apply(pictures))
             size = tuple(pictures.shape[-2:])
             confidence = F.interpolate(logits.detach().float(), size, mode="bilinear").sigmoid()
+            confidence = check_confidence(confidence, pictures)
             area = area or flagged_share(confidence).tolist()
             modulator.set(confidence)
             loss = artifact_loss(logits, size=size, threshold=options.threshold, reduction="sum")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from diffdoctor.data.pictures import to_images
+from diffdoctor.detector.confidence import confidence_of
 from diffdoctor.ops.weighted_loss import weighted_loss
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.treat.config import TreatConfig
@@ -144,7 +145,7 @@ def keep_mask(detector, pictures: torch.Tensor, config: TreatConfig) -> torch.Te
     """(B, 1, H, W), 0 where pictures (B, 3, H, W) are flagged, with a rim, and 1 where they may teach."""
     if config.map_source == "uniform":
         return torch.ones(len(pictures), 1, *pictures.shape[2:])
-    flagged = (detector.confidence(pictures) >= config.offline_confidence).float()
+    flagged = (confidence_of(detector, pictures) >= config.offline_confidence).float()
     if config.offline_dilation:
         flagged = F.max_pool2d(flagged, 2 * config.offline_dilation + 1, 1, config.offline_dilation)
     return 1 - flagged

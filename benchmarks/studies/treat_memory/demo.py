@@ -12,8 +12,9 @@ from benchmarks.studies.treat_memory.counting import Alive, Kept
 from diffdoctor.demo.pipeline import build_pipeline
 from diffdoctor.detector import ArtifactDetector
 from diffdoctor.treat import TreatConfig
+from diffdoctor.treat.adapters import merged_adapters
 from diffdoctor.treat.families import family_of
-from diffdoctor.treat.lora import add_lora, merged_lora
+from diffdoctor.treat.lora import add_lora
 from diffdoctor.treat.methods import METHODS
 from diffdoctor.treat.prepare import memory_options
 from diffdoctor.treat.rollout import initial_latents, picture_generators, roll_out
@@ -49,7 +50,7 @@ class Step:
         generators = picture_generators(range(PICTURES))
         latents = initial_latents(self.sampling, generators, 16, 16, torch.device("cpu"), torch.float32)
         keep = METHODS[config.method].checkpointed_steps(config, config.sampling_steps)
-        with merged_lora(self.family):
+        with merged_adapters(self.family):
             rollout = roll_out(self.sampling, self.conditioning, latents, generators, keep=keep)
         self.sampling.diagnose(rollout.final)
         self.rollout = rollout

@@ -64,7 +64,7 @@ class Measurer:
         device = next(self.judge.parameters()).device
         pictures = pictures.to(device)
         values = {
-            name: flagged_share(diagnose_pictures(detector, pictures)).numpy()
+            name: flagged_share(diagnose_pictures(detector, pictures, name=name)).numpy()
             for name, detector in (("judge", self.judge), ("detector", self.detector))
         }
         if self.features is not None:
@@ -136,7 +136,9 @@ def count_real(units: Sequence[RealUnit], *, damaged: bool = False) -> int | Non
     return total
 
 
-def read_unit(unit: RealUnit, size: tuple[int, int], counts: SkipCounts, *, damaged: bool) -> Iterator[np.ndarray]:
+def read_unit(
+    unit: RealUnit, size: tuple[int, int], counts: SkipCounts, *, damaged: bool, strict: bool = False
+) -> Iterator[np.ndarray]:
     """Read a unit's pictures at the size of the generated ones.
 
     Args:
@@ -144,12 +146,13 @@ def read_unit(unit: RealUnit, size: tuple[int, int], counts: SkipCounts, *, dama
         size: (H, W) in pixels.
         counts: filled with what could not be read.
         damaged: of labelled pictures, those with a mask; else those without one, and without a benign change either.
+        strict: raise at a broken picture instead of skipping and counting it.
 
     Yields:
         (H, W, 3) uint8.
     """
     for source in unit.sources:
-        for sample in read_source(source, counts=counts):
+        for sample in read_source(source, strict=strict, counts=counts):
             if source.is_shard:
                 has_damage = bool(np.any(sample["mask"]))
                 if has_damage != damaged or (not damaged and sample.get("kind")):
@@ -254,7 +257,7 @@ def compare_pictures(
     """
     maps, sides = [], []
     for pictures in (before, after):
-        maps.append(diagnose_pictures(judge, pictures))
+        maps.append(diagnose_pictures(judge, pictures, name="judge"))
         sides.append(
             PictureMeasures(
                 judge=flagged_share(maps[-1]),
