@@ -250,7 +250,8 @@ class Treatment:
         config, training, step = self.config, self.training, self.step
         self.sampling.family.gradient_scale = training.begin()
         artifact, replayed = 0.0, 0
-        if self.method.samples and config.map_source != "uniform":
+        # an artifact loss of a map that is the same everywhere has no gradient
+        if self.method.samples and not (self.method.needs_gradient and config.map_source == "uniform"):
             artifact, replayed = self._online(step)
         offline = self._offline(step) if self.pairs is not None else 0.0
         self.processes.sum_gradients(training.parameters)
@@ -292,6 +293,8 @@ class Treatment:
                 total=config.batch_size,
                 generator=generator,
                 seeds=seeds,
+                old=self.training.old,
+                initial=self.training.initial,
             )
             loss, replayed = loss + part, replayed + count
         return loss, replayed
