@@ -16,6 +16,10 @@ if (_checkout / "CMakeLists.txt").is_file() and (_checkout / "kernels").is_dir()
     __path__.append(str(_checkout))
 del _checkout
 
+from diffdoctor.openmp import limit_spinning_of_own_programs as _limit_spinning  # noqa: E402
+
+_limit_spinning()  # before torch is imported
+
 from diffdoctor import ops as _ops  # noqa: E402
 from diffdoctor import reference as reference  # noqa: E402
 from diffdoctor.backends.select import available_backends  # noqa: E402
