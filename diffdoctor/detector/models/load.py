@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from diffdoctor.detector.models.limits import MAX_FILE_BYTES
 from diffdoctor.detector.models.preprocess import PreprocessConfig
-from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.runs.errors import UserError, expected, first_line
 
 if TYPE_CHECKING:
     from diffdoctor.detector.models.base import Detector
@@ -73,19 +74,20 @@ def load_detector(source: str | Path) -> Detector:
     Raises:
         UserError: no detector is there, or its weights do not fit its configuration.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = _find_folder(source)
     try:
-        config = json.loads((folder / CONFIG_NAME).read_text())
+        config = _read_config(folder / CONFIG_NAME)
         cls = _class(config["detector"])
         if config["format"] != 1:
             raise UserError(expected(source, "a detector in format 1", f"format {config['format']}"))
         detector = cls.from_config(config["network"], PreprocessConfig(**config["preprocess"]))
         state = load_file(folder / WEIGHTS_NAME)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{source}: not a complete detector ({type(error).__name__}: {error})") from error
+    except UserError:
+        raise
+    except Exception as error:  # JSON, configuration and weights may hold anything
+        raise UserError(f"{source}: not a complete detector ({type(error).__name__}: {first_line(error)})") from error
     load_exactly(detector, detector.from_file_keys(state), source)
     return detector.eval()
 
@@ -112,7 +114,19 @@ def load_exactly(module: nn.Module, state: dict[str, torch.Tensor], source: obje
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise UserError(f"{source}: the weights do not fit: {'; '.join(faults[:5])}{more}")
-    module.load_state_dict(state)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{source}: the weights do not fit: {first_line(error)}") from error
+
+
+def _read_config(path: Path) -> dict:
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(expected(path.name, f"at most {MAX_FILE_BYTES:,} bytes", f"{path.stat().st_size:,}"))
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or not all(isinstance(config.get(k), dict) for k in ("network", "preprocess")):
+        raise ValueError(expected(path.name, "an object with the objects `network` and `preprocess`", "something else"))
+    return config
 
 
 def _find_folder(source: str | Path) -> Path:

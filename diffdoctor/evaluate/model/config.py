@@ -49,12 +49,12 @@ class EvaluateModelConfig:
             shards are left out. None: no FID.
         damaged: the same of damaged pictures, FID's ceiling; none: the real ones are damaged as by `inject`.
         features: feature network of FID and variance: auto, inception (or inception-64, -192, -768), clip, pixels,
-            none, a folder or hub id of a vision model of transformers, or a TorchScript or .pt2 file from pictures
+            none, a folder or hub id of a vision model of transformers, or a TorchScript file from pictures
             (B, 3, H, W) in [0, 1] to features (B, D). auto: inception where its weights are on this machine, else clip
             where --clip is given, else pixels.
         clip: folder or hub id of a CLIP model of transformers, for the prompts' CLIP score; empty: none.
-        classifier: folder or hub id of an image classification model of transformers, or a TorchScript or .pt2
-            file from pictures to logits, that must find the prompts' labels; empty: none.
+        classifier: folder or hub id of an image classification model of transformers, or a TorchScript file
+            from pictures to logits, that must find the prompts' labels; empty: none.
         batch_size: pictures that are generated, and measured, at a time.
         picture_type: of the generated pictures' files: png or webp, both exact.
         examples: pictures shown of each kind in the report.
