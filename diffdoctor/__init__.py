@@ -2,7 +2,7 @@
 
 The operations any training loop can call: `weighted_loss`, `modulate_gradient`, `GradientModulator`, `artifact_loss`,
 with `Target`, `Packed`, `LossStats` and the helpers beside them. The stages live in `diffdoctor.detector`,
-`diffdoctor.treat` and `diffdoctor.evaluate` and need `pip install 'diffdoctor[stages]'`.
+`diffdoctor.treat` and `diffdoctor.evaluate` and need `pip install '.[stages]'`.
 """
 
 import importlib

@@ -5,7 +5,7 @@
         --prior_pictures class --prior_caption "a photo of a dog" --prior_loss_weight 1
 
 FLUX predicts packed tokens; the loss reads them as they are. `accelerate launch` in place of `python` uses several
-devices. Needs `pip install 'diffdoctor[stages]'`.
+devices. Needs `pip install '.[stages]'`.
 """
 
 from __future__ import annotations

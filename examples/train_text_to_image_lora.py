@@ -3,7 +3,7 @@
     python examples/train_text_to_image_lora.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --pictures set --maps maps --output runs/lora --artifact_weight 0 --snr_gamma 5
 
-`accelerate launch` in place of `python` uses several devices. Needs `pip install 'diffdoctor[stages]'`.
+`accelerate launch` in place of `python` uses several devices. Needs `pip install '.[stages]'`.
 """
 
 from __future__ import annotations

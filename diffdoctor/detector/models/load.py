@@ -16,7 +16,7 @@ from torch import nn
 
 from diffdoctor.detector.models.limits import MAX_FILE_BYTES
 from diffdoctor.detector.models.preprocess import PreprocessConfig
-from diffdoctor.runs.errors import UserError, expected, first_line
+from diffdoctor.runs.errors import UserError, expected, first_line, install_command
 
 if TYPE_CHECKING:
     from diffdoctor.detector.models.base import Detector
@@ -141,7 +141,7 @@ def _find_folder(source: str | Path) -> Path:
 
         return Path(snapshot_download(str(source), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
     except ImportError:
-        raise UserError(f"{source}: no such folder (hub ids need `pip install 'diffdoctor[stages]'`)") from None
+        raise UserError(f"{source}: no such folder (hub ids need `{install_command('stages')}`)") from None
     except Exception as error:  # the hub client raises its own, httpx's and requests' classes
         raise UserError(f"{source}: no such folder, and the hub gave no detector ({type(error).__name__})") from error
 
