@@ -44,7 +44,7 @@ def report(error: BaseException, name: str) -> int:
         print(f"diffdoctor {name}: interrupted; the same command resumes after what was finished", file=sys.stderr)
         return INTERRUPTED
     if isinstance(error, UserError):
-        return fail(error, name)
+        return fail(_message(error) or type(error).__name__, name)
     system = _of_the_system(error)
     if system is not None:
         path = f"{os.fsdecode(system.filename)}: " if isinstance(system.filename, (str, bytes)) else ""
@@ -53,7 +53,9 @@ def report(error: BaseException, name: str) -> int:
         return fail("memory ran out; smaller batches and pictures need less", name)
     kept = _keep_traceback(error, name)
     where = f"traceback in {kept}" if kept else f"{TRACEBACK}=1 shows the traceback"
-    return fail(f"{_last_line(error)} ({where})", name)
+    message = _message(error)
+    kind = "" if _of_a_worker(error) else type(error).__name__ + ": " * bool(message)
+    return fail(f"{kind}{message} ({where})", name)
 
 
 def _of_the_system(error: BaseException) -> OSError | None:
@@ -70,14 +72,16 @@ def _of_the_system(error: BaseException) -> OSError | None:
     return None
 
 
-def _last_line(error: BaseException) -> str:
-    # What a data loader's process raised is a whole traceback; its last line is the message.
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    if any("Traceback (most recent call last)" in line for line in lines):
-        return lines[-1]
-    return f"{type(error).__name__}: {lines[0]}"
+def _of_a_worker(error: BaseException) -> bool:
+    return "Traceback (most recent call last)" in str(error)
+
+
+def _message(error: BaseException) -> str:
+    """What an exception says; of one that a data loader's process raised, which is a whole traceback, the last line."""
+    lines = str(error).strip().splitlines() or [""]
+    if _of_a_worker(error):
+        return lines[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+    return " ".join(lines) if isinstance(error, UserError) else lines[0]
 
 
 def _keep_traceback(error: BaseException, name: str) -> str | None:

@@ -6,6 +6,7 @@ and its tensors may be pickles.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 import zipfile
@@ -108,7 +109,7 @@ def load_from_transformers(option: str, source: str, model_class: str, processor
         import transformers
     except ImportError:
         raise missing_extra("transformers", "stages") from None
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))  # not Path's own, which raises for a user who is not there
     if not folder.is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         what = "a file, a folder or a hub id such as owner/name"
         raise UserError(expected(f"{option} {source}", what, "none of these"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def load_pipeline(option: str, source: str, *, dtype: str = "fp32", vae: str | N
         import diffusers
     except ImportError:
         raise missing_extra("diffusers", "stages") from None
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
     if looks_local and not folder.is_dir():
         raise UserError(f"--{option} {source}: no such folder")

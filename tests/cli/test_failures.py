@@ -52,13 +52,17 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/manifest.parquet")
     ("error", "line"),
     [
         (UserError("seed: expected 1,\ngot 2"), "seed: expected 1, got 2"),
+        (
+            UserError("x\nTraceback (most recent call last):\n\ndiffdoctor.runs.errors.UserError: size: small"),
+            "size: small",
+        ),
         (FULL, "out/manifest.parquet: No space left on device"),
         (OSError("no number"), "no number"),
         (chained(RuntimeError("the writer failed"), FULL), "out/manifest.parquet: No space left on device"),
         (MemoryError(), "memory ran out; smaller batches and pictures need less"),
         (SystemExit(0), "something called exit(0) while the command ran"),
     ],
-    ids=["user", "disk", "no-number", "disk-behind-another", "memory", "exit"],
+    ids=["user", "of-a-worker", "disk", "no-number", "disk-behind-another", "memory", "exit"],
 )
 def test_what_is_foreseen_is_one_line(run, tmp_path, error, line):
     assert run(raising(error)) == (2, f"diffdoctor it: error: {line}\n")
