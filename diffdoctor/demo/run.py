@@ -136,7 +136,7 @@ class Demo:
                 checkpoint_every=0,
             )
             result = treat(
-                DiffusionPipeline.from_pretrained(base), detector, prompts, config,
+                DiffusionPipeline.from_pretrained(base, local_files_only=True), detector, prompts, config,
                 offline=(pairs.pictures, [demo_data.prompt_of(int(digit)) for digit in pairs.digits]),
                 device=self.config.device,
             )  # fmt: skip
@@ -154,7 +154,7 @@ class Demo:
         from safetensors.torch import load_file, save_file
 
         def make(folder):
-            pipeline = DiffusionPipeline.from_pretrained(base)
+            pipeline = DiffusionPipeline.from_pretrained(base, local_files_only=True)
             if lora is not None:
                 pipeline.load_lora_weights(lora)
             count = self.config.pictures

@@ -1,5 +1,8 @@
 """Errors that the command line prints as one line."""
 
+# What `pip install` is given: a checkout's folder; the project's name once that is on an index.
+_PROJECT = "."
+
 
 class UserError(ValueError):
     """Something the user asked for cannot be done; the message says what to change.
@@ -30,9 +33,14 @@ def expected(name: object, what: str, got: object) -> str:
     return f"{name}: expected {what}, got {got}"
 
 
+def install_command(extra: str) -> str:
+    """What to type, in a checkout, to install an extra."""
+    return f"pip install '{_PROJECT}[{extra}]'"
+
+
 def missing_extra(module: str, extra: str) -> UserError:
     """The error for an optional dependency that is not installed."""
-    return UserError(f"{module} is not installed: run `pip install 'diffdoctor[{extra}]'`")
+    return UserError(f"{module} is not installed: run `{install_command(extra)}`")
 
 
 def first_line(error: BaseException) -> str:

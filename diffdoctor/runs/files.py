@@ -88,8 +88,8 @@ def atomic_write_bytes(path, data: bytes) -> None:
 
 
 def atomic_write_text(path, text: str) -> None:
-    """Write `text` (UTF-8) to `path`, whole or not at all."""
-    atomic_write_bytes(path, text.encode("utf-8"))
+    """Write `text` to `path`, whole or not at all, in UTF-8; lone surrogates, as in some file names, as `\\udce9`."""
+    atomic_write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def atomic_write_json(path, value) -> None:

@@ -24,12 +24,15 @@ from diffdoctor.detector import (
     ShardStream,
     TrainedDetector,
     benign,
+    coco_pictures,
     damage_kind,
     damage_kinds,
     inject,
     load_detector,
+    masked_pictures,
     read_shards,
     train_detector,
+    write_coco,
     write_shards,
 )
 from diffdoctor.evaluate.model import (
@@ -141,6 +144,12 @@ def black_hole(picture: np.ndarray, region: Any, rng: np.random.Generator, stren
 def label(picture: np.ndarray) -> list[Injected]:
     rng = np.random.default_rng(0)
     return [inject(picture, rng, kinds=damage_kinds(), area=(0.05, 0.2)), benign(picture, rng)]
+
+
+def exchange() -> int:
+    write_shards(masked_pictures("pictures", "masks", unmasked="clean"), "data/annotated")
+    write_shards(coco_pictures("instances.json", pathlib.Path("pictures")), "data/from-coco")
+    return write_coco("data/annotated", "data/coco")
 
 
 def train(folder: str) -> TrainedDetector:

@@ -6,6 +6,8 @@ import dataclasses
 
 from diffdoctor.runs.errors import expected
 
+MAX_SIDE = 16384  # pixels
+
 
 @dataclasses.dataclass
 class PreprocessConfig:
@@ -38,6 +40,8 @@ class PreprocessConfig:
                 raise TypeError(expected(name, "an int", repr(value)))
             if value < 1:
                 raise ValueError(expected(name, ">= 1 pixels", value))
+            if value > MAX_SIDE:
+                raise ValueError(expected(name, f"<= {MAX_SIDE} pixels", value))
         if self.max_side is not None and self.max_side < self.min_side:
             raise ValueError(expected("max_side", f">= min_side = {self.min_side}", self.max_side))
 
