@@ -170,6 +170,9 @@ def _run(name: str, command: Command, argv: list[str]) -> int:
         config = config_class(**values)
     except (TypeError, ValueError) as error:
         raise UserError(f"{error} (see `diffdoctor {name} --help`)") from error
+    for option in command.required:
+        if getattr(config, option) is None:
+            raise UserError(expected(f"--{option}", "a value", "none"))
     run = _load(command.run)
     try:
         result = run(config)
@@ -196,9 +199,6 @@ def _parsed(
         for option, kind in options.items():
             if option in parsed:
                 check_value(option, kind, parsed[option])
-        for option in command.required:
-            if parsed[option] is None:
-                raise UserError(expected(f"--{option}", "a value", "none"))
         return {key: value for key, value in vars(parser.instantiate(parsed)).items() if key != "config"}
     except UserError:
         raise

@@ -86,7 +86,7 @@ def refuse_nulls(argv: Sequence[str], options: Options) -> None:
     Raises:
         UserError: names the option.
     """
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
         name, equals, value = word.partition("=")
         kind = options.get(name.removeprefix("--")) if name.startswith("--") else None
         if (value if equals else following) == "null" and kind is not None and kind is not str:

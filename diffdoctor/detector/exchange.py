@@ -79,9 +79,8 @@ def coco_pictures(
         raise missing_extra("pycocotools", "stages") from None
     try:
         coco = COCO()
-        coco.dataset = {"annotations": [], "categories": []} | json.loads(
-            Path(annotations).read_text(encoding="utf-8-sig")
-        )
+        coco.dataset = {"annotations": []} | json.loads(Path(annotations).read_text(encoding="utf-8-sig"))
+        coco.dataset.pop("categories", None)
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
         images = [(int(i), str(e["file_name"]), int(e["height"]), int(e["width"])) for i, e in coco.imgs.items()]
