@@ -32,11 +32,12 @@ def read_config(path: str, options: Options) -> str:
         raise UserError(expected(name, f"a YAML file of at most {MAX_BYTES:,} bytes", "a larger one"))
     try:
         text = data.decode("utf-8-sig")
+        _check_size(text, name)
         root = yaml.compose(text)
+    except UserError:
+        raise
     except UnicodeDecodeError as error:
         raise UserError(expected(name, "a YAML file in UTF-8", str(error))) from None
-    except RecursionError:
-        raise UserError(expected(name, f"at most {MAX_DEPTH} levels", "more")) from None
     except (yaml.YAMLError, ValueError) as error:
         what = " ".join(str(error).split())
         raise UserError(expected(name, "a YAML file", what)) from None
@@ -50,13 +51,26 @@ def read_config(path: str, options: Options) -> str:
     return yaml.serialize(root) if changed else text
 
 
+def _check_size(text: str, name: str) -> None:
+    """Refuse what is too deep or too long, before it is composed, which recurses."""
+    import yaml
+
+    depth = 0
+    for count, event in enumerate(yaml.parse(text)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise UserError(expected(name, f"at most {MAX_DEPTH} levels", "more"))
+        if count > 2 * MAX_VALUES:
+            raise UserError(expected(name, f"at most {MAX_VALUES:,} values", "more"))
+
+
 def _count(node: Any, name: str, above: tuple[int, ...], counted: dict[int, int]) -> int:
     """How many values a node holds once its aliases are written out."""
     import yaml
 
     if id(node) in above:
         raise UserError(expected(name, "values", "an alias of what it is a part of"))
-    if len(above) > MAX_DEPTH:
+    if len(above) > MAX_DEPTH:  # by aliases
         raise UserError(expected(name, f"at most {MAX_DEPTH} levels", "more"))
     if id(node) not in counted:
         if isinstance(node, yaml.MappingNode):

@@ -21,7 +21,7 @@ ODD = {
     "list": [1.5, (np.nan, 2)],
     3: np.int64(4),
 }
-PLAIN = {"nan": None, "inf": None, "numpy": None, "list": [1, [None, 2]], "3": 4}
+PLAIN = {"nan": None, "inf": None, "numpy": None, "list": [1.5, [None, 2]], "3": 4}
 
 
 def strict(text):

@@ -95,7 +95,8 @@ def test_the_rollout_merges_every_active_adapter_and_puts_all_back(tmp_path):
     assert {id(p) for p in family.denoiser.parameters() if p.requires_grad} == {id(p) for p in trained}
     expected, weights = draw(pipeline), {k: v.clone() for k, v in family.denoiser.state_dict().items()}
     with merged_adapters(family):
-        torch.testing.assert_close(draw(pipeline), expected, atol=2e-5, rtol=0)
+        # weights of size 1 are summed in another order: 3e-4; without the style it is 0.1
+        torch.testing.assert_close(draw(pipeline), expected, atol=1e-3, rtol=0)
     assert all(torch.equal(value, weights[key]) for key, value in family.denoiser.state_dict().items())
     assert {id(p) for p in family.denoiser.parameters() if p.requires_grad} == {id(p) for p in trained}
     assert torch.equal(draw(pipeline), expected)

@@ -1,5 +1,6 @@
 """Every option of every served scheduler is drawn as the pipeline draws it, and repeated by a replay, or refused."""
 
+import functools
 import inspect
 import warnings
 
@@ -57,12 +58,21 @@ def options_of(kind):
 CASES = [(kind, name, value) for kind in SERVED for name, value in options_of(kind)]
 
 
+made = functools.cache(tiny_pipeline)
+
+
+@functools.cache
+def own_scheduler(name):
+    return made(name).scheduler
+
+
 def distances(kind, options):
     """How far a roll-out is from the pipeline's own pictures, and a replay from the roll-out, of each one's size."""
     name = SERVED[kind]
-    pipeline = tiny_pipeline(name)
+    pipeline = made(name)
+    own = own_scheduler(name)
     changes = {"clip_sample": False} if kind in ("DDIMScheduler", "DDPMScheduler") else {}
-    pipeline.scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config, **changes, **options)
+    pipeline.scheduler = getattr(diffusers, kind).from_config(own.config, **changes, **options)
     family = family_of(pipeline)
     family.max_sequence_length = 32
     size = {"height": 16, "width": 16}
@@ -96,9 +106,9 @@ def test_a_rollout_draws_what_the_pipeline_draws_and_is_repeated_or_is_refused(k
         return
     except (ValueError, NotImplementedError, ImportError) as error:
         # an option that diffusers itself does not take here
-        pipeline = tiny_pipeline(SERVED[kind])
+        own = own_scheduler(SERVED[kind])
         with pytest.raises(type(error)):
-            scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config, **options)
+            scheduler = getattr(diffusers, kind).from_config(own.config, **options)
             scheduler.set_timesteps(4, **({"mu": 1.0} if options.get("use_dynamic_shifting") else {}))
         return
     assert drawn < 1e-5
