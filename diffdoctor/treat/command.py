@@ -21,7 +21,8 @@ class TreatFiles:
 
     Attributes:
         pipeline: folder of a diffusers pipeline, or its id on the Hugging Face hub.
-        detector: folder of a detector, its id on the hub, or the file of the published checkpoint.
+        detector: folder of a detector, its id on the hub, the file of the published checkpoint, FILE.py:FUNCTION or a
+            URL; the last two have no gradient, and serve the methods nft and weighted.
         prompts: text file with one prompt per line, or .jsonl or .parquet with `prompt`; blank ones are left out.
         offline: folder of shards with the pipeline's own training pictures and prompts; needed unless offline_weight
             is 0.

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from diffdoctor.detector.confidence import confidence_of
+from diffdoctor.detector.external import as_detector
 from diffdoctor.runs.checkpoints import Checkpoints
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.progress import progress as show_progress
@@ -86,7 +87,9 @@ class Treatment:
         family = family_of(pipeline)
         check_pipeline(family)
         check_adapters(family, ADAPTER)
-        check_detectors(detector, monitor_detector)
+        detector = as_detector(detector)
+        monitor_detector = None if monitor_detector is None else as_detector(monitor_detector)
+        check_detectors(detector, monitor_detector, config)
         check_negative_prompt(family, config.negative_prompt, config.guidance_scale)
         check_start(lora, config)
         self.lora, start = lora, None if lora is None else lora_digest(family, lora)

@@ -39,7 +39,7 @@ class DiagnoseConfig:
 
     Attributes:
         pictures: files, folders, patterns, shards.
-        detector: the detector's folder or hub id, or the published checkpoint's .bin file.
+        detector: the detector's folder or hub id, the published checkpoint's .bin file, FILE.py:FUNCTION or a URL.
         output: the folder to make: maps, overlays, diagnosis.jsonl, gallery.html, config.yaml, metrics.json, records.
             Run again, it resumes with the pictures that are not there yet or whose files were replaced, and reports
             those that are given now.

@@ -53,12 +53,19 @@ def new_detector(architecture: str, **options) -> Detector:
     raise ValueError(expected("architecture", f"one of {', '.join(ARCHITECTURES)}", repr(architecture)))
 
 
-def open_detector(source: str) -> Detector:
-    """A detector from a folder, a hub id, or the published checkpoint's file.
+def open_detector(source: str) -> nn.Module:
+    """A detector of the command line: a folder, a hub id, the published checkpoint's file, FILE.py:FUNCTION or a URL.
 
     Raises:
         UserError: no detector is there, or it cannot be loaded.
     """
+    from diffdoctor.detector.external import HttpDetector, detector_from_file
+
+    if source.startswith(("http://", "https://")):
+        return HttpDetector(source)
+    file, _, function = source.rpartition(":")
+    if file.endswith(".py") and function.isidentifier():
+        return detector_from_file(source)
     path = local_path(source)
     if path.is_file() and path.name not in (CONFIG_NAME, WEIGHTS_NAME):
         return _class("segformer").from_official(path)
