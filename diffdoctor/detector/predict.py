@@ -17,6 +17,7 @@ from diffdoctor.detector.samples import DetectorData
 from diffdoctor.measures.components import components
 from diffdoctor.measures.pixels import flagged_share, is_flagged
 from diffdoctor.runs.errors import expected
+from diffdoctor.training.devices import device_of
 
 
 def diagnose_pictures(
@@ -36,7 +37,7 @@ def diagnose_pictures(
     Raises:
         UserError: a map has NaN or other values that are no confidences.
     """
-    device = next((value.device for value in detector.parameters()), torch.device("cpu"))
+    device = device_of(detector)
     parts = (to_images(part, device) for part in pictures.split(batch_size))
     return torch.cat([confidence_of(detector, part, name=name).float().cpu() for part in parts])
 
@@ -165,7 +166,7 @@ def diagnosed_batches(
     Raises:
         UserError: a map has NaN or other values that are no confidences.
     """
-    device = next(detector.parameters()).device
+    device = device_of(detector)
     for batch in batches(data, batch_size, chosen=chosen, strict=strict, counts=counts):
         pictures, masks = zip(*(resize_pair(s["picture"], as_mask(s["mask"]), size) for s in batch), strict=True)
         images = to_images(pictures, device)

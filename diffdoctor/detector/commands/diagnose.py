@@ -22,7 +22,7 @@ from diffdoctor.runs.journal import Journal, Records
 from diffdoctor.runs.progress import progress
 from diffdoctor.runs.record import METRICS, RunFolder, versions
 from diffdoctor.runs.summary import print_summary
-from diffdoctor.training.devices import open_device
+from diffdoctor.training.devices import device_of, open_device
 from diffdoctor.training.processes import process_state
 from diffdoctor.training.weights import weights_digest
 from diffdoctor.viz.draw import map_png, overlay, png_bytes
@@ -226,7 +226,7 @@ def _batches(unit: list[Source], config: DiagnoseConfig, counts: SkipCounts, sta
 def _diagnose_batch(detector: Detector, batch: list[dict], missing: set[str], config: DiagnoseConfig) -> Iterator[dict]:
     """Diagnose a batch, and write the maps and yield the records of its `missing` pictures."""
     output = Path(config.output)
-    images = to_images([sample["picture"] for sample in batch], next(detector.parameters()).device)
+    images = to_images([sample["picture"] for sample in batch], device_of(detector))
     maps = confidence_of(detector, images, tile=config.tile, overlap=config.overlap)[:, 0].cpu().numpy()
     for sample, confidence in zip(batch, maps, strict=True):
         name = sample["name"]

@@ -84,11 +84,16 @@ class DetectorServer(ThreadingHTTPServer):
         """
         from diffdoctor.data.pictures import to_images
         from diffdoctor.detector.confidence import confidence_of
+        from diffdoctor.training.devices import device_of
 
         picture = self._decode(body)
-        device = next((t.device for t in (*self.detector.parameters(), *self.detector.buffers())), None)
         with self.lock:
-            return confidence_of(self.detector, to_images(picture[None], device))[0, 0].float().cpu().numpy()
+            return (
+                confidence_of(self.detector, to_images(picture[None], device_of(self.detector)))[0, 0]
+                .float()
+                .cpu()
+                .numpy()
+            )
 
     def _decode(self, body: bytes) -> np.ndarray:
         from PIL import Image, ImageOps

@@ -18,6 +18,7 @@ from diffdoctor.evaluate.model.networks import Classifier, Clip, FeatureNetwork,
 from diffdoctor.evaluate.model.summary import PictureMeasures, summarise
 from diffdoctor.measures.pixels import flagged_share
 from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.training.devices import device_of
 
 # Pictures whose measures are stored as one unit; an interruption loses at most so many.
 UNIT = 128
@@ -61,7 +62,7 @@ class Measurer:
         Returns:
             The fields of `PictureMeasures` by name, arrays of B entries.
         """
-        device = next(self.judge.parameters()).device
+        device = device_of(self.judge)
         pictures = pictures.to(device)
         values = {
             name: flagged_share(diagnose_pictures(detector, pictures, name=name)).numpy()
