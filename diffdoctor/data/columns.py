@@ -101,7 +101,8 @@ class ParquetColumns:
             read = self._table.read(columns=[column]).column(column)
         except Exception as error:
             raise self._unreadable(error) from error
-        return read.type, read
+        kind = read.type
+        return (kind.value_type if self._pa.types.is_dictionary(kind) else kind), read
 
     def _is_text(self, kind) -> bool:
         types = self._pa.types

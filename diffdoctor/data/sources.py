@@ -199,5 +199,6 @@ def _caption_beside(picture: Path, strict: bool, counts: SkipCounts) -> str:
         return "" if path is None else read_caption(path)
     except UserError as error:
         # The message begins with the path.
-        counts.add("a caption that cannot be read", readable(path), strict, str(error).removeprefix(f"{path}"))
+        fault = str(error).removeprefix(str(path)).lstrip(",: ")
+        counts.add("a caption that cannot be read", readable(path), strict, fault)
         return ""

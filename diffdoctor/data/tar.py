@@ -225,7 +225,8 @@ def _has_end_mark(file: BinaryIO) -> bool:
 def _is_passed_over(info: tarfile.TarInfo) -> bool:
     """Whether it is a folder, or hidden: what systems put into archives of their own."""
     parts = info.name.split("/")
-    return info.isdir() or parts[-1].startswith(".") or "__MACOSX" in parts
+    hidden = parts[-1].startswith(".") and not parts[-1].startswith("..")
+    return info.isdir() or hidden or "__MACOSX" in parts
 
 
 def _named(info: tarfile.TarInfo) -> tuple[str | None, str, str]:

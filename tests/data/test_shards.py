@@ -247,7 +247,7 @@ def sparse_file(path, data, hole):
 def test_headers_cost_a_bounded_amount(tmp_path):
     import tracemalloc
 
-    write_tar(tmp_path / "good.tar", GOOD[0])
+    write_tar(tmp_path / "good.tar", [*GOOD[0], *GOOD[1]])
     good = (tmp_path / "good.tar").read_bytes().rstrip(b"\0")
     good = good.ljust(-(-len(good) // 512) * 512, b"\0")
     negative = bytearray(tarfile.TarInfo("x.png").tobuf(tarfile.GNU_FORMAT))

@@ -52,8 +52,8 @@ class InjectConfig:
         plugins: Python files to run first, which register kinds by `diffdoctor.detector.damage_kind`.
         strength: range of the damage's strength, in (0, 1].
         area: range of the damaged region's size, as a share of the picture.
-        visible: smallest mean change of the changed pixels, in [0, 1]; half of it for kinds that are seen by their
-            structure (over_smooth, pixelate).
+        visible: smallest mean change of the changed pixels, in [0, 1]; 0.6 of it for over_smooth and pixelate and 0.8
+            of it for fuse and removal, which are seen by their structure.
         longest: larger pictures are shrunk to this longest side, in pixels; null: they keep their size.
         seed: of all draws; each picture's damage is a function of the seed and of the picture's index in the input.
         workers: processes; the result does not depend on their number.
