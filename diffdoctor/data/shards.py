@@ -36,7 +36,7 @@ class BrokenSample(UserError):
         self.reason, self.where, self.detail = reason, where, detail
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.reason}{f' ({self.detail})' if self.detail else ''}"
+        return f"{self.where}: {self.reason}"
 
 
 def shard_paths(source: str | Path | Iterable[str | Path]) -> list[Path]:

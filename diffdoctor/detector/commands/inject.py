@@ -182,7 +182,7 @@ def _make(config: InjectConfig, run: RunFolder, sources: list[Source], not_read:
         left_out.reasons["damage that was not visible"] = stats.failed
     if not metrics["pictures"]:
         made.remove()
-        raise UserError(f"{output}: no pictures to write (left out: {left_out.sentence()})")
+        raise UserError(f"{output}: no pictures to write ({left_out.sentence()})")
 
     def add(folder: Path) -> None:
         if stats.sheet:
