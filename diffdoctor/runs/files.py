@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -71,6 +72,22 @@ def _short(part: str, ending: str) -> str:
         return part + ending
     beginning = os.fsencode(part)[:200].decode("utf-8", "ignore")
     return f"{beginning}-{hashlib.sha256(os.fsencode(part)).hexdigest()[:16]}{ending}"
+
+
+@contextmanager
+def unicode_path(path) -> Iterator[Path]:
+    """A path of the file or folder that is Unicode, for libraries that take no other: where need be, a link's."""
+    path = Path(path)
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as place:
+            # Of the same name as far as it goes: libraries look at suffixes.
+            link = Path(place) / os.fsencode(path.name).decode("utf-8", "replace")
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
 
 
 @contextmanager

@@ -24,6 +24,8 @@ from support.pictures import picture, write_pictures
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("pyarrow")
 pytest.importorskip("accelerate")
+pytest.importorskip("matplotlib")
+pytest.importorskip("pycocotools")
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +240,30 @@ def test_a_kind_below_half_of_its_share_is_said(tmp_path, capsys):
     assert metrics["rare_kinds"] == {"pixelate": 0}
     line = capsys.readouterr().err.splitlines()[-1]
     assert "of each kind of damage 8 pictures are due, but there are of pixelate 0 (see --visible)" in line
+
+
+def test_folders_whose_names_are_no_unicode_are_as_good_as_others(tmp_path):
+    import os
+
+    place = tmp_path / os.fsdecode(b"K\xe4se")
+    try:
+        place.mkdir()
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    ConvDetector((8, 16)).save_pretrained(place / "detector")
+    write_pictures(place / "in", 2)
+    for argv in (
+        ["inject", str(place / "in"), "--output", str(place / "set")],
+        ["diagnose", str(place / "in"), "--detector", str(place / "detector"), "--output", str(place / "maps")],
+        [
+            "evaluate",
+            "detector",
+            str(place / "set"),
+            "--detector",
+            str(place / "detector"),
+            "--output",
+            str(place / "ev"),
+        ],
+    ):
+        assert main(argv) == 0
+    assert list(records_of(place / "maps")) == ["00", "01"]

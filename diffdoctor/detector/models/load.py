@@ -16,6 +16,7 @@ from torch import nn
 
 from diffdoctor.detector.models.preprocess import PreprocessConfig
 from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.runs.files import unicode_path
 
 if TYPE_CHECKING:
     from diffdoctor.detector.models.base import Detector
@@ -83,7 +84,8 @@ def load_detector(source: str | Path) -> Detector:
         if config["format"] != 1:
             raise UserError(expected(source, "a detector in format 1", f"format {config['format']}"))
         detector = cls.from_config(config["network"], PreprocessConfig(**config["preprocess"]))
-        state = load_file(folder / WEIGHTS_NAME)
+        with unicode_path(folder / WEIGHTS_NAME) as weights:
+            state = load_file(weights)
     except (OSError, json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{source}: not a complete detector ({type(error).__name__}: {error})") from error
     load_exactly(detector, detector.from_file_keys(state), source)
