@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -61,7 +61,11 @@ def encode_mask(mask: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def decode(source: bytes | str | os.PathLike, mode: str) -> np.ndarray:
+# Of a picture's sides in pixels, which may be swapped: why it is not to be decoded, in words as for `reason`; or None.
+SizeCheck: TypeAlias = Callable[[int, int], "str | None"]
+
+
+def decode(source: bytes | str | os.PathLike, mode: str, *, check: SizeCheck | None = None) -> np.ndarray:
     """Decode a picture, rotated upright by its EXIF orientation.
 
     Of a format with several frames or pages it is the first. Sixteen bits a pixel are scaled to eight; transparency is
@@ -70,6 +74,7 @@ def decode(source: bytes | str | os.PathLike, mode: str) -> np.ndarray:
     Args:
         source: a PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF picture: its bytes, or the path of its file.
         mode: "RGB" or "L" (grey).
+        check: refuses pictures by the size in their header, before they are decoded.
 
     Returns:
         uint8, (H, W, 3) for "RGB" or (H, W) for "L".
@@ -78,6 +83,8 @@ def decode(source: bytes | str | os.PathLike, mode: str) -> np.ndarray:
         UnreadablePicture: for whatever reason; a picture that is too large is not decoded.
     """
     with open_picture(source) as image:
+        if check is not None and (reason := check(image.height, image.width)):
+            raise UnreadablePicture(reason)
         return as_array(image, mode)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from diffdoctor.data.codec import PICTURE_TYPES, UnreadablePicture, decode
+from diffdoctor.data.codec import PICTURE_TYPES, SizeCheck, UnreadablePicture, decode
 from diffdoctor.data.manifest import OFFSETS, read_columns
 from diffdoctor.data.tar import MASK, MAX_MEMBER_BYTES, SkipCounts, read_groups
 from diffdoctor.data.text import is_unicode
@@ -66,6 +66,7 @@ def read_shards(
     counts: SkipCounts | None = None,
     split: tuple[int, int] = (0, 1),
     masks: str = "required",
+    check: SizeCheck | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Stream labelled pictures from shards, in order; memory holds one sample at a time.
 
@@ -75,6 +76,7 @@ def read_shards(
         counts: filled with what was skipped.
         split: (index, count): this reader takes every count-th shard from index on, for workers and processes.
         masks: "required", as training needs them; "optional": a picture without a mask counts as clean; "ignored".
+        check: see `codec.decode`.
 
     Yields:
         The sample's JSON values with `picture` (H, W, 3) uint8, `mask` (H, W) float32 in [0, 1], `key`, `shard`.
@@ -86,25 +88,29 @@ def read_shards(
     for path in shard_paths(source)[split[0] :: split[1]]:
         for key, members in read_groups(path, strict, counts):
             try:
-                yield {**decode_sample(members, f"{path.name}:{key}", masks), "key": key, "shard": path.name}
+                sample = decode_sample(members, f"{path.name}:{key}", masks, check)
+                yield {**sample, "key": key, "shard": path.name}
             except BrokenSample as error:
                 counts.add(error.reason, error.where, strict, error.detail)
 
 
-def decode_sample(members: dict[str, bytes], where: str, masks: str = "required") -> dict[str, Any]:
+def decode_sample(
+    members: dict[str, bytes], where: str, masks: str = "required", check: SizeCheck | None = None
+) -> dict[str, Any]:
     """A sample's JSON values, `picture` (H, W, 3) uint8 and `mask` (H, W) float32 in [0, 1].
 
     Args:
         members: {extension: bytes}, as `tar.read_groups` gives them.
         where: the shard and the key, for errors.
         masks: see `read_shards`; "ignored" gives no `mask`.
+        check: see `codec.decode`.
 
     Raises:
         BrokenSample: no picture, no mask, or a broken member.
     """
     name = _picture_member(members, where)
     meta = _meta(members.get("json"), where)
-    picture = _decoded(members[name], "RGB", "picture", where)
+    picture = _decoded(members[name], "RGB", "picture", where, check)
     if masks == "ignored":
         return {**meta, "picture": picture}
     if MASK not in members:
@@ -132,9 +138,9 @@ def _picture_member(members: dict[str, bytes], where: str) -> str:
     return found[0]
 
 
-def _decoded(data: bytes, mode: str, what: str, where: str) -> np.ndarray:
+def _decoded(data: bytes, mode: str, what: str, where: str, check: SizeCheck | None = None) -> np.ndarray:
     try:
-        return decode(data, mode)
+        return decode(data, mode, check=check)
     except UnreadablePicture as error:
         raise BrokenSample(error.reason.replace("picture", what), where, error.detail) from None
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from diffdoctor.data.captions import caption_file, captions_of, read_caption
-from diffdoctor.data.codec import SUFFIXES, UnreadablePicture, decode
+from diffdoctor.data.codec import SUFFIXES, SizeCheck, UnreadablePicture, decode
 from diffdoctor.data.folders import SHARD, find_files, is_map, is_read, is_shard, names_of
 from diffdoctor.data.shards import read_shards
 from diffdoctor.data.tar import SkipCounts
@@ -157,7 +157,12 @@ def _matching(pattern: str, counts: SkipCounts) -> list[Source]:
 
 
 def read_source(
-    source: Source, *, strict: bool = False, counts: SkipCounts | None = None, masks: str = "optional"
+    source: Source,
+    *,
+    strict: bool = False,
+    counts: SkipCounts | None = None,
+    masks: str = "optional",
+    check: SizeCheck | None = None,
 ) -> Iterator[dict]:
     """The pictures of a source.
 
@@ -169,6 +174,7 @@ def read_source(
         strict: raise `UserError` at a picture that cannot be read instead of skipping and counting it.
         counts: filled with what was skipped.
         masks: see `shards.read_shards`.
+        check: see `codec.decode`.
 
     Yields:
         Dicts with `picture` (H, W, 3) uint8, `name`, and of a shard's sample all its other values.
@@ -176,14 +182,14 @@ def read_source(
     counts = SkipCounts() if counts is None else counts
     if source.is_shard:
         pictures, before = 0, counts.total
-        for sample in read_shards(source.path, strict=strict, counts=counts, masks=masks):
+        for sample in read_shards(source.path, strict=strict, counts=counts, masks=masks, check=check):
             pictures += 1
             yield {**sample, "name": readable(f"{source.name}/{sample['key']}")}
         if not pictures and counts.total == before:
             counts.add("a shard without pictures", readable(source.path), strict)
         return
     try:
-        picture = decode(source.path, "RGB")
+        picture = decode(source.path, "RGB", check=check)
     except UnreadablePicture as error:
         counts.add(error.reason, readable(source.path), strict, error.detail)
         return

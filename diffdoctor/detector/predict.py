@@ -18,6 +18,7 @@ from diffdoctor.measures.components import components
 from diffdoctor.measures.pixels import flagged_share, is_flagged
 from diffdoctor.runs.errors import expected
 
+TOO_LARGE = "a picture that is too large to be diagnosed whole (give tile)"
 _BATCH_PIXELS = 2**26
 
 
@@ -140,9 +141,7 @@ def in_batches(samples: Iterable[dict], batch_size: int) -> Iterator[list[dict]]
         yield batch
 
 
-def is_taken(
-    detector: nn.Module, sample: dict, where: str, strict: bool, counts: SkipCounts, tile: int | None = None
-) -> bool:
+def is_taken(detector: nn.Module, sample: dict, where: str, strict: bool, counts: SkipCounts) -> bool:
     """Whether a picture is small enough for the detector; counts one that is not.
 
     Args:
@@ -151,11 +150,10 @@ def is_taken(
         where: its name.
         strict: raise `UserError` instead of counting.
         counts: filled with what is not taken.
-        tile: of `confidence`.
     """
-    if not isinstance(detector, Detector) or detector.takes(*sample["picture"].shape[:2], tile):
+    if not isinstance(detector, Detector) or detector.takes(*sample["picture"].shape[:2]):
         return True
-    counts.add("a picture that is too large to be diagnosed whole (give tile)", where, strict)
+    counts.add(TOO_LARGE, where, strict)
     return False
 
 

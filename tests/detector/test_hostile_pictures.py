@@ -76,6 +76,19 @@ def test_each_bad_picture_is_counted_and_named(tmp_path, detector, capsys):
         assert name in line
 
 
+def test_a_picture_is_damaged_only_where_there_is_room_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffdoctor.detector.commands.inject._MAX_PIXELS", 500)
+    write_pictures(tmp_path / "pictures", 1)
+    Image.fromarray(picture(16, 16)).save(tmp_path / "pictures" / "small.png")
+    options = {"kinds": ["tint"], "damaged": 0}
+    metrics = run_inject(InjectConfig([str(tmp_path / "pictures")], str(tmp_path / "set"), **options))
+    assert metrics["pictures"] == 1
+    assert metrics["skipped"] == {"a picture of more than 500 pixels to damage (give longest)": 1}
+    assert "00.png" in next(iter(metrics["skipped_examples"].values()))
+    metrics = run_inject(InjectConfig([str(tmp_path / "pictures")], str(tmp_path / "shrunk"), longest=24, **options))
+    assert metrics["pictures"] == 2
+
+
 def test_where_nothing_can_be_read_the_exit_code_says_so(tmp_path, detector, capsys):
     pictures = tmp_path / "pictures"
     pictures.mkdir()

@@ -16,7 +16,7 @@ from diffdoctor.data.sources import Source, find_sources, read_source
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import open_detector
-from diffdoctor.detector.predict import describe_map, in_batches, is_taken
+from diffdoctor.detector.predict import TOO_LARGE, describe_map, in_batches
 from diffdoctor.detector.report import write_gallery
 from diffdoctor.runs.errors import UserError, check_least, expected, first_line, missing_extra
 from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json, file_name
@@ -239,11 +239,14 @@ def _batches(
     unit: list[Source], config: DiagnoseConfig, detector: Detector, counts: SkipCounts, stamps: dict
 ) -> Iterator[list[dict]]:
     """The pictures of a unit that the detector takes, in batches of one size."""
+
+    def check(height: int, width: int) -> str | None:
+        return None if detector.takes(height, width, config.tile) else TOO_LARGE
+
     samples = (
         sample | {"path": _absolute(source), "stamp": stamps[source.name]}
         for source in unit
-        for sample in read_source(source, strict=config.strict, counts=counts, masks="ignored")
-        if is_taken(detector, sample, sample["name"], config.strict, counts, config.tile)
+        for sample in read_source(source, strict=config.strict, counts=counts, masks="ignored", check=check)
     )
     return in_batches(samples, config.batch_size)
 

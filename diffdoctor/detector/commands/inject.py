@@ -5,6 +5,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -368,10 +369,18 @@ def _pictures(
     config: InjectConfig, sources: list[Source], counts: SkipCounts, start: Cursor | None
 ) -> Iterator[tuple[Cursor, dict]]:
     """The pictures that are used, from `start` on, with their cursors; fills `counts`."""
+
+    def check(height: int, width: int) -> str | None:
+        shrunk = min(1.0, (config.longest or math.inf) / max(height, width))
+        if height * width * shrunk**2 <= _MAX_PIXELS:
+            return None
+        return f"a picture of more than {_MAX_PIXELS:,} pixels to damage (give longest)"
+
     index = start.index if start else 0
     for number in range(start.source if start else 0, len(sources)):
         resumed = start if start and number == start.source else None
-        for sample_index, sample in enumerate(read_source(sources[number], strict=config.strict, counts=counts)):
+        samples = read_source(sources[number], strict=config.strict, counts=counts, check=check)
+        for sample_index, sample in enumerate(samples):
             if resumed and sample_index < resumed.sample:
                 continue
             if resumed and sample_index == resumed.sample:
@@ -381,9 +390,6 @@ def _pictures(
             picture = shrink_to(sample["picture"], config.longest)
             if min(picture.shape[:2]) < MIN_SIDE:
                 counts.add(f"a picture of less than {MIN_SIDE} pixels", sample["name"], config.strict)
-            elif picture.shape[0] * picture.shape[1] > _MAX_PIXELS:
-                reason = f"a picture of more than {_MAX_PIXELS:,} pixels to damage (give longest)"
-                counts.add(reason, sample["name"], config.strict)
             elif np.any(sample.get("mask", 0)):
                 counts.add("a picture that is damaged already", sample["name"], config.strict)
             else:
