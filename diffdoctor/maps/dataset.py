@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from diffdoctor.data.codec import UnreadablePicture, open_picture, picture_size
 from diffdoctor.maps.check import check_maps
 from diffdoctor.maps.files import PictureLike, Record, read_picture
 from diffdoctor.maps.geometry import PairedTransform
-from diffdoctor.runs.errors import expected
+from diffdoctor.runs.errors import UserError, expected
 
 _CHECKED = 256  # maps that are checked when a set is opened
 
@@ -165,11 +166,11 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _picture_size(picture: PictureLike) -> tuple[int, int]:
     if isinstance(picture, (str, os.PathLike)):
-        from PIL import Image
-
-        with Image.open(picture) as image:
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # Orientation: a quarter turn
-            return (image.width, image.height) if turned else (image.height, image.width)
+        try:
+            with open_picture(picture) as image:
+                return picture_size(image)
+        except UnreadablePicture as error:
+            raise UserError(expected(picture, "a picture", error)) from error
     image = read_picture(picture)
     return image.height, image.width
 

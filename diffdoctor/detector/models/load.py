@@ -18,6 +18,7 @@ from diffdoctor.detector.confidence import check_finite_weights
 from diffdoctor.detector.models.limits import MAX_FILE_BYTES
 from diffdoctor.detector.models.preprocess import PreprocessConfig
 from diffdoctor.runs.errors import UserError, expected, first_line, install_command
+from diffdoctor.runs.files import unicode_path
 from diffdoctor.runs.hub import is_hub_id, local_path, near
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ def load_detector(source: str | Path) -> Detector:
         if config["format"] != 1:
             raise UserError(expected(source, "a detector in format 1", f"format {config['format']}"))
         detector = cls.from_config(config["network"], PreprocessConfig(**config["preprocess"]))
-        state = load_file(folder / WEIGHTS_NAME)
+        with unicode_path(folder / WEIGHTS_NAME) as weights:
+            state = load_file(weights)
     except UserError:
         raise
     except Exception as error:  # JSON, configuration and weights may hold anything
