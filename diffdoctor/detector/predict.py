@@ -13,7 +13,6 @@ from diffdoctor.data.pictures import as_mask, resize_pair, to_images
 from diffdoctor.data.shards import BrokenSample
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.confidence import confidence_of
-from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.samples import DetectorData
 from diffdoctor.measures.components import components
 from diffdoctor.measures.pixels import flagged_share, is_flagged
@@ -157,7 +156,7 @@ def is_taken(detector: nn.Module, sample: dict, where: str, strict: bool, counts
         strict: raise `UserError` instead of counting.
         counts: filled with what is not taken.
     """
-    if not isinstance(detector, Detector) or detector.takes(*sample["picture"].shape[:2]):
+    if not hasattr(detector, "takes") or detector.takes(*sample["picture"].shape[:2]):
         return True
     counts.add(TOO_LARGE, where, strict)
     return False
