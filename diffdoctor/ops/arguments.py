@@ -11,6 +11,7 @@ from diffdoctor.lowering.numbers import round_to_fp32
 from diffdoctor.lowering.plan import LOSS_KINDS, Options
 from diffdoctor.ops import checks
 from diffdoctor.ops.layout import ORDERS, Packed
+from diffdoctor.ops.observed import PLAIN, is_plain
 from diffdoctor.ops.target import Target
 
 # The numbers that kernels take of a LossOptions, in the order of the registered operators.
@@ -61,7 +62,7 @@ class LossOptions:
         ValueError: a name or a number that cannot be.
     """
 
-    artifact_weight: float = 2.0
+    artifact_weight: float = 1.0
     clean_weight: float = 1.0
     artifact_grad: float = 1.0
     clean_grad: float = 1.0
@@ -135,7 +136,7 @@ def target_parts(target: Tensor | Target | None) -> tuple[tuple, tuple, float | 
     """(terms, coefs, pred_scale) of a target; a tensor is one term with coefficient 1."""
     if target is None:
         return (), (), 1.0
-    if isinstance(target, Tensor):
+    if not isinstance(target, Target):
         return (target,), (1.0,), 1.0
     return target.terms, target.coefs, target.pred_scale
 
@@ -144,14 +145,20 @@ def tensor_key(x):
     """What a plan depends on in an argument: a tensor's metadata, or the argument itself."""
     if x is None or not isinstance(x, Tensor):
         return x
-    return (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_neg())
+    return (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_neg(), type(x) in PLAIN)
 
 
 def target_key(target):
     """Likewise in a target."""
-    if type(target) is not Target:
+    if not isinstance(target, Target):
         return tensor_key(target)
     return (*map(tensor_key, target.terms), *map(tensor_key, target.coefs), tensor_key(target.pred_scale))
+
+
+def has_memory(inputs: Inputs) -> bool:
+    """Whether the memory of every tensor of a call holds its values, by the tensors' types."""
+    terms, coefs, pred_scale = target_parts(inputs.target)
+    return is_plain(inputs.model_pred, *inputs[2:], *terms, *coefs, pred_scale)
 
 
 def check_inputs(inputs: Inputs, options: LossOptions) -> None:

@@ -64,6 +64,21 @@ def test_residual(tensors, name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("given", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_an_fp64_prediction_gets_a_target_in_fp64(tensors, given, backend):
+    """Square roots taken in fp32 would be off by 1e-8."""
+    latents, noise, pred = (tensors[name].double() for name in ("latents", "noise", "pred"))
+    a = tensors["a"].to(given)
+    exact = a.double()
+    d = pred - (column(exact.sqrt()) * noise - column((1 - exact).sqrt()) * latents)
+    x = pred.clone().requires_grad_()
+    loss = diffdoctor.weighted_loss(x, Target.velocity(latents, noise, a), backend=backend)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), (d**2).mean(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(x.grad, 2 * d / d.numel(), rtol=1e-13, atol=1e-16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_target_in_fp32_is_sharper_than_one_built_in_bf16(backend):
     latents, noise = torch.randn(SHAPE).bfloat16(), torch.randn(SHAPE).bfloat16()
     pred = torch.randn(SHAPE)
@@ -100,6 +115,8 @@ def test_packing_is_diffusers_flux_order():
         (TypeError, "height: expected an int, got float", lambda: Packed(4.0, 4)),
         (ValueError, "width: expected a positive multiple of patch_size 2, got 5", lambda: Packed(4, 5)),
         (ValueError, "order: expected one of", lambda: Packed(4, 4, 2, "pw ph c")),
+        (AttributeError, "Target: expected one of epsilon, .*got 'v_prediction', which is 'velocity' here",
+         lambda: Target.v_prediction),
         (TypeError, "order: expected one of", lambda: Packed(4, 4, 2, 7)),
         (TypeError, "terms: expected tensors, got float", lambda: Target.epsilon(1.0)),
         (ValueError, "1 to 2 terms", lambda: Target((), ())),
@@ -111,7 +128,10 @@ def test_packing_is_diffusers_flux_order():
          lambda: Target.velocity(torch.ones(1), torch.ones(1), torch.ones(2, 1))),
         (TypeError, "floating-point", lambda: Target.velocity(torch.ones(1), torch.ones(1), torch.ones(2).long())),
     ],
-    ids=["height", "width", "order", "order kind", "term", "none", "three", "coefs", "scale", "alphas", "alphas dtype"],
+    ids=[
+        "height", "width", "order", "constructor", "order kind", "term", "none", "three", "coefs", "scale", "alphas",
+        "alphas dtype",
+    ],
 )  # fmt: skip
 def test_bad_argument(error, message, make):
     with pytest.raises(error, match=message):
