@@ -87,19 +87,23 @@ def passes_bytes(case: Case, tensors: Tensors) -> int:
 
 
 def _fused_pair(t, backend):
-    return diffdoctor.weighted_loss(t["model_pred"], t["target"], t.get("confidence"), backend=backend)
+    return diffdoctor.weighted_loss(
+        t["model_pred"], t["target"], t.get("confidence"), artifact_weight=2.0, backend=backend
+    )
 
 
 def _fused_stats(t, backend):
     loss, _ = diffdoctor.weighted_loss(
-        t["model_pred"], t["target"], t["confidence"], return_stats=True, backend=backend
+        t["model_pred"], t["target"], t["confidence"], artifact_weight=2.0, return_stats=True, backend=backend
     )
     return loss
 
 
 def _fused_min_snr(t, backend):
     weighting = diffdoctor.snr_weights(t["timesteps"], t["alphas_cumprod"], 5.0, "epsilon")
-    return diffdoctor.weighted_loss(t["model_pred"], t["target"], t["confidence"], weighting=weighting, backend=backend)
+    return diffdoctor.weighted_loss(
+        t["model_pred"], t["target"], t["confidence"], artifact_weight=2.0, weighting=weighting, backend=backend
+    )
 
 
 def _fused_flow(t, backend):
@@ -108,6 +112,7 @@ def _fused_flow(t, backend):
         t["model_pred"],
         diffdoctor.Target.flow(t["latents"], t["noise"]),
         t.get("confidence"),
+        artifact_weight=2.0,
         weighting=t["weighting"],
         layout=diffdoctor.Packed(*t["latents"].shape[-2:]) if tokens else None,
         backend=backend,
