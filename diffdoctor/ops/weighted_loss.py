@@ -202,8 +202,8 @@ def weighted_loss(
     inputs = Inputs(model_pred, target, confidence, mask, weighting, huber_c, normalizer)
     if cached is None:
         options = LossOptions(
-            weight_beside(confidence, artifact_weight, target), clean_weight, artifact_grad, clean_grad, threshold, gamma,
-            interpolation, loss_type, normalize, reduction, layout,
+            weight_beside(confidence, artifact_weight, target), clean_weight, artifact_grad, clean_grad, threshold,
+            gamma, interpolation, loss_type, normalize, reduction, layout,
         )  # fmt: skip
         unrecorded(check_inputs, inputs, options)
     checks.check_bool("return_stats", return_stats)
