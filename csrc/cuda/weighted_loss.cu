@@ -13,11 +13,6 @@
 namespace diffdoctor::cuda {
 namespace {
 
-// Vectors that a thread loads before it computes on the first. Two blocks of 256 threads with 128 registers keep more
-// bytes under way than three with 80 registers and one vector.
-constexpr int kUnroll = 2;
-constexpr int kBlocksPerMultiprocessor = 2;
-
 // kAnyTerms: three terms, or coefficients that change with u. Other calls keep their registers.
 template <int32_t kPredDtype, bool kVectorised, bool kAnyTerms>
 struct Config {
@@ -25,6 +20,9 @@ struct Config {
   static constexpr bool kVector = kVectorised;
   static constexpr bool kSpatialCoefs = kAnyTerms;
   static constexpr int kLaterTerms = kAnyTerms ? kMaxTerms - 1 : 1;
+  // Two blocks of 256 threads with 128 registers keep more bytes under way than three with 80 registers and one vector.
+  static constexpr int kUnroll = kAnyTerms ? 1 : 2;  // vectors that a thread loads before it computes on the first
+  static constexpr int kBlocks = kAnyTerms && kPredDtype == kFloat64 ? 1 : 2;  // of a multiprocessor
   using acc_t = std::conditional_t<kPredDtype == kFloat64, double, float>;
   static constexpr int kWidth = kVectorised ? vector_width(kPredDtype) : 1;
   static constexpr int kStep = kWidth < 16 / sizeof(acc_t) ? kWidth : 16 / sizeof(acc_t);
@@ -99,13 +97,14 @@ __device__ __forceinline__ void load_unit(const WeightedLossParams& p, const Til
     unit.s = static_cast<int>(o * inner) + unit.q;
     i = tile.first + e;
   }
-  const bool strided = !C::kVector && !p.contiguous;
-  const int64_t start = strided ? 0 : i;
-  int64_t pred_at = start, term_at = start;
-  unit.grad_at = start + b * p.grad.batch_stride;
+  int64_t pred_at = i, term_at = i;
+  unit.grad_at = i;
 #pragma unroll
-  for (int k = 0; k < C::kLaterTerms; ++k) unit.later_at[k] = start + b * p.terms[1 + k].batch_stride;
-  if (strided) {
+  for (int k = 0; k < C::kLaterTerms; ++k) unit.later_at[k] = i;
+  if (!C::kVector && !p.contiguous) {
+    pred_at = term_at = unit.grad_at = 0;
+#pragma unroll
+    for (int k = 0; k < C::kLaterTerms; ++k) unit.later_at[k] = 0;
     decode(p, t.narrow != 0, i, [&](int d, int64_t at) {
       pred_at += at * p.pred.stride[d];
       term_at += at * p.terms[0].stride[d];
@@ -114,6 +113,9 @@ __device__ __forceinline__ void load_unit(const WeightedLossParams& p, const Til
       for (int k = 0; k < C::kLaterTerms; ++k) unit.later_at[k] += at * p.terms[1 + k].stride[d];
     });
   }
+  unit.grad_at += b * p.grad.batch_stride;
+#pragma unroll
+  for (int k = 0; k < C::kLaterTerms; ++k) unit.later_at[k] += b * p.terms[1 + k].batch_stride;
   unit.pred = load_raw<acc_t, C::kWidth>(p.pred.data, C::kDtype, b * p.pred.batch_stride + pred_at);
   if (p.num_terms > 0) unit.term = load_term<C>(p, 0, b * p.terms[0].batch_stride + term_at);
 }
@@ -264,7 +266,7 @@ __device__ __forceinline__ void finish(const WeightedLossParams& p, const Tiling
 
 // One block for each tile.
 template <typename C>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, C::kBlocks)
     weighted_loss_kernel(const __grid_constant__ WeightedLossParams p, const __grid_constant__ Tiling t,
                          void* workspace) {
   using acc_t = typename C::acc_t;
@@ -300,14 +302,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
   const int units = t.outers_per_tile == 0 ? frees * ((tile.positions + C::kWidth - 1) / C::kWidth)
                                            : tile.positions * frees / C::kWidth;
-  for (int first = threadIdx.x; first < units; first += kUnroll * kThreads) {
-    Unit<C> unit[kUnroll];
+  for (int first = threadIdx.x; first < units; first += C::kUnroll * kThreads) {
+    Unit<C> unit[C::kUnroll];
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k) {
+    for (int k = 0; k < C::kUnroll; ++k) {
       if (first + k * kThreads < units) load_unit<C>(p, t, tile, b, first + k * kThreads, unit[k]);
     }
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k) {
+    for (int k = 0; k < C::kUnroll; ++k) {
       if (first + k * kThreads < units) compute_unit<C>(p, t, sample, uniform, shared, unit[k], sums);
     }
   }
