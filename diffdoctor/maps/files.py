@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from diffdoctor.data.codec import SUFFIXES, UnreadablePicture, as_array, decode,
 from diffdoctor.data.folders import MAP_ENDING, find_files, is_shard, names_of
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.data.text import is_unicode
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected, first_line
 from diffdoctor.runs.files import atomic_path, atomic_write_text, file_name
 from diffdoctor.runs.record import kind_of_run
@@ -333,9 +333,9 @@ def write_metadata(folder: str | os.PathLike, maps: str | os.PathLike) -> int:
 
 
 def _as_line(row: dict) -> str:
-    line = json.dumps(row, ensure_ascii=False)
+    line = strict_json.dumps(row, ensure_ascii=False)
     # File names may be no Unicode.
-    return (line if is_unicode(line) else json.dumps(row)) + "\n"
+    return (line if is_unicode(line) else strict_json.dumps(row)) + "\n"
 
 
 def _unread_metadata(folder: Path) -> list[Path]:

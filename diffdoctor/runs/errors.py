@@ -1,11 +1,25 @@
 """Errors that the command line prints as one line."""
 
+# What `pip install` is given: a checkout's folder; the project's name once that is on an index.
+_PROJECT = "."
+
 
 class UserError(ValueError):
     """Something the user asked for cannot be done; the message says what to change.
 
     The command line prints the message without a traceback and ends with exit code 2.
     """
+
+    exit_code = 2
+
+
+class DoubtfulResult(UserError):
+    """A command's work is done and written, but its result is not worth what it seems; raised with `strict` alone.
+
+    The command line prints the message without a traceback and ends with exit code 3.
+    """
+
+    exit_code = 3
 
 
 def expected(name: object, what: str, got: object) -> str:
@@ -19,9 +33,14 @@ def expected(name: object, what: str, got: object) -> str:
     return f"{name}: expected {what}, got {got}"
 
 
+def install_command(extra: str) -> str:
+    """What to type, in a checkout, to install an extra."""
+    return f"pip install '{_PROJECT}[{extra}]'"
+
+
 def missing_extra(module: str, extra: str) -> UserError:
     """The error for an optional dependency that is not installed."""
-    return UserError(f"{module} is not installed: run `pip install 'diffdoctor[{extra}]'`")
+    return UserError(f"{module} is not installed: run `{install_command(extra)}`")
 
 
 def first_line(error: BaseException) -> str:
@@ -37,5 +56,5 @@ def check_least(options: object, **least: float) -> None:
     """
     for name, value in least.items():
         given = getattr(options, name)
-        if given is not None and given < value:
+        if given is not None and not given >= value:
             raise UserError(expected(name, f">= {value}", given))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fnmatch
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 
 # In the hidden names of what is being written, and of what is being replaced: `.NAME.diffdoctor-tmp-0a1b2c3d.png`.
@@ -128,13 +128,13 @@ def atomic_write_bytes(path, data: bytes) -> None:
 
 
 def atomic_write_text(path, text: str) -> None:
-    """Write `text` (UTF-8) to `path`, whole or not at all."""
-    atomic_write_bytes(path, text.encode("utf-8"))
+    """Write `text` to `path`, whole or not at all, in UTF-8; lone surrogates, as in some file names, as `\\udce9`."""
+    atomic_write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def atomic_write_json(path, value) -> None:
-    """Write `value` as indented JSON to `path`; NaN and infinities are refused, since JSON has none."""
-    atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write `value` as indented JSON to `path`; numbers that are not finite become null, since JSON has none."""
+    atomic_write_text(path, strict_json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from diffdoctor.runs import strict_json
+
 _PART = "part-*.jsonl"
 
 
@@ -36,7 +38,7 @@ class Journal:
             # After all that is there: parts may have been removed since.
             number = 1 + max([_number(part)[0] for part in self.folder.glob(_PART)], default=-1)
             self._file = open(self.folder / f"part-{self.process:04d}-{os.getpid()}-{number:04d}.jsonl", "xb")  # noqa: SIM115
-        self._file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
+        self._file.write(b"".join(strict_json.dumps(record).encode() + b"\n" for record in records))
         self._file.flush()
         os.fsync(self._file.fileno())
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
+from diffdoctor.runs.files import unicode_path
+from diffdoctor.runs.hub import is_hub_id, local_path, near
 
 # option -> dtype
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,10 +31,9 @@ def load_pipeline(option: str, source: str, *, dtype: str = "fp32", vae: str | N
         import diffusers
     except ImportError:
         raise missing_extra("diffusers", "stages") from None
-    folder = Path(source).expanduser()
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
-    if looks_local and not folder.is_dir():
-        raise UserError(f"--{option} {source}: no such folder")
+    folder = local_path(source)
+    if not folder.is_dir() and not is_hub_id(source):
+        raise UserError(f"--{option} {source}: no such folder{near(source)}")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(f"--{option} {source}: holds no diffusers pipeline (no model_index.json)")
     wanted = DTYPES[dtype] if vae in (None, dtype) else {"vae": DTYPES[vae], "default": DTYPES[dtype]}
@@ -41,8 +42,9 @@ def load_pipeline(option: str, source: str, *, dtype: str = "fp32", vae: str | N
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            origin = str(folder) if folder.is_dir() else source
-            return diffusers.DiffusionPipeline.from_pretrained(origin, **{name: wanted})
+            safe = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
+            with unicode_path(folder if folder.is_dir() else source) as origin:
+                return diffusers.DiffusionPipeline.from_pretrained(str(origin), **{name: wanted}, **safe)
     except Exception as error:  # each component's loader raises its own
         raise UserError(f"--{option} {source}: cannot be loaded ({first_line(error)})") from error
 
@@ -65,3 +67,70 @@ def replace_scheduler(pipeline, name: str | None) -> None:
     if scheduler is None or not hasattr(scheduler, "from_config"):
         raise UserError(expected("--scheduler", "a diffusers scheduler such as DDIMScheduler", name))
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+
+
+def read_lora(pipeline, source: str | Path) -> dict[str, torch.Tensor]:
+    """The weights of a LoRA by diffusers' names, as the pipeline's own loader reads them from any layout.
+
+    Args:
+        pipeline: whose loader reads them.
+        source: a folder, a file or a hub id.
+
+    Raises:
+        UserError: there is none, or the pipeline takes none.
+    """
+    path, options = _lora_location(source)
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise UserError(expected("--lora", "a pipeline that takes a LoRA", type(pipeline).__name__))
+    try:
+        with unicode_path(path) as place:
+            state = pipeline.lora_state_dict(str(place), **options)
+    except Exception as error:  # diffusers, peft and safetensors raise their own
+        raise UserError(f"--lora {source}: does not fit this pipeline ({first_line(error)})") from error
+    return state[0] if isinstance(state, tuple) else state
+
+
+def load_lora(pipeline, source: str | Path, *, adapter: str | None = None) -> None:
+    """Add a LoRA to a pipeline.
+
+    Args:
+        pipeline: to load into.
+        source: a folder, a file or a hub id.
+        adapter: the adapter's name; None: diffusers chooses one.
+
+    Raises:
+        UserError: there is none, or any of its matrices has no layer in the pipeline.
+    """
+    state = read_lora(pipeline, source)
+    path, options = _lora_location(source)
+    before = _adapters_in_layers(pipeline)
+    try:
+        with unicode_path(path) as place:
+            named = {} if adapter is None else {"adapter_name": adapter}
+            pipeline.load_lora_weights(str(place), **options, **named)
+    except Exception as error:  # diffusers, peft and safetensors raise their own
+        raise UserError(f"--lora {source}: does not fit this pipeline ({first_line(error)})") from error
+    wanted = sum(".lora_B" in name or "lora_up" in name or "lora.up" in name for name in state)
+    found = _adapters_in_layers(pipeline) - before
+    # For matrices without a layer diffusers only warns, and generates untreated pictures.
+    if wanted == 0 or found < wanted:
+        raise UserError(f"--lora {source}: does not fit this pipeline: {found} of its {wanted} matrices were loaded")
+
+
+def _lora_location(source: str | Path) -> tuple[str, dict[str, str]]:
+    """The folder or hub id of a LoRA, and the options that name its file where it is one."""
+    source, path = str(source), local_path(source)
+    if not path.exists() and not is_hub_id(source):
+        what = "a file, a folder or a hub id such as owner/name"
+        raise UserError(expected(f"--lora {source}", what, f"none of these{near(source)}"))
+    if path.is_file():
+        return str(path.parent), {"weight_name": path.name}
+    return (str(path) if path.exists() else source), {}
+
+
+def _adapters_in_layers(pipeline) -> int:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = [component for component in pipeline.components.values() if isinstance(component, torch.nn.Module)]
+    layers = (layer for module in modules for layer in module.modules() if isinstance(layer, BaseTunerLayer))
+    return sum(len(getattr(layer, "lora_A", ())) for layer in layers)

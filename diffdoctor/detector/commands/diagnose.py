@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import errno
 import heapq
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,17 +13,20 @@ import numpy as np
 from diffdoctor.data.pictures import to_images
 from diffdoctor.data.sources import Source, find_sources, read_source
 from diffdoctor.data.tar import SkipCounts
+from diffdoctor.detector.confidence import confidence_of
 from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import open_detector
-from diffdoctor.detector.predict import TOO_LARGE, describe_map, in_batches
+from diffdoctor.detector.predict import TOO_LARGE, describe_map, in_batches, takes
 from diffdoctor.detector.report import write_gallery
-from diffdoctor.runs.errors import UserError, check_least, expected, first_line, missing_extra
+from diffdoctor.runs import strict_json
+from diffdoctor.runs.errors import UserError, check_least, expected, first_line
 from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json, file_name
 from diffdoctor.runs.journal import Journal, Records
 from diffdoctor.runs.progress import progress
 from diffdoctor.runs.record import METRICS, RunFolder, versions
 from diffdoctor.runs.summary import print_summary
-from diffdoctor.training.devices import open_device
+from diffdoctor.training.devices import device_of, open_device
+from diffdoctor.training.processes import process_state
 from diffdoctor.training.weights import weights_digest
 from diffdoctor.viz.draw import map_png, overlay, png_bytes
 
@@ -41,7 +43,7 @@ class DiagnoseConfig:
 
     Attributes:
         pictures: files, folders, patterns, shards.
-        detector: the detector's folder or hub id, or the published checkpoint's .bin file.
+        detector: the detector's folder or hub id, the published checkpoint's .bin file, FILE.py:FUNCTION or a URL.
         output: the folder to make: maps, overlays, diagnosis.jsonl, gallery.html, config.yaml, metrics.json, records.
             Run again, it resumes with the pictures that are not there yet or whose files were replaced, and reports
             those that are given now.
@@ -88,13 +90,7 @@ def run_diagnose(config: DiagnoseConfig) -> dict:
     Raises:
         UserError: an option or a file does not fit or cannot be read.
     """
-    try:
-        from accelerate import PartialState
-    except ImportError:
-        raise missing_extra("accelerate", "stages") from None
-    import torch
-
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = process_state()
     left_out = SkipCounts()
     sources = find_sources(config.pictures, left_out)
     detector = open_detector(config.detector)
@@ -241,7 +237,7 @@ def _batches(
     """The pictures of a unit that the detector takes, in batches of one size."""
 
     def check(height: int, width: int) -> str | None:
-        return None if detector.takes(height, width, config.tile) else TOO_LARGE
+        return None if takes(detector, height, width, config.tile) else TOO_LARGE
 
     samples = (
         sample | {"path": _absolute(source), "stamp": stamps[source.name]}
@@ -296,11 +292,8 @@ def _confidences(
 
 
 def _maps(detector: Detector, batch: list[dict], config: DiagnoseConfig) -> np.ndarray:
-    import torch
-
-    images = to_images([sample["picture"] for sample in batch], next(detector.parameters()).device)
-    with torch.no_grad():
-        return detector.confidence(images, tile=config.tile, overlap=config.overlap)[:, 0].cpu().numpy()
+    images = to_images([sample["picture"] for sample in batch], device_of(detector))
+    return confidence_of(detector, images, tile=config.tile, overlap=config.overlap)[:, 0].cpu().numpy()
 
 
 def _gather_counts(counts: SkipCounts, state) -> SkipCounts:
@@ -319,7 +312,7 @@ def _finish(index: SourceIndex, config: DiagnoseConfig, records: Records, skippe
     output, pictures, flagged, confidence = Path(config.output), 0, 0, 0.0
     with atomic_path(output / "diagnosis.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as lines:
         for record in index.current_records(records):
-            lines.write(json.dumps(record) + "\n")
+            lines.write(strict_json.dumps(record) + "\n")
             pictures, flagged = pictures + 1, flagged + record["flagged"]
             confidence += record["mean"]
     metrics = {

@@ -49,7 +49,9 @@ class InjectConfig:
         damaged: number of damaged versions of each picture.
         benign: number of benign changes of each picture, with empty masks.
         clean: include each picture itself, with an empty mask.
-        kinds: kinds of damage to draw from; null: all.
+        kinds: kinds of damage to draw from: warp, swirl, patch_permutation, duplicate, removal, smear,
+            glyph_scramble, watermark, texture_noise, over_smooth, strip_shift, fuse, phase_scramble, seam,
+            pixelate, ghost_limb, tint, or those of the plugins; null: all.
         plugins: Python files to run first, which register kinds by `diffdoctor.detector.damage_kind`.
         strength: range of the damage's strength, in (0, 1].
         area: range of the damaged region's size, as a share of the picture.

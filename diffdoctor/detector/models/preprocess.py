@@ -6,6 +6,7 @@ import dataclasses
 
 from diffdoctor.runs.errors import expected
 
+MAX_SIDE = 16384  # pixels
 # The most that a network is given of one picture at a time: 4096 x 4096 pixels.
 MAX_NETWORK_PIXELS = 2**24
 # Pictures that are longer, measured by their short side, are enlarged less: 1 x 3000 would become 64 x 192,000 pixels.
@@ -44,6 +45,8 @@ class PreprocessConfig:
                 raise TypeError(expected(name, "an int", repr(value)))
             if value < 1:
                 raise ValueError(expected(name, ">= 1 pixels", value))
+            if value > MAX_SIDE:
+                raise ValueError(expected(name, f"<= {MAX_SIDE} pixels", value))
         if self.max_side is not None and self.max_side < self.min_side:
             raise ValueError(expected("max_side", f">= min_side = {self.min_side}", self.max_side))
 
