@@ -49,7 +49,7 @@ struct Factors {
 // The columns of `sums`, in the order of the partial sums: first those that are added up over elements, then those that
 // the positions alone decide.
 enum ElementSum { kNumerator, kArtifactLoss, kCleanLoss, kNonfinite, kElementSums };
-enum PositionSum { kWeight, kArtifactWeight, kCleanWeight, kArtifact, kPositionSums };
+enum PositionSum { kWeight, kArtifactWeight, kCleanWeight, kArtifact, kNan, kOutside, kPositionSums };
 constexpr int kColumns = kElementSums + kPositionSums;
 
 template <typename acc_t>
@@ -57,6 +57,8 @@ __device__ __forceinline__ void add_position(const Position<acc_t>& at, const Fa
                                              acc_t (&sums)[kPositionSums]) {
   sums[kWeight] += elements * at.omega;
   sums[kArtifact] += elements * at.u;
+  if (at.nan) sums[kNan] += elements;
+  if (at.outside) sums[kOutside] += elements;
   if (factors.loss == 0) return;
   sums[kArtifactWeight] += elements * at.u;
   sums[kCleanWeight] += elements * (1 - at.u);
@@ -239,7 +241,8 @@ __device__ __forceinline__ void finish(const WeightedLossParams& p, const Tiling
   const auto emit = [&](int64_t b, const double (&sums)[kColumns], double& total) {
     if (sums_wanted) {
       constexpr int kColumn[kColumns] = {kSumNumerator, kSumArtifactLoss,   kSumCleanLoss,   kSumNonfinite,
-                                         kSumWeight,    kSumArtifactWeight, kSumCleanWeight, kSumArtifact};
+                                         kSumWeight,    kSumArtifactWeight, kSumCleanWeight, kSumArtifact,
+                                         kSumNan,       kSumOutside};
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         static_cast<acc_t*>(p.sums)[b * kSums + kColumn[c]] = static_cast<acc_t>(sums[c]);

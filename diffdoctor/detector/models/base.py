@@ -234,7 +234,7 @@ class Detector(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Detector:
-        """Load what `save_pretrained` wrote, in evaluation mode on the CPU.
+        """Load what `save_pretrained` wrote, frozen, in evaluation mode on the CPU.
 
         Args:
             source: a folder, or the id of a repository on the Hugging Face hub that holds such a folder's files.

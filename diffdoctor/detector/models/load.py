@@ -80,7 +80,8 @@ def load_detector(source: str | Path) -> Detector:
         source: a detector's folder, the output folder of a training, or a hub id such as owner/name.
 
     Returns:
-        The detector, in evaluation mode on the CPU.
+        The detector, frozen (its parameters require no gradient, so that its confidences can be weights of a loss), in
+        evaluation mode on the CPU. `train_detector` unfreezes it.
 
     Raises:
         UserError: no detector is there, its weights do not fit its configuration, or one is not finite.
@@ -101,7 +102,7 @@ def load_detector(source: str | Path) -> Detector:
     except Exception as error:  # JSON, configuration and weights may hold anything
         raise UserError(f"{source}: not a complete detector ({type(error).__name__}: {first_line(error)})") from error
     load_exactly(detector, detector.from_file_keys(state), source)
-    return detector.eval()
+    return detector.eval().requires_grad_(False)
 
 
 def load_exactly(module: nn.Module, state: dict[str, torch.Tensor], source: object) -> None:
