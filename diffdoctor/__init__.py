@@ -2,7 +2,7 @@
 
 The operations any training loop can call: `weighted_loss`, `modulate_gradient`, `GradientModulator`, `artifact_loss`,
 with `Target`, `Packed`, `LossStats` and the helpers beside them. The stages live in `diffdoctor.detector`,
-`diffdoctor.treat` and `diffdoctor.evaluate` and need `pip install 'diffdoctor[stages]'`.
+`diffdoctor.treat` and `diffdoctor.evaluate` and need `pip install '.[stages]'`.
 """
 
 import importlib
@@ -15,6 +15,10 @@ _checkout = pathlib.Path(__file__).resolve().parent.parent
 if (_checkout / "CMakeLists.txt").is_file() and (_checkout / "kernels").is_dir():
     __path__.append(str(_checkout))
 del _checkout
+
+from diffdoctor.openmp import limit_spinning_of_own_programs as _limit_spinning  # noqa: E402
+
+_limit_spinning()  # before torch is imported
 
 from diffdoctor import ops as _ops  # noqa: E402
 from diffdoctor import reference as reference  # noqa: E402

@@ -5,13 +5,18 @@
         --prior_pictures class --prior_caption "a photo of a dog" --prior_loss_weight 1
 
 FLUX predicts packed tokens; the loss reads them as they are. `accelerate launch` in place of `python` uses several
-devices. Needs `pip install 'diffdoctor[stages]'`.
+devices. Needs `pip install '.[stages]'`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
+
+# Before torch is imported: beside another program on the same cores, spinning threads make a step 5 to 10 times slower.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 from diffusers.optimization import get_scheduler

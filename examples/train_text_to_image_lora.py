@@ -3,12 +3,17 @@
     python examples/train_text_to_image_lora.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --pictures set --maps maps --output runs/lora --artifact_weight 0 --snr_gamma 5
 
-`accelerate launch` in place of `python` uses several devices. Needs `pip install 'diffdoctor[stages]'`.
+`accelerate launch` in place of `python` uses several devices. Needs `pip install '.[stages]'`.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+
+# Before torch is imported: beside another program on the same cores, spinning threads make a step 5 to 10 times slower.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 from diffusers import DDPMScheduler

@@ -19,9 +19,11 @@ from .resample import ABSENT, SAME, map_value, resampled
 
 MEAN = tl.constexpr(0)
 SAMPLE = tl.constexpr(1)
+SUM_COLUMNS = tl.constexpr(10)
 
 # Bits of `tensor_bits` and `batched_bits`: per-sample numbers that come as tensors, and those with one for each sample.
 PRED_SCALE, COEF0, COEF1, HUBER_C, WEIGHT, Z, GRAD_OUTPUT = (tl.constexpr(k) for k in range(7))
+COEF2, ARTIFACT_COEF0, ARTIFACT_COEF1, ARTIFACT_COEF2 = (tl.constexpr(k) for k in range(7, 11))
 
 
 @triton.jit
@@ -64,6 +66,16 @@ def _number(pointers, tensor_bits, batched_bits, value, b, K: tl.constexpr, ACC:
 
 
 @triton.jit
+def _coef(pointers, tensor_bits, batched_bits, clean, artifact, b, u, K: tl.constexpr, ARTIFACT_K: tl.constexpr,
+          SPATIAL: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """A term's coefficient: number K of sample b, which becomes number ARTIFACT_K as u goes from 0 to 1 if SPATIAL."""
+    coef = _number(pointers, tensor_bits, batched_bits, clean, b, K, ACC)
+    if SPATIAL:
+        coef = coef + u * (_number(pointers, tensor_bits, batched_bits, artifact, b, ARTIFACT_K, ACC) - coef)
+    return coef
+
+
+@triton.jit
 def _map(ptr, b, batch_stride, strides, axes, mode, default, outer, inner, inside, sizes, coords, map_grid,
          KIND: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """A map on a tile of outer × inner positions; `default` where there is none."""
@@ -82,8 +94,8 @@ def _map(ptr, b, batch_stride, strides, axes, mode, default, outer, inner, insid
 
 @triton.jit
 def _artifact_level(c, threshold, gamma):
-    """u = c^γ where c ≥ threshold, else 0; a NaN counts as clean."""
-    u = tl.where(c >= threshold, c, 0.0)
+    """u = c^γ where c ≥ threshold, which is at least 0, else 0; c above 1 counts as 1, a NaN as clean."""
+    u = tl.where(c >= threshold, tl.minimum(c, 1.0), 0.0)
     if gamma != 1:
         u = tl.where(u > 0, tl.exp2(gamma * tl.log2(u)), 0.0)
     return u
@@ -94,15 +106,20 @@ def _spatial(confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mas
              confidence_axes, mask_axes, mode, threshold, gamma, clean_weight, artifact_weight,
              outer, inner, inside, sizes, coords, map_grid,
              CONFIDENCE: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """u and ω on a tile of outer × inner positions."""
-    c = _map(confidence_ptr, b, batch_strides[5], confidence_strides, confidence_axes, mode, 0.0, outer, inner, inside,
+    """u and ω on a tile of outer × inner positions; where a map is NaN, and where it is outside [0, 1]."""
+    c = _map(confidence_ptr, b, batch_strides[6], confidence_strides, confidence_axes, mode, 0.0, outer, inner, inside,
              sizes, coords, map_grid, CONFIDENCE, ACC)  # fmt: skip
-    k = _map(mask_ptr, b, batch_strides[6], mask_strides, mask_axes, mode, 1.0, outer, inner, inside,
+    k = _map(mask_ptr, b, batch_strides[7], mask_strides, mask_axes, mode, 1.0, outer, inner, inside,
              sizes, coords, map_grid, MASK, ACC)  # fmt: skip
     u = c
     if CONFIDENCE != ABSENT:
         u = _artifact_level(c, threshold, gamma)
-    return u, k * (clean_weight + (artifact_weight - clean_weight) * u)
+    region = k
+    if MASK != ABSENT:
+        region = tl.where(k > 0, tl.minimum(k, 1.0), 0.0)
+    nan = (c != c) | (k != k)
+    outside = (c < 0) | (c > 1) | (k < 0) | (k > 1)
+    return u, region * (clean_weight + (artifact_weight - clean_weight) * u), nan, outside
 
 
 @triton.jit
@@ -149,29 +166,32 @@ _NOT_SPECIALIZED = [
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def weighted_loss_kernel(
-    pred_ptr, grad_ptr, term0_ptr, term1_ptr, weighting_ptr, confidence_ptr, mask_ptr,
+    pred_ptr, grad_ptr, term0_ptr, term1_ptr, term2_ptr, weighting_ptr, confidence_ptr, mask_ptr,
     loss_ptr,  # () or (batch,) in ACC
-    sums_ptr,  # (batch, 8) in ACC: the columns of csrc/common/weighted_loss_params.h
+    sums_ptr,  # (batch, SUM_COLUMNS) in ACC: the columns of csrc/common/weighted_loss_params.h
     partial_ptr,  # (batch, programs, COLUMNS) and (batch,) in ACC
     counter_ptr,  # (batch + 1) int32 zeros
     number_ptrs,  # per-sample numbers in ACC, in the order of PRED_SCALE ...
     batch, outer_count, free_count, inner_count, programs, splits, steps, inner_blocks,
-    sizes, pred_strides, grad_strides, term0_strides, term1_strides, weighting_strides,  # (outer, free, inner)
-    confidence_strides, mask_strides, coords,
-    batch_strides,  # pred, grad, term0, term1, weighting, confidence, mask
+    sizes, pred_strides, grad_strides, term0_strides, term1_strides, term2_strides,  # (outer, free, inner)
+    weighting_strides, confidence_strides, mask_strides, coords,
+    batch_strides,  # pred, grad, term0, term1, term2, weighting, confidence, mask
     confidence_axes, mask_axes,  # see resample.py
     map_grid, mode, reduction, tensor_bits, batched_bits,
     pred_scale: tl.float64, coef0: tl.float64, coef1: tl.float64, huber_c: tl.float64, weight: tl.float64,
-    z: tl.float64, grad_output: tl.float64,
+    z: tl.float64, grad_output: tl.float64, coef2: tl.float64,
+    artifact_coef0: tl.float64, artifact_coef1: tl.float64, artifact_coef2: tl.float64,
     strength0: tl.float64, strength1: tl.float64, strength2: tl.float64, strength3: tl.float64,  # of element_loss.py's
     strength4: tl.float64, strength5: tl.float64, strength6: tl.float64, strength7: tl.float64,  # kinds, then zeros
     clean_weight: tl.float64, artifact_weight: tl.float64, clean_grad: tl.float64, artifact_grad: tl.float64,
     threshold: tl.float64, gamma: tl.float64,
     LOSS: tl.constexpr, GRAD: tl.constexpr, SUMS: tl.constexpr, PLAIN: tl.constexpr,
     CONFIDENCE: tl.constexpr, MASK: tl.constexpr,
+    SPATIAL: tl.constexpr,  # coefficients go from coef to artifact_coef as u goes from 0 to 1
     BLOCK_OUTER: tl.constexpr, BLOCK_FREE: tl.constexpr, BLOCK_INNER: tl.constexpr, BLOCK_PARTIAL: tl.constexpr,
     COUNT_UNITS: tl.constexpr,  # powers of two that divide the counts, so that masks split no vector
     PRED_UNITS: tl.constexpr, GRAD_UNITS: tl.constexpr, TERM0_UNITS: tl.constexpr, TERM1_UNITS: tl.constexpr,
+    TERM2_UNITS: tl.constexpr,
     ACC: tl.constexpr, IDX: tl.constexpr, ROUND_BF16: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // programs).to(tl.int64)
@@ -184,7 +204,7 @@ def weighted_loss_kernel(
     inner = ((tile % inner_blocks).to(IDX) * BLOCK_INNER + tl.arange(0, BLOCK_INNER))[None, None, :]
     inside = (outer < n_outer) & (inner < n_inner)
 
-    u, omega = _spatial(
+    u, omega, nan, outside = _spatial(
         confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mask_strides, confidence_axes, mask_axes, mode,
         as_scalar(as_scalar(threshold, tl.float32), ACC), as_scalar(gamma, ACC), as_scalar(clean_weight, ACC),
         as_scalar(artifact_weight, ACC), outer, inner, inside, sizes, coords, map_grid,
@@ -214,11 +234,20 @@ def weighted_loss_kernel(
 
     pred_tile = _tile_offset(outer, inner, sizes, pred_strides, PRED_UNITS[0], PRED_UNITS[2])
     if term0_ptr is not None:
-        coef0_b = _number(number_ptrs, tensor_bits, batched_bits, coef0, b, COEF0, ACC)
+        coef0_b = _coef(
+            number_ptrs, tensor_bits, batched_bits, coef0, artifact_coef0, b, u, COEF0, ARTIFACT_COEF0, SPATIAL,
+            ACC)  # fmt: skip
         term0_tile = _tile_offset(outer, inner, sizes, term0_strides, TERM0_UNITS[0], TERM0_UNITS[2])
     if term1_ptr is not None:
-        coef1_b = _number(number_ptrs, tensor_bits, batched_bits, coef1, b, COEF1, ACC)
+        coef1_b = _coef(
+            number_ptrs, tensor_bits, batched_bits, coef1, artifact_coef1, b, u, COEF1, ARTIFACT_COEF1, SPATIAL,
+            ACC)  # fmt: skip
         term1_tile = _tile_offset(outer, inner, sizes, term1_strides, TERM1_UNITS[0], TERM1_UNITS[2])
+    if term2_ptr is not None:
+        coef2_b = _coef(
+            number_ptrs, tensor_bits, batched_bits, coef2, artifact_coef2, b, u, COEF2, ARTIFACT_COEF2, SPATIAL,
+            ACC)  # fmt: skip
+        term2_tile = _tile_offset(outer, inner, sizes, term2_strides, TERM2_UNITS[0], TERM2_UNITS[2])
     if weighting_ptr is not None:
         weighting_tile = _tile_offset(outer, inner, sizes, weighting_strides, 1, 1)
 
@@ -241,11 +270,15 @@ def weighted_loss_kernel(
             d -= coef1_b * _read(
                 term1_ptr + b * batch_strides[3], term1_tile, free, present, sizes, term1_strides, ACC,
                 TERM1_UNITS[1])  # fmt: skip
+        if term2_ptr is not None:
+            d -= coef2_b * _read(
+                term2_ptr + b * batch_strides[4], term2_tile, free, present, sizes, term2_strides, ACC,
+                TERM2_UNITS[1])  # fmt: skip
         loss, slope = element_loss(d, c, strength, PLAIN, ACC)
         selected = chosen & present
         weighted = v_omega * loss
         if weighting_ptr is not None:
-            factor = _read(weighting_ptr + b * batch_strides[4], weighting_tile, free, present, sizes,
+            factor = _read(weighting_ptr + b * batch_strides[5], weighting_tile, free, present, sizes,
                            weighting_strides, ACC, 1)  # fmt: skip
             selected = selected & (factor != 0)
             weighted *= factor
@@ -265,7 +298,7 @@ def weighted_loss_kernel(
             nonfinite += tl.where(tl.abs(weighted) < float("inf"), 0.0, 1.0)
 
     if LOSS or SUMS:
-        COLUMNS: tl.constexpr = 8 if SUMS else 1
+        COLUMNS: tl.constexpr = SUM_COLUMNS if SUMS else 1
         rows_ptr = partial_ptr + b * programs * COLUMNS
         own_ptr = rows_ptr + program * COLUMNS
         tl.store(own_ptr, _total(total))
@@ -278,11 +311,13 @@ def weighted_loss_kernel(
             tl.store(own_ptr + 5, _total(clean_share))
             tl.store(own_ptr + 6, _total(tl.where(inside, u, 0.0)) * seen)
             tl.store(own_ptr + 7, _total(nonfinite))
+            tl.store(own_ptr + 8, _total(tl.where(inside & nan, 1.0, 0.0).to(ACC)) * seen)
+            tl.store(own_ptr + 9, _total(tl.where(inside & outside, 1.0, 0.0).to(ACC)) * seen)
         if arrives_last(counter_ptr + b, programs):
             if SUMS:
-                for column in tl.static_range(8):
+                for column in tl.static_range(SUM_COLUMNS):
                     sum_of_column = column_sum(rows_ptr + column, programs, COLUMNS, ACC, BLOCK_PARTIAL)
-                    tl.store(sums_ptr + b * 8 + column, sum_of_column)
+                    tl.store(sums_ptr + b * SUM_COLUMNS + column, sum_of_column)
             if LOSS:
                 numerator = column_sum(rows_ptr, programs, COLUMNS, ACC, BLOCK_PARTIAL)
                 share = tl.where(divisor == 0, 0.0, numerator / divisor)
@@ -309,7 +344,7 @@ def weight_mean_kernel(
     outer = ((program // inner_blocks).to(IDX) * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER))[:, None, None]
     inner = ((program % inner_blocks).to(IDX) * BLOCK_INNER + tl.arange(0, BLOCK_INNER))[None, None, :]
     inside = (outer < n_outer) & (inner < n_inner)
-    _, omega = _spatial(
+    _, omega, _, _ = _spatial(
         confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mask_strides, confidence_axes, mask_axes, mode,
         as_scalar(as_scalar(threshold, tl.float32), ACC), as_scalar(gamma, ACC), as_scalar(clean_weight, ACC),
         as_scalar(artifact_weight, ACC), outer, inner, inside, sizes, coords, map_grid,

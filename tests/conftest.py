@@ -1,6 +1,11 @@
 """What all tests share: their order, and the backends of a GPU."""
 
+import os
+
 import pytest
+
+if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported, here and by the processes that tests start
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def pytest_collection_modifyitems(items):

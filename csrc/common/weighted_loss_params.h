@@ -11,9 +11,9 @@ namespace diffdoctor {
 // What a launch writes: the loss, the gradient of model_pred, the per-sample sums behind LossStats.
 enum Output : int32_t { kWriteLoss = 1, kWriteGrad = 2, kWriteSums = 4 };
 
-constexpr int kMaxTerms = 2;
+constexpr int kMaxTerms = 3;
 
-// Columns of `sums` (batch, 8), in the accumulation type. An element is selected when omega != 0 and v != 0.
+// Columns of `sums` (batch, 10), in the accumulation type. An element is selected when omega != 0 and v != 0.
 enum Sum : int32_t {
   kSumNumerator = 0,       // v * omega * loss over selected elements
   kSumWeight = 1,          // omega over all elements
@@ -23,7 +23,9 @@ enum Sum : int32_t {
   kSumCleanWeight = 5,     // 1 - u over selected elements
   kSumArtifact = 6,        // u over all elements
   kSumNonfinite = 7,       // selected elements whose v * omega * loss is not finite
-  kSums = 8,
+  kSumNan = 8,             // elements at which confidence or mask is NaN
+  kSumOutside = 9,         // elements at which confidence or mask is below 0 or above 1
+  kSums = 10,
 };
 
 using Dims = int64_t[kMaxDims];
@@ -48,6 +50,7 @@ using Strengths = double[kLossKinds];
 //   map_varies       whether confidence or mask changes along a dim
 //   free_dims        [begin, end): the longest run of dims along which neither changes; (0, 0) for none
 //   free_dims_weighted  the same, `weighting` counted as a map
+//   spatial_coefs    a term's coefficient goes from coefs to artifact_coefs as u goes from 0 to 1
 //   strength         of each element loss
 //   threshold        already rounded to fp32
 #define DD_WEIGHTED_LOSS_PLAN(X)  \
@@ -68,6 +71,7 @@ using Strengths = double[kLossKinds];
   X(DimFlags, map_varies)         \
   X(DimRange, free_dims)          \
   X(DimRange, free_dims_weighted) \
+  X(int32_t, spatial_coefs)       \
   X(Strengths, strength)          \
   X(double, artifact_weight)      \
   X(double, clean_weight)         \
@@ -89,7 +93,7 @@ using Strengths = double[kLossKinds];
   X(loss)                            \
   X(sums)
 
-// ... and numbers per sample.
+// ... and numbers per sample. What few targets have comes behind them or not at all: DD_WEIGHTED_LOSS_MORE_....
 #define DD_WEIGHTED_LOSS_NUMBERS(X) \
   X(pred_scale)                     \
   X(coefs[0])                       \
@@ -99,12 +103,20 @@ using Strengths = double[kLossKinds];
   X(z)                              \
   X(grad_output)
 
+#define DD_WEIGHTED_LOSS_MORE_POINTERS(X) X(terms[2].data)
+#define DD_WEIGHTED_LOSS_MORE_NUMBERS(X) \
+  X(coefs[2])                            \
+  X(artifact_coefs[0])                   \
+  X(artifact_coefs[1])                   \
+  X(artifact_coefs[2])
+
 struct WeightedLossParams {
   DD_WEIGHTED_LOSS_PLAN(DD_FIELD)
   int32_t num_terms;
 
   PerSample pred_scale;
   PerSample coefs[kMaxTerms];
+  PerSample artifact_coefs[kMaxTerms];
   PerSample huber_c;
   PerSample weight;       // per-sample v
   PerSample z;            // the divisor; a sample whose z is 0 contributes 0
@@ -112,7 +124,7 @@ struct WeightedLossParams {
 
   int32_t outputs;  // bits of Output
   void* loss;       // kWriteLoss: () for mean and sum, (B) for sample; accumulation type
-  void* sums;       // kWriteSums: (B, 8), accumulation type
+  void* sums;       // kWriteSums: (B, 10), accumulation type
 };
 
 }  // namespace diffdoctor

@@ -6,11 +6,13 @@ from dataclasses import fields
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from diffdoctor.lowering.artifact_loss import ARTIFACT_METHODS, ArtifactProblem
 from diffdoctor.lowering.plan import (
     DTYPES,
     MAP_MODES,
+    MAX_TERMS,
     REDUCTIONS,
     MapPlan,
     OperandPlan,
@@ -24,6 +26,7 @@ from diffdoctor.lowering.plan import (
 _OPTION_FIELDS = tuple(field.name for field in fields(Options))
 _PLAN_FIELDS = tuple(field.name for field in fields(Plan) if field.name not in ("acc_dtype", "options", "cache"))
 _CODES = {**REDUCTIONS, **MAP_MODES}
+MAX_NUMBERS = 11  # of DD_WEIGHTED_LOSS_NUMBERS and DD_WEIGHTED_LOSS_MORE_NUMBERS
 
 
 def native_plan(plan: Plan, native):
@@ -53,9 +56,9 @@ def _plain(value):
 
 
 def call_arguments(problem: Problem) -> tuple[tuple, tuple]:
-    """(pointers, numbers) in the order of DD_WEIGHTED_LOSS_POINTERS and DD_WEIGHTED_LOSS_NUMBERS."""
+    """(pointers, numbers) in the order of DD_WEIGHTED_LOSS_POINTERS and _NUMBERS, then of those _MORE_ has if any."""
     terms, coefs, count = problem.terms, problem.coefs, len(problem.terms)
-    pointers = (
+    pointers: tuple = (
         problem.pred.data_ptr(),
         _pointer(problem.grad),
         terms[0].data_ptr() if count else 0,
@@ -66,7 +69,7 @@ def call_arguments(problem: Problem) -> tuple[tuple, tuple]:
         _pointer(problem.loss),
         _pointer(problem.sums),
     )
-    numbers = (
+    numbers: tuple = (
         _number(problem.pred_scale),
         _number(coefs[0]) if count else None,
         _number(coefs[1]) if count > 1 else None,
@@ -75,7 +78,17 @@ def call_arguments(problem: Problem) -> tuple[tuple, tuple]:
         _number(problem.z),
         _number(problem.grad_output),
     )
+    if takes_more(problem):
+        pointers += (terms[2].data_ptr() if count > 2 else 0,)
+        more = (*coefs[2:], *(None,) * (MAX_TERMS - max(count, 2)), *problem.artifact_coefs)
+        numbers += tuple(None if entry is None else _number(entry) for entry in more)
+        numbers += (None,) * (MAX_NUMBERS - len(numbers))
     return pointers, numbers
+
+
+def takes_more(problem: Problem) -> bool:
+    """Whether a call has what DD_WEIGHTED_LOSS_MORE_... list: a third term, or coefficients that change with u."""
+    return len(problem.terms) > 2 or problem.plan.spatial_coefs
 
 
 def _pointer(tensor) -> int:
@@ -84,6 +97,39 @@ def _pointer(tensor) -> int:
 
 def _number(entry: PerSample):
     return entry.value if entry.data is None else (entry.data.data_ptr(), entry.stride)
+
+
+def scale_arguments(grad: Tensor, grad_output: Tensor, out: Tensor, batch: int, count: int) -> tuple[int, ...]:
+    """What scale_gradient takes on both devices: a kept gradient, what arrives in backward, and where the product goes.
+
+    Args:
+        grad: `batch` dense runs of `count` elements.
+        grad_output: one number, or one per run; any stride.
+        out: like grad, or grad itself.
+        batch: number of runs.
+        count: elements of a run.
+    """
+    g = (grad_output.data_ptr(), _stride(grad_output))
+    return grad.data_ptr(), out.data_ptr(), DTYPES[grad.dtype], batch, count, *g
+
+
+def artifact_backward_arguments(unit_grad: Tensor, factor: Tensor, grad_output: Tensor, out: Tensor) -> tuple[int, ...]:
+    """What artifact_loss_backward takes on both devices.
+
+    Args:
+        unit_grad: (B, h, w), contiguous.
+        factor: (B,).
+        grad_output: one number, or one per picture; any stride.
+        out: like unit_grad, in the logits' dtype.
+    """
+    return (
+        unit_grad.data_ptr(), factor.data_ptr(), grad_output.data_ptr(), _stride(grad_output), out.data_ptr(),
+        DTYPES[out.dtype], unit_grad.shape[0], unit_grad[0].numel(),
+    )  # fmt: skip
+
+
+def _stride(grad_output: Tensor) -> int:
+    return grad_output.stride(0) if grad_output.ndim else 0
 
 
 class ArtifactArguments(NamedTuple):

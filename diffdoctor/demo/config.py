@@ -25,7 +25,7 @@ class DemoConfig:
         threads: CPU threads; None: PyTorch's own choice.
         device: of the detectors' training and of the treatment, such as cpu or cuda:1; None: the fastest there is. The
             rest is computed on the CPU.
-        strict: end with exit code 1 when a figure misses the bar of docs/demo.md.
+        strict: end with exit code 1 when a figure misses the acceptance checks of docs/demo.md.
     """
 
     output: str = "runs/demo"

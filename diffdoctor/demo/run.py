@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from diffdoctor.demo import data as demo_data
-from diffdoctor.demo.bar import acceptance_checks, judge_is_calibrated
+from diffdoctor.demo.acceptance import acceptance_checks, judge_is_calibrated
 from diffdoctor.demo.classifier import DigitClassifier, train_classifier
 from diffdoctor.demo.config import DemoConfig
 from diffdoctor.demo.report import write_pictures, write_report
@@ -136,7 +136,7 @@ class Demo:
                 checkpoint_every=0,
             )
             result = treat(
-                DiffusionPipeline.from_pretrained(base), detector, prompts, config,
+                DiffusionPipeline.from_pretrained(base, local_files_only=True), detector, prompts, config,
                 offline=(pairs.pictures, [demo_data.prompt_of(int(digit)) for digit in pairs.digits]),
                 device=self.config.device,
             )  # fmt: skip
@@ -154,7 +154,7 @@ class Demo:
         from safetensors.torch import load_file, save_file
 
         def make(folder):
-            pipeline = DiffusionPipeline.from_pretrained(base)
+            pipeline = DiffusionPipeline.from_pretrained(base, local_files_only=True)
             if lora is not None:
                 pipeline.load_lora_weights(lora)
             count = self.config.pictures
@@ -197,7 +197,7 @@ def run_demo(config: DemoConfig) -> int:
     """Run what is not done yet, then measure and write `metrics.json`, `report.html` and the pictures.
 
     Returns:
-        0; 1 when the judge fails its calibration, or, with `strict`, when a figure misses the bar.
+        0; 1 when the judge fails its calibration, or, with `strict`, when an acceptance check fails.
 
     Raises:
         UserError: if the folder cannot be written, holds a run with other settings, or another process is at work

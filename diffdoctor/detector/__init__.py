@@ -14,6 +14,12 @@ if TYPE_CHECKING:  # what an editor sees; tests/packaging/test_lazy_names.py hol
     from diffdoctor.detector.damage.injection import inject as inject
     from diffdoctor.detector.damage.kinds import damage_kinds as damage_kinds
     from diffdoctor.detector.damage.registry import damage_kind as damage_kind
+    from diffdoctor.detector.exchange import coco_pictures as coco_pictures
+    from diffdoctor.detector.exchange import masked_pictures as masked_pictures
+    from diffdoctor.detector.exchange import write_coco as write_coco
+    from diffdoctor.detector.external import FunctionDetector as FunctionDetector
+    from diffdoctor.detector.external import HttpDetector as HttpDetector
+    from diffdoctor.detector.external import from_boxes as from_boxes
     from diffdoctor.detector.models.base import Detector as Detector
     from diffdoctor.detector.models.conv import ConvDetector as ConvDetector
     from diffdoctor.detector.models.load import load_detector as load_detector
@@ -27,19 +33,25 @@ __all__, __getattr__, __dir__ = lazy_names(
     {
         "ArtifactDetector": "diffdoctor.detector.models.segformer",
         "benign": "diffdoctor.detector.damage.benign",
+        "coco_pictures": "diffdoctor.detector.exchange",
         "ConvDetector": "diffdoctor.detector.models.conv",
         "damage_kind": "diffdoctor.detector.damage.registry",
         "damage_kinds": "diffdoctor.detector.damage.kinds",
         "Detector": "diffdoctor.detector.models.base",
         "DetectorTrainingConfig": "diffdoctor.detector.config",
+        "from_boxes": "diffdoctor.detector.external",
+        "FunctionDetector": "diffdoctor.detector.external",
+        "HttpDetector": "diffdoctor.detector.external",
         "inject": "diffdoctor.detector.damage.injection",
         "Injected": "diffdoctor.detector.damage.injection",
         "load_detector": "diffdoctor.detector.models.load",
+        "masked_pictures": "diffdoctor.detector.exchange",
         "PreprocessConfig": "diffdoctor.detector.models.preprocess",
         "read_shards": "diffdoctor.data.shards",
         "ShardStream": "diffdoctor.data.stream",
         "train_detector": "diffdoctor.detector.train",
         "TrainedDetector": "diffdoctor.detector.train",
+        "write_coco": "diffdoctor.detector.exchange",
         "write_shards": "diffdoctor.data.shard_writer",
     },
 )

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.training.devices import device_of
 
 # A detector of one's own may resize its map after the sigmoid, which rounds.
 _ROUNDING = 1e-3
@@ -69,7 +70,7 @@ def check_detector(detector: nn.Module, *, name: str = "detector") -> None:
         UserError: says which weights are not finite, or what is in the map.
     """
     check_finite_weights(detector.state_dict(), name)
-    device = next((value.device for value in detector.parameters()), torch.device("cpu"))
+    device = device_of(detector)
     confidence_of(detector, torch.full((1, 3, _PROBE, _PROBE), 0.5, device=device), name=name)
 
 

@@ -12,8 +12,8 @@ from diffdoctor.data.pictures import as_mask, resize_pair
 from diffdoctor.detector.config import AugmentConfig
 from diffdoctor.detector.damage.benign import benign
 from diffdoctor.detector.damage.drawing import blur
-from diffdoctor.detector.damage.injection import NoVisibleDamage, inject
-from diffdoctor.runs.errors import expected
+from diffdoctor.detector.damage.injection import MIN_SIDE, NoVisibleDamage, inject
+from diffdoctor.runs.errors import UserError, expected
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,13 @@ def augment(
 
     Returns:
         The changed picture and mask, of the same shapes and dtypes.
+
+    Raises:
+        UserError: the picture is too small to be damaged or changed.
     """
+    if (config.inject_share or config.benign_share) and min(mask.shape) < MIN_SIDE:
+        what = f"pictures of at least {MIN_SIDE} x {MIN_SIDE} pixels (or inject_share and benign_share 0)"
+        raise UserError(expected("data", what, f"one of {mask.shape[0]} x {mask.shape[1]}; see training.size"))
     if not mask.any():
         if rng.uniform() < config.shrink_share:
             picture = shrink_and_pad(picture, rng)

@@ -76,7 +76,8 @@ def components(confidence: np.ndarray, threshold: float = 0.5) -> list[Component
     return sorted(result, key=lambda c: -c.score)
 
 
-def _run_length(mask: np.ndarray) -> dict:
+def run_length(mask: np.ndarray) -> dict:
+    """COCO's run lengths of a mask (H, W): `size`, and `counts` in bytes."""
     from pycocotools import mask as coco_mask
 
     return coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
@@ -185,7 +186,7 @@ def _annotation(image_id: int, component: Component) -> dict:
     return {
         "image_id": image_id,
         "category_id": 1,
-        "segmentation": _run_length(component.mask),
+        "segmentation": run_length(component.mask),
         "bbox": list(component.box),
         "area": component.area,
     }

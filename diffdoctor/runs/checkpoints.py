@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from diffdoctor.runs import strict_json
+from diffdoctor.runs.errors import UserError, first_line
 from diffdoctor.runs.files import atomic_dir, clear_leftovers, delete_dir
 
 _NAME = re.compile(r"step-(\d{8})")
@@ -58,13 +59,21 @@ class Checkpoints:
             delete_dir(old)
 
     def load(self, device="cpu") -> dict[str, Any] | None:
-        """State and record of the last complete checkpoint in one, tensors on `device`; None where there is none."""
+        """State and record of the last complete checkpoint in one, tensors on `device`; None where there is none.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
         found = self.all()
         if not found:
             return None
-        state = torch.load(found[-1] / "state.pt", map_location=device, weights_only=True)
-        record = found[-1] / "record.json"
-        return state | json.loads(record.read_text(encoding="utf-8")) if record.is_file() else state
+        path, record = found[-1], found[-1] / "record.json"
+        try:
+            state = torch.load(path / "state.pt", map_location=device, weights_only=True)
+            return state | json.loads(record.read_text(encoding="utf-8")) if record.is_file() else state
+        except Exception as error:  # zip, pickle and JSON raise their own
+            advice = "remove this folder to resume from the one before, or to start again"
+            raise UserError(f"{path}: cannot be read ({first_line(error)}); {advice}") from error
 
     def keep_last(self) -> None:
         """Delete all but the last, when the run is done."""

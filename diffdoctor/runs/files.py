@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import hashlib
 import os
 import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -50,6 +52,44 @@ def _hidden_start(name: str) -> str:
     return f".{name if len(os.fsencode(name)) <= 200 else name[:50]}"
 
 
+def file_name(name: str, ending: str) -> str:
+    """A result's name as that of its file: with the ending, and no part longer than the 255 bytes of a file system.
+
+    Args:
+        name: of the result, parts separated by slashes.
+        ending: such as ".png".
+
+    Returns:
+        The name and the ending; where the last part would be too long, its beginning and a hash of the whole.
+    """
+    folder, slash, last = name.rpartition("/")
+    parts = [_short(part, "") for part in folder.split("/")] if slash else []
+    return "/".join([*parts, _short(last, ending)])
+
+
+def _short(part: str, ending: str) -> str:
+    if len(os.fsencode(part + ending)) <= 255:
+        return part + ending
+    beginning = os.fsencode(part)[:200].decode("utf-8", "ignore")
+    return f"{beginning}-{hashlib.sha256(os.fsencode(part)).hexdigest()[:16]}{ending}"
+
+
+@contextmanager
+def unicode_path(path) -> Iterator[Path]:
+    """A path of the file or folder that is Unicode, for libraries that take no other: where need be, a link's."""
+    path = Path(path)
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as place:
+            # Of the same name as far as it goes: libraries look at suffixes.
+            link = Path(place) / os.fsencode(path.name).decode("utf-8", "replace")
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
+
+
 @contextmanager
 def atomic_path(path) -> Iterator[Path]:
     """Yield a temporary file path beside `path`; it takes the name `path` when the block ends without an error.
@@ -88,8 +128,8 @@ def atomic_write_bytes(path, data: bytes) -> None:
 
 
 def atomic_write_text(path, text: str) -> None:
-    """Write `text` (UTF-8) to `path`, whole or not at all."""
-    atomic_write_bytes(path, text.encode("utf-8"))
+    """Write `text` to `path`, whole or not at all, in UTF-8; lone surrogates, as in some file names, as `\\udce9`."""
+    atomic_write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def atomic_write_json(path, value) -> None:

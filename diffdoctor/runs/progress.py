@@ -9,7 +9,7 @@ class _PlainProgress:
 
     def __init__(self, total, desc, unit, every=15.0, file=None):
         self.total, self.desc, self.unit = total, desc, unit
-        self.done, self.shown, self.note = 0, 0, ""
+        self.done, self.shown, self.resumed, self.note = 0, 0, 0, ""
         self.file = file or sys.stderr
         self.every = every
         self.started = self.printed = time.monotonic()
@@ -17,6 +17,8 @@ class _PlainProgress:
     def update(self, count=1):
         self.done += count
         now = time.monotonic()
+        if now - self.started < 1:
+            self.resumed = self.done  # of an earlier attempt: it says nothing of the speed
         if now - self.printed >= self.every:
             self.printed = now
             self._print()
@@ -32,7 +34,10 @@ class _PlainProgress:
         self.shown = self.done
         of = f"/{self.total}" if self.total is not None else ""
         seconds = time.monotonic() - self.started
-        line = f"{self.desc}: {self.done}{of} {self.unit} in {seconds:.0f} s"
+        line = f"{self.desc}: {self.done}{of} {self.unit} in {_duration(seconds)}"
+        if self.total is not None and self.resumed < self.done < self.total:
+            left = (self.total - self.done) * seconds / (self.done - self.resumed)
+            line = f"{line}, about {_duration(left)} left"
         print(f"{line}  {self.note}".rstrip(), file=self.file, flush=True)
 
     def __enter__(self):
@@ -47,6 +52,13 @@ class _SilentProgress(_PlainProgress):
         pass
 
 
+def _duration(seconds):
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def _short(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -54,8 +66,9 @@ def _short(value):
 def progress(total=None, *, desc, unit="step", enabled=True):
     """A progress display with `update(count)`, `set_postfix(**values)` and `close()`; also a context manager.
 
-    On a terminal it is a tqdm bar on standard error; elsewhere (logs, pipes) one plain line every 15 seconds and one at
-    the end. `total` is in `unit`s and may be None when it is not known; `enabled=False` prints nothing.
+    On a terminal it is a tqdm bar on standard error; elsewhere (logs, pipes) one plain line every 15 seconds, with the
+    time left, and one at the end. `total` is in `unit`s and may be None when it is not known; `enabled=False` prints
+    nothing.
     """
     if not enabled:
         return _SilentProgress(total, desc, unit)

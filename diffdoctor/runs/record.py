@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from diffdoctor.runs import strict_json
-from diffdoctor.runs.errors import UserError, missing_extra
+from diffdoctor.runs.errors import UserError, expected, missing_extra
 from diffdoctor.runs.files import (
     atomic_write_json,
     atomic_write_text,
@@ -39,6 +39,21 @@ _FOREIGN = "choose another output folder, or move it away"
 def as_json(value: Any) -> Any:
     """A value as a file of JSON gives it back: tuples as lists, what JSON does not know as text."""
     return json.loads(strict_json.dumps(value, default=str))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file that a run wrote.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(expected(path, "the JSON that a run wrote; remove it to have it made again", error)) from error
+    if not isinstance(value, dict):
+        raise UserError(expected(path, "the JSON object that a run wrote", type(value).__name__))
+    return value
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
@@ -178,11 +193,15 @@ class RunFolder:
         return deleted
 
     def finished(self) -> dict[str, Any] | None:
-        """What metrics.json says of this very run; None where there is none."""
+        """What metrics.json says of this very run; None where there is none.
+
+        Raises:
+            UserError: it is damaged.
+        """
         metrics = self.path / METRICS
         if not self._is_ours(self._record()) or not metrics.is_file():
             return None
-        return json.loads(metrics.read_text(encoding="utf-8"))
+        return read_json(metrics)
 
     def discard(self) -> None:
         """Delete the results; a kill leaves a folder of which is known that nothing in it counts."""
@@ -227,7 +246,7 @@ class RunFolder:
             found = json.loads((self.path / RUN).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         is_record = isinstance(found, dict) and isinstance(found.get("identity", ""), (dict, type(None)))
         if is_record and found.get("run") == self.kind:
@@ -251,6 +270,17 @@ def _holds_anything(path: Path) -> bool:
         return True
     with os.scandir(path) as entries:
         return any(not is_leftover(entry.name) for entry in entries)
+
+
+def kind_of_run(folder: str | Path) -> str | None:
+    """The kind of the run whose output a folder is, by its run.json; None where there is none of this program's."""
+    try:
+        with open(Path(folder) / RUN, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_record = isinstance(found, dict) and isinstance(found.get("run"), str) and "identity" in found
+    return found["run"] if is_record else None
 
 
 def write_config(folder: Path, config: Any) -> None:

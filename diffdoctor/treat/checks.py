@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 
 from diffdoctor.detector.confidence import check_finite_weights
+from diffdoctor.detector.external import has_gradient, same_detector
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.training.processes import Processes
 from diffdoctor.training.weights import same_weights
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family
+from diffdoctor.treat.methods import METHODS
 
 
 def check_pipeline(family: Family) -> None:
@@ -26,21 +28,27 @@ def check_pipeline(family: Family) -> None:
         raise UserError("pipeline: offloading or a device map is in place; load it without: treat() places its parts")
 
 
-def check_detectors(detector: torch.nn.Module, monitor: torch.nn.Module | None) -> None:
+def check_detectors(detector: torch.nn.Module, monitor: torch.nn.Module | None, config: TreatConfig) -> None:
     """Refuse weights that are not finite, and a monitor that is the detector: it would see what the detector sees.
 
     Args:
         detector: steers the treatment.
         monitor: watches it, or None.
+        config: names the method.
 
     Raises:
-        UserError: if one is broken, or both have the same weights, rounding aside.
+        UserError: if one is broken, both have the same weights, rounding aside, or the method needs a gradient that the
+            detector does not have.
     """
+    if METHODS[config.method].needs_gradient and not has_gradient(detector):
+        others = ", ".join(name for name, method in METHODS.items() if not method.needs_gradient)
+        what = f"a detector with a gradient for method {config.method} ({others} need none)"
+        raise UserError(expected("detector", what, "a function of pictures"))
     check_finite_weights(detector.state_dict(), "detector")
     if monitor is None:
         return
     check_finite_weights(monitor.state_dict(), "monitor")
-    if same_weights(monitor, detector):
+    if same_weights(monitor, detector) or same_detector(monitor, detector):
         raise UserError(expected("monitor", "a detector with other weights", "those of the detector"))
 
 

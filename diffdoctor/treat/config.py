@@ -14,8 +14,9 @@ class TreatConfig:
 
     Attributes:
         method: draft_k (graph through the last grad_steps steps), draft_lv (one step from a re-noised result), drtune
-            (spaced steps, denoiser input detached), full (every step) or weighted (no sampling: the offline term
-            alone).
+            (spaced steps, denoiser input detached), full (every step), nft (no gradient through VAE or detector: the
+            pictures are noised again, and the prediction is led away from them where they are flagged) or weighted (no
+            sampling: the offline term alone).
         steps: optimisation steps. More steps continue a finished treatment where final_learning_rate is 1: with any
             other, what each step's rate was depends on how many there are.
         batch_size: pictures sampled per step, over all processes.
@@ -48,7 +49,16 @@ class TreatConfig:
         replay_area: a picture is replayed when at least this share of its pixels has a confidence of at least
             replay_confidence; 0: every picture is.
         replay_confidence: see replay_area, in [0, 1].
-        offline_weight: of the denoising loss on the pipeline's own training pairs; 0: none.
+        old_decay: nft: decay per step of the running average of the LoRA that the old predictions come from; 0: the
+            LoRA as it is.
+        nft_clean: nft: where the confidence is 0, the target is the old prediction plus this times the way from there
+            to what the picture asks for; 0 holds, a positive number teaches the picture, a negative one leads away.
+        nft_artifact: nft: likewise where the confidence is 1.
+        nft_repeats: nft: random times at which each replayed picture is used.
+        anchor_weight: nft: weight of the squared distance to the prediction of the model before the treatment, where
+            the map is clean; 0: none.
+        offline_weight: of the denoising loss on the pipeline's own training pairs; 0: none; None: 2, for nft 0.1 if
+            there are pairs.
         offline_batch_size: pairs per step, over all processes; None: batch_size.
         offline_confidence: pixels of a training picture at or above this confidence are masked out of the offline term.
         offline_dilation: the mask grows by this many pixels.
@@ -114,7 +124,12 @@ class TreatConfig:
     artifact_method: str = "threshold"
     replay_area: float = 0.005
     replay_confidence: float = 0.3
-    offline_weight: float = 2.0
+    old_decay: float = 0.5
+    nft_clean: float = 0.0
+    nft_artifact: float = -1.0
+    nft_repeats: int = 1
+    anchor_weight: float = 0.0
+    offline_weight: float | None = None
     offline_batch_size: int | None = None
     offline_confidence: float = 0.5
     offline_dilation: int = 1
@@ -170,7 +185,7 @@ def _check_bounds(name: str, kind: str, value: object) -> None:
     if name in _POSITIVE:
         what = "a positive number"
     else:
-        what = f"at least {low}" if high is None else f"a number in [{low}, {high}]"
+        what = "a number" if low == -math.inf else f"at least {low}" if high is None else f"a number in [{low}, {high}]"
     if name in _NOT_GIVEN:
         what += f", or None for {_NOT_GIVEN[name]}"
     raise UserError(expected(name, what, repr(value)))
@@ -192,6 +207,7 @@ _NOT_GIVEN = {
     "width": "the pipeline's own",
     "max_sequence_length": "the pipeline's own",
     "alpha": "the rank",
+    "offline_weight": "the method's own",
     "offline_batch_size": "batch_size",
     "micro_batch_size": "all of a process's share",
 }
@@ -209,6 +225,10 @@ _BOUNDS = {
     "rank": (1, None),
     "evaluate_pictures": (2, None),
     "ema_decay": (0, 1),
+    "old_decay": (0, 1),
+    "nft_clean": (-math.inf, None),
+    "nft_artifact": (-math.inf, None),
+    "nft_repeats": (1, None),
     "final_learning_rate": (0, 1),
     "artifact_threshold": (0, 1),
     "replay_area": (0, 1),

@@ -42,7 +42,8 @@ def load_pipeline(option: str, source: str, *, dtype: str = "fp32", vae: str | N
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
             origin = str(folder) if folder.is_dir() else source
-            return diffusers.DiffusionPipeline.from_pretrained(origin, **{name: wanted})
+            safe = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
+            return diffusers.DiffusionPipeline.from_pretrained(origin, **{name: wanted}, **safe)
     except Exception as error:  # each component's loader raises its own
         raise UserError(f"--{option} {source}: cannot be loaded ({first_line(error)})") from error
 

@@ -41,7 +41,8 @@ class OfflinePairs:
 
 def offline_weight(config: TreatConfig) -> float:
     """The weight of the offline term in the loss: 1 where the method samples nothing, since it is all there is."""
-    return config.offline_weight if METHODS[config.method].samples else 1.0
+    method = METHODS[config.method]
+    return method.offline_weight if config.offline_weight is None or not method.samples else config.offline_weight
 
 
 def checked_pairs(offline, config: TreatConfig) -> tuple[list[np.ndarray], list[str]] | None:
@@ -55,7 +56,8 @@ def checked_pairs(offline, config: TreatConfig) -> tuple[list[np.ndarray], list[
     Raises:
         UserError: if they are needed and missing or empty, or the two differ in length.
     """
-    if offline_weight(config) == 0:
+    optional = config.offline_weight is None and not METHODS[config.method].needs_pairs
+    if offline_weight(config) == 0 or (offline is None and optional):
         return None
     if offline is None:
         raise UserError(expected("offline", "(pictures, prompts) pairs, since offline_weight > 0", None))

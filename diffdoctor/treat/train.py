@@ -78,6 +78,8 @@ def treat(
     Args:
         pipeline: a loaded diffusers text-to-image pipeline of a known family; LoRA is added to its denoiser.
         detector: pictures (B, 3, H, W) in [0, 1] to logits (B, 1, h, w), with `.confidence`; see `diffdoctor.detector`.
+            For methods without a gradient through it (nft, weighted) any function from pictures to maps (B, 1, h, w) in
+            [0, 1].
         prompts: what to draw during the treatment.
         config: options; defaults when None.
         offline: (pictures uint8 (N, H, W, 3), prompts), or a sequence of dicts with "picture" and "prompt"; needed when

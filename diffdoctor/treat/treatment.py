@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from diffdoctor.detector.confidence import confidence_of
+from diffdoctor.detector.external import as_detector
 from diffdoctor.runs.checkpoints import Checkpoints
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.progress import progress as show_progress
@@ -86,7 +87,9 @@ class Treatment:
         family = family_of(pipeline)
         check_pipeline(family)
         check_adapters(family, ADAPTER)
-        check_detectors(detector, monitor_detector)
+        detector = as_detector(detector)
+        monitor_detector = None if monitor_detector is None else as_detector(monitor_detector)
+        check_detectors(detector, monitor_detector, config)
         check_negative_prompt(family, config.negative_prompt, config.guidance_scale)
         check_start(lora, config)
         self.lora, start = lora, None if lora is None else lora_digest(family, lora)
@@ -250,7 +253,8 @@ class Treatment:
         config, training, step = self.config, self.training, self.step
         self.sampling.family.gradient_scale = training.begin()
         artifact, replayed = 0.0, 0
-        if self.method.samples and config.map_source != "uniform":
+        # an artifact loss of a map that is the same everywhere has no gradient
+        if self.method.samples and not (self.method.needs_gradient and config.map_source == "uniform"):
             artifact, replayed = self._online(step)
         offline = self._offline(step) if self.pairs is not None else 0.0
         self.processes.sum_gradients(training.parameters)
@@ -292,6 +296,8 @@ class Treatment:
                 total=config.batch_size,
                 generator=generator,
                 seeds=seeds,
+                old=self.training.old,
+                initial=self.training.initial,
             )
             loss, replayed = loss + part, replayed + count
         return loss, replayed

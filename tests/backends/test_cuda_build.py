@@ -1,6 +1,7 @@
 """csrc/cuda compiled by nvcc: nothing spills, and the contiguous path moves 16 bytes at a time."""
 
 import json
+import re
 import subprocess
 
 import pytest
@@ -45,15 +46,17 @@ def test_kernels_neither_spill_nor_move_less_than_they_could(arch):
     assert not [row["kernel"] for row in rows if "LDL.32" in row["access"] or "STL.32" in row["access"]]
 
     loss = {row["kernel"]: row for row in rows if row["file"] == "weighted_loss.cu"}
-    assert len(loss) == 8  # model_pred's dtypes, contiguous and strided; everything else is a branch at run time
-    vectorised = [row for name, row in loss.items() if "true" in name or "ELb1E" in name]
-    assert len(vectorised) == 4
+    # model_pred's dtypes, contiguous and strided, with and without what few targets have
+    assert len(loss) == 16
+    vectorised = [row for name, row in loss.items() if re.search(r"Config<\d, true|ILi\dELb1E", name)]
+    assert len(vectorised) == 8
     for row in vectorised:
         # model_pred and each term's dtype, for each of the vectors that a thread has under way.
         assert row["access"]["LDG.128"] >= 4, row
         assert row["access"]["STG.128"] >= 1, row
-        # Two blocks of 256 threads on a multiprocessor.
-        assert row["registers"] <= 128, row
+        # Two blocks of 256 threads on a multiprocessor; one for what few targets have in fp64.
+        rare = row["file"] == "weighted_loss.cu" and re.search(r"Config<3, true, true|ILi3ELb1ELb1E", row["kernel"])
+        assert row["registers"] <= (255 if rare else 128), row
     scale = [
         row
         for row in rows

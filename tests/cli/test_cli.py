@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import shlex
 import subprocess
@@ -7,7 +8,7 @@ import sys
 import pytest
 import yaml
 
-from diffdoctor import cli
+from diffdoctor import cli, openmp
 from diffdoctor.demo.config import DemoConfig
 from diffdoctor.demo.stages import Stages
 
@@ -46,7 +47,7 @@ def test_options_come_from_a_file_and_the_command_line_wins(demo_options, tmp_pa
         (["treatment"], "unknown command 'treatment'"),
         (["evaluate"], "evaluate: expected one of evaluate detector, evaluate model"),
         (["evaluate", "modle"], "evaluate: expected one of evaluate detector, evaluate model"),
-        (["evaluate", "model"], "--pipeline: expected a value, got none"),
+        (["evaluate", "model"], "--judge: expected a value, got none"),
     ],
     ids=[
         "unknown-option", "wrong-type", "no-such-config", "demo-value", "treat-value", "unknown-command",
@@ -171,12 +172,61 @@ def test_a_file_may_give_one_place_as_a_word(list_options, tmp_path, text, expec
         (b"\x89PNG\r\n", "options.yaml: expected a YAML file in UTF-8"),
         ("places: clean\n".encode("utf-16"), "options.yaml: expected a YAML file in UTF-8"),
         (b"places: [clean, 7]\n", "Got value: 7"),
-        (b"places: null\n", "required: places"),
-        (b"places: clean\nseed: [\n", "Problems parsing config"),
-        (b"- clean\n", "Unexpected config"),
-        (b"", "Unexpected config"),
+        (b"places: null\n", "places: expected a list of text, got null"),
+        (b"places: clean\nseed:\n", "seed: expected a whole number, got null"),
+        (b"places: clean\npart: ~\n", "part: expected options by name, got null"),
+        (b"places: clean\npart:\n  betas: null\n", "part.betas: expected a list of 2, got null"),
+        (b"places: clean\npart.balance: null\n", "part.balance: expected true or false, got null"),
+        (b"places: clean\nseed: [\n", "options.yaml: expected a YAML file, got while parsing"),
+        (b"- clean\n", "options.yaml: expected options by name, got a sequence"),
+        (b"", "options.yaml: expected options by name, got nothing"),
+        (b"# places: clean\n\n# seed: 3\n", "options.yaml: expected options by name, got nothing"),
+        (b"? [a]\n: b\n", "expected options by name, got a sequence as a name"),
+        (b"config: options.yaml\n", "expected options, got another --config"),
+        (b"places: [" + b"[" * 3000 + b"]" * 3000 + b"]\n", "expected at most 20 levels, got more"),
+        (b"places: " + b"[" * 30 + b"]" * 30 + b"\n", "expected at most 20 levels, got more"),
+        (b"a: &a\n  b: *a\n", "expected values, got an alias of what it is a part of"),
+        (b"a: &a [*a]\n", "expected values, got an alias of what it is a part of"),
+        (
+            b"a0: &a0 {k: v}\n"
+            + b"".join(b"a%d: &a%d {p: *a%d, q: *a%d}\n" % (i, i, i - 1, i - 1) for i in range(1, 20)),
+            "expected at most 10,000 values, got more",
+        ),
+        (b"places: " + b"x" * 300_000, "expected a YAML file of at most 262,144 bytes, got a larger one"),
+        (b"places: clean\nseed: " + b"9" * 5000 + b"\n", "seed: expected a whole number, got 5000 digits"),
+        (
+            b"places: clean\nseed: 99999999999999999999\n",
+            "seed: expected a whole number of at most 64 bits, got one of 67",
+        ),
+        (b'places: "a\\0b"\n', "places: expected text without NUL characters, got 'a\\x00b'"),
+        (b"places: clean\narea: [.nan, 1]\n", "area: expected a number, got nan"),
     ],
-    ids=["picture", "utf-16", "number-in-a-list", "null", "no-yaml", "list", "empty"],
+    ids=[
+        "picture",
+        "utf-16",
+        "number-in-a-list",
+        "null",
+        "null-number",
+        "null-part",
+        "null-in-part",
+        "dotted-null",
+        "no-yaml",
+        "list",
+        "empty",
+        "comments",
+        "list-as-name",
+        "itself",
+        "very-deep",
+        "deep",
+        "recursive-mapping",
+        "recursive-list",
+        "aliases",
+        "large",
+        "digits",
+        "large-number",
+        "nul",
+        "nan",
+    ],
 )
 def test_a_file_that_cannot_be_taken_is_one_line(list_options, tmp_path, capsys, content, words):
     (tmp_path / "options.yaml").write_bytes(content)
@@ -221,25 +271,85 @@ def test_usage_lists_the_commands(capsys):
     assert all(name in out for name in cli.COMMANDS)
 
 
-def test_env_runs_as_a_program():
-    done = subprocess.run([sys.executable, "-m", "diffdoctor", "env"], capture_output=True, text=True)
+def test_env_runs_as_a_program_whose_threads_do_not_spin():
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-m", "diffdoctor", "env", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "weighted_loss" in done.stdout
-    assert "torch" in done.stdout
+    found = json.loads(done.stdout)
+    assert found["serves"]["cpu"]["weighted_loss"]
+    assert found["packages"]["torch"] != "not installed"
+    assert found["variables"]["GOMP_SPINCOUNT"] == "10000"
 
 
-def test_a_missing_extra_says_what_to_install(tmp_path):
-    # A module that cannot be imported stands in for one that is not installed.
-    (tmp_path / "jsonargparse.py").write_text("raise ModuleNotFoundError('no', name='jsonargparse')")
-    done = subprocess.run(
-        [sys.executable, "-m", "diffdoctor", "demo"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
+class TestSpinning:
+    @pytest.mark.parametrize(
+        "environment", [{"GOMP_SPINCOUNT": "infinity"}, {"OMP_WAIT_POLICY": "active"}], ids=["count", "policy"]
     )
-    assert done.returncode == 2
-    assert "pip install 'diffdoctor[stages]'" in done.stderr
-    assert done.stderr.count("\n") == 1
+    def test_what_the_user_chose_stays(self, environment):
+        before = dict(environment)
+        openmp.limit_spinning(environment)
+        assert environment == before
+
+    @pytest.mark.parametrize(
+        ("original", "argv"),
+        [
+            ("python /usr/bin/diffdoctor env", "/usr/bin/diffdoctor env"),
+            ("python C:/Scripts/diffdoctor.exe", "C:/Scripts/diffdoctor.exe"),
+            ("python -m diffdoctor env --json", "-m env --json"),
+            ("python -Bmdiffdoctor env", "-m env"),
+            ("python -u -m diffdoctor.demo.table folder", "-m folder"),
+        ],
+    )
+    def test_our_programs_are_known(self, original, argv):
+        assert openmp.is_own_program(argv.split(), original.split())
+
+    @pytest.mark.parametrize(
+        ("original", "argv"),
+        [
+            ("python train.py diffdoctor", "train.py diffdoctor"),
+            ("python -m trainer diffdoctor", "-m diffdoctor"),
+            ("python -c code -m diffdoctor", "-c -m diffdoctor"),
+            ("python", ""),
+            ("", "-m a b"),
+        ],
+    )
+    def test_a_user_s_program_is_left_alone(self, original, argv):
+        assert not openmp.is_own_program(argv.split(), original.split())
+
+
+@pytest.fixture
+def no_extra(monkeypatch):
+    """A bare `pip install .`: modules that cannot be imported stand in for those that are not installed."""
+    for name in (
+        *("accelerate", "diffusers", "docstring_parser", "jinja2", "jsonargparse", "matplotlib", "peft", "PIL"),
+        *("pyarrow", "pycocotools", "safetensors", "scipy", "sklearn", "tensorboard", "torchmetrics", "tqdm"),
+        *("transformers", "yaml"),
+    ):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.parametrize("argv", [["env"], ["env", "--json"], ["env", "--json", "false"]], ids=" ".join)
+def test_env_needs_no_extra(no_extra, capsys, argv):
+    assert cli.main(argv) == 0
+    out, errors = capsys.readouterr()
+    assert "jsonargparse" not in errors
+    assert "weighted_loss" in out
+    assert out.startswith("{") == (argv[1:] == ["--json"])
+
+
+def test_env_without_an_extra_describes_and_refuses(no_extra, capsys):
+    assert cli.main(["env", "--help"]) == 0
+    assert "usage: diffdoctor env [--json]" in capsys.readouterr().out
+    assert cli.main(["env", "--jsno"]) == 2
+    assert capsys.readouterr().err == "diffdoctor env: error: diffdoctor env: expected --json, got '--jsno'\n"
+
+
+def test_a_missing_extra_says_what_to_install(no_extra, capsys):
+    assert cli.main(["demo"]) == 2
+    errors = capsys.readouterr().err
+    assert "jsonargparse is not installed: run `pip install '.[stages]'`" in errors
+    assert errors.count("\n") == 1
 
 
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):

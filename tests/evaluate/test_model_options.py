@@ -12,13 +12,13 @@ class TestOptionsOfATreatment:
     def treatment(self, tmp_path):
         (tmp_path / "lora").mkdir()
         settings = {"pipeline": "p", "detector": "d", "prompts": "t", "sampling_steps": 4, "guidance_scale": 0.0}
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump({**settings, "height": 0, "scheduler": ""}))
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({**settings, "height": None, "scheduler": None}))
         return tmp_path
 
     def test_a_guidance_scale_of_0_is_taken_over(self, treatment):
         options = {"treatment": str(treatment), "judge": "j", "output": "o"}
         config = completed(EvaluateModelConfig(**options))
-        assert (config.guidance_scale, config.sampling_steps, config.height) == (0.0, 4, 0)
+        assert (config.guidance_scale, config.sampling_steps, config.height) == (0.0, 4, None)
         assert call_options(config) == {"num_inference_steps": 4, "guidance_scale": 0.0}
         assert completed(EvaluateModelConfig(**options, guidance_scale=2.0)).guidance_scale == 2.0
 

@@ -13,7 +13,7 @@ import torch
 
 from diffdoctor import Target, reference
 from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, PerSample, Problem
-from diffdoctor.ops.arguments import Inputs, LossOptions, check_inputs
+from diffdoctor.ops.arguments import Inputs, LossOptions
 from diffdoctor.ops.call import lower as lower_call
 from diffdoctor.ops.prepare import prepare
 
@@ -27,7 +27,7 @@ class Case:
     id: str
     shape: tuple[int, ...] = (2, 3, 5, 7)
     dtype: torch.dtype = F32
-    target: str = "tensor"  # or the name of a Target constructor
+    target: str = "tensor"  # or the name of a Target constructor, or a key of OTHER_TARGETS
     target_dtype: torch.dtype = F32
     pred_view: str = "contiguous"
     target_view: str = "contiguous"
@@ -70,6 +70,18 @@ def lay_out(x: torch.Tensor, view: str) -> torch.Tensor:
     raise ValueError(view)
 
 
+#: Targets by what they are made of: three tensors of model_pred's shape and a number in (0.1, 0.9) for each sample.
+OTHER_TARGETS = {
+    "three_terms": lambda a, b, c, level: Target((a, b, c), (1.0, level, -0.5), 1.5),
+    "contrastive": lambda a, b, c, level: Target.contrastive(a, b),
+    "contrastive_flow": lambda a, b, c, level: Target.contrastive(Target.flow(a, b), c, 0.25, -level),
+    "contrastive_velocity": lambda a, b, c, level: Target.contrastive(Target.velocity(a, b, level), c, level, -1.0),
+    "one_spatial_term": lambda a, b, c, level: Target((a,), (1.0,), level, (-level,)),
+}
+#: Those whose coefficients change with u, which need a confidence map.
+SPATIAL_TARGETS = tuple(name for name in OTHER_TARGETS if name != "three_terms")
+
+
 def _map(spec, generator, view: str) -> torch.Tensor | None:
     """Values on a grid of 1/255, a fifth of them exactly 0 and some exactly 1, as masks have them."""
     if spec is None:
@@ -105,6 +117,8 @@ def build(case: Case) -> dict:
         target = Target.velocity(first, second, level)
     elif case.target == "preconditioned":
         target = Target.preconditioned(first, second, -level, 1 / (1 + level))
+    elif case.target in OTHER_TARGETS:
+        target = OTHER_TARGETS[case.target](first, second, normal(case.target_dtype, case.pred_view), level)
     elif case.target in ("flow", "flow_reversed"):
         target = Target.flow(first, second, reversed=case.target == "flow_reversed")
     else:
@@ -115,7 +129,7 @@ def build(case: Case) -> dict:
         weighting = torch.rand(shape, generator=g).to(dtype) + 0.5
         if weighting.numel() > 2:
             weighting.view(-1)[1] = 0
-    kwargs = dict(case.options)
+    kwargs = {"artifact_weight": 2.0, **case.options}
     kwargs["mask"] = _map(case.mask, g, case.map_view)
     kwargs["weighting"] = weighting
     kwargs["huber_c"] = torch.rand(batch, generator=g) + 0.1 if case.huber_c == "tensor" else case.huber_c
@@ -150,7 +164,6 @@ def lower(inputs: dict, outputs: int = WRITE_LOSS | WRITE_GRAD | WRITE_SUMS, wei
     `weight_mean(problem, out)` is the backend's own, needed where the case normalises.
     """
     call, options = call_of(**{key: _move(value, device) for key, value in inputs.items()})
-    check_inputs(call, options)
     problem = lower_call(call, options, outputs, prepare(call, options))
     problem.grad_output = PerSample(0.0, cotangent(inputs).to(call.model_pred.device).reshape(-1))
     for output in (problem.loss, problem.grad, problem.sums):
@@ -179,6 +192,7 @@ def _move(value, device):
             tuple(_move(term, device) for term in value.terms),
             tuple(_move(coef, device) for coef in value.coefs),
             _move(value.pred_scale, device),
+            value.artifact_coefs and tuple(_move(coef, device) for coef in value.artifact_coefs),
         )
     return value
 

@@ -19,17 +19,23 @@ from diffdoctor.detector import (
     ConvDetector,
     Detector,
     DetectorTrainingConfig,
+    FunctionDetector,
+    HttpDetector,
     Injected,
     PreprocessConfig,
     ShardStream,
     TrainedDetector,
     benign,
+    coco_pictures,
     damage_kind,
     damage_kinds,
+    from_boxes,
     inject,
     load_detector,
+    masked_pictures,
     read_shards,
     train_detector,
+    write_coco,
     write_shards,
 )
 from diffdoctor.evaluate.model import (
@@ -133,6 +139,15 @@ def detect(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return confidence, logits
 
 
+def other_detectors(images: torch.Tensor) -> list[torch.Tensor]:
+    detectors = [
+        FunctionDetector(lambda pictures: pictures.mean(1, keepdim=True)),
+        from_boxes(lambda pictures: [[((0, 0, 8, 8), 0.5)] for _ in pictures], edge=4),
+        HttpDetector("http://127.0.0.1:8765/map"),
+    ]
+    return [detector.confidence(images) for detector in detectors]
+
+
 @damage_kind("black_hole")
 def black_hole(picture: np.ndarray, region: Any, rng: np.random.Generator, strength: float) -> np.ndarray:
     return picture * (1 - strength)
@@ -141,6 +156,12 @@ def black_hole(picture: np.ndarray, region: Any, rng: np.random.Generator, stren
 def label(picture: np.ndarray) -> list[Injected]:
     rng = np.random.default_rng(0)
     return [inject(picture, rng, kinds=damage_kinds(), area=(0.05, 0.2)), benign(picture, rng)]
+
+
+def exchange() -> int:
+    write_shards(masked_pictures("pictures", "masks", unmasked="clean"), "data/annotated")
+    write_shards(coco_pictures("instances.json", pathlib.Path("pictures")), "data/from-coco")
+    return write_coco("data/annotated", "data/coco")
 
 
 def train(folder: str) -> TrainedDetector:

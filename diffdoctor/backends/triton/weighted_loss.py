@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffdoctor.backends.triton.launch import INTERPRETS, SCALE_BLOCK, counters, on_device
+from diffdoctor.backends.triton.launch import INTERPRETS, SCALE_BLOCK, counters, need_memory, on_device
 from diffdoctor.backends.triton_tiles import LAUNCH, loss_arguments, make_box, mean_arguments
 from diffdoctor.kernels import weighted_loss as weighted
-from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, PerSample, Plan, Problem
+from diffdoctor.lowering.plan import MAX_TERMS, SUMS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, PerSample, Plan, Problem
 
 
 def _prepared(plan: Plan, arguments) -> dict:
@@ -46,27 +46,45 @@ def pack_per_sample(entries: tuple[PerSample | None, ...], placeholder: Tensor) 
 def weighted_loss(problem: Problem) -> None:
     """Fill the outputs that `problem.outputs` names."""
     plan = problem.plan
+    _need_inputs(problem)
     shared = _prepared(plan, loss_arguments)
     device = problem.pred.device
-    columns = 8 if problem.outputs & WRITE_SUMS else 1
+    columns = SUMS if problem.outputs & WRITE_SUMS else 1
     reduces = problem.outputs & (WRITE_LOSS | WRITE_SUMS)
     with on_device(problem.pred):
         partial_size = plan.batch * (shared["programs"] * columns + 1) if reduces else 1
         partial = torch.empty(partial_size, dtype=plan.acc_dtype, device=device)
-        coefs = (*problem.coefs, None, None)[:2]
-        entries = (problem.pred_scale, *coefs, problem.huber_c, problem.weight, problem.z, problem.grad_output)
+        coefs, artifact_coefs = map(_three, (problem.coefs, problem.artifact_coefs))
+        entries = (
+            problem.pred_scale, *coefs[:2], problem.huber_c, problem.weight, problem.z, problem.grad_output, coefs[2],
+            *artifact_coefs,
+        )  # fmt: skip
         pointers, tensor_bits, batched_bits = pack_per_sample(entries, partial)
         values = [1.0 if entry is None else entry.value for entry in entries]
-        terms = (*problem.terms, None, None)[:2]
         zeros = counters(device, plan.batch + 1, problem.keeps_workspace) if reduces else None
         weighted.weighted_loss_kernel[(plan.batch * shared["programs"],)](
-            problem.pred, problem.grad, *terms, problem.weighting, problem.confidence, problem.mask,
+            problem.pred, problem.grad, *_three(problem.terms), problem.weighting, problem.confidence, problem.mask,
             problem.loss if problem.outputs & WRITE_LOSS else None, problem.sums, partial, zeros, pointers,
             tensor_bits=tensor_bits, batched_bits=batched_bits, pred_scale=values[0], coef0=values[1], coef1=values[2],
-            huber_c=values[3], weight=values[4], z=values[5], grad_output=values[6],
+            huber_c=values[3], weight=values[4], z=values[5], grad_output=values[6], coef2=values[7],
+            artifact_coef0=values[8], artifact_coef1=values[9], artifact_coef2=values[10],
             LOSS=bool(problem.outputs & WRITE_LOSS), GRAD=bool(problem.outputs & WRITE_GRAD),
             SUMS=bool(problem.outputs & WRITE_SUMS), ROUND_BF16=INTERPRETS, **shared,
         )  # fmt: skip
+
+
+def _three(entries: tuple) -> tuple:
+    """One entry for each term that the kernel knows, None for one that is not there."""
+    return (*entries, *(None,) * (MAX_TERMS - len(entries)))
+
+
+def _need_inputs(problem: Problem) -> None:
+    need_memory(model_pred=problem.pred, confidence=problem.confidence, mask=problem.mask, weighting=problem.weighting)
+    for term in problem.terms:
+        need_memory(target=term)
+    numbers = (problem.pred_scale, problem.huber_c, problem.weight, problem.z, problem.grad_output)
+    for entry in (*numbers, *problem.coefs, *problem.artifact_coefs):
+        need_memory(numbers_per_sample=entry.data)
 
 
 def bind(problem: Problem) -> None:
@@ -76,6 +94,7 @@ def bind(problem: Problem) -> None:
 
 def weight_mean(problem: Problem, out: Tensor) -> None:
     """The mean of ω into out: (B,) per sample, (1,) over the batch."""
+    need_memory(confidence=problem.confidence, mask=problem.mask)
     plan = problem.plan
     shared = _prepared(plan, mean_arguments)
     device = problem.pred.device
@@ -91,6 +110,7 @@ def weight_mean(problem: Problem, out: Tensor) -> None:
 
 def scale_gradient(grad: Tensor, grad_output: Tensor, out: Tensor, batch: int, count: int) -> None:
     """out = grad · g_b over `batch` dense runs of `count` elements; in place nothing is written where g is 1."""
+    need_memory(gradient=grad, gradient_of_the_loss=grad_output)
     with on_device(grad):
         blocks = -(-count // SCALE_BLOCK)
         steps = -(-blocks // max(1, 8192 // batch))

@@ -13,8 +13,8 @@ import numpy as np
 
 from diffdoctor.detector.damage.kinds import check_kinds
 from diffdoctor.detector.damage.regions import draw_region
-from diffdoctor.detector.damage.registry import damage_function
-from diffdoctor.runs.errors import expected
+from diffdoctor.detector.damage.registry import Region, damage_function, visible_share
+from diffdoctor.runs.errors import UserError, expected, first_line
 
 # Smallest change of a pixel (largest channel difference, of 1) that counts as changed.
 CHANGE_EPS = 16 / 255
@@ -114,7 +114,8 @@ def inject(
         strength: a number or a range within (0, 1].
         area: size of the region as a share of the picture, a number or a range within (0, 1], drawn log-uniformly;
             a region has at least 16 pixels.
-        visible: smallest mean change (largest channel difference, of 1) over the changed pixels.
+        visible: smallest mean change (largest channel difference, of 1) over the changed pixels; of some kinds a share
+            of it, see `registry.damage_kind`.
         attempts: draws before giving up.
 
     Returns:
@@ -139,15 +140,29 @@ def inject(
         push = attempt / attempts
         low = strength[0] + (strength[1] - strength[0]) * push
         region = draw_region(clean, rng, area[0] * (area[1] / area[0]) ** (0.5 * push), area[1])
-        damaged = damage_function(kind)(clean, region, rng, float(rng.uniform(low, strength[1])))
+        damaged = _damaged(kind, clean, region, rng, float(rng.uniform(low, strength[1])))
         alpha = region.alpha[..., None]
         result = quantise(clean + alpha * (damaged - clean))
         change = np.abs(result.astype(np.float32) / 255.0 - quantised).max(axis=2)
         changed = change > CHANGE_EPS
-        if changed.sum() < max(6, 0.2 * np.pi * region.radius**2) or change[changed].mean() < visible:
+        least = visible * visible_share(kind)
+        if changed.sum() < max(6, 0.2 * np.pi * region.radius**2) or change[changed].mean() < least:
             continue
         return Injected(as_dtype(result, picture.dtype), mask_of_change(changed), kind)
     raise NoVisibleDamage(f"picture: no visible damage of kind {', '.join(names)} in {attempts} attempts (is it flat?)")
+
+
+def _damaged(kind: str, clean: np.ndarray, region: Region, rng: np.random.Generator, strength: float) -> np.ndarray:
+    """A kind's function on a picture; it may be a user's."""
+    try:
+        damaged = damage_function(kind)(clean, region, rng, strength)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"the kind of damage {kind!r} failed: {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(damaged, np.ndarray) or damaged.shape != clean.shape or not np.isfinite(damaged).all():
+        got = f"shape {damaged.shape}" if isinstance(damaged, np.ndarray) else type(damaged).__name__
+        what = f"finite values of shape {clean.shape} from its function"
+        raise UserError(expected(f"the kind of damage {kind!r}", what, got))
+    return damaged
 
 
 def mask_of_change(changed: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ def load_plugins(files: Sequence[str] | None) -> list[str]:
         A digest of each file's text.
 
     Raises:
-        UserError: one cannot be read, or raises.
+        UserError: one cannot be read, raises, or calls exit.
     """
     digests = []
     for file in files or ():
@@ -44,6 +44,6 @@ def _run(name: str, file: str) -> None:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(f"plugins: {file}: {type(error).__name__}: {first_line(error)}") from error

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffdoctor.detector.models.base import Detector
+from diffdoctor.detector.models.limits import check_conv
 from diffdoctor.detector.models.preprocess import PreprocessConfig
 from diffdoctor.runs.errors import expected
 
@@ -99,4 +100,6 @@ class ConvDetector(Detector):
     @classmethod
     def from_config(cls, config: dict, preprocess: PreprocessConfig) -> ConvDetector:
         """See `Detector.from_config`."""
-        return cls(tuple(config["channels"]), config.get("patch", 1), preprocess=preprocess)
+        channels, patch = config["channels"], config.get("patch", 1)
+        check_conv(channels, patch)
+        return cls(tuple(channels), patch, preprocess=preprocess)

@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from diffdoctor.detector.confidence import check_finite_weights
+from diffdoctor.detector.models.limits import MAX_FILE_BYTES
 from diffdoctor.detector.models.preprocess import PreprocessConfig
-from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.runs.errors import UserError, expected, first_line, install_command
+from diffdoctor.runs.files import unicode_path
 from diffdoctor.runs.hub import is_hub_id, local_path, near
 
 if TYPE_CHECKING:
@@ -52,12 +54,19 @@ def new_detector(architecture: str, **options) -> Detector:
     raise ValueError(expected("architecture", f"one of {', '.join(ARCHITECTURES)}", repr(architecture)))
 
 
-def open_detector(source: str) -> Detector:
-    """A detector from a folder, a hub id, or the published checkpoint's file.
+def open_detector(source: str) -> nn.Module:
+    """A detector of the command line: a folder, a hub id, the published checkpoint's file, FILE.py:FUNCTION or a URL.
 
     Raises:
         UserError: no detector is there, or it cannot be loaded.
     """
+    from diffdoctor.detector.external import HttpDetector, detector_from_file
+
+    if source.startswith(("http://", "https://")):
+        return HttpDetector(source)
+    file, _, function = source.rpartition(":")
+    if file.endswith(".py") and function.isidentifier():
+        return detector_from_file(source)
     path = local_path(source)
     if path.is_file() and path.name not in (CONFIG_NAME, WEIGHTS_NAME):
         return _class("segformer").from_official(path)
@@ -71,28 +80,29 @@ def load_detector(source: str | Path) -> Detector:
         source: a detector's folder, the output folder of a training, or a hub id such as owner/name.
 
     Returns:
-        The detector, in evaluation mode on the CPU.
+        The detector, frozen (its parameters require no gradient, so that its confidences can be weights of a loss), in
+        evaluation mode on the CPU. `train_detector` unfreezes it.
 
     Raises:
         UserError: no detector is there, its weights do not fit its configuration, or one is not finite.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = _find_folder(source)
     try:
-        config = json.loads((folder / CONFIG_NAME).read_text())
+        config = _read_config(folder / CONFIG_NAME)
         cls = _class(config["detector"])
         if config["format"] != 1:
             raise UserError(expected(source, "a detector in format 1", f"format {config['format']}"))
         detector = cls.from_config(config["network"], PreprocessConfig(**config["preprocess"]))
-        state = load_file(folder / WEIGHTS_NAME)
+        with unicode_path(folder / WEIGHTS_NAME) as weights:
+            state = load_file(weights)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{source}: not a complete detector ({type(error).__name__}: {error})") from error
+    except Exception as error:  # JSON, configuration and weights may hold anything
+        raise UserError(f"{source}: not a complete detector ({type(error).__name__}: {first_line(error)})") from error
     load_exactly(detector, detector.from_file_keys(state), source)
-    return detector.eval()
+    return detector.eval().requires_grad_(False)
 
 
 def load_exactly(module: nn.Module, state: dict[str, torch.Tensor], source: object) -> None:
@@ -118,7 +128,19 @@ def load_exactly(module: nn.Module, state: dict[str, torch.Tensor], source: obje
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise UserError(f"{source}: the weights do not fit: {'; '.join(faults[:5])}{more}")
     check_finite_weights(state, source)
-    module.load_state_dict(state)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{source}: the weights do not fit: {first_line(error)}") from error
+
+
+def _read_config(path: Path) -> dict:
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(expected(path.name, f"at most {MAX_FILE_BYTES:,} bytes", f"{path.stat().st_size:,}"))
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or not all(isinstance(config.get(k), dict) for k in ("network", "preprocess")):
+        raise ValueError(expected(path.name, "an object with the objects `network` and `preprocess`", "something else"))
+    return config
 
 
 def _find_folder(source: str | Path) -> Path:
@@ -142,7 +164,7 @@ def _find_folder(source: str | Path) -> Path:
 
         return Path(snapshot_download(str(source), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
     except ImportError:
-        raise UserError(f"{source}: no such folder (hub ids need `pip install 'diffdoctor[stages]'`)") from None
+        raise UserError(f"{source}: no such folder (hub ids need `{install_command('stages')}`)") from None
     except Exception as error:  # the hub client raises its own, httpx's and requests' classes
         raise UserError(f"{source}: no such folder, and the hub gave no detector ({type(error).__name__})") from error
 

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from diffdoctor.detector.models.base import Detector
+from diffdoctor.detector.models.limits import checked_segformer
 from diffdoctor.detector.models.load import load_exactly
 from diffdoctor.detector.models.preprocess import PreprocessConfig
 from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
+from diffdoctor.training.pretrained import load_from_transformers, load_state_dict_file
 
 if TYPE_CHECKING:
     from transformers import SegformerConfig
@@ -172,7 +174,7 @@ class ArtifactDetector(Detector):
 
     @classmethod
     def from_official(cls, path: str | Path, *, input_size: int | None = 512) -> ArtifactDetector:
-        """Load the published detector: a state dict written by `torch.save` from transformers 4's SegFormer.
+        """Load the published detector, frozen: a state dict written by `torch.save` from transformers 4's SegFormer.
 
         Args:
             path: the file, for the published one `ad_pytorch_model.bin`; read with `weights_only=True`. Depths and
@@ -182,27 +184,22 @@ class ArtifactDetector(Detector):
         Raises:
             UserError: the file is not a state dict of tensors, or a key is missing, unexpected or of another shape.
         """
-        import pickle
-
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            what = "a state dict that can be loaded safely (weights_only=True)"
-            raise UserError(expected(path, what, f"{type(error).__name__}: {first_line(error)}")) from error
-        if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-            raise UserError(expected(path, "a state dict of tensors", "other values"))
+        state = load_state_dict_file(path)
         state = {_rename(key, 1): value for key, value in state.items()}
         try:
             config = _config_of(state)
-        except (KeyError, ValueError, IndexError) as error:
+        except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
             keys = ", ".join(sorted(state)[:3]) or "none"
             raise UserError(expected(path, "a SegFormer's state dict", f"other keys ({keys} …)")) from error
-        detector = cls(config, head_norm="batch", input_size=input_size)
+        try:
+            detector = cls(checked_segformer(config), head_norm="batch", input_size=input_size)
+        except (ValueError, RuntimeError) as error:  # transformers' own where widths and heads do not fit
+            raise UserError(f"{path}: {first_line(error)}") from error
         # Some releases of torch's BatchNorm did not count batches; the count has no effect on frozen statistics.
         state.setdefault("decode_head.batch_norm.num_batches_tracked", torch.tensor(0))
         state = {f"segformer.{key}": value for key, value in state.items()}
         load_exactly(detector, detector.from_file_keys(state), path)
-        return detector
+        return detector.eval().requires_grad_(False)
 
     def load_encoder(self, source: str | Path) -> None:
         """Load the encoder's weights from a SegFormer of transformers, such as the ImageNet-trained `nvidia/mit-b2`.
@@ -213,12 +210,7 @@ class ArtifactDetector(Detector):
         Raises:
             UserError: it cannot be loaded, or is of another size.
         """
-        from transformers import SegformerModel
-
-        try:
-            encoder = SegformerModel.from_pretrained(str(source))
-        except (OSError, ValueError) as error:
-            raise UserError(expected(source, "a SegFormer encoder", f"{type(error).__name__}: {error}")) from error
+        encoder, _ = load_from_transformers("encoder", str(source), "SegformerModel", None)
         load_exactly(self.segformer.segformer, encoder.state_dict(), source)
 
     def train(self, mode: bool = True) -> ArtifactDetector:
@@ -250,8 +242,7 @@ class ArtifactDetector(Detector):
     @classmethod
     def from_config(cls, config: dict, preprocess: PreprocessConfig) -> ArtifactDetector:
         """See `Detector.from_config`."""
-        options = {k: v for k, v in config["segformer"].items() if k != "model_type"}
-        return cls(options, head_norm=config["head_norm"], preprocess=preprocess)
+        return cls(checked_segformer(config["segformer"]), head_norm=config["head_norm"], preprocess=preprocess)
 
     def to_file_keys(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `Detector.to_file_keys`."""

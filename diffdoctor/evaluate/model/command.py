@@ -123,7 +123,7 @@ class Evaluation:
             pipelines.open_pipeline("treated", config.treated, config)
         pipeline = pipelines.open_pipeline("pipeline", config.pipeline, config)
         texts = [prompt.text for prompt in self.plan.prompts]
-        check_prompts(pipeline, texts, max_sequence_length=config.max_sequence_length or None)
+        check_prompts(pipeline, texts, max_sequence_length=config.max_sequence_length)
         if config.lora:
             load_lora(pipeline, config.lora)
             pipelines.remove_lora(pipeline)

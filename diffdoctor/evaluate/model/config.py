@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ class EvaluateModelConfig:
         treatment: folder that `diffdoctor treat` made; its LoRA is evaluated, and pipeline, detector, prompts,
             sampling_steps, guidance_scale, negative_prompt, height, width, max_sequence_length and scheduler are those
             of the treatment where they are not given here.
-        pipeline: folder of the untreated diffusers pipeline, or its id on the Hugging Face hub.
+        pipeline: folder of the untreated diffusers pipeline, or its id on the Hugging Face hub; required without
+            treatment, like detector and prompts.
         lora: folder or file of a LoRA for that pipeline: the treated pipeline is the two together.
         treated: folder or hub id of the treated pipeline, in place of a LoRA.
         guide: sample the treated side under `diffdoctor.guide` with the detector.
@@ -40,25 +42,25 @@ class EvaluateModelConfig:
             table) and `label` (which the classifier must find; without labels each prompt is a class of the variance).
         pictures: number of pictures before and after each; the prompts take turns.
         seed: picture i starts from the latents of seed + i, before and after alike.
-        sampling_steps: denoising steps; 0: the treatment's, else the pipeline's own default.
+        sampling_steps: denoising steps; null: the treatment's, else the pipeline's own default.
         guidance_scale: null: the treatment's, else the pipeline's own default.
         negative_prompt: what the negative prediction of classifier-free guidance is told; null: the treatment's, else
             nothing.
-        height: of the pictures, in pixels; 0: the treatment's, else the pipeline's own.
+        height: of the pictures, in pixels; null: the treatment's, else the pipeline's own.
         width: as height.
-        max_sequence_length: of T5 prompts (SD3, FLUX), in tokens; 0: the treatment's, else the pipeline's own.
-        scheduler: class of a diffusers scheduler in place of the pipeline's own; empty: the treatment's, else its own.
+        max_sequence_length: of T5 prompts (SD3, FLUX), in tokens; null: the treatment's, else the pipeline's own.
+        scheduler: class of a diffusers scheduler in place of the pipeline's own; null: the treatment's, else its own.
         dtype: fp32, bf16 or fp16: what the pipelines are loaded in; detectors and measures are in fp32.
         real: files, folders, patterns or shards of real clean pictures, FID's reference; damaged ones in labelled
             shards are left out. None: no FID.
         damaged: the same of damaged pictures, FID's ceiling; none: the real ones are damaged as by `inject`.
         features: feature network of FID and variance: auto, inception (or inception-64, -192, -768), clip, pixels,
-            none, a folder or hub id of a vision model of transformers, or a TorchScript or .pt2 file from pictures
+            none, a folder or hub id of a vision model of transformers, or a TorchScript file from pictures
             (B, 3, H, W) in [0, 1] to features (B, D). auto: inception where its weights are on this machine, else clip
             where --clip is given, else pixels.
-        clip: folder or hub id of a CLIP model of transformers, for the prompts' CLIP score; empty: none.
-        classifier: folder or hub id of an image classification model of transformers, or a TorchScript or .pt2
-            file from pictures to logits, that must find the prompts' labels; empty: none.
+        clip: folder or hub id of a CLIP model of transformers, for the prompts' CLIP score; null: none.
+        classifier: folder or hub id of an image classification model of transformers, or a TorchScript file
+            from pictures to logits, that must find the prompts' labels; null: none.
         batch_size: pictures that are generated, and measured, at a time.
         picture_type: of the generated pictures' files: png or webp, both exact.
         examples: pictures shown of each kind in the report.
@@ -70,41 +72,44 @@ class EvaluateModelConfig:
         device: such as cpu or cuda:1; null: the fastest there is.
     """
 
-    treatment: str = ""
-    pipeline: str = ""
-    lora: str = ""
-    treated: str = ""
+    treatment: str | None = None
+    pipeline: str | None = None
+    lora: str | None = None
+    treated: str | None = None
     guide: bool = False
     guide_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    detector: str = ""
-    judge: str = ""
-    prompts: str = ""
+    detector: str | None = None
+    judge: str | None = None
+    prompts: str | None = None
     pictures: int = 1000
     seed: int = 0
-    sampling_steps: int = 0
+    sampling_steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
-    height: int = 0
-    width: int = 0
-    max_sequence_length: int = 0
-    scheduler: str = ""
+    height: int | None = None
+    width: int | None = None
+    max_sequence_length: int | None = None
+    scheduler: str | None = None
     dtype: str = "fp32"
     real: list[str] = dataclasses.field(default_factory=list)
     damaged: list[str] = dataclasses.field(default_factory=list)
     features: str = "auto"
-    clip: str = ""
-    classifier: str = ""
+    clip: str | None = None
+    classifier: str | None = None
     batch_size: int = 16
     picture_type: str = "png"
     examples: int = 12
-    output: str = ""
+    output: str | None = None
     overwrite: bool = False
     strict: bool = False
     device: str | None = None
 
     def __post_init__(self):
         check_least(self, pictures=1, batch_size=1, examples=0, seed=0)
-        check_least(self, sampling_steps=0, height=0, width=0, max_sequence_length=0)
+        check_least(self, sampling_steps=1, height=1, width=1, max_sequence_length=1)
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) == "":
+                raise UserError(expected(f"--{field.name}", "a name or a path", "an empty one; leave it out instead"))
         for name, allowed in (("dtype", tuple(DTYPES)), ("picture_type", ("png", "webp"))):
             if getattr(self, name) not in allowed:
                 raise UserError(expected(name, f"one of {', '.join(allowed)}", repr(getattr(self, name))))
@@ -121,7 +126,7 @@ def completed(config: EvaluateModelConfig) -> EvaluateModelConfig:
     elif config.lora:
         _warn_of_other_sampling(config)
     for name in ("pipeline", "detector", "judge", "prompts", "output"):
-        if not getattr(config, name):
+        if getattr(config, name) is None:
             raise UserError(expected(f"--{name}", "a value", "none"))
     if config.lora and config.treated:
         raise UserError(expected("--lora, --treated", "one of them", "both"))
@@ -139,10 +144,15 @@ def _from_treatment(config: EvaluateModelConfig) -> dict:
     if settings is None:
         what = "a folder that `diffdoctor treat` made"
         raise UserError(expected(f"--treatment {folder}", what, "one without a config.yaml"))
+    hints = typing.get_type_hints(EvaluateModelConfig)
+    for name in _OF_TREATMENT:
+        if not _fits(settings.get(name), hints[name]):
+            what = f"{name} as `diffdoctor treat` writes it"
+            raise UserError(expected(folder / "config.yaml", what, repr(settings[name])[:80]))
     values = {
         name: settings[name]
         for name in _OF_TREATMENT
-        if _given(name, getattr(config, name)) is None and _given(name, settings.get(name)) is not None
+        if getattr(config, name) is None and settings.get(name) is not None
     }
     if not (config.lora or config.treated):
         if not (folder / "lora").is_dir():
@@ -151,9 +161,10 @@ def _from_treatment(config: EvaluateModelConfig) -> dict:
     return values
 
 
-def _given(name: str, value: object) -> object:
-    """An option's value; None where the pipeline's own is used, as with 0 for all but the guidance scale."""
-    return None if value in (None, "") or (value == 0 and name != "guidance_scale") else value
+def _fits(value: object, kind: object) -> bool:
+    """Whether a value from a YAML file is of an option's type, a union of plain ones."""
+    kinds = typing.get_args(kind)
+    return not isinstance(value, bool) and isinstance(value, (*kinds, *((int,) if float in kinds else ())))
 
 
 def read_settings(folder: Path) -> dict | None:
@@ -164,7 +175,7 @@ def read_settings(folder: Path) -> dict | None:
         raise missing_extra("pyyaml", "stages") from None
     try:
         settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     return settings if isinstance(settings, dict) else None
 
@@ -175,7 +186,7 @@ def _warn_of_other_sampling(config: EvaluateModelConfig) -> None:
     settings = read_settings(folder) if (folder / "treat.json").is_file() else None
     if settings is None:
         return
-    other = [name for name in _SAMPLING if _given(name, settings.get(name)) != _given(name, getattr(config, name))]
+    other = [name for name in _SAMPLING if settings.get(name) != getattr(config, name)]
     if other:
         tuned_with = json.dumps({name: settings.get(name) for name in other})
         advice = f"give --treatment {folder} to sample with the same options"

@@ -57,7 +57,7 @@ def call_options(config: EvaluateModelConfig) -> dict[str, int | float | str]:
     names = {"sampling_steps": "num_inference_steps"}
     wanted = ("sampling_steps", "guidance_scale", "negative_prompt", "height", "width", "max_sequence_length")
     values = {names.get(name, name): getattr(config, name) for name in wanted}
-    return {name: value for name, value in values.items() if value is not None and (value or name == "guidance_scale")}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def remove_lora(pipeline: DiffusionPipeline) -> None:
@@ -79,7 +79,7 @@ def guided(
         return
     from diffdoctor.treat.guided_sampling import guide
 
-    options = {"height": config.height or None, "width": config.width or None, **config.guide_options}
+    options = {"height": config.height, "width": config.width, **config.guide_options}
     known = set(inspect.signature(guide).parameters) - {"pipeline", "detector"}
     unknown = sorted(set(options) - known)
     if unknown:
@@ -206,7 +206,7 @@ def picture_identity(config: EvaluateModelConfig, prompts: list[str], detector_d
         "pipeline": [config.pipeline, stamp(config.pipeline)],
         "lora": [config.lora, stamp(config.lora)],
         "treated": [config.treated, stamp(config.treated)],
-        "guide": [config.guide, config.guide_options, detector_digest if config.guide else ""],
+        "guide": [config.guide, config.guide_options, detector_digest if config.guide else None],
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "seed": config.seed,
         "sampling": call_options(config),
@@ -216,11 +216,10 @@ def picture_identity(config: EvaluateModelConfig, prompts: list[str], detector_d
     }
 
 
-def stamp(source: str) -> str:
-    """A hash of the names, sizes and times of a file or of a folder's files; "" where it is neither."""
-    path = Path(source)
-    if not source or not path.exists():
-        return ""
+def stamp(source: str | None) -> str | None:
+    """A hash of the names, sizes and times of a file or of a folder's files; None where it is neither."""
+    if source is None or not (path := Path(source)).exists():
+        return None
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     facts = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()

@@ -18,6 +18,7 @@ from diffdoctor.evaluate.model.networks import Classifier, Clip, FeatureNetwork,
 from diffdoctor.evaluate.model.summary import PictureMeasures, summarise
 from diffdoctor.measures.pixels import flagged_share
 from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.training.devices import device_of
 
 # Pictures whose measures are stored as one unit; an interruption loses at most so many.
 UNIT = 128
@@ -61,7 +62,7 @@ class Measurer:
         Returns:
             The fields of `PictureMeasures` by name, arrays of B entries.
         """
-        device = next(self.judge.parameters()).device
+        device = device_of(self.judge)
         pictures = pictures.to(device)
         values = {
             name: flagged_share(diagnose_pictures(detector, pictures, name=name)).numpy()
@@ -94,16 +95,17 @@ class RealUnit:
     sources: tuple[Source, ...]
 
 
-def real_units(paths: Sequence[str]) -> list[RealUnit]:
+def real_units(paths: Sequence[str], counts: SkipCounts | None = None) -> list[RealUnit]:
     """Real pictures in units: a shard each, and files in groups of `UNIT`.
 
     Args:
         paths: files, folders, patterns and shards.
+        counts: filled with what was left out.
 
     Raises:
         UserError: see `data.sources.find_sources`.
     """
-    sources = find_sources(paths)
+    sources = find_sources(paths, counts)
     files = [source for source in sources if not source.is_shard]
     groups = [tuple(files[start : start + UNIT]) for start in range(0, len(files), UNIT)]
     groups += [(source,) for source in sources if source.is_shard]

@@ -5,7 +5,6 @@ Nothing is downloaded but what is named by its hub id.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from pathlib import Path
 import torch
 
 from diffdoctor.data.pictures import to_images
-from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
+from diffdoctor.runs.errors import UserError, expected, first_line
+from diffdoctor.training.pretrained import load_from_transformers, load_script
 
 INCEPTION_SIZES = (64, 192, 768, 2048)
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -61,7 +61,7 @@ class Clip:
 
     def __init__(self, source: str):
         self.source = source
-        self.model, self.processor = _from_transformers("--clip", source, "AutoModel", "AutoProcessor")
+        self.model, self.processor = load_from_transformers("--clip", source, "AutoModel", "AutoProcessor")
         if not (hasattr(self.model, "get_image_features") and hasattr(self.model, "get_text_features")):
             what = "a model of pictures and texts such as CLIP"
             raise UserError(expected(f"--clip {source}", what, type(self.model).__name__))
@@ -104,10 +104,10 @@ class Clip:
 
 
 class Classifier:
-    """Tells whether a picture shows its label, by a model of transformers or a TorchScript or .pt2 file.
+    """Tells whether a picture shows its label, by a model of transformers or a TorchScript file.
 
     Args:
-        source: a folder, a hub id, or a TorchScript or .pt2 file from pictures (B, 3, H, W) in [0, 1] to logits.
+        source: a folder, a hub id, or a TorchScript file from pictures (B, 3, H, W) in [0, 1] to logits.
 
     Raises:
         UserError: there is no such model.
@@ -116,10 +116,10 @@ class Classifier:
     def __init__(self, source: str):
         self.source, self.processor, self.class_indices = source, None, {}
         if Path(source).is_file():
-            self.model = _saved_network("--classifier", source)
+            self.model = load_script("--classifier", source)
         else:
             names = "AutoModelForImageClassification", "AutoImageProcessor"
-            self.model, self.processor = _from_transformers("--classifier", source, *names)
+            self.model, self.processor = load_from_transformers("--classifier", source, *names)
             self.class_indices = {str(name): index for index, name in self.model.config.id2label.items()}
 
     def to(self, device: torch.device) -> Classifier:
@@ -163,7 +163,7 @@ def load_features(name: str, clip: Clip | None = None) -> FeatureNetwork | None:
 
     Args:
         name: auto, none, pixels, clip, inception, inception-64 (-192, -768, -2048), a folder or hub id of a vision
-            model of transformers, or a TorchScript or .pt2 file.
+            model of transformers, or a TorchScript file.
         clip: the model of `--clip`, for "clip" and for "auto" where Inception's weights are not there.
 
     Returns:
@@ -191,9 +191,9 @@ def load_features(name: str, clip: Clip | None = None) -> FeatureNetwork | None:
     if name.partition("-")[0] == "inception":
         return _inception(name)
     if Path(name).is_file():
-        module = _saved_network("--features", name)
+        module = load_script("--features", name)
         return FeatureNetwork(name, lambda pictures: module(to_images(pictures)), module)
-    model, processor = _from_transformers("--features", name, "AutoModel", "AutoImageProcessor")
+    model, processor = load_from_transformers("--features", name, "AutoModel", "AutoImageProcessor")
 
     def extract(pictures):
         inputs = _prepared(processor, pictures, model.device)
@@ -265,35 +265,6 @@ def _inception(name: str) -> FeatureNetwork:
     except Exception as error:
         raise UserError(f"--features {name}: {path} cannot be read ({first_line(error)})") from error
     return FeatureNetwork(f"Inception v3, {size} features", network, network)
-
-
-def _saved_network(option: str, source: str) -> torch.nn.Module:
-    try:
-        if source.endswith(".pt2"):
-            return torch.export.load(source).module()
-        with warnings.catch_warnings():
-            # torch 2.13 warns that TorchScript is deprecated, but most existing files are TorchScript.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return torch.jit.load(source, map_location="cpu").eval()
-    except Exception as error:
-        what = "a TorchScript file or a .pt2 file of torch.export"
-        raise UserError(expected(f"{option} {source}", what, first_line(error))) from error
-
-
-def _from_transformers(option: str, source: str, model_class: str, processor_class: str):
-    try:
-        import transformers
-    except ImportError:
-        raise missing_extra("transformers", "stages") from None
-    if not Path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
-        what = "a file, a folder or a hub id such as owner/name"
-        raise UserError(expected(f"{option} {source}", what, "none of these"))
-    try:
-        model = getattr(transformers, model_class).from_pretrained(source)
-        processor = getattr(transformers, processor_class).from_pretrained(source)
-    except Exception as error:  # the hub client and each model class raise their own
-        raise UserError(f"{option} {source}: cannot be loaded ({first_line(error)})") from error
-    return model.eval(), processor
 
 
 def _prepared(processor, pictures: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -1,0 +1,227 @@
+"""The command line: `diffdoctor COMMAND [options]`.
+
+A command is a dataclass of options and a function that takes it; both are imported only when the command is run, so
+that a missing extra stops only the commands that need it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffdoctor.cli.failures import USER_ERROR, fail, report, report_threads, watched_threads
+from diffdoctor.cli.help import command_parser
+from diffdoctor.cli.options import Options, check_value, options_of, refuse_nulls, with_lists, with_switches
+from diffdoctor.cli.streams import tolerant_streams
+from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
+from diffdoctor.version import __version__
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        summary: one line for the list of commands.
+        config: "module:Dataclass" of the options.
+        run: "module:function" that takes the dataclass; an int that it returns is the exit code.
+        positional: the options that are given without a name.
+        required: options with a default that must be given all the same.
+    """
+
+    summary: str
+    config: str
+    run: str
+    positional: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "demo": Command(
+        "diagnose and treat a small real pipeline on handwritten digits, end to end",
+        "diffdoctor.demo.config:DemoConfig",
+        "diffdoctor.demo.run:run_demo",
+    ),
+    "treat": Command(
+        "tune a LoRA of a diffusers pipeline so that a detector finds fewer artifacts",
+        "diffdoctor.treat.command:TreatCommandConfig",
+        "diffdoctor.treat.command:run_treat",
+        required=("pipeline", "detector", "prompts", "output"),
+    ),
+    "inject": Command(
+        "damage clean pictures: labelled shards with exact masks",
+        "diffdoctor.detector.commands.inject:InjectConfig",
+        "diffdoctor.detector.commands.inject:run_inject",
+        ("pictures",),
+    ),
+    "train-detector": Command(
+        "train a detector on labelled shards",
+        "diffdoctor.detector.commands.train:TrainDetectorConfig",
+        "diffdoctor.detector.commands.train:run_train_detector",
+        ("data",),
+    ),
+    "diagnose": Command(
+        "write a confidence map of every picture, and a gallery of the worst",
+        "diffdoctor.detector.commands.diagnose:DiagnoseConfig",
+        "diffdoctor.detector.commands.diagnose:run_diagnose",
+        ("pictures",),
+    ),
+    "serve-detector": Command(
+        "let other programs ask a detector over HTTP: maps, regions, rewards",
+        "diffdoctor.detector.commands.serve:ServeDetectorConfig",
+        "diffdoctor.detector.commands.serve:run_serve_detector",
+    ),
+    "evaluate detector": Command(
+        "measure a detector on labelled shards",
+        "diffdoctor.evaluate.detector.command:EvaluateDetectorConfig",
+        "diffdoctor.evaluate.detector.command:run_evaluate_detector",
+        ("data",),
+    ),
+    "evaluate model": Command(
+        "draw before and after a treatment, and measure both with an independent judge",
+        "diffdoctor.evaluate.model.config:EvaluateModelConfig",
+        "diffdoctor.evaluate.model.command:run_evaluate_model",
+        required=("judge", "output"),
+    ),
+    "env": Command(
+        "show versions, what was found and which backend serves what",
+        "diffdoctor.environment:EnvConfig",
+        "diffdoctor.environment:run_env",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the words after the program's name; None: those of this process.
+
+    Returns:
+        The exit code: 2 for bad input and for whatever else ended the command, 3 for a result that --strict does not
+        accept, 130 after Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    with tolerant_streams() as lost:
+        code = _main(argv)
+    return fail(f"standard output: {lost[0]}") if lost and code == 0 else code
+
+
+def _main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else USER_ERROR
+    if argv[0] == "--version":
+        print(f"diffdoctor {__version__}")
+        return 0
+    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    parts = [name for name in COMMANDS if name.startswith(f"{argv[0]} ")]
+    if parts and words == 1:
+        if argv[1:] in (["-h"], ["--help"]):
+            print(_usage(parts))
+            return 0
+        return fail(expected(argv[0], f"one of {', '.join(parts)}", " ".join(argv[:2])))
+    name, rest = " ".join(argv[:words]), argv[words:]
+    if name not in COMMANDS:
+        return fail(f"unknown command {name!r}: expected one of {', '.join(sorted(COMMANDS))}")
+    # Otherwise the tokenizers library warns at every fork, in the middle of the progress bar.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with watched_threads() as ended:
+        try:
+            code = _run(name, COMMANDS[name], rest)
+        except (Exception, KeyboardInterrupt) as error:
+            return report(error, name)
+    return report_threads(ended, name) or code
+
+
+def _usage(names=tuple(COMMANDS)):
+    width = max(map(len, names))
+    lines = [f"  {name:<{width}}  {COMMANDS[name].summary}" for name in sorted(names)]
+    return "\n".join(
+        [
+            "usage: diffdoctor COMMAND [options]",
+            "",
+            "Diagnose image diffusion models pixel by pixel, then treat them where they are broken.",
+            "",
+            *lines,
+            "",
+            "`diffdoctor COMMAND --help` lists a command's options; each can stand in a YAML file given with --config.",
+        ]
+    )
+
+
+def _load(path):
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] != "diffdoctor":
+            raise missing_extra(error.name, "stages") from error
+        raise
+
+
+def _run(name: str, command: Command, argv: list[str]) -> int:
+    config_class = _load(command.config)
+    options = options_of(config_class)
+    refuse_nulls(argv, options)
+    argv = with_switches(argv, options, has_positional=bool(command.positional))
+    values = _parsed(name, command, config_class, options, argv)
+    if values is None:
+        return 0
+    try:
+        config = config_class(**values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{error} (see `diffdoctor {name} --help`)") from error
+    for option in command.required:
+        if getattr(config, option) is None:
+            raise UserError(expected(f"--{option}", "a value", "none"))
+    run = _load(command.run)
+    try:
+        result = run(config)
+    except SystemExit as error:  # of code that is not ours, which must not pass for success
+        raise UserError(f"something called exit({error.code!r}) while the command ran") from error
+    return result if isinstance(result, int) else 0
+
+
+def _parsed(
+    name: str, command: Command, config_class: type, options: Options, argv: list[str]
+) -> dict[str, Any] | None:
+    """The options' values, each of which its type takes; None where the help was printed instead."""
+    try:
+        import jsonargparse  # noqa: F401
+    except ImportError:
+        if any(kind is not bool for kind in options.values()):
+            raise missing_extra("jsonargparse", "stages") from None
+        return _switches_alone(name, command, options, argv)
+    parser = command_parser(
+        name, command.summary, config_class, options, positional=command.positional, required=command.required
+    )
+    try:
+        parsed = parser.parse_args(with_lists(argv, options))
+        for option, kind in options.items():
+            if option in parsed:
+                check_value(option, kind, parsed[option])
+        return {key: value for key, value in vars(parser.instantiate(parsed)).items() if key != "config"}
+    except UserError:
+        raise
+    except Exception as error:  # the parser's own and those of the types
+        raise UserError(f"{first_line(error)} (see `diffdoctor {name} --help`)") from error
+
+
+def _switches_alone(name: str, command: Command, options: Options, argv: list[str]) -> dict[str, bool] | None:
+    """The values of a command that has switches alone, without the parser that an extra brings."""
+    if any(word in ("-h", "--help") for word in argv):
+        names = "".join(f" [--{option}]" for option in options)
+        print(f"usage: diffdoctor {name}{names}\n\n{command.summary}")
+        return None
+    values = {}
+    for word in argv:
+        option, _, value = word.partition("=")
+        if option.removeprefix("--") not in options or value not in ("true", "false"):
+            raise UserError(expected(f"diffdoctor {name}", " or ".join(f"--{each}" for each in options), repr(word)))
+        values[option.removeprefix("--")] = value == "true"
+    return values
