@@ -22,6 +22,7 @@ SAMPLE = tl.constexpr(1)
 
 # Bits of `tensor_bits` and `batched_bits`: per-sample numbers that come as tensors, and those with one for each sample.
 PRED_SCALE, COEF0, COEF1, HUBER_C, WEIGHT, Z, GRAD_OUTPUT = (tl.constexpr(k) for k in range(7))
+COEF2, ARTIFACT_COEF0, ARTIFACT_COEF1, ARTIFACT_COEF2 = (tl.constexpr(k) for k in range(7, 11))
 
 
 @triton.jit
@@ -64,6 +65,16 @@ def _number(pointers, tensor_bits, batched_bits, value, b, K: tl.constexpr, ACC:
 
 
 @triton.jit
+def _coef(pointers, tensor_bits, batched_bits, clean, artifact, b, u, K: tl.constexpr, ARTIFACT_K: tl.constexpr,
+          SPATIAL: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """A term's coefficient: number K of sample b, which becomes number ARTIFACT_K as u goes from 0 to 1 if SPATIAL."""
+    coef = _number(pointers, tensor_bits, batched_bits, clean, b, K, ACC)
+    if SPATIAL:
+        coef = coef + u * (_number(pointers, tensor_bits, batched_bits, artifact, b, ARTIFACT_K, ACC) - coef)
+    return coef
+
+
+@triton.jit
 def _map(ptr, b, batch_stride, strides, axes, mode, default, outer, inner, inside, sizes, coords, map_grid,
          KIND: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """A map on a tile of outer × inner positions; `default` where there is none."""
@@ -95,9 +106,9 @@ def _spatial(confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mas
              outer, inner, inside, sizes, coords, map_grid,
              CONFIDENCE: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """u and ω on a tile of outer × inner positions."""
-    c = _map(confidence_ptr, b, batch_strides[5], confidence_strides, confidence_axes, mode, 0.0, outer, inner, inside,
+    c = _map(confidence_ptr, b, batch_strides[6], confidence_strides, confidence_axes, mode, 0.0, outer, inner, inside,
              sizes, coords, map_grid, CONFIDENCE, ACC)  # fmt: skip
-    k = _map(mask_ptr, b, batch_strides[6], mask_strides, mask_axes, mode, 1.0, outer, inner, inside,
+    k = _map(mask_ptr, b, batch_strides[7], mask_strides, mask_axes, mode, 1.0, outer, inner, inside,
              sizes, coords, map_grid, MASK, ACC)  # fmt: skip
     u = c
     if CONFIDENCE != ABSENT:
@@ -149,29 +160,32 @@ _NOT_SPECIALIZED = [
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def weighted_loss_kernel(
-    pred_ptr, grad_ptr, term0_ptr, term1_ptr, weighting_ptr, confidence_ptr, mask_ptr,
+    pred_ptr, grad_ptr, term0_ptr, term1_ptr, term2_ptr, weighting_ptr, confidence_ptr, mask_ptr,
     loss_ptr,  # () or (batch,) in ACC
     sums_ptr,  # (batch, 8) in ACC: the columns of csrc/common/weighted_loss_params.h
     partial_ptr,  # (batch, programs, COLUMNS) and (batch,) in ACC
     counter_ptr,  # (batch + 1) int32 zeros
     number_ptrs,  # per-sample numbers in ACC, in the order of PRED_SCALE ...
     batch, outer_count, free_count, inner_count, programs, splits, steps, inner_blocks,
-    sizes, pred_strides, grad_strides, term0_strides, term1_strides, weighting_strides,  # (outer, free, inner)
-    confidence_strides, mask_strides, coords,
-    batch_strides,  # pred, grad, term0, term1, weighting, confidence, mask
+    sizes, pred_strides, grad_strides, term0_strides, term1_strides, term2_strides,  # (outer, free, inner)
+    weighting_strides, confidence_strides, mask_strides, coords,
+    batch_strides,  # pred, grad, term0, term1, term2, weighting, confidence, mask
     confidence_axes, mask_axes,  # see resample.py
     map_grid, mode, reduction, tensor_bits, batched_bits,
     pred_scale: tl.float64, coef0: tl.float64, coef1: tl.float64, huber_c: tl.float64, weight: tl.float64,
-    z: tl.float64, grad_output: tl.float64,
+    z: tl.float64, grad_output: tl.float64, coef2: tl.float64,
+    artifact_coef0: tl.float64, artifact_coef1: tl.float64, artifact_coef2: tl.float64,
     strength0: tl.float64, strength1: tl.float64, strength2: tl.float64, strength3: tl.float64,  # of element_loss.py's
     strength4: tl.float64, strength5: tl.float64, strength6: tl.float64, strength7: tl.float64,  # kinds, then zeros
     clean_weight: tl.float64, artifact_weight: tl.float64, clean_grad: tl.float64, artifact_grad: tl.float64,
     threshold: tl.float64, gamma: tl.float64,
     LOSS: tl.constexpr, GRAD: tl.constexpr, SUMS: tl.constexpr, PLAIN: tl.constexpr,
     CONFIDENCE: tl.constexpr, MASK: tl.constexpr,
+    SPATIAL: tl.constexpr,  # coefficients go from coef to artifact_coef as u goes from 0 to 1
     BLOCK_OUTER: tl.constexpr, BLOCK_FREE: tl.constexpr, BLOCK_INNER: tl.constexpr, BLOCK_PARTIAL: tl.constexpr,
     COUNT_UNITS: tl.constexpr,  # powers of two that divide the counts, so that masks split no vector
     PRED_UNITS: tl.constexpr, GRAD_UNITS: tl.constexpr, TERM0_UNITS: tl.constexpr, TERM1_UNITS: tl.constexpr,
+    TERM2_UNITS: tl.constexpr,
     ACC: tl.constexpr, IDX: tl.constexpr, ROUND_BF16: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // programs).to(tl.int64)
@@ -214,11 +228,20 @@ def weighted_loss_kernel(
 
     pred_tile = _tile_offset(outer, inner, sizes, pred_strides, PRED_UNITS[0], PRED_UNITS[2])
     if term0_ptr is not None:
-        coef0_b = _number(number_ptrs, tensor_bits, batched_bits, coef0, b, COEF0, ACC)
+        coef0_b = _coef(
+            number_ptrs, tensor_bits, batched_bits, coef0, artifact_coef0, b, u, COEF0, ARTIFACT_COEF0, SPATIAL,
+            ACC)  # fmt: skip
         term0_tile = _tile_offset(outer, inner, sizes, term0_strides, TERM0_UNITS[0], TERM0_UNITS[2])
     if term1_ptr is not None:
-        coef1_b = _number(number_ptrs, tensor_bits, batched_bits, coef1, b, COEF1, ACC)
+        coef1_b = _coef(
+            number_ptrs, tensor_bits, batched_bits, coef1, artifact_coef1, b, u, COEF1, ARTIFACT_COEF1, SPATIAL,
+            ACC)  # fmt: skip
         term1_tile = _tile_offset(outer, inner, sizes, term1_strides, TERM1_UNITS[0], TERM1_UNITS[2])
+    if term2_ptr is not None:
+        coef2_b = _coef(
+            number_ptrs, tensor_bits, batched_bits, coef2, artifact_coef2, b, u, COEF2, ARTIFACT_COEF2, SPATIAL,
+            ACC)  # fmt: skip
+        term2_tile = _tile_offset(outer, inner, sizes, term2_strides, TERM2_UNITS[0], TERM2_UNITS[2])
     if weighting_ptr is not None:
         weighting_tile = _tile_offset(outer, inner, sizes, weighting_strides, 1, 1)
 
@@ -241,11 +264,15 @@ def weighted_loss_kernel(
             d -= coef1_b * _read(
                 term1_ptr + b * batch_strides[3], term1_tile, free, present, sizes, term1_strides, ACC,
                 TERM1_UNITS[1])  # fmt: skip
+        if term2_ptr is not None:
+            d -= coef2_b * _read(
+                term2_ptr + b * batch_strides[4], term2_tile, free, present, sizes, term2_strides, ACC,
+                TERM2_UNITS[1])  # fmt: skip
         loss, slope = element_loss(d, c, strength, PLAIN, ACC)
         selected = chosen & present
         weighted = v_omega * loss
         if weighting_ptr is not None:
-            factor = _read(weighting_ptr + b * batch_strides[4], weighting_tile, free, present, sizes,
+            factor = _read(weighting_ptr + b * batch_strides[5], weighting_tile, free, present, sizes,
                            weighting_strides, ACC, 1)  # fmt: skip
             selected = selected & (factor != 0)
             weighted *= factor

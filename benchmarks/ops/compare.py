@@ -38,7 +38,7 @@ def _label(key):
 
 
 def text(found, statistic: str) -> str:
-    lines = [("case", "dtype", "shape", "side", f"A {statistic} µs", f"B {statistic} µs", "change", "")]
+    lines = [("case", "dtype", "shape", "implementation", f"A {statistic} µs", f"B {statistic} µs", "change", "")]
     for key, a, b, change, word in found:
         numbers = (f"{row[f'{statistic}_us']:,.1f}" for row in (a, b))
         lines.append((*_label(key), *numbers, f"{change:+.1f} %", MARKS[word]))
@@ -50,7 +50,7 @@ def machines(rows: list[dict]) -> set[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 1 where a side of ours became slower by more than the threshold, 2 for bad arguments."""
+    """Exit code 1 where an implementation of ours became slower by more than the threshold, 2 for bad arguments."""
     command = argparse.ArgumentParser(prog="python -m benchmarks.ops.compare", description=__doc__)
     command.add_argument("a", help="the older results: a JSON-lines file, a commit (4 or more digits), or a run id")
     command.add_argument("b", help="the newer results")
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nNot measured on the same machine with the same settings: the change is not the code's alone.")
     slower = [key for key, _, row, _, word in found if word == "slower" and row.get("ours")]
     if slower:
-        print(f"\n{len(slower)} of diffdoctor's sides became slower by more than {options.threshold:g} %.")
+        print(f"\n{len(slower)} of diffdoctor's implementations became slower by more than {options.threshold:g} %.")
     return int(bool(slower))
 
 

@@ -1,4 +1,4 @@
-"""The history: JSON lines in benchmarks/results/, one row per case and side, appended and never rewritten."""
+"""The history: JSON lines in benchmarks/results/, one row per case and implementation, appended and never rewritten."""
 
 import json
 import pathlib

@@ -63,8 +63,8 @@ def own_calls(module):
             setattr(module, name, function)
 
 
-#: {case: {side: what `seen_by_profiler` found}}, where another process has looked: once loaded, the profiler slows
-#: every later launch of its process down.
+#: {case: {implementation: what `seen_by_profiler` found}}, where another process has looked: once loaded, the
+#: profiler slows every later launch of its process down.
 _known: dict[str, dict[str, dict]] = {}
 
 
@@ -75,13 +75,13 @@ def load(path: pathlib.Path) -> None:
 
 def of_call(case: str, call) -> dict:
     """Launches and waits of a call on a GPU: known, or seen now, or the waits alone where the profiler sees nothing."""
-    known = _known.get(case, {}).get(call.side.name, {})
+    known = _known.get(case, {}).get(call.implementation.name, {})
     if known and "error" not in known:
         return known
     try:
         return seen_by_profiler(call)
     except Exception as error:
-        waits = {} if call.side.name == "compile" else {"waits": counted(call)["waits"]}
+        waits = {} if call.implementation.name == "compile" else {"waits": counted(call)["waits"]}
         return waits | {"launches_error": f"{type(error).__name__}: {str(error)[:200]}"}
 
 

@@ -1,14 +1,14 @@
-"""One case, measured: gate, then memory, then the sides interleaved with a copy of as many bytes."""
+"""One case, measured: correctness, memory, then the implementations interleaved with a copy of as many bytes."""
 
 import torch
 
-from benchmarks.ops import gate, launches, memory, timing
+from benchmarks.ops import correctness, launches, memory, timing
+from benchmarks.ops.implementations import Call, backend_module, captured, implementations_of, kernel_of
 from benchmarks.ops.registry import Case, dtype_name, gradient_bytes, least_bytes, passes_bytes
-from benchmarks.ops.sides import Call, backend_module, captured, kernel_of, sides_of
 
 COPY = "copy"
 #: Cases whose kernel is also timed by itself.
-KERNEL_TAGS = {"bar", "large", "sweep"}
+KERNEL_TAGS = {"acceptance", "large", "sweep"}
 
 
 def first_line(error: BaseException) -> str:
@@ -24,26 +24,26 @@ def measure(
     graphs: bool = False,
     backends: tuple[str, ...] | None = None,
 ) -> list[dict]:
-    """Rows for every side of the case, and one for the copy.
+    """Rows for every implementation of the case, and one for the copy.
 
-    A side that raises or gives a wrong result has a `reason` and no speed; the others go on.
+    An implementation that raises or gives a wrong result has a `reason` and no speed; the others go on.
 
     Args:
         case: from the registry.
         device: where to run.
-        seconds: how long to time, all sides together.
+        seconds: how long to time, all implementations together.
         compiled: with `torch.compile` of the formula.
-        graphs: with CUDA-graph replays of every side (a CUDA device only).
+        graphs: with CUDA-graph replays of every implementation (a CUDA device only).
         backends: names of our own; by default those of the device.
     """
     torch._dynamo.reset()
     tensors = case.inputs(case, device)
-    rows, calls = _gated(case, tensors, device, sides_of(case, device, backends, compiled))
+    rows, calls = _checked(case, tensors, device, implementations_of(case, device, backends, compiled))
     _add_kernels(case, rows, calls)
     if graphs:
         _add_graphs(rows, calls)
     least = least_bytes(case, tensors)
-    calls[COPY] = timing.copy_side(least, device)
+    calls[COPY] = timing.copy_of(least, device)
     rows[COPY] = {"ours": False, "reason": None}
     samples = timing.interleaved(calls, timing.clock_for(device), seconds)
     copied = timing.percentile(samples[COPY], 0.2)
@@ -63,20 +63,20 @@ def failed(case: Case, device: torch.device, error: BaseException) -> dict:
     return _describe(case, device, "any") | {"ours": True, "reason": first_line(error)}
 
 
-def _gated(case, tensors, device, sides):
-    """({side: row}, {side: call}): errors and memory of every side, calls of those that may be timed."""
-    want = gate.expected(case, tensors)
+def _checked(case, tensors, device, implementations):
+    """({name: row}, {name: call}): errors and memory of every implementation, calls of those that may be timed."""
+    want = correctness.expected(case, tensors)
     rows, calls = {}, {}
-    for side in sides:
-        row = rows[side.name] = {"ours": side.ours}
+    for impl in implementations:
+        row = rows[impl.name] = {"ours": impl.ours}
         try:
-            row.update(gate.check(case, gate.run(case, tensors, side.function), want, side.ours))
+            row.update(correctness.check(case, correctness.run(case, tensors, impl.function), want, impl.ours))
             if row["reason"] is None:
-                call = Call(case, tensors, side)
+                call = Call(case, tensors, impl)
                 call()
                 row.update(_beside("memory", memory.forward_and_backward, call.forward, call.backward, device))
                 row.update(_beside("operations", _operations, case, call, device))
-                calls[side.name] = call
+                calls[impl.name] = call
         except Exception as error:
             row["reason"] = first_line(error)
     return rows, calls
@@ -94,11 +94,11 @@ def _operations(case, call, device):
     """What the call launches. Compiled code cannot be counted on the CPU, where it is one C++ function per graph."""
     if device.type == "cuda":
         return launches.of_call(case.key, call)
-    if call.side.name == "compile":
+    if call.implementation.name == "compile":
         return {}
-    if not call.side.ours or call.side.name == "reference":
+    if not call.implementation.ours or call.implementation.name == "reference":
         return launches.counted(call)
-    with launches.own_calls(backend_module(call.side.name, case.op)) as names:
+    with launches.own_calls(backend_module(call.implementation.name, case.op)) as names:
         found = launches.counted(call)
     return found | {"ops": found["ops"] + len(names)}
 

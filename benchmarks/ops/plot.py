@@ -81,18 +81,18 @@ def _against_size(rows, path):
     figure, (speed, memory) = _axes(
         rows, f"weighted_loss with a map, {rows[0]['dtype']}, forward + backward", columns=2
     )
-    for side in DRAWN:
-        mine = sorted((row for row in rows if row["backend"] == side), key=_elements)
+    for impl in DRAWN:
+        mine = sorted((row for row in rows if row["backend"] == impl), key=_elements)
         if not mine:
             continue
-        # Ours is drawn first and widest: where two sides use the same memory both can be seen.
+        # Ours is drawn first and widest: where two implementations use the same memory both can be seen.
         ours = any(row["ours"] for row in mine)
-        style = {"color": COLOURS[side], "label": LABELS[side], "linewidth": 3.5 if ours else 1.5}
-        dashed = {"linestyle": "--"} if side == "copy" else {"marker": "o", "markersize": 7 if ours else 3.5}
+        style = {"color": COLOURS[impl], "label": LABELS[impl], "linewidth": 3.5 if ours else 1.5}
+        dashed = {"linestyle": "--"} if impl == "copy" else {"marker": "o", "markersize": 7 if ours else 3.5}
         sizes = [_elements(row) for row in mine]
         speed.plot(sizes, [row["gb_per_s"] for row in mine], **style, **dashed)
         held = [row for row in mine if row.get("peak_bytes")]
-        if held and side != "copy":
+        if held and impl != "copy":
             memory.plot(
                 [_elements(row) for row in held], [row["peak_bytes"] / 2**20 for row in held], **style, **dashed
             )
@@ -107,19 +107,29 @@ def _against_size(rows, path):
 
 def _speed_ups(rows, path):
     groups = {key: group for key, group in grouped(rows).items() if "sweep" not in next(iter(group.values()))["tags"]}
-    ours = next((side for side in ("cuda", "cpu", "triton") if any(side in group for group in groups.values())), None)
+    ours = next(
+        (impl for impl in ("cuda", "cpu", "triton") if any(impl in group for group in groups.values())),
+        None,
+    )
     against = (
-        {side: [ratio(group, ours, side) for group in groups.values()] for side in ("eager", "compile")} if ours else {}
+        {impl: [ratio(group, ours, impl) for group in groups.values()] for impl in ("eager", "compile")} if ours else {}
     )
     kept = [i for i, _ in enumerate(groups) if any(values[i] is not None for values in against.values())]
     if not kept:
         return None
     figure, (axis,) = _axes(rows, f"Times faster: {LABELS[ours]}, forward + backward", height=1.2 + 0.34 * len(kept))
     names = list(groups)
-    for shift, (side, values) in zip((-0.19, 0.19), against.items(), strict=True):
+    for shift, (impl, values) in zip((-0.19, 0.19), against.items(), strict=True):
         at = [place + shift for place, i in enumerate(kept) if values[i] is not None]
         drawn = [values[i] for i in kept if values[i] is not None]
-        axis.barh(at, [v - 1 for v in drawn], left=1, height=0.36, color=COLOURS[side], label=f"than {LABELS[side]}")
+        axis.barh(
+            at,
+            [v - 1 for v in drawn],
+            left=1,
+            height=0.36,
+            color=COLOURS[impl],
+            label=f"than {LABELS[impl]}",
+        )
         for y, value in zip(at, drawn, strict=True):
             beside = {"xytext": (3, 0)} if value >= 1 else {"xytext": (-3, 0), "ha": "right"}
             axis.annotate(f"{value:.1f}×", (value, y), textcoords="offset points", va="center", fontsize=7, **beside)

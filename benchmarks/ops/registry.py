@@ -53,7 +53,7 @@ class Case:
 
 
 TAGS = {
-    "bar": "the sizes that DESIGN 3.5 puts a number on",
+    "acceptance": "the sizes that `benchmarks.ops.acceptance` has a figure for",
     "latent": "latents of real models, bound by launches on a GPU",
     "large": "at least 64 million elements, bound by memory on a GPU",
     "peer": "the heaviest losses of real trainers",
@@ -291,9 +291,9 @@ def _real_shapes(batch):
 
 def _cpu_cases():
     for dtype in (FP32, BF16):
-        yield _pair_case("latents", (8, 16, 128, 128), dtype, "grid", "bar")
-        yield _pair_case("pictures", (4, 3, 512, 512), dtype, "grid", "bar")
-    yield _pair_case("latents", (8, 16, 128, 128), FP16, "grid", "bar", compiled=False)
+        yield _pair_case("latents", (8, 16, 128, 128), dtype, "grid", "acceptance")
+        yield _pair_case("pictures", (4, 3, 512, 512), dtype, "grid", "acceptance")
+    yield _pair_case("latents", (8, 16, 128, 128), FP16, "grid", "acceptance", compiled=False)
     plain = _pair_case("latents-stats", (8, 16, 128, 128), FP32, "grid", "latent", compiled=False)
     yield replace(plain, fused=_fused_stats)
     yield _pair_case("elements-16", (1, 1, 4, 4), FP32, "none", "overhead", compiled=False)
@@ -308,8 +308,8 @@ def _cpu_cases():
 
 def _cuda_cases():
     for dtype in (BF16, FP32, FP16):
-        yield _pair_case("pixel-2048", (6, 3, 2048, 2048), dtype, "none", "large", "bar")
-    yield _pair_case("pixel-2048-map", (6, 3, 2048, 2048), BF16, "grid", "large", "bar")
+        yield _pair_case("pixel-2048", (6, 3, 2048, 2048), dtype, "none", "large", "acceptance")
+    yield _pair_case("pixel-2048-map", (6, 3, 2048, 2048), BF16, "grid", "large", "acceptance")
     yield _pair_case("decoded-1024", (22, 3, 1024, 1024), BF16, "grid", "large")
     yield _flow_case("wan-720p-batch", (14, 16, 21, 90, 160), BF16, "grid", "large")
     yield from _real_shapes(4)

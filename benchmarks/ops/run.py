@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from benchmarks.ops import bar, history, launches, machine, measure, plot, registry, step, table
+from benchmarks.ops import acceptance, history, launches, machine, measure, plot, registry, step, table
 
 DEFAULT_MINUTES = 9.0
 #: Of a run's time, kept for the training step.
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--minutes", type=float, default=DEFAULT_MINUTES, help="start nothing after this (default: 9)")
     command.add_argument(
-        "--seconds", type=float, default=4.0, help="timing of one case, all sides together (default: 4)"
+        "--seconds", type=float, default=4.0, help="timing of one case, all implementations together (default: 4)"
     )
     command.add_argument("--threads", type=int, default=None, help="CPU threads (default: one per core)")
     command.add_argument(
@@ -37,9 +37,9 @@ def parser() -> argparse.ArgumentParser:
         "--no-compile", action="store_true", help="leave out torch.compile, which takes seconds a case"
     )
     command.add_argument("--no-step", action="store_true", help="leave out the whole training step")
-    command.add_argument("--graphs", action="store_true", help="also replay every side as a CUDA graph")
+    command.add_argument("--graphs", action="store_true", help="also replay every implementation as a CUDA graph")
     command.add_argument("--small", action="store_true", help="tiny shapes: a smoke run, whose figures mean nothing")
-    command.add_argument("--sides", action="store_true", help="print every side, with p50, p80 and the copy")
+    command.add_argument("--all", action="store_true", help="print every implementation, with p50, p80 and the copy")
     command.add_argument("--output", type=pathlib.Path, help="JSON-lines file to append to (default: by machine)")
     command.add_argument("--launches", type=pathlib.Path, help="launches as `tools.gpu` has counted them")
     command.add_argument("--commit", help="what to write into the rows where the checkout has no .git")
@@ -118,7 +118,7 @@ def run(options) -> list[dict]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0; 1 where one of diffdoctor's sides gave a wrong result or failed; 2 for bad arguments."""
+    """Exit code 0; 1 where one of diffdoctor's implementations gave a wrong result or failed; 2 for bad arguments."""
     options = parser().parse_args(arguments)
     torch.set_num_threads(options.threads or machine.cores())
     # Some trainers' formulas break the graph, which torch.compile tells in many lines each time.
@@ -133,12 +133,12 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    print(table.text(rows, options.sides))
+    print(table.text(rows, options.all))
     steps = [row for row in rows if row["op"] == step.OP]
     if steps:
         print("\n" + step.text(steps))
     if not options.small:
-        print("\n" + bar.text([row for row in rows if row["op"] != step.OP]))
+        print("\n" + acceptance.text([row for row in rows if row["op"] != step.OP]))
     if options.output is not None:
         print(f"\n{len(rows)} rows were appended to {options.output}")
     if not options.no_plots:
@@ -147,8 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
     refused = [row for row in rows if row.get("ours") and row.get("reason")]
     if refused:
         first = refused[0]
-        print(f"{len(refused)} of diffdoctor's sides have no speed, the first: {first['case']} {first['dtype']} "
-              f"{first['backend']}: {first['reason']}")  # fmt: skip
+        print(f"{len(refused)} of diffdoctor's implementations have no speed, the first: {first['case']} "
+              f"{first['dtype']} {first['backend']}: {first['reason']}")  # fmt: skip
     return int(bool(refused))
 
 

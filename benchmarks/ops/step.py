@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.ops import formulas, inputs, memory, timing
+from benchmarks.ops.implementations import OWN
 from benchmarks.ops.registry import dtype_name
-from benchmarks.ops.sides import OWN
 from benchmarks.ops.table import STEP as OP
 from benchmarks.ops.table import aligned
 
@@ -92,7 +92,7 @@ CUDA_STEPS = (
 
 
 class Training:
-    """One side of a step: its own model from the same seed, its optimizer, fixed inputs."""
+    """One implementation of a step: its own model from the same seed, its optimizer, fixed inputs."""
 
     def __init__(self, step: Step, loss: Callable, device: torch.device, dtype: torch.dtype, small: bool):
         torch.manual_seed(0)
@@ -147,18 +147,22 @@ def measure(step: Step, device: torch.device, small: bool, seconds: float) -> li
     """Rows for the two losses. Raises ValueError where their gradients differ: then nothing is timed."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     losses = {"eager": formulas.confidence_mse, OWN[device.type][0]: _fused(OWN[device.type][0])}
-    sides = {name: Training(step, loss, device, dtype, small) for name, loss in losses.items()}
-    first, second = (side.gradients() for side in sides.values())
+    implementations = {name: Training(step, loss, device, dtype, small) for name, loss in losses.items()}
+    first, second = (impl.gradients() for impl in implementations.values())
     distance = ((first - second).norm() / first.norm()).item()
     if not distance <= SAME_GRADIENTS[dtype]:
         raise ValueError(f"the two losses give other gradients: relative distance {distance:.1e}")
     clock = timing.clock_for(device)
-    whole = timing.interleaved(sides, clock, seconds)
-    alone = timing.interleaved({name: side.loss_alone() for name, side in sides.items()}, clock, min(seconds, 2.0))
+    whole = timing.interleaved(implementations, clock, seconds)
+    alone = timing.interleaved(
+        {name: impl.loss_alone() for name, impl in implementations.items()},
+        clock,
+        min(seconds, 2.0),
+    )
     rows = []
-    for name, side in sides.items():
-        used = memory.forward_and_backward(side.forward, lambda loss: loss.backward(), device)
-        side.optimizer.zero_grad(set_to_none=True)
+    for name, impl in implementations.items():
+        used = memory.forward_and_backward(impl.forward, lambda loss: loss.backward(), device)
+        impl.optimizer.zero_grad(set_to_none=True)
         loss_us = timing.percentile(alone[name], 0.2) * 1e6
         step_us = timing.percentiles_us(whole[name])
         rows.append(

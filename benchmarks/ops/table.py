@@ -1,4 +1,4 @@
-"""Results as text: `python -m benchmarks.ops.table [FILE|COMMIT|RUN] --markdown`, a line for each side of ours."""
+"""Results as text: `python -m benchmarks.ops.table [FILE|COMMIT|RUN] --markdown`, a line for each of ours."""
 
 import argparse
 import sys
@@ -14,21 +14,21 @@ HEAD = (
 
 
 def grouped(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
-    """{(op, case, dtype): {side: row}} in the order of the rows."""
+    """{(op, case, dtype): {implementation: row}} in the order of the rows."""
     groups: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         groups.setdefault((row["op"], row["case"], row["dtype"]), {})[row["backend"]] = row
     return groups
 
 
-def ratio(group: dict[str, dict], side: str, to: str) -> float | None:
-    """How many times faster `side` is than `to`, by the 20th percentiles; None where one has no speed."""
-    pair = [group.get(name, {}).get("p20_us") for name in (side, to)]
+def ratio(group: dict[str, dict], impl: str, to: str) -> float | None:
+    """How many times faster `implementation` is than `to`, by the 20th percentiles; None where one has no speed."""
+    pair = [group.get(name, {}).get("p20_us") for name in (impl, to)]
     return None if None in pair else pair[1] / pair[0]
 
 
-def own_sides(group: dict[str, dict]) -> list[str]:
-    """Diffdoctor's sides as a trainer calls them: neither a bare kernel nor a graph."""
+def own_implementations(group: dict[str, dict]) -> list[str]:
+    """Diffdoctor's implementations as a trainer calls them: neither a bare kernel nor a graph."""
     return [name for name, row in group.items() if row["ours"] and not name.endswith(("-kernel", "+graph"))]
 
 
@@ -46,8 +46,8 @@ def lines(rows: list[dict]) -> list[tuple[str, ...]]:
     found = [HEAD]
     for (_, case, dtype), group in grouped(rows).items():
         eager, compiled = group.get("eager", {}), group.get("compile", {})
-        for side in own_sides(group):
-            row = group[side]
+        for impl in own_implementations(group):
+            row = group[impl]
             found.append((
                 case,
                 dtype,
@@ -56,9 +56,9 @@ def lines(rows: list[dict]) -> list[tuple[str, ...]]:
                 _number(eager.get("p20_us")),
                 _number(compiled.get("p20_us")),
                 _number(row.get("p20_us")),
-                side,
-                _number(ratio(group, side, "eager"), 2),
-                _number(ratio(group, side, "compile"), 2),
+                impl,
+                _number(ratio(group, impl, "eager"), 2),
+                _number(ratio(group, impl, "compile"), 2),
                 "–" if row.get("copy_share") is None else f"{row['copy_share']:.0%}",
                 _peak(eager),
                 _peak(compiled),
@@ -67,9 +67,23 @@ def lines(rows: list[dict]) -> list[tuple[str, ...]]:
     return found
 
 
-def sides_lines(rows: list[dict]) -> list[tuple[str, ...]]:
-    """Every side of every case, the copy, the bare kernels and the graphs too."""
-    found = [("case", "dtype", "side", "p20 µs", "p50 µs", "p80 µs", "GB/s", "of copy", "rounds", "ops", "held MiB")]
+def detailed_lines(rows: list[dict]) -> list[tuple[str, ...]]:
+    """Every implementation of every case, the copy, the bare kernels and the graphs too."""
+    found = [
+        (
+            "case",
+            "dtype",
+            "implementation",
+            "p20 µs",
+            "p50 µs",
+            "p80 µs",
+            "GB/s",
+            "of copy",
+            "rounds",
+            "ops",
+            "held MiB",
+        )
+    ]
     for row in rows:
         if row.get("p20_us") is None:
             continue
@@ -89,13 +103,13 @@ def sides_lines(rows: list[dict]) -> list[tuple[str, ...]]:
 
 
 def refused(rows: list[dict]) -> list[str]:
-    """One line for every side that has no speed, with the reason."""
+    """One line for every implementation that has no speed, with the reason."""
     return [f"{row['case']} {row['dtype']} {row['backend']}: {row['reason']}" for row in rows if row.get("reason")]
 
 
 def text(rows: list[dict], every_side: bool = False) -> str:
     rows = [row for row in rows if row["op"] != STEP]
-    parts = [aligned(sides_lines(rows), left=3) if every_side else aligned(lines(rows), left=4)]
+    parts = [aligned(detailed_lines(rows), left=3) if every_side else aligned(lines(rows), left=4)]
     reasons = refused(rows)
     if reasons:
         parts.append("No speed for:\n  " + "\n  ".join(reasons))
@@ -133,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = argparse.ArgumentParser(prog="python -m benchmarks.ops.table", description=__doc__)
     command.add_argument("results", nargs="?", help="a JSON-lines file, a commit or a run id (default: all results)")
     command.add_argument("--markdown", action="store_true", help="as a GitHub table")
-    command.add_argument("--sides", action="store_true", help="one line for every side, the copy included")
+    command.add_argument("--all", action="store_true", help="one line for every implementation, the copy included")
     options = command.parse_args(arguments)
     try:
         rows = history.select(options.results) if options.results else history.everything()
@@ -142,9 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     rows = [row for row in history.latest(rows).values() if row["op"] != STEP]
     if options.markdown:
-        print(markdown(sides_lines(rows), 3) if options.sides else markdown(lines(rows)))
+        print(markdown(detailed_lines(rows), 3) if options.all else markdown(lines(rows)))
     else:
-        print(text(rows, options.sides))
+        print(text(rows, options.all))
     return 0
 
 

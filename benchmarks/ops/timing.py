@@ -1,4 +1,4 @@
-"""Interleaved timing: every round calls every side once, so that a slow second of the machine falls on all of them."""
+"""Interleaved timing: every round calls every implementation once, so that a slow second falls on all of them."""
 
 import gc
 import math
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-Sides = dict[str, Callable[[], object]]
+Implementations = dict[str, Callable[[], object]]
 
 
 class HostClock:
@@ -15,10 +15,10 @@ class HostClock:
 
     smallest = 200e-6
 
-    def time(self, side, calls: int) -> float:
+    def time(self, impl, calls: int) -> float:
         start = time.perf_counter()
         for _ in range(calls):
-            side()
+            impl()
         return (time.perf_counter() - start) / calls
 
 
@@ -31,11 +31,11 @@ class CudaClock:
         self.begin = torch.cuda.Event(enable_timing=True)
         self.end = torch.cuda.Event(enable_timing=True)
 
-    def time(self, side, calls: int) -> float:
+    def time(self, impl, calls: int) -> float:
         torch.cuda.synchronize()
         self.begin.record()
         for _ in range(calls):
-            side()
+            impl()
         self.end.record()
         self.end.synchronize()
         return self.begin.elapsed_time(self.end) * 1e-3 / calls
@@ -45,19 +45,19 @@ def clock_for(device: torch.device):
     return CudaClock() if device.type == "cuda" else HostClock()
 
 
-def interleaved(sides: Sides, clock, seconds: float, least_rounds: int = 7, most_rounds: int = 200):
-    """Seconds per call of each side, a list with one entry per round.
+def interleaved(implementations: Implementations, clock, seconds: float, least_rounds: int = 7, most_rounds: int = 200):
+    """Seconds per call of each implementation, a list with one entry per round.
 
     A sample repeats a short call until it lasts `clock.smallest`. Rounds end after `seconds`, but not before
-    `least_rounds` of them; each starts with another side.
+    `least_rounds` of them; each starts with another implementation.
     """
     calls = {}
-    for name, side in sides.items():
+    for name, impl in implementations.items():
         for _ in range(3):
-            clock.time(side, 1)
-        calls[name] = max(1, math.ceil(clock.smallest / max(clock.time(side, 1), 1e-9)))
-    samples: dict[str, list[float]] = {name: [] for name in sides}
-    names = list(sides)
+            clock.time(impl, 1)
+        calls[name] = max(1, math.ceil(clock.smallest / max(clock.time(impl, 1), 1e-9)))
+    samples: dict[str, list[float]] = {name: [] for name in implementations}
+    names = list(implementations)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -68,7 +68,7 @@ def interleaved(sides: Sides, clock, seconds: float, least_rounds: int = 7, most
                 break
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
-                samples[name].append(clock.time(sides[name], calls[name]))
+                samples[name].append(clock.time(implementations[name], calls[name]))
     finally:
         if collecting:
             gc.enable()
@@ -89,7 +89,7 @@ def percentiles_us(samples: list[float]) -> dict[str, float]:
     return {f"p{share}_us": round(percentile(samples, share / 100) * 1e6, 3) for share in (20, 50, 80)}
 
 
-def copy_side(nbytes: int, device: torch.device) -> Callable[[], object]:
+def copy_of(nbytes: int, device: torch.device) -> Callable[[], object]:
     """A copy that moves `nbytes` in all, reads and writes together: what the memory can do at this size."""
     source = torch.randint(0, 255, (max(nbytes // 8, 1),), dtype=torch.int32, device=device).view(torch.float32)
     target = torch.empty_like(source)

@@ -57,7 +57,7 @@ def evaluate(way: str, folder: Path, count: int, bootstrap: int) -> dict:
     from diffdoctor.detector.predict import diagnose_data
     from diffdoctor.evaluate.detector.measure import measure, measure_statistics
     from diffdoctor.evaluate.detector.parts import evaluate_in_parts
-    from diffdoctor.runs.summary import nan_to_none
+    from diffdoctor.runs.strict_json import nan_to_none
 
     data, model = ShardData(folder / str(count)), detector()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

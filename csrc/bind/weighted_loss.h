@@ -24,22 +24,33 @@ struct WeightedLossPlan {
   }
 };
 
-// pointers: of DD_WEIGHTED_LOSS_POINTERS, 0 where absent. numbers: of DD_WEIGHTED_LOSS_NUMBERS.
+// pointers: of DD_WEIGHTED_LOSS_POINTERS, 0 where absent. numbers: of DD_WEIGHTED_LOSS_NUMBERS. Behind both, those of
+// DD_WEIGHTED_LOSS_MORE_..., or nothing.
 inline WeightedLossParams bind_call(const WeightedLossPlan& plan, int outputs, const py::tuple& pointers,
                                     const py::tuple& numbers) {
 #define DD_COUNT(FIELD) +1
-  if (pointers.size() != 0 DD_WEIGHTED_LOSS_POINTERS(DD_COUNT)) throw std::invalid_argument("pointers are missing");
-  if (numbers.size() != 0 DD_WEIGHTED_LOSS_NUMBERS(DD_COUNT)) throw std::invalid_argument("numbers are missing");
+  constexpr size_t kPointers = 0 DD_WEIGHTED_LOSS_POINTERS(DD_COUNT), kNumbers = 0 DD_WEIGHTED_LOSS_NUMBERS(DD_COUNT);
+  constexpr size_t kMorePointers = 0 DD_WEIGHTED_LOSS_MORE_POINTERS(DD_COUNT);
+  constexpr size_t kMoreNumbers = 0 DD_WEIGHTED_LOSS_MORE_NUMBERS(DD_COUNT);
 #undef DD_COUNT
+  const bool more = numbers.size() != kNumbers;
+  if (more && numbers.size() != kNumbers + kMoreNumbers) throw std::invalid_argument("numbers are missing");
+  if (pointers.size() != kPointers + (more ? kMorePointers : 0)) throw std::invalid_argument("pointers are missing");
   WeightedLossParams p = plan.params;
   p.outputs = outputs;
   size_t k = 0;
 #define DD_READ(FIELD) p.FIELD = pointer_at(pointers, k++);
   DD_WEIGHTED_LOSS_POINTERS(DD_READ)
+  if (more) {
+    DD_WEIGHTED_LOSS_MORE_POINTERS(DD_READ)
+  }
 #undef DD_READ
   k = 0;
 #define DD_READ(FIELD) p.FIELD = per_sample_at(numbers, k++);
   DD_WEIGHTED_LOSS_NUMBERS(DD_READ)
+  if (more) {
+    DD_WEIGHTED_LOSS_MORE_NUMBERS(DD_READ)
+  }
 #undef DD_READ
   if (PyErr_Occurred()) throw py::error_already_set();
   return p;

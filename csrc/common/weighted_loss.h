@@ -41,6 +41,13 @@ DD_HD Line<acc_t> gradient_weight(const WeightedLossParams& p) {
   return {acc_t(p.clean_grad), acc_t(p.artifact_grad - p.clean_grad)};
 }
 
+// A term's coefficient.
+template <typename acc_t>
+DD_HD Line<acc_t> term_coef(const WeightedLossParams& p, int k, int64_t b) {
+  const acc_t clean = load_per_sample<acc_t>(p.coefs[k], b);
+  return {clean, p.spatial_coefs ? load_per_sample<acc_t>(p.artifact_coefs[k], b) - clean : acc_t(0)};
+}
+
 // E: what the reduction divides the gradient by.
 template <typename acc_t>
 DD_HD acc_t reduction_divisor(const WeightedLossParams& p) {

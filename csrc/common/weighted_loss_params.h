@@ -11,7 +11,7 @@ namespace diffdoctor {
 // What a launch writes: the loss, the gradient of model_pred, the per-sample sums behind LossStats.
 enum Output : int32_t { kWriteLoss = 1, kWriteGrad = 2, kWriteSums = 4 };
 
-constexpr int kMaxTerms = 2;
+constexpr int kMaxTerms = 3;
 
 // Columns of `sums` (batch, 8), in the accumulation type. An element is selected when omega != 0 and v != 0.
 enum Sum : int32_t {
@@ -48,6 +48,7 @@ using Strengths = double[kLossKinds];
 //   map_varies       whether confidence or mask changes along a dim
 //   free_dims        [begin, end): the longest run of dims along which neither changes; (0, 0) for none
 //   free_dims_weighted  the same, `weighting` counted as a map
+//   spatial_coefs    a term's coefficient goes from coefs to artifact_coefs as u goes from 0 to 1
 //   strength         of each element loss
 //   threshold        already rounded to fp32
 #define DD_WEIGHTED_LOSS_PLAN(X)  \
@@ -68,6 +69,7 @@ using Strengths = double[kLossKinds];
   X(DimFlags, map_varies)         \
   X(DimRange, free_dims)          \
   X(DimRange, free_dims_weighted) \
+  X(int32_t, spatial_coefs)       \
   X(Strengths, strength)          \
   X(double, artifact_weight)      \
   X(double, clean_weight)         \
@@ -89,7 +91,7 @@ using Strengths = double[kLossKinds];
   X(loss)                            \
   X(sums)
 
-// ... and numbers per sample.
+// ... and numbers per sample. What few targets have comes behind them or not at all: DD_WEIGHTED_LOSS_MORE_....
 #define DD_WEIGHTED_LOSS_NUMBERS(X) \
   X(pred_scale)                     \
   X(coefs[0])                       \
@@ -99,12 +101,20 @@ using Strengths = double[kLossKinds];
   X(z)                              \
   X(grad_output)
 
+#define DD_WEIGHTED_LOSS_MORE_POINTERS(X) X(terms[2].data)
+#define DD_WEIGHTED_LOSS_MORE_NUMBERS(X) \
+  X(coefs[2])                            \
+  X(artifact_coefs[0])                   \
+  X(artifact_coefs[1])                   \
+  X(artifact_coefs[2])
+
 struct WeightedLossParams {
   DD_WEIGHTED_LOSS_PLAN(DD_FIELD)
   int32_t num_terms;
 
   PerSample pred_scale;
   PerSample coefs[kMaxTerms];
+  PerSample artifact_coefs[kMaxTerms];
   PerSample huber_c;
   PerSample weight;       // per-sample v
   PerSample z;            // the divisor; a sample whose z is 0 contributes 0

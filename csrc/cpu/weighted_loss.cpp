@@ -100,7 +100,7 @@ template <typename acc_t>
 Sample<acc_t> load_sample(const WeightedLossParams& p, int64_t b) {
   Sample<acc_t> s;
   s.pred_scale = load_per_sample<acc_t>(p.pred_scale, b);
-  for (int k = 0; k < kMaxTerms; ++k) s.coef[k] = k < p.num_terms ? load_per_sample<acc_t>(p.coefs[k], b) : acc_t(0);
+  for (int k = 0; k < kMaxTerms; ++k) s.coef[k] = k < p.num_terms ? term_coef<acc_t>(p, k, b) : Line<acc_t>{0, 0};
   s.huber_c = load_per_sample<acc_t>(p.huber_c, b);
   s.weight = load_per_sample<acc_t>(p.weight, b);
   s.gradient_scale = (p.outputs & kWriteGrad) ? sample_gradient_scale<acc_t>(p, b) : acc_t(0);

@@ -10,7 +10,8 @@ namespace diffdoctor::cuda {
 // What is the same for every element of a sample.
 template <typename acc_t>
 struct Sample {
-  acc_t pred_scale, coef[kMaxTerms], huber_c, v, gradient_scale;
+  acc_t pred_scale, huber_c, v, gradient_scale;
+  Line<acc_t> coef[kMaxTerms];
   bool selected;   // v != 0
   bool zero_grad;  // its gradient is exactly 0
   unsigned kinds;  // bit j: strength[j] != 0
@@ -18,7 +19,7 @@ struct Sample {
   __device__ __forceinline__ Sample(const WeightedLossParams& p, int64_t b) {
     pred_scale = load_per_sample<acc_t>(p.pred_scale, b);
 #pragma unroll
-    for (int k = 0; k < kMaxTerms; ++k) coef[k] = k < p.num_terms ? load_per_sample<acc_t>(p.coefs[k], b) : acc_t(0);
+    for (int k = 0; k < kMaxTerms; ++k) coef[k] = k < p.num_terms ? term_coef<acc_t>(p, k, b) : Line<acc_t>{0, 0};
     huber_c = load_per_sample<acc_t>(p.huber_c, b);
     v = load_per_sample<acc_t>(p.weight, b);
     gradient_scale = sample_gradient_scale<acc_t>(p, b);

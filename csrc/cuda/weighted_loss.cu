@@ -18,10 +18,13 @@ namespace {
 constexpr int kUnroll = 2;
 constexpr int kBlocksPerMultiprocessor = 2;
 
-template <int32_t kPredDtype, bool kVectorised>
+// kAnyTerms: three terms, or coefficients that change with u. Other calls keep their registers.
+template <int32_t kPredDtype, bool kVectorised, bool kAnyTerms>
 struct Config {
   static constexpr int32_t kDtype = kPredDtype;
   static constexpr bool kVector = kVectorised;
+  static constexpr bool kSpatialCoefs = kAnyTerms;
+  static constexpr int kLaterTerms = kAnyTerms ? kMaxTerms - 1 : 1;
   using acc_t = std::conditional_t<kPredDtype == kFloat64, double, float>;
   static constexpr int kWidth = kVectorised ? vector_width(kPredDtype) : 1;
   static constexpr int kStep = kWidth < 16 / sizeof(acc_t) ? kWidth : 16 / sizeof(acc_t);
@@ -33,7 +36,7 @@ template <typename acc_t>
 struct Factors {
   acc_t loss;   // v_b * v * omega
   acc_t slope;  // v * omega * m
-  acc_t level;  // u; where the sums are wanted
+  acc_t level;  // u; where the sums or the coefficients want it
 
   __device__ __forceinline__ Factors(const Position<acc_t>& at, const Sample<acc_t>& sample) {
     const bool selected = sample.selected && at.omega != 0 && at.weighting != 0;
@@ -63,12 +66,12 @@ __device__ __forceinline__ void add_position(const Position<acc_t>& at, const Fa
 template <typename C>
 struct Unit {
   using acc_t = typename C::acc_t;
-  int64_t grad_at, second_term_at;
+  int64_t grad_at, later_at[C::kLaterTerms];
   int s, q, r;  // position in the tile; its place within `inner` and within `free * inner`
   Raw<acc_t, C::kWidth> pred, term;
 };
 
-// Registers are short: the second term, which few targets have, is loaded when its turn comes.
+// Registers are short: the second and third term, which few targets have, are loaded when their turn comes.
 template <typename C>
 __device__ __forceinline__ Raw<typename C::acc_t, C::kWidth> load_term(const WeightedLossParams& p, int k, int64_t at) {
   return load_raw<typename C::acc_t, C::kWidth>(p.terms[k].data, p.terms[k].dtype, at);
@@ -94,19 +97,21 @@ __device__ __forceinline__ void load_unit(const WeightedLossParams& p, const Til
     unit.s = static_cast<int>(o * inner) + unit.q;
     i = tile.first + e;
   }
-  int64_t pred_at = i, term_at = i;
-  unit.grad_at = unit.second_term_at = i;
-  if (!C::kVector && !p.contiguous) {
-    pred_at = term_at = unit.grad_at = unit.second_term_at = 0;
+  const bool strided = !C::kVector && !p.contiguous;
+  const int64_t start = strided ? 0 : i;
+  int64_t pred_at = start, term_at = start;
+  unit.grad_at = start + b * p.grad.batch_stride;
+#pragma unroll
+  for (int k = 0; k < C::kLaterTerms; ++k) unit.later_at[k] = start + b * p.terms[1 + k].batch_stride;
+  if (strided) {
     decode(p, t.narrow != 0, i, [&](int d, int64_t at) {
       pred_at += at * p.pred.stride[d];
       term_at += at * p.terms[0].stride[d];
       unit.grad_at += at * p.grad.stride[d];
-      unit.second_term_at += at * p.terms[1].stride[d];
+#pragma unroll
+      for (int k = 0; k < C::kLaterTerms; ++k) unit.later_at[k] += at * p.terms[1 + k].stride[d];
     });
   }
-  unit.grad_at += b * p.grad.batch_stride;
-  unit.second_term_at += b * p.terms[1].batch_stride;
   unit.pred = load_raw<acc_t, C::kWidth>(p.pred.data, C::kDtype, b * p.pred.batch_stride + pred_at);
   if (p.num_terms > 0) unit.term = load_term<C>(p, 0, b * p.terms[0].batch_stride + term_at);
 }
@@ -149,6 +154,14 @@ __device__ __forceinline__ void add_level_sums(const acc_t (&factor)[N], const a
   }
 }
 
+// d -= coefficient * term.
+template <bool kSpatialCoefs, typename acc_t, int N>
+__device__ __forceinline__ void subtract_term(const Line<acc_t>& coef, const acc_t (&term)[N], const acc_t (&level)[N],
+                                              acc_t (&d)[N]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) d[j] -= (kSpatialCoefs ? at_level(coef, level[j]) : coef.clean) * term[j];
+}
+
 template <typename C>
 __device__ __forceinline__ void compute_unit(const WeightedLossParams& p, const Tiling& t,
                                              const Sample<typename C::acc_t>& sample,
@@ -160,23 +173,31 @@ __device__ __forceinline__ void compute_unit(const WeightedLossParams& p, const 
   const bool rows = t.outers_per_tile == 0;
   Cursor cursor{unit.s, unit.q, unit.r, static_cast<int>(t.inner), static_cast<int>(t.free * t.inner)};
   Packed<C::kDtype, C::kWidth> packed;
-  Raw<acc_t, C::kWidth> second_term;
-  if (p.num_terms > 1) second_term = load_term<C>(p, 1, unit.second_term_at);
+  Raw<acc_t, C::kWidth> later[C::kLaterTerms];
+#pragma unroll
+  for (int k = 0; k < C::kLaterTerms; ++k)
+    if (p.num_terms > 1 + k) later[k] = load_term<C>(p, 1 + k, unit.later_at[k]);
 #pragma unroll
   for (int step = 0; step < C::kWidth; step += N) {
-    acc_t d[N], value[N], loss[N], slope[N];
+    acc_t d[N], value[N], level[N], loss[N], slope[N];
+    const auto load_level = [&](acc_t(&of)[N]) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) of[j] = uniform.level;
+      if (t.spatial) load_factor<acc_t, N>(rows, shared[2], cursor, of);
+    };
     unpack<acc_t, N>(unit.pred, step, C::kDtype, d);
 #pragma unroll
     for (int j = 0; j < N; ++j) d[j] *= sample.pred_scale;
+    if (C::kSpatialCoefs) load_level(level);
     if (p.num_terms > 0) {
       unpack<acc_t, N>(unit.term, step, p.terms[0].dtype, value);
-#pragma unroll
-      for (int j = 0; j < N; ++j) d[j] -= sample.coef[0] * value[j];
+      subtract_term<C::kSpatialCoefs, acc_t, N>(sample.coef[0], value, level, d);
     }
-    if (p.num_terms > 1) {
-      unpack<acc_t, N>(second_term, step, p.terms[1].dtype, value);
 #pragma unroll
-      for (int j = 0; j < N; ++j) d[j] -= sample.coef[1] * value[j];
+    for (int k = 0; k < C::kLaterTerms; ++k) {
+      if (p.num_terms <= 1 + k) break;
+      unpack<acc_t, N>(later[k], step, p.terms[1 + k].dtype, value);
+      subtract_term<C::kSpatialCoefs, acc_t, N>(sample.coef[1 + k], value, level, d);
     }
     eval_losses<acc_t, N>(p, sample, d, loss, slope);
     if (p.outputs & (kWriteLoss | kWriteSums)) {
@@ -188,10 +209,7 @@ __device__ __forceinline__ void compute_unit(const WeightedLossParams& p, const 
       for (int j = 0; j < N; ++j) sum += value[j] != 0 ? value[j] * loss[j] : acc_t(0);
       sums[kNumerator] += sum;
       if (p.outputs & kWriteSums) {
-        acc_t level[N];
-#pragma unroll
-        for (int j = 0; j < N; ++j) level[j] = uniform.level;
-        if (t.spatial) load_factor<acc_t, N>(rows, shared[2], cursor, level);
+        if (!C::kSpatialCoefs) load_level(level);
         add_level_sums<acc_t, N>(value, level, loss, sums);
       }
     }
@@ -266,10 +284,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       const Factors<acc_t> factors(position, sample);
       shared[0][s] = factors.loss;
       shared[1][s] = factors.slope;
-      if (sums_wanted) {
-        shared[2][s] = factors.level;
-        add_position(position, factors, static_cast<acc_t>(frees), sums);
-      }
+      if (C::kSpatialCoefs || sums_wanted) shared[2][s] = factors.level;
+      if (sums_wanted) add_position(position, factors, static_cast<acc_t>(frees), sums);
     }
     if (!t.spatial && threadIdx.x == 0) {
       add_position(everywhere, uniform, static_cast<acc_t>(tile.positions) * static_cast<acc_t>(frees), sums);
@@ -310,14 +326,20 @@ bool can_vectorise(const WeightedLossParams& p, const Tiling& t, int width) {
   return aligned;
 }
 
-template <int32_t kDtype>
+template <int32_t kDtype, bool kAnyTerms>
 const char* launch_for(const WeightedLossParams& p, void* workspace, void* stream) {
   const int width = vector_width(kDtype);
   const Tiling t = make_tiling(p, true);
   const int64_t blocks = p.batch * t.tiles;
   return can_vectorise(p, t, width)
-             ? launch(weighted_loss_kernel<Config<kDtype, true>>, blocks, stream, p, t, workspace)
-             : launch(weighted_loss_kernel<Config<kDtype, false>>, blocks, stream, p, t, workspace);
+             ? launch(weighted_loss_kernel<Config<kDtype, true, kAnyTerms>>, blocks, stream, p, t, workspace)
+             : launch(weighted_loss_kernel<Config<kDtype, false, kAnyTerms>>, blocks, stream, p, t, workspace);
+}
+
+template <int32_t kDtype>
+const char* launch_for(const WeightedLossParams& p, void* workspace, void* stream) {
+  return p.spatial_coefs || p.num_terms > 2 ? launch_for<kDtype, true>(p, workspace, stream)
+                                            : launch_for<kDtype, false>(p, workspace, stream);
 }
 
 }  // namespace
@@ -326,7 +348,8 @@ const char* device_problem() {
   int devices = 0;
   cudaError_t error = cudaGetDeviceCount(&devices);
   cudaFuncAttributes attributes;
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, weighted_loss_kernel<Config<kFloat32, true>>);
+  if (error == cudaSuccess)
+    error = cudaFuncGetAttributes(&attributes, weighted_loss_kernel<Config<kFloat32, true, false>>);
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();
   return cudaGetErrorString(error);

@@ -11,6 +11,7 @@ from diffdoctor.lowering.artifact_loss import ARTIFACT_METHODS, ArtifactProblem
 from diffdoctor.lowering.plan import (
     DTYPES,
     MAP_MODES,
+    MAX_TERMS,
     REDUCTIONS,
     MapPlan,
     OperandPlan,
@@ -24,6 +25,7 @@ from diffdoctor.lowering.plan import (
 _OPTION_FIELDS = tuple(field.name for field in fields(Options))
 _PLAN_FIELDS = tuple(field.name for field in fields(Plan) if field.name not in ("acc_dtype", "options", "cache"))
 _CODES = {**REDUCTIONS, **MAP_MODES}
+MAX_NUMBERS = 11  # of DD_WEIGHTED_LOSS_NUMBERS and DD_WEIGHTED_LOSS_MORE_NUMBERS
 
 
 def native_plan(plan: Plan, native):
@@ -53,9 +55,9 @@ def _plain(value):
 
 
 def call_arguments(problem: Problem) -> tuple[tuple, tuple]:
-    """(pointers, numbers) in the order of DD_WEIGHTED_LOSS_POINTERS and DD_WEIGHTED_LOSS_NUMBERS."""
+    """(pointers, numbers) in the order of DD_WEIGHTED_LOSS_POINTERS and _NUMBERS, then of those _MORE_ has if any."""
     terms, coefs, count = problem.terms, problem.coefs, len(problem.terms)
-    pointers = (
+    pointers: tuple = (
         problem.pred.data_ptr(),
         _pointer(problem.grad),
         terms[0].data_ptr() if count else 0,
@@ -66,7 +68,7 @@ def call_arguments(problem: Problem) -> tuple[tuple, tuple]:
         _pointer(problem.loss),
         _pointer(problem.sums),
     )
-    numbers = (
+    numbers: tuple = (
         _number(problem.pred_scale),
         _number(coefs[0]) if count else None,
         _number(coefs[1]) if count > 1 else None,
@@ -75,7 +77,17 @@ def call_arguments(problem: Problem) -> tuple[tuple, tuple]:
         _number(problem.z),
         _number(problem.grad_output),
     )
+    if takes_more(problem):
+        pointers += (terms[2].data_ptr() if count > 2 else 0,)
+        more = (*coefs[2:], *(None,) * (MAX_TERMS - max(count, 2)), *problem.artifact_coefs)
+        numbers += tuple(None if entry is None else _number(entry) for entry in more)
+        numbers += (None,) * (MAX_NUMBERS - len(numbers))
     return pointers, numbers
+
+
+def takes_more(problem: Problem) -> bool:
+    """Whether a call has what DD_WEIGHTED_LOSS_MORE_... list: a third term, or coefficients that change with u."""
+    return len(problem.terms) > 2 or problem.plan.spatial_coefs
 
 
 def _pointer(tensor) -> int:

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 
 from diffdoctor.kernels.element_loss import STRENGTHS
-from diffdoctor.lowering.plan import LOSS_KINDS, MAP_MODES, MAX_DIMS, REDUCTIONS, MapPlan, OperandPlan, Plan
+from diffdoctor.lowering.plan import LOSS_KINDS, MAP_MODES, MAX_DIMS, MAX_TERMS, REDUCTIONS, MapPlan, OperandPlan, Plan
 
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 # Fusion is set explicitly because Triton 3.10 changes the default; where a rounding must not depend on it there is fma.
@@ -122,7 +122,7 @@ def _strides(plan: Plan, box: Box, operand: OperandPlan | MapPlan | None) -> tup
 
 def _operands(plan: Plan) -> tuple[OperandPlan | None, ...]:
     """model_pred, its gradient and the terms, None for a term that is not there."""
-    return (plan.pred, plan.grad, *(*plan.terms, None, None)[:2])
+    return (plan.pred, plan.grad, *plan.terms, *(None,) * (MAX_TERMS - len(plan.terms)))
 
 
 def map_arguments(plan: Plan, box: Box) -> dict:
@@ -176,12 +176,13 @@ def loss_arguments(plan: Plan, box: Box) -> dict:
         "clean_grad": options.clean_grad,
         "artifact_grad": options.artifact_grad,
         "PLAIN": plain,
+        "SPATIAL": plan.spatial_coefs,
         "num_warps": 4 if plain else 8,  # a mixture's branches need registers: with 4 warps a few are spilled
         "BLOCK_OUTER": box.block[0],
         "BLOCK_FREE": box.block[1],
         "BLOCK_INNER": box.block[2],
     }
-    for name, operand in zip(("pred", "grad", "term0", "term1"), _operands(plan), strict=True):
+    for name, operand in zip(("pred", "grad", "term0", "term1", "term2"), _operands(plan), strict=True):
         arguments[f"{name}_strides"], arguments[f"{name.upper()}_UNITS"] = _in_units(_strides(plan, box, operand))
     return arguments
 

@@ -70,6 +70,11 @@ COMMANDS = {
         "diffdoctor.detector.commands.diagnose:run_diagnose",
         ("pictures",),
     ),
+    "serve-detector": Command(
+        "let other programs ask a detector over HTTP: maps, regions, rewards",
+        "diffdoctor.detector.commands.serve:ServeDetectorConfig",
+        "diffdoctor.detector.commands.serve:run_serve_detector",
+    ),
     "evaluate detector": Command(
         "measure a detector on labelled shards",
         "diffdoctor.evaluate.detector.command:EvaluateDetectorConfig",
@@ -97,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; None: those of this process.
 
     Returns:
-        The exit code: 2 for bad input and for whatever else ended the command, 130 after Ctrl-C.
+        The exit code: 2 for bad input and for whatever else ended the command, 3 for a result that --strict does not
+        accept, 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     with tolerant_streams() as lost:

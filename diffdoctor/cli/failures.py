@@ -21,11 +21,11 @@ TRACEBACK = "DIFFDOCTOR_TRACEBACK"
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS)
 
 
-def fail(message: object, name: str | None = None) -> int:
+def fail(message: object, name: str | None = None, code: int = USER_ERROR) -> int:
     """Print why a command ends, in one line; returns the exit code."""
     prefix = f"diffdoctor {name}" if name else "diffdoctor"
     print(f"{prefix}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    return USER_ERROR
+    return code
 
 
 def report(error: BaseException, name: str) -> int:
@@ -44,7 +44,7 @@ def report(error: BaseException, name: str) -> int:
         print(f"diffdoctor {name}: interrupted; the same command resumes after what was finished", file=sys.stderr)
         return INTERRUPTED
     if isinstance(error, UserError):
-        return fail(_message(error) or type(error).__name__, name)
+        return fail(_message(error) or type(error).__name__, name, error.exit_code)
     system = _of_the_system(error)
     if system is not None:
         path = f"{os.fsdecode(system.filename)}: " if isinstance(system.filename, (str, bytes)) else ""

@@ -11,6 +11,7 @@ import numpy as np
 
 from diffdoctor.data.manifest import MANIFEST, ManifestWriter
 from diffdoctor.data.shard_writer import ShardFile, in_shards, shard_name
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.files import atomic_path, atomic_write_json, replace_dir
 from diffdoctor.runs.record import RunFolder
@@ -84,7 +85,7 @@ class ResumableSet:
                 account, arrays = record()
                 account = {"done": number + 1, "state": account}
                 with atomic_path(self.work / "state.npz") as temporary, open(temporary, "wb") as file:
-                    np.savez(file, account=np.array(json.dumps(account)), **arrays)
+                    np.savez(file, account=np.array(strict_json.dumps(account)), **arrays)
                 self.done = number + 1
         except BaseException as error:
             if not self.done:

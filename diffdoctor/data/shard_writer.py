@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from diffdoctor.data.codec import PICTURE_TYPES, encode_mask, encode_picture
 from diffdoctor.data.manifest import MANIFEST, ManifestWriter
 from diffdoctor.data.tar import KEY
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_dir, clear_leftovers, refuse_foreign
 from diffdoctor.runs.record import CONFIG, METRICS, RUN, RunFolder
@@ -149,7 +149,7 @@ class ShardFile:
         byte_ranges = {
             "picture": self._member(f"{key}.{self.picture_type}", encode_picture(picture, self.picture_type)),
             "mask": self._member(f"{key}.mask.png", encode_mask(mask)),
-            "json": self._member(f"{key}.json", json.dumps(meta, allow_nan=False).encode()),
+            "json": self._member(f"{key}.json", strict_json.dumps(meta).encode()),
         }
         return {
             **{name: meta[name] for name in ("key", "label", "category", "generator", "prompt", "round")},

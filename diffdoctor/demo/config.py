@@ -23,7 +23,9 @@ class DemoConfig:
         shuffled_control: also treat with the maps shuffled across the batch (half a minute more).
         overwrite: start again where the folder holds a demo made with other options.
         threads: CPU threads; None: PyTorch's own choice.
-        strict: end with exit code 1 when a figure misses the bar of docs/demo.md.
+        device: of the detectors' training and of the treatment, such as cpu or cuda:1; None: the fastest there is. The
+            rest is computed on the CPU.
+        strict: end with exit code 1 when a figure misses the acceptance checks of docs/demo.md.
     """
 
     output: str = "runs/demo"
@@ -39,6 +41,7 @@ class DemoConfig:
     shuffled_control: bool = False
     overwrite: bool = False
     threads: int | None = None
+    device: str | None = None
     strict: bool = False
 
     def __post_init__(self):

@@ -176,14 +176,14 @@ def _training_config(seed, kinds, blur, **options):
     return DetectorTrainingConfig(**(settings | options))
 
 
-def train_demo_detector(data: DemoData, config, *, progress: bool = True):
+def train_demo_detector(data: DemoData, config, *, progress: bool = True, device: str | None = None):
     """Train the demo's detector on its 40 % by `detector_training_config()`; returns `TrainedDetector`."""
     from diffdoctor.detector.train import train_detector
 
-    return train_detector(config, data.split("detector"), progress=progress)
+    return train_detector(config, data.split("detector"), progress=progress, device=device)
 
 
-def train_demo_judge(data: DemoData, config, *, progress: bool = True):
+def train_demo_judge(data: DemoData, config, *, progress: bool = True, device: str | None = None):
     """Train the demo's judge, another architecture on another 40 %, by `judge_training_config()`."""
     import torch
 
@@ -193,7 +193,8 @@ def train_demo_judge(data: DemoData, config, *, progress: bool = True):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         judge = ConvDetector((16, 32, 64))
-    return train_detector(config, data.split("judge"), detector=judge, progress=progress, name="judge")
+    options = {"detector": judge, "progress": progress, "name": "judge", "device": device}
+    return train_detector(config, data.split("judge"), **options)
 
 
 def write_demo_data(data: DemoData, folder: str | Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from diffdoctor.demo.bar import acceptance_checks
+from diffdoctor.demo.acceptance import acceptance_checks
 from diffdoctor.evaluate.model.report import verdict
 from diffdoctor.runs.files import atomic_path, atomic_write_bytes
 from diffdoctor.viz.draw import as_hwc, enlarge, grid, overlay, png_bytes
@@ -111,7 +111,7 @@ def write_report(
     )
     report.heading("Measures")
     report.table(["measure", "before", "after", "note"], _measure_rows(metrics))
-    report.heading("The bar")
+    report.heading("Acceptance checks")
     rows = [
         [check.name, (check.value, "number"), check.limit, ("holds", "good") if check.holds else ("missed", "bad")]
         for check in acceptance_checks(metrics)

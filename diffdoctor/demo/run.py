@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from diffdoctor.demo import data as demo_data
-from diffdoctor.demo.bar import acceptance_checks, judge_is_calibrated
+from diffdoctor.demo.acceptance import acceptance_checks, judge_is_calibrated
 from diffdoctor.demo.classifier import DigitClassifier, train_classifier
 from diffdoctor.demo.config import DemoConfig
 from diffdoctor.demo.report import write_pictures, write_report
@@ -40,7 +40,7 @@ class Demo:
         self.config = config
         settings = dataclasses.asdict(config)
         # What does not change a stored stage may differ between the runs of one folder.
-        for name in ("output", "overwrite", "strict", "threads", "shuffled_control"):
+        for name in ("output", "overwrite", "strict", "threads", "device", "shuffled_control"):
             del settings[name]
         self.settings = {"diffdoctor": __version__, **settings}
         self.output = Path(config.output)
@@ -104,10 +104,10 @@ class Demo:
         return self.stages.run("pipeline", make) / "pipeline"
 
     def trained(self, name, train, data, config):
-        """A detector that `train(data, config)` makes, and its training's history."""
+        """A detector that `train(data, config, device=)` makes, and its training's history."""
 
         def make(folder):
-            result = train(data, config)
+            result = train(data, config, device=self.config.device)
             result.detector.save_pretrained(folder / "detector")
             atomic_write_json(folder / "history.json", result.history)
 
@@ -138,6 +138,7 @@ class Demo:
             result = treat(
                 DiffusionPipeline.from_pretrained(base, local_files_only=True), detector, prompts, config,
                 offline=(pairs.pictures, [demo_data.prompt_of(int(digit)) for digit in pairs.digits]),
+                device=self.config.device,
             )  # fmt: skip
             result.save_lora(folder / "lora")
             measured = [dataclasses.asdict(measurement) for measurement in result.measurements]
@@ -196,7 +197,7 @@ def run_demo(config: DemoConfig) -> int:
     """Run what is not done yet, then measure and write `metrics.json`, `report.html` and the pictures.
 
     Returns:
-        0; 1 when the judge fails its calibration, or, with `strict`, when a figure misses the bar.
+        0; 1 when the judge fails its calibration, or, with `strict`, when an acceptance check fails.
 
     Raises:
         UserError: if the folder cannot be written, holds a run with other settings, or another process is at work

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from diffdoctor.demo.bar import acceptance_checks
+from diffdoctor.demo.acceptance import acceptance_checks
 
 
 def table(folders) -> str:
@@ -16,7 +16,7 @@ def table(folders) -> str:
     header = [
         "run", "judge before", "judge after", "ratio", "detector before → after", "accuracy before → after",
         "FID before → after (floor, ceiling)", "variance ratio", "mAP@0.5", "control, uniform map", "shuffled maps",
-        "seconds", "bar",
+        "seconds", "acceptance",
     ]  # fmt: skip
     rows = [header, ["---"] * len(header)]
     rows += [_row(Path(folder).name, json.loads((Path(folder) / "metrics.json").read_text())) for folder in folders]

@@ -17,6 +17,9 @@ if TYPE_CHECKING:  # what an editor sees; tests/packaging/test_lazy_names.py hol
     from diffdoctor.detector.exchange import coco_pictures as coco_pictures
     from diffdoctor.detector.exchange import masked_pictures as masked_pictures
     from diffdoctor.detector.exchange import write_coco as write_coco
+    from diffdoctor.detector.external import FunctionDetector as FunctionDetector
+    from diffdoctor.detector.external import HttpDetector as HttpDetector
+    from diffdoctor.detector.external import from_boxes as from_boxes
     from diffdoctor.detector.models.base import Detector as Detector
     from diffdoctor.detector.models.conv import ConvDetector as ConvDetector
     from diffdoctor.detector.models.load import load_detector as load_detector
@@ -36,6 +39,9 @@ __all__, __getattr__, __dir__ = lazy_names(
         "damage_kinds": "diffdoctor.detector.damage.kinds",
         "Detector": "diffdoctor.detector.models.base",
         "DetectorTrainingConfig": "diffdoctor.detector.config",
+        "from_boxes": "diffdoctor.detector.external",
+        "FunctionDetector": "diffdoctor.detector.external",
+        "HttpDetector": "diffdoctor.detector.external",
         "inject": "diffdoctor.detector.damage.injection",
         "Injected": "diffdoctor.detector.damage.injection",
         "load_detector": "diffdoctor.detector.models.load",

@@ -93,7 +93,7 @@ class DetectorTrainingConfig:
         damaged_share: with `balance`, the share of damaged pictures within each category.
         seed: of the samples and the noise.
         workers: processes that prepare samples; 0: the training process does.
-        checkpoint_every: steps between checkpoints, where there is an output folder; 0: none.
+        checkpoint_every: steps between checkpoints, where there is an output folder; 0: only when interrupted.
         keep_checkpoints: how many of the last checkpoints to keep.
         validate_every: steps between validations, where there are validation data; 0: only at the end.
         strict: stop at the first broken picture of the data instead of replacing it by another and counting it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ class StepPlan:
         process: index of the process.
         slots: the process's pictures in a step.
         micro_batches: in a step, each with as many of the slots.
-        segment: steps after which a stream is started anew, so that a run can resume there; 0: never.
+        segment: steps after which a stream is started anew, so that a run resumes there at once; 0: never.
     """
 
     start: int
@@ -96,8 +97,8 @@ class ResampledSamples(torch.utils.data.IterableDataset):
     """The micro-batches of steps from an endless stream of shards, drawn with replacement.
 
     Worker w of W makes every W-th micro-batch. Its contents are a function of the seed, the process, the number of
-    workers and its index within its segment of steps, so that a run that resumes at the start of a segment resumes to
-    the same bits. Another number of processes or workers sees other pictures.
+    workers and its index within its segment of steps, so that a run resumes to the same bits; in the middle of a
+    segment it reads again what was used of it. Another number of processes or workers sees other pictures.
 
     Args:
         stream: the shards.
@@ -119,7 +120,9 @@ class ResampledSamples(torch.utils.data.IterableDataset):
             segment = number // length
             worker_index = plan.process * workers + (number - segment * length) % workers
             counts = SkipCounts()
-            samples = self.stream.worker_stream(worker_index, segment, counts)
+            # What was used of this segment before an interruption in the middle of it.
+            used = (number - segment * length) // workers * (plan.slots // plan.micro_batches)
+            samples = itertools.islice(self.stream.worker_stream(worker_index, segment, counts), used, None)
             while number < min((segment + 1) * length, stop):
                 try:
                     micro_batch = self._micro_batch(samples, number, counts)

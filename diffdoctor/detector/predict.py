@@ -12,28 +12,34 @@ from torch import nn
 from diffdoctor.data.pictures import as_mask, resize_pair, to_images
 from diffdoctor.data.shards import BrokenSample
 from diffdoctor.data.tar import SkipCounts
+from diffdoctor.detector.confidence import confidence_of
 from diffdoctor.detector.samples import DetectorData
 from diffdoctor.measures.components import components
 from diffdoctor.measures.pixels import flagged_share, is_flagged
 from diffdoctor.runs.errors import expected
+from diffdoctor.training.devices import device_of
 
 
-def diagnose_pictures(detector: nn.Module, pictures: torch.Tensor, *, batch_size: int = 250) -> torch.Tensor:
+def diagnose_pictures(
+    detector: nn.Module, pictures: torch.Tensor, *, batch_size: int = 250, name: str = "detector"
+) -> torch.Tensor:
     """The confidence maps of pictures.
 
     Args:
         detector: a `Detector`, or a module with its `confidence`.
         pictures: (N, 3, H, W) uint8.
         batch_size: pictures at a time.
+        name: what the detector is here, for an error: detector or judge.
 
     Returns:
         (N, 1, H, W) float32 in [0, 1] on the CPU.
+
+    Raises:
+        UserError: a map has NaN or other values that are no confidences.
     """
-    device = next((value.device for value in detector.parameters()), torch.device("cpu"))
-    with torch.no_grad():
-        return torch.cat(
-            [detector.confidence(to_images(part, device)).float().cpu() for part in pictures.split(batch_size)]
-        )
+    device = device_of(detector)
+    parts = (to_images(part, device) for part in pictures.split(batch_size))
+    return torch.cat([confidence_of(detector, part, name=name).float().cpu() for part in parts])
 
 
 def describe_map(name: str, confidence: np.ndarray) -> dict:
@@ -156,13 +162,15 @@ def diagnosed_batches(
 
     Yields:
         The maps of up to `batch_size` pictures of one size.
+
+    Raises:
+        UserError: a map has NaN or other values that are no confidences.
     """
-    device = next(detector.parameters()).device
+    device = device_of(detector)
     for batch in batches(data, batch_size, chosen=chosen, strict=strict, counts=counts):
         pictures, masks = zip(*(resize_pair(s["picture"], as_mask(s["mask"]), size) for s in batch), strict=True)
         images = to_images(pictures, device)
-        with torch.no_grad():
-            confidence = detector.confidence(images)[:, 0].float().cpu().numpy()
+        confidence = confidence_of(detector, images)[:, 0].float().cpu().numpy()
         names = ([str(s.get(name) or "") for s in batch] for name in ("category", "generator"))
         yield Diagnosed(confidence, np.stack(masks), *names, np.array([s["index"] for s in batch]))
 

@@ -20,7 +20,8 @@ RESULTS = {"checkpoints": None, "detector": _DETECTOR, "best": _DETECTOR}
 
 def training_folder(folder: str | Path, identity: dict, *, main: bool) -> RunFolder:
     """The output folder of the training of this identity, to be written by the `main` process."""
-    return RunFolder(folder, "train-detector", identity, RESULTS, main=main)
+    advice = "choose another output folder (--initial begins with the weights of a finished training) or remove it"
+    return RunFolder(folder, "train-detector", identity, RESULTS, advice=advice, main=main)
 
 
 def identity_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,10 @@ from diffdoctor.detector.validate import quick_measures
 from diffdoctor.runs.checkpoints import Checkpoints
 from diffdoctor.runs.errors import UserError, expected, missing_extra
 from diffdoctor.runs.progress import progress as progress_bar
+from diffdoctor.runs.signals import deferred_signals, leave_signals_to_the_parent
+from diffdoctor.training.devices import open_device
 from diffdoctor.training.ema import RunningAverage
+from diffdoctor.training.processes import largest
 from diffdoctor.training.schedule import warmup_cosine
 
 if TYPE_CHECKING:
@@ -58,12 +62,14 @@ def train_detector(
     output_dir: str | Path | None = None,
     progress: bool = True,
     name: str = "detector",
+    device: str | None = None,
 ) -> TrainedDetector:
     """Train a detector on labelled pictures; clean ones are damaged at random by `config.augment`.
 
     Started with `accelerate launch` it runs in several processes, which share each batch. With fp32 and without dropout
     the losses do not depend on the number of processes. Run again with the same output folder, it resumes from the last
-    complete checkpoint, on the CPU to the same bits as without the interruption.
+    complete checkpoint, on the CPU to the same bits as without the interruption. SIGINT and SIGTERM take effect when
+    the step is finished and a checkpoint written.
 
     Args:
         config: the options.
@@ -76,6 +82,7 @@ def train_detector(
         output_dir: where checkpoints, `detector` and `best` go; None writes nothing.
         progress: show a progress bar.
         name: label of the progress bar.
+        device: such as cpu or cuda:1, for a single process; None: the fastest there is.
 
     Returns:
         The detector with the measures of its training.
@@ -84,7 +91,7 @@ def train_detector(
         UserError: the loss is not finite; the output folder holds another run's checkpoints or results, or `detector`
             or `best` there holds files that are no detector's.
     """
-    options = {"detector": detector, "validation": validation, "output_dir": output_dir}
+    options = {"detector": detector, "validation": validation, "output_dir": output_dir, "device": device}
     with prepared_run(config, data, **options) as run:
         return run.train(progress, name)
 
@@ -98,6 +105,7 @@ def prepared_run(
     validation: DetectorData | None,
     output_dir: str | Path | None,
     identity: dict | None = None,
+    device: str | None = None,
 ) -> Iterator[TrainingRun]:
     """A training that is checked, loaded from its last checkpoint and about to take its next step.
 
@@ -110,6 +118,7 @@ def prepared_run(
         validation: see `train_detector`.
         output_dir: see `train_detector`.
         identity: what else the result depends on, by name.
+        device: see `train_detector`.
 
     Raises:
         UserError: see `train_detector`; then nothing was written.
@@ -124,12 +133,15 @@ def prepared_run(
     if config.batch_size % micro_batches:
         what = f"a multiple of processes x accumulate = {micro_batches}"
         raise UserError(expected("batch_size", what, config.batch_size))
+    if device is not None and accelerator.num_processes > 1:
+        raise UserError(expected("device", "none with several processes, each of which has its own", repr(device)))
+    place = open_device(device, accelerator.device)
     # Nothing here may depend on, or disturb, the caller's random state.
-    with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(config.seed)
         if detector is None:
             detector = new_detector("tiny")
-        run = TrainingRun(config, data, detector, validation, accelerator)
+        run = TrainingRun(config, data, detector, validation, accelerator, place)
         try:
             if output_dir is not None:
                 run.open(Path(output_dir), identity or {})
@@ -149,14 +161,18 @@ class TrainingRun:
         detector: nn.Module,
         validation: DetectorData | None,
         accelerator: Accelerator,
+        device: torch.device,
     ):
         self.config, self.detector, self.validation, self.accelerator = config, detector, validation, accelerator
-        detector.to(accelerator.device).train()
+        self.device = device
+        detector.to(device).train()
         groups = _parameter_groups(detector, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, config.learning_rate, config.betas)
         self.model = accelerator.prepare(detector) if accelerator.num_processes > 1 else detector
         self.average = RunningAverage(detector.parameters(), config.ema_decay)
         self.step = 0
+        # the step of the last checkpoint
+        self.saved: int | None = None
         self.history: list[dict] = []
         self.validations: list[dict] = []
         self.broken: dict[str, str] = {}
@@ -180,7 +196,7 @@ class TrainingRun:
         self.checkpoints = Checkpoints(output_dir / "checkpoints", keep=self.config.keep_checkpoints)
         self.folder.open()
         self.folder.check()
-        if (state := self.checkpoints.load(accelerator.device)) is not None:
+        if (state := self.checkpoints.load(self.device)) is not None:
             self._resume(state)
         # All processes have looked before anything changes.
         accelerator.wait_for_everyone()
@@ -196,7 +212,11 @@ class TrainingRun:
 
             self.writer = SummaryWriter(self.output_dir / "logs", purge_step=self.step + 1)
         enabled = progress and self.accelerator.is_main_process
-        with progress_bar(config.steps, desc=name, unit="step", enabled=enabled) as bar:
+        # A signal that was held back is delivered when the loop ends, so what follows runs only without one.
+        with (
+            deferred_signals(self.checkpoints is not None) as interruption,
+            progress_bar(config.steps, desc=name, unit="step", enabled=enabled) as bar,
+        ):
             bar.update(self.step)
             for batch in self._batches():
                 self._train_step(batch)
@@ -204,6 +224,13 @@ class TrainingRun:
                 measures = self.validations[-1] if self.validations else {}
                 bar.set_postfix(loss=self.history[-1]["loss"], **{k: v for k, v in measures.items() if k != "step"})
                 bar.update(1)
+                # Processes are told to stop at different moments, and must do so after the same step.
+                interruption.signal = largest(interruption.signal or 0, self.device) or None
+                if interruption.signal is not None:
+                    self._checkpoint()
+                    if enabled:
+                        print(f"{name}: stopped after step {self.step}; the same call resumes there", file=sys.stderr)
+                    break
         if self.validation is not None and (not self.validations or self.validations[-1]["step"] != self.step):
             self._validate()
         self.average.keep()
@@ -223,8 +250,9 @@ class TrainingRun:
         plan = StepPlan(self.step, config.steps, accelerator.process_index, slots, config.accumulate, every)
         options = {
             "num_workers": config.workers,
-            "pin_memory": accelerator.device.type == "cuda",
+            "pin_memory": self.device.type == "cuda",
             "generator": torch.Generator().manual_seed(0),
+            "worker_init_fn": leave_signals_to_the_parent,
         }
         if isinstance(self.data, ShardStream):
             samples = ResampledSamples(self.data, plan, config.augment, config.size)
@@ -253,7 +281,7 @@ class TrainingRun:
 
     def _train_step(self, micro_batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         config, accelerator = self.config, self.accelerator
-        device = accelerator.device
+        device = self.device
         rate = config.learning_rate * warmup_cosine(self.step, config.warmup_steps, config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -292,7 +320,12 @@ class TrainingRun:
                 self.writer.add_scalar(f"train/{name}", self.history[-1][name], self.step)
         if self.validation is not None and config.validate_every and self.step % config.validate_every == 0:
             self._validate()
-        if self.checkpoints is not None and config.checkpoint_every and self.step % config.checkpoint_every == 0:
+        if config.checkpoint_every and self.step % config.checkpoint_every == 0:
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """Write what resumes here, where there is an output folder and it is not there yet."""
+        if self.checkpoints is not None and self.saved != self.step:
             if self.accelerator.is_main_process:
                 if self.writer is not None:
                     # What is before a checkpoint is not logged again.
@@ -304,14 +337,20 @@ class TrainingRun:
                 }
                 record = {"step": self.step, "history": self.history, "validations": self.validations}
                 self.checkpoints.save(self.step, state, record | {"broken": self.broken})
+            self.saved = self.step
             self.accelerator.wait_for_everyone()
 
     def _resume(self, state: dict) -> None:
         self.detector.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load(state["ema"])
-        self.step, self.history, self.validations = state["step"], state["history"], state["validations"]
-        self.broken = state["broken"]
+        self.step, self.broken = state["step"], state["broken"]
+        self.saved = self.step
+        # JSON has no NaN: what was not finite is null there.
+        self.history, self.validations = (
+            [{name: math.nan if value is None else value for name, value in row.items()} for row in state[rows]]
+            for rows in ("history", "validations")
+        )
 
     def _validate(self) -> None:
         self.detector.eval()

@@ -16,7 +16,7 @@ from diffdoctor.reference.grid import accumulation_dtype
 from diffdoctor.reference.losses import ELEMENT_LOSSES
 
 MAX_DIMS = 6
-MAX_TERMS = 2
+MAX_TERMS = 3
 
 # Values shared with csrc/common/types.h.
 DTYPES = {
@@ -99,6 +99,7 @@ class Plan:
     # What lies outside is "outer", what lies inside "inner"; (0, 0) where there is no such run.
     free_dims: tuple[int, int]
     free_dims_weighted: tuple[int, int]
+    spatial_coefs: bool  # coefficients go from Problem.coefs to artifact_coefs as u goes from 0 to 1
     options: Options
     cache: dict = field(default_factory=dict, compare=False, hash=False)  # a backend may keep its own form here
 
@@ -141,6 +142,7 @@ class Problem:
     grad: Tensor | None = None  # like pred
     sums: Tensor | None = None  # (B, SUMS), acc_dtype
     z_is_mean: bool = False  # z.data is an output too: the mean spatial weight, filled by weight_mean before
+    artifact_coefs: tuple[PerSample, ...] = ()  # as many as coefs where the plan has spatial_coefs
     keeps_workspace: bool = True  # False in a compiled graph, whose memory pool may hold nothing that outlives the call
 
 
@@ -229,6 +231,7 @@ def make_plan(
     mask: MapMeta | None,
     interpolation: str,
     options: Options,
+    spatial_coefs: bool = False,
 ) -> Plan:
     """Order the dims by model_pred's memory and merge what can be merged. Strides are over (b, c, t, h, ph, w, pw)."""
     sizes = grid.sizes()
@@ -309,5 +312,6 @@ def make_plan(
         map_varies=varies,
         free_dims=free,
         free_dims_weighted=free if weighted == varies else longest_run(weighted, size, first),
+        spatial_coefs=spatial_coefs,
         options=options,
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import torch
 
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_path, atomic_write_text
 
@@ -270,7 +271,7 @@ def write_metadata(folder: str | os.PathLike, maps: str | os.PathLike) -> int:
         row["confidence_file_name"] = records[name].confidence.relative_to(folder).as_posix()
         if row.get("text") is None:
             row["text"] = records[name].caption
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in named)
+    lines = "".join(strict_json.dumps(row, ensure_ascii=False) + "\n" for _, row in named)
     atomic_write_text(folder / METADATA_NAME, lines)
     return len(records)
 

@@ -131,13 +131,34 @@ def unpack_layout(layout: list[int]) -> Packed | None:
     return Packed(*layout[:3], ORDERS[layout[3]]) if layout else None
 
 
-def target_parts(target: Tensor | Target | None) -> tuple[tuple, tuple, float | Tensor]:
-    """(terms, coefs, pred_scale) of a target; a tensor is one term with coefficient 1."""
+class TargetParts(NamedTuple):
+    """A target as kernels take it; a tensor is one term with coefficient 1.
+
+    Attributes:
+        terms: the tensors.
+        coefs: the factor of each, a number or a tensor.
+        pred_scale: the factor of model_pred.
+        artifact_coefs: the factors where u is 1; () where they are the same everywhere.
+    """
+
+    terms: tuple[Tensor, ...] = ()
+    coefs: tuple = ()
+    pred_scale: float | Tensor = 1.0
+    artifact_coefs: tuple = ()
+
+
+def target_parts(target: Tensor | Target | None) -> TargetParts:
+    """The parts of any target."""
     if target is None:
-        return (), (), 1.0
+        return TargetParts()
     if isinstance(target, Tensor):
-        return (target,), (1.0,), 1.0
-    return target.terms, target.coefs, target.pred_scale
+        return TargetParts((target,), (1.0,))
+    return TargetParts(target.terms, target.coefs, target.pred_scale, target.artifact_coefs or ())
+
+
+def per_sample_order(pred_scale, coefs, artifact_coefs, huber_c, weight, z) -> tuple:
+    """The numbers of a call, one per sample or one for all, in the order in which backends take them."""
+    return (pred_scale, *coefs[:2], huber_c, weight, z, *coefs[2:], *artifact_coefs)
 
 
 def tensor_key(x):
@@ -151,7 +172,8 @@ def target_key(target):
     """Likewise in a target."""
     if type(target) is not Target:
         return tensor_key(target)
-    return (*map(tensor_key, target.terms), *map(tensor_key, target.coefs), tensor_key(target.pred_scale))
+    key = (*map(tensor_key, target.terms), *map(tensor_key, target.coefs), tensor_key(target.pred_scale))
+    return key if target.artifact_coefs is None else (*key, *map(tensor_key, target.artifact_coefs))
 
 
 def check_inputs(inputs: Inputs, options: LossOptions) -> None:

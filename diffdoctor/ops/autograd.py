@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffdoctor.lowering.plan import SUMS, WRITE_GRAD, PerSample, Problem
-from diffdoctor.ops.arguments import target_parts
+from diffdoctor.ops.arguments import per_sample_order, target_parts
 from diffdoctor.ops.call import run
 from diffdoctor.ops.prepare import CachedPlan
 from diffdoctor.ops.stats import LossStats
@@ -137,6 +137,12 @@ class SavedGradLoss(torch.autograd.Function):
 _save_grad = super(torch.autograd.Function, SavedGradLoss).apply
 
 
+def _numbers_of(problem: Problem) -> tuple[PerSample, ...]:
+    return (
+        problem.pred_scale, *problem.coefs, problem.huber_c, problem.weight, problem.z, *problem.artifact_coefs,
+    )  # fmt: skip
+
+
 class RecomputedLoss(torch.autograd.Function):
     """Saves the inputs and computes the gradient in backward, rounded once: for fp16.
 
@@ -146,7 +152,7 @@ class RecomputedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, model_pred, problem, module):
-        entries = (problem.pred_scale, *problem.coefs, problem.huber_c, problem.weight, problem.z)
+        entries = _numbers_of(problem)
         ctx.module, ctx.x, ctx.plan, ctx.values = module, ref(model_pred), problem.plan, [x.value for x in entries]
         inputs = (problem.pred, problem.confidence, problem.mask, problem.weighting, *problem.terms)
         tensors = (*inputs, *(entry.data for entry in entries))
@@ -160,10 +166,13 @@ class RecomputedLoss(torch.autograd.Function):
         g = g.resolve_neg()
         pred, confidence, mask, weighting, *others = map(with_strides, ctx.saved_tensors, ctx.strides)
         terms = others[: -len(ctx.values)]
-        pred_scale, *coefs, huber_c, weight, z = map(PerSample, ctx.values, others[len(terms) :])
+        numbers = list(map(PerSample, ctx.values, others[len(terms) :]))
+        artifact_coefs = [numbers.pop() for _ in terms][::-1] if ctx.plan.spatial_coefs else []
+        pred_scale, *coefs, huber_c, weight, z = numbers
         problem = Problem(
             ctx.plan, WRITE_GRAD, pred, tuple(terms), confidence, mask, weighting, pred_scale, tuple(coefs), huber_c,
             weight, z, PerSample(0.0, g.reshape(1) if g.ndim == 0 else g), grad=torch.empty_like(pred),
+            artifact_coefs=tuple(artifact_coefs),
         )  # fmt: skip
         ctx.module.weighted_loss(problem)
         grad = problem.grad
@@ -229,7 +238,9 @@ class BoundCall:
         self.module, self.runs = module, cached.grad_runs
         self._acc, self._batch, self._count = plan.acc_dtype, plan.batch, plan.count
         self._elementwise = problem.weighting is not None
-        entries = (problem.pred_scale, *problem.coefs, problem.huber_c, problem.weight, problem.z)
+        entries = per_sample_order(
+            problem.pred_scale, problem.coefs, problem.artifact_coefs, problem.huber_c, problem.weight, problem.z
+        )
         self._tensor_slots = [k for k, entry in enumerate(entries) if entry.data is not None]
         self._like_loss = torch.empty_like(problem.loss)  # empty_like of it takes half the time of empty
 
@@ -251,6 +262,6 @@ class BoundCall:
 
     def _per_sample_tensors(self, target, huber_c, weighting, normalizer) -> list[Tensor]:
         """The per-sample values that are tensors, as the kernels read them."""
-        _, coefs, pred_scale = target_parts(target)
-        values = (pred_scale, *coefs, huber_c, weighting, normalizer)
+        _, coefs, pred_scale, artifact_coefs = target_parts(target)
+        values = per_sample_order(pred_scale, coefs, artifact_coefs, huber_c, weighting, normalizer)
         return [values[k].reshape(-1).to(self._acc) for k in self._tensor_slots]

@@ -54,7 +54,7 @@ def lower(inputs: Inputs, options: LossOptions, outputs: int, cached: CachedPlan
     cached = cached or plan_of(inputs, options)
     plan, pred, weighting = cached.plan, inputs.model_pred, inputs.weighting
     acc, device = plan.acc_dtype, pred.device
-    terms, coefs, pred_scale = target_parts(inputs.target)
+    target = target_parts(inputs.target)
     weight = ONE
     if cached.weighting_per_sample:
         weight, weighting = per_sample(weighting, acc), None
@@ -67,9 +67,10 @@ def lower(inputs: Inputs, options: LossOptions, outputs: int, cached: CachedPlan
         length = plan.batch if options.normalize == "sample" else 1
         z, z_is_mean = PerSample(0.0, torch.empty(length, dtype=acc, device=device)), True
     problem = Problem(
-        plan, outputs, pred, terms, inputs.confidence, inputs.mask, weighting, per_sample(pred_scale, acc),
-        tuple(per_sample(coef, acc) for coef in coefs), per_sample(inputs.huber_c, acc), weight, z, ONE,
-        z_is_mean=z_is_mean,
+        plan, outputs, pred, target.terms, inputs.confidence, inputs.mask, weighting,
+        per_sample(target.pred_scale, acc), tuple(per_sample(coef, acc) for coef in target.coefs),
+        per_sample(inputs.huber_c, acc), weight, z, ONE, z_is_mean=z_is_mean,
+        artifact_coefs=tuple(per_sample(coef, acc) for coef in target.artifact_coefs),
     )  # fmt: skip
     if outputs & WRITE_LOSS:
         shape = (plan.batch,) if options.reduction == "sample" else ()

@@ -108,18 +108,19 @@ def prepare(inputs: Inputs, options: LossOptions) -> CachedPlan:
     if weighting is not None and not per_sample:
         strides = tensor_strides(broadcast_stride(weighting, rank), rank, grid, None)
         weights = (weighting.dtype, strides)
-    terms, _, _ = target_parts(inputs.target)
+    target = target_parts(inputs.target)
     plan = make_plan(
         grid,
         pred.dtype,
         tensor_strides(pred.stride(), pred.ndim, grid, layout),
         tensor_strides(grad.stride(), grad.ndim, grid, layout),
-        [(term.dtype, tensor_strides(term.stride(), term.ndim, grid, layout)) for term in terms],
+        [(term.dtype, tensor_strides(term.stride(), term.ndim, grid, layout)) for term in target.terms],
         weights,
         None if inputs.confidence is None else map_meta(inputs.confidence, grid),
         None if inputs.mask is None else map_meta(inputs.mask, grid),
         options.interpolation,
         options.for_plan(),
+        bool(target.artifact_coefs),
     )
     # empty_like is dense as a whole, so a batch stride of `count` means that each sample is one run of memory.
     runs = (plan.batch, plan.count) if plan.batch == 1 or plan.grad.strides[0] == plan.count else None

@@ -12,32 +12,42 @@ __all__ = ["Target"]
 
 
 class Target:
-    """The residual d = pred_scale * model_pred - sum_i coefs[i] * terms[i], built in the kernel.
+    """The residual d = pred_scale * model_pred - sum_i coef_i * terms[i], built in the kernel.
+
+    coef_i is coefs[i], or with `artifact_coefs` coefs[i] + (artifact_coefs[i] - coefs[i]) * u: what is asked of the
+    model then depends on the confidence map of the call, through its artifact level u.
 
     Use the named constructors; this one is for schemes they do not cover.
 
     Args:
-        terms: one or two tensors of model_pred's shape, each fp32, bf16, fp16 or fp64 (its own dtype is fine).
+        terms: one to three tensors of model_pred's shape, each fp32, bf16, fp16 or fp64 (its own dtype is fine).
         coefs: as many factors, each a float or a (B,) tensor.
         pred_scale: factor of model_pred, a float or a (B,) tensor.
+        artifact_coefs: as many factors, each a float or a (B,) tensor: the coefficients where u is 1. None: `coefs`
+            everywhere.
 
     Raises:
         TypeError: terms that are not tensors, factors that are neither a number nor a tensor.
-        ValueError: no terms, more than two, another number of coefs, a factor tensor that is not 1-D.
+        ValueError: no terms, more than three, another number of coefs, a factor tensor that is not 1-D.
     """
 
-    __slots__ = ("coefs", "pred_scale", "terms")
+    __slots__ = ("artifact_coefs", "coefs", "pred_scale", "terms")
 
-    def __init__(self, terms, coefs, pred_scale=1.0):
+    def __init__(self, terms, coefs, pred_scale=1.0, artifact_coefs=None):
         self.terms, self.coefs, self.pred_scale = tuple(terms), tuple(coefs), pred_scale
+        self.artifact_coefs = None if artifact_coefs is None else tuple(artifact_coefs)
         for term in self.terms:
             if not isinstance(term, Tensor):
                 raise TypeError(expected("terms", "tensors", type(term).__name__))
         if not 1 <= len(self.terms) <= MAX_TERMS or len(self.coefs) != len(self.terms):
             got = f"{len(self.terms)} and {len(self.coefs)}"
             raise ValueError(expected("terms and coefs", f"1 to {MAX_TERMS} terms and as many coefs", got))
-        for name, value in (*(("coefs", coef) for coef in self.coefs), ("pred_scale", pred_scale)):
-            _check_factor(name, value)
+        if self.artifact_coefs is not None and len(self.artifact_coefs) != len(self.terms):
+            raise ValueError(expected("artifact_coefs", f"{len(self.terms)} factors", len(self.artifact_coefs)))
+        for name, values in (("coefs", self.coefs), ("artifact_coefs", self.artifact_coefs or ())):
+            for value in values:
+                _check_factor(name, value)
+        _check_factor("pred_scale", pred_scale)
 
     def __repr__(self):
         return f"Target({len(self.terms)} terms of shape {tuple(self.terms[0].shape)})"
@@ -83,6 +93,56 @@ class Target:
         _check_factor("scale", scale)
         _check_factor("skip", skip)
         return cls((noisy_latents, latents), (-skip, 1.0), scale)
+
+    @classmethod
+    def contrastive(cls, target: Tensor | Target, old_pred: Tensor, clean=0.0, artifact=-1.0) -> Target:
+        """old_pred + s(u) * (target - old_pred), with s(u) = clean + (artifact - clean) * u.
+
+        With the l2 loss this trains a model on its own samples, pixel by pixel: s > 0 is towards what the sample asks
+        for, s = 0 holds, s < 0 is away from it. It is the loss of DiffusionNFT (arXiv 2509.16117) with s = (2r - 1) /
+        beta for a reward r in [0, 1]; docs/ops.md derives it. The defaults hold the sound pixels and lead away from
+        the flagged ones.
+
+        Args:
+            target: what a sample asks for: a tensor of model_pred's shape, or a Target of one or two terms without
+                pred_scale and artifact_coefs (such as `Target.flow(latents, noise)`).
+            old_pred: the prediction of the policy that is moved away from, a tensor like model_pred; no gradient.
+            clean: s where u is 0, a float or a (B,) tensor.
+            artifact: s where u is 1, likewise.
+
+        Raises:
+            TypeError: `old_pred` is not a tensor, `target` neither a tensor nor a Target.
+            ValueError: `target` has three terms, a pred_scale or artifact_coefs.
+        """
+        if not isinstance(old_pred, Tensor):
+            raise TypeError(expected("old_pred", "a tensor like model_pred", type(old_pred).__name__))
+        if isinstance(target, Tensor):
+            target = cls((target,), (1.0,))
+        if not isinstance(target, Target):
+            raise TypeError(expected("target", "a tensor or a Target", type(target).__name__))
+        if len(target.terms) >= MAX_TERMS:
+            raise ValueError(expected("target", "one or two terms", f"{len(target.terms)} terms"))
+        if target.artifact_coefs is not None:
+            raise ValueError(expected("target", "a target without artifact_coefs", "a target with them"))
+        if isinstance(target.pred_scale, Tensor) or target.pred_scale != 1:
+            raise ValueError(expected("target", "a target without pred_scale", f"pred_scale={target.pred_scale}"))
+        _check_factor("clean", clean)
+        _check_factor("artifact", artifact)
+        coefs, artifact_coefs = (
+            (*(_product(s, coef) for coef in target.coefs), 1 - _exact(s)) for s in (clean, artifact)
+        )
+        return cls((*target.terms, old_pred), coefs, artifact_coefs=artifact_coefs)
+
+
+def _exact(value):
+    """A factor for arithmetic that loses nothing of what a kernel keeps: fp64 where the device has it."""
+    if isinstance(value, Tensor) and value.dtype != torch.float64:
+        return value.float() if value.device.type == "mps" else value.double()
+    return value
+
+
+def _product(a, b):
+    return _exact(a) * _exact(b)
 
 
 def _check_factor(name: str, value) -> None:

@@ -35,8 +35,8 @@ def weighted_loss(
     """The loss, or with `return_sums` (loss, sums): the (B, 8) sums behind `LossStats` in the accumulation type.
 
     Arguments are those of the public function and are not checked again. A target that is not a tensor has `terms`,
-    `coefs` and `pred_scale`. The columns of the sums: numerator, weight, artifact loss, artifact weight, clean loss,
-    clean weight, artifact level over all elements, count of non-finite losses.
+    `coefs`, `artifact_coefs` and `pred_scale`. The columns of the sums: numerator, weight, artifact loss, artifact
+    weight, clean loss, clean weight, artifact level over all elements, count of non-finite losses.
     """
     dtype = accumulation_dtype(model_pred.dtype)
     pred = to_grid(model_pred, layout).to(dtype)
@@ -60,8 +60,12 @@ def weighted_loss(
         d = pred - to_grid(target, layout).to(dtype)
     else:
         d = per_sample(target.pred_scale) * pred
-        for coef, term in zip(target.coefs, target.terms, strict=True):
-            d = d - per_sample(coef) * to_grid(term, layout).to(dtype)
+        artifact_coefs = target.coefs if target.artifact_coefs is None else target.artifact_coefs
+        for clean, artifact, term in zip(target.coefs, artifact_coefs, target.terms, strict=True):
+            coef = per_sample(clean)
+            if target.artifact_coefs is not None:
+                coef = coef + (per_sample(artifact) - coef) * u
+            d = d - coef * to_grid(term, layout).to(dtype)
 
     # One number for all channels of a position: adding it up over them too would only lose digits.
     spatial = omega.expand(shape[0], 1, *size)

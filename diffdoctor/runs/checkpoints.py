@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, first_line
 from diffdoctor.runs.files import atomic_dir, clear_leftovers, delete_dir
 
@@ -48,7 +49,7 @@ class Checkpoints:
                 # What torch makes of an error of the file system.
                 raise OSError(f"{self.folder}: a checkpoint could not be written; is the disk full?") from error
             if record is not None:
-                (temporary / "record.json").write_text(json.dumps(record), encoding="utf-8")
+                (temporary / "record.json").write_text(strict_json.dumps(record), encoding="utf-8")
         self.tidy()
 
     def tidy(self) -> None:

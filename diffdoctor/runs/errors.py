@@ -10,6 +10,17 @@ class UserError(ValueError):
     The command line prints the message without a traceback and ends with exit code 2.
     """
 
+    exit_code = 2
+
+
+class DoubtfulResult(UserError):
+    """A command's work is done and written, but its result is not worth what it seems; raised with `strict` alone.
+
+    The command line prints the message without a traceback and ends with exit code 3.
+    """
+
+    exit_code = 3
+
 
 def expected(name: object, what: str, got: object) -> str:
     """The sentence in which an argument, option or file is refused: `name: expected what, got got`.
@@ -45,5 +56,5 @@ def check_least(options: object, **least: float) -> None:
     """
     for name, value in least.items():
         given = getattr(options, name)
-        if given is not None and given < value:
+        if given is not None and not given >= value:
             raise UserError(expected(name, f">= {value}", given))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fnmatch
-import json
 import os
 import re
 import secrets
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 
 # In the hidden names of what is being written, and of what is being replaced: `.NAME.diffdoctor-tmp-0a1b2c3d.png`.
@@ -93,8 +93,8 @@ def atomic_write_text(path, text: str) -> None:
 
 
 def atomic_write_json(path, value) -> None:
-    """Write `value` as indented JSON to `path`; NaN and infinities are refused, since JSON has none."""
-    atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write `value` as indented JSON to `path`; numbers that are not finite become null, since JSON has none."""
+    atomic_write_text(path, strict_json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from diffdoctor.runs import strict_json
+
 _PART = "part-*.jsonl"
 
 
@@ -35,7 +37,7 @@ class Journal:
             self.folder.mkdir(parents=True, exist_ok=True)
             number = len(list(self.folder.glob(_PART)))
             self._file = open(self.folder / f"part-{self.process:04d}-{os.getpid()}-{number:04d}.jsonl", "xb")  # noqa: SIM115
-        self._file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
+        self._file.write(b"".join(strict_json.dumps(record).encode() + b"\n" for record in records))
         self._file.flush()
         os.fsync(self._file.fileno())
 

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected, missing_extra
 from diffdoctor.runs.files import (
     atomic_write_json,
@@ -37,7 +38,7 @@ _FOREIGN = "choose another output folder, or move it away"
 
 def as_json(value: Any) -> Any:
     """A value as a file of JSON gives it back: tuples as lists, what JSON does not know as text."""
-    return json.loads(json.dumps(value, default=str))
+    return json.loads(strict_json.dumps(value, default=str))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,6 +15,12 @@ class Interruption:
         self.signal: int | None = None
 
 
+def leave_signals_to_the_parent(*_) -> None:
+    """In a process that loads data: Ctrl-C, which reaches all, is for the one that trains; SIGTERM ends this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 @contextmanager
 def deferred_signals(enabled: bool) -> Iterator[Interruption]:
     """Hold SIGINT and SIGTERM back until the block ends, then deliver the first; the block asks the yielded object.

@@ -1,11 +1,26 @@
-"""The end of a command: its last line on the terminal, and its numbers as JSON values."""
+"""The end of a command: its last line on the terminal."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
 
-import numpy as np
+from diffdoctor.runs.errors import DoubtfulResult
+
+
+def print_doubts(doubts: list[str], *, strict: bool) -> None:
+    """Print why a result is not worth what it seems, on standard error; the last thing that a command does.
+
+    Args:
+        doubts: a sentence each.
+        strict: raise the first one instead.
+
+    Raises:
+        DoubtfulResult: with `strict`, where there is one.
+    """
+    if strict and doubts:
+        raise DoubtfulResult("; ".join(doubts))
+    for doubt in doubts:
+        print(f"warning: {doubt}", file=sys.stderr)
 
 
 def print_summary(line: str, skipped: dict[str, int] | None = None) -> None:
@@ -17,21 +32,3 @@ def print_summary(line: str, skipped: dict[str, int] | None = None) -> None:
     """
     counts = ", ".join(f"{count} x {reason}" for reason, count in (skipped or {}).items())
     print(f"{line}; left out: {counts}" if counts else line, file=sys.stderr)
-
-
-def nan_to_none(value: Any) -> Any:
-    """Replace numbers that are not finite by None, since JSON has no NaN, and NumPy's numbers by Python's.
-
-    Args:
-        value: a number, or nested dicts, lists and tuples of numbers and other JSON values.
-
-    Returns:
-        The same with string keys and lists.
-    """
-    if isinstance(value, dict):
-        return {str(key): nan_to_none(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [nan_to_none(item) for item in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if np.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value

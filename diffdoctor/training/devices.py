@@ -15,3 +15,9 @@ def open_device(name: str | None, default) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: {name!r} cannot be used ({first_line(error)})") from None
     return device
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Where a network's parameters are, or its buffers if it has none; the CPU for one without tensors."""
+    tensors = (*module.parameters(), *module.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")

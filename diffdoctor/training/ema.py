@@ -9,21 +9,22 @@ import torch
 
 
 class RunningAverage:
-    """The exponential moving average of parameters, its decay warmed up as (1 + step) / (10 + step).
+    """The exponential moving average of parameters.
 
     Args:
         parameters: what is averaged.
-        decay: in [0, 1); 0 keeps no average, and every method does nothing.
+        decay: in [0, 1]; 0 keeps no average, and every method does nothing; 1 keeps the parameters as they are now.
+        warm_up: whether the decay is at most (1 + step) / (10 + step).
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], decay: float):
-        self.parameters, self.decay = list(parameters), decay
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], decay: float, *, warm_up: bool = True):
+        self.parameters, self.decay, self.warm_up = list(parameters), decay, warm_up
         self.values = [p.detach().clone() for p in self.parameters] if decay else []
 
     def update(self, step: int) -> None:
         """Take in the parameters after this step, counted from 0."""
         if self.values:
-            decay = min(self.decay, (1 + step) / (10 + step))
+            decay = min(self.decay, (1 + step) / (10 + step)) if self.warm_up else self.decay
             torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
 
     def load(self, values: Sequence[torch.Tensor]) -> None:

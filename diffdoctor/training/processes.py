@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, missing_extra
+from diffdoctor.training.devices import open_device
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 def seed_of(*parts: int) -> int:
@@ -16,8 +21,34 @@ def seed_of(*parts: int) -> int:
     return int(np.random.SeedSequence([int(part) for part in parts]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def process_state() -> PartialState:
+    """Accelerate's state of the processes that `accelerate launch` or torchrun started; of one where nothing did.
+
+    Raises:
+        UserError: Accelerate is not installed.
+    """
+    try:
+        from accelerate import PartialState
+    except ImportError:
+        raise missing_extra("accelerate", "stages") from None
+    # Without cpu=True, Accelerate takes several processes on a machine without accelerators for single ones.
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest of all processes' numbers; each has a device."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return value
+    packed = torch.tensor(value, dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(packed, torch.distributed.ReduceOp.MAX)
+    return int(packed)
+
+
 class Processes:
     """The processes that `accelerate launch` or torchrun started; one process where nothing did.
+
+    Args:
+        device: name of the device that all of them use; None: each has the one that Accelerate gives it.
 
     Attributes:
         rank: of this process, from 0.
@@ -25,11 +56,10 @@ class Processes:
         device: of this process.
     """
 
-    def __init__(self):
-        from accelerate import PartialState
-
-        state = PartialState(cpu=not torch.accelerator.is_available())
-        self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
+    def __init__(self, device: str | None = None):
+        state = process_state()
+        self.rank, self.count = state.process_index, state.num_processes
+        self.device = open_device(device, state.device)
 
     @property
     def is_main(self) -> bool:
@@ -75,11 +105,7 @@ class Processes:
 
     def largest(self, value: int) -> int:
         """The largest of all processes' numbers."""
-        if self.count == 1:
-            return value
-        packed = torch.tensor(value, dtype=torch.int64, device=self.device)
-        torch.distributed.all_reduce(packed, torch.distributed.ReduceOp.MAX)
-        return int(packed)
+        return largest(value, self.device)
 
     def from_main(self, make: Callable[[], object]):
         """What make() gives on the main process, on all of them; its UserError is raised on all of them.

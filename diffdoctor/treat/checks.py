@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from pathlib import Path
+
 import torch
 
+from diffdoctor.detector.confidence import check_finite_weights
+from diffdoctor.detector.external import has_gradient, same_detector
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.training.processes import Processes
 from diffdoctor.training.weights import same_weights
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family
+from diffdoctor.treat.methods import METHODS
 
 
 def check_pipeline(family: Family) -> None:
@@ -22,20 +28,58 @@ def check_pipeline(family: Family) -> None:
         raise UserError("pipeline: offloading or a device map is in place; load it without: treat() places its parts")
 
 
-def check_detectors(detector: torch.nn.Module, monitor: torch.nn.Module | None) -> None:
-    """Refuse a monitor that is the detector: it would see what the detector sees.
+def check_detectors(detector: torch.nn.Module, monitor: torch.nn.Module | None, config: TreatConfig) -> None:
+    """Refuse weights that are not finite, and a monitor that is the detector: it would see what the detector sees.
 
     Args:
         detector: steers the treatment.
         monitor: watches it, or None.
+        config: names the method.
 
     Raises:
-        UserError: if both have the same weights, rounding aside.
+        UserError: if one is broken, both have the same weights, rounding aside, or the method needs a gradient that the
+            detector does not have.
     """
+    if METHODS[config.method].needs_gradient and not has_gradient(detector):
+        others = ", ".join(name for name, method in METHODS.items() if not method.needs_gradient)
+        what = f"a detector with a gradient for method {config.method} ({others} need none)"
+        raise UserError(expected("detector", what, "a function of pictures"))
+    check_finite_weights(detector.state_dict(), "detector")
     if monitor is None:
         return
-    if same_weights(monitor, detector):
+    check_finite_weights(monitor.state_dict(), "monitor")
+    if same_weights(monitor, detector) or same_detector(monitor, detector):
         raise UserError(expected("monitor", "a detector with other weights", "those of the detector"))
+
+
+def check_start(lora: str | Path | None, config: TreatConfig) -> None:
+    """Refuse options of a new LoRA where a treatment begins with one that is there.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    if lora is None:
+        return
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in ("rank", "alpha", "lora_targets") and value != field.default:
+            raise UserError(expected(field.name, "none with lora, whose own is kept", repr(value)))
+
+
+def check_negative_prompt(family: Family, prompt: str | None, guidance_scale: float) -> None:
+    """Refuse a negative prompt that would have no effect.
+
+    Raises:
+        UserError: if the family takes none, or none is used at this guidance scale.
+    """
+    if prompt is None:
+        return
+    if not family.takes_negative_prompt:
+        name = type(family.pipeline).__name__
+        raise UserError(expected("negative_prompt", f"none, since {name} makes no negative prediction", repr(prompt)))
+    if not family.uses_negative(guidance_scale):
+        what = f"a guidance_scale above 1 with it, since {guidance_scale} makes no negative prediction"
+        raise UserError(expected("negative_prompt", what, repr(prompt)))
 
 
 def check_finite(family: Family, values: torch.Tensor, what: str, latents: torch.Tensor | None = None) -> None:

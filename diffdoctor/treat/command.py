@@ -9,6 +9,7 @@ from pathlib import Path
 from diffdoctor.data.prompts import read_prompt_file
 from diffdoctor.runs.errors import UserError, expected, missing_extra
 from diffdoctor.runs.progress import quiet_loaders
+from diffdoctor.runs.summary import print_doubts
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.loading import DTYPES, load_pipeline, replace_scheduler
 
@@ -21,16 +22,21 @@ class TreatFiles:
 
     Attributes:
         pipeline: folder of a diffusers pipeline, or its id on the Hugging Face hub.
-        detector: folder of a detector, its id on the hub, or the file of the published checkpoint.
+        detector: folder of a detector, its id on the hub, the file of the published checkpoint, FILE.py:FUNCTION or a
+            URL; the last two have no gradient, and serve the methods nft and weighted.
         prompts: text file with one prompt per line, or .jsonl or .parquet with `prompt`; blank ones are left out.
         offline: folder of shards with the pipeline's own training pictures and prompts; needed unless offline_weight
             is 0.
         output: folder for lora/, treat.json, config.yaml, samples/, logs/ and checkpoints; the same command resumes
             there.
         monitor: a second detector that watches for reward hacking; None: none. Never the judge of the evaluation.
+        lora: folder, file or hub id of a LoRA to begin with, which is tuned on with its own rank, alpha and modules;
+            the result contains it. None: a new one.
+        webui: write the LoRA for ComfyUI and A1111 too, to lora-webui.safetensors in the output folder.
         scheduler: class of a diffusers scheduler to use in place of the pipeline's own; None: its own.
         dtype: fp32, bf16 or fp16: what the denoiser and the text encoders are loaded in; the VAE is loaded in fp32.
             Large pipelines need bf16, with precision bf16.
+        device: such as cpu or cuda:1; None: the fastest there is.
     """
 
     pipeline: str | None = None
@@ -39,8 +45,11 @@ class TreatFiles:
     offline: str | None = None
     output: str | None = None
     monitor: str | None = None
+    lora: str | None = None
+    webui: bool = False
     scheduler: str | None = None
     dtype: str = "fp32"
+    device: str | None = None
 
 
 # in this order, so that the files come first in the help
@@ -65,6 +74,7 @@ def run_treat(config: TreatCommandConfig) -> int:
 
     Raises:
         UserError: what is missing or cannot be read, in one line.
+        DoubtfulResult: with `strict`, nothing was flagged.
     """
     for name in ("pipeline", "detector", "prompts", "output"):
         if getattr(config, name) is None:
@@ -96,6 +106,9 @@ def run_treat(config: TreatCommandConfig) -> int:
         monitor=monitor,
         output_dir=Path(config.output),
         settings=_with_absolute_paths(asdict(config)),
+        lora=config.lora,
+        webui=config.webui,
+        device=config.device,
     )
     if not Processes().is_main:
         return 0
@@ -107,12 +120,13 @@ def run_treat(config: TreatCommandConfig) -> int:
         f"mean confidence {first.mean_confidence:.4f} -> {best.mean_confidence:.4f} (step {result.best_step})"
     )
     print(f"pipeline.load_lora_weights({str(result.lora_dir)!r})")
+    print_doubts(result.doubts, strict=config.strict)
     return 0
 
 
 def _with_absolute_paths(settings: dict) -> dict:
     """For `config.yaml`, which may be read from another working folder; what is no path here is the hub's id."""
-    paths = ("pipeline", "detector", "monitor", "prompts", "offline", "output")
+    paths = ("pipeline", "detector", "monitor", "prompts", "offline", "lora", "output")
     found = {name: Path(settings[name]).absolute() for name in paths if settings[name] is not None}
     return settings | {name: str(path) for name, path in found.items() if path.exists() or name == "output"}
 

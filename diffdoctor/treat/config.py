@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from diffdoctor.runs.errors import UserError, expected
@@ -13,13 +14,16 @@ class TreatConfig:
 
     Attributes:
         method: draft_k (graph through the last grad_steps steps), draft_lv (one step from a re-noised result), drtune
-            (spaced steps, denoiser input detached), full (every step) or weighted (no sampling: the offline term
-            alone).
-        steps: optimisation steps.
+            (spaced steps, denoiser input detached), full (every step), nft (no gradient through VAE or detector: the
+            pictures are noised again, and the prediction is led away from them where they are flagged) or weighted (no
+            sampling: the offline term alone).
+        steps: optimisation steps. More steps continue a finished treatment where final_learning_rate is 1: with any
+            other, what each step's rate was depends on how many there are.
         batch_size: pictures sampled per step, over all processes.
         sampling_steps: denoising steps of a roll-out.
         grad_steps: denoising steps that carry a gradient in draft_k and drtune; None: a quarter of sampling_steps.
         guidance_scale: of classifier-free guidance (or FLUX's embedded guidance); the same here as in evaluation.
+        negative_prompt: what the negative prediction of classifier-free guidance is told; None: nothing.
         cfg_grad: both, or cond to keep the negative prediction out of the graph.
         height: of the sampled pictures, in pixels; None: the pipeline's own.
         width: as height.
@@ -45,7 +49,16 @@ class TreatConfig:
         replay_area: a picture is replayed when at least this share of its pixels has a confidence of at least
             replay_confidence; 0: every picture is.
         replay_confidence: see replay_area, in [0, 1].
-        offline_weight: of the denoising loss on the pipeline's own training pairs; 0: none.
+        old_decay: nft: decay per step of the running average of the LoRA that the old predictions come from; 0: the
+            LoRA as it is.
+        nft_clean: nft: where the confidence is 0, the target is the old prediction plus this times the way from there
+            to what the picture asks for; 0 holds, a positive number teaches the picture, a negative one leads away.
+        nft_artifact: nft: likewise where the confidence is 1.
+        nft_repeats: nft: random times at which each replayed picture is used.
+        anchor_weight: nft: weight of the squared distance to the prediction of the model before the treatment, where
+            the map is clean; 0: none.
+        offline_weight: of the denoising loss on the pipeline's own training pairs; 0: none; None: 2, for nft 0.1 if
+            there are pairs.
         offline_batch_size: pairs per step, over all processes; None: batch_size.
         offline_confidence: pixels of a training picture at or above this confidence are masked out of the offline term.
         offline_dilation: the mask grows by this many pixels.
@@ -75,7 +88,8 @@ class TreatConfig:
         sample_every: steps between pictures of the fixed prompts and seeds in the output folder's samples; 0: with
             every measurement.
         sample_pictures: how many of them; 0: none.
-        strict: refuse prompts beyond the token limit instead of cutting them with a warning.
+        strict: refuse prompts beyond the token limit instead of cutting them with a warning; the command ends with exit
+            code 3 where nothing was flagged.
         seed: of everything random.
 
     Raises:
@@ -88,6 +102,7 @@ class TreatConfig:
     sampling_steps: int = 10
     grad_steps: int | None = None
     guidance_scale: float = 1.0
+    negative_prompt: str | None = None
     cfg_grad: str = "both"
     height: int | None = None
     width: int | None = None
@@ -109,7 +124,12 @@ class TreatConfig:
     artifact_method: str = "threshold"
     replay_area: float = 0.005
     replay_confidence: float = 0.3
-    offline_weight: float = 2.0
+    old_decay: float = 0.5
+    nft_clean: float = 0.0
+    nft_artifact: float = -1.0
+    nft_repeats: int = 1
+    anchor_weight: float = 0.0
+    offline_weight: float | None = None
     offline_batch_size: int | None = None
     offline_confidence: float = 0.5
     offline_dilation: int = 1
@@ -149,18 +169,23 @@ class TreatConfig:
         if self.attention_backend == "":
             raise UserError(expected("attention_backend", "a name, or None for the pipeline's own", "''"))
 
+    @property
+    def can_be_longer(self) -> bool:
+        """Whether the first steps are the same, however many follow."""
+        return self.final_learning_rate == 1
+
 
 def _check_bounds(name: str, kind: str, value: object) -> None:
     if value is None or kind not in ("int", "float"):
         return
     low, high = _BOUNDS.get(name, (0, None))
-    within = low <= value and (high is None or value <= high)
+    within = low <= value < math.inf and (high is None or value <= high)
     if within and (value > 0 or name not in _POSITIVE):
         return
     if name in _POSITIVE:
         what = "a positive number"
     else:
-        what = f"at least {low}" if high is None else f"a number in [{low}, {high}]"
+        what = "a number" if low == -math.inf else f"at least {low}" if high is None else f"a number in [{low}, {high}]"
     if name in _NOT_GIVEN:
         what += f", or None for {_NOT_GIVEN[name]}"
     raise UserError(expected(name, what, repr(value)))
@@ -182,6 +207,7 @@ _NOT_GIVEN = {
     "width": "the pipeline's own",
     "max_sequence_length": "the pipeline's own",
     "alpha": "the rank",
+    "offline_weight": "the method's own",
     "offline_batch_size": "batch_size",
     "micro_batch_size": "all of a process's share",
 }
@@ -199,6 +225,10 @@ _BOUNDS = {
     "rank": (1, None),
     "evaluate_pictures": (2, None),
     "ema_decay": (0, 1),
+    "old_decay": (0, 1),
+    "nft_clean": (-math.inf, None),
+    "nft_artifact": (-math.inf, None),
+    "nft_repeats": (1, None),
     "final_learning_rate": (0, 1),
     "artifact_threshold": (0, 1),
     "replay_area": (0, 1),

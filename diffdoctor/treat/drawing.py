@@ -9,8 +9,8 @@ from enum import IntEnum
 import torch
 
 from diffdoctor.training.processes import Processes, seed_of
+from diffdoctor.treat.adapters import merged_adapters
 from diffdoctor.treat.config import TreatConfig
-from diffdoctor.treat.lora import merged_lora
 from diffdoctor.treat.rollout import Rollout, initial_latents, picture_generators, roll_out
 from diffdoctor.treat.sampling import Sampling
 
@@ -86,7 +86,7 @@ class Drawing:
         latents = initial_latents(self.sampling, generators, self.height, self.width, self.processes.device, dtype)
         conditioning = self.conditioning.rows(torch.tensor(rows, dtype=torch.long))
         merge = self.config.merge_rollout and not family.is_sharded
-        with merged_lora(family) if merge else nullcontext():
+        with merged_adapters(family) if merge else nullcontext():
             return roll_out(self.sampling, conditioning, latents, generators, keep=keep)
 
     def diagnose(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ import torch
 from diffdoctor.runs.errors import UserError, first_line
 from diffdoctor.runs.record import RunFolder
 from diffdoctor.training.weights import weights_digest
+from diffdoctor.treat.adapters import adapters_digest
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family
 from diffdoctor.treat.lora import WEIGHTS_NAME
@@ -33,9 +34,20 @@ _FREE = (
 
 def treatment_folder(output_dir: Path, config: TreatConfig, inputs: dict) -> RunFolder:
     """The output folder of this treatment: what other options, or other `inputs`, have made there is refused."""
-    options = {name: value for name, value in asdict(config).items() if name not in _FREE}
-    results = {"lora": [WEIGHTS_NAME], "treat.json": None, "samples": None, "checkpoints": None}
-    return RunFolder(output_dir, "treat", options | inputs, results)
+    free = (*_FREE, "steps") if config.can_be_longer else _FREE
+    options = {name: value for name, value in asdict(config).items() if name not in free}
+    results = {
+        "lora": [WEIGHTS_NAME],
+        "lora-webui.safetensors": None,
+        "treat.json": None,
+        "samples": None,
+        "checkpoints": None,
+    }
+    advice = (
+        "choose another output folder or remove it (--lora begins with the weights of a finished treatment; more steps "
+        "continue one only with final_learning_rate 1)"
+    )
+    return RunFolder(output_dir, "treat", options | inputs, results, advice=advice)
 
 
 def digests_of(
@@ -44,6 +56,7 @@ def digests_of(
     monitor: torch.nn.Module | None,
     prompts: Sequence[str],
     pairs: tuple[Sequence[np.ndarray], Sequence[str]] | None,
+    lora: str | None,
 ) -> dict:
     """What a treatment begins with beside its options, each as a digest: it is resumed only with the same.
 
@@ -51,6 +64,7 @@ def digests_of(
 
     Args:
         pairs: the offline pictures, (H, W, 3) uint8, and their prompts; None: there are none.
+        lora: from `lora_digest`, of the LoRA that is begun with; None: there is none.
     """
     pipeline = hashlib.sha256()
     for part in (family.denoiser, family.vae, *family.text_encoders):
@@ -65,6 +79,8 @@ def digests_of(
     return {
         "pipeline": pipeline.hexdigest(),
         "scheduler": [type(scheduler).__name__, steps],
+        "lora": lora,
+        "adapters": adapters_digest(family.denoiser),
         "detector": weights_digest(detector),
         "monitor": None if monitor is None else weights_digest(monitor),
         "prompts": hashlib.sha256("\n".join(prompts).encode("utf-8")).hexdigest(),

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from diffdoctor.detector.confidence import check_confidence
+from diffdoctor.detector.external import as_detector, has_gradient
 from diffdoctor.measures.pixels import flagged_share
 from diffdoctor.ops.artifact_loss import artifact_loss
 from diffdoctor.ops.modulate_gradient import GradientModulator
-from diffdoctor.runs.errors import expected
+from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.training.processes import seed_of
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.picture_loss import StraightThroughClamp
@@ -95,7 +97,8 @@ def guide(
 
     Args:
         pipeline: a pipeline and scheduler that `treat` serves.
-        detector: pictures (B, 3, H, W) in [0, 1] to logits (B, 1, h, w), with `.confidence`.
+        detector: pictures (B, 3, H, W) in [0, 1] to logits (B, 1, h, w), with `.confidence`; or, with strength 0, any
+            function from pictures to maps (B, 1, h, w) in [0, 1].
         strength: largest move of a latent per iteration, in the latents' own units (their deviation is about 1); 0: no
             moves.
         iterations: moves per step, each diagnosed anew; 0: no moves.
@@ -122,7 +125,7 @@ def guide(
         A `GuideLog`.
 
     Raises:
-        UserError: a pipeline or scheduler that is not served.
+        UserError: a pipeline or scheduler that is not served; a detector that gives NaN.
         ValueError: an option out of its range.
     """
     options = _Options(
@@ -130,6 +133,9 @@ def guide(
         artifact_grad, clean_grad, threshold, seed,
     )  # fmt: skip
     _check(options)
+    detector = as_detector(detector)
+    if strength > 0 and iterations > 0 and not has_gradient(detector):
+        raise UserError(expected("strength", "0 with a detector that has no gradient: rewinds alone", strength))
     family = family_of(pipeline)
     scheduler = pipeline.scheduler
     sampler = Sampler.around(scheduler)
@@ -259,6 +265,7 @@ class _Run:
             logits = self.sampling.detector(StraightThroughClamp.apply(pictures))
             size = tuple(pictures.shape[-2:])
             confidence = F.interpolate(logits.detach().float(), size, mode="bilinear").sigmoid()
+            confidence = check_confidence(confidence, pictures)
             area = area or flagged_share(confidence).tolist()
             modulator.set(confidence)
             loss = artifact_loss(logits, size=size, threshold=options.threshold, reduction="sum")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 
 import torch
 
 from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
+from diffdoctor.runs.hub import is_hub_id, local_path, near
 
 # option -> dtype
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,10 +30,9 @@ def load_pipeline(option: str, source: str, *, dtype: str = "fp32", vae: str | N
         import diffusers
     except ImportError:
         raise missing_extra("diffusers", "stages") from None
-    folder = Path(os.path.expanduser(source))
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
-    if looks_local and not folder.is_dir():
-        raise UserError(f"--{option} {source}: no such folder")
+    folder = local_path(source)
+    if not folder.is_dir() and not is_hub_id(source):
+        raise UserError(f"--{option} {source}: no such folder{near(source)}")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(f"--{option} {source}: holds no diffusers pipeline (no model_index.json)")
     wanted = DTYPES[dtype] if vae in (None, dtype) else {"vae": DTYPES[vae], "default": DTYPES[dtype]}
@@ -67,3 +66,67 @@ def replace_scheduler(pipeline, name: str | None) -> None:
     if scheduler is None or not hasattr(scheduler, "from_config"):
         raise UserError(expected("--scheduler", "a diffusers scheduler such as DDIMScheduler", name))
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+
+
+def read_lora(pipeline, source: str | Path) -> dict[str, torch.Tensor]:
+    """The weights of a LoRA by diffusers' names, as the pipeline's own loader reads them from any layout.
+
+    Args:
+        pipeline: whose loader reads them.
+        source: a folder, a file or a hub id.
+
+    Raises:
+        UserError: there is none, or the pipeline takes none.
+    """
+    path, options = _lora_location(source)
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise UserError(expected("--lora", "a pipeline that takes a LoRA", type(pipeline).__name__))
+    try:
+        state = pipeline.lora_state_dict(path, **options)
+    except Exception as error:  # diffusers, peft and safetensors raise their own
+        raise UserError(f"--lora {source}: does not fit this pipeline ({first_line(error)})") from error
+    return state[0] if isinstance(state, tuple) else state
+
+
+def load_lora(pipeline, source: str | Path, *, adapter: str | None = None) -> None:
+    """Add a LoRA to a pipeline.
+
+    Args:
+        pipeline: to load into.
+        source: a folder, a file or a hub id.
+        adapter: the adapter's name; None: diffusers chooses one.
+
+    Raises:
+        UserError: there is none, or any of its matrices has no layer in the pipeline.
+    """
+    state = read_lora(pipeline, source)
+    path, options = _lora_location(source)
+    before = _adapters_in_layers(pipeline)
+    try:
+        pipeline.load_lora_weights(path, **options, **({} if adapter is None else {"adapter_name": adapter}))
+    except Exception as error:  # diffusers, peft and safetensors raise their own
+        raise UserError(f"--lora {source}: does not fit this pipeline ({first_line(error)})") from error
+    wanted = sum(".lora_B" in name or "lora_up" in name or "lora.up" in name for name in state)
+    found = _adapters_in_layers(pipeline) - before
+    # For matrices without a layer diffusers only warns, and generates untreated pictures.
+    if wanted == 0 or found < wanted:
+        raise UserError(f"--lora {source}: does not fit this pipeline: {found} of its {wanted} matrices were loaded")
+
+
+def _lora_location(source: str | Path) -> tuple[str, dict[str, str]]:
+    """The folder or hub id of a LoRA, and the options that name its file where it is one."""
+    source, path = str(source), local_path(source)
+    if not path.exists() and not is_hub_id(source):
+        what = "a file, a folder or a hub id such as owner/name"
+        raise UserError(expected(f"--lora {source}", what, f"none of these{near(source)}"))
+    if path.is_file():
+        return str(path.parent), {"weight_name": path.name}
+    return (str(path) if path.exists() else source), {}
+
+
+def _adapters_in_layers(pipeline) -> int:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = [component for component in pipeline.components.values() if isinstance(component, torch.nn.Module)]
+    layers = (layer for module in modules for layer in module.modules() if isinstance(layer, BaseTunerLayer))
+    return sum(len(getattr(layer, "lora_A", ())) for layer in layers)

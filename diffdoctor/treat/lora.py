@@ -7,16 +7,18 @@ the metadata an alpha that differs from the rank is read back as the rank.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_dir
+from diffdoctor.treat.adapters import activate, active_adapters, adapter_layers, check_adapters
 from diffdoctor.treat.families import Family
+from diffdoctor.treat.loading import load_lora, read_lora
 
 ADAPTER = "diffdoctor"
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -34,11 +36,16 @@ def target_modules(family: Family, groups: Sequence[str]) -> list[str]:
     if unknown:
         raise UserError(expected("lora_targets", f"some of {', '.join(sorted(family.lora_targets))}", unknown))
     ends = {end for group in groups for end in family.lora_targets[group]}
+    wrapped = adapter_layers(family.denoiser) if getattr(family.denoiser, "peft_config", None) else {}
+    modules = {name: wrapped[name].get_base_layer() if name in wrapped else module
+               for name, module in family.denoiser.named_modules()}  # fmt: skip
     found = [
         name
-        for name, module in family.denoiser.named_modules()
+        for name, module in modules.items()
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
         and any(name == end or name.endswith("." + end) for end in ends)
+        # what is inside such a layer is an adapter's own
+        and not any(name.startswith(f"{outer}.") for outer in wrapped)
     ]
     if not found:
         raise UserError(f"lora_targets: the denoiser has no module of {list(groups)}")
@@ -48,7 +55,7 @@ def target_modules(family: Family, groups: Sequence[str]) -> list[str]:
 def add_lora(
     family: Family, *, rank: int, alpha: float, groups: Sequence[str], seed: int, adapter: str = ADAPTER
 ) -> list[torch.nn.Parameter]:
-    """Freeze the pipeline and add a LoRA that changes nothing yet.
+    """Freeze the pipeline and add a LoRA that changes nothing yet; adapters that are active stay so.
 
     Args:
         family: whose denoiser gets it.
@@ -62,23 +69,63 @@ def add_lora(
         The LoRA's parameters, in fp32.
 
     Raises:
-        UserError: if the denoiser has an adapter of that name, or none of the modules.
+        UserError: if the denoiser has an adapter of that name or a fused one, or none of the modules.
     """
     from peft import LoraConfig
 
     denoiser = family.denoiser
-    if adapter in getattr(denoiser, "peft_config", {}):
-        raise UserError(f"the pipeline already carries an adapter named {adapter!r}: load it afresh")
-    for module in (denoiser, family.vae, *family.text_encoders):
-        module.requires_grad_(False)
+    check_adapters(family, adapter)
+    carried = active_adapters(denoiser)
+    _freeze(family)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_modules(family, groups))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         denoiser.add_adapter(config, adapter_name=adapter)
-    parameters = [p for p in denoiser.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
-    return parameters
+    return activate(denoiser, carried, adapter)
+
+
+def start_from(family: Family, source: str | Path, *, adapter: str = ADAPTER) -> list[torch.nn.Parameter]:
+    """Freeze the pipeline and add a LoRA of weights that are there; adapters that are active stay so.
+
+    Args:
+        family: whose denoiser gets it.
+        source: a folder or file of a LoRA, or a hub id.
+        adapter: its name.
+
+    Returns:
+        The LoRA's parameters, in fp32.
+
+    Raises:
+        UserError: if it does not fit, or the denoiser has an adapter of that name or a fused one.
+    """
+    check_adapters(family, adapter)
+    carried = active_adapters(family.denoiser)
+    _freeze(family)
+    load_lora(family.pipeline, source, adapter=adapter)
+    return activate(family.denoiser, carried, adapter)
+
+
+def lora_digest(family: Family, source: str | Path) -> str:
+    """A hash of a LoRA's weights, after checking that it is one of the denoiser alone.
+
+    Raises:
+        UserError: if it cannot be read, or changes a text encoder too.
+    """
+    state = read_lora(family.pipeline, source)
+    others = sorted({key.split(".")[0] for key in state} & {*family.text_encoder_names})
+    if others:
+        what = f"a LoRA of the {family.denoiser_name} alone, the only part that is tuned"
+        raise UserError(expected(f"--lora {source}", what, f"one of {', '.join(others)} too"))
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _freeze(family: Family) -> None:
+    for module in (family.denoiser, family.vae, *family.text_encoders):
+        module.requires_grad_(False)
 
 
 def lora_state(family: Family, adapter: str = ADAPTER) -> dict[str, torch.Tensor]:
@@ -120,39 +167,9 @@ def save_lora(
             {f"{prefix}.{name}": value for name, value in weights.items()},
             temporary / WEIGHTS_NAME,
             # one entry alone: safetensors writes several in an order that changes from call to call
-            metadata={_METADATA_KEY: json.dumps(metadata, sort_keys=True)},
+            metadata={_METADATA_KEY: strict_json.dumps(metadata, sort_keys=True)},
         )
     return Path(folder)
-
-
-@contextmanager
-def merged_lora(family: Family, adapter: str = ADAPTER) -> Iterator[None]:
-    """Inside, the adapter's update is part of the denoiser's weights, so that sampling costs no more than without it.
-
-    The original weights are put back as they were, bit for bit; nothing inside may train. Costs a second copy of the
-    targeted weights.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [
-        module
-        for module in family.denoiser.modules()
-        if isinstance(module, BaseTunerLayer) and adapter in getattr(module, "lora_A", {})
-    ]
-    originals = []
-    try:
-        with torch.no_grad():
-            for layer in layers:
-                weight = layer.get_base_layer().weight
-                originals.append((weight, weight.data))
-                weight.data = weight.data + layer.get_delta_weight(adapter).to(weight.dtype)
-                layer.enable_adapters(False)
-        yield
-    finally:
-        for weight, data in originals:
-            weight.data = data
-        for layer in layers:
-            layer.enable_adapters(True)
 
 
 def _as_json(value):

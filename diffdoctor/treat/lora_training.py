@@ -12,6 +12,7 @@ from diffdoctor.runs.errors import UserError
 from diffdoctor.training.ema import RunningAverage, put
 from diffdoctor.training.schedule import warmup_cosine
 from diffdoctor.treat.config import TreatConfig
+from diffdoctor.treat.methods import METHODS
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ class LoraTraining:
 
     Attributes:
         average: the running average of the parameters.
+        old: the running average that a method's old predictions come from; empty where it has none.
+        initial: the parameters before the first step; empty where nothing is held to them.
         skipped: steps left out so far, because a loss or gradient was not finite.
     """
 
@@ -41,6 +44,9 @@ class LoraTraining:
         # the scaler's skipping and halving for fp16; for other precisions its scale is 1 and it changes nothing
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.average = RunningAverage(parameters, config.ema_decay)
+        self.old = RunningAverage(parameters, config.old_decay if METHODS[config.method].has_old else 0, warm_up=False)
+        # made before a checkpoint is loaded, and the same in every run: it need not be stored
+        self.initial = RunningAverage(parameters, float(config.anchor_weight > 0))
         self.skipped = self.skipped_in_a_row = 0
 
     def begin(self) -> torch.Tensor | None:
@@ -74,6 +80,7 @@ class LoraTraining:
                 group["lr"] = rate
             self.scaler.step(self.optimizer)
             self.average.update(step)
+            self.old.update(step)
         else:
             self._skip(step, loss, norm)
         self.scaler.update()
@@ -94,6 +101,7 @@ class LoraTraining:
         return {
             "lora": [p.detach() for p in self.parameters],
             "average": self.average.values,
+            "old": [] if is_over else self.old.values,
             "optimizer": None if is_over else self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped": [self.skipped, self.skipped_in_a_row],
@@ -103,6 +111,8 @@ class LoraTraining:
         """Load what `state_dict` gave."""
         put(state["lora"], self.parameters)
         self.average.load(state["average"])
+        if state["optimizer"] is not None:
+            self.old.load(state["old"])
         if state["optimizer"] is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

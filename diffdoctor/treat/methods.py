@@ -1,4 +1,4 @@
-"""How much of the sampling carries a gradient: `draft_k`, `draft_lv`, `drtune`, `full`, `weighted`.
+"""What a treatment learns from its own pictures: `draft_k`, `draft_lv`, `drtune`, `full`, `nft`, `weighted`.
 
 A method takes the pictures to replay, runs backward and returns their loss. One graph is used up before the next is
 made. A further method is a function and a line in `METHODS`.
@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from diffdoctor.ops.modulate_gradient import GradientModulator
+from diffdoctor.ops.target import Target
+from diffdoctor.ops.weighted_loss import weighted_loss
+from diffdoctor.training.ema import RunningAverage
 from diffdoctor.training.processes import seed_of
 from diffdoctor.treat.picture_loss import latents_gradient
 from diffdoctor.treat.rollout import Rollout, replay
@@ -38,6 +41,8 @@ class Replay:
         generator: of the method's own random choices, the same on every process.
         seeds: of the M pictures, for random choices that belong to a picture.
         divisor: what the sum over pictures is divided by.
+        old: the running average of the LoRA that old predictions come from; empty for the LoRA as it is.
+        initial: the LoRA before the first step; empty where nothing is held to it.
         partners: (M, C, h, w) final latents whose pictures' gradient is taken in place of the pictures' own, or None.
     """
 
@@ -49,6 +54,8 @@ class Replay:
     generator: torch.Generator
     seeds: Sequence[int]
     divisor: float
+    old: RunningAverage
+    initial: RunningAverage
     partners: torch.Tensor | None = None
 
     @property
@@ -143,6 +150,49 @@ def draft_lv(batch: Replay) -> float:
     return loss
 
 
+def nft(batch: Replay) -> float:
+    """The final latents are noised to random times, and the prediction there is moved against an old one.
+
+    Where the map is clean the old prediction is held, where it is flagged the prediction is led away from what the
+    picture asks for: `Target.contrastive`, DiffusionNFT (arXiv 2509.16117) per pixel. Neither the VAE nor the detector
+    is in the graph, and the detector need not be differentiable. What is trained is the guided prediction that drew the
+    picture. With `anchor_weight` it is also held, where the map is clean, to that of the model before the treatment.
+    """
+    config, sampling = batch.config, batch.sampling
+    clean = batch.rollout.final.index_select(0, batch.index.to(batch.rollout.final.device))
+    conditioning = batch.rollout.conditioning.rows(batch.index)
+
+    def predict(model_input, timesteps):
+        guidance = sampling.guidance
+        return sampling.family.predict(model_input, timesteps, conditioning, guidance.scale, guidance.cfg_grad)
+
+    value = 0.0
+    for repeat in range(config.nft_repeats):
+        noise, uniform = [], []
+        for seed in batch.seeds:
+            generator = torch.Generator().manual_seed(seed_of(seed, repeat))
+            noise.append(torch.randn(clean.shape[1:], generator=generator, dtype=clean.dtype))
+            uniform.append(torch.rand((), generator=generator))
+        pair = sampling.sampler.training_pair(clean, torch.stack(noise).to(clean.device), torch.stack(uniform))
+        model_input, timesteps, target = pair
+        with torch.no_grad():
+            with batch.old.in_place():
+                old = predict(model_input, timesteps)
+            if config.anchor_weight:
+                with batch.initial.in_place():
+                    before = predict(model_input, timesteps)
+        prediction = predict(model_input, timesteps)
+        target = Target.contrastive(target, old, clean=config.nft_clean, artifact=config.nft_artifact)
+        loss = weighted_loss(prediction, target, batch.confidence, artifact_weight=1.0, reduction="sample").sum()
+        if config.anchor_weight:
+            held = weighted_loss(prediction, before, batch.confidence, artifact_weight=0.0, reduction="sample").sum()
+            loss = loss + config.anchor_weight * held
+        loss = loss / (batch.divisor * config.nft_repeats)
+        loss.backward()
+        value += float(loss.detach())
+    return value
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to treat.
@@ -151,10 +201,19 @@ class Method:
         run: replays a batch, runs backward and returns the loss; None: the method samples nothing, and the offline
             term is all there is.
         checkpointed_steps: from (config, sampling steps) to the steps before which the roll-out stores its state.
+        needs_gradient: whether a gradient passes through the detector. Without one there is nothing to learn from a
+            map that is the same everywhere.
+        has_old: whether old predictions are asked for.
+        offline_weight: of the offline term, where the options do not say.
+        needs_pairs: whether there must be offline pairs, where the options do not say.
     """
 
     run: Callable[[Replay], float] | None
     checkpointed_steps: Callable[[TreatConfig, int], tuple[int, ...]]
+    needs_gradient: bool = True
+    has_old: bool = False
+    offline_weight: float = 2.0
+    needs_pairs: bool = True
 
     @property
     def samples(self) -> bool:
@@ -167,5 +226,8 @@ METHODS = {
     "draft_lv": Method(draft_lv, lambda config, steps: (steps - 1,)),
     "drtune": Method(drtune, lambda config, steps: (0,)),
     "full": Method(full, lambda config, steps: (0,)),
-    "weighted": Method(None, lambda config, steps: ()),
+    "nft": Method(
+        nft, lambda config, steps: (), needs_gradient=False, has_old=True, offline_weight=0.1, needs_pairs=False
+    ),
+    "weighted": Method(None, lambda config, steps: (), needs_gradient=False, offline_weight=1.0),
 }

@@ -82,6 +82,27 @@ def _diversity(grey: torch.Tensor, groups: Sequence[int]) -> float:
     return float(torch.stack([grey[rows].std(0).mean() for rows in shared]).mean())
 
 
+def doubts(measurements: Sequence[Measurement], history: Sequence[dict], config: TreatConfig) -> list[str]:
+    """What says that a treatment treated nothing, a sentence each.
+
+    Args:
+        measurements: of the fixed pictures, the first of the untreated model.
+        history: a dict per step, with `replayed`.
+        config: of the treatment.
+    """
+    if not measurements:
+        return []
+    first, asks = measurements[0], config.replay_area > 0
+    if first.flagged_rate > 0 or (asks and any(row["replayed"] for row in history)):
+        return []
+    if not asks and first.flagged_area > 0:
+        return []
+    return [
+        f"nothing was flagged: the detector found no artifact in any of the {config.evaluate_pictures} fixed pictures "
+        "before the treatment, and no step replayed a picture; it may be blind to what this pipeline draws"
+    ]
+
+
 class EarlyStopping:
     """Keeps the best weights and says when to stop.
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from diffdoctor.data.pictures import to_images
+from diffdoctor.detector.confidence import confidence_of
 from diffdoctor.ops.weighted_loss import weighted_loss
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.treat.config import TreatConfig
@@ -40,7 +41,8 @@ class OfflinePairs:
 
 def offline_weight(config: TreatConfig) -> float:
     """The weight of the offline term in the loss: 1 where the method samples nothing, since it is all there is."""
-    return config.offline_weight if METHODS[config.method].samples else 1.0
+    method = METHODS[config.method]
+    return method.offline_weight if config.offline_weight is None or not method.samples else config.offline_weight
 
 
 def checked_pairs(offline, config: TreatConfig) -> tuple[list[np.ndarray], list[str]] | None:
@@ -54,7 +56,8 @@ def checked_pairs(offline, config: TreatConfig) -> tuple[list[np.ndarray], list[
     Raises:
         UserError: if they are needed and missing or empty, or the two differ in length.
     """
-    if offline_weight(config) == 0:
+    optional = config.offline_weight is None and not METHODS[config.method].needs_pairs
+    if offline_weight(config) == 0 or (offline is None and optional):
         return None
     if offline is None:
         raise UserError(expected("offline", "(pictures, prompts) pairs, since offline_weight > 0", None))
@@ -144,7 +147,7 @@ def keep_mask(detector, pictures: torch.Tensor, config: TreatConfig) -> torch.Te
     """(B, 1, H, W), 0 where pictures (B, 3, H, W) are flagged, with a rim, and 1 where they may teach."""
     if config.map_source == "uniform":
         return torch.ones(len(pictures), 1, *pictures.shape[2:])
-    flagged = (detector.confidence(pictures) >= config.offline_confidence).float()
+    flagged = (confidence_of(detector, pictures) >= config.offline_confidence).float()
     if config.offline_dilation:
         flagged = F.max_pool2d(flagged, 2 * config.offline_dilation + 1, 1, config.offline_dilation)
     return 1 - flagged

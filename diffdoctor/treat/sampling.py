@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from diffdoctor.detector.confidence import confidence_of
 from diffdoctor.treat.families import Conditioning, Family
 from diffdoctor.treat.schedulers import Sampler
 
@@ -64,5 +65,5 @@ class Sampling:
         """
         parts = latents.split(chunk or len(latents))
         pictures = torch.cat([self.family.decode(part).float().clamp(0, 1) for part in parts])
-        confidence = torch.cat([self.detector.confidence(part) for part in pictures.split(chunk or len(pictures))])
+        confidence = torch.cat([confidence_of(self.detector, part) for part in pictures.split(chunk or len(pictures))])
         return pictures, confidence

@@ -244,8 +244,11 @@ def _check_supported(scheduler) -> None:
             f"{kind}: its steps cannot be replayed yet; the nearest that can is {nearest}: "
             f"pipeline.scheduler = diffusers.{nearest}.from_config(pipeline.scheduler.config)"
         )
-    if kind in _DPM:
-        config = scheduler.config
-        if config.algorithm_type != "dpmsolver++" or config.solver_order > 2 or config.get("use_flow_sigmas"):
-            what = "algorithm_type 'dpmsolver++' of order 1 or 2 without use_flow_sigmas"
-            raise UserError(expected(kind, what, f"{config.algorithm_type!r} of order {config.solver_order}"))
+    config = scheduler.config
+    if config.get("stochastic_sampling"):
+        what = "stochastic_sampling False, since it draws from the global random state, which no replay can repeat"
+        raise UserError(expected(kind, what, "True"))
+    is_dpm = kind in _DPM
+    if is_dpm and (config.algorithm_type != "dpmsolver++" or config.solver_order > 2 or config.get("use_flow_sigmas")):
+        what = "algorithm_type 'dpmsolver++' of order 1 or 2 without use_flow_sigmas"
+        raise UserError(expected(kind, what, f"{config.algorithm_type!r} of order {config.solver_order}"))

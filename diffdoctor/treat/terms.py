@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from diffdoctor.training.ema import RunningAverage
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.methods import METHODS, Replay
 from diffdoctor.treat.rollout import Rollout
@@ -28,12 +29,14 @@ def artifact_term(
     total: int,
     generator: torch.Generator,
     seeds: Sequence[int],
+    old: RunningAverage,
+    initial: RunningAverage,
 ) -> tuple[float, int]:
     """Replay the diagnosed pictures and run backward.
 
     The sum over pictures is divided by `total`, so that several processes add up to what one would compute. With
     map_source "shuffled" picture i is replayed when its partner is diagnosed, and receives the partner's map and the
-    partner's gradient at the decoded picture.
+    partner's gradient at the decoded picture. With "uniform" every map is replaced by its mean.
 
     Args:
         sampling: as in the roll-out.
@@ -43,6 +46,8 @@ def artifact_term(
         total: pictures of the step over all processes.
         generator: of the method's random choices, the same on every process.
         seeds: of the B pictures.
+        old: see `Replay`.
+        initial: see `Replay`.
 
     Returns:
         The loss, and how many pictures were replayed.
@@ -57,6 +62,8 @@ def artifact_term(
     if config.map_source == "shuffled":
         shift = int(torch.randint(1, max(2, len(confidence)), (), generator=generator))
         partners, chosen = chosen, (chosen + shift) % len(confidence)
+    if config.map_source == "uniform":
+        confidence = confidence.mean((2, 3), keepdim=True).expand_as(confidence)
     batch = Replay(
         sampling,
         rollout,
@@ -66,6 +73,8 @@ def artifact_term(
         generator=generator,
         seeds=[seeds[i] for i in chosen.tolist()],
         divisor=divisor,
+        old=old,
+        initial=initial,
         partners=None if partners is None else rollout.final[partners],
     )
     loss = METHODS[config.method].run(batch)

@@ -13,8 +13,9 @@ from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.files import writing
 from diffdoctor.treat.lora import save_lora
-from diffdoctor.treat.monitor import Measurement
+from diffdoctor.treat.monitor import Measurement, doubts
 from diffdoctor.treat.treatment import Treatment
+from diffdoctor.treat.webui import WEBUI_NAME, save_for_webui
 
 
 @dataclass
@@ -29,6 +30,7 @@ class TreatResult:
         stopped: why it ended before the last step, or None.
         skipped: steps left out because a loss or gradient was not finite.
         seconds: wall time, that of interrupted calls up to their last checkpoint included.
+        doubts: what says that nothing was treated, a sentence each.
         lora_dir: where the LoRA was written, or None.
     """
 
@@ -39,11 +41,16 @@ class TreatResult:
     stopped: str | None
     skipped: int
     seconds: float
+    doubts: list[str] = field(default_factory=list)
     lora_dir: Path | None = field(default=None)
 
     def save_lora(self, folder: str | Path) -> Path:
         """Write the LoRA for `pipeline.load_lora_weights(folder)`."""
         return save_lora(family_of(self.pipeline), folder)
+
+    def save_for_webui(self, path: str | Path) -> Path:
+        """Write the LoRA as one .safetensors file for ComfyUI and A1111."""
+        return save_for_webui(family_of(self.pipeline), path)
 
 
 def treat(
@@ -57,6 +64,9 @@ def treat(
     output_dir: str | Path | None = None,
     progress: bool = True,
     settings: dict | None = None,
+    lora: str | Path | None = None,
+    webui: bool = False,
+    device: str | None = None,
 ) -> TreatResult:
     """Tune a LoRA of `pipeline` with what `detector` finds in its pictures.
 
@@ -68,6 +78,8 @@ def treat(
     Args:
         pipeline: a loaded diffusers text-to-image pipeline of a known family; LoRA is added to its denoiser.
         detector: pictures (B, 3, H, W) in [0, 1] to logits (B, 1, h, w), with `.confidence`; see `diffdoctor.detector`.
+            For methods without a gradient through it (nft, weighted) any function from pictures to maps (B, 1, h, w) in
+            [0, 1].
         prompts: what to draw during the treatment.
         config: options; defaults when None.
         offline: (pictures uint8 (N, H, W, 3), prompts), or a sequence of dicts with "picture" and "prompt"; needed when
@@ -78,17 +90,34 @@ def treat(
             there after an interruption; after the last step it gives the finished treatment.
         progress: show a bar, or plain lines where there is no terminal.
         settings: what else `config.yaml` is to hold, beside the options.
+        lora: folder, file or hub id of a LoRA to begin with: it is tuned on, with its own rank, alpha and modules, and
+            the result contains it. None: a new one, which changes nothing at first. (A LoRA that the pipeline carries
+            and that is active stays so, frozen, and is no part of the result.)
+        webui: write the LoRA for ComfyUI and A1111 too, to `lora-webui.safetensors` in the output folder.
+        device: such as cpu or cuda:1; None: the fastest there is.
 
     Returns:
         A `TreatResult`.
 
     Raises:
-        UserError: a pipeline or scheduler that is not served, no prompts, missing offline pairs, a monitor that is the
-            detector, a VAE that gives NaN, checkpoints of a treatment with other options, weights, prompts or pairs, an
-            output folder that cannot be written, holds a `lora` of another origin or where another process is at work,
-            or `max_skipped` steps in a row whose loss or gradient was not finite.
+        UserError: a pipeline or scheduler that is not served, no prompts, missing offline pairs, a detector or monitor
+            that gives NaN, a monitor that is the detector, a VAE that gives NaN, checkpoints of a treatment with other
+            options, weights, prompts or pairs, an output folder that cannot be written, holds a `lora` of another
+            origin or where another process is at work, or `max_skipped` steps in a row whose loss or gradient was not
+            finite.
     """
-    treatment = Treatment(pipeline, detector, prompts, config or TreatConfig(), offline, monitor, output_dir, settings)
+    treatment = Treatment(
+        pipeline,
+        detector,
+        prompts,
+        config or TreatConfig(),
+        offline,
+        monitor,
+        output_dir,
+        settings,
+        lora=lora,
+        device=device,
+    )
     try:
         stopped = treatment.run(progress)
         best = treatment.early_stopping.best
@@ -100,19 +129,22 @@ def treat(
             stopped=stopped,
             skipped=treatment.training.skipped,
             seconds=treatment.seconds,
+            doubts=doubts(treatment.early_stopping.measurements, treatment.history, treatment.config),
         )
         if output_dir is not None:
-            _write(result, treatment, Path(output_dir))
+            _write(result, treatment, Path(output_dir), webui)
     finally:
         if treatment.folder is not None:
             treatment.folder.close()
     return result
 
 
-def _write(result: TreatResult, treatment: Treatment, output_dir: Path) -> None:
+def _write(result: TreatResult, treatment: Treatment, output_dir: Path, webui: bool) -> None:
     if treatment.processes.is_main:
         with writing(output_dir):
             save_lora(treatment.sampling.family, output_dir / "lora")
+            if webui:
+                save_for_webui(treatment.sampling.family, output_dir / WEBUI_NAME)
             atomic_write_json(output_dir / "treat.json", _summary(result, treatment.config))
         treatment.checkpoints.keep_last()
     treatment.processes.wait()
@@ -126,6 +158,7 @@ def _summary(result: TreatResult, config: TreatConfig) -> dict:
         "stopped": result.stopped,
         "skipped": result.skipped,
         "seconds": result.seconds,
+        "doubts": result.doubts,
         "measurements": [asdict(measurement) for measurement in result.measurements],
         "history": result.history,
     }

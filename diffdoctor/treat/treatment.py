@@ -10,16 +10,27 @@ from pathlib import Path
 
 import torch
 
+from diffdoctor.detector.confidence import confidence_of
+from diffdoctor.detector.external import as_detector
 from diffdoctor.runs.checkpoints import Checkpoints
+from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.progress import progress as show_progress
 from diffdoctor.runs.signals import deferred_signals
 from diffdoctor.training.processes import Processes, seed_of
-from diffdoctor.treat.checks import check_detectors, check_even_batches, check_finite, check_pipeline
+from diffdoctor.treat.adapters import check_adapters
+from diffdoctor.treat.checks import (
+    check_detectors,
+    check_even_batches,
+    check_finite,
+    check_negative_prompt,
+    check_pipeline,
+    check_start,
+)
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.drawing import Drawing, Purpose, chunks
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.files import digests_of, treatment_folder, with_version, writing
-from diffdoctor.treat.lora import add_lora, load_lora_state, lora_state
+from diffdoctor.treat.lora import ADAPTER, add_lora, load_lora_state, lora_digest, lora_state, start_from
 from diffdoctor.treat.lora_training import LoraTraining
 from diffdoctor.treat.methods import METHODS
 from diffdoctor.treat.monitor import EarlyStopping, measure
@@ -48,6 +59,8 @@ class Treatment:
         monitor_detector: the `monitor` of `treat`.
         output_dir: see `treat`.
         settings: see `treat`.
+        lora: see `treat`.
+        device: see `treat`.
 
     Attributes:
         step: steps done.
@@ -56,18 +69,39 @@ class Treatment:
     """
 
     def __init__(
-        self, pipeline, detector, prompts, config: TreatConfig, offline, monitor_detector, output_dir, settings
+        self,
+        pipeline,
+        detector,
+        prompts,
+        config: TreatConfig,
+        offline,
+        monitor_detector,
+        output_dir,
+        settings,
+        *,
+        lora=None,
+        device=None,
     ):
         self.started, self.seconds_before = time.perf_counter(), 0.0
         self.config, self.method = config, METHODS[config.method]
         family = family_of(pipeline)
         check_pipeline(family)
-        check_detectors(detector, monitor_detector)
-        self.processes = Processes()
+        check_adapters(family, ADAPTER)
+        detector = as_detector(detector)
+        monitor_detector = None if monitor_detector is None else as_detector(monitor_detector)
+        check_detectors(detector, monitor_detector, config)
+        check_negative_prompt(family, config.negative_prompt, config.guidance_scale)
+        check_start(lora, config)
+        self.lora, start = lora, None if lora is None else lora_digest(family, lora)
+        self.processes = Processes(device)
         self.device = self.processes.device
         detector = self._frozen(detector)
         self.monitor_detector = None if monitor_detector is None else self._frozen(monitor_detector)
         family.max_sequence_length = config.max_sequence_length
+        family.negative_prompt = config.negative_prompt
+        if config.negative_prompt:
+            limits = {"strict": config.strict, "max_sequence_length": family.max_sequence_length}
+            check_prompts(pipeline, [config.negative_prompt], **limits)
         prompts = check_prompts(pipeline, prompts, strict=config.strict, max_sequence_length=family.max_sequence_length)
         size = family.picture_size(config.height, config.width)
         options = family.timestep_options(config.sampling_steps, *size)
@@ -79,6 +113,8 @@ class Treatment:
         self.history: list[dict] = []
         self.step = 0
         self.stopped: str | None = None
+        # before the last measurement, where more steps would not have measured there
+        self.unmeasured: dict | None = None
         # the step of the last checkpoint
         self.saved: int | None = None
         self.output_dir = None if output_dir is None else Path(output_dir)
@@ -86,7 +122,7 @@ class Treatment:
         self.folder = self.checkpoints = None
         if self.output_dir is not None:
             # the main process alone reads and writes there
-            inputs = (family, detector, self.monitor_detector, prompts, self.offline)
+            inputs = (family, detector, self.monitor_detector, prompts, self.offline, start)
             digests = digests_of(*inputs) if self.processes.is_main else {}
             self.folder = treatment_folder(self.output_dir, config, digests)
             self.checkpoints = Checkpoints(self.output_dir / "checkpoints")
@@ -119,17 +155,23 @@ class Treatment:
         sharded = wants_sharding(self.processes)
         if not sharded:
             family.denoiser.to(device)
-        parameters = add_lora(
+        parameters = self._add_lora()
+        if sharded:
+            check_even_batches(config, self.processes)
+            shard_denoiser(family, parameters, self.processes)
+        self.training = LoraTraining(parameters, config, device)
+
+    def _add_lora(self) -> list[torch.nn.Parameter]:
+        config, family = self.config, self.sampling.family
+        if self.lora is not None:
+            return start_from(family, self.lora)
+        return add_lora(
             family,
             rank=config.rank,
             alpha=config.rank if config.alpha is None else config.alpha,
             groups=[group for group in config.lora_targets if group in family.lora_targets] or config.lora_targets,
             seed=seed_of(config.seed, Purpose.LORA),
         )
-        if sharded:
-            check_even_batches(config, self.processes)
-            shard_denoiser(family, parameters, self.processes)
-        self.training = LoraTraining(parameters, config, device)
 
     def run(self, progress: bool) -> str | None:
         """Take all steps that are still to take.
@@ -152,8 +194,10 @@ class Treatment:
                 if self.step and progress:
                     what = "was done" if self._is_over() else "resumes"
                     _say(f"{what} after step {self.step} of {self.config.steps}")
-                # nothing is written before the untreated model has drawn its first pictures
+                # nothing is written before the untreated model's first pictures are drawn and diagnosed
                 first = None if self.early_stopping.measurements else self._draw(self.config.evaluate_pictures)
+                if first is not None and self.monitor_detector is not None:
+                    self._by_monitor(first[0][:1])
                 if self.folder is not None:
                     self.processes.from_main(self._begin)
                 self.tracking = Tracking(self.config, self.output_dir, self.step, is_main=self.processes.is_main)
@@ -209,7 +253,8 @@ class Treatment:
         config, training, step = self.config, self.training, self.step
         self.sampling.family.gradient_scale = training.begin()
         artifact, replayed = 0.0, 0
-        if self.method.samples and config.map_source != "uniform":
+        # an artifact loss of a map that is the same everywhere has no gradient
+        if self.method.samples and not (self.method.needs_gradient and config.map_source == "uniform"):
             artifact, replayed = self._online(step)
         offline = self._offline(step) if self.pairs is not None else 0.0
         self.processes.sum_gradients(training.parameters)
@@ -251,6 +296,8 @@ class Treatment:
                 total=config.batch_size,
                 generator=generator,
                 seeds=seeds,
+                old=self.training.old,
+                initial=self.training.initial,
             )
             loss, replayed = loss + part, replayed + count
         return loss, replayed
@@ -270,7 +317,9 @@ class Treatment:
     def _look(self) -> None:
         """Draw the fixed pictures after a step where they are due: all of them to be measured, or some to be seen."""
         config = self.config
-        if self._is_due(config.evaluate_every) or self.step == config.steps:
+        due = self._is_due(config.evaluate_every)
+        if due or self.step == config.steps:
+            self.unmeasured = None if due or not config.can_be_longer else self.early_stopping.state_dict()
             self.stopped = self._measure(*self._draw(config.evaluate_pictures))
         elif self._is_due(config.sample_every) and config.sample_pictures:
             self.tracking.sheet(self.step, *self._draw(config.sample_pictures))
@@ -280,11 +329,7 @@ class Treatment:
         config = self.config
         prompt_count = len(self.drawing.prompts)
         groups = [i % prompt_count for i in range(config.evaluate_pictures)]
-        by_monitor = None
-        if self.monitor_detector is not None:
-            with torch.no_grad():
-                parts = [part.to(self.device) for part in pictures.split(self.drawing.chunk)]
-                by_monitor = torch.cat([self.monitor_detector.confidence(part).cpu() for part in parts])
+        by_monitor = None if self.monitor_detector is None else self._by_monitor(pictures)
         measurement = measure(pictures, confidence, groups, self.step, by_monitor)
         # one process decides, lest rounding on another machine make it decide otherwise
         measurement = self.processes.from_main(lambda: measurement)
@@ -296,6 +341,11 @@ class Treatment:
         if shown and (self._is_due(config.sample_every) or not config.sample_every or self.step == 0):
             self.tracking.sheet(self.step, pictures[:shown], confidence[:shown])
         return stopped
+
+    def _by_monitor(self, pictures: torch.Tensor) -> torch.Tensor:
+        """The monitor's maps (B, 1, H, W), on the CPU."""
+        parts = (part.to(self.device) for part in pictures.split(self.drawing.chunk))
+        return torch.cat([confidence_of(self.monitor_detector, part, name="monitor").cpu() for part in parts])
 
     def _draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first fixed pictures (count, 3, H, W) and their maps, on the CPU, drawn with the average's weights."""
@@ -312,9 +362,11 @@ class Treatment:
         if self.processes.is_main:
             state = {
                 "step": self.step,
-                # the last one only says that all is done, and what came of it
-                "training": self.training.state_dict(is_over=self._is_over()),
+                "steps": self.config.steps,
+                # the last one only says that all is done, and what came of it, unless more steps may follow
+                "training": self.training.state_dict(is_over=self._is_over() and not self.config.can_be_longer),
                 "early_stopping": self.early_stopping.state_dict(),
+                "unmeasured": self.unmeasured,
                 "history": self.history,
                 "stopped": self.stopped,
                 "seconds": self.seconds,
@@ -328,6 +380,11 @@ class Treatment:
         found = None if self.checkpoints is None else self.processes.from_main(self.checkpoints.load)
         if found is None:
             return
+        if found["step"] > self.config.steps:
+            what = f"at least {found['step']}, which are done in {self.output_dir}"
+            raise UserError(expected("steps", what, self.config.steps))
+        if self.config.steps > found.get("steps", 0) == found["step"] and found.get("unmeasured") is not None:
+            found |= {"stopped": None, "early_stopping": found["unmeasured"]}
         self.stopped = found["stopped"]
         self.step, self.history, self.seconds_before = found["step"], found["history"], found["seconds"]
         self.saved = self.step

@@ -37,6 +37,10 @@ class Report:
         """Add the most important sentence, which is emphasised."""
         self._parts.append(("lead", text))
 
+    def warning(self, text: str) -> None:
+        """Add a sentence that must not be overlooked."""
+        self._parts.append(("warning", text))
+
     def text(self, text: str) -> None:
         """Add a paragraph of plain text."""
         self._parts.append(("text", text))

@@ -1,4 +1,4 @@
-"""The benchmarks themselves: honest inputs, a gate that refuses, a history that compares."""
+"""The benchmarks themselves: honest inputs, wrong results that are refused, a history that compares."""
 
 import dataclasses
 import math
@@ -7,22 +7,23 @@ import pytest
 import torch
 
 from benchmarks.ops import (
-    bar,
+    acceptance,
     compare,
+    correctness,
     formulas,
-    gate,
     history,
+    implementations,
     launches,
     measure,
     memory,
     plot,
     registry,
     run,
-    sides,
     step,
     table,
     timing,
 )
+from benchmarks.studies import detector_cost
 
 CPU = torch.device("cpu")
 EVERY = {case.key: case for device in ("cuda", "cpu") for case in registry.cases(device)}
@@ -44,8 +45,9 @@ def row(**changes):
     """A timed row of the history."""
     base = {
         "run": "r1", "commit": "a" * 40, "device": "cpu", "op": "weighted_loss", "case": "latents", "backend": "cpu",
-        "dtype": "fp32", "shape": [2, 3], "map": "grid", "tags": ["bar"], "ours": True, "reason": None, "rounds": 9,
-        "p20_us": 10.0, "p50_us": 10.5, "p80_us": 11.0, "gb_per_s": 5.0, "copy_share": 0.8, "least_bytes": 800,
+        "dtype": "fp32", "shape": [2, 3], "map": "grid", "tags": ["acceptance"], "ours": True, "reason": None,
+        "rounds": 9, "p20_us": 10.0, "p50_us": 10.5, "p80_us": 11.0, "gb_per_s": 5.0,
+        "copy_share": 0.8, "least_bytes": 800,
         "gradient_bytes": 100, "held_bytes": 100, "peak_bytes": 120, "machine": {"cpu": "x", "threads": 2},
     }  # fmt: skip
     return base | changes
@@ -69,9 +71,9 @@ def test_every_case_passes_its_gate_on_the_reference(key):
     def fused(**given):
         return case.fused(given, backend)
 
-    want = gate.expected(case, tensors)
-    assert gate.check(case, gate.run(case, tensors, fused), want, ours=True)["reason"] is None
-    assert gate.check(case, gate.run(case, tensors, case.formula), want, ours=False)["reason"] is None
+    want = correctness.expected(case, tensors)
+    assert correctness.check(case, correctness.run(case, tensors, fused), want, ours=True)["reason"] is None
+    assert correctness.check(case, correctness.run(case, tensors, case.formula), want, ours=False)["reason"] is None
 
 
 def test_inputs_are_the_same_every_time():
@@ -106,7 +108,7 @@ def test_tokens_unpack_as_the_layout_says():
     assert torch.equal(formulas.unpack(tokens, 6, 8), diffdoctor.Packed(6, 8).unpack(tokens))
 
 
-# ---- the gate
+# ---- correctness
 
 
 @pytest.mark.parametrize("fault", ["value", "gradient", "nan"])
@@ -147,7 +149,10 @@ def test_the_loss_scale_is_taken_out_of_the_error():
     case = dataclasses.replace(tiny("latents/fp16"), scale=2.0**16)
     tensors = case.inputs(case, CPU)
     assert (
-        gate.check(case, gate.run(case, tensors, case.formula), gate.expected(case, tensors), False)["reason"] is None
+        correctness.check(
+            case, correctness.run(case, tensors, case.formula), correctness.expected(case, tensors), False
+        )["reason"]
+        is None
     )
 
 
@@ -155,7 +160,7 @@ def test_the_loss_scale_is_taken_out_of_the_error():
 
 
 class FakeClock:
-    """A clock whose sides say how long they take."""
+    """A clock whose implementations say how long they take."""
 
     smallest = 1.0
 
@@ -221,8 +226,8 @@ def test_operations_are_counted_forward_and_backward_without_views():
 
 def test_trainers_that_read_timesteps_are_seen_waiting():
     case = tiny("simpletuner/bf16")
-    side = sides.Side("eager", case.formula, False)
-    counted = launches.counted(sides.Call(case, case.inputs(case, CPU), side))
+    eager = implementations.Implementation("eager", case.formula, False)
+    counted = launches.counted(implementations.Call(case, case.inputs(case, CPU), eager))
     assert counted["waits"] == case.shape[0]
 
 
@@ -333,14 +338,14 @@ def test_the_bar_is_met_or_missed_by_the_rows():
         row(backend="eager", ours=False, p20_us=52.0),
         row(backend="compile", ours=False, p20_us=19.0),
     ]
-    outcome = {check.what.split(": ")[1]: check.met for check in bar.checks(group)}
+    outcome = {check.what.split(": ")[1]: check.met for check in acceptance.checks(group)}
     assert outcome == {
         "eager / diffdoctor": True,
         "torch.compile / diffdoctor": False,
         "kernel, share of a copy's speed": False,
         "held between forward and backward": True,
     }
-    assert "MISSED" in bar.text(group)
+    assert "MISSED" in acceptance.text(group)
 
 
 def test_the_table_has_both_sides_and_every_refusal():
@@ -389,3 +394,9 @@ def test_a_step_with_other_gradients_is_not_timed(monkeypatch):
     plain = next(one for one in step.STEPS if one.name == "plain-dit-latent")
     with pytest.raises(ValueError, match="other gradients"):
         step.measure(plain, CPU, small=True, seconds=0.05)
+
+
+def test_a_detectors_operations_are_counted_for_forward_and_backward():
+    layer = torch.nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    products = 2 * 3 * 8 * 9 * 16 * 16  # of the forward; the weight's gradient takes as many, the picture needs none
+    assert detector_cost.gflop_per_picture(layer, 16) == pytest.approx(2 * products / 1e9)

@@ -132,7 +132,7 @@ def test_a_toy_run_writes_its_report_and_does_nothing_the_second_time(tmp_path, 
     assert study.main(arguments) == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert len(metrics["runs"]) == len(parts.VARIANTS)
-    assert set(metrics["bar"]) == {"map50", "false_positive_rate"}
+    assert set(metrics["acceptance"]) == {"map50", "false_positive_rate"}
     printed = capsys.readouterr().out
     assert all(variant in printed for variant in parts.VARIANTS if variant != parts.DETECTOR)
     assert (tmp_path / "report.html").stat().st_size > 100_000

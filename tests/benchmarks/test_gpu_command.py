@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.ops import formulas, launches, registry, sides
+from benchmarks.ops import formulas, implementations, launches, registry
 from tools.gpu import __main__ as gpu
 from tools.gpu import build as gpu_build
 from tools.gpu import probe as gpu_probe
@@ -186,14 +186,17 @@ def test_every_shard_together_is_every_test(tmp_path):
 
 def test_launches_counted_before_are_taken_over(tmp_path, monkeypatch):
     monkeypatch.setattr(launches, "_known", {})
-    warm = [("warm", '{"case": "sd15/bf16", "sides": {"cuda": {"launches": 2, "waits": 0}, "eager": {"error": "x"}}}')]
-    context = Scripted(tmp_path, *((f"{k}/4", answer) for k in range(4) for _, answer in warm))
+    counts = {"cuda": {"launches": 2, "waits": 0}, "eager": {"error": "x"}}
+    answer = json.dumps({"case": "sd15/bf16", "implementations": counts})
+    context = Scripted(tmp_path, *((f"{k}/4", answer) for k in range(4)))
     found = gpu.part_warm(context)
     assert found == {"cases": 4, "failures": {"sd15/bf16 eager": "x"}}
     launches.load(gpu._launch_counts(context))
     case = registry.shrunken(next(case for case in registry.cases("cuda") if case.key == "sd15/bf16"))
-    call = sides.Call(
-        case, case.inputs(case, CPU), sides.Side("cuda", lambda **tensors: case.fused(tensors, "cpu"), True)
+    call = implementations.Call(
+        case,
+        case.inputs(case, CPU),
+        implementations.Implementation("cuda", lambda **tensors: case.fused(tensors, "cpu"), True),
     )
     assert launches.of_call("sd15/bf16", call) == {"launches": 2, "waits": 0}
     monkeypatch.setattr(launches, "seen_by_profiler", lambda call: 1 / 0)

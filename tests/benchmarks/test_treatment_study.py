@@ -29,7 +29,7 @@ TOY = {
 def finished(tmp_path_factory):
     """A toy study of two methods: its parts one by one in this process, the last one by the command itself."""
     output = tmp_path_factory.mktemp("study")
-    arguments = ["--output", str(output), "--pictures", "20", "--methods", "weighted,guide", "--threads", "1"]
+    arguments = ["--output", str(output), "--pictures", "20", "--methods", "weighted,nft-alone,guide", "--threads", "1"]
     arguments += ["--settings", json.dumps(TOY)]
     for part in parts(parser().parse_args(arguments))[:-1]:
         assert main([*arguments, "--part", part]) == 0
@@ -43,7 +43,7 @@ def finished(tmp_path_factory):
 def test_every_method_is_measured_on_both_pipelines(finished):
     record = json.loads((finished[0] / "treatment.json").read_text())
     rows = {(row["pipeline"], row["method"]): row for row in record["rows"]}
-    assert set(rows) == {(kind, method) for kind in ("sd", "flux") for method in ("weighted", "guide")}
+    assert set(rows) == {(kind, method) for kind in ("sd", "flux") for method in ("weighted", "nft-alone", "guide")}
     for row in rows.values():
         low, high = row["artifact_rate"]["judge"]["after_interval"]
         assert 0 <= low <= row["artifact_rate"]["judge"]["after"] <= high <= 1
@@ -58,8 +58,9 @@ def test_every_method_is_measured_on_both_pipelines(finished):
 
 def test_the_last_part_was_made_by_the_command_and_no_other_twice(finished):
     output, _, stamps = finished
+    methods = ("weighted", "nft-alone", "guide")
     assert {path.parent.name for path in output.glob("stages/*/stage.json")} == {
-        "flux-pipeline", "sd-before", "sd-weighted", "sd-guide", "flux-before", "flux-weighted", "flux-guide",
+        "flux-pipeline", *(f"{kind}-{name}" for kind in ("sd", "flux") for name in ("before", *methods)),
     }  # fmt: skip
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     assert "flux-guide" not in {path.parent.name for path in stamps}
@@ -102,7 +103,7 @@ def test_options_are_those_of_a_treatment(kind, method):
     from diffdoctor.treat import TreatConfig
 
     config = TreatConfig(**treat_options(kind, method, Settings()))
-    assert (config.method, config.sampling_steps, config.guidance_scale) == (method, 10, 1.0)
+    assert (config.method, config.sampling_steps, config.guidance_scale) == (method.removesuffix("-alone"), 10, 1.0)
     assert config.steps % config.evaluate_every == 0
 
 
@@ -122,6 +123,8 @@ def row_of(method="draft_k", **changes):
         ("guide", {"artifact_rate__judge__after": 0.072}, ["ratio"]),
         ("weighted", {"artifact_rate__judge__after": 0.17, "fid__after": 2.1}, ["FID"]),
         ("drtune", {"digit_accuracy__after": 0.939}, ["accuracy"]),
+        ("nft-alone", {"artifact_rate__judge__after": 0.036}, []),
+        ("nft-alone", {"artifact_rate__judge__after": 0.044}, ["ratio"]),
         ("full", {"artifact_rate__judge__after": 0.3}, []),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 
 from diffdoctor import cli
 from diffdoctor.demo import run
-from diffdoctor.demo.bar import Check, acceptance_checks, judge_is_calibrated
+from diffdoctor.demo.acceptance import Check, acceptance_checks, judge_is_calibrated
 from diffdoctor.demo.table import table
 from support.demo import metrics_of
 

@@ -54,7 +54,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)  # dozens of lives, one after another
+@pytest.mark.timeout(2400)  # dozens of attempts, one after another
 @pytest.mark.parametrize("command", ["inject", "diagnose", "evaluate", "train", "train_resampled"])
 def test_killed_at_random_moments_a_run_ends_in_the_same_bits(folder, command):
     script = [sys.executable, str(PROGRAMS / "detector_killed.py"), command, str(folder), "0"]

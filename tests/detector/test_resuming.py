@@ -69,7 +69,7 @@ while True:
         train(output, 10**9 if kills else 30)
         os._exit(0)
     if kills:
-        # Longer from life to life, so that it ends although the machine becomes busier.
+        # Longer from attempt to attempt, so that it ends although the machine becomes busier.
         time.sleep(whole * (chance.uniform(0.1, 0.4) + 0.05 * kills))
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
@@ -82,7 +82,7 @@ while True:
 def test_kill_minus_nine_at_random_moments_changes_no_bit(tmp_path):
     config = quick(steps=16, checkpoint_every=2)
     whole = train_detector(config, shapes(), detector=fresh(), output_dir=tmp_path / "whole", progress=False)
-    # The first life's initial weights must hold for all, so its first checkpoint is made before the killing starts.
+    # The first attempt's initial weights must hold for all, so its first checkpoint is made before the killing starts.
     with pytest.raises(KeyboardInterrupt):
         train_detector(config, StopAt(shapes(), 20), detector=fresh(), output_dir=tmp_path / "run", progress=False)
     subprocess.run([sys.executable, "-c", KILLER, str(tmp_path / "run")], check=True, env=environment(), timeout=900)

@@ -64,6 +64,28 @@ def test_residual(tensors, name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("flow", [False, True], ids=["tensor", "flow"])
+@pytest.mark.parametrize("reward", ["0", "half", "1", "map"])
+def test_the_contrastive_target_has_the_gradient_of_diffusion_nft(tensors, reward, flow, backend):
+    """r |v+ - v|^2 + (1 - r) |v- - v|^2 with v+- = (1 -+ beta) old +- beta model_pred (arXiv 2509.16117), per pixel."""
+    beta, old = 0.7, tensors["noisy"]
+    r = {"0": 0.0, "half": 0.5, "1": 1.0, "map": tensors["sigma"].clamp(max=1.0).view(-1, 1, 1, 1)}[reward]
+    r = r + torch.zeros(3, 1, *SHAPE[2:])
+    if reward == "map":
+        r = (r * torch.linspace(0.2, 1.0, 36).view(6, 6)).clamp(0, 1)
+    v = tensors["noise"] - tensors["latents"] if flow else tensors["noise"]
+    x, y = tensors["pred"].clone().requires_grad_(), tensors["pred"].clone().requires_grad_()
+    positive, negative = (1 - beta) * old + beta * x, (1 + beta) * old - beta * x
+    (r * (positive - v) ** 2 + (1 - r) * (negative - v) ** 2).mean().backward()
+
+    sample = Target.flow(tensors["latents"], tensors["noise"]) if flow else v
+    target = Target.contrastive(sample, old, clean=1 / beta, artifact=-1 / beta)
+    loss = diffdoctor.weighted_loss(y, target, confidence=1 - r, artifact_weight=1.0, backend=backend)
+    (beta**2 * loss).backward()
+    torch.testing.assert_close(y.grad, x.grad, rtol=0, atol=3e-5 * x.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_target_in_fp32_is_sharper_than_one_built_in_bf16(backend):
     latents, noise = torch.randn(SHAPE).bfloat16(), torch.randn(SHAPE).bfloat16()
     pred = torch.randn(SHAPE)
@@ -102,8 +124,20 @@ def test_packing_is_diffusers_flux_order():
         (ValueError, "order: expected one of", lambda: Packed(4, 4, 2, "pw ph c")),
         (TypeError, "order: expected one of", lambda: Packed(4, 4, 2, 7)),
         (TypeError, "terms: expected tensors, got float", lambda: Target.epsilon(1.0)),
-        (ValueError, "1 to 2 terms", lambda: Target((), ())),
-        (ValueError, "1 to 2 terms", lambda: Target((torch.ones(1),) * 3, (1.0,) * 3)),
+        (ValueError, "1 to 3 terms", lambda: Target((), ())),
+        (ValueError, "1 to 3 terms", lambda: Target((torch.ones(1),) * 4, (1.0,) * 4)),
+        (ValueError, "artifact_coefs: expected 1 factors, got 2",
+         lambda: Target((torch.ones(1),), (1.0,), 1.0, (1.0, 2))),
+        (TypeError, "artifact_coefs: expected a number", lambda: Target((torch.ones(1),), (1.0,), 1.0, ("1",))),
+        (TypeError, "old_pred: expected a tensor", lambda: Target.contrastive(torch.ones(1), 1.0)),
+        (TypeError, "target: expected a tensor or a Target", lambda: Target.contrastive(1.0, torch.ones(1))),
+        (ValueError, "target: expected one or two terms",
+         lambda: Target.contrastive(Target((torch.ones(1),) * 3, (1.0,) * 3), torch.ones(1))),
+        (ValueError, "target: expected a target without pred_scale",
+         lambda: Target.contrastive(Target((torch.ones(1),), (1.0,), 2.0), torch.ones(1))),
+        (ValueError, "target: expected a target without artifact_coefs",
+         lambda: Target.contrastive(Target.contrastive(torch.ones(1), torch.ones(1)), torch.ones(1))),
+        (TypeError, "artifact: expected a number", lambda: Target.contrastive(torch.ones(1), torch.ones(1), 0.0, None)),
         (ValueError, "as many coefs", lambda: Target((torch.ones(1),), (1.0, 2.0))),
         (TypeError, "scale: expected a number or a tensor",
          lambda: Target.preconditioned(torch.ones(1), torch.ones(1), "1", 1)),
@@ -111,7 +145,11 @@ def test_packing_is_diffusers_flux_order():
          lambda: Target.velocity(torch.ones(1), torch.ones(1), torch.ones(2, 1))),
         (TypeError, "floating-point", lambda: Target.velocity(torch.ones(1), torch.ones(1), torch.ones(2).long())),
     ],
-    ids=["height", "width", "order", "order kind", "term", "none", "three", "coefs", "scale", "alphas", "alphas dtype"],
+    ids=[
+        "height", "width", "order", "order kind", "term", "none", "four", "coefs", "artifact coefs", "artifact kind",
+        "old", "target", "contrastive three", "contrastive scaled", "contrastive twice", "artifact", "scale", "alphas",
+        "alphas dtype",
+    ],
 )  # fmt: skip
 def test_bad_argument(error, message, make):
     with pytest.raises(error, match=message):

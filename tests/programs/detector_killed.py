@@ -1,6 +1,6 @@
 """Runs of the detector's commands that are killed again and again: forks of one warm process.
 
-A life ends at a chosen file operation below its output folder (an opening, a renaming, a removal, or a synchronisation,
+An attempt ends at a chosen file operation in its output folder (an opening, a renaming, a removal, a synchronisation,
 at which the file loses a random part of what has not reached the disk), or after a chosen time. Called as
 `python tests/programs/detector_killed.py COMMAND FOLDER SEED`, with FOLDER/data and FOLDER/detector there; prints what
 it did as JSON.
@@ -34,7 +34,7 @@ from diffdoctor.evaluate.detector.command import EvaluateDetectorConfig, run_eva
 from support.curves import events_of
 from support.launch import free_port
 
-# What a life would import, so that only the first process pays for it.
+# What an attempt would import, so that only the first process pays for it.
 for name in (
     "accelerate.utils",
     "jinja2",
@@ -139,7 +139,7 @@ class Killer:
     def __init__(self, work, at, chance):
         self.work, self.places = work, (str(work / "out"), str(work / ".out"))
         self.at, self.chance, self.kinds = at, chance, []
-        # What of a file is on the disk, in bytes; what an earlier life left is.
+        # What of a file is on the disk, in bytes; what an earlier attempt left is.
         self.sync, self.synced = os.fsync, {str(p): p.stat().st_size for p in Path(work).rglob("*") if p.is_file()}
         sys.addaudithook(self.hook)
         os.fsync = self.fsync
@@ -173,15 +173,15 @@ class Killer:
             self.synced[path] = os.path.getsize(path)
 
 
-def life(command, folder, work, *, at=0, seconds=None, processes=1, chance=None):
-    """One life of a run in `work`/out; returns the kinds of operation it noted, or None when it was killed."""
+def attempt(command, folder, work, *, at=0, seconds=None, processes=1, chance=None):
+    """One attempt at a run in `work`/out; returns the kinds of operation it noted, or None when it was killed."""
     work.mkdir(parents=True, exist_ok=True)
     port = free_port()
     counted, group, children = work / "counted", 0, []
     for rank in range(processes):
         child = os.fork()
         if child == 0:
-            # Here and below, so that it is done before either goes on: a life kills its whole group.
+            # Here and below, so that it is done before either goes on: an attempt kills its whole group.
             os.setpgid(0, group)
             _child(command, folder, work, at if rank == processes - 1 else 0, processes, rank, port, chance)
         children.append(child)
@@ -226,7 +226,7 @@ def scalars(folder):
 
 
 def contents(work):
-    """{file: bytes} of all that a run leaves, but for the records of its lives; the curves as they would be shown."""
+    """{file: bytes} of all that a run leaves but the records of its attempts; the curves as they would be shown."""
     found = {}
     for path in sorted(work.rglob("*")):
         name = path.relative_to(work).as_posix()
@@ -265,12 +265,12 @@ def chain(command, folder, work, kinds, seconds, how, processes, chance):
     while True:
         at = chance.randint(1, max(2, len(kinds) // 2)) if how == "operation" else 0
         wait = seconds * (chance.uniform(0.1, 0.6) + 0.1 * kills) if how == "time" else None
-        if life(command, folder, work, at=at, seconds=wait, processes=processes, chance=chance) is not None:
+        if attempt(command, folder, work, at=at, seconds=wait, processes=processes, chance=chance) is not None:
             return kills
         kills += 1
-        assert kills < 60, "no life comes to the end"
+        assert kills < 60, "no attempt reaches the end"
         if how == "operation" and kills >= (8 if processes == 1 else 3):
-            assert life(command, folder, work, processes=processes) is not None
+            assert attempt(command, folder, work, processes=processes) is not None
             return kills
 
 
@@ -278,15 +278,15 @@ def main(command, folder, seed):
     torch.set_num_threads(1)
     chance = random.Random(seed)
     started = time.monotonic()
-    kinds = life(command, folder, folder / "whole")
+    kinds = attempt(command, folder, folder / "whole")
     seconds = time.monotonic() - started
     expected = contents(folder / "whole")
     points = kill_points(kinds, chance)
     report = {"operations": len(kinds), "files": len(expected), "points": len(points), "kills": [], "processes": []}
     for point in points:
         work = folder / f"point-{point}"
-        assert life(command, folder, work, at=point, chance=chance) is None, f"operation {point} never came"
-        assert life(command, folder, work) is not None
+        assert attempt(command, folder, work, at=point, chance=chance) is None, f"operation {point} never came"
+        assert attempt(command, folder, work) is not None
         compare(work, expected)
     chains = [("operation", 1), ("time", 1)] + [("operation", 2)] * (command in SHARED)
     for number, (how, processes) in enumerate(chains):

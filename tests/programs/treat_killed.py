@@ -128,7 +128,7 @@ def leftovers(output):
 
 def main(folder, seed, numbers):
     torch.set_num_threads(1)
-    # What a life would import, so that only this process pays for it: nearly all of a life's time otherwise.
+    # What an attempt would import, so that only this process pays for it: nearly all of an attempt's time otherwise.
     importlib.import_module("torch.utils.tensorboard")
     tiny_pipeline("sd")
     diffdoctor.weighted_loss(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))

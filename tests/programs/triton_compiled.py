@@ -1,80 +1,40 @@
 """Compile what the Triton backend launches and print it as JSON: `python tests/programs/triton_compiled.py ARCH [few]`.
 
-A stand-in driver names the compute capability, and a launch compiles and runs nothing, so that the glue is called with
-CPU tensors and what it would hand to a GPU of that kind is looked at. That changes Triton for the whole process.
+`tools.gpu.static_triton.record` turns every launch into a compilation, so that the glue is called with CPU tensors and
+what it would hand to a GPU of that kind is looked at.
 """
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from diffdoctor import Packed
 from diffdoctor.backends.triton import artifact_loss as triton_artifact
 from diffdoctor.backends.triton import weighted_loss as _triton
 from diffdoctor.lowering.plan import LOSS_KINDS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
 from support import artifact as artifact_cases
 from support import cases
+from tools.gpu import sass
+from tools.gpu.static_triton import record
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 TRAIN = WRITE_LOSS | WRITE_GRAD
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-class StandIn:
-    """As much of a driver as compiling asks for."""
-
-    def __init__(self, arch):
-        self.arch = arch
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
-
-
-def record(arch):
-    """From here on launches are compiled and appended to the list that is returned."""
-    driver.set_active(StandIn(arch))
-    launches, run = [], JITFunction.run
-
-    def compile_only(kernel, *args, grid, warmup, **kwargs):
-        compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-        launches.append((kernel.__name__, compiled))
-        return compiled
-
-    JITFunction.run = compile_only
-    return launches
 
 
 def describe(cubin):
-    """Registers, bytes of stack (spills) and the widths of global accesses, from the machine code."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        code = subprocess.run([CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    access = re.findall(r"\b(LDG|STG)\.E((?:\.[A-Z0-9]+)*)", code)
+    """Registers, bytes of stack (spills) and the number of wide global accesses, from the machine code."""
+    (found,) = sass.describe(cubin).values()
+    access = found["access"]
     return {
-        "registers": registers,
-        "stack": stack,
-        "local": len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        "wide_loads": sum(kind == "LDG" and ".128" in width for kind, width in access),
-        "wide_stores": sum(kind == "STG" and ".128" in width for kind, width in access),
+        "registers": found["registers"],
+        "stack": found["stack"],
+        "local": sum(count for name, count in access.items() if name.startswith(("LDL", "STL"))),
+        "wide_loads": access.get("LDG.128", 0),
+        "wide_stores": access.get("STG.128", 0),
     }
 
 
@@ -151,7 +111,7 @@ def main():
     for name, call in {**losses(few), **others(few)}.items():
         launches.clear()
         call()
-        for kernel, compiled in launches:
+        for kernel, _, compiled in launches:
             cubin = compiled.asm["cubin"]
             if cubin not in seen:
                 seen[cubin] = describe(cubin)

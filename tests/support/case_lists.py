@@ -4,7 +4,7 @@ import torch
 
 from diffdoctor import Packed
 from diffdoctor.reference.losses import ELEMENT_LOSSES
-from support.cases import BF16, F16, F32, F64, Case
+from support.cases import BF16, F16, F32, F64, OTHER_TARGETS, Case
 
 CONF = ((2, 1, 5, 7), F32)
 LARGE_MAP = ((2, 40, 56), torch.uint8)
@@ -95,6 +95,19 @@ def _targets() -> list[Case]:
     for target in ("epsilon", "sample", "velocity", "flow", "flow_reversed", "preconditioned"):
         cases.append(Case(f"target-{target}", target=target, confidence=CONF))
         cases.append(Case(f"target-{target}-bf16", target=target, dtype=BF16, pred_view="chunk"))
+    for target in OTHER_TARGETS:
+        cases += [
+            Case(f"target-{target}", target=target, confidence=CONF),
+            Case(f"target-{target}-bf16", target=target, dtype=BF16, target_dtype=BF16, confidence=LARGE_MAP,
+                 options={"clean_weight": 0.0}),
+            Case(f"target-{target}-f16", target=target, dtype=F16, target_view="channels_last", confidence=CONF),
+            Case(f"target-{target}-f64", target=target, dtype=F64, target_dtype=F64, confidence=CONF,
+                 weighting=((2, 1, 5, 7), F32), options={"artifact_grad": 2.0, "threshold": 0.25}),
+            Case(f"target-{target}-huber", target=target, pred_view="sliced", confidence=CONF, mask=CONF,
+                 options={"loss_type": {"huber": 1.0, "l1": 0.5}, "gamma": 2.0}),
+            Case(f"target-{target}-large", target=target, shape=(2, 16, 24, 40), dtype=BF16,
+                 confidence=((2, 24, 40), F32)),
+        ]  # fmt: skip
     return cases
 
 

@@ -27,7 +27,7 @@ class Case:
     id: str
     shape: tuple[int, ...] = (2, 3, 5, 7)
     dtype: torch.dtype = F32
-    target: str = "tensor"  # or the name of a Target constructor
+    target: str = "tensor"  # or the name of a Target constructor, or a key of OTHER_TARGETS
     target_dtype: torch.dtype = F32
     pred_view: str = "contiguous"
     target_view: str = "contiguous"
@@ -70,6 +70,18 @@ def lay_out(x: torch.Tensor, view: str) -> torch.Tensor:
     raise ValueError(view)
 
 
+#: Targets by what they are made of: three tensors of model_pred's shape and a number in (0.1, 0.9) for each sample.
+OTHER_TARGETS = {
+    "three_terms": lambda a, b, c, level: Target((a, b, c), (1.0, level, -0.5), 1.5),
+    "contrastive": lambda a, b, c, level: Target.contrastive(a, b),
+    "contrastive_flow": lambda a, b, c, level: Target.contrastive(Target.flow(a, b), c, 0.25, -level),
+    "contrastive_velocity": lambda a, b, c, level: Target.contrastive(Target.velocity(a, b, level), c, level, -1.0),
+    "one_spatial_term": lambda a, b, c, level: Target((a,), (1.0,), level, (-level,)),
+}
+#: Those whose coefficients change with u, which need a confidence map.
+SPATIAL_TARGETS = tuple(name for name in OTHER_TARGETS if name != "three_terms")
+
+
 def _map(spec, generator, view: str) -> torch.Tensor | None:
     """Values on a grid of 1/255, a fifth of them exactly 0 and some exactly 1, as masks have them."""
     if spec is None:
@@ -105,6 +117,8 @@ def build(case: Case) -> dict:
         target = Target.velocity(first, second, level)
     elif case.target == "preconditioned":
         target = Target.preconditioned(first, second, -level, 1 / (1 + level))
+    elif case.target in OTHER_TARGETS:
+        target = OTHER_TARGETS[case.target](first, second, normal(case.target_dtype, case.pred_view), level)
     elif case.target in ("flow", "flow_reversed"):
         target = Target.flow(first, second, reversed=case.target == "flow_reversed")
     else:
@@ -179,6 +193,7 @@ def _move(value, device):
             tuple(_move(term, device) for term in value.terms),
             tuple(_move(coef, device) for coef in value.coefs),
             _move(value.pred_scale, device),
+            value.artifact_coefs and tuple(_move(coef, device) for coef in value.artifact_coefs),
         )
     return value
 

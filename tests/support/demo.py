@@ -1,4 +1,4 @@
-"""The figures of a demo that met its bar, to be changed."""
+"""The figures of a demo that met its acceptance checks, to be changed."""
 
 
 def metrics_of(**changes):

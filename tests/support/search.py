@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from diffdoctor import Packed
 from diffdoctor.lowering.plan import LOSS_KINDS
-from support.cases import Case
+from support.cases import SPATIAL_TARGETS, Case
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VIEWS = ("contiguous", "transposed", "sliced", "chunk", "channels_last", "batch_inner")
@@ -83,7 +83,9 @@ def cases(draw, max_side: int = 13):
         normalizer = draw(st.sampled_from((2.5, "tensor")))
     elif normalize:
         options["normalize"] = normalize
-    targets = ("tensor", "epsilon", "velocity", "flow", "flow_reversed", "preconditioned")
+    targets = ("tensor", "epsilon", "velocity", "flow", "flow_reversed", "preconditioned", "three_terms")
+    if confidence is not None:
+        targets += SPATIAL_TARGETS
     return Case(
         id="search",
         shape=shape,

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from diffdoctor.runs.errors import UserError
+from diffdoctor.treat.adapters import merged_adapters
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import (
     WEIGHTS_NAME,
     add_lora,
     load_lora_state,
     lora_state,
-    merged_lora,
     save_lora,
     target_modules,
 )
@@ -91,11 +91,11 @@ def test_merging_samples_the_same_and_is_undone_bit_for_bit(name):
     pipeline, family, parameters = with_lora(name)
     treated = draw(pipeline, name)
     weights = {key: value.clone() for key, value in family.denoiser.state_dict().items()}
-    with merged_lora(family):
+    with merged_adapters(family):
         torch.testing.assert_close(draw(pipeline, name), treated, atol=2e-5, rtol=0)
     assert all(torch.equal(value, weights[key]) for key, value in family.denoiser.state_dict().items())
     assert all(parameter.requires_grad for parameter in parameters)
-    with pytest.raises(RuntimeError, match="stop"), merged_lora(family):
+    with pytest.raises(RuntimeError, match="stop"), merged_adapters(family):
         raise RuntimeError("stop")
     assert all(torch.equal(value, weights[key]) for key, value in family.denoiser.state_dict().items())
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from diffdoctor.detector import ConvDetector
+from diffdoctor.training.ema import RunningAverage
 from diffdoctor.training.processes import seed_of
 from diffdoctor.treat import TreatConfig
 from diffdoctor.treat.families import family_of
@@ -45,6 +46,10 @@ class Bench:
         self.conditioning = self.family.encode_prompts(
             PROMPTS, guidance_scale=scale, height=SIZE, width=SIZE, device=cpu
         )
+        # weights that old predictions come from, and those before the treatment: neither are the present ones
+        self.old, self.initial = (RunningAverage(self.parameters, 0.5, warm_up=False) for _ in range(2))
+        for average in (self.old, self.initial):
+            average.values = [v + 0.05 * torch.randn(v.shape, generator=generator) for v in average.values]
         generators = picture_generators((5, 6, 7))
         self.latents = initial_latents(self.sampling(), generators, SIZE, SIZE, cpu, torch.float32)
         self.generators = generators
@@ -66,6 +71,7 @@ class Bench:
         loss, replayed = artifact_term(
             sampling, rollout, confidence, config,
             total=len(self.latents), generator=torch.Generator().manual_seed(seed), seeds=(5, 6, 7),
+            old=self.old, initial=self.initial,
         )  # fmt: skip
         assert replayed == len(self.latents)
         return loss, [parameter.grad.clone() for parameter in self.parameters], confidence
@@ -77,7 +83,9 @@ class Bench:
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def velocity(self, latents, step):
-        t = self.sampler.timesteps[step]
+        return self.velocity_at(latents, self.sampler.timesteps[step])
+
+    def velocity_at(self, latents, t):
         unet, text = self.pipeline.unet, self.conditioning
         along = unet(latents, t, text.positive["encoder_hidden_states"]).sample
         if self.scale == 1.0:
@@ -112,6 +120,27 @@ class Bench:
                 velocity.register_hook(hook)
             latents = self.next_latents(latents, velocity, step)
         return self.loss(latents)
+
+    def final(self):
+        latents = self.latents
+        with torch.no_grad():
+            for step in range(STEPS):
+                latents = self.next_latents(latents, self.velocity(latents, step), step)
+        return latents
+
+    def old_velocity(self, values, latents, t):
+        """`velocity_at` where the LoRA has these values."""
+        names = dict(zip(map(id, self.parameters), values, strict=True))
+        own = {name: p for name, p in self.pipeline.unet.named_parameters() if id(p) in names}
+        kept = {name: p.data for name, p in own.items()}
+        for p in own.values():
+            p.data = names[id(p)]
+        try:
+            with torch.no_grad():
+                return self.velocity_at(latents, t)
+        finally:
+            for name, p in own.items():
+                p.data = kept[name]
 
     def gradient(self, loss):
         return torch.autograd.grad(loss, self.parameters)
@@ -164,10 +193,7 @@ def test_drtune(bench):
 
 def test_draft_lv(bench):
     _, ours, _ = bench.ours("draft_lv", None, modulate="none")
-    with torch.no_grad():
-        latents = bench.latents
-        for step in range(STEPS):
-            latents = bench.next_latents(latents, bench.velocity(latents, step), step)
+    latents = bench.final()
     alpha, sigma = bench.alpha_sigma(STEPS - 1)
     total = 0.0
     for repeat in range(2):
@@ -175,6 +201,36 @@ def test_draft_lv(bench):
         noise = [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         noisy = alpha * latents + sigma * torch.stack(noise)
         total = total + bench.loss(bench.next_latents(noisy, bench.velocity(noisy, STEPS - 1), STEPS - 1)) / 2
+    assert_same(ours, bench.gradient(total))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"nft_clean": 0.5, "nft_artifact": -2.0, "nft_repeats": 2}, {"anchor_weight": 0.7}, {"map_source": "uniform"}],
+    ids=["default", "repeated", "anchored", "uniform"],
+)
+def test_nft(bench, options):
+    loss, ours, confidence = bench.ours("nft", None, **options)
+    clean, artifact = options.get("nft_clean", 0.0), options.get("nft_artifact", -1.0)
+    repeats, anchor = options.get("nft_repeats", 1), options.get("anchor_weight", 0.0)
+    if "map_source" in options:
+        confidence = confidence.mean((2, 3), keepdim=True).expand_as(confidence)
+    level = F.interpolate(confidence, (8, 8), mode="area")
+    latents, total = bench.final(), 0.0
+    for repeat in range(repeats):
+        generators = [torch.Generator().manual_seed(seed_of(own, repeat)) for own in (5, 6, 7)]
+        noise = torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
+        t = (torch.stack([torch.rand((), generator=g) for g in generators]) * 1000).long()
+        alpha_bar = bench.pipeline.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+        noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
+        asked = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
+        old = bench.old_velocity(bench.old.values, noisy, t)
+        before = bench.old_velocity(bench.initial.values, noisy, t)
+        velocity = bench.velocity_at(noisy, t)
+        target = old + (clean + (artifact - clean) * level) * (asked - old)
+        total = total + ((velocity - target) ** 2).mean() / repeats
+        total = total + anchor * ((1 - level) * (velocity - before) ** 2).mean() / repeats
+    assert abs(loss - float(total)) < 1e-4 * float(total)
     assert_same(ours, bench.gradient(total))
 
 
@@ -225,4 +281,4 @@ def test_step_counts():
     assert checkpointed_steps("draft_k", 3, 10) == (7,)
     assert checkpointed_steps("draft_lv", 3, 10) == (9,)
     assert checkpointed_steps("drtune", 3, 10) == checkpointed_steps("full", None, 10) == (0,)
-    assert checkpointed_steps("weighted", None, 10) == ()
+    assert checkpointed_steps("weighted", None, 10) == checkpointed_steps("nft", None, 10) == ()

@@ -28,9 +28,11 @@ def saved(folder):
     return load_file(folder / "lora" / WEIGHTS_NAME)
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_resume_gives_the_same_lora_as_an_undisturbed_run(tmp_path, monkeypatch, ema):
-    options = {"steps": 5, "checkpoint_every": 2, "evaluate_every": 2, "ema_decay": ema, "map_source": "shuffled"}
+@pytest.mark.parametrize(
+    "method", [{}, {"ema_decay": 0.9}, {"method": "nft", "anchor_weight": 0.3}], ids=["draft_k", "ema", "nft"]
+)
+def test_resume_gives_the_same_lora_as_an_undisturbed_run(tmp_path, monkeypatch, method):
+    options = {"steps": 5, "checkpoint_every": 2, "evaluate_every": 2, "map_source": "shuffled", **method}
     run(output_dir=tmp_path / "whole", **options)
     term = treatment.artifact_term
     calls = []

@@ -19,6 +19,8 @@ from diffdoctor.detector import (
     ConvDetector,
     Detector,
     DetectorTrainingConfig,
+    FunctionDetector,
+    HttpDetector,
     Injected,
     PreprocessConfig,
     ShardStream,
@@ -27,6 +29,7 @@ from diffdoctor.detector import (
     coco_pictures,
     damage_kind,
     damage_kinds,
+    from_boxes,
     inject,
     load_detector,
     masked_pictures,
@@ -134,6 +137,15 @@ def detect(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     confidence: torch.Tensor = detector.confidence(images)
     logits: torch.Tensor = detector(images, value_range=(-1, 1))
     return confidence, logits
+
+
+def other_detectors(images: torch.Tensor) -> list[torch.Tensor]:
+    detectors = [
+        FunctionDetector(lambda pictures: pictures.mean(1, keepdim=True)),
+        from_boxes(lambda pictures: [[((0, 0, 8, 8), 0.5)] for _ in pictures], edge=4),
+        HttpDetector("http://127.0.0.1:8765/map"),
+    ]
+    return [detector.confidence(images) for detector in detectors]
 
 
 @damage_kind("black_hole")

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-from benchmarks.ops import bar, history, machine, step, table
+from benchmarks.ops import acceptance, history, machine, step, table
 from diffdoctor.runs.files import atomic_write_text
 from tools.gpu import static_report
 from tools.gpu.context import Context, PartError, json_lines, last_json
@@ -131,17 +131,17 @@ def part_small(context: Context) -> dict:
 
 
 def part_warm(context: Context) -> dict:
-    """Every side of every case once: its launches counted, and what it compiles left in the caches on disk, so that the
-    benchmarks spend their minutes on timing and the profiler is never loaded where something is timed."""
+    """Every implementation of every case once: its launches counted, what it compiles left in the disk caches, so that
+    the benchmarks spend their minutes on timing and the profiler is never loaded where something is timed."""
     jobs = context.jobs(4, 4)
     commands = [[*PROBE, "warm", f"{k}/{jobs}"] for k in range(jobs)]
     answers = context.run_all(commands, 170, OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="4")
-    rows = [row for text, _ in answers for row in json_lines(text) if row.get("sides")]
-    _launch_counts(context).write_text(json.dumps({row["case"]: row["sides"] for row in rows}))
+    rows = [row for text, _ in answers for row in json_lines(text) if row.get("implementations")]
+    _launch_counts(context).write_text(json.dumps({row["case"]: row["implementations"] for row in rows}))
     failures = {
-        f"{row['case']} {side}": found["error"]
+        f"{row['case']} {impl}": found["error"]
         for row in rows
-        for side, found in row["sides"].items()
+        for impl, found in row["implementations"].items()
         if "error" in found
     }
     found = {"cases": len(rows), "failures": failures}
@@ -169,7 +169,7 @@ def part_benchmarks(context: Context) -> dict:
     minutes = max(0.5, min(4.0, context.seconds_left(reserve=110) / 60))
     command = [
         sys.executable, "-m", "benchmarks.ops.run", "--device", "cuda", "--graphs", "--seconds", "1.0",
-        "--minutes", f"{minutes:.2f}", "--output", str(rows), "--plots", str(context.output), "--sides",
+        "--minutes", f"{minutes:.2f}", "--output", str(rows), "--plots", str(context.output), "--all",
     ]  # fmt: skip
     if _launch_counts(context).exists():
         command += ["--launches", str(_launch_counts(context))]
@@ -272,7 +272,7 @@ def report(found: dict, rows: list[dict]) -> str:
         steps = [row for row in rows if row["op"] == table.STEP]
         if steps:
             parts.append(step.text(steps))
-        parts.append(bar.text([row for row in rows if row["op"] != table.STEP]))
+        parts.append(acceptance.text([row for row in rows if row["op"] != table.STEP]))
     static = found.get("static", {})
     if "rows" in static:
         parts.append(static_report.text(static["rows"], static["missing"]))

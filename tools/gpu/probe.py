@@ -1,8 +1,8 @@
 """Small programs that `tools.gpu` runs on a GPU, each in a process of its own; each prints one JSON object.
 
 `describe`: the GPU by name. `limits`: copy bandwidth and launch costs. `small [BACKEND]`: every case at a tiny size,
-checked; for compute-sanitizer. `warm K/N`: every side of every Nth case once, a line of JSON for each case. `once
-CASE/DTYPE BACKEND`: one forward and backward between cudaProfilerStart and Stop; for ncu.
+checked; for compute-sanitizer. `warm K/N`: every implementation of every Nth case once, a line of JSON for each.
+`once CASE/DTYPE BACKEND`: one forward and backward between cudaProfilerStart and Stop; for ncu.
 """
 
 import json
@@ -10,9 +10,9 @@ import sys
 
 import torch
 
-from benchmarks.ops import gate, launches, machine, timing
+from benchmarks.ops import correctness, launches, machine, timing
+from benchmarks.ops.implementations import Call, Implementation, implementations_of, own_backends
 from benchmarks.ops.registry import cases, shrunken
-from benchmarks.ops.sides import Call, Side, own_backends, sides_of
 
 DEVICE = torch.device("cuda")
 
@@ -27,7 +27,7 @@ def describe() -> dict:
 def limits() -> dict:
     """What this GPU can do at best: GB/s of a copy by size, microseconds of a launch, eager and in a graph."""
     clock = timing.CudaClock()
-    copies = {2**power: timing.copy_side(2**power, DEVICE) for power in (20, 24, 27, 30, 32)}
+    copies = {2**power: timing.copy_of(2**power, DEVICE) for power in (20, 24, 27, 30, 32)}
     samples = timing.interleaved(copies, clock, seconds=3.0)
     found = {"copy_gb_per_s": {str(n): n / timing.percentile(taken, 0.2) / 1e9 for n, taken in samples.items()}}
     one = torch.zeros(1, device=DEVICE)
@@ -54,13 +54,13 @@ def small(backend: str | None = None) -> dict:
     for case in map(shrunken, cases("cuda")):
         tensors = case.inputs(case, DEVICE)
         # On the CPU: under compute-sanitizer every kernel costs, and these are not what is looked at.
-        want = gate.expected(case, {name: x.cpu() for name, x in tensors.items()})
+        want = correctness.expected(case, {name: x.cpu() for name, x in tensors.items()})
         for name in own_backends(case.op, DEVICE):
             if backend not in (None, name):
                 continue
             try:
-                got = gate.run(case, tensors, lambda case=case, name=name, **given: case.fused(given, name))
-                reason = gate.check(case, [x.cpu() for x in got], want, ours=True)["reason"]
+                got = correctness.run(case, tensors, lambda case=case, name=name, **given: case.fused(given, name))
+                reason = correctness.check(case, [x.cpu() for x in got], want, ours=True)["reason"]
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
             checked += 1
@@ -71,19 +71,19 @@ def small(backend: str | None = None) -> dict:
 
 
 def warm(shard: str = "0/1") -> dict:
-    """Call every side of cases K, K + N, … and count what it launches; what is compiled stays in the caches on disk."""
+    """Call every implementation of cases K, K + N, … and count its launches; what is compiled stays cached on disk."""
     part, parts = map(int, shard.split("/"))
     mine = cases("cuda")[part::parts]
     for case in mine:
         torch._dynamo.reset()
         tensors = case.inputs(case, DEVICE)
         found = {}
-        for side in sides_of(case, DEVICE):
+        for impl in implementations_of(case, DEVICE):
             try:
-                found[side.name] = launches.of_call(case.key, Call(case, tensors, side))
+                found[impl.name] = launches.of_call(case.key, Call(case, tensors, impl))
             except Exception as error:
-                found[side.name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-        print(json.dumps({"case": case.key, "sides": found}), flush=True)
+                found[impl.name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        print(json.dumps({"case": case.key, "implementations": found}), flush=True)
         del tensors
         torch.cuda.empty_cache()
     return {"cases": len(mine)}
@@ -92,8 +92,8 @@ def warm(shard: str = "0/1") -> dict:
 def once(key: str, backend: str) -> dict:
     """The named case, warm, one time under the profiler's eye."""
     case = next(case for case in cases("cuda") if case.key == key)
-    side = Side(backend, lambda **tensors: case.fused(tensors, backend), True)
-    call = Call(case, case.inputs(case, DEVICE), side)
+    impl = Implementation(backend, lambda **tensors: case.fused(tensors, backend), True)
+    call = Call(case, case.inputs(case, DEVICE), impl)
     for _ in range(3):
         call()
     torch.cuda.synchronize()

@@ -12,8 +12,8 @@ from unittest import mock
 
 import torch
 
+from benchmarks.ops.implementations import Call, Implementation, backend_module
 from benchmarks.ops.registry import Case, cases, dtype_name, least_bytes
-from benchmarks.ops.sides import Call, Side, backend_module
 from diffdoctor.ops import OPS
 from tools.gpu import sass
 
@@ -66,9 +66,9 @@ def launched(case: Case, launches: list) -> list:
     """(part, name, grid, kernel) for every launch of the case's forward and backward."""
     launches.clear()
     chosen = {("cpu", OPS[op]): backend_module("triton", op) for op in OPS}
-    side = Side("triton", lambda **tensors: case.fused(tensors, None), True)
+    impl = Implementation("triton", lambda **tensors: case.fused(tensors, None), True)
     with mock.patch.dict("diffdoctor.backends.select._chosen", chosen):
-        call = Call(case, case.inputs(case, torch.device("cpu")), side)
+        call = Call(case, case.inputs(case, torch.device("cpu")), impl)
         launches.clear()  # Call has run one forward
         result = call.forward()
         forward = [("forward", *launch) for launch in launches]

@@ -223,7 +223,7 @@ def measures(output: Path, detector, folder: Path) -> dict:
     from diffdoctor.detector.samples import JoinedData
     from diffdoctor.evaluate.detector.measure import evaluate_maps, measure
     from diffdoctor.evaluate.detector.report import write_report
-    from diffdoctor.runs.summary import nan_to_none
+    from diffdoctor.runs.strict_json import nan_to_none
 
     result: dict = {}
     for part in ("seen", "unseen"):

@@ -28,7 +28,7 @@ def write(output: Path, sets: dict, results: dict, seconds: float) -> dict:
     }
     if MAIN in results:
         overall = results[MAIN]["seen"]["all"]
-        metrics["bar"] = {
+        metrics["acceptance"] = {
             "map50": overall["map50"] >= REQUIRED_MAP50,
             "false_positive_rate": overall["false_positive_rate"] <= ALLOWED_FALSE_POSITIVES,
         }
@@ -149,8 +149,8 @@ def text(metrics: dict) -> str:
     for title, header, rows in tables(metrics):
         lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
         parts.append(f"**{title}**\n\n" + "\n".join(lines) + "\n")
-    for name, reached in metrics.get("bar", {}).items():
-        parts.append(f"bar {name}: {'reached' if reached else 'NOT reached'}\n")
+    for name, reached in metrics.get("acceptance", {}).items():
+        parts.append(f"acceptance, {name}: {'reached' if reached else 'NOT reached'}\n")
     return "\n".join(parts)
 
 

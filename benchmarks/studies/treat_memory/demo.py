@@ -11,9 +11,11 @@ import torch
 from benchmarks.studies.treat_memory.counting import Alive, Kept
 from diffdoctor.demo.pipeline import build_pipeline
 from diffdoctor.detector import ArtifactDetector
+from diffdoctor.training.ema import RunningAverage
 from diffdoctor.treat import TreatConfig
+from diffdoctor.treat.adapters import merged_adapters
 from diffdoctor.treat.families import family_of
-from diffdoctor.treat.lora import add_lora, merged_lora
+from diffdoctor.treat.lora import add_lora
 from diffdoctor.treat.methods import METHODS
 from diffdoctor.treat.prepare import memory_options
 from diffdoctor.treat.rollout import initial_latents, picture_generators, roll_out
@@ -31,6 +33,7 @@ class Step:
         self.config = TreatConfig(replay_area=0.0, log_with="none", sampling_steps=sampling_steps, **options)
         self.family = family_of(build_pipeline(["a dot"]))
         self.parameters = add_lora(self.family, rank=16, alpha=16.0, groups=("attention", "convolution"), seed=0)
+        self.old = RunningAverage(self.parameters, float(METHODS[self.config.method].has_old))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.detector = ArtifactDetector.tiny().eval().requires_grad_(False)
@@ -49,7 +52,7 @@ class Step:
         generators = picture_generators(range(PICTURES))
         latents = initial_latents(self.sampling, generators, 16, 16, torch.device("cpu"), torch.float32)
         keep = METHODS[config.method].checkpointed_steps(config, config.sampling_steps)
-        with merged_lora(self.family):
+        with merged_adapters(self.family):
             rollout = roll_out(self.sampling, self.conditioning, latents, generators, keep=keep)
         self.sampling.diagnose(rollout.final)
         self.rollout = rollout
@@ -64,6 +67,8 @@ class Step:
             total=PICTURES,
             generator=torch.Generator().manual_seed(0),
             seeds=range(PICTURES),
+            old=self.old,
+            initial=RunningAverage(self.parameters, 0),
         )
 
     def measured(self) -> dict:
@@ -100,6 +105,8 @@ CASES = {
     "draft_k, vae_slicing": {"vae_slicing": True},
     "draft_k, gradient_checkpointing": {"gradient_checkpointing": True},
     "draft_k, both": {"vae_slicing": True, "gradient_checkpointing": True},
+    "nft": {"method": "nft"},
+    "nft, gradient_checkpointing": {"method": "nft", "gradient_checkpointing": True},
 }
 
 

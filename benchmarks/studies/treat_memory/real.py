@@ -12,6 +12,8 @@ import torch
 
 from benchmarks.studies.treat_memory.counting import Alive, Kept
 from diffdoctor.detector import ArtifactDetector
+from diffdoctor.ops.target import Target
+from diffdoctor.ops.weighted_loss import weighted_loss
 
 
 @contextlib.contextmanager
@@ -47,7 +49,7 @@ def _stable_diffusion(dtype):
 def _flux(dtype):
     from diffusers import AutoencoderKL, FluxTransformer2DModel
 
-    from diffdoctor.ops import Packed
+    from diffdoctor.ops.layout import Packed
 
     with _made_in(dtype):
         denoiser = FluxTransformer2DModel()
@@ -93,6 +95,8 @@ def real_rows(name: str) -> list[dict]:
         "+ both, VAE in tiles of 256": (grad_steps, "tiles", True, True),
         "+ both, a quarter of the tiles alone": (grad_steps, "flagged", True, True),
         "+ denoiser checkpointed, a tiny VAE": (grad_steps, "tiny", True, False),
+        "nft": (1, "none", False, False),
+        "nft, denoiser checkpointed": (1, "none", True, False),
     }
     rows = []
     for case, options in cases.items():
@@ -104,6 +108,8 @@ def real_rows(name: str) -> list[dict]:
 
 def real_step(build, dtype, count, decoder, denoiser_checkpointed, vae_checkpointed) -> dict:
     """count denoiser passes, decoder (fp32) and detector (SegFormer-b5, fp32) of one picture, with their backward.
+
+    Where the decoder is "none" it is a step of `nft`: a pass for the old prediction, one with a graph, and the loss.
 
     Returns:
         `kept` (bytes for backward by place, at the worst moment), `peak` (bytes of new tensors alive at once) and
@@ -129,7 +135,15 @@ def real_step(build, dtype, count, decoder, denoiser_checkpointed, vae_checkpoin
             _in_tiles(vae, 256, flagged=0.25 if decoder == "flagged" else 1.0)
         kept = Kept((denoiser, vae, detector))
 
-        def step():
+        def nft_step():
+            noisy, clean, noise = (torch.zeros(1, *shape, dtype=dtype) for _ in range(3))
+            with torch.no_grad():
+                old = predict(noisy)
+            prediction = kept.at("denoiser", predict)(noisy)
+            target = Target.contrastive(Target.flow(clean, noise), old)
+            weighted_loss(prediction, target, torch.zeros(1, 1, *shape[1:]), artifact_weight=1.0).backward()
+
+        def replay_step():
             latents = torch.zeros(1, *shape, dtype=dtype)
             for _ in range(count):
                 latents = latents - 0.1 * kept.at("denoiser", predict)(latents)
@@ -139,6 +153,7 @@ def real_step(build, dtype, count, decoder, denoiser_checkpointed, vae_checkpoin
             logits.sigmoid().mean().backward()
             latents.backward(ends.grad.to(dtype))
 
+        step = nft_step if decoder == "none" else replay_step
         # One after the other: the counter of operations leaves tensors in cycles, alive until the collector comes by.
         with _fused_attention(), FlopCounterMode(display=False) as operations:
             step()

@@ -21,7 +21,9 @@ from diffdoctor.version import __version__
 
 SHARED = "shared"
 PIPELINES = ("sd", "flux")
-METHODS = ("draft_k", "drtune", "weighted", "guide", "draft_lv", "full")
+METHODS = ("draft_k", "drtune", "nft", "nft-alone", "weighted", "guide", "draft_lv", "full")
+# nft without offline pairs, and the detector a function of pictures that has no gradient.
+ALONE = "nft-alone"
 # Where it is not TreatConfig's default. A step of the denoising loss alone costs a third of one that samples.
 BY_PIPELINE: dict[str, dict] = {"sd": {}, "flux": {"learning_rate": 2e-3}}
 BY_METHOD: dict[str, dict] = {"weighted": {"steps": 200}}
@@ -189,12 +191,14 @@ class Study:
 
         data = self.demo.data()
         detector, pairs = self.detector(data), data.training
+        offline = (pairs.pictures, [demo_data.prompt_of(int(digit)) for digit in pairs.digits])
+        if method == ALONE:
+            detector, offline = detector.confidence, None
         config = TreatConfig(**treat_options(kind, method, self.settings))
         with PeakMemory() as memory:
             result = treat(
-                pipeline, detector, [demo_data.prompt_of(digit) for digit in range(10)], config,
-                offline=(pairs.pictures, [demo_data.prompt_of(int(digit)) for digit in pairs.digits]),
-            )  # fmt: skip
+                pipeline, detector, [demo_data.prompt_of(digit) for digit in range(10)], config, offline=offline
+            )
         result.save_lora(folder / "lora")
         record = {
             "history": result.history,
@@ -245,7 +249,12 @@ def treat_options(kind: str, method: str, settings: Settings) -> dict:
     """The options of `TreatConfig` for a method on a pipeline: its defaults where they can be."""
     options = call_options(kind)
     options["sampling_steps"] = options.pop("num_inference_steps")
-    options |= {"method": method, "seed": settings.seed, "evaluate_pictures": 200, "checkpoint_every": 0}
+    options |= {
+        "method": "nft" if method == ALONE else method,
+        "seed": settings.seed,
+        "evaluate_pictures": 200,
+        "checkpoint_every": 0,
+    }
     options |= BY_PIPELINE[kind] | BY_METHOD.get(method, {})
     steps = {**options, **settings.treat}.get("steps", 100)
     return options | {"evaluate_every": max(1, steps // 4)} | settings.treat

@@ -8,7 +8,7 @@ from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.files import atomic_write_text
 
 START, END = "<!-- table of python -m benchmarks.studies.treatment -->", "<!-- end of table -->"
-LIMITS = {"draft_k": 0.1, "drtune": 0.1, "weighted": 0.5, "guide": 0.2}
+LIMITS = {"draft_k": 0.1, "drtune": 0.1, "nft": 0.1, "nft-alone": 0.12, "weighted": 0.5, "guide": 0.2}
 ACCURACY_MAY_FALL = 0.01
 NAMES = {"sd": "U-Net, v-prediction (SD)", "flux": "transformer, flow matching (FLUX)"}
 HEADER = (

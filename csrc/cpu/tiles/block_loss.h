@@ -23,7 +23,8 @@ template <typename acc_t>
 struct Call {
   const WeightedLossParams& p;
   Tiling tiling;
-  bool has_maps, modulated, l2_only, pred_run, grad_run, term_run[kMaxTerms];
+  bool has_maps, modulated, pred_run, grad_run, term_run[kMaxTerms];
+  bool l2_only;  // and as many terms as the pass of l2.h is compiled for
   acc_t clean_weight, clean_grad;
 
   explicit Call(const WeightedLossParams& params) : p(params), tiling(make_tiling(params)) {
@@ -31,6 +32,7 @@ struct Call {
     modulated = modulates(p);
     l2_only = true;
     for (int k = 0; k < kLossKinds; ++k) l2_only = l2_only && (k == kL2 || p.strength[k] == 0);
+    l2_only = l2_only && (p.spatial_coefs ? p.num_terms >= 2 : p.num_terms <= 2);
     pred_run = block_is_run(p, tiling, p.pred.stride);
     grad_run = (p.outputs & kWriteGrad) && block_is_run(p, tiling, p.grad.stride);
     for (int k = 0; k < p.num_terms; ++k) term_run[k] = block_is_run(p, tiling, p.terms[k].stride);
@@ -94,20 +96,14 @@ void store_block(const Call<acc_t>& call, const Block& at, const acc_t* values) 
     scatter(call.p, call.tiling, at, x.data, x.dtype, x.stride, offset, call.tiling.split, values);
 }
 
-// The element-wise weights of a block: omega * v and omega * m * v. Null where they are constant over the call.
-template <typename acc_t>
-struct BlockWeights {
-  const acc_t* weight;
-  const acc_t* modulated;
-};
-
 template <typename acc_t>
 BlockWeights<acc_t> block_weights(const Call<acc_t>& call, const Block& at, Buffers<acc_t>& buf) {
   const WeightedLossParams& p = call.p;
   const acc_t *omega = buf.maps.omega, *modulated = call.modulated ? buf.maps.modulated : omega;
+  const acc_t* level = p.spatial_coefs ? buf.maps.u : nullptr;
   if (!p.weighting.present) {
-    if (!call.has_maps) return {nullptr, nullptr};
-    return {omega, modulated};
+    if (!call.has_maps) return {nullptr, nullptr, nullptr};
+    return {omega, modulated, level};
   }
   gather(p, call.tiling, at, p.weighting.data, p.weighting.dtype, p.weighting.stride,
          block_offset(call.tiling, at, p.weighting.batch_stride, p.weighting.stride), buf.v);
@@ -123,41 +119,45 @@ BlockWeights<acc_t> block_weights(const Call<acc_t>& call, const Block& at, Buff
       buf.weight[i] = omega[i] == 0 || v[i] == 0 ? acc_t(0) : omega[i] * v[i];
       buf.modulated[i] = modulated[i] == 0 || v[i] == 0 ? acc_t(0) : modulated[i] * v[i];
     }
-  return {buf.weight, call.modulated ? buf.modulated : buf.weight};
+  return {buf.weight, call.modulated ? buf.modulated : buf.weight, level};
 }
 
 // Tried as if everything were finite; where it was not, the piece is done again.
-template <int kTerms, bool kWeights, bool kModulated, bool kGrad, typename pred_t, typename term_t, typename acc_t>
-acc_t l2_retried(const Operands<pred_t, term_t>& x, const Sample<acc_t>& s, const acc_t* weight, const acc_t* modulated,
+template <typename shape_t, bool kWeights, bool kModulated, bool kGrad, typename pred_t, typename term_t,
+          typename acc_t>
+acc_t l2_retried(const Operands<pred_t, term_t>& x, const Sample<acc_t>& s, const BlockWeights<acc_t>& w,
                  acc_t grad_scale, int64_t n) {
   acc_t total;
-  if (l2_finite<kTerms, kWeights, kModulated, kGrad>(x, s, weight, modulated, grad_scale, n, total)) return total;
-  return l2_run<kTerms, kWeights, kModulated, kGrad>(x, s, weight, modulated, grad_scale, n);
+  if (l2_finite<shape_t, kWeights, kModulated, kGrad>(x, s, w, grad_scale, n, total)) return total;
+  return l2_run<shape_t, kWeights, kModulated, kGrad>(x, s, w, grad_scale, n);
 }
 
-template <int kTerms, typename pred_t, typename term_t, typename acc_t>
-acc_t l2_piece(const Operands<pred_t, term_t>& x, const Sample<acc_t>& s, const BlockWeights<acc_t>& w, int64_t begin,
+template <typename shape_t, typename pred_t, typename term_t, typename acc_t>
+acc_t l2_piece(const Operands<pred_t, term_t>& x, const Sample<acc_t>& s, const BlockWeights<acc_t>& w,
                acc_t grad_scale, int64_t n) {
-  const acc_t* weight = w.weight ? w.weight + begin : nullptr;
-  const acc_t* modulated = w.weight ? w.modulated + begin : nullptr;
-  if (!x.grad)
-    return weight ? l2_retried<kTerms, true, false, false>(x, s, weight, modulated, grad_scale, n)
-                  : l2_retried<kTerms, false, false, false>(x, s, weight, modulated, grad_scale, n);
-  if (!weight) return l2_retried<kTerms, false, false, true>(x, s, weight, modulated, grad_scale, n);
-  return modulated == weight ? l2_retried<kTerms, true, false, true>(x, s, weight, modulated, grad_scale, n)
-                             : l2_retried<kTerms, true, true, true>(x, s, weight, modulated, grad_scale, n);
+  if constexpr (!shape_t::kSpatial) {  // coefficients that change come with a map
+    if (!w.weight)
+      return x.grad ? l2_retried<shape_t, false, false, true>(x, s, w, grad_scale, n)
+                    : l2_retried<shape_t, false, false, false>(x, s, w, grad_scale, n);
+  }
+  if (!x.grad) return l2_retried<shape_t, true, false, false>(x, s, w, grad_scale, n);
+  return w.modulated == w.weight ? l2_retried<shape_t, true, false, true>(x, s, w, grad_scale, n)
+                                 : l2_retried<shape_t, true, true, true>(x, s, w, grad_scale, n);
 }
 
 template <typename pred_t, typename term_t, typename acc_t>
-acc_t l2_piece(int terms, const Operands<pred_t, term_t>& x, const Sample<acc_t>& s, const BlockWeights<acc_t>& w,
-               int64_t begin, acc_t grad_scale, int64_t n) {
-  switch (terms) {
+acc_t l2_piece(const WeightedLossParams& p, const Operands<pred_t, term_t>& x, const Sample<acc_t>& s,
+               const BlockWeights<acc_t>& w, acc_t grad_scale, int64_t n) {
+  if (p.spatial_coefs)
+    return p.num_terms == 2 ? l2_piece<TermShape<2, true>>(x, s, w, grad_scale, n)
+                            : l2_piece<TermShape<3, true>>(x, s, w, grad_scale, n);
+  switch (p.num_terms) {
     case 0:
-      return l2_piece<0>(x, s, w, begin, grad_scale, n);
+      return l2_piece<TermShape<0, false>>(x, s, w, grad_scale, n);
     case 1:
-      return l2_piece<1>(x, s, w, begin, grad_scale, n);
+      return l2_piece<TermShape<1, false>>(x, s, w, grad_scale, n);
     default:
-      return l2_piece<2>(x, s, w, begin, grad_scale, n);
+      return l2_piece<TermShape<2, false>>(x, s, w, grad_scale, n);
   }
 }
 
@@ -189,7 +189,7 @@ double l2_block(const Call<acc_t>& call, const Block& at, const Sample<acc_t>& s
       else
         x.term[k] = static_cast<const term_t*>(runs.term[k].data) + begin;
     }
-    total += l2_piece<pred_t, term_t, acc_t>(call.p.num_terms, x, s, w, begin, grad_scale, n);
+    total += l2_piece<pred_t, term_t, acc_t>(call.p, x, s, w.from(begin), grad_scale, n);
     if constexpr (buffered) {
       if (runs.grad.data && !own_grad)
         store_run<acc_t>(const_cast<void*>(runs.grad.data), runs.grad.dtype, begin, 1, n, buf.grad_piece);
@@ -238,26 +238,34 @@ double process_l2(const Call<acc_t>& call, const Block& at, const Sample<acc_t>&
   return total * double(loss_scale);
 }
 
-// weight: null where all are selected.
+// weight, level: of the piece; weight is null where all are selected, level where the coefficients do not change.
 template <typename acc_t>
 void residuals(const Call<acc_t>& call, const Sample<acc_t>& s, const Runs<acc_t>& runs, const acc_t* weight,
-               int64_t begin, int64_t n, Buffers<acc_t>& buf) {
+               const acc_t* level, int64_t begin, int64_t n, Buffers<acc_t>& buf) {
   const WeightedLossParams& p = call.p;
   Operands<acc_t, acc_t> x = {};
   x.pred = piece_of<acc_t>(runs.pred, begin, n, buf.pred_piece);
   for (int k = 0; k < p.num_terms; ++k) x.term[k] = piece_of<acc_t>(runs.term[k], begin, n, buf.term_piece[k]);
-  const auto fill = [&, x, s](auto terms) {
+  const auto fill = [&, x, s](auto shape) {
     for (int64_t i = 0; i < n; ++i) {
-      const acc_t d = residual<decltype(terms)::value>(x, s, i);
+      const acc_t d = residual<decltype(shape)>(x, s, level, i);
       buf.d[i] = weight && weight[i] == 0 ? acc_t(0) : d;
     }
   };
-  if (p.num_terms == 0)
-    fill(std::integral_constant<int, 0>());
-  else if (p.num_terms == 1)
-    fill(std::integral_constant<int, 1>());
-  else
-    fill(std::integral_constant<int, 2>());
+  const auto fill_as = [&](auto terms) {
+    constexpr int kTerms = decltype(terms)::value;
+    level ? fill(TermShape<kTerms, true>()) : fill(TermShape<kTerms, false>());
+  };
+  switch (p.num_terms) {
+    case 0:
+      return fill(TermShape<0, false>());
+    case 1:
+      return fill_as(std::integral_constant<int, 1>());
+    case 2:
+      return fill_as(std::integral_constant<int, 2>());
+    default:
+      return fill_as(std::integral_constant<int, 3>());
+  }
 }
 
 // Any losses, and the sums where they are wanted.
@@ -278,7 +286,7 @@ double process_general(const Call<acc_t>& call, const Block& at, const Sample<ac
     const int64_t n = at.count - begin < kPiece ? at.count - begin : kPiece;
     const acc_t* weight = w.weight ? w.weight + begin : buf.plain;
     const acc_t* modulated = w.weight ? w.modulated + begin : buf.plain_modulated;
-    residuals(call, s, runs, weight, begin, n, buf);
+    residuals(call, s, runs, weight, w.from(begin).level, begin, n, buf);
     eval_losses(p, buf.d, s.huber_c, n, buf.loss, buf.slope);
     total += weighted_sum(weight, buf.loss, n);
     if (write_grad) {
@@ -322,7 +330,8 @@ void process_l2_sums(const Call<acc_t>& call, const Block& at, const Sample<acc_
     for (int64_t begin = 0; begin < at.count; begin += kPiece) {
       const int64_t n = at.count - begin < kPiece ? at.count - begin : kPiece;
       const auto from = [begin](auto of) { return [=](int64_t i) { return of(begin + i); }; };
-      residuals(call, s, runs, w.weight ? w.weight + begin : nullptr, begin, n, buf);
+      const BlockWeights<acc_t> piece = w.from(begin);
+      residuals(call, s, runs, piece.weight, piece.level, begin, n, buf);
       add_l2_sums(from(u), from(omega), buf.d, strength, s.weight, n, sums);
     }
   });

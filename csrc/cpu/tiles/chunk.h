@@ -10,7 +10,7 @@ namespace diffdoctor {
 namespace {
 
 // The spatial weight omega and the modulated weight omega * m of a block, reused by every channel. `modulated` is
-// filled only where m is not 1, `u` only for LossStats.
+// filled only where m is not 1, `u` only for LossStats and coefficients that change with it.
 template <typename acc_t>
 struct alignas(64) Weights {
   acc_t u[kChunk], mask[kChunk], omega[kChunk], modulated[kChunk];
@@ -56,7 +56,7 @@ void fill_weights(const WeightedLossParams& p, const Tiling& t, const Block& at,
       threshold = 0;  // it compares with c, not with c^gamma
     }
   }
-  const bool keep_level = (p.outputs & kWriteSums) != 0;
+  const bool keep_level = (p.outputs & kWriteSums) != 0 || p.spatial_coefs != 0;
   const bool mask = p.mask.mode != kAbsent, modulated = modulates(p);
   if (mask) gather_map(p, t, at, p.mask, w.scratch, w.mask);
   if (mask && modulated)
@@ -72,10 +72,22 @@ void fill_weights(const WeightedLossParams& p, const Tiling& t, const Block& at,
 // Numbers of one sample.
 template <typename acc_t>
 struct Sample {
-  acc_t pred_scale, coef[kMaxTerms], huber_c, weight, gradient_scale;
+  acc_t pred_scale, huber_c, weight, gradient_scale;
+  Line<acc_t> coef[kMaxTerms];
 };
 
-// The residual's parts over a run: d = pred_scale * pred - coef[0] * term[0] - coef[1] * term[1].
+// The element-wise numbers of a block: omega * v and omega * m * v, null where they are constant over the call, and u
+// where the coefficients change with it.
+template <typename acc_t>
+struct BlockWeights {
+  const acc_t *weight, *modulated, *level;
+
+  BlockWeights from(int64_t begin) const {
+    return {weight ? weight + begin : nullptr, weight ? modulated + begin : nullptr, level ? level + begin : nullptr};
+  }
+};
+
+// The residual's parts over a run: d = pred_scale * pred - coef[0] * term[0] - ...
 template <typename pred_t, typename term_t>
 struct Operands {
   const pred_t* pred;
@@ -83,11 +95,20 @@ struct Operands {
   pred_t* grad;
 };
 
-template <int kTerms, typename pred_t, typename term_t, typename acc_t>
-inline acc_t residual(const Operands<pred_t, term_t>& x, const Sample<acc_t>& s, int64_t i) {
+// How many terms, and whether their coefficients change with u: known at compile time.
+template <int kTermCount, bool kCoefsChange>
+struct TermShape {
+  static constexpr int kTerms = kTermCount;
+  static constexpr bool kSpatial = kCoefsChange;
+};
+
+template <typename shape_t, typename pred_t, typename term_t, typename acc_t>
+inline acc_t residual(const Operands<pred_t, term_t>& x, const Sample<acc_t>& s, const acc_t* level, int64_t i) {
+  const auto coef = [&](int k) { return shape_t::kSpatial ? at_level(s.coef[k], level[i]) : s.coef[k].clean; };
   acc_t d = s.pred_scale * to_acc(x.pred[i]);
-  if (kTerms > 0) d -= s.coef[0] * to_acc(x.term[0][i]);
-  if (kTerms > 1) d -= s.coef[1] * to_acc(x.term[1][i]);
+  if (shape_t::kTerms > 0) d -= coef(0) * to_acc(x.term[0][i]);
+  if (shape_t::kTerms > 1) d -= coef(1) * to_acc(x.term[1][i]);
+  if (shape_t::kTerms > 2) d -= coef(2) * to_acc(x.term[2][i]);
   return d;
 }
 

@@ -12,16 +12,17 @@ namespace {
 
 // kWeights: omega is an array, else 1. kModulated: so is omega * m, else it is omega. kFinite: no residual and no
 // weight is infinite or NaN, so that a weight of 0 selects by itself.
-template <int kTerms, bool kWeights, bool kModulated, bool kGrad, bool kFinite = false, typename pred_t,
+template <typename shape_t, bool kWeights, bool kModulated, bool kGrad, bool kFinite = false, typename pred_t,
           typename term_t, typename acc_t>
-acc_t l2_run(const Operands<pred_t, term_t>& operands, const Sample<acc_t>& sample, const acc_t* weight,
-             const acc_t* modulated, acc_t grad_scale, int64_t n) {
+acc_t l2_run(const Operands<pred_t, term_t>& operands, const Sample<acc_t>& sample, const BlockWeights<acc_t>& weights,
+             acc_t grad_scale, int64_t n) {
   const Operands<pred_t, term_t> x = operands;  // copies: a store to grad must not make the compiler read them again
   const Sample<acc_t> s = sample;
+  const acc_t *const weight = weights.weight, *const modulated = weights.modulated, *const level = weights.level;
   acc_t total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < n; ++i) {
-    acc_t d = residual<kTerms>(x, s, i);
+    acc_t d = residual<shape_t>(x, s, level, i);
     acc_t weighted = d;
     if (kWeights) {
       if (!kFinite) d = weight[i] == 0 ? acc_t(0) : d;  // selected out: a NaN must not come through
@@ -42,11 +43,12 @@ acc_t l2_run(const Operands<pred_t, term_t>& operands, const Sample<acc_t>& samp
 
 // l2_run for finite values; false where something was not. A modulated weight may be infinite where omega is finite: it
 // is not tried.
-template <int kTerms, bool kWeights, bool kModulated, bool kGrad, typename pred_t, typename term_t, typename acc_t>
-bool l2_finite(const Operands<pred_t, term_t>& x, const Sample<acc_t>& s, const acc_t* weight, const acc_t* modulated,
+template <typename shape_t, bool kWeights, bool kModulated, bool kGrad, typename pred_t, typename term_t,
+          typename acc_t>
+bool l2_finite(const Operands<pred_t, term_t>& x, const Sample<acc_t>& s, const BlockWeights<acc_t>& weights,
                acc_t grad_scale, int64_t n, acc_t& total) {
   if (kModulated) return false;
-  total = l2_run<kTerms, kWeights, kModulated, kGrad, true>(x, s, weight, modulated, grad_scale, n);
+  total = l2_run<shape_t, kWeights, kModulated, kGrad, true>(x, s, weights, grad_scale, n);
   return total - total == 0 && grad_scale - grad_scale == 0;
 }
 
@@ -68,21 +70,29 @@ inline void store16(bfloat16* out, __mmask16 mask, __m512 values) {
   _mm256_mask_storeu_epi16(out, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 
-template <int kTerms, bool kWeights, bool kModulated, bool kGrad, typename pred_t, typename term_t>
-bool l2_finite(const Operands<pred_t, term_t>& x, const Sample<float>& s, const float* weight, const float* modulated,
+template <typename shape_t, bool kWeights, bool kModulated, bool kGrad, typename pred_t, typename term_t>
+bool l2_finite(const Operands<pred_t, term_t>& x, const Sample<float>& s, const BlockWeights<float>& weights,
                float grad_scale, int64_t n, float& total) {
+  constexpr int kTerms = shape_t::kTerms;
   // Copies, which a store to the gradient cannot change.
   const pred_t* const pred = x.pred;
-  const term_t *const term_0 = x.term[0], *const term_1 = x.term[1];
+  const term_t *const term_0 = x.term[0], *const term_1 = x.term[1], *const term_2 = x.term[2];
+  const float *const weight = weights.weight, *const modulated = weights.modulated, *const level = weights.level;
   pred_t* const grad = x.grad;
   const __m512 pred_scale = _mm512_set1_ps(s.pred_scale), scale = _mm512_set1_ps(grad_scale);
-  const __m512 first = _mm512_set1_ps(s.coef[0]), second = _mm512_set1_ps(s.coef[1]);
+  const Line<float> first = s.coef[0], second = s.coef[1], third = s.coef[2];
   __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   __mmask16 nan = 0;
   const auto step = [=, &nan](int64_t i, __mmask16 mask, __m512& sum) {
     __m512 d = _mm512_mul_ps(pred_scale, load16(pred + i, mask));
-    if (kTerms > 0) d = _mm512_fnmadd_ps(first, load16(term_0 + i, mask), d);
-    if (kTerms > 1) d = _mm512_fnmadd_ps(second, load16(term_1 + i, mask), d);
+    const __m512 u = shape_t::kSpatial ? load16(level + i, mask) : _mm512_setzero_ps();
+    const auto coef = [u](const Line<float>& line) {
+      const __m512 clean = _mm512_set1_ps(line.clean);
+      return shape_t::kSpatial ? _mm512_fmadd_ps(_mm512_set1_ps(line.step), u, clean) : clean;
+    };
+    if (kTerms > 0) d = _mm512_fnmadd_ps(coef(first), load16(term_0 + i, mask), d);
+    if (kTerms > 1) d = _mm512_fnmadd_ps(coef(second), load16(term_1 + i, mask), d);
+    if (kTerms > 2) d = _mm512_fnmadd_ps(coef(third), load16(term_2 + i, mask), d);
     const __m512 weighted = kWeights ? _mm512_mul_ps(load16(weight + i, mask), d) : d;
     sum = _mm512_fmadd_ps(weighted, d, sum);
     if (!kGrad) return;
@@ -105,6 +115,7 @@ bool l2_finite(const Operands<pred_t, term_t>& x, const Sample<float>& s, const 
     ask(pred + i, std::false_type());
     if (kTerms > 0) ask(term_0 + i, std::false_type());
     if (kTerms > 1) ask(term_1 + i, std::false_type());
+    if (kTerms > 2) ask(term_2 + i, std::false_type());
     if (kGrad) ask(grad + i, std::true_type());
     step(i, 0xffff, sums[0]);
     step(i + 16, 0xffff, sums[1]);

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffdoctor.backends import native
-from diffdoctor.backends.native_call import call_arguments, native_plan
+from diffdoctor.backends.native_call import call_arguments, native_plan, takes_more
 from diffdoctor.lowering.plan import DTYPES, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, Problem
 
 # Found in this module rather than in torch's, whose large table is in no cache after two million elements.
@@ -39,12 +39,13 @@ class FastCall:
         problem: of a first call.
     """
 
-    __slots__ = ("_count", "_dtype", "_numbers", "_plan", "_tensor_slots")
+    __slots__ = ("_count", "_dtype", "_more", "_numbers", "_plan", "_tensor_slots")
 
     def __init__(self, problem: Problem):
         self._plan, self._numbers = native_plan(problem.plan, _native), call_arguments(problem)[1]
         self._count, self._dtype = problem.plan.batch * problem.plan.count, DTYPES[problem.plan.dtype]
         self._tensor_slots = [k for k, number in enumerate(self._numbers) if type(number) is tuple]
+        self._more = takes_more(problem)
 
     def __call__(
         self,
@@ -68,7 +69,7 @@ class FastCall:
         outputs = WRITE_LOSS if grad is None else WRITE_LOSS | WRITE_GRAD
         if sums is not None:
             outputs |= WRITE_SUMS
-        pointers = (
+        pointers: tuple = (
             pred.data_ptr(),
             0 if grad is None else grad.data_ptr(),
             terms[0].data_ptr(),
@@ -79,6 +80,8 @@ class FastCall:
             loss.data_ptr(),
             0 if sums is None else sums.data_ptr(),
         )
+        if self._more:
+            pointers += (terms[2].data_ptr() if len(terms) > 2 else 0,)
         launch(self._plan, outputs, pointers, numbers, _threads())
 
     def scale(self, grad: Tensor, g: Tensor, out: Tensor) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from diffdoctor.backends.triton.launch import INTERPRETS, SCALE_BLOCK, counters, on_device
 from diffdoctor.backends.triton_tiles import LAUNCH, loss_arguments, make_box, mean_arguments
 from diffdoctor.kernels import weighted_loss as weighted
-from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, PerSample, Plan, Problem
+from diffdoctor.lowering.plan import MAX_TERMS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, PerSample, Plan, Problem
 
 
 def _prepared(plan: Plan, arguments) -> dict:
@@ -53,20 +53,28 @@ def weighted_loss(problem: Problem) -> None:
     with on_device(problem.pred):
         partial_size = plan.batch * (shared["programs"] * columns + 1) if reduces else 1
         partial = torch.empty(partial_size, dtype=plan.acc_dtype, device=device)
-        coefs = (*problem.coefs, None, None)[:2]
-        entries = (problem.pred_scale, *coefs, problem.huber_c, problem.weight, problem.z, problem.grad_output)
+        coefs, artifact_coefs = map(_three, (problem.coefs, problem.artifact_coefs))
+        entries = (
+            problem.pred_scale, *coefs[:2], problem.huber_c, problem.weight, problem.z, problem.grad_output, coefs[2],
+            *artifact_coefs,
+        )  # fmt: skip
         pointers, tensor_bits, batched_bits = pack_per_sample(entries, partial)
         values = [1.0 if entry is None else entry.value for entry in entries]
-        terms = (*problem.terms, None, None)[:2]
         zeros = counters(device, plan.batch + 1, problem.keeps_workspace) if reduces else None
         weighted.weighted_loss_kernel[(plan.batch * shared["programs"],)](
-            problem.pred, problem.grad, *terms, problem.weighting, problem.confidence, problem.mask,
+            problem.pred, problem.grad, *_three(problem.terms), problem.weighting, problem.confidence, problem.mask,
             problem.loss if problem.outputs & WRITE_LOSS else None, problem.sums, partial, zeros, pointers,
             tensor_bits=tensor_bits, batched_bits=batched_bits, pred_scale=values[0], coef0=values[1], coef1=values[2],
-            huber_c=values[3], weight=values[4], z=values[5], grad_output=values[6],
+            huber_c=values[3], weight=values[4], z=values[5], grad_output=values[6], coef2=values[7],
+            artifact_coef0=values[8], artifact_coef1=values[9], artifact_coef2=values[10],
             LOSS=bool(problem.outputs & WRITE_LOSS), GRAD=bool(problem.outputs & WRITE_GRAD),
             SUMS=bool(problem.outputs & WRITE_SUMS), ROUND_BF16=INTERPRETS, **shared,
         )  # fmt: skip
+
+
+def _three(entries: tuple) -> tuple:
+    """One entry for each term that the kernel knows, None for one that is not there."""
+    return (*entries, *(None,) * (MAX_TERMS - len(entries)))
 
 
 def bind(problem: Problem) -> None:

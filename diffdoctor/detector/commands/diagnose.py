@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import heapq
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,17 +10,20 @@ from pathlib import Path
 from diffdoctor.data.pictures import to_images
 from diffdoctor.data.sources import Source, find_sources, read_source
 from diffdoctor.data.tar import SkipCounts
+from diffdoctor.detector.confidence import confidence_of
 from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import open_detector
 from diffdoctor.detector.predict import describe_map, in_batches
 from diffdoctor.detector.report import write_gallery
-from diffdoctor.runs.errors import UserError, check_least, expected, missing_extra
+from diffdoctor.runs import strict_json
+from diffdoctor.runs.errors import UserError, check_least, expected
 from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json
 from diffdoctor.runs.journal import Journal, Records
 from diffdoctor.runs.progress import progress
 from diffdoctor.runs.record import METRICS, RunFolder, versions
 from diffdoctor.runs.summary import print_summary
-from diffdoctor.training.devices import open_device
+from diffdoctor.training.devices import device_of, open_device
+from diffdoctor.training.processes import process_state
 from diffdoctor.training.weights import weights_digest
 from diffdoctor.viz.draw import map_png, overlay, png_bytes
 
@@ -37,7 +39,7 @@ class DiagnoseConfig:
 
     Attributes:
         pictures: files, folders, patterns, shards.
-        detector: the detector's folder or hub id, or the published checkpoint's .bin file.
+        detector: the detector's folder or hub id, the published checkpoint's .bin file, FILE.py:FUNCTION or a URL.
         output: the folder to make: maps, overlays, diagnosis.jsonl, gallery.html, config.yaml, metrics.json, records.
             Run again, it resumes with the pictures that are not there yet or whose files were replaced, and reports
             those that are given now.
@@ -84,13 +86,7 @@ def run_diagnose(config: DiagnoseConfig) -> dict:
     Raises:
         UserError: an option or a file does not fit or cannot be read.
     """
-    try:
-        from accelerate import PartialState
-    except ImportError:
-        raise missing_extra("accelerate", "stages") from None
-    import torch
-
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = process_state()
     sources = find_sources(config.pictures)
     detector = open_detector(config.detector)
     identity = {name: getattr(config, name) for name in _IDENTITY} | {"weights": weights_digest(detector)}
@@ -229,12 +225,9 @@ def _batches(unit: list[Source], config: DiagnoseConfig, counts: SkipCounts, sta
 
 def _diagnose_batch(detector: Detector, batch: list[dict], missing: set[str], config: DiagnoseConfig) -> Iterator[dict]:
     """Diagnose a batch, and write the maps and yield the records of its `missing` pictures."""
-    import torch
-
     output = Path(config.output)
-    images = to_images([sample["picture"] for sample in batch], next(detector.parameters()).device)
-    with torch.no_grad():
-        maps = detector.confidence(images, tile=config.tile, overlap=config.overlap)[:, 0].cpu().numpy()
+    images = to_images([sample["picture"] for sample in batch], device_of(detector))
+    maps = confidence_of(detector, images, tile=config.tile, overlap=config.overlap)[:, 0].cpu().numpy()
     for sample, confidence in zip(batch, maps, strict=True):
         name = sample["name"]
         if name not in missing:
@@ -262,7 +255,7 @@ def _finish(index: SourceIndex, config: DiagnoseConfig, records: Records, skippe
     output, pictures, flagged, confidence = Path(config.output), 0, 0, 0.0
     with atomic_path(output / "diagnosis.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as lines:
         for record in index.current_records(records):
-            lines.write(json.dumps(record) + "\n")
+            lines.write(strict_json.dumps(record) + "\n")
             pictures, flagged = pictures + 1, flagged + record["flagged"]
             confidence += record["mean"]
     metrics = {

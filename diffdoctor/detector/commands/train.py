@@ -11,10 +11,13 @@ from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import ARCHITECTURES, new_detector, open_detector
 from diffdoctor.detector.samples import JoinedData
 from diffdoctor.detector.train import DetectorTrainingConfig, TrainedDetector, prepared_run
-from diffdoctor.runs.errors import UserError, expected, missing_extra
+from diffdoctor.measures.blindness import blindness
+from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.record import METRICS, versions, write_config
-from diffdoctor.runs.summary import nan_to_none, print_summary
+from diffdoctor.runs.strict_json import nan_to_none
+from diffdoctor.runs.summary import print_doubts, print_summary
+from diffdoctor.training.processes import process_state
 from diffdoctor.training.weights import weights_digest
 
 
@@ -37,8 +40,10 @@ class TrainDetectorConfig:
             memory. For sets that are too large to index. Another number of processes or workers then sees other
             pictures, and class balance and `validation_share` are not available: give `validation`.
         shuffle_buffer: pictures that a worker shuffles among when resampled, held as the bytes of their files.
-        strict: stop at the first broken picture instead of replacing it by another and counting it.
+        strict: stop at the first broken picture instead of replacing it by another and counting it, and end with exit
+            code 3 where the trained detector is blind on the validation data.
         min_side: a new network enlarges pictures whose short side is smaller to this side, in pixels.
+        device: such as cpu or cuda:1, for a single process; null: the fastest there is.
         training: the training itself, see `DetectorTrainingConfig`.
     """
 
@@ -53,6 +58,7 @@ class TrainDetectorConfig:
     shuffle_buffer: int = 1000
     strict: bool = False
     min_side: int = 64
+    device: str | None = None
     training: DetectorTrainingConfig = dataclasses.field(
         default_factory=lambda: DetectorTrainingConfig(checkpoint_every=100, validate_every=100)
     )
@@ -72,20 +78,15 @@ def run_train_detector(config: TrainDetectorConfig) -> dict:
 
     Raises:
         UserError: an option or a file does not fit or cannot be read, or the loss is not finite.
+        DoubtfulResult: with `strict`, the trained detector is blind.
     """
-    try:
-        from accelerate import PartialState
-    except ImportError:
-        raise missing_extra("accelerate", "stages") from None
-    import torch
-
     training = dataclasses.replace(config.training, strict=config.strict or config.training.strict)
     config = dataclasses.replace(config, training=training)
     output = Path(config.output)
     data, validation = _data(config)
     detector = _network(config)
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    options = {"detector": detector, "validation": validation, "output_dir": output}
+    state = process_state()
+    options = {"detector": detector, "validation": validation, "output_dir": output, "device": config.device}
     with prepared_run(config.training, data, **options, identity={"weights": weights_digest(detector)}) as run:
         if state.is_main_process:
             write_config(output, config)
@@ -94,7 +95,18 @@ def run_train_detector(config: TrainDetectorConfig) -> dict:
         if state.is_main_process:
             atomic_write_json(output / METRICS, nan_to_none(metrics))
             print_summary(f"trained for {metrics['steps']} steps: {output / 'detector'}", metrics["skipped"])
+            print_doubts(metrics["doubts"], strict=config.training.strict)
     return metrics
+
+
+def doubts_of(result: TrainedDetector) -> list[str]:
+    """What its last validation says against a detector that was trained, in a sentence; empty without one."""
+    if not result.validations:
+        return []
+    rates = {name: result.validations[-1][name] for name in ("hit_rate", "false_positive_rate")}
+    of = "of the validation set"
+    sentence = blindness("the detector", **rates, damaged=f"the damaged pictures {of}", clean=f"the clean ones {of}")
+    return [] if sentence is None else [f"{sentence}; train longer (training.steps), or look at the data"]
 
 
 def _metrics(
@@ -110,6 +122,7 @@ def _metrics(
         "pictures": None if config.resampled else len(data),
         "validation_pictures": len(validation) if validation is not None else 0,
         "validation": result.validations,
+        "doubts": doubts_of(result),
         "skipped": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
         "skipped_examples": {reason: where for where, reason in sorted(result.broken.items(), reverse=True)},
         "parameters": sum(p.numel() for p in result.detector.parameters()),

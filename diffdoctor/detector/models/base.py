@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from diffdoctor.detector.models.inputs import as_images
 from diffdoctor.detector.models.load import CONFIG_NAME, WEIGHTS_NAME, load_detector
 from diffdoctor.detector.models.preprocess import PreprocessConfig
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_dir
+
+if TYPE_CHECKING:
+    from diffdoctor.detector.models.inputs import Picture
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -130,7 +136,7 @@ class Detector(nn.Module):
 
     def confidence(
         self,
-        images: torch.Tensor,
+        images: torch.Tensor | Picture | Sequence[Picture],
         *,
         value_range: tuple[float, float] = (0.0, 1.0),
         tile: int | None = None,
@@ -139,18 +145,24 @@ class Detector(nn.Module):
         """The confidence of an artifact at each pixel.
 
         Args:
-            images: (B, 3, H, W), floating point, in `value_range`.
-            value_range: (low, high) of a black and a white pixel.
+            images: (B, 3, H, W), floating point, in `value_range`; or a picture, or several of one size, each a path, a
+                PIL image or a uint8 array (H, W, 3).
+            value_range: (low, high) of a black and a white pixel of a tensor.
             tile: for large pictures, the side in pixels of overlapping square tiles that are diagnosed one by one and
                 blended; None diagnoses the picture whole.
             overlap: share of a tile's side that it has in common with the next, in [0, 0.5].
 
         Returns:
-            (B, 1, H, W) in [0, 1], fp32 (fp64 for an fp64 network).
+            (B, 1, H, W) in [0, 1], fp32 (fp64 for an fp64 network), of the pictures' own height and width, whatever the
+            network's; B is 1 for one picture.
 
         Raises:
-            ValueError: `tile` or `overlap` is out of range; see also `preprocess`.
+            TypeError: see `preprocess`.
+            ValueError: `tile` or `overlap` is out of range, or pictures differ in size; see also `preprocess`.
+            UserError: a file is no picture that can be read.
         """
+        if not isinstance(images, torch.Tensor):
+            images, value_range = as_images(images, self.image_mean.device), (0.0, 1.0)
         if tile is not None and max(images.shape[2:]) > tile:
             return self._tiled_confidence(images, value_range, tile, overlap)
         logits = self(images, value_range=value_range)
@@ -197,7 +209,7 @@ class Detector(nn.Module):
             except SafetensorError as error:
                 # safetensors' own class for errors of the file system.
                 raise OSError(f"{folder}: the weights could not be written ({error})") from error
-            (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+            (temporary / CONFIG_NAME).write_text(strict_json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Detector:

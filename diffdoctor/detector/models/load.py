@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from diffdoctor.detector.confidence import check_finite_weights
 from diffdoctor.detector.models.limits import MAX_FILE_BYTES
 from diffdoctor.detector.models.preprocess import PreprocessConfig
 from diffdoctor.runs.errors import UserError, expected, first_line, install_command
+from diffdoctor.runs.hub import is_hub_id, local_path, near
 
 if TYPE_CHECKING:
     from diffdoctor.detector.models.base import Detector
@@ -51,14 +53,22 @@ def new_detector(architecture: str, **options) -> Detector:
     raise ValueError(expected("architecture", f"one of {', '.join(ARCHITECTURES)}", repr(architecture)))
 
 
-def open_detector(source: str) -> Detector:
-    """A detector from a folder, a hub id, or the published checkpoint's file.
+def open_detector(source: str) -> nn.Module:
+    """A detector of the command line: a folder, a hub id, the published checkpoint's file, FILE.py:FUNCTION or a URL.
 
     Raises:
         UserError: no detector is there, or it cannot be loaded.
     """
-    if Path(source).is_file():
-        return _class("segformer").from_official(source)
+    from diffdoctor.detector.external import HttpDetector, detector_from_file
+
+    if source.startswith(("http://", "https://")):
+        return HttpDetector(source)
+    file, _, function = source.rpartition(":")
+    if file.endswith(".py") and function.isidentifier():
+        return detector_from_file(source)
+    path = local_path(source)
+    if path.is_file() and path.name not in (CONFIG_NAME, WEIGHTS_NAME):
+        return _class("segformer").from_official(path)
     return load_detector(source)
 
 
@@ -66,13 +76,13 @@ def load_detector(source: str | Path) -> Detector:
     """Load a detector of any class, which its own files name.
 
     Args:
-        source: a folder, or a hub id such as owner/name.
+        source: a detector's folder, the output folder of a training, or a hub id such as owner/name.
 
     Returns:
         The detector, in evaluation mode on the CPU.
 
     Raises:
-        UserError: no detector is there, or its weights do not fit its configuration.
+        UserError: no detector is there, its weights do not fit its configuration, or one is not finite.
     """
     from safetensors.torch import load_file
 
@@ -93,7 +103,7 @@ def load_detector(source: str | Path) -> Detector:
 
 
 def load_exactly(module: nn.Module, state: dict[str, torch.Tensor], source: object) -> None:
-    """`load_state_dict` whose error names missing, unexpected and mismatched keys in one line.
+    """`load_state_dict` whose error names missing, unexpected and mismatched keys, or broken weights, in one line.
 
     Args:
         module: to load into.
@@ -101,7 +111,7 @@ def load_exactly(module: nn.Module, state: dict[str, torch.Tensor], source: obje
         source: path or hub id, for the error.
 
     Raises:
-        UserError: the keys or shapes do not match.
+        UserError: the keys or shapes do not match, or a weight is not finite.
     """
     own = module.state_dict()
     faults = [f"missing {key}" for key in own if key not in state]
@@ -114,6 +124,7 @@ def load_exactly(module: nn.Module, state: dict[str, torch.Tensor], source: obje
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise UserError(f"{source}: the weights do not fit: {'; '.join(faults[:5])}{more}")
+    check_finite_weights(state, source)
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
@@ -130,12 +141,21 @@ def _read_config(path: Path) -> dict:
 
 
 def _find_folder(source: str | Path) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    parts = str(source).split("/")
-    if len(parts) != 2 or not all(parts) or str(source).startswith((".", "~")):
-        raise UserError(expected(source, "a folder with a detector, or a hub id such as owner/name", "neither"))
+    if not str(source).strip():
+        raise UserError(
+            expected("detector", "a folder with a detector, or a hub id such as owner/name", repr(str(source)))
+        )
+    path = local_path(source)
+    if path.is_dir():
+        return _folder_inside(path)
+    if path.is_file():
+        is_ours = (path.parent / CONFIG_NAME).is_file()
+        raise UserError(
+            expected(source, "a folder with a detector", f"a file{f'; give {path.parent}' if is_ours else ''}")
+        )
+    if not is_hub_id(source):
+        what = "a folder with a detector, or a hub id such as owner/name"
+        raise UserError(expected(source, what, f"neither{near(source)}"))
     try:
         from huggingface_hub import snapshot_download
 
@@ -144,6 +164,33 @@ def _find_folder(source: str | Path) -> Path:
         raise UserError(f"{source}: no such folder (hub ids need `{install_command('stages')}`)") from None
     except Exception as error:  # the hub client raises its own, httpx's and requests' classes
         raise UserError(f"{source}: no such folder, and the hub gave no detector ({type(error).__name__})") from error
+
+
+def _folder_inside(path: Path) -> Path:
+    """The folder itself, or the detector's in the output folder of a training."""
+    for folder in (path, path / "detector"):
+        if (folder / CONFIG_NAME).is_file():
+            return folder
+    found = f"no {CONFIG_NAME}"
+    if (path / "best" / CONFIG_NAME).is_file() or (path / "checkpoints").is_dir():
+        found = "a training that has not finished: the same command resumes it"
+        if (path / "best" / CONFIG_NAME).is_file():
+            found += f", and {path / 'best'} is its best detector so far"
+    elif (path / "model_index.json").is_file():
+        found = "a diffusers pipeline"
+    elif (path / "config.json").is_file():
+        kind = _kind_of_model(path / "config.json")
+        found = f"a model of transformers ({kind})"
+        if kind == "segformer":
+            found = "a plain SegFormer of transformers, which `train-detector --encoder` begins with"
+    raise UserError(f"{path}: not a complete detector: {found}")
+
+
+def _kind_of_model(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "of an unknown kind"
 
 
 def _class(kind: str) -> type[Detector]:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from diffdoctor.detector.predict import diagnose_data
 from diffdoctor.evaluate.detector.measure import measure_statistics
-from diffdoctor.evaluate.detector.report import verdict, write_page
-from diffdoctor.runs.errors import UserError, check_least, expected, missing_extra
+from diffdoctor.evaluate.detector.report import doubts, verdict, write_page
+from diffdoctor.runs.errors import UserError, check_least, expected
 from diffdoctor.runs.files import atomic_write_json, clear_leftovers
 from diffdoctor.runs.lock import locked_folder
 from diffdoctor.runs.record import CONFIG, METRICS, versions, write_config
+from diffdoctor.training.processes import process_state
 from diffdoctor.training.weights import weights_digest
 
 # A hidden folder in the output, which the command removes at the end.
@@ -32,7 +33,8 @@ class EvaluateDetectorConfig:
         examples: number of worst misses, and of worst false positives, in the report.
         seed: of the resampling.
         device: such as cpu or cuda:1; null: the fastest there is.
-        strict: stop at the first broken picture instead of skipping and counting it.
+        strict: stop at the first broken picture instead of skipping and counting it, and end with exit code 3 where the
+            detector is blind.
     """
 
     detector: str
@@ -58,18 +60,13 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
 
     Raises:
         UserError: an option or a file does not fit or cannot be read.
+        DoubtfulResult: with `strict`, the detector is blind.
     """
-    try:
-        from accelerate import PartialState
-    except ImportError:
-        raise missing_extra("accelerate", "stages") from None
-    import torch
-
     from diffdoctor.data.shards import ShardData, require_uniform_size
     from diffdoctor.detector.models.load import open_detector
     from diffdoctor.training.devices import open_device
 
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = process_state()
     output = Path(config.output)
     sets = [ShardData(folder) for folder in config.data]
     if not sum(map(len, sets)):
@@ -86,7 +83,8 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
     from diffdoctor.data.pictures import resize_pair
     from diffdoctor.detector.samples import JoinedData
     from diffdoctor.evaluate.detector.parts import evaluate_in_parts, remove_parts
-    from diffdoctor.runs.summary import nan_to_none, print_summary
+    from diffdoctor.runs.strict_json import nan_to_none
+    from diffdoctor.runs.summary import print_doubts, print_summary
 
     output, data = Path(config.output), JoinedData(sets)
     identity = {"weights": weights_digest(detector)}
@@ -99,7 +97,7 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
         return {}
     names = (found.categories, found.generators, found.auprc)
     result = nan_to_none(measure_statistics(found.statistics, *names, bootstrap=config.bootstrap, seed=config.seed))
-    result |= {"skipped": found.skipped, "versions": versions()}
+    result |= {"doubts": doubts(result), "skipped": found.skipped, "versions": versions()}
     for name in (CONFIG, METRICS, REPORT):
         clear_leftovers(output, name)
     write_config(output, config)
@@ -116,4 +114,5 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
     write_page(output / REPORT, result, found.curves.result(), worst, views)
     remove_parts(output / PARTS)
     print_summary(f"{verdict(result)}: {output / REPORT}", found.skipped)
+    print_doubts(result["doubts"], strict=config.strict)
     return result

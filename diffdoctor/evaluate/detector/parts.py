@@ -17,6 +17,7 @@ from diffdoctor.detector.samples import JoinedData
 from diffdoctor.evaluate.detector.sorted_pixels import ChunkWriter, SortedChunk
 from diffdoctor.measures.curves import PixelCurves, average_precision_of_chunks
 from diffdoctor.measures.statistics import PictureStatistics, slices
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import refuse_foreign
 from diffdoctor.runs.progress import progress
@@ -155,7 +156,7 @@ def _write(units: Units, name: str, batches: Iterator, counts: SkipCounts) -> No
             chunk_groups=np.array([group for group, _, _ in chunks.written], dtype=str).reshape(-1, 2),
             chunk_ranges=np.array([bounds for _, *bounds in chunks.written], dtype=np.int64).reshape(-1, 2),
             shapes=np.array(sorted(shapes), np.int64).reshape(-1, 2),
-            skipped=np.array(json.dumps(counts.reasons)),
+            skipped=np.array(strict_json.dumps(counts.reasons)),
         )
 
 

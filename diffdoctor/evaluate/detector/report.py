@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffdoctor.detector.predict import Diagnosed
+from diffdoctor.measures.blindness import blindness
 from diffdoctor.measures.curves import pixel_curves
 from diffdoctor.measures.pixels import FLAG_SHARE
 from diffdoctor.measures.statistics import PictureStatistics
@@ -23,6 +24,13 @@ def verdict(result: dict) -> str:
     """The most important measures on a line; `result` is the content of a metrics.json."""
     overall = result["overall"]
     return f"mAP@0.5 {_number(overall['map50'])}, {_percent(overall['false_positive_rate'])} of the clean flagged"
+
+
+def doubts(result: dict) -> list[str]:
+    """What the measures say against the detector as a whole, a sentence each."""
+    rates = {name: result["overall"][name] for name in ("hit_rate", "false_positive_rate")}
+    sentence = blindness("the detector", **rates)
+    return [] if sentence is None else [sentence]
 
 
 def write_report(
@@ -68,6 +76,8 @@ def write_page(
         f"{_percent(overall['false_positive_rate'])} of the clean pictures are flagged, "
         f"{_percent(overall['hit_rate'])} of the damaged ones."
     )
+    for doubt in doubts(result):
+        report.warning(f"{doubt[0].upper()}{doubt[1:]}.")
     report.heading("Measures")
     names = [name for name in overall if not name.endswith("_interval")]
     rows = [(name, (_number(overall[name]), "number"), _interval(overall.get(f"{name}_interval"))) for name in names]

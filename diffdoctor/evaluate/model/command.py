@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from diffdoctor.data.pictures import as_batch
 from diffdoctor.data.prompts import Prompt, read_prompt_file
 from diffdoctor.data.tar import SkipCounts
+from diffdoctor.detector.confidence import check_detector
 from diffdoctor.detector.models.load import open_detector
 from diffdoctor.evaluate.model import draw as pipelines
 from diffdoctor.evaluate.model import measure as measuring
@@ -20,13 +22,16 @@ from diffdoctor.evaluate.model.config import EvaluateModelConfig, completed, rea
 from diffdoctor.evaluate.model.networks import Classifier, Clip, load_features
 from diffdoctor.evaluate.model.store import EvaluationFolder
 from diffdoctor.evaluate.model.summary import summarise, summarise_groups
-from diffdoctor.runs.errors import UserError, expected, missing_extra
+from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.progress import progress, quiet_loaders
 from diffdoctor.runs.record import METRICS, versions
-from diffdoctor.runs.summary import nan_to_none
+from diffdoctor.runs.strict_json import nan_to_none
+from diffdoctor.runs.summary import print_doubts
 from diffdoctor.training.devices import open_device
+from diffdoctor.training.processes import process_state
 from diffdoctor.training.weights import same_weights, weights_digest
+from diffdoctor.treat.loading import load_lora
 from diffdoctor.treat.prompts import check_prompts
 
 SIDES = ("before", "after")
@@ -37,6 +42,7 @@ def run_evaluate_model(config: EvaluateModelConfig) -> dict:
 
     Raises:
         UserError: an option or a file is missing, does not fit or cannot be read; then nothing was written.
+        DoubtfulResult: with `strict`, the judge or the detector is blind.
     """
     return Evaluation(completed(config)).run()
 
@@ -80,10 +86,6 @@ class Evaluation:
     """
 
     def __init__(self, config: EvaluateModelConfig):
-        try:
-            from accelerate import PartialState
-        except ImportError:
-            raise missing_extra("accelerate", "stages") from None
         quiet_loaders()
         self.config = config
         prompts = read_prompt_file(config.prompts)
@@ -95,13 +97,12 @@ class Evaluation:
         identity = pipelines.picture_identity(
             config, [prompt.text for prompt in prompts], weights_digest(self.measurer.detector)
         )
-        self.state = PartialState(cpu=not torch.accelerator.is_available())
+        self.state = process_state()
         main = self.state.is_main_process
         self.folder = EvaluationFolder(Path(config.output), identity, config.picture_type, main=main)
         self.folder.check(overwrite=config.overwrite)
         self.pipeline = self._checked_pipeline()
         self.device = open_device(config.device, self.state.device)
-        self.skipped = SkipCounts()
 
     def _refuse_too_few(self, count: int | None, what: str) -> None:
         """Refuse FID of sets that are too small for a covariance of full rank."""
@@ -124,7 +125,7 @@ class Evaluation:
         texts = [prompt.text for prompt in self.plan.prompts]
         check_prompts(pipeline, texts, max_sequence_length=config.max_sequence_length)
         if config.lora:
-            pipelines.add_lora(pipeline, config.lora)
+            load_lora(pipeline, config.lora)
             pipelines.remove_lora(pipeline)
         with pipelines.guided(pipeline, self.measurer.detector, config):
             return pipeline
@@ -156,6 +157,8 @@ class Evaluation:
         if main:
             metrics = self._finish()
         self.state.wait_for_everyone()
+        if main:
+            print_doubts(metrics["doubts"], strict=config.strict)
         return metrics
 
     def _measure_identity(self) -> dict:
@@ -216,7 +219,7 @@ class Evaluation:
             self.pipeline = None
             self.pipeline = pipelines.open_pipeline("treated", self.config.treated, self.config)
         elif side == "after" and self.config.lora:
-            pipelines.add_lora(self.pipeline, self.config.lora)
+            load_lora(self.pipeline, self.config.lora)
         return self.pipeline
 
     def _generated_units(self) -> list[tuple[str, range]]:
@@ -244,28 +247,33 @@ class Evaluation:
         damages = bool(self.real) and not self.damaged
         jobs = [("real", number, unit) for number, unit in enumerate(self.real)]
         jobs += [("damaged", number, unit) for number, unit in enumerate(self.damaged)]
-        todo = [job for job in self._mine(jobs) if not self.folder.measures(job[0]).is_done(job[2].name)]
+        todo = [job for job in self._mine(jobs) if not self._is_measured(job[0], job[2].name)]
         enabled = self.state.is_main_process and bool(todo)
         with progress(None, desc="measure real", unit="picture", enabled=enabled) as bar:
             for side, number, unit in todo:
                 measured, measured_damaged = [], []
-                start = 0
-                for batch in _in_batches(
-                    measuring.read_unit(unit, size, self.skipped, damaged=side == "damaged"), self.config.batch_size
-                ):
+                start, skipped = 0, SkipCounts()
+                options = {"damaged": side == "damaged", "strict": self.config.strict}
+                pictures = measuring.read_unit(unit, size, skipped, **options)
+                for batch in _in_batches(pictures, self.config.batch_size):
                     measured.append(self.measurer.measure(as_batch(batch)))
                     damaged = measuring.damage_pictures(batch, self.config.seed, number, start) if damages else []
                     if damaged:
                         measured_damaged.append(self.measurer.measure(as_batch(damaged)))
                     start += len(batch)
                     bar.update(len(batch))
-                if measured_damaged:
+                if damages:
                     self.folder.measures("damaged").save(unit.name, measuring.joined(measured_damaged))
                 # Last: its presence says that the unit is done.
-                self.folder.measures(side).save(unit.name, measuring.joined(measured))
+                self.folder.measures(side).save(unit.name, measuring.joined(measured), skipped.reasons)
+
+    def _is_measured(self, side: str, unit: str) -> bool:
+        """Whether a unit of real pictures is done, and so is what was made of it."""
+        sides = ("real", "damaged") if side == "real" and not self.damaged else (side,)
+        return all(self.folder.measures(name).is_done(unit) for name in sides)
 
     def _finish(self) -> dict:
-        from diffdoctor.evaluate.model.report import print_measures, write_report
+        from diffdoctor.evaluate.model.report import doubts, print_measures, write_report
 
         names = [name for name, _ in self._generated_units()]
         before, after = (self.folder.measures(side).load(names) for side in SIDES)
@@ -281,8 +289,12 @@ class Evaluation:
         metrics["features"] = {"name": getattr(features, "name", "none"), "note": getattr(features, "note", "")}
         metrics["real_pictures"] = 0 if real is None else len(real.judge)
         metrics["sampling"] = {**pipelines.call_options(self.config), "scheduler": self.config.scheduler}
-        metrics |= {"skipped": self.skipped.reasons, "versions": versions()}
+        skipped: collections.Counter[str] = collections.Counter()
+        for side in ("real", "damaged"):
+            skipped.update(self.folder.measures(side).skipped())
+        metrics |= {"skipped": dict(sorted(skipped.items())), "versions": versions()}
         metrics = nan_to_none(metrics)
+        metrics["doubts"] = doubts(metrics)
         write_report(self, metrics, before, after)
         # Last: its presence says that the evaluation is complete.
         atomic_write_json(self.folder.path / METRICS, metrics)
@@ -292,6 +304,9 @@ class Evaluation:
 
 def _networks(config: EvaluateModelConfig) -> measuring.Measurer:
     detector, judge = open_detector(config.detector), open_detector(config.judge)
+    for name, network in (("--detector", detector), ("--judge", judge)):
+        # The pictures are drawn before the first map is made of one.
+        check_detector(network, name=name)
     if same_weights(judge, detector):
         what = "a detector that had no part in the treatment"
         raise UserError(expected("--judge", what, "the detector's own weights"))

@@ -15,9 +15,11 @@ from diffdoctor.treat.loading import DTYPES
 # Options that `treat` writes into its config.yaml under the same names.
 _OF_TREATMENT = (
     *("pipeline", "detector", "prompts", "scheduler"),
-    *("sampling_steps", "guidance_scale", "height", "width", "max_sequence_length"),
+    *("sampling_steps", "guidance_scale", "negative_prompt", "height", "width", "max_sequence_length"),
 )
-_SAMPLING = ("sampling_steps", "guidance_scale", "height", "width", "max_sequence_length", "scheduler")
+_SAMPLING = (
+    *("sampling_steps", "guidance_scale", "negative_prompt", "height", "width", "max_sequence_length", "scheduler"),
+)
 
 
 @dataclasses.dataclass
@@ -26,8 +28,8 @@ class EvaluateModelConfig:
 
     Attributes:
         treatment: folder that `diffdoctor treat` made; its LoRA is evaluated, and pipeline, detector, prompts,
-            sampling_steps, guidance_scale, height, width, max_sequence_length and scheduler are those of the treatment
-            where they are not given here.
+            sampling_steps, guidance_scale, negative_prompt, height, width, max_sequence_length and scheduler are those
+            of the treatment where they are not given here.
         pipeline: folder of the untreated diffusers pipeline, or its id on the Hugging Face hub; required without
             treatment, like detector and prompts.
         lora: folder or file of a LoRA for that pipeline: the treated pipeline is the two together.
@@ -42,6 +44,8 @@ class EvaluateModelConfig:
         seed: picture i starts from the latents of seed + i, before and after alike.
         sampling_steps: denoising steps; null: the treatment's, else the pipeline's own default.
         guidance_scale: null: the treatment's, else the pipeline's own default.
+        negative_prompt: what the negative prediction of classifier-free guidance is told; null: the treatment's, else
+            nothing.
         height: of the pictures, in pixels; null: the treatment's, else the pipeline's own.
         width: as height.
         max_sequence_length: of T5 prompts (SD3, FLUX), in tokens; null: the treatment's, else the pipeline's own.
@@ -63,6 +67,8 @@ class EvaluateModelConfig:
         output: the folder to make: report.html, metrics.json, config.yaml, pictures, measures. The same command
             resumes after an interruption; with more pictures it generates those that are missing.
         overwrite: replace pictures in the output folder that were generated with other options.
+        strict: stop at the first broken real picture instead of skipping and counting it, and end with exit code 3
+            where the judge or the detector is blind.
         device: such as cpu or cuda:1; null: the fastest there is.
     """
 
@@ -79,6 +85,7 @@ class EvaluateModelConfig:
     seed: int = 0
     sampling_steps: int | None = None
     guidance_scale: float | None = None
+    negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
     max_sequence_length: int | None = None
@@ -94,6 +101,7 @@ class EvaluateModelConfig:
     examples: int = 12
     output: str | None = None
     overwrite: bool = False
+    strict: bool = False
     device: str | None = None
 
     def __post_init__(self):

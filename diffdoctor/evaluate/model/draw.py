@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from diffdoctor.evaluate.model.config import EvaluateModelConfig
-from diffdoctor.runs.errors import UserError, expected, first_line
+from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.progress import progress as show_progress
 from diffdoctor.treat.loading import load_pipeline, replace_scheduler
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
 
 
 def open_pipeline(option: str, source: str, config: EvaluateModelConfig) -> DiffusionPipeline:
@@ -39,63 +42,27 @@ def open_pipeline(option: str, source: str, config: EvaluateModelConfig) -> Diff
     if "prompt" not in parameters or "generator" not in parameters:
         raise UserError(expected(f"--{option} {source}", "a text-to-image pipeline", type(pipeline).__name__))
     replace_scheduler(pipeline, config.scheduler)
+    if config.negative_prompt and config.guidance_scale is not None and config.guidance_scale <= 1:
+        what = f"a guidance_scale above 1 with it, since {config.guidance_scale} makes no negative prediction"
+        raise UserError(expected("--negative_prompt", what, repr(config.negative_prompt)))
     for name in call_options(config):
-        if name not in parameters:
+        if name not in parameters or (name == "negative_prompt" and "true_cfg_scale" in parameters):
             raise UserError(f"--{name}: {type(pipeline).__name__} does not take this option")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def call_options(config: EvaluateModelConfig) -> dict[str, int | float]:
+def call_options(config: EvaluateModelConfig) -> dict[str, int | float | str]:
     """The arguments of the pipeline's call; options that are not given are left to the pipeline."""
     names = {"sampling_steps": "num_inference_steps"}
-    wanted = ("sampling_steps", "guidance_scale", "height", "width", "max_sequence_length")
+    wanted = ("sampling_steps", "guidance_scale", "negative_prompt", "height", "width", "max_sequence_length")
     values = {names.get(name, name): getattr(config, name) for name in wanted}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def add_lora(pipeline: DiffusionPipeline, source: str) -> None:
-    """Load a LoRA into a pipeline, completely.
-
-    Args:
-        pipeline: to load into.
-        source: a folder, a file or a hub id.
-
-    Raises:
-        UserError: there is none, or any of its matrices has no layer in the pipeline.
-    """
-    path = Path(source)
-    if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
-        raise UserError(
-            expected(f"--lora {source}", "a file, a folder or a hub id such as owner/name", "none of these")
-        )
-    if not hasattr(pipeline, "load_lora_weights"):
-        raise UserError(expected("--lora", "a pipeline that takes a LoRA", type(pipeline).__name__))
-    file_name = {"weight_name": path.name} if path.is_file() else {}
-    try:
-        state = pipeline.lora_state_dict(str(path.parent if path.is_file() else source), **file_name)
-        state = state[0] if isinstance(state, tuple) else state
-        pipeline.load_lora_weights(str(path.parent if path.is_file() else source), **file_name)
-    except Exception as error:  # diffusers, peft and safetensors raise their own
-        raise UserError(f"--lora {source}: does not fit this pipeline ({first_line(error)})") from error
-    wanted = sum(".lora_B" in name or "lora_up" in name or "lora.up" in name for name in state)
-    found = _lora_layers(pipeline)
-    # For matrices without a layer diffusers only warns, and generates untreated pictures.
-    if wanted == 0 or found < wanted:
-        raise UserError(f"--lora {source}: does not fit this pipeline: {found} of its {wanted} matrices were loaded")
-
-
 def remove_lora(pipeline: DiffusionPipeline) -> None:
-    """Undo `add_lora`."""
+    """Undo `treat.loading.load_lora`."""
     pipeline.unload_lora_weights()
-
-
-def _lora_layers(pipeline: DiffusionPipeline) -> int:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    modules = [component for component in pipeline.components.values() if isinstance(component, torch.nn.Module)]
-    layers = (layer for module in modules for layer in module.modules() if isinstance(layer, BaseTunerLayer))
-    return sum(len(layer.active_adapters) for layer in layers)
 
 
 @contextlib.contextmanager
@@ -125,6 +92,29 @@ def guided(
         yield
 
 
+@contextlib.contextmanager
+def without_safety_checker(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Inside, the pipeline's own call blacks no picture out: a black square would be measured as a sound picture."""
+    checker = getattr(pipeline, "safety_checker", None)
+    if checker is None:
+        yield
+        return
+    # Past the pipeline's own setter, which forgets in its configuration what stood there.
+    object.__setattr__(pipeline, "safety_checker", None)
+    try:
+        yield
+    finally:
+        object.__setattr__(pipeline, "safety_checker", checker)
+
+
+def _refuse_blackened(drawn) -> None:
+    """Refuse a batch of which a pipeline's own filter, one that cannot be switched off, replaced pictures."""
+    flags = getattr(drawn, "nsfw_content_detected", None) or getattr(drawn, "nsfw_detected", None) or []
+    if any(flags):
+        what = "pictures as they were drawn"
+        raise UserError(expected("pipeline", what, f"{sum(map(bool, flags))} of {len(flags)} that its filter replaced"))
+
+
 def draw_pictures(
     pipeline: DiffusionPipeline, prompts: Iterable[str], seeds: Iterable[int], *, batch_size: int = 100, **call_options
 ) -> Iterator[torch.Tensor]:
@@ -142,18 +132,28 @@ def draw_pictures(
 
     Raises:
         ValueError: `prompts` and `seeds` differ in length.
-        UserError: a picture is not finite.
+        UserError: a picture is not finite, or was blacked out by the pipeline.
     """
     prompts, seeds = list(prompts), [int(seed) for seed in seeds]
     if len(prompts) != len(seeds):
         raise ValueError(expected("prompts, seeds", "the same length", f"{len(prompts)} and {len(seeds)}"))
     pipeline.set_progress_bar_config(disable=True)
+    if getattr(pipeline, "safety_checker", None) is not None:
+        logger.warning(
+            "%s: its safety checker is switched off, which would black pictures out", type(pipeline).__name__
+        )
     for start in range(0, len(prompts), batch_size):
         chosen = slice(start, start + batch_size)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[chosen]]
-        # Not around the whole loop: between batches the caller's grad mode would be changed.
-        with torch.no_grad():
-            images = pipeline(prompts[chosen], generator=generators, output_type="pt", **call_options).images.float()
+        options = dict(call_options)
+        if isinstance(options.get("negative_prompt"), str):
+            # Some pipelines do not repeat one for all pictures.
+            options["negative_prompt"] = [options["negative_prompt"]] * len(generators)
+        # Not around the whole loop: between batches the caller's grad mode and pipeline would be changed.
+        with torch.no_grad(), without_safety_checker(pipeline):
+            drawn = pipeline(prompts[chosen], generator=generators, output_type="pt", **options)
+        _refuse_blackened(drawn)
+        images = drawn.images.float()
         finite = images.isfinite().flatten(1).all(dim=1)
         if not finite.all():
             seed = seeds[start + int((~finite).nonzero()[0])]

@@ -18,6 +18,7 @@ from diffdoctor.evaluate.model.networks import Classifier, Clip, FeatureNetwork,
 from diffdoctor.evaluate.model.summary import PictureMeasures, summarise
 from diffdoctor.measures.pixels import flagged_share
 from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.training.devices import device_of
 
 # Pictures whose measures are stored as one unit; an interruption loses at most so many.
 UNIT = 128
@@ -61,10 +62,10 @@ class Measurer:
         Returns:
             The fields of `PictureMeasures` by name, arrays of B entries.
         """
-        device = next(self.judge.parameters()).device
+        device = device_of(self.judge)
         pictures = pictures.to(device)
         values = {
-            name: flagged_share(diagnose_pictures(detector, pictures)).numpy()
+            name: flagged_share(diagnose_pictures(detector, pictures, name=name)).numpy()
             for name, detector in (("judge", self.judge), ("detector", self.detector))
         }
         if self.features is not None:
@@ -136,7 +137,9 @@ def count_real(units: Sequence[RealUnit], *, damaged: bool = False) -> int | Non
     return total
 
 
-def read_unit(unit: RealUnit, size: tuple[int, int], counts: SkipCounts, *, damaged: bool) -> Iterator[np.ndarray]:
+def read_unit(
+    unit: RealUnit, size: tuple[int, int], counts: SkipCounts, *, damaged: bool, strict: bool = False
+) -> Iterator[np.ndarray]:
     """Read a unit's pictures at the size of the generated ones.
 
     Args:
@@ -144,12 +147,13 @@ def read_unit(unit: RealUnit, size: tuple[int, int], counts: SkipCounts, *, dama
         size: (H, W) in pixels.
         counts: filled with what could not be read.
         damaged: of labelled pictures, those with a mask; else those without one, and without a benign change either.
+        strict: raise at a broken picture instead of skipping and counting it.
 
     Yields:
         (H, W, 3) uint8.
     """
     for source in unit.sources:
-        for sample in read_source(source, counts=counts):
+        for sample in read_source(source, strict=strict, counts=counts):
             if source.is_shard:
                 has_damage = bool(np.any(sample["mask"]))
                 if has_damage != damaged or (not damaged and sample.get("kind")):
@@ -254,7 +258,7 @@ def compare_pictures(
     """
     maps, sides = [], []
     for pictures in (before, after):
-        maps.append(diagnose_pictures(judge, pictures))
+        maps.append(diagnose_pictures(judge, pictures, name="judge"))
         sides.append(
             PictureMeasures(
                 judge=flagged_share(maps[-1]),

@@ -9,6 +9,7 @@ import numpy as np
 
 from diffdoctor.data.pictures import shrink_to
 from diffdoctor.detector.predict import diagnose_pictures
+from diffdoctor.measures.blindness import blindness
 from diffdoctor.measures.pixels import FLAG_CONFIDENCE, FLAG_SHARE
 from diffdoctor.viz.draw import as_hwc, enlarge, grid, jpeg_bytes, overlay, png_bytes
 from diffdoctor.viz.report import Report, new_figure
@@ -32,6 +33,21 @@ def verdict(metrics: dict) -> str:
     )
 
 
+def doubts(metrics: dict) -> list[str]:
+    """What the measures say against the judge and the detector, a sentence each."""
+    found = []
+    for name, rate in metrics["artifact_rate"].items():
+        rates = {"hit_rate": rate.get("damaged"), "false_positive_rate": rate.get("real")}
+        sentence = blindness(f"the {name}", **rates, clean="the real pictures")
+        if sentence is None and name == "judge" and rate["before"] == rate["after"] == 0 and "damaged" not in rate:
+            sentence = (
+                "the judge flags no picture at all, before or after, and nothing shows that it sees artifacts: give "
+                "--real, whose pictures it is then tried on, clean and damaged"
+            )
+        found += [sentence] if sentence else []
+    return found
+
+
 def write_report(evaluation: Evaluation, metrics: dict, before: PictureMeasures, after: PictureMeasures) -> None:
     """Write report.html into the evaluation's folder.
 
@@ -45,6 +61,8 @@ def write_report(evaluation: Evaluation, metrics: dict, before: PictureMeasures,
 
     report = Report("Treatment: before and after")
     report.lead(verdict(metrics))
+    for doubt in metrics["doubts"]:
+        report.warning(f"{doubt[0].upper()}{doubt[1:]}.")
     report.text(
         f"A picture is flagged when at least {FLAG_SHARE:.0%} of its pixels have a confidence of at least "
         f"{FLAG_CONFIDENCE}. docs/evaluate.md explains each measure."
@@ -180,7 +198,7 @@ def _strips(
         views = []
         for side in ("before", "after"):
             picture = evaluation.folder.pictures(side).load([index])
-            confidence = diagnose_pictures(judge, picture)[0, 0].numpy()
+            confidence = diagnose_pictures(judge, picture, name="judge")[0, 0].numpy()
             shown = as_hwc(picture)[0]
             views += [_sized(shown), _sized(overlay(shown, confidence))]
         prompt = evaluation.plan.prompt(index)

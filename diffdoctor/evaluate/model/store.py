@@ -9,7 +9,9 @@ output/
 
 from __future__ import annotations
 
+import collections
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,12 +20,15 @@ import torch
 
 from diffdoctor.data.codec import decode, encode_picture
 from diffdoctor.evaluate.model.summary import PictureMeasures
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.record import RunFolder
 from diffdoctor.runs.units import Units
 
 PICTURES, MEASURES = "pictures", "measures"
 SIDES = ("before", "after", "real", "damaged")
+# What a unit's file holds beside one entry per picture.
+_ABOUT_UNIT = ("has_features", "skipped")
 
 
 class PictureFiles:
@@ -110,16 +115,28 @@ class MeasureFiles:
         self.units = Units(folder, ".npz")
 
     def is_done(self, unit: str) -> bool:
-        """Whether the unit of this name is stored."""
-        return self.units.is_done(unit)
+        """Whether the unit of this name is stored, its features too."""
+        if not self.units.is_done(unit):
+            return False
+        with np.load(self.units.path(unit)) as file:
+            return "has_features" not in file.files or self.units.path(unit, ".features.npy").is_file()
 
-    def save(self, unit: str, values: dict[str, np.ndarray]) -> None:
-        """Write one unit's values, arrays of one entry per picture; `features` go to a file of their own."""
+    def save(self, unit: str, values: dict[str, np.ndarray], skipped: dict[str, int] | None = None) -> None:
+        """Write one unit's values.
+
+        Args:
+            unit: its name.
+            values: arrays of one entry per picture; `features` go to a file of their own.
+            skipped: {reason: count} of the pictures that could not be read.
+        """
         values = dict(values)
         features = values.pop("features", None)
         if features is not None:
             with self.units.writing(unit, ".features.npy") as file:
                 np.save(file, features)
+            values["has_features"] = np.array(True)
+        if skipped:
+            values["skipped"] = np.array(strict_json.dumps(skipped))
         with self.units.writing(unit) as file:
             np.savez(file, **values)
 
@@ -128,12 +145,21 @@ class MeasureFiles:
         parts = []
         for unit in units:
             with np.load(self.units.path(unit)) as file:
-                parts.append({name: file[name] for name in file.files})
+                parts.append({name: file[name] for name in file.files if name not in _ABOUT_UNIT})
         joined = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[0]}
         paths = [self.units.path(unit, ".features.npy") for unit in units]
         if paths[0].is_file():
             joined["features"] = FeatureFiles(paths, [len(part["judge"]) for part in parts])
         return PictureMeasures(**joined)
+
+    def skipped(self) -> dict[str, int]:
+        """{reason: count} of the pictures of all units that could not be read."""
+        counts: collections.Counter[str] = collections.Counter()
+        for unit in self.units.done():
+            with np.load(self.units.path(unit)) as file:
+                if "skipped" in file.files:
+                    counts.update(json.loads(str(file["skipped"])))
+        return dict(sorted(counts.items()))
 
     def load_all(self) -> PictureMeasures | None:
         """The values of all units that have a picture, ordered by name; None where there is no picture at all."""

@@ -16,9 +16,10 @@ from diffdoctor.ops.stats import LossStats
 from diffdoctor.ops.target import Target
 from diffdoctor.reference.grid import accumulation_dtype
 
-# The values that may be tensors are pred_scale, the coefficients of two terms, huber_c and normalizer: a tensor in
-# `per_sample` where there is one, and a number in `coef_values` beside it. `map_options`, `loss_weights` and what
-# follows them are a LossOptions; `normalize` is "given" where there is a normalizer.
+# The values that may be tensors are pred_scale, the coefficients of MAX_TERMS terms, huber_c and normalizer, and the
+# artifact_coefs of a target that has them: a tensor in `per_sample` where there is one, else a number in `coef_values`.
+# `map_options`, `loss_weights` and what follows them are a LossOptions; `normalize` is "given" where there is a
+# normalizer.
 _ARGUMENTS = (
     "Tensor model_pred, Tensor[] terms, Tensor? confidence, Tensor? mask, Tensor? weighting, Tensor?[] per_sample, "
     "float[] coef_values, float[] map_options, float[] loss_weights, str interpolation, str normalize, str reduction, "
@@ -42,8 +43,8 @@ def weighted_loss(inputs: Inputs, options: LossOptions, return_stats: bool, back
 
 def _to_schema(inputs: Inputs, options: LossOptions) -> tuple:
     """The operators' arguments up to the layout."""
-    terms, coefs, pred_scale = target_parts(inputs.target)
-    values = [pred_scale, *coefs, *[1.0] * (MAX_TERMS - len(coefs)), inputs.huber_c, inputs.normalizer]
+    terms, coefs, pred_scale, artifact_coefs = target_parts(inputs.target)
+    values = [pred_scale, *coefs, *[1.0] * (MAX_TERMS - len(coefs)), inputs.huber_c, inputs.normalizer, *artifact_coefs]
     per_sample = [value if isinstance(value, Tensor) else None for value in values]
     coef_values = [0.0 if isinstance(value, Tensor) or value is None else float(value) for value in values]
     map_options, loss_weights, interpolation, normalize, reduction, layout = options.to_schema()
@@ -60,9 +61,10 @@ def _from_schema(
 ) -> tuple[Inputs, LossOptions]:  # fmt: skip
     """The call that `_to_schema` wrote down."""
     values = [number if tensor is None else tensor for tensor, number in zip(per_sample, coef_values, strict=True)]
-    pred_scale, *coefs, huber_c, normalizer = values
+    pred_scale, *coefs = values[: 1 + MAX_TERMS]
+    huber_c, normalizer, *artifact_coefs = values[1 + MAX_TERMS :]
     given = normalize == "given"
-    target = Target(terms, coefs[: len(terms)], pred_scale)
+    target = Target(terms, coefs[: len(terms)], pred_scale, artifact_coefs or None)
     inputs = Inputs(model_pred.detach(), target, confidence, mask, weighting, huber_c, normalizer if given else None)
     options = LossOptions.from_schema(
         map_options, loss_weights, interpolation, "" if given else normalize, reduction, layout

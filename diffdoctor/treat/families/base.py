@@ -42,6 +42,8 @@ class Family:
         "convolution": ("conv", "conv1", "conv2", "conv_shortcut", "conv_in", "conv_out"),
     }
     """Group name -> ends of module names."""
+    takes_negative_prompt = False
+    """Whether `encode_prompts` encodes `negative_prompt` where a negative prediction is used."""
     text_encoder_names: tuple[str, ...] = ("text_encoder", "text_encoder_2", "text_encoder_3")
     """The pipeline's components that encode prompts; those that a pipeline lacks are left out."""
 
@@ -53,6 +55,8 @@ class Family:
         # whether the denoiser's weights are spread over processes, which must then call it equally often
         self.is_sharded = False
         self.max_sequence_length: int | None = None
+        # what the negative prediction is told; None: the pipeline's own, an empty text
+        self.negative_prompt: str | None = None
 
     @property
     def denoiser(self) -> torch.nn.Module:
@@ -195,6 +199,10 @@ class Family:
     def sequence_options(self) -> dict:
         """Keyword arguments of `encode_prompt` that set the long text encoder's length in tokens."""
         return {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
+
+    def negative_options(self, count: int) -> dict:
+        """Keyword arguments of `encode_prompt` that give `count` prompts the negative one."""
+        return {} if self.negative_prompt is None else {"negative_prompt": [self.negative_prompt] * count}
 
     def latent_affine(self) -> tuple[float | torch.Tensor, float | torch.Tensor]:
         """(scale, shift) with latents = scale * (encoded - shift)."""

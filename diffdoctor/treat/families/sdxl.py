@@ -14,13 +14,18 @@ class SDXLFamily(Family):
     """Serves `StableDiffusionXLPipeline`."""
 
     pipeline_classes = ("StableDiffusionXLPipeline",)
+    takes_negative_prompt = True
 
     @torch.no_grad()
     def encode_prompts(self, prompts, *, guidance_scale, height, width, device) -> Conditioning:
         prompts = list(prompts)
         negative = self.uses_negative(guidance_scale)
         embeds, negative_embeds, pooled, negative_pooled = self.pipeline.encode_prompt(
-            prompt=prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=negative
+            prompt=prompts,
+            device=device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=negative,
+            **self.negative_options(len(prompts)),
         )
         # original size, crop and target size, as the pipeline's own call has them by default
         sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=embeds.dtype, device=device)

@@ -14,11 +14,14 @@ class StableDiffusionFamily(Family):
     """Serves `StableDiffusionPipeline`."""
 
     pipeline_classes = ("StableDiffusionPipeline",)
+    takes_negative_prompt = True
 
     @torch.no_grad()
     def encode_prompts(self, prompts, *, guidance_scale, height, width, device) -> Conditioning:
         negative = self.uses_negative(guidance_scale)
-        embeds, negative_embeds = self.pipeline.encode_prompt(list(prompts), device, 1, negative)
+        embeds, negative_embeds = self.pipeline.encode_prompt(
+            list(prompts), device, 1, negative, **self.negative_options(len(prompts))
+        )
         return Conditioning(
             {"encoder_hidden_states": embeds},
             {"encoder_hidden_states": negative_embeds} if negative else None,

@@ -17,6 +17,7 @@ class StableDiffusion3Family(Family):
 
     pipeline_classes = ("StableDiffusion3Pipeline",)
     denoiser_name = "transformer"
+    takes_negative_prompt = True
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = TRANSFORMER_TARGETS
 
     @torch.no_grad()
@@ -30,6 +31,7 @@ class StableDiffusion3Family(Family):
             device=device,
             do_classifier_free_guidance=negative,
             **self.sequence_options(),
+            **self.negative_options(len(prompts)),
         )
 
         def inputs(hidden, pooled):

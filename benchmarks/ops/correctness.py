@@ -1,4 +1,4 @@
-"""The gate before the clock: a side whose result is wrong gets no speed.
+"""Correctness before speed: an implementation whose result is wrong is not timed.
 
 Expected values are the case's formula on the same inputs in fp64. The error of the gradient is its relative L2
 distance; that of the loss is relative.
@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.ops.registry import Case, Tensors
 
-#: Largest errors of diffdoctor's own sides: fp32 sums over up to 2^26 elements; a gradient rounded once to its dtype.
+#: Largest errors of diffdoctor's own implementations: fp32 sums over up to 2^26 elements, a gradient rounded once.
 GRADIENT_BOUND = {torch.float32: 2e-6, torch.bfloat16: 2.5e-3, torch.float16: 5e-4, torch.float64: 1e-12}
 LOSS_BOUND = 1e-5
 #: A trainer's formula may round its target and its products to bf16 or fp16 on the way: four roundings of 2^-9.
@@ -22,10 +22,10 @@ def expected(case: Case, tensors: Tensors):
     return run(case, exact, case.formula)
 
 
-def run(case: Case, tensors: Tensors, side):
-    """(detached result, gradient of `grad_of` without the scale) of a side called with the tensors by name."""
+def run(case: Case, tensors: Tensors, impl):
+    """(detached result, gradient of `grad_of` without the scale) of a call with the tensors by name."""
     x = tensors[case.grad_of].detach().requires_grad_()
-    result = side(**(tensors | {case.grad_of: x}))
+    result = impl(**(tensors | {case.grad_of: x}))
     if result.ndim:
         (gradient,) = torch.autograd.grad(result, x, cotangent(result))
         return result.detach(), gradient
@@ -35,7 +35,7 @@ def run(case: Case, tensors: Tensors, side):
 
 
 def cotangent(result):
-    """What backward starts from where the result is a tensor: the same values for every side."""
+    """What backward starts from where the result is a tensor: the same values for every implementation."""
     generator = torch.Generator(device=result.device).manual_seed(11)
     return torch.randn(result.shape, generator=generator, device=result.device, dtype=torch.float32).to(result.dtype)
 
@@ -46,7 +46,7 @@ def relative(got, want) -> float:
 
 
 def check(case: Case, got, want, ours: bool) -> dict:
-    """The two errors, and under `reason` why the side may not be timed (None when it may)."""
+    """The two errors, and under `reason` why the implementation may not be timed (None when it may)."""
     errors = {"loss_error": relative(got[0], want[0]), "grad_error": relative(got[1], want[1])}
     limits = {
         "loss_error": LOSS_BOUND if ours else PEER_LOSS_BOUND,

@@ -1,8 +1,8 @@
-"""The figures that DESIGN 3.5 asks for, held against a run."""
+"""The figures that the project asks of its kernels, held against a run."""
 
 from dataclasses import dataclass
 
-from benchmarks.ops.table import aligned, grouped, own_sides, ratio
+from benchmarks.ops.table import aligned, grouped, own_implementations, ratio
 
 #: dtype: (times the eager formula, times torch.compile of it)
 CPU_SPEED = {"fp32": (5.0, 2.0), "bf16": (8.0, 2.0)}
@@ -54,31 +54,31 @@ def _held(row, name):
 
 
 def checks(rows: list[dict]) -> list[Check]:
-    """Every figure of the bar that the rows can answer."""
+    """Every figure of the acceptance checks that the rows can answer."""
     groups = grouped(rows)
     found = []
     for (_, case, dtype), group in groups.items():
         row = next(iter(group.values()))
         name = f"{case} {dtype}"
-        if "bar" in row["tags"] and row["device"] == "cpu":
+        if "acceptance" in row["tags"] and row["device"] == "cpu":
             if dtype in CPU_SPEED:
                 found.extend(_speed(group, row, name))
             found.append(_held(group.get("cpu", {}) | {"dtype": dtype}, name))
-        if "bar" in row["tags"] and row["device"] == "cuda" and dtype in ("bf16", "fp16"):
+        if "acceptance" in row["tags"] and row["device"] == "cuda" and dtype in ("bf16", "fp16"):
             share = "copy_share_of_passes" if dtype == "fp16" else "copy_share"
-            for side in own_sides(group):
-                got = group[side].get(share)
-                found.append(_at_least(f"{name}: {side}, share of a copy's speed", CUDA_COPY_SHARE, got, _percent))
+            for impl in own_implementations(group):
+                got = group[impl].get(share)
+                found.append(_at_least(f"{name}: {impl}, share of a copy's speed", CUDA_COPY_SHARE, got, _percent))
         if case == "sd15" and row["device"] == "cuda":
-            found.extend(_launches(group, side, name) for side in own_sides(group))
+            found.extend(_launches(group, impl, name) for impl in own_implementations(group))
     found.extend(_overhead(groups))
     return found
 
 
-def _launches(group, side, name):
+def _launches(group, impl, name):
     """One forward, one backward, and autograd's own fill of the gradient that backward starts from."""
-    launches, waits = (group[side].get(what) for what in ("launches", "waits"))
-    what, asked = f"{name}: {side}, launches (one is autograd's) and waits", "≤ 3 and 0"
+    launches, waits = (group[impl].get(what) for what in ("launches", "waits"))
+    what, asked = f"{name}: {impl}, launches (one is autograd's) and waits", "≤ 3 and 0"
     if launches is None:
         return Check(what, asked, "not measured", None)
     return Check(what, asked, f"{launches} and {waits}", launches <= 3 and waits == 0)
@@ -100,5 +100,5 @@ def text(rows: list[dict]) -> str:
     words = {True: "met", False: "MISSED", None: "not measured"}
     found = checks(rows)
     if not found:
-        return "No case of the bar was run."
+        return "No acceptance case was run."
     return aligned([("figure", "asked", "got", ""), *((c.what, c.asked, c.got, words[c.met]) for c in found)], left=4)

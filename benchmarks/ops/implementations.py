@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.ops.gate import cotangent
+from benchmarks.ops.correctness import cotangent
 from benchmarks.ops.registry import Case, Tensors
 from diffdoctor.ops import OPS
 
@@ -16,7 +16,7 @@ OWN = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 @dataclass(frozen=True)
-class Side:
+class Implementation:
     """One implementation: `function` takes the case's tensors by name."""
 
     name: str
@@ -34,26 +34,28 @@ def own_backends(op: str, device: torch.device) -> tuple[str, ...]:
     return next(((name,) for name in names if why_not(name) is None), ("reference",))
 
 
-def sides_of(case: Case, device: torch.device, backends: tuple[str, ...] | None = None, compiled: bool = True):
+def implementations_of(
+    case: Case, device: torch.device, backends: tuple[str, ...] | None = None, compiled: bool = True
+):
     """Our backends for the device, the formula, and the formula under torch.compile."""
 
     def own(backend):
-        return Side(backend, lambda **tensors: case.fused(tensors, backend), True)
+        return Implementation(backend, lambda **tensors: case.fused(tensors, backend), True)
 
     found = [own(backend) for backend in (own_backends(case.op, device) if backends is None else backends)]
-    found.append(Side("eager", case.formula, False))
+    found.append(Implementation("eager", case.formula, False))
     if compiled and case.compiled:
-        found.append(Side("compile", torch.compile(case.formula, dynamic=False), False))
+        found.append(Implementation("compile", torch.compile(case.formula, dynamic=False), False))
     return found
 
 
 class Call:
-    """A side on fixed inputs: `forward()`, `backward(result)`, and both when called."""
+    """An implementation on fixed inputs: `forward()`, `backward(result)`, and both when called."""
 
-    def __init__(self, case: Case, tensors: Tensors, side: Side):
+    def __init__(self, case: Case, tensors: Tensors, impl: Implementation):
         self.x = tensors[case.grad_of].detach().requires_grad_()
         self.tensors = tensors | {case.grad_of: self.x}
-        self.side = side
+        self.implementation = impl
         self.start = None
         result = self.forward()
         if result.ndim:
@@ -62,7 +64,7 @@ class Call:
             self.start = torch.full_like(result, case.scale)
 
     def forward(self):
-        return self.side.function(**self.tensors)
+        return self.implementation.function(**self.tensors)
 
     def backward(self, result):
         return torch.autograd.grad(result, self.x, self.start)
@@ -81,7 +83,7 @@ def kernel_of(call: Call) -> Callable[[], None]:
 
     Raises ValueError where the forward made no such call or more than one.
     """
-    module = backend_module(call.side.name)
+    module = backend_module(call.implementation.name)
     name = "launch" if hasattr(module, "launch") else "weighted_loss"
     launch, made = getattr(module, name), []
 

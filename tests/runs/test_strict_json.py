@@ -1,0 +1,61 @@
+"""No file of ours holds NaN, which is no JSON: numbers that are not finite become null, whoever writes."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from diffdoctor.runs.checkpoints import Checkpoints
+from diffdoctor.runs.files import atomic_write_json
+from diffdoctor.runs.journal import Journal
+from diffdoctor.runs.record import RunFolder
+from diffdoctor.runs.strict_json import dumps
+from support.paths import ROOT
+
+ODD = {
+    "nan": float("nan"),
+    "inf": -float("inf"),
+    "numpy": np.float32("nan"),
+    "list": [1.5, (np.nan, 2)],
+    3: np.int64(4),
+}
+PLAIN = {"nan": None, "inf": None, "numpy": None, "list": [1.5, [None, 2]], "3": 4}
+
+
+def strict(text):
+    def refuse(name):
+        raise AssertionError(name)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    assert strict(dumps(ODD)) == PLAIN
+    atomic_write_json(tmp_path / "metrics.json", ODD)
+    assert strict((tmp_path / "metrics.json").read_text()) == PLAIN
+    Checkpoints(tmp_path / "checkpoints").save(1, {"weights": torch.zeros(1)}, ODD)
+    assert strict((tmp_path / "checkpoints" / "step-00000001" / "record.json").read_text()) == PLAIN
+    with Journal(tmp_path / "records") as journal:
+        journal.append([{"name": "a", "path": "p"} | ODD])
+    (part,) = (tmp_path / "records").iterdir()
+    assert strict(part.read_text()) == {"name": "a", "path": "p"} | PLAIN
+
+
+def test_a_run_with_such_a_number_in_its_identity_knows_itself_again(tmp_path):
+    run = RunFolder(tmp_path / "run", "test", ODD, {})
+    run.begin()
+    strict((tmp_path / "run" / "run.json").read_text())
+    assert run.check()
+
+
+@pytest.mark.parametrize("folder", ["diffdoctor"])
+def test_json_is_written_in_one_place(folder):
+    # what prints, or puts words together for the parser, writes no file
+    others = {"cli.py", "config.py", "environment.py", "strict_json.py", "arguments.py"}
+    writers = [
+        path for path in (ROOT / folder).rglob("*.py")
+        if path.name not in others and re.search(r"(?<!strict_)json\.dumps?\(", path.read_text(encoding="utf-8"))
+    ]  # fmt: skip
+    assert not writers
