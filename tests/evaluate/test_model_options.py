@@ -47,6 +47,15 @@ class TestOptionsOfATreatment:
         with pytest.raises(UserError, match=rf"config\.yaml: expected {name} as `diffdoctor treat` writes it, got"):
             completed(EvaluateModelConfig(**options))
 
+    def test_aliases_of_aliases_cost_nothing(self, treatment):
+        lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)), "pipeline: *a39"]
+        (treatment / "config.yaml").write_text("\n".join(lines))
+        with pytest.raises(UserError, match="expected pipeline as `diffdoctor treat` writes it, got a list"):
+            completed(EvaluateModelConfig(treatment=str(treatment), judge="j", output="o"))
+        (treatment / "treat.json").write_text("{}")
+        options = {"pipeline": "p", "detector": "d", "judge": "j", "prompts": "t", "output": "o", "sampling_steps": 4}
+        completed(EvaluateModelConfig(**options, lora=str(treatment / "lora")))
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

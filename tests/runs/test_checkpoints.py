@@ -70,7 +70,7 @@ def test_a_damaged_one_is_named_and_nothing_of_it_runs(tmp_path, name, data):
         torch.save({"step": Payload(tmp_path / "ran")}, damaged)
     else:
         damaged.write_bytes(data)
-    with pytest.raises(UserError, match=r"step-00000001: cannot be read .*; remove this folder to resume"):
+    with pytest.raises(UserError, match=r"step-00000001: is damaged .*; remove this folder to resume"):
         checkpoints.load()
     assert not (tmp_path / "ran").exists()
 

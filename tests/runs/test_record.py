@@ -247,7 +247,7 @@ def test_what_was_measured_is_known_of_this_run_alone(tmp_path):
     assert folder(tmp_path, {"seed": 1}).finished() is None
     for damaged in ("{", "[]", "[" * 100_000):
         (tmp_path / "metrics.json").write_text(damaged)
-        with pytest.raises(UserError, match=r"metrics\.json: expected the JSON"):
+        with pytest.raises(UserError, match=r"metrics\.json: is damaged .*; remove it, and the same command"):
             run.finished()
 
 
