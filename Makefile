@@ -6,6 +6,9 @@ TEST_JOBS ?= 2
 # Without a GPU the CUDA kernels would be compiled for nothing: the tests compile them by themselves.
 export DIFFDOCTOR_BUILD ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo auto || echo cpu)
 
+# Not compiled ahead: of 16,000 files of the packages, the few that are used are compiled when they are imported.
+PIP_OPTIONS := -q --no-compile -c constraints.txt
+
 BIN := .venv/bin
 # The one that was asked for, else the checkout's environment where there is one.
 GPU_PYTHON = $(or $(if $(filter file,$(origin PYTHON)),$(wildcard $(BIN)/python)),$(PYTHON))
@@ -25,9 +28,9 @@ help:  ## Show this list
 
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt setuptools torch
-	$(BIN)/python -m pip install -q -c constraints.txt cmake ninja pybind11 numpy
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP_OPTIONS) setuptools torch
+	$(BIN)/python -m pip install $(PIP_OPTIONS) cmake ninja pybind11 numpy
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --no-build-isolation -e '.[dev]'
 	touch $(STAMP)
 
 install: $(STAMP)  ## Make .venv and install into it
@@ -67,7 +70,7 @@ sanitize: $(STAMP)  ## The CPU kernels under the address and undefined-behaviour
 	$(BIN)/python tests/programs/sanitize_cpu.py
 
 wheel: $(STAMP)  ## Build an sdist and a wheel from it into dist/
-	$(BIN)/python -m pip install -q -c constraints.txt build
+	$(BIN)/python -m pip install $(PIP_OPTIONS) build
 	$(BIN)/python -m build
 
 clean:  ## Remove builds (keeps .venv and runs/)

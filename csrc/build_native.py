@@ -34,7 +34,7 @@ class BuildError(SystemExit):
 def requested():
     value = os.environ.get("DIFFDOCTOR_BUILD", "").strip().lower() or "auto"
     if value not in CHOICES:
-        raise BuildError(f"DIFFDOCTOR_BUILD must be one of {', '.join(CHOICES)}, got {value!r}")
+        raise BuildError(f"DIFFDOCTOR_BUILD: expected one of {', '.join(CHOICES)}, got {value!r}")
     return value
 
 

@@ -238,6 +238,7 @@ def log_stats(loss, stats, schedule, accelerator: Accelerator, step: int) -> dic
         "loss_clean": stats.loss_clean.item(),
         "artifact_share": stats.artifact_share.item(),  # 0: the map did nothing
         "nonfinite": stats.nonfinite.item(),
+        "map_outside": stats.map_outside.item(),  # not 0: the maps are not in [0, 1]
         "learning_rate": schedule.get_last_lr()[0],
     }
     accelerator.log(line, step=step)

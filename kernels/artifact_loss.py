@@ -9,7 +9,7 @@ logits. `max` needs the peak first, so its gradient takes a second launch.
 import triton
 import triton.language as tl
 
-from .common import arrives_last, as_scalar, column_sum, to_storage
+from .common import arrives_last, as_scalar, column_sum, rounded_product, to_storage
 
 BLOCK = 128  # logits of a program: one per thread, each visits its window of the up-sampled map
 
@@ -26,7 +26,7 @@ _EPSILON = tl.constexpr(1e-5)
 def _taps(position, size, scale, ACC: tl.constexpr):
     """Lower and upper tap of an up-sampled position (align_corners=False), the upper one's share, and its cell."""
     centre = position.to(ACC) + 0.5
-    src = tl.maximum(tl.fma(centre, tl.zeros_like(centre) + scale, tl.zeros_like(centre) - 0.5), 0.0)
+    src = tl.maximum(rounded_product(centre, scale) - 0.5, 0.0)
     lower = tl.minimum(src.to(tl.int32), size - 1)
     share = tl.minimum(tl.maximum(src - lower.to(ACC), 0.0), 1.0)
     owner = tl.minimum((centre * scale).to(tl.int32), size - 1)

@@ -18,6 +18,16 @@ def divide(a, b):
 
 
 @triton.jit
+def rounded_product(a, b):
+    """a * b, rounded before anything is added to it: a plain product may be fused with the addition.
+
+    With bilinear resampling a fused one misses positions that are whole numbers, and a neighbour that weighs nothing
+    gets a weight.
+    """
+    return tl.fma(a, tl.zeros_like(a) + b, tl.zeros_like(a))
+
+
+@triton.jit
 def to_storage(x, dtype: tl.constexpr, ROUND_BF16: tl.constexpr):
     """x in a tensor's dtype, rounded to nearest even; the interpreter's own bf16 conversion truncates."""
     if ROUND_BF16 and dtype == tl.bfloat16:

@@ -7,7 +7,7 @@ area window along each; `grid` the grid's sizes. Positions come in an index type
 import triton
 import triton.language as tl
 
-from .common import as_scalar, divide
+from .common import as_scalar, divide, rounded_product
 
 ABSENT = tl.constexpr(0)
 SAME = tl.constexpr(1)
@@ -38,7 +38,7 @@ def _nearest(position, size, out, shift):
 def _linear(position, size, out, ACC: tl.constexpr):
     """Two neighbours and the second one's share."""
     scale = divide(as_scalar(size, ACC), as_scalar(out, ACC))
-    source = tl.maximum(scale * (position.to(ACC) + 0.5) - 0.5, 0.0)
+    source = tl.maximum(rounded_product(position.to(ACC) + 0.5, scale) - 0.5, 0.0)
     first = tl.minimum(source.to(position.dtype), size - 1)
     share = tl.minimum(tl.maximum(source - first.to(ACC), 0.0), 1.0)
     return first, tl.minimum(first + 1, size - 1), share

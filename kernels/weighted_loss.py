@@ -19,6 +19,7 @@ from .resample import ABSENT, SAME, map_value, resampled
 
 MEAN = tl.constexpr(0)
 SAMPLE = tl.constexpr(1)
+SUM_COLUMNS = tl.constexpr(10)
 
 # Bits of `tensor_bits` and `batched_bits`: per-sample numbers that come as tensors, and those with one for each sample.
 PRED_SCALE, COEF0, COEF1, HUBER_C, WEIGHT, Z, GRAD_OUTPUT = (tl.constexpr(k) for k in range(7))
@@ -93,8 +94,8 @@ def _map(ptr, b, batch_stride, strides, axes, mode, default, outer, inner, insid
 
 @triton.jit
 def _artifact_level(c, threshold, gamma):
-    """u = c^γ where c ≥ threshold, else 0; a NaN counts as clean."""
-    u = tl.where(c >= threshold, c, 0.0)
+    """u = c^γ where c ≥ threshold, which is at least 0, else 0; c above 1 counts as 1, a NaN as clean."""
+    u = tl.where(c >= threshold, tl.minimum(c, 1.0), 0.0)
     if gamma != 1:
         u = tl.where(u > 0, tl.exp2(gamma * tl.log2(u)), 0.0)
     return u
@@ -105,7 +106,7 @@ def _spatial(confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mas
              confidence_axes, mask_axes, mode, threshold, gamma, clean_weight, artifact_weight,
              outer, inner, inside, sizes, coords, map_grid,
              CONFIDENCE: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """u and ω on a tile of outer × inner positions."""
+    """u and ω on a tile of outer × inner positions; where a map is NaN, and where it is outside [0, 1]."""
     c = _map(confidence_ptr, b, batch_strides[6], confidence_strides, confidence_axes, mode, 0.0, outer, inner, inside,
              sizes, coords, map_grid, CONFIDENCE, ACC)  # fmt: skip
     k = _map(mask_ptr, b, batch_strides[7], mask_strides, mask_axes, mode, 1.0, outer, inner, inside,
@@ -113,7 +114,12 @@ def _spatial(confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mas
     u = c
     if CONFIDENCE != ABSENT:
         u = _artifact_level(c, threshold, gamma)
-    return u, k * (clean_weight + (artifact_weight - clean_weight) * u)
+    region = k
+    if MASK != ABSENT:
+        region = tl.where(k > 0, tl.minimum(k, 1.0), 0.0)
+    nan = (c != c) | (k != k)
+    outside = (c < 0) | (c > 1) | (k < 0) | (k > 1)
+    return u, region * (clean_weight + (artifact_weight - clean_weight) * u), nan, outside
 
 
 @triton.jit
@@ -162,7 +168,7 @@ _NOT_SPECIALIZED = [
 def weighted_loss_kernel(
     pred_ptr, grad_ptr, term0_ptr, term1_ptr, term2_ptr, weighting_ptr, confidence_ptr, mask_ptr,
     loss_ptr,  # () or (batch,) in ACC
-    sums_ptr,  # (batch, 8) in ACC: the columns of csrc/common/weighted_loss_params.h
+    sums_ptr,  # (batch, SUM_COLUMNS) in ACC: the columns of csrc/common/weighted_loss_params.h
     partial_ptr,  # (batch, programs, COLUMNS) and (batch,) in ACC
     counter_ptr,  # (batch + 1) int32 zeros
     number_ptrs,  # per-sample numbers in ACC, in the order of PRED_SCALE ...
@@ -198,7 +204,7 @@ def weighted_loss_kernel(
     inner = ((tile % inner_blocks).to(IDX) * BLOCK_INNER + tl.arange(0, BLOCK_INNER))[None, None, :]
     inside = (outer < n_outer) & (inner < n_inner)
 
-    u, omega = _spatial(
+    u, omega, nan, outside = _spatial(
         confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mask_strides, confidence_axes, mask_axes, mode,
         as_scalar(as_scalar(threshold, tl.float32), ACC), as_scalar(gamma, ACC), as_scalar(clean_weight, ACC),
         as_scalar(artifact_weight, ACC), outer, inner, inside, sizes, coords, map_grid,
@@ -292,7 +298,7 @@ def weighted_loss_kernel(
             nonfinite += tl.where(tl.abs(weighted) < float("inf"), 0.0, 1.0)
 
     if LOSS or SUMS:
-        COLUMNS: tl.constexpr = 8 if SUMS else 1
+        COLUMNS: tl.constexpr = SUM_COLUMNS if SUMS else 1
         rows_ptr = partial_ptr + b * programs * COLUMNS
         own_ptr = rows_ptr + program * COLUMNS
         tl.store(own_ptr, _total(total))
@@ -305,11 +311,13 @@ def weighted_loss_kernel(
             tl.store(own_ptr + 5, _total(clean_share))
             tl.store(own_ptr + 6, _total(tl.where(inside, u, 0.0)) * seen)
             tl.store(own_ptr + 7, _total(nonfinite))
+            tl.store(own_ptr + 8, _total(tl.where(inside & nan, 1.0, 0.0).to(ACC)) * seen)
+            tl.store(own_ptr + 9, _total(tl.where(inside & outside, 1.0, 0.0).to(ACC)) * seen)
         if arrives_last(counter_ptr + b, programs):
             if SUMS:
-                for column in tl.static_range(8):
+                for column in tl.static_range(SUM_COLUMNS):
                     sum_of_column = column_sum(rows_ptr + column, programs, COLUMNS, ACC, BLOCK_PARTIAL)
-                    tl.store(sums_ptr + b * 8 + column, sum_of_column)
+                    tl.store(sums_ptr + b * SUM_COLUMNS + column, sum_of_column)
             if LOSS:
                 numerator = column_sum(rows_ptr, programs, COLUMNS, ACC, BLOCK_PARTIAL)
                 share = tl.where(divisor == 0, 0.0, numerator / divisor)
@@ -336,7 +344,7 @@ def weight_mean_kernel(
     outer = ((program // inner_blocks).to(IDX) * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER))[:, None, None]
     inner = ((program % inner_blocks).to(IDX) * BLOCK_INNER + tl.arange(0, BLOCK_INNER))[None, None, :]
     inside = (outer < n_outer) & (inner < n_inner)
-    _, omega = _spatial(
+    _, omega, _, _ = _spatial(
         confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mask_strides, confidence_axes, mask_axes, mode,
         as_scalar(as_scalar(threshold, tl.float32), ACC), as_scalar(gamma, ACC), as_scalar(clean_weight, ACC),
         as_scalar(artifact_weight, ACC), outer, inner, inside, sizes, coords, map_grid,

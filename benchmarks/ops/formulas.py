@@ -43,6 +43,13 @@ def confidence_mse(model_pred, target, confidence):
     return sample_mean(loss).mean()
 
 
+def contrastive_mse(model_pred, latents, noise, old_pred, confidence):
+    """DiffusionNFT's loss with the map as reward: towards the old prediction minus u (flow - old prediction)."""
+    old = upcast(old_pred)
+    target = old - to_grid(upcast(confidence), old) * (upcast(noise) - upcast(latents) - old)
+    return F.mse_loss(upcast(model_pred), target)
+
+
 def min_snr_confidence_mse(model_pred, target, confidence, timesteps, alphas_cumprod):
     """`confidence_mse` times min(SNR, 5) / SNR, the min-SNR weight of noise prediction."""
     loss = F.mse_loss(upcast(model_pred), upcast(target), reduction="none")

@@ -95,6 +95,13 @@ def flow(case, device):
     return tensors
 
 
+def contrastive(case, device):
+    return _flow_triple(case, device) | {
+        "old_pred": normal(case.shape, case.dtype, device, 4),
+        "confidence": soft_map(case.shape[0], *case.shape[-2:], device),
+    }
+
+
 def simpletuner(case, device):
     mask = soft_map(case.shape[0], *pixels(case), device)
     return _flow_triple(case, device) | {

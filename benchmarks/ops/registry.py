@@ -87,19 +87,23 @@ def passes_bytes(case: Case, tensors: Tensors) -> int:
 
 
 def _fused_pair(t, backend):
-    return diffdoctor.weighted_loss(t["model_pred"], t["target"], t.get("confidence"), backend=backend)
+    return diffdoctor.weighted_loss(
+        t["model_pred"], t["target"], t.get("confidence"), artifact_weight=2.0, backend=backend
+    )
 
 
 def _fused_stats(t, backend):
     loss, _ = diffdoctor.weighted_loss(
-        t["model_pred"], t["target"], t["confidence"], return_stats=True, backend=backend
+        t["model_pred"], t["target"], t["confidence"], artifact_weight=2.0, return_stats=True, backend=backend
     )
     return loss
 
 
 def _fused_min_snr(t, backend):
     weighting = diffdoctor.snr_weights(t["timesteps"], t["alphas_cumprod"], 5.0, "epsilon")
-    return diffdoctor.weighted_loss(t["model_pred"], t["target"], t["confidence"], weighting=weighting, backend=backend)
+    return diffdoctor.weighted_loss(
+        t["model_pred"], t["target"], t["confidence"], artifact_weight=2.0, weighting=weighting, backend=backend
+    )
 
 
 def _fused_flow(t, backend):
@@ -108,10 +112,16 @@ def _fused_flow(t, backend):
         t["model_pred"],
         diffdoctor.Target.flow(t["latents"], t["noise"]),
         t.get("confidence"),
+        artifact_weight=2.0,
         weighting=t["weighting"],
         layout=diffdoctor.Packed(*t["latents"].shape[-2:]) if tokens else None,
         backend=backend,
     )
+
+
+def _fused_contrastive(t, backend):
+    target = diffdoctor.Target.contrastive(diffdoctor.Target.flow(t["latents"], t["noise"]), t["old_pred"])
+    return diffdoctor.weighted_loss(t["model_pred"], target, t["confidence"], backend=backend)
 
 
 def _fused_kohya(t, backend):
@@ -212,12 +222,12 @@ def _flow_case(name, shape, dtype, map, *tags):
     )
 
 
-def _peer_case(name, shape, make, fused, formula, peer, map):
+def _peer_case(name, shape, make, fused, formula, peer, map, dtype=torch.bfloat16):
     return Case(
         name=name,
         op="weighted_loss",
         shape=shape,
-        dtype=BF16,
+        dtype=dtype,
         inputs=make,
         fused=fused,
         formula=formula,
@@ -225,6 +235,13 @@ def _peer_case(name, shape, make, fused, formula, peer, map):
         peer=peer,
         tags=frozenset({"latent", "peer"}),
     )
+
+
+def _contrastive_case(dtype):
+    return _peer_case(
+        "contrastive", (8, 16, 128, 128), inputs.contrastive, _fused_contrastive, formulas.contrastive_mse,
+        "DiffusionNFT", "grid", dtype,
+    )  # fmt: skip
 
 
 def _artifact_case(name, shape, size, dtype=FP32, *tags):
@@ -293,6 +310,7 @@ def _cpu_cases():
     for dtype in (FP32, BF16):
         yield _pair_case("latents", (8, 16, 128, 128), dtype, "grid", "acceptance")
         yield _pair_case("pictures", (4, 3, 512, 512), dtype, "grid", "acceptance")
+        yield _contrastive_case(dtype)
     yield _pair_case("latents", (8, 16, 128, 128), FP16, "grid", "acceptance", compiled=False)
     plain = _pair_case("latents-stats", (8, 16, 128, 128), FP32, "grid", "latent", compiled=False)
     yield replace(plain, fused=_fused_stats)
@@ -313,6 +331,7 @@ def _cuda_cases():
     yield _pair_case("decoded-1024", (22, 3, 1024, 1024), BF16, "grid", "large")
     yield _flow_case("wan-720p-batch", (14, 16, 21, 90, 160), BF16, "grid", "large")
     yield from _real_shapes(4)
+    yield _contrastive_case(BF16)
     yield _pair_case("elements-16", (1, 1, 4, 4), FP32, "none", "overhead", compiled=False)
     for side in (32, 128, 512, 1024, 2048):
         yield _pair_case(f"sweep-{side}", (4, 4, side, side), BF16, "grid", "sweep")

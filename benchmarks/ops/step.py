@@ -139,7 +139,7 @@ def _fused(backend):
     import diffdoctor
 
     return lambda model_pred, target, confidence: diffdoctor.weighted_loss(
-        model_pred, target, confidence, backend=backend
+        model_pred, target, confidence, artifact_weight=2.0, backend=backend
     )
 
 

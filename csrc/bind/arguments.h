@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "common/types.h"
@@ -16,6 +17,13 @@ namespace py = pybind11;
 
 inline void* as_pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
+// For a tensor that must be there. One that has no memory (freed, or standing for another) has the address 0, plus its
+// offset into nothing: no memory is ever mapped there.
+inline void need(const void* data, const char* name) {
+  if (reinterpret_cast<uintptr_t>(data) < 65536)
+    throw std::invalid_argument(std::string(name) + ": expected a tensor whose memory holds its values, got address 0");
+}
+
 inline void* pointer_at(const py::tuple& addresses, size_t k) {
   return PyLong_AsVoidPtr(PyTuple_GET_ITEM(addresses.ptr(), static_cast<Py_ssize_t>(k)));
 }
@@ -25,7 +33,10 @@ inline PerSample per_sample_at(const py::tuple& numbers, size_t k) {
   PyObject* const value = PyTuple_GET_ITEM(numbers.ptr(), static_cast<Py_ssize_t>(k));
   if (value == Py_None) return {nullptr, 0, 1.0};
   if (PyFloat_Check(value)) return {nullptr, 0, PyFloat_AS_DOUBLE(value)};
-  return {PyLong_AsVoidPtr(PyTuple_GET_ITEM(value, 0)), PyLong_AsLongLong(PyTuple_GET_ITEM(value, 1)), 1.0};
+  const PerSample from = {PyLong_AsVoidPtr(PyTuple_GET_ITEM(value, 0)), PyLong_AsLongLong(PyTuple_GET_ITEM(value, 1)),
+                          1.0};
+  need(from.data, "numbers per sample");
+  return from;
 }
 
 // A field of a plan, by its type. What is None leaves the field as it is.

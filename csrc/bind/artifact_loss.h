@@ -14,6 +14,8 @@ inline ArtifactLossParams bind_artifact_loss(const py::tuple& arguments) {
   DD_ARTIFACT_LOSS_PARAMS(DD_READ)
 #undef DD_READ
   if (arguments.size() != k) throw std::invalid_argument("artifact_loss got too many arguments");
+  need(p.logits, "logits");
+  need(p.loss, "loss");
   return p;
 }
 

@@ -24,6 +24,11 @@ struct WeightedLossPlan {
   }
 };
 
+inline void need_maps(const WeightedLossParams& p) {
+  if (p.confidence.mode != kAbsent) need(p.confidence.data, "confidence");
+  if (p.mask.mode != kAbsent) need(p.mask.data, "mask");
+}
+
 // pointers: of DD_WEIGHTED_LOSS_POINTERS, 0 where absent. numbers: of DD_WEIGHTED_LOSS_NUMBERS. Behind both, those of
 // DD_WEIGHTED_LOSS_MORE_..., or nothing.
 inline WeightedLossParams bind_call(const WeightedLossPlan& plan, int outputs, const py::tuple& pointers,
@@ -53,6 +58,13 @@ inline WeightedLossParams bind_call(const WeightedLossPlan& plan, int outputs, c
   }
 #undef DD_READ
   if (PyErr_Occurred()) throw py::error_already_set();
+  need(p.pred.data, "model_pred");
+  for (int term = 0; term < p.num_terms; ++term) need(p.terms[term].data, "target");
+  if (p.weighting.present) need(p.weighting.data, "weighting");
+  need_maps(p);
+  if (outputs & kWriteLoss) need(p.loss, "loss");
+  if (outputs & kWriteGrad) need(p.grad.data, "gradient");
+  if (outputs & kWriteSums) need(p.sums, "sums");
   return p;
 }
 
@@ -61,6 +73,7 @@ inline WeightedLossParams bind_maps(const WeightedLossPlan& plan, uintptr_t conf
   WeightedLossParams p = plan.params;
   p.confidence.data = as_pointer(confidence);
   p.mask.data = as_pointer(mask);
+  need_maps(p);
   return p;
 }
 

@@ -15,8 +15,8 @@ enum ArtifactMethod : int32_t { kThreshold = 0, kMethodMean = 1, kMethodSum = 2,
 //   out_h, out_w            of the up-sampled map
 //   threshold               already rounded to fp32
 //   loss                    () or (B), accumulation type
-//   unit_grad               (B, h, w) contiguous, accumulation type: gradient of the un-normalised sum; null: not
-//   wanted factor                  (B), accumulation type: gradient of the result = g_b * factor[b] * unit_grad[b]
+//   unit_grad               (B, h, w) contiguous, accumulation type: the un-normalised sum's gradient, or null
+//   factor                  (B), accumulation type: gradient of the result = g_b * factor[b] * unit_grad[b]
 #define DD_ARTIFACT_LOSS_PARAMS(X) \
   X(const void*, logits)           \
   X(int64_t, batch_stride)         \

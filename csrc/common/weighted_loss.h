@@ -11,11 +11,25 @@
 
 namespace diffdoctor {
 
-// u = c^gamma where c >= threshold, else 0. A NaN confidence counts as clean.
+// u = c^gamma where c >= threshold, which is at least 0, else 0; c above 1 counts as 1. A NaN counts as clean.
 template <typename acc_t>
 DD_HD acc_t artifact_level(const WeightedLossParams& p, acc_t c) {
   if (!(c >= acc_t(p.threshold))) return 0;
-  return p.gamma == 1 ? c : std::pow(c, acc_t(p.gamma));
+  const acc_t level = c < 1 ? c : acc_t(1);
+  return p.gamma == 1 ? level : std::pow(level, acc_t(p.gamma));
+}
+
+// k: a mask's value in [0, 1], and 0 for a NaN.
+template <typename acc_t>
+DD_HD acc_t region(acc_t value) {
+  const acc_t above = value > 0 ? value : acc_t(0);
+  return above < 1 ? above : acc_t(1);
+}
+
+// What LossStats counts of a map's value: whether it is a number outside [0, 1].
+template <typename acc_t>
+DD_HD bool is_outside(acc_t value) {
+  return value < 0 || value > 1;
 }
 
 // What changes in a straight line with u: `clean` where u is 0, `clean + step` where it is 1.

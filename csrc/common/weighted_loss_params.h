@@ -13,7 +13,7 @@ enum Output : int32_t { kWriteLoss = 1, kWriteGrad = 2, kWriteSums = 4 };
 
 constexpr int kMaxTerms = 3;
 
-// Columns of `sums` (batch, 8), in the accumulation type. An element is selected when omega != 0 and v != 0.
+// Columns of `sums` (batch, 10), in the accumulation type. An element is selected when omega != 0 and v != 0.
 enum Sum : int32_t {
   kSumNumerator = 0,       // v * omega * loss over selected elements
   kSumWeight = 1,          // omega over all elements
@@ -23,7 +23,9 @@ enum Sum : int32_t {
   kSumCleanWeight = 5,     // 1 - u over selected elements
   kSumArtifact = 6,        // u over all elements
   kSumNonfinite = 7,       // selected elements whose v * omega * loss is not finite
-  kSums = 8,
+  kSumNan = 8,             // elements at which confidence or mask is NaN
+  kSumOutside = 9,         // elements at which confidence or mask is below 0 or above 1
+  kSums = 10,
 };
 
 using Dims = int64_t[kMaxDims];
@@ -122,7 +124,7 @@ struct WeightedLossParams {
 
   int32_t outputs;  // bits of Output
   void* loss;       // kWriteLoss: () for mean and sum, (B) for sample; accumulation type
-  void* sums;       // kWriteSums: (B, 8), accumulation type
+  void* sums;       // kWriteSums: (B, 10), accumulation type
 };
 
 }  // namespace diffdoctor

@@ -18,6 +18,28 @@ float polynomial(float x, float sum, float next, rest_t... rest) {
   return polynomial(x, sum * x + next, rest...);
 }
 
+// At most 1, of what is at least 0, compared by the bits, which for such numbers are in the same order: one
+// instruction, where GCC makes three of a comparison. Of a negative number or a NaN, anything.
+inline float at_most_one(float x) {
+  const int32_t bits = static_cast<int32_t>(float_to_bits(x)), one = 0x3f800000;
+  return bits_to_float(static_cast<uint32_t>(bits < one ? bits : one));
+}
+
+inline double at_most_one(double x) {
+  int64_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  const int64_t one = 0x3ff0000000000000;
+  bits = bits < one ? bits : one;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// region of common/weighted_loss.h.
+template <typename acc_t>
+acc_t vector_region(acc_t value) {
+  return value > 0 ? at_most_one(value) : acc_t(0);
+}
+
 // e^x for x <= 0 in fp32 to 2 ulp: 2^k times a polynomial on |r| <= ln2/2. Below -87 it stays at e^-87.
 inline float exp_nonpositive(float x) {
   x = x < -87.0f ? -87.0f : x;

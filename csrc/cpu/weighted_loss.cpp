@@ -92,6 +92,10 @@ void process_item(const Call<acc_t>& call, const Sample<acc_t>& s, Block& at, in
       sums[0] += process_general(call, at, s, buf, w, nullptr, write_grad);
     }
   }
+  if (stats && call.has_maps) {
+    sums[kSumNan] += double(last - first) * buf.maps.nan;
+    sums[kSumOutside] += double(last - first) * buf.maps.outside;
+  }
   if (blocks > 0)
     with_maps(call, buf, [&](auto u, auto omega) { add_map_sums<acc_t>(u, omega, at.count, double(blocks), sums); });
 }

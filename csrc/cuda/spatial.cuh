@@ -39,6 +39,8 @@ struct Position {
   acc_t omega;      // spatial weight, mask included
   acc_t m;          // gradient modulation
   acc_t weighting;  // element-wise v
+  bool nan;         // confidence or mask is NaN
+  bool outside;     // confidence or mask is outside [0, 1]
 };
 
 template <typename acc_t>
@@ -63,8 +65,12 @@ __device__ __forceinline__ Position<acc_t> position_of(const WeightedLossParams&
     at[2] += index * p.coord[2][d];
   });
   Position<acc_t> position;
-  position.u = artifact_level(p, map_value<acc_t>(p, p.confidence, b, confidence, at, 0));
-  position.omega = map_value<acc_t>(p, p.mask, b, mask, at, 1) * at_level(spatial_weight<acc_t>(p), position.u);
+  const acc_t c = map_value<acc_t>(p, p.confidence, b, confidence, at, 0);
+  const acc_t k = map_value<acc_t>(p, p.mask, b, mask, at, 1);
+  position.nan = c != c || k != k;
+  position.outside = is_outside(c) || is_outside(k);
+  position.u = artifact_level(p, c);
+  position.omega = region(k) * at_level(spatial_weight<acc_t>(p), position.u);
   position.m = at_level(gradient_weight<acc_t>(p), position.u);
   position.weighting = 1;
   if (kWithWeighting && p.weighting.present) {
@@ -78,6 +84,7 @@ __device__ __forceinline__ Position<acc_t> position_of(const WeightedLossParams&
 template <typename acc_t>
 __device__ __forceinline__ Position<acc_t> position_without_maps(const WeightedLossParams& p) {
   Position<acc_t> position;
+  position.nan = position.outside = false;
   position.u = artifact_level(p, acc_t(0));
   position.omega = at_level(spatial_weight<acc_t>(p), position.u);
   position.m = at_level(gradient_weight<acc_t>(p), position.u);

@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from diffdoctor.lowering.artifact_loss import ARTIFACT_METHODS, ArtifactProblem
 from diffdoctor.lowering.plan import (
@@ -96,6 +97,39 @@ def _pointer(tensor) -> int:
 
 def _number(entry: PerSample):
     return entry.value if entry.data is None else (entry.data.data_ptr(), entry.stride)
+
+
+def scale_arguments(grad: Tensor, grad_output: Tensor, out: Tensor, batch: int, count: int) -> tuple[int, ...]:
+    """What scale_gradient takes on both devices: a kept gradient, what arrives in backward, and where the product goes.
+
+    Args:
+        grad: `batch` dense runs of `count` elements.
+        grad_output: one number, or one per run; any stride.
+        out: like grad, or grad itself.
+        batch: number of runs.
+        count: elements of a run.
+    """
+    g = (grad_output.data_ptr(), _stride(grad_output))
+    return grad.data_ptr(), out.data_ptr(), DTYPES[grad.dtype], batch, count, *g
+
+
+def artifact_backward_arguments(unit_grad: Tensor, factor: Tensor, grad_output: Tensor, out: Tensor) -> tuple[int, ...]:
+    """What artifact_loss_backward takes on both devices.
+
+    Args:
+        unit_grad: (B, h, w), contiguous.
+        factor: (B,).
+        grad_output: one number, or one per picture; any stride.
+        out: like unit_grad, in the logits' dtype.
+    """
+    return (
+        unit_grad.data_ptr(), factor.data_ptr(), grad_output.data_ptr(), _stride(grad_output), out.data_ptr(),
+        DTYPES[out.dtype], unit_grad.shape[0], unit_grad[0].numel(),
+    )  # fmt: skip
+
+
+def _stride(grad_output: Tensor) -> int:
+    return grad_output.stride(0) if grad_output.ndim else 0
 
 
 class ArtifactArguments(NamedTuple):

@@ -11,12 +11,16 @@ from types import ModuleType
 import torch
 
 from diffdoctor.backends import native
-from diffdoctor.runs.errors import expected
+from diffdoctor.runs.errors import expected, in_our_words
 
 #: Fastest first. `reference` serves everything and comes last.
 NAMES = ("cuda", "triton", "cpu", "reference")
 
 _BY_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_WORDS = {
+    "torch": "reference", "pytorch": "reference", "eager": "reference", "native": "cpu", "cpp": "cpu", "c++": "cpu",
+    "cu": "cuda", "nvidia": "cuda", **{name: name for name in NAMES},
+}  # fmt: skip
 _SERVES = {"cpu": "CPU tensors", "triton": "CUDA tensors", "cuda": "CUDA tensors"}
 _reasons: dict[str, str | None] = {}  # by backend: why it cannot be used, None where it can
 _modules: dict[tuple[str, str], ModuleType] = {}  # by backend and op
@@ -77,7 +81,7 @@ def requested(backend: str | None) -> str | None:
     source = "backend" if backend is not None else "DIFFDOCTOR_BACKEND"
     if not isinstance(name, str):
         raise TypeError(expected(source, f"None or one of {', '.join(NAMES)}", type(name).__name__))
-    raise ValueError(expected(source, f"one of {', '.join(NAMES)}", repr(name)))
+    raise ValueError(expected(source, f"one of {', '.join(NAMES)}", in_our_words(name, _WORDS)))
 
 
 def name_of(module: ModuleType) -> str:
@@ -121,9 +125,14 @@ def pick(name: str | None, op: str, device_type: str, served_by: str | None = No
     module = _load(name, file)
     if module is None:
         raise BackendUnavailable(f"backend {name!r} cannot be used here: {why_not(name, file)}")
-    if name not in _BY_DEVICE.get(device_type, ()):
+    if name not in _BY_DEVICE.get(device_type, ()) and not (device_type == "cpu" and _is_interpreted(name)):
         raise BackendUnavailable(f"backend {name!r} serves {_SERVES[name]}, got a tensor on {device_type}")
     return module
+
+
+def _is_interpreted(name: str) -> bool:
+    """Whether a loaded backend runs its kernels on the CPU (TRITON_INTERPRET=1), where it serves CPU tensors."""
+    return name == "triton" and importlib.import_module("diffdoctor.backends.triton.launch").INTERPRETS
 
 
 def available_backends() -> dict[str, str | None]:

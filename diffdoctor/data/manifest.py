@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tarfile import BLOCKSIZE
 
 import numpy as np
 
-from diffdoctor.runs.errors import UserError, expected, missing_extra
+from diffdoctor.data.columns import ParquetColumns, pyarrow_modules
+from diffdoctor.runs.errors import UserError, expected
 
 MANIFEST = "manifest.parquet"
 TEXTS = ("key", "shard", "label", "category", "generator", "prompt")
 COLUMNS = (*TEXTS, "round", "height", "width", "mask_mean", "mask_max")
 OFFSETS = ("picture_offset", "picture_size", "mask_offset", "mask_size", "json_offset", "json_size")
+# Characters. Keys are held in an array in which each takes as much as the longest.
+_LONGEST, _LONGEST_TEXT = {"key": 1024, "shard": 255}, 2**20
 
 
 class ManifestWriter:
@@ -23,11 +27,13 @@ class ManifestWriter:
     """
 
     def __init__(self, path: Path, group: int = 1000):
-        pa, parquet = _pyarrow()
+        pa, parquet = pyarrow_modules()
         types = dict.fromkeys(TEXTS, pa.string()) | dict.fromkeys(("round", "height", "width"), pa.int32())
         types |= dict.fromkeys(("mask_mean", "mask_max"), pa.float32()) | dict.fromkeys(OFFSETS, pa.int64())
         self.schema, self.group, self.rows = pa.schema(list(types.items())), group, []
-        self.table, self.writer = pa.Table, parquet.ParquetWriter(path, self.schema)
+        # Not by its path, which Arrow refuses unless it is Unicode.
+        self.file = open(path, "wb")  # noqa: SIM115 (closed by close)
+        self.table, self.writer = pa.Table, parquet.ParquetWriter(self.file, self.schema)
 
     def add(self, row: dict) -> None:
         """Add a picture's row: its `COLUMNS` and `OFFSETS`."""
@@ -37,8 +43,9 @@ class ManifestWriter:
 
     def close(self) -> None:
         """Write the last group and the file's footer."""
-        self._flush()
-        self.writer.close()
+        with self.file:
+            self._flush()
+            self.writer.close()
 
     def _flush(self) -> None:
         if self.rows:
@@ -50,10 +57,9 @@ def read_manifest(folder: str | Path) -> dict[str, list]:
     """The manifest's columns by name, as lists.
 
     Raises:
-        UserError: there is no manifest, or it cannot be read.
+        UserError: see `read_columns`.
     """
-    table = _read(folder, (*COLUMNS, *OFFSETS))
-    return {name: table.column(name).to_pylist() for name in table.column_names}
+    return {name: values.tolist() for name, values in read_columns(folder, (*COLUMNS, *OFFSETS)).items()}
 
 
 def read_columns(folder: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -67,45 +73,25 @@ def read_columns(folder: str | Path, names: tuple[str, ...]) -> dict[str, np.nda
         (N,) arrays by name: keys as NumPy strings, other texts as shared `str` objects, the rest as numbers.
 
     Raises:
-        UserError: there is no manifest, or it cannot be read.
+        UserError: there is no manifest, it cannot be read, or its columns are not as `ManifestWriter` writes them.
     """
-    pa, _ = _pyarrow()
-    table = _read(folder, names)
-    result = {}
-    for name in names:
-        column = table.column(name).combine_chunks()
-        if name == "key":
-            result[name] = np.array(column.to_pylist(), dtype=str)
-        elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            # Few texts for many rows: 8 bytes a row.
-            coded = column.fill_null("").dictionary_encode()
-            texts = np.array(coded.dictionary.to_pylist() or [""], dtype=object)
-            result[name] = texts[coded.indices.to_numpy(zero_copy_only=False).astype(np.int64)]
-        else:
-            result[name] = column.to_numpy(zero_copy_only=False)
-    return result
-
-
-def _read(folder: str | Path, names: tuple[str, ...]):
-    pa, parquet = _pyarrow()
     path = Path(folder) / MANIFEST
     if not path.is_file():
         what = f"a folder of shards with {MANIFEST}, as `diffdoctor inject` writes them"
         raise UserError(expected(folder, what, f"no {MANIFEST}"))
-    try:
-        with parquet.ParquetFile(path) as file:
-            missing = [name for name in names if name not in file.schema_arrow.names]
-            if missing:
-                raise UserError(expected(path, f"the columns {', '.join(missing)}", "a manifest without them"))
-            return file.read(columns=list(names))
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(expected(path, "a Parquet file", f"one that cannot be read ({error})")) from error
+    with ParquetColumns(path) as table:
+        if missing := [name for name in names if name not in table.names]:
+            raise UserError(expected(path, f"the columns {', '.join(missing)}", "a manifest without them"))
+        # A row takes a few bytes in a file that was made to exhaust memory; its members take three blocks of a shard.
+        most = sum(shard.stat().st_size for shard in Path(folder).glob("*.tar")) // (3 * BLOCKSIZE)
+        if table.rows > max(most, 1000):
+            raise UserError(expected(path, f"up to {most:,} rows, which its shards can hold", f"{table.rows:,}"))
+        return {name: _values(table, name) for name in names}
 
 
-def _pyarrow():
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise missing_extra("pyarrow", "stages") from None
-    return pyarrow, pyarrow.parquet
+def _values(table: ParquetColumns, name: str) -> np.ndarray:
+    if name not in TEXTS:
+        return table.numbers(name)
+    texts = table.texts(name, longest=_LONGEST.get(name, _LONGEST_TEXT))
+    texts[np.equal(texts, None)] = ""
+    return texts.astype(str) if name == "key" else texts

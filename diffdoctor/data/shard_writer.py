@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from diffdoctor.data.codec import PICTURE_TYPES, encode_mask, encode_picture
+from diffdoctor.data.codec import WRITTEN_TYPES, encode_mask, encode_picture
 from diffdoctor.data.manifest import MANIFEST, ManifestWriter
-from diffdoctor.data.tar import KEY
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_dir, clear_leftovers, refuse_foreign
@@ -23,6 +23,7 @@ from diffdoctor.runs.record import CONFIG, METRICS, RUN, RunFolder
 # What `inject` puts beside the shards.
 RECORDS = (SHEET := "contact_sheet.png", RUN, CONFIG, METRICS)
 LABELS = ("real", "injected", "human", "pseudo")
+_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*")
 
 
 def write_shards(
@@ -89,8 +90,8 @@ def check_options(shard_size: int, picture_type: str) -> None:
     """
     if shard_size < 1:
         raise ValueError(expected("shard_size", ">= 1 pictures", shard_size))
-    if picture_type not in PICTURE_TYPES:
-        raise ValueError(expected("picture_type", f"one of {', '.join(PICTURE_TYPES)}", repr(picture_type)))
+    if picture_type not in WRITTEN_TYPES:
+        raise ValueError(expected("picture_type", f"one of {', '.join(WRITTEN_TYPES)}", repr(picture_type)))
 
 
 def in_shards(samples: Iterable, shard_size: int, first: int = 0) -> Iterator[tuple[int, Iterator]]:
@@ -215,7 +216,7 @@ def _checked(sample: dict[str, Any], index: int) -> tuple[np.ndarray, np.ndarray
         mask = np.rint(mask.astype(np.float64) * 255).astype(np.uint8)
     meta = {k: v for k, v in sample.items() if k not in ("picture", "mask")}
     meta.setdefault("key", f"{index:09d}")
-    if not isinstance(meta["key"], str) or not KEY.fullmatch(meta["key"]) or len(meta["key"]) > 80:
+    if not isinstance(meta["key"], str) or not _KEY.fullmatch(meta["key"]) or len(meta["key"]) > 80:
         raise ValueError(expected("key", "up to 80 letters, digits, _ and -", repr(meta["key"])))
     for name in ("prompt", "category", "generator"):
         meta[name] = str(meta.get(name) or "")

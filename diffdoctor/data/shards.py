@@ -1,8 +1,8 @@
 """Reading labelled pictures from WebDataset tar shards with a Parquet manifest, defensively.
 
-A sample is `key.png|jpg|webp`, `key.mask.png` (uint8 soft map) and `key.json`. Any WebDataset reader can read them; the
-one here needs only the standard library, numpy and Pillow, never extracts a file, and refuses what a hostile archive
-may hold. `manifest.parquet` has the byte range of each picture, so that any of them can be read alone.
+A sample is `key.png|jpg|webp|...`, `key.mask.png` (uint8 soft map) and `key.json`. Any WebDataset reader can read them;
+the one here needs only the standard library, numpy and Pillow, never extracts a file, and refuses what a hostile
+archive may hold. `manifest.parquet` has the byte range of each picture, so that any of them can be read alone.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from diffdoctor.data.codec import PICTURE_TYPES, decode
+from diffdoctor.data.codec import PICTURE_TYPES, SizeCheck, UnreadablePicture, decode
 from diffdoctor.data.manifest import OFFSETS, read_columns
-from diffdoctor.data.tar import MAX_MEMBER_BYTES, SkipCounts, read_groups
-from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.data.tar import MASK, MAX_MEMBER_BYTES, SkipCounts, read_groups
+from diffdoctor.data.text import is_unicode
+from diffdoctor.runs.errors import UserError, expected, first_line
 
 
 class BrokenSample(UserError):
@@ -27,11 +28,12 @@ class BrokenSample(UserError):
     Attributes:
         reason: what is wrong.
         where: the shard and the key.
+        detail: of this case; "": nothing more.
     """
 
-    def __init__(self, reason: str, where: str):
-        super().__init__(reason, where)
-        self.reason, self.where = reason, where
+    def __init__(self, reason: str, where: str, detail: str = ""):
+        super().__init__(reason, where, detail)
+        self.reason, self.where, self.detail = reason, where, detail
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
@@ -47,7 +49,8 @@ def shard_paths(source: str | Path | Iterable[str | Path]) -> list[Path]:
         return [path for item in source for path in shard_paths(item)]
     source = Path(source)
     if source.is_dir():
-        found = sorted(source.glob("*.tar"))
+        # Hidden ones are what a kill left, or the system's.
+        found = sorted(p for p in source.iterdir() if p.suffix.lower() == ".tar" and not p.name.startswith("."))
         if not found:
             raise UserError(expected(source, "a folder with .tar shards", "a folder without"))
         return found
@@ -63,6 +66,7 @@ def read_shards(
     counts: SkipCounts | None = None,
     split: tuple[int, int] = (0, 1),
     masks: str = "required",
+    check: SizeCheck | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Stream labelled pictures from shards, in order; memory holds one sample at a time.
 
@@ -72,6 +76,7 @@ def read_shards(
         counts: filled with what was skipped.
         split: (index, count): this reader takes every count-th shard from index on, for workers and processes.
         masks: "required", as training needs them; "optional": a picture without a mask counts as clean; "ignored".
+        check: see `codec.decode`.
 
     Yields:
         The sample's JSON values with `picture` (H, W, 3) uint8, `mask` (H, W) float32 in [0, 1], `key`, `shard`.
@@ -83,50 +88,86 @@ def read_shards(
     for path in shard_paths(source)[split[0] :: split[1]]:
         for key, members in read_groups(path, strict, counts):
             try:
-                yield {**decode_sample(members, f"{path.name}:{key}", masks), "key": key, "shard": path.name}
+                sample = decode_sample(members, f"{path.name}:{key}", masks, check)
+                yield {**sample, "key": key, "shard": path.name}
             except BrokenSample as error:
-                counts.add(error.reason, error.where, strict)
+                counts.add(error.reason, error.where, strict, error.detail)
 
 
-def decode_sample(members: dict[str, bytes], where: str, masks: str = "required") -> dict[str, Any]:
+def decode_sample(
+    members: dict[str, bytes], where: str, masks: str = "required", check: SizeCheck | None = None
+) -> dict[str, Any]:
     """A sample's JSON values, `picture` (H, W, 3) uint8 and `mask` (H, W) float32 in [0, 1].
 
     Args:
         members: {extension: bytes}, as `tar.read_groups` gives them.
         where: the shard and the key, for errors.
         masks: see `read_shards`; "ignored" gives no `mask`.
+        check: see `codec.decode`.
 
     Raises:
         BrokenSample: no picture, no mask, or a broken member.
     """
-    pictures = [name for name in PICTURE_TYPES if name in members]
-    if not pictures:
-        raise BrokenSample("a sample without a picture", where)
-    try:
-        meta = json.loads(members["json"]) if "json" in members else {}
-        if not isinstance(meta, dict):
-            raise ValueError("not an object")
-    except (ValueError, RecursionError):
-        raise BrokenSample("a broken JSON member", where) from None
-    try:
-        picture = decode(members[pictures[0]], "RGB")
-    except ValueError:
-        raise BrokenSample("a broken picture", where) from None
+    name = _picture_member(members, where)
+    meta = _meta(members.get("json"), where)
+    picture = _decoded(members[name], "RGB", "picture", where, check)
     if masks == "ignored":
         return {**meta, "picture": picture}
-    if "mask.png" not in members:
+    if MASK not in members:
         # Real pictures are clean; any other without a mask is not labelled.
         if masks == "required" and meta.get("label") != "real":
             raise BrokenSample("a sample without a mask", where)
         mask = np.zeros(picture.shape[:2], np.float32)
     else:
-        try:
-            mask = decode(members["mask.png"], "L").astype(np.float32) / 255.0
-        except ValueError:
-            raise BrokenSample("a broken mask", where) from None
+        mask = _decoded(members[MASK], "L", "mask", where).astype(np.float32) / 255.0
     if mask.shape != picture.shape[:2]:
         raise BrokenSample("a mask of another size than its picture", where)
     return {**meta, "picture": picture, "mask": mask}
+
+
+def _picture_member(members: dict[str, bytes], where: str) -> str:
+    """The name of the member that is the sample's picture, such as "jpg", or "input.jpg" in others' shards."""
+    for name in PICTURE_TYPES:
+        if name in members:
+            return name
+    found = [name for name in members if name not in ("json", MASK)]
+    if not found:
+        raise BrokenSample("a sample without a picture", where)
+    if len(found) > 1:
+        raise BrokenSample("a sample of several pictures", where, ", ".join(sorted(found)[:4]))
+    return found[0]
+
+
+def _decoded(data: bytes, mode: str, what: str, where: str, check: SizeCheck | None = None) -> np.ndarray:
+    try:
+        return decode(data, mode, check=check)
+    except UnreadablePicture as error:
+        raise BrokenSample(error.reason.replace("picture", what), where, error.detail) from None
+
+
+def _meta(data: bytes | None, where: str) -> dict[str, Any]:
+    """A sample's JSON values, of which those that are known have their type."""
+    if data is None:
+        return {}
+    try:
+        if len(data) > _MAX_JSON_BYTES:
+            raise ValueError(f"more than {_MAX_JSON_BYTES:,} bytes")
+        meta = json.loads(data)
+        if not isinstance(meta, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise BrokenSample("a broken JSON member", where, first_line(error)) from None
+    for name in _TEXTS:
+        value = meta.get(name)
+        if not (value is None or (isinstance(value, str) and is_unicode(value))):
+            # Numbers name a class; of anything else nothing is known.
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise BrokenSample("a JSON value that is no text", where, name)
+            meta[name] = str(value)
+    number = meta.get("round", 0)
+    if not (number is None or (type(number) is int and abs(number) < 2**31)):
+        raise BrokenSample("a JSON value that is no whole number", where, "round")
+    return meta
 
 
 class ShardData:
@@ -188,7 +229,7 @@ class ShardData:
                     members.append(file.read(int(size)))
         except OSError as error:
             raise BrokenSample(f"cannot be read ({error.strerror})", where) from error
-        return {**decode_sample(dict(zip(("png", "mask.png", "json"), members, strict=True)), where), "key": key}
+        return {**decode_sample(dict(zip(("png", MASK, "json"), members, strict=True)), where), "key": key}
 
 
 def require_uniform_size(sets: Sequence[ShardData], option: str) -> None:
@@ -210,4 +251,7 @@ def require_uniform_size(sets: Sequence[ShardData], option: str) -> None:
 
 
 _BLOCK = 2**16  # pictures whose shards' names are held as an array
+# Of values that may come from elsewhere; larger ones are no description of a picture.
+_MAX_JSON_BYTES = 2**22
+_TEXTS = ("prompt", "category", "generator", "label", "kind")
 _KEPT = ("key", "category", "generator", "label", "shard", "mask_max", "height", "width")

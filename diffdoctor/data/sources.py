@@ -2,142 +2,209 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import glob
+import os
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from diffdoctor.data.codec import decode
+from diffdoctor.data.captions import caption_file, captions_of, read_caption
+from diffdoctor.data.codec import SUFFIXES, SizeCheck, UnreadablePicture, decode
+from diffdoctor.data.folders import SHARD, find_files, is_map, is_read, is_shard, names_of
 from diffdoctor.data.shards import read_shards
 from diffdoctor.data.tar import SkipCounts
+from diffdoctor.data.text import readable
 from diffdoctor.runs.errors import UserError, expected
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+from diffdoctor.runs.record import kind_of_run
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    r"""Where pictures come from: one picture file, or one shard of many.
+    """Where pictures come from: one picture file, or one shard of many.
 
     Attributes:
         path: the file.
-        name: in results: its path below the folder it was found in, without the suffix, which is kept where two files
-            differ in nothing else. Bytes of a file name that are not Unicode are written as \udcff.
+        name: in results, see `folders.names_of`.
         category: name of the folder that contains the picture; "" for one named on the command line.
+        caption: from the folder's metadata; None: from the text file beside the picture, if there is one.
     """
 
     path: Path
     name: str
     category: str = ""
+    caption: str | None = None
 
     @property
     def is_shard(self) -> bool:
         """Whether it is a shard."""
-        return self.path.suffix == ".tar"
+        return is_shard(self.path)
 
     def stamp(self) -> str:
         """Size and time of the file, and of the text beside a picture, which change when a file is replaced."""
-        files = [self.path] if self.is_shard else [self.path, self.path.with_suffix(".txt")]
+        files = [self.path] if self.is_shard else [self.path, caption_file(self.path) or self.path.with_suffix(".txt")]
         stats = [file.stat() if file.is_file() else None for file in files]
-        return " ".join(f"{stat.st_size}@{stat.st_mtime_ns}" if stat else "-" for stat in stats)
+        stamps = [f"{stat.st_size}@{stat.st_mtime_ns}" if stat else "-" for stat in stats]
+        if self.caption is not None:
+            stamps.append(f"{zlib.crc32(self.caption.encode()):08x}")
+        return " ".join(stamps)
 
 
-def find_sources(paths: Sequence[str | Path]) -> list[Source]:
+def find_sources(paths: Sequence[str | Path], counts: SkipCounts | None = None) -> list[Source]:
     """Picture files and shards that are named, lie in a named folder (at any depth) or match a pattern.
 
-    A pattern that matches folders and no file names these folders; of nested ones, the outermost.
+    A pattern that matches folders and no file names these folders; of nested ones, the outermost. A file that is named
+    twice is read once.
 
     Args:
         paths: files, folders and patterns.
+        counts: filled with what was left out, see `folders.find_files`.
 
     Returns:
         The sources, in the order of `paths` and sorted within a folder.
 
     Raises:
-        UserError: a path that does not exist or holds neither pictures nor shards; two pictures of one name.
+        UserError: a path that does not exist or holds neither pictures nor shards, except for files among several
+            paths, which a shell's pattern may have named; an output folder of another command than `inject`; two
+            pictures of one name.
     """
+    counts = SkipCounts() if counts is None else counts
     found: list[Source] = []
     for given in paths:
-        path = Path(given)
+        path, left_out = Path(given), SkipCounts()
         if path.is_dir():
-            inside = _in_folder(path)
+            if (kind := kind_of_run(path)) not in (None, "inject"):
+                got = f"an output folder of {kind}; give the folder in it that is meant"
+                raise UserError(expected(given, "a folder of pictures", got))
+            inside = _in_folder(path, left_out)
         elif path.is_file():
-            inside = [Source(path, _readable(path.stem))]
+            inside = _named([path], left_out)
         else:
-            inside = _matching(str(given))
-        if not inside:
-            where = "in this folder" if path.is_dir() else "in the folders that match"
-            raise UserError(expected(given, f"pictures ({', '.join(SUFFIXES)}) or .tar shards", f"none {where}"))
+            inside = _matching(str(given), left_out)
+        if not inside and not (path.is_file() and len(paths) > 1):
+            where = "in this folder" if path.is_dir() else "here" if path.is_file() else "in the folders that match"
+            aside = f" (left out: {left_out.sentence()})" if left_out.total else ""
+            what = f"pictures ({', '.join(SUFFIXES)}) or {SHARD} shards"
+            raise UserError(expected(given, what, f"none {where}{aside}"))
+        counts.join(left_out)
         found += inside
-    names: dict[str, Path] = {}
+    if not found:
+        raise UserError(expected("pictures", f"files named {', '.join(SUFFIXES)} or {SHARD}", f"{len(paths)} others"))
+    return _once(found)
+
+
+def _once(found: list[Source]) -> list[Source]:
+    """The sources without those of a file that stands there already."""
+    paths: set[str] = set()
+    names: dict[str, Source] = {}
     for source in found:
+        path = os.path.abspath(source.path)
+        if path in paths:
+            continue
         if source.name in names:
-            raise UserError(f"{source.path}: has the same name as {names[source.name]}; give the folder above them")
-        names[source.name] = source.path
-    return found
+            same = f"has the same name as {names[source.name].path}; give the folder above them"
+            raise UserError(f"{source.path}: {same}")
+        paths.add(path)
+        names[source.name] = source
+    for source in names.values():
+        parts = source.name.split("/")
+        for count in range(1, len(parts)):
+            shard = names.get("/".join(parts[:count]))
+            if shard is not None and shard.is_shard:
+                raise UserError(f"{source.path}: could be taken for a picture of {shard.path}; give the folder above")
+    return list(names.values())
 
 
-def _in_folder(folder: Path) -> list[Source]:
-    inside = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (*SUFFIXES, ".tar") and p.is_file())
-    # Hidden files are an interrupted write's leftovers, or the system's.
-    inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    # Pictures beside shards belong to them, such as the contact sheet.
-    shard_folders = {p.parent for p in inside if p.suffix == ".tar"}
-    inside = [p for p in inside if p.suffix == ".tar" or p.parent not in shard_folders]
-    same_stem = collections.Counter(file.with_suffix("") for file in inside)
+def _in_folder(folder: Path, counts: SkipCounts) -> list[Source]:
+    files = find_files(folder, counts)
+    relative = [file.relative_to(folder) for file in files]
+    captions = captions_of(folder, (path.as_posix() for path in relative), counts)
     found = []
-    for file in inside:
-        relative = file.relative_to(folder)
-        category = relative.parent.name if file.suffix != ".tar" else ""
-        name = relative.with_suffix("") if same_stem[file.with_suffix("")] == 1 else relative
-        found.append(Source(file, _readable(name), _readable(category)))
+    for file, path, name in zip(files, relative, names_of(files, folder), strict=True):
+        category = "" if is_shard(file) else readable(path.parent.name)
+        found.append(Source(file, name, category, captions.get(path.as_posix())))
     return found
 
 
-def _matching(pattern: str) -> list[Source]:
+def _named(files: list[Path], counts: SkipCounts) -> list[Source]:
+    """Files that are named one by one or by a pattern, where `*` also matches captions and what else lies there."""
+    taken = []
+    for file in files:
+        if is_read(file) and not (is_map(file) and len(files) > 1):
+            taken.append(file)
+        elif file.suffix.lower() != ".txt":
+            counts.add("a file that is no picture by its name", readable(file))
+    return [Source(file, readable(file.stem)) for file in taken]
+
+
+def _matching(pattern: str, counts: SkipCounts) -> list[Source]:
     matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
     files = [path for path in matches if path.is_file()]
     folders = [path for path in matches if path.is_dir()]
     if not (files or folders):
         raise UserError(expected(pattern, "an existing file or folder, or a pattern that matches one", "none"))
     if files:
-        return [Source(path, _readable(path.stem)) for path in files]
-    outermost = [path for path in folders if not set(path.parents) & set(folders)]
-    return [source for folder in outermost for source in _in_folder(folder)]
-
-
-def _readable(name: str | Path) -> str:
-    return str(name).encode("utf-8", "backslashreplace").decode()
+        return _named(files, counts)
+    found = []
+    for folder in folders:
+        if set(folder.parents) & set(folders):
+            continue
+        if (kind := kind_of_run(folder)) not in (None, "inject"):
+            counts.add(f"an output folder of {kind}", readable(folder))
+            continue
+        found += _in_folder(folder, counts)
+    return found
 
 
 def read_source(
-    source: Source, *, strict: bool = False, counts: SkipCounts | None = None, masks: str = "optional"
+    source: Source,
+    *,
+    strict: bool = False,
+    counts: SkipCounts | None = None,
+    masks: str = "optional",
+    check: SizeCheck | None = None,
 ) -> Iterator[dict]:
     """The pictures of a source.
 
-    The prompt of a picture file is read from a text file of the same name beside it (`cat.png`, `cat.txt`), if there
-    is one.
+    The prompt of a picture file is its caption: from the metadata of the folder that was given, or else from a text
+    file of the same name beside it (`cat.png`, `cat.txt`). Where that cannot be read, the picture has none.
 
     Args:
         source: where to read.
         strict: raise `UserError` at a picture that cannot be read instead of skipping and counting it.
         counts: filled with what was skipped.
         masks: see `shards.read_shards`.
+        check: see `codec.decode`.
 
     Yields:
         Dicts with `picture` (H, W, 3) uint8, `name`, and of a shard's sample all its other values.
     """
     counts = SkipCounts() if counts is None else counts
     if source.is_shard:
-        for sample in read_shards(source.path, strict=strict, counts=counts, masks=masks):
-            yield {**sample, "name": f"{source.name}/{sample['key']}"}
+        pictures, before = 0, counts.total
+        for sample in read_shards(source.path, strict=strict, counts=counts, masks=masks, check=check):
+            pictures += 1
+            yield {**sample, "name": readable(f"{source.name}/{sample['key']}")}
+        if not pictures and counts.total == before:
+            counts.add("a shard without pictures", readable(source.path), strict)
         return
     try:
-        picture = decode(source.path.read_bytes(), "RGB")
-    except (OSError, ValueError):
-        counts.add("a broken picture", str(source.path), strict)
+        picture = decode(source.path, "RGB", check=check)
+    except UnreadablePicture as error:
+        counts.add(error.reason, readable(source.path), strict, error.detail)
         return
-    caption = source.path.with_suffix(".txt")
-    prompt = caption.read_text(encoding="utf-8", errors="replace").strip() if caption.is_file() else ""
+    prompt = source.caption
+    if prompt is None:
+        prompt = _caption_beside(source.path, strict, counts)
     yield {"picture": picture, "name": source.name, "category": source.category, "prompt": prompt}
+
+
+def _caption_beside(picture: Path, strict: bool, counts: SkipCounts) -> str:
+    path = caption_file(picture)
+    try:
+        return "" if path is None else read_caption(path)
+    except UserError as error:
+        # The message begins with the path.
+        fault = str(error).removeprefix(str(path)).lstrip(",: ")
+        counts.add("a caption that cannot be read", readable(path), strict, fault)
+        return ""

@@ -116,7 +116,7 @@ class ShardStream(torch.utils.data.IterableDataset):
             try:
                 sample = decode_sample(members, f"{path.name}:{key}")
             except BrokenSample as error:
-                counts.add(error.reason, error.where, self.strict)
+                counts.add(error.reason, error.where, self.strict, error.detail)
                 broken += 1
                 if self.resampled and broken > 100 + 10 * self.buffer:
                     raise UserError(f"{path.parent}: no complete sample ({error})") from None

@@ -62,6 +62,10 @@ class FunctionDetector(nn.Module):
         """
         raise UserError(expected(f"detector {self.name}", "one with a gradient", "a function of pictures"))
 
+    def takes(self, height: int, width: int, tile: int | None = None) -> bool:
+        """True: a function is given pictures of any size."""
+        return True
+
     @torch.no_grad()
     def confidence(
         self,

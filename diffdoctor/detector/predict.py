@@ -19,6 +19,9 @@ from diffdoctor.measures.pixels import flagged_share, is_flagged
 from diffdoctor.runs.errors import expected
 from diffdoctor.training.devices import device_of
 
+TOO_LARGE = "a picture that is too large to be diagnosed whole (give tile)"
+_BATCH_PIXELS = 2**26
+
 
 def diagnose_pictures(
     detector: nn.Module, pictures: torch.Tensor, *, batch_size: int = 250, name: str = "detector"
@@ -115,7 +118,7 @@ def batches(
             try:
                 sample = {**data[index], "index": index}
             except BrokenSample as error:
-                counts.add(error.reason, error.where, strict)
+                counts.add(error.reason, error.where, strict, error.detail)
                 continue
             yield sample
 
@@ -125,18 +128,38 @@ def batches(
 def in_batches(samples: Iterable[dict], batch_size: int) -> Iterator[list[dict]]:
     """Split samples, in order, into lists of up to `batch_size` whose pictures have one size.
 
+    Large pictures make shorter lists, of up to 64 megapixels together.
+
     Args:
         samples: dicts with `picture` (H, W, 3).
         batch_size: samples in a list.
     """
     batch: list[dict] = []
     for sample in samples:
-        if batch and (len(batch) == batch_size or sample["picture"].shape != batch[0]["picture"].shape):
+        shape = sample["picture"].shape
+        full = len(batch) >= min(batch_size, max(1, _BATCH_PIXELS // (shape[0] * shape[1])))
+        if batch and (full or shape != batch[0]["picture"].shape):
             yield batch
             batch = []
         batch.append(sample)
     if batch:
         yield batch
+
+
+def is_taken(detector: nn.Module, sample: dict, where: str, strict: bool, counts: SkipCounts) -> bool:
+    """Whether a picture is small enough for the detector; counts one that is not.
+
+    Args:
+        detector: a `Detector`, or a module with its `confidence`, which takes what it is given.
+        sample: with `picture` (H, W, 3).
+        where: its name.
+        strict: raise `UserError` instead of counting.
+        counts: filled with what is not taken.
+    """
+    if not hasattr(detector, "takes") or detector.takes(*sample["picture"].shape[:2]):
+        return True
+    counts.add(TOO_LARGE, where, strict)
+    return False
 
 
 def diagnosed_batches(
@@ -167,7 +190,10 @@ def diagnosed_batches(
         UserError: a map has NaN or other values that are no confidences.
     """
     device = device_of(detector)
-    for batch in batches(data, batch_size, chosen=chosen, strict=strict, counts=counts):
+    counts = SkipCounts() if counts is None else counts
+    for whole in batches(data, batch_size, chosen=chosen, strict=strict, counts=counts):
+        if not (batch := [s for s in whole if size or is_taken(detector, s, str(s.get("key")), strict, counts)]):
+            continue
         pictures, masks = zip(*(resize_pair(s["picture"], as_mask(s["mask"]), size) for s in batch), strict=True)
         images = to_images(pictures, device)
         confidence = confidence_of(detector, images)[:, 0].float().cpu().numpy()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from diffdoctor.runs.files import file_name
 from diffdoctor.viz.draw import png_bytes
 from diffdoctor.viz.report import Report
 
@@ -28,7 +29,8 @@ def write_gallery(output: Path, records: list[dict], metrics: dict, folder: str)
     report.lead(f"{metrics['flagged']} of {metrics['pictures']} pictures are flagged, the worst first.")
     with report.tiles(TILE):
         for record in records:
-            path = output / folder / f"{record['name']}.png"
+            file = file_name(record["name"], ".png")
+            path = output / folder / file
             if not path.is_file():
                 continue
             with Image.open(path) as picture:
@@ -36,6 +38,6 @@ def write_gallery(output: Path, records: list[dict], metrics: dict, folder: str)
                 small.thumbnail((384, 384))
             caption = f"{record['name']}: {record['flagged_share']:.1%} flagged, largest confidence {record['max']:.2f}"
             # Small pictures are enlarged by the page, in sharp pixels.
-            link = urllib.parse.quote(f"{folder}/{record['name']}.png")
+            link = urllib.parse.quote(f"{folder}/{file}")
             report.image(png_bytes(np.asarray(small)), caption, pixels=max(small.size) < TILE, link=link)
     report.write(output / "gallery.html")

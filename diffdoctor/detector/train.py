@@ -166,6 +166,8 @@ class TrainingRun:
         self.config, self.detector, self.validation, self.accelerator = config, detector, validation, accelerator
         self.device = device
         detector.to(device).train()
+        if not any(parameter.requires_grad for parameter in detector.parameters()):
+            detector.requires_grad_(True)  # as `load_detector` gives it; of one that is frozen in part, the part stays
         groups = _parameter_groups(detector, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, config.learning_rate, config.betas)
         self.model = accelerator.prepare(detector) if accelerator.num_processes > 1 else detector

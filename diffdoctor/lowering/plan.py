@@ -31,7 +31,7 @@ LOSS_KINDS = tuple(ELEMENT_LOSSES)  # as DD_ELEMENT_LOSSES in csrc/common/losses
 REDUCTIONS = {"mean": 0, "sample": 1, "sum": 2}
 MAP_MODES = {"same": 1, "area": 2, "bilinear": 3, "nearest": 4, "nearest-exact": 5}
 WRITE_LOSS, WRITE_GRAD, WRITE_SUMS = 1, 2, 4
-SUMS = 8  # columns of Problem.sums; their meaning stands in csrc/common/weighted_loss_params.h
+SUMS = 10  # columns of Problem.sums; their meaning stands in csrc/common/weighted_loss_params.h
 
 Strides = tuple[int, int, int, int, int, int, int]  # batch, then the six iteration dims
 

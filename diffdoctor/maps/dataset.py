@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from diffdoctor.data.codec import UnreadablePicture, open_picture, picture_size
 from diffdoctor.maps.check import check_maps
 from diffdoctor.maps.files import PictureLike, Record, read_picture
 from diffdoctor.maps.geometry import PairedTransform
-from diffdoctor.runs.errors import expected
+from diffdoctor.runs.errors import UserError, expected
 
 _CHECKED = 256  # maps that are checked when a set is opened
 
@@ -21,10 +22,15 @@ _CHECKED = 256  # maps that are checked when a set is opened
 class MapDataset(Dataset):
     """Pictures with captions and confidence maps, placed alike.
 
+    Item (epoch, i) is a function of (seed, epoch, i), whatever the worker. `StepBatches` asks for such keys. An
+    ordinary sampler asks for i alone: its epoch is then the number of times that i was asked for before, counted over
+    all workers, so that every epoch has crops and flips of its own. `set_epoch(k)` says which one the next is: call it
+    before each epoch for a run that resumes with the same crops, or whose loader is left before its end.
+
     Args:
         records: `read_folder(...)`'s result, `ShardRecords(...)`, or any sequence of `Record`.
         transform: resizes, crops and flips each pair.
-        seed: of crops and flips: item (epoch, i) is a function of (seed, epoch, i), whatever the worker.
+        seed: of crops and flips.
         missing: how a picture without a map is treated: "zeros" (clean everywhere) or "error".
         check: check up to 256 maps, evenly spaced, and emit a `MapWarning` for each probable mistake.
 
@@ -46,6 +52,9 @@ class MapDataset(Dataset):
         if missing not in ("zeros", "error"):
             raise ValueError(expected("missing", "'zeros' or 'error'", repr(missing)))
         self.records, self.transform, self.seed = records, transform, seed
+        # Shared with the workers, also with those that live on and do not see what happens to this object.
+        self._first_epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._asked = torch.zeros(len(records), dtype=torch.int32).share_memory_()
         if missing == "error":
             for record in self.records:
                 if record.confidence is None:
@@ -59,11 +68,30 @@ class MapDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         """What `PairedTransform` returns, and `caption`; `key` is an index, or (epoch, index)."""
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        record = self.records[index]
+        if isinstance(key, tuple):
+            epoch, index = key
+            record = self.records[index]
+        else:
+            index, record = key, self.records[key]
+            epoch = int(self._first_epoch + self._asked[index])
+            self._asked[index] += 1
         rng = np.random.default_rng([self.seed, epoch, index])
         sample = self.transform(record.picture, record.confidence, rng)
         return {**sample, "caption": record.caption}
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch of the next item of each index, where a sampler asks for indices alone; workers see it too.
+
+        Args:
+            epoch: from 0; the items after `set_epoch(k)` are those of (k, index).
+
+        Raises:
+            ValueError: it is negative.
+        """
+        if epoch < 0:
+            raise ValueError(expected("epoch", ">= 0", epoch))
+        self._first_epoch.fill_(epoch)
+        self._asked.zero_()
 
     def bucket_of(self, index: int) -> int:
         """Index of the picture's bucket; of a picture file, only the header is read."""
@@ -165,11 +193,11 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _picture_size(picture: PictureLike) -> tuple[int, int]:
     if isinstance(picture, (str, os.PathLike)):
-        from PIL import Image
-
-        with Image.open(picture) as image:
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # Orientation: a quarter turn
-            return (image.width, image.height) if turned else (image.height, image.width)
+        try:
+            with open_picture(picture) as image:
+                return picture_size(image)
+        except UnreadablePicture as error:
+            raise UserError(expected(picture, "a picture", error)) from error
     image = read_picture(picture)
     return image.height, image.width
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import os
-import posixpath
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,19 +13,21 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import torch
 
+from diffdoctor.data.captions import METADATA_NAME, caption_file, captions_of, read_caption, read_metadata
+from diffdoctor.data.codec import SUFFIXES, UnreadablePicture, as_array, decode, grey_levels, open_picture
+from diffdoctor.data.folders import MAP_ENDING, find_files, is_shard, names_of
+from diffdoctor.data.tar import SkipCounts
+from diffdoctor.data.text import is_unicode
 from diffdoctor.runs import strict_json
-from diffdoctor.runs.errors import UserError, expected
-from diffdoctor.runs.files import atomic_path, atomic_write_text
+from diffdoctor.runs.errors import UserError, expected, first_line
+from diffdoctor.runs.files import atomic_path, atomic_write_text, file_name
+from diffdoctor.runs.record import kind_of_run
 
 if TYPE_CHECKING:
     from PIL import Image
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MAP_ENDING = ".mask.png"  # as in shards
-METADATA_NAME = "metadata.jsonl"
 _OTHER_METADATA = ("metadata.csv", "metadata.parquet")  # which `imagefolder` reads too
-_CAPTION_FIELDS = ("text", "caption", "prompt")
-_MODES_OF_ONE_BAND = {"1": 1.0, "L": 255.0, "I;16": 65535.0, "I": 65535.0}
+_PICTURES = f"a picture ({', '.join(SUFFIXES)})"
 
 
 # A file, a PIL picture or a uint8 array (H, W, 3).
@@ -62,15 +63,45 @@ def find_map(
         root: folder that `maps` mirrors, so that `root/a/cat.jpg` has its map in `maps/a`; None: the picture's folder.
 
     Returns:
-        The first that exists of `cat.mask.png`, and in a folder of maps also of `cat.png` and `cat.npy`.
+        The first that exists of `cat.mask.png`, and in a folder of maps also of `cat.png` and `cat.npy`. Where there
+        are `cat.jpg` and `cat.png`, the picture's own, such as `cat.jpg.mask.png`, goes first.
     """
     picture = Path(picture)
-    if maps is None:
-        candidates = [picture.with_name(picture.stem + MAP_ENDING)]
-    else:
-        folder = Path(maps) / (picture.parent.relative_to(root) if root is not None else "")
-        candidates = [folder / (picture.stem + ending) for ending in (MAP_ENDING, ".png", ".npy")]
-    return next((path for path in candidates if path.is_file()), None)
+    root = picture.parent if root is None else Path(root)
+    stamp = os.stat(picture.parent).st_mtime_ns if picture.parent.is_dir() else 0
+    return _finder(picture.parent, root, None if maps is None else Path(maps), stamp).of(picture)
+
+
+@functools.lru_cache(maxsize=8)
+def _finder(folder: Path, root: Path, maps: Path | None, stamp: int) -> _MapFinder:
+    """Of one folder's pictures; `stamp` changes when a file is added."""
+    return _MapFinder(find_files(folder, SkipCounts(), deep=False), root, maps)
+
+
+class _MapFinder:
+    """The maps of the pictures of one folder, by the names that `diagnose` gives them.
+
+    Args:
+        files: all pictures and shards.
+        root: of the folder.
+        maps: folder of the maps, which mirrors it; None: the maps lie beside the pictures.
+    """
+
+    def __init__(self, files: list[Path], root: Path, maps: Path | None):
+        self.root, self.maps = root, maps
+        self.names = dict(zip(files, names_of(files, root), strict=True))
+        self._taken = set(self.names.values())
+
+    def of(self, picture: Path) -> Path | None:
+        """The map file of a picture, or None."""
+        stem = picture.relative_to(self.root).with_suffix("").as_posix()
+        name = self.names.get(picture, stem)
+        endings = (MAP_ENDING,) if self.maps is None else (MAP_ENDING, ".png", ".npy")
+        folder = self.root if self.maps is None else self.maps
+        # A map of the stem is that of all pictures with this stem, unless another picture has this name.
+        names = dict.fromkeys([name, stem] if stem not in self._taken else [name])
+        candidates = (folder / file_name(each, ending) for each in names for ending in endings)
+        return next((path for path in candidates if path.is_file()), None)
 
 
 def read_picture(picture: PictureLike) -> Image.Image:
@@ -84,17 +115,20 @@ def read_picture(picture: PictureLike) -> Image.Image:
 
     Raises:
         ValueError: an array of another shape or dtype.
+        UserError: a file that is no picture or is broken, which is named.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if isinstance(picture, np.ndarray):
         if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
             raise ValueError(expected("picture", "(H, W, 3) uint8", f"{picture.shape} {picture.dtype}"))
         return Image.fromarray(picture)
-    if isinstance(picture, Image.Image):
-        return ImageOps.exif_transpose(picture).convert("RGB")
-    with Image.open(picture) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    try:
+        pixels = as_array(picture, "RGB") if isinstance(picture, Image.Image) else decode(picture, "RGB")
+    except UnreadablePicture as error:
+        name = "picture" if isinstance(picture, Image.Image) else os.fspath(picture)
+        raise UserError(expected(name, _PICTURES, error)) from error
+    return Image.fromarray(pixels)
 
 
 def read_map(confidence: MapLike) -> np.ndarray:
@@ -110,11 +144,11 @@ def read_map(confidence: MapLike) -> np.ndarray:
     Raises:
         TypeError: an array of another dtype.
         ValueError: a coloured or transparent picture (a heat map is not a map), other shapes, values outside [0, 1].
+        UserError: a file that cannot be read, which is named.
     """
-    name = "confidence" if not isinstance(confidence, (str, Path)) else str(confidence)
-    if isinstance(confidence, (str, Path)):
-        path = Path(confidence)
-        confidence = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _open_bands(path)
+    name = "confidence" if not isinstance(confidence, (str, os.PathLike)) else os.fspath(confidence)
+    if isinstance(confidence, (str, os.PathLike)):
+        confidence = _map_file(Path(confidence))
     elif hasattr(confidence, "getbands"):  # a PIL picture, recognised without importing PIL
         confidence = _bands(confidence, name)
     elif isinstance(confidence, torch.Tensor):
@@ -139,17 +173,31 @@ def read_map(confidence: MapLike) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def _open_bands(path: Path) -> np.ndarray:
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return _bands(image, str(path))
+def _map_file(path: Path) -> np.ndarray:
+    if path.suffix.lower() == ".npy":
+        try:
+            return np.load(path, allow_pickle=False)
+        # A header may ask for any memory, and promise what is not there.
+        except (OSError, ValueError, EOFError, MemoryError) as error:
+            raise UserError(expected(path, "an .npy file of numbers", first_line(error))) from error
+    try:
+        with open_picture(path) as image:
+            image.load()
+            opened = image.copy()
+    except UnreadablePicture as error:
+        raise UserError(expected(path, "a map as a PNG or .npy file", error)) from error
+    return _bands(opened, str(path))
 
 
 def _bands(image, name: str) -> np.ndarray:
     image = image.convert("RGB") if image.mode == "P" else image
-    if image.mode in _MODES_OF_ONE_BAND:
-        return np.asarray(image).astype(np.float32) / _MODES_OF_ONE_BAND[image.mode]
+    if image.mode[0] in "IF":
+        try:
+            return (grey_levels(image, 65535) / 65535.0).astype(np.float32)
+        except UnreadablePicture as error:
+            raise ValueError(expected(name, "a grey picture of 8 or 16 bits", error)) from error
+    if image.mode in ("1", "L"):
+        return np.asarray(image).astype(np.float32) / (1.0 if image.mode == "1" else 255.0)
     bands = np.asarray(image)
     if bands.ndim == 3 and bands.shape[2] == 3 and (bands == bands[:, :, :1]).all():
         return bands[:, :, 0]
@@ -188,7 +236,7 @@ class ShardRecords(Sequence):
 
     def __getitem__(self, index: int) -> Record:
         sample = self.data[index]
-        return Record(sample["picture"], sample["mask"], sample.get("prompt", ""))
+        return Record(sample["picture"], sample["mask"], str(sample.get("prompt") or ""))
 
 
 def read_folder(folder: str | os.PathLike, maps: str | os.PathLike | None = None, *, caption: str = "") -> list[Record]:
@@ -196,36 +244,45 @@ def read_folder(folder: str | os.PathLike, maps: str | os.PathLike | None = None
 
     Args:
         folder: of pictures. Captions are read from `metadata.jsonl` (`file_name` and `text`, `caption` or `prompt`), or
-            from a `.txt` file beside each picture.
+            from a `.txt` file beside each picture. Which files are read is in docs/detector.md, "What is read".
         maps: folder of the maps, mirroring `folder`; None searches beside each picture for `<stem>.mask.png`.
         caption: for pictures that have none.
 
     Returns:
-        Records in the order of their paths; the map of a picture that has none is None. Warns where pictures have no
-        caption and there is other metadata, which is not read: a `metadata.csv`, or metadata in a subfolder.
+        Records in the order of their paths; the map of a picture that has none is None. Warns of files that look like
+        pictures and were left out, and where pictures have no caption and there is other metadata, which is not read:
+        a `metadata.csv`, or metadata in a subfolder.
 
     Raises:
-        UserError: no folder, or no picture in it.
+        UserError: no folder, no picture in it, a caption that cannot be read, or an output folder of a command.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(expected(folder, "a folder of pictures", "none"))
     if maps is not None and not Path(maps).is_dir():
         raise UserError(expected(maps, "a folder of maps", "none"))
-    captions = {name: text for name, row in _read_metadata(folder) if (text := _caption(row)) is not None}
-    records, bare = [], 0
-    for path in sorted(folder.rglob("*")):
-        is_map = path.name.endswith(MAP_ENDING) or (maps is not None and Path(maps).resolve() in path.resolve().parents)
-        if path.suffix.lower() not in PICTURE_SUFFIXES or is_map or not path.is_file():
+    if kind := kind_of_run(folder):
+        got = f"an output folder of {kind}" + (" (see ShardRecords)" if kind == "inject" else "")
+        raise UserError(expected(folder, "a folder of pictures", got))
+    counts = SkipCounts()
+    files = find_files(folder, counts, without=[] if maps is None else [Path(maps)])
+    captions = captions_of(folder, (path.relative_to(folder).as_posix() for path in files), counts)
+    finder, records, bare = _MapFinder(files, folder, None if maps is None else Path(maps)), [], 0
+    for path in files:
+        if is_shard(path):
+            counts.add("a shard, see ShardRecords", str(path))
             continue
         text = captions.get(path.relative_to(folder).as_posix())
         if text is None:
-            beside = path.with_suffix(".txt")
-            bare += not beside.is_file()
-            text = beside.read_text(encoding="utf-8").strip() if beside.is_file() else caption
-        records.append(Record(path, find_map(path, maps, folder), text))
+            beside = caption_file(path)
+            bare += beside is None
+            text = caption if beside is None else read_caption(beside)
+        records.append(Record(path, finder.of(path), text))
     if not records:
-        raise UserError(expected(folder, f"pictures ({', '.join(PICTURE_SUFFIXES)})", "none"))
+        aside = f" (left out: {counts.sentence()})" if counts.total else ""
+        raise UserError(expected(folder, f"pictures ({', '.join(SUFFIXES)})", f"none{aside}"))
+    if counts.total:
+        warnings.warn(f"{folder}: left out: {counts.sentence()}", stacklevel=2)
     unread = _unread_metadata(folder) if bare else []
     if unread:
         warnings.warn(
@@ -261,7 +318,7 @@ def write_metadata(folder: str | os.PathLike, maps: str | os.PathLike) -> int:
         if record.confidence is None:
             raise UserError(expected(record.picture, f"a map in {maps}", "none"))
         records[record.picture.relative_to(folder).as_posix()] = record
-    named = _read_metadata(folder)
+    named = read_metadata(folder)
     for name, _ in named:
         if name not in records:
             raise UserError(expected(folder / METADATA_NAME, "a picture for each row", f"none for {name}"))
@@ -271,32 +328,16 @@ def write_metadata(folder: str | os.PathLike, maps: str | os.PathLike) -> int:
         row["confidence_file_name"] = records[name].confidence.relative_to(folder).as_posix()
         if row.get("text") is None:
             row["text"] = records[name].caption
-    lines = "".join(strict_json.dumps(row, ensure_ascii=False) + "\n" for _, row in named)
-    atomic_write_text(folder / METADATA_NAME, lines)
+    atomic_write_text(folder / METADATA_NAME, "".join(_as_line(row) for _, row in named))
     return len(records)
+
+
+def _as_line(row: dict) -> str:
+    line = strict_json.dumps(row, ensure_ascii=False)
+    # File names may be no Unicode.
+    return (line if is_unicode(line) else strict_json.dumps(row)) + "\n"
 
 
 def _unread_metadata(folder: Path) -> list[Path]:
     found = [path for name in _OTHER_METADATA for path in folder.rglob(name)]
     return sorted([*found, *(path for path in folder.rglob(METADATA_NAME) if path.parent != folder)])
-
-
-def _read_metadata(folder: Path) -> list[tuple[str, dict]]:
-    """The rows in their order, each with its picture's path relative to the folder."""
-    path = folder / METADATA_NAME
-    rows = []
-    # Not splitlines(), which also splits at U+2028 inside a caption.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.is_file() else [], start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            rows.append((posixpath.normpath(row["file_name"]), row))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            got = f"{line[:80]!r} ({error})"
-            raise UserError(expected(f"{path}, line {number}", "a JSON object with a file_name", got)) from None
-    return rows
-
-
-def _caption(row: dict) -> str | None:
-    return next((row[field] for field in _CAPTION_FIELDS if row.get(field) is not None), None)

@@ -11,6 +11,7 @@ from diffdoctor.lowering.numbers import round_to_fp32
 from diffdoctor.lowering.plan import LOSS_KINDS, Options
 from diffdoctor.ops import checks
 from diffdoctor.ops.layout import ORDERS, Packed
+from diffdoctor.ops.observed import PLAIN, is_plain
 from diffdoctor.ops.target import Target
 
 # The numbers that kernels take of a LossOptions, in the order of the registered operators.
@@ -61,7 +62,7 @@ class LossOptions:
         ValueError: a name or a number that cannot be.
     """
 
-    artifact_weight: float = 2.0
+    artifact_weight: float = 1.0
     clean_weight: float = 1.0
     artifact_grad: float = 1.0
     clean_grad: float = 1.0
@@ -151,7 +152,7 @@ def target_parts(target: Tensor | Target | None) -> TargetParts:
     """The parts of any target."""
     if target is None:
         return TargetParts()
-    if isinstance(target, Tensor):
+    if not isinstance(target, Target):
         return TargetParts((target,), (1.0,))
     return TargetParts(target.terms, target.coefs, target.pred_scale, target.artifact_coefs or ())
 
@@ -165,15 +166,21 @@ def tensor_key(x):
     """What a plan depends on in an argument: a tensor's metadata, or the argument itself."""
     if x is None or not isinstance(x, Tensor):
         return x
-    return (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_neg())
+    return (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_neg(), type(x) in PLAIN)
 
 
 def target_key(target):
     """Likewise in a target."""
-    if type(target) is not Target:
+    if not isinstance(target, Target):
         return tensor_key(target)
     key = (*map(tensor_key, target.terms), *map(tensor_key, target.coefs), tensor_key(target.pred_scale))
     return key if target.artifact_coefs is None else (*key, *map(tensor_key, target.artifact_coefs))
+
+
+def has_memory(inputs: Inputs) -> bool:
+    """Whether the memory of every tensor of a call holds its values, by the tensors' types."""
+    terms, coefs, pred_scale, artifact_coefs = target_parts(inputs.target)
+    return is_plain(inputs.model_pred, *inputs[2:], *terms, *coefs, pred_scale, *artifact_coefs)
 
 
 def check_inputs(inputs: Inputs, options: LossOptions) -> None:
@@ -187,6 +194,8 @@ def check_inputs(inputs: Inputs, options: LossOptions) -> None:
     checks.check_pred("model_pred", pred, layout)
     checks.check_memory("model_pred", pred)
     checks.check_target(inputs.target, pred, layout)
+    if inputs.confidence is None and target_parts(inputs.target).artifact_coefs:
+        raise checks.value_error("confidence", "a map beside a target with artifact_coefs", None)
     for name in ("confidence", "mask"):
         value = getattr(inputs, name)
         if value is not None:

@@ -16,8 +16,10 @@ from diffdoctor.ops.autograd import (
     guard_reference,
     refuse_forward_mode,
     refuse_functorch,
+    scaled,
 )
 from diffdoctor.ops.library import artifact_loss as registered
+from diffdoctor.ops.observed import is_observed, is_plain, unrecorded
 from diffdoctor.reference.grid import accumulation_dtype
 from diffdoctor.runs.errors import expected
 
@@ -54,8 +56,8 @@ def artifact_loss(
         ValueError: a shape, name or number that cannot be.
         RuntimeError: the backend asked for cannot serve; torch.func transforms; a second derivative.
     """
-    height, width = check_arguments(logits, size, threshold, method, reduction)
-    if torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter):
+    height, width = unrecorded(check_arguments, logits, size, threshold, method, reduction)
+    if is_observed() or not is_plain(logits):
         return registered.artifact_loss(logits, height, width, threshold, method, reduction, backend)
     refuse_functorch("artifact_loss")
     refuse_forward_mode("artifact_loss", logits)
@@ -87,9 +89,13 @@ class _ArtifactLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         refuse_functorch("artifact_loss", g)
-        unit_grad, factor = (x.contiguous() for x in ctx.saved_tensors)  # saved-tensor hooks may have changed that
-        grad = torch.empty(ctx.shape, dtype=ctx.dtype, device=unit_grad.device)
-        ctx.module.artifact_loss_backward(unit_grad, factor, g.resolve_neg(), grad.view(unit_grad.shape))
+        if is_observed() or not is_plain(g, *ctx.saved_tensors):
+            unit_grad, factor = ctx.saved_tensors
+            grad = scaled(unit_grad, factor * g).to(ctx.dtype).reshape(ctx.shape)
+        else:
+            unit_grad, factor = (x.contiguous() for x in ctx.saved_tensors)  # saved-tensor hooks may have changed that
+            grad = torch.empty(ctx.shape, dtype=ctx.dtype, device=unit_grad.device)
+            ctx.module.artifact_loss_backward(unit_grad, factor, g.resolve_neg(), grad.view(unit_grad.shape))
         if torch.is_grad_enabled():
             grad = forbid_second_derivative(grad, ctx.x(), "artifact_loss")
         return grad, None, None

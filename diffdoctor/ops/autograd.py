@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from diffdoctor import reference
 from diffdoctor.lowering.plan import SUMS, WRITE_GRAD, PerSample, Problem
-from diffdoctor.ops.arguments import per_sample_order, target_parts
+from diffdoctor.ops.arguments import LossOptions, per_sample_order, target_parts
 from diffdoctor.ops.call import run
+from diffdoctor.ops.observed import is_observed, is_plain
 from diffdoctor.ops.prepare import CachedPlan
 from diffdoctor.ops.stats import LossStats
 from diffdoctor.ops.target import Target
@@ -90,6 +92,12 @@ def guard_reference(x: Tensor, op: str) -> Tensor:
     return _GuardReference.apply(x, op) if x.requires_grad and torch.is_grad_enabled() else x
 
 
+def scaled(unit_grad: Tensor, factor: Tensor) -> Tensor:
+    """unit_grad * factor by torch's own operations, the factor one number or one per sample; rounded once."""
+    factor = factor if factor.ndim == 0 else factor.reshape(-1, *(1,) * (unit_grad.ndim - 1))
+    return (unit_grad.to(factor.dtype) * factor).to(unit_grad.dtype)
+
+
 def with_strides(x: Tensor | None, stride: tuple[int, ...] | None) -> Tensor | None:
     """A saved tensor in the strides with which it was saved, by which the kernels read it; None stays None.
 
@@ -118,6 +126,9 @@ class SavedGradLoss(torch.autograd.Function):
             refuse_functorch("weighted_loss", g)
         (unit_grad,) = ctx.saved_tensors
         call, x, stride = ctx.made
+        if type(unit_grad) is not Tensor or type(g) is not Tensor or is_observed():
+            grad = scaled(unit_grad, g)
+            return (forbid_second_derivative(grad, x(), "weighted_loss") if _is_grad_enabled() else grad), None
         if unit_grad.stride() != stride:
             unit_grad = with_strides(unit_grad, stride)
         if g.is_neg():
@@ -129,7 +140,7 @@ class SavedGradLoss(torch.autograd.Function):
             grad = _empty_like(unit_grad) if graph_is_kept() else unit_grad
             call.module.scale_gradient(unit_grad, g, grad, *call.runs)
         else:
-            grad = (unit_grad.to(g.dtype) * g.reshape(-1, *(1,) * (unit_grad.ndim - 1))).to(unit_grad.dtype)
+            grad = scaled(unit_grad, g)
         return (forbid_second_derivative(grad, x(), "weighted_loss") if _is_grad_enabled() else grad), None
 
 
@@ -151,7 +162,8 @@ class RecomputedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, model_pred, problem, module):
+    def forward(ctx, model_pred, problem, module, options):
+        ctx.options = options
         entries = _numbers_of(problem)
         ctx.module, ctx.x, ctx.plan, ctx.values = module, ref(model_pred), problem.plan, [x.value for x in entries]
         inputs = (problem.pred, problem.confidence, problem.mask, problem.weighting, *problem.terms)
@@ -163,8 +175,20 @@ class RecomputedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         refuse_functorch("weighted_loss", g)
+        saved = ctx.saved_tensors
+        if is_observed() or not is_plain(g, *saved):
+            grad = _gradient_by_reference(ctx.options, saved, ctx.values, g, ctx.plan.spatial_coefs)
+        else:
+            grad = RecomputedLoss.gradient(ctx, saved, g)
+        if torch.is_grad_enabled():
+            grad = forbid_second_derivative(grad, ctx.x(), "weighted_loss")
+        return grad, None, None, None
+
+    @staticmethod
+    def gradient(ctx, saved: tuple[Tensor | None, ...], g: Tensor) -> Tensor:
+        """The gradient by the backend's kernel."""
         g = g.resolve_neg()
-        pred, confidence, mask, weighting, *others = map(with_strides, ctx.saved_tensors, ctx.strides)
+        pred, confidence, mask, weighting, *others = map(with_strides, saved, ctx.strides)
         terms = others[: -len(ctx.values)]
         numbers = list(map(PerSample, ctx.values, others[len(terms) :]))
         artifact_coefs = [numbers.pop() for _ in terms][::-1] if ctx.plan.spatial_coefs else []
@@ -175,13 +199,33 @@ class RecomputedLoss(torch.autograd.Function):
             artifact_coefs=tuple(artifact_coefs),
         )  # fmt: skip
         ctx.module.weighted_loss(problem)
-        grad = problem.grad
-        if torch.is_grad_enabled():
-            grad = forbid_second_derivative(grad, ctx.x(), "weighted_loss")
-        return grad, None, None
+        return problem.grad
 
 
-def differentiable_loss(model_pred: Tensor, problem: Problem, module, runs: tuple[int, int] | None) -> Tensor:
+def _gradient_by_reference(
+    options: LossOptions, saved: tuple[Tensor | None, ...], values: list[float], g: Tensor, is_spatial: bool
+) -> Tensor:
+    """The gradient of a RecomputedLoss by torch's own operations, for what no kernel may read or write."""
+    pred, confidence, mask, weighting, *others = saved
+    terms, numbers = others[: -len(values)], others[-len(values) :]
+    numbers = [value if data is None else data for value, data in zip(values, numbers, strict=True)]
+    artifact_coefs = [numbers.pop() for _ in terms][::-1] if is_spatial else None
+    pred_scale, *coefs, huber_c, weight, z = numbers
+    if weighting is None and isinstance(weight, Tensor):
+        weighting = weight
+    target = Target(terms, coefs, pred_scale, artifact_coefs) if terms else torch.zeros_like(pred)
+    with torch.enable_grad():
+        x = pred.detach().requires_grad_()
+        loss = reference.weighted_loss(
+            x, target, confidence, mask=mask, weighting=weighting, huber_c=huber_c, normalizer=z,
+            **{**vars(options), "normalize": None},
+        )  # fmt: skip
+    return torch.autograd.grad(loss, x, g)[0]
+
+
+def differentiable_loss(
+    model_pred: Tensor, problem: Problem, module, runs: tuple[int, int] | None, options: LossOptions
+) -> Tensor:
     """Run a problem, and connect its loss to the graph of model_pred.
 
     Args:
@@ -189,10 +233,11 @@ def differentiable_loss(model_pred: Tensor, problem: Problem, module, runs: tupl
         problem: where it asks for a gradient, that is saved; else backward computes it.
         module: of the backend.
         runs: (batch, count) where the gradient's memory is `batch` dense runs of `count` elements, else None.
+        options: of the call.
     """
     run(module, problem)
     if problem.grad is None:
-        return RecomputedLoss.apply(model_pred, problem, module)
+        return RecomputedLoss.apply(model_pred, problem, module, options)
     return _save_grad(model_pred, (problem.loss, problem.grad, _GeneralCall(module, runs)))
 
 
@@ -228,7 +273,8 @@ class BoundCall:
     """
 
     __slots__ = (
-        "_acc", "_batch", "_count", "_elementwise", "_launch", "_like_loss", "_tensor_slots", "module", "runs", "scale",
+        "_acc", "_batch", "_elements", "_elementwise", "_launch", "_like_loss", "_tensor_slots", "module", "runs",
+        "scale",
     )  # fmt: skip
 
     def __init__(self, fast, problem: Problem, cached: CachedPlan, module):
@@ -236,7 +282,7 @@ class BoundCall:
         # Bound methods: calling an object takes twice as long.
         self._launch, self.scale = fast.__call__, fast.scale
         self.module, self.runs = module, cached.grad_runs
-        self._acc, self._batch, self._count = plan.acc_dtype, plan.batch, plan.count
+        self._acc, self._batch, self._elements = plan.acc_dtype, plan.batch, plan.batch * plan.count
         self._elementwise = problem.weighting is not None
         entries = per_sample_order(
             problem.pred_scale, problem.coefs, problem.artifact_coefs, problem.huber_c, problem.weight, problem.z
@@ -249,7 +295,7 @@ class BoundCall:
         loss = _empty_like(self._like_loss)
         grad = _empty_like(model_pred) if differentiable else None
         sums = self._like_loss.new_empty(self._batch, SUMS) if return_stats else None
-        terms = target.terms if type(target) is Target else (target,)
+        terms = target.terms if isinstance(target, Target) else (target,)
         per_sample = None
         if self._tensor_slots:
             per_sample = self._per_sample_tensors(target, huber_c, weighting, normalizer)
@@ -258,7 +304,7 @@ class BoundCall:
         )
         if differentiable:
             loss = _save_grad(model_pred, (loss, grad, self))
-        return (loss, LossStats.from_sums(sums, self._count)) if return_stats else loss
+        return (loss, LossStats.from_sums(sums, self._elements)) if return_stats else loss
 
     def _per_sample_tensors(self, target, huber_c, weighting, normalizer) -> list[Tensor]:
         """The per-sample values that are tensors, as the kernels read them."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from diffdoctor.lowering.plan import LOSS_KINDS
 from diffdoctor.ops.layout import Packed
 from diffdoctor.ops.target import Target
-from diffdoctor.runs.errors import expected
+from diffdoctor.ops.words import WORDS
+from diffdoctor.runs.errors import expected, in_our_words
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAPS = (*FLOATS, torch.uint8, torch.bool)
@@ -76,7 +77,10 @@ def check_choice(name: str, value, allowed) -> None:
     if named and value in allowed:
         return
     what = f"one of {', '.join(repr(choice) for choice in allowed)}"
-    raise value_error(name, what, repr(value)) if named else kind_error(name, what, value)
+    if not isinstance(value, str):
+        raise value_error(name, what, value) if named else kind_error(name, what, value)
+    own = {choice.replace("-", "_").replace(" ", "_"): choice for choice in allowed if choice}
+    raise value_error(name, what, in_our_words(value, {**WORDS.get(name, {}), **own}))
 
 
 def check_input(name: str, value: Tensor, model_pred: Tensor) -> None:
@@ -145,7 +149,7 @@ def check_target(target, model_pred: Tensor, layout) -> None:
             raise value_error("target", f"model_pred's shape {shown}", tuple(term.shape))
         check_input("target", term, model_pred)
     if isinstance(target, Target):
-        for value in (*target.coefs, target.pred_scale):
+        for value in (*target.coefs, *(target.artifact_coefs or ()), target.pred_scale):
             if isinstance(value, Tensor):
                 check_per_sample("target's factor", value, model_pred)
             else:
@@ -180,7 +184,20 @@ def check_map(name: str, value, model_pred: Tensor, layout) -> None:
             raise value_error(name, f"shape {forms}, with 1 or {batch} maps", shape)
         if value.numel() == 0 and model_pred.numel() != 0:
             raise value_error(name, "a map that is not empty", f"shape {shape}")
+        check_aspect(name, shape[-2:], model_pred, layout)
     check_input(name, value, model_pred)
+
+
+def check_aspect(name: str, size: tuple[int, int], model_pred: Tensor, layout) -> None:
+    """A map's size whose aspect ratio is the grid's, to within a cell of the coarser of the two (with packed tokens, a
+    token): else it is another crop, or turned, and would mark other places than those it was made for."""
+    height, width = size
+    rows, columns = grid_shape(model_pred, layout)[-2:]
+    # Scaled to the other's height, or width, the one differs by at most one cell.
+    cell = max(height, width, rows, columns) * (1 if layout is None else layout.patch_size)
+    if abs(width * rows - columns * height) > cell:
+        what = f"a map of the aspect ratio of the grid, {rows} x {columns}, to within a cell"
+        raise value_error(name, what, f"{height} x {width}: crop, flip and pad the map as its picture was")
 
 
 def check_weighting(value, model_pred: Tensor, layout) -> None:

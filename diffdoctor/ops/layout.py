@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from diffdoctor.runs.errors import expected
+from diffdoctor.ops.words import WORDS
+from diffdoctor.runs.errors import expected, in_our_words
 
 __all__ = ["Packed"]
 
@@ -46,7 +47,7 @@ class Packed:
         if not isinstance(self.order, str):
             raise TypeError(expected("order", f"one of {ORDERS}", type(self.order).__name__))
         if self.order not in ORDERS:
-            raise ValueError(expected("order", f"one of {ORDERS}", repr(self.order)))
+            raise ValueError(expected("order", f"one of {ORDERS}", in_our_words(self.order, WORDS["order"])))
 
     @property
     def tokens(self) -> int:

@@ -12,11 +12,11 @@ from diffdoctor.ops import checks
 from diffdoctor.ops.autograd import forbid_second_derivative, refuse_functorch
 from diffdoctor.ops.library import modulate_gradient as registered
 from diffdoctor.ops.modulation import modulated, modulation_options
+from diffdoctor.ops.observed import is_observed, is_plain, unrecorded
 
 __all__ = ["GradientModulator", "modulate_gradient"]
 
 _keys = itertools.count()
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def modulate_gradient(
@@ -61,9 +61,9 @@ def modulate_gradient(
         interpolation=interpolation,
         layout=layout,
     )
-    checks.check_pred("x", x, layout)
-    checks.check_map("confidence", confidence, x, layout)
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+    unrecorded(checks.check_pred, "x", x, layout)
+    unrecorded(checks.check_map, "confidence", confidence, x, layout)
+    if is_observed() or not is_plain(x, confidence):
         return registered.modulate_gradient(x, confidence, modulator._options)
     modulator.set(confidence)
     return modulator(x)
@@ -145,8 +145,8 @@ class GradientModulator:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x unchanged, its gradient modulated in backward."""
-        checks.check_pred("x", x, self._options.layout)
-        if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+        unrecorded(checks.check_pred, "x", x, self._options.layout)
+        if is_observed() or not is_plain(x):
             if self._key is None:
                 raise RuntimeError("make the GradientModulator outside the compiled function, which only calls it")
             return registered.modulate_gradient_later(x, self._key)
@@ -161,7 +161,9 @@ class GradientModulator:
         """
         if self.confidence is None:
             raise RuntimeError("GradientModulator has no map: call modulator.set(confidence) before backward")
-        checks.check_map("confidence", self.confidence, grad, self._options.layout)
+        unrecorded(checks.check_map, "confidence", self.confidence, grad, self._options.layout)
+        if is_observed() or not is_plain(grad, self.confidence):
+            return registered.scaled(grad, self.confidence, self._options)
         return modulated(grad, self.confidence, self._options)
 
 

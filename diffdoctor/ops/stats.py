@@ -24,6 +24,8 @@ class LossStats:
         loss_clean: (), likewise weighted by 1 - u.
         artifact_share: (), mean of u over all elements: 0 says that the map did nothing.
         nonfinite: (), int64, how many counted elements have a loss that is not finite.
+        map_nan: (), int64, at how many elements, counted or not, confidence or mask is NaN. It is taken as 0.
+        map_outside: (), int64, likewise below 0 or above 1. It is taken as 0 or 1.
     """
 
     numerator: Tensor
@@ -32,18 +34,23 @@ class LossStats:
     loss_clean: Tensor
     artifact_share: Tensor
     nonfinite: Tensor
+    map_nan: Tensor
+    map_outside: Tensor
 
     @classmethod
-    def from_sums(cls, sums: Tensor, count: int) -> LossStats:
-        """From the per-sample sums (B, 8) that every backend fills, with `count` elements in a sample."""
+    def from_sums(cls, sums: Tensor, elements: int) -> LossStats:
+        """From the per-sample sums (B, 10) that every backend fills, with so many elements in the batch."""
         total = sums.sum(0)
         losses, weights = total[2:6].view(2, 2).unbind(1)
         loss_artifact, loss_clean = torch.where(weights == 0, 0.0, losses / weights).unbind()
+        nonfinite, map_nan, map_outside = total[7:].to(torch.int64).unbind()
         return cls(
             numerator=sums[:, 0],
             weight_sum=sums[:, 1],
             loss_artifact=loss_artifact,
             loss_clean=loss_clean,
-            artifact_share=total[6] / max(count * sums.shape[0], 1),
-            nonfinite=total[7].to(torch.int64),
+            artifact_share=total[6] / max(elements, 1),
+            nonfinite=nonfinite,
+            map_nan=map_nan,
+            map_outside=map_outside,
         )

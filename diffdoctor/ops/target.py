@@ -6,12 +6,23 @@ import torch
 from torch import Tensor
 
 from diffdoctor.lowering.plan import MAX_TERMS
-from diffdoctor.runs.errors import expected
+from diffdoctor.ops.words import WORDS
+from diffdoctor.runs.errors import expected, in_our_words
 
 __all__ = ["Target"]
 
 
-class Target:
+class _Constructors(type):
+    """Says which of Target's constructors another program's word for a target means."""
+
+    def __getattr__(cls, name: str):
+        if name.startswith("_"):
+            raise AttributeError(f"type object {cls.__name__!r} has no attribute {name!r}")
+        own = [constructor for constructor, value in vars(cls).items() if isinstance(value, classmethod)]
+        raise AttributeError(expected("Target", f"one of {', '.join(own)}", in_our_words(name, WORDS["Target"])))
+
+
+class Target(metaclass=_Constructors):
     """The residual d = pred_scale * model_pred - sum_i coef_i * terms[i], built in the kernel.
 
     coef_i is coefs[i], or with `artifact_coefs` coefs[i] + (artifact_coefs[i] - coefs[i]) * u: what is asked of the
@@ -73,7 +84,7 @@ class Target:
         """
         _check_factor("alphas_cumprod", alphas_cumprod)
         if isinstance(alphas_cumprod, Tensor):
-            a = alphas_cumprod if alphas_cumprod.dtype == torch.float64 else alphas_cumprod.float()
+            a = widest(alphas_cumprod)
             return cls((noise, latents), (a.sqrt(), -(1 - a).sqrt()))
         return cls((noise, latents), (alphas_cumprod**0.5, -((1 - alphas_cumprod) ** 0.5)))
 
@@ -129,20 +140,19 @@ class Target:
         _check_factor("clean", clean)
         _check_factor("artifact", artifact)
         coefs, artifact_coefs = (
-            (*(_product(s, coef) for coef in target.coefs), 1 - _exact(s)) for s in (clean, artifact)
+            (*(_exact(s) * _exact(coef) for coef in target.coefs), 1 - _exact(s)) for s in (clean, artifact)
         )
         return cls((*target.terms, old_pred), coefs, artifact_coefs=artifact_coefs)
 
 
 def _exact(value):
-    """A factor for arithmetic that loses nothing of what a kernel keeps: fp64 where the device has it."""
-    if isinstance(value, Tensor) and value.dtype != torch.float64:
-        return value.float() if value.device.type == "mps" else value.double()
-    return value
+    return widest(value) if isinstance(value, Tensor) else value
 
 
-def _product(a, b):
-    return _exact(a) * _exact(b)
+def widest(value: Tensor) -> Tensor:
+    """A per-sample number as arithmetic on it is done: in fp64, so that the prediction's dtype need not be known; in
+    fp32 on a device that has no fp64."""
+    return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
 
 
 def _check_factor(name: str, value) -> None:

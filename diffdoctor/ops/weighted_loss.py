@@ -12,7 +12,7 @@ from diffdoctor import reference
 from diffdoctor.backends.select import for_device, name_of, overridden, pick, requested
 from diffdoctor.lowering.plan import SUMS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
 from diffdoctor.ops import checks
-from diffdoctor.ops.arguments import Inputs, LossOptions, check_inputs, target_key, tensor_key
+from diffdoctor.ops.arguments import Inputs, LossOptions, check_inputs, has_memory, target_key, tensor_key
 from diffdoctor.ops.autograd import (
     BoundCall,
     differentiable_loss,
@@ -24,10 +24,12 @@ from diffdoctor.ops.autograd import (
 from diffdoctor.ops.call import lower, plans, run
 from diffdoctor.ops.layout import Packed
 from diffdoctor.ops.library import weighted_loss as registered
+from diffdoctor.ops.observed import PLAIN, is_observed, unrecorded
 from diffdoctor.ops.prepare import CachedPlan, prepare
 from diffdoctor.ops.stats import LossStats
 from diffdoctor.ops.target import Target
 from diffdoctor.reference.grid import accumulation_dtype
+from diffdoctor.reference.weighted_loss import weight_beside
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -35,9 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["weighted_loss"]
 
 # Found in this module rather than in torch's, whose large table is in no cache after two million elements.
-_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_is_grad_enabled = torch.is_grad_enabled
 _find_plan = plans.get
-_PLAIN = (Tensor, torch.nn.Parameter)
 _BOOL = frozenset({bool})
 
 
@@ -46,7 +47,7 @@ class _Keywords(TypedDict, total=False):
 
     mask: Tensor | None
     weighting: Tensor | None
-    artifact_weight: float
+    artifact_weight: float | None
     clean_weight: float
     artifact_grad: float
     clean_grad: float
@@ -87,7 +88,7 @@ def weighted_loss(
     *,
     mask: Tensor | None = None,
     weighting: Tensor | None = None,
-    artifact_weight: float = 2.0,
+    artifact_weight: float | None = None,
     clean_weight: float = 1.0,
     artifact_grad: float = 1.0,
     clean_grad: float = 1.0,
@@ -117,10 +118,15 @@ def weighted_loss(
         target: a tensor of the same shape (a dtype of its own is fine; under a layout also (B, C, H, W)), or a
             `Target`, which is built inside the kernel.
         confidence: a detector's map in [0, 1]: (B, H', W'), (B, 1, H', W') or, for video, (B, 1, T', H', W'); B may
-            be 1; (B, N) for tokens without a layout. Floating point, uint8 (divided by 255) or bool; any size.
-        mask: a region to train on, shapes and types as confidence; multiplies the spatial weight.
+            be 1; (B, N) for tokens without a layout. Floating point, uint8 (divided by 255) or bool; any size with the
+            grid's aspect ratio, to within a cell. It is clamped to [0, 1]; a NaN counts as clean.
+        mask: a region to train on, shapes and types as confidence; clamped to [0, 1], a NaN counts as 0; multiplies
+            the spatial weight.
         weighting: (B,) or (1,) per sample, or anything that broadcasts to model_pred's (unpacked) shape.
-        artifact_weight: weight of the loss where confidence is 1.
+        artifact_weight: weight of the loss where confidence is 1; must be given with confidence. 0.0 leaves out what is
+            broken in training pictures; above 1.0 counts it more, where the target is clean and the map marks what
+            the model gets wrong; 1.0 where artifact_grad alone is to act, and the default beside a target with
+            artifact_coefs.
         clean_weight: weight of the loss where confidence is 0.
         artifact_grad: factor of the gradient, not of the loss's value, where confidence is 1.
         clean_grad: likewise where confidence is 0.
@@ -142,19 +148,19 @@ def weighted_loss(
         The loss, fp32 (fp64 for fp64), or (loss, LossStats).
 
     Raises:
-        TypeError: an argument of the wrong kind or dtype.
+        TypeError: an argument of the wrong kind or dtype; a confidence without an artifact_weight.
         ValueError: a shape, device, name or number that cannot be; a target, map or weighting that requires a gradient.
         RuntimeError: the backend asked for cannot serve (`BackendUnavailable`); torch.func transforms; a second
             derivative.
 
     Example:
         >>> loss = diffdoctor.weighted_loss(model_pred, diffdoctor.Target.epsilon(noise), confidence,
-        ...                                 artifact_weight=4.0)
+        ...                                 artifact_weight=0.0)
         >>> loss.backward()
     """
-    traced = _is_compiling() or type(model_pred) not in _PLAIN
-    cached = None
-    if not traced:
+    as_operator = is_observed() or type(model_pred) not in PLAIN
+    cached = key = None
+    if not as_operator:
         if functorch_level() is not None:
             refuse_functorch("weighted_loss")
         if forward_ad._current_level >= 0:
@@ -163,27 +169,27 @@ def weighted_loss(
             artifact_weight, clean_weight, artifact_grad, clean_grad, threshold, gamma, interpolation
         )  # fmt: skip
         grad_mode = _is_grad_enabled()
-        # Written out: with cold caches each function that is called costs microseconds.
-        key = (
-            model_pred.shape, model_pred.stride(), model_pred.dtype, model_pred.device, model_pred.requires_grad,
-            model_pred.is_neg(), grad_mode,
-            (target.shape, target.stride(), target.dtype, target.device, target.requires_grad, target.is_neg())
-            if type(target) is Tensor else target_key(target),
-            (
-                confidence.shape, confidence.stride(), confidence.dtype, confidence.device, confidence.requires_grad,
-                confidence.is_neg(),
-            )
-            if type(confidence) is Tensor else tensor_key(confidence), None if mask is None else tensor_key(mask),
-            None if weighting is None else tensor_key(weighting),
-            huber_c if type(huber_c) is float else tensor_key(huber_c),
-            None if normalizer is None else tensor_key(normalizer), map_options,
-            tuple(loss_type.items()) if isinstance(loss_type, dict) else loss_type, normalize, reduction, layout,
-        )  # fmt: skip
         try:
+            # Written out: with cold caches each function that is called costs microseconds. A tensor's type is in it.
+            key = (
+                model_pred.shape, model_pred.stride(), model_pred.dtype, model_pred.device, model_pred.requires_grad,
+                model_pred.is_neg(), grad_mode,
+                (target.shape, target.stride(), target.dtype, target.device, target.requires_grad, target.is_neg())
+                if type(target) is Tensor else target_key(target),
+                (
+                    confidence.shape, confidence.stride(), confidence.dtype, confidence.device,
+                    confidence.requires_grad, confidence.is_neg(),
+                )
+                if type(confidence) is Tensor else tensor_key(confidence), None if mask is None else tensor_key(mask),
+                None if weighting is None else tensor_key(weighting),
+                huber_c if type(huber_c) is float else tensor_key(huber_c),
+                None if normalizer is None else tensor_key(normalizer), map_options,
+                tuple(loss_type.items()) if isinstance(loss_type, dict) else loss_type, normalize, reduction, layout,
+            )  # fmt: skip
             # True is equal to 1 in a key; the checks refuse it.
             if _BOOL.isdisjoint(map(type, map_options)) and type(huber_c) is not bool:
                 cached = _find_plan(key)
-        except TypeError:  # something unhashable came: the checks below name it
+        except (TypeError, RuntimeError):  # something unhashable or without strides came: the checks below name it
             cached = None
         if (
             cached is not None and cached.bound is not None and type(return_stats) is bool
@@ -196,12 +202,12 @@ def weighted_loss(
     inputs = Inputs(model_pred, target, confidence, mask, weighting, huber_c, normalizer)
     if cached is None:
         options = LossOptions(
-            artifact_weight, clean_weight, artifact_grad, clean_grad, threshold, gamma, interpolation, loss_type,
-            normalize, reduction, layout,
+            weight_beside(confidence, artifact_weight, target), clean_weight, artifact_grad, clean_grad, threshold,
+            gamma, interpolation, loss_type, normalize, reduction, layout,
         )  # fmt: skip
-        check_inputs(inputs, options)
+        unrecorded(check_inputs, inputs, options)
     checks.check_bool("return_stats", return_stats)
-    if traced:
+    if as_operator or (cached is None and not has_memory(inputs)):
         return registered.weighted_loss(inputs, options, return_stats, backend)
     if cached is None:
         cached = plans.cache_plan(key, prepare(inputs, options))
@@ -226,11 +232,11 @@ def _dispatch(inputs: Inputs, cached: CachedPlan, return_stats: bool, backend: s
         if fast is not None:
             cached.bound, cached.backend = BoundCall(fast, problem, cached, module).run, name_of(module)
     if differentiable:
-        loss = differentiable_loss(pred, problem, module, cached.grad_runs)
+        loss = differentiable_loss(pred, problem, module, cached.grad_runs, options)
     else:
         run(module, problem)
         loss = problem.loss
-    return (loss, LossStats.from_sums(problem.sums, plan.count)) if return_stats else loss
+    return (loss, LossStats.from_sums(problem.sums, plan.batch * plan.count)) if return_stats else loss
 
 
 def _empty(model_pred: Tensor, reduction: str, return_stats: bool):
@@ -246,4 +252,4 @@ def _empty(model_pred: Tensor, reduction: str, return_stats: bool):
 def _run_reference(inputs: Inputs, options: LossOptions, return_stats: bool):
     guarded = inputs._replace(model_pred=guard_reference(inputs.model_pred, "weighted_loss"))
     result = reference.weighted_loss(**guarded._asdict(), **vars(options), return_sums=return_stats)
-    return (result[0], LossStats.from_sums(result[1], inputs.model_pred[0].numel())) if return_stats else result
+    return (result[0], LossStats.from_sums(result[1], inputs.model_pred.numel())) if return_stats else result

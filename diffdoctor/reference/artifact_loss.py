@@ -1,10 +1,9 @@
 """The definition of `diffdoctor.artifact_loss`."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from diffdoctor.reference.grid import accumulation_dtype
+from diffdoctor.reference.grid import accumulation_dtype, linear
 
 
 def artifact_loss(
@@ -20,7 +19,7 @@ def artifact_loss(
     x = logits.to(dtype)
     x = x[:, None] if x.ndim == 3 else x
     if size is not None and tuple(size) != tuple(x.shape[2:]):
-        x = F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+        x = linear(linear(x, 3, size[1], selects=True), 2, size[0], selects=True)
     c = torch.sigmoid(x).flatten(1)
     if method == "threshold":
         above = c > torch.tensor(threshold, dtype=torch.float32, device="cpu").item()

@@ -38,7 +38,7 @@ def map_to_grid(values: Tensor, size: tuple[int, int, int], interpolation: str, 
 
 
 def resample(values: Tensor, size: tuple[int, int, int], interpolation: str) -> Tensor:
-    """`torch.nn.functional.interpolate` in space, and in time where the map has frames."""
+    """What `torch.nn.functional.interpolate` gives in space, and in time where the map has frames."""
     if tuple(values.shape[2:]) == tuple(size):
         return values
     if values.shape[2] == 1 and tuple(values.shape[3:]) == tuple(size[1:]):
@@ -50,11 +50,36 @@ def resample(values: Tensor, size: tuple[int, int, int], interpolation: str) -> 
             index = nearest_index(values.shape[dim], out, offset).to(values.device)
             values = values.index_select(dim, index)
         return values
+    if interpolation == "bilinear":
+        for dim, out in ((4, size[2]), (3, size[1])):
+            values = linear(values, dim, out)
+        return values if values.shape[2] == 1 else linear(values, 2, size[0], selects=True)
     if values.shape[2] == 1:
         plane = F.interpolate(values[:, :, 0], size=size[1:], mode=interpolation)
         return plane[:, :, None]
-    mode = "trilinear" if interpolation == "bilinear" else interpolation
-    return F.interpolate(values, size=size, mode=mode)
+    return F.interpolate(values, size=size, mode=interpolation)
+
+
+def linear(values: Tensor, dim: int, size: int, selects: bool = False) -> Tensor:
+    """Linear resampling of one dim to `size` (align_corners=False).
+
+    Written out because interpolate's positions are rounded differently by dtype and by machine, so that one that is a
+    whole number may come out beside it, and a neighbour that weighs nothing gets a weight.
+
+    Args:
+        values: floating point.
+        dim: of values.
+        size: of that dim in the result.
+        selects: where the second neighbour weighs 0, take the first as it is, whatever the second holds.
+    """
+    length, exact = values.shape[dim], {"dtype": values.dtype, "device": values.device}
+    scale = torch.tensor(length, **exact) / torch.tensor(size, **exact)
+    position = (scale * (torch.arange(size, **exact) + 0.5) - 0.5).clamp(min=0)
+    first = position.long().clamp(max=length - 1)
+    share = (position - first).clamp(0, 1).reshape(-1, *(1,) * (values.ndim - 1 - dim % values.ndim))
+    low, high = (values.index_select(dim, index) for index in (first, (first + 1).clamp(max=length - 1)))
+    mixed = (1 - share) * low + share * high
+    return torch.where(share == 0, low, mixed) if selects else mixed
 
 
 def nearest_index(size_in: int, size_out: int, offset: float) -> Tensor:
@@ -66,8 +91,14 @@ def nearest_index(size_in: int, size_out: int, offset: float) -> Tensor:
 
 
 def artifact_level(confidence: Tensor, threshold: float, gamma: float) -> Tensor:
-    """u = c ** gamma where c >= threshold (rounded to fp32), else 0."""
+    """u = c ** gamma where c >= threshold (rounded to fp32), else 0; c is clamped to [0, 1], a NaN counts as 0."""
     threshold = torch.tensor(threshold, dtype=torch.float32, device="cpu").item()
     above = confidence >= threshold
-    level = confidence if gamma == 1.0 else confidence.pow(gamma)
+    level = unit_interval(confidence)
+    level = level if gamma == 1.0 else level.pow(gamma)
     return torch.where(above, level, torch.zeros_like(level))
+
+
+def unit_interval(values: Tensor) -> Tensor:
+    """A map's values, resampled, as the formulas take them: clamped to [0, 1], a NaN as 0."""
+    return torch.where(values > 0, values, torch.zeros_like(values)).clamp(max=1)

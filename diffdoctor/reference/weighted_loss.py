@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdoctor.reference.grid import accumulation_dtype, artifact_level, map_to_grid, to_grid
+from diffdoctor.reference.grid import accumulation_dtype, artifact_level, map_to_grid, to_grid, unit_interval
 from diffdoctor.reference.losses import element_loss
 from diffdoctor.reference.modulate_gradient import scale_gradient
 
@@ -17,7 +17,7 @@ def weighted_loss(
     *,
     mask: Tensor | None = None,
     weighting: Tensor | None = None,
-    artifact_weight: float = 2.0,
+    artifact_weight: float | None = None,
     clean_weight: float = 1.0,
     artifact_grad: float = 1.0,
     clean_grad: float = 1.0,
@@ -32,12 +32,17 @@ def weighted_loss(
     layout=None,
     return_sums: bool = False,
 ) -> Any:
-    """The loss, or with `return_sums` (loss, sums): the (B, 8) sums behind `LossStats` in the accumulation type.
+    """The loss, or with `return_sums` (loss, sums): the (B, 10) sums behind `LossStats` in the accumulation type.
 
     Arguments are those of the public function and are not checked again. A target that is not a tensor has `terms`,
     `coefs`, `artifact_coefs` and `pred_scale`. The columns of the sums: numerator, weight, artifact loss, artifact
-    weight, clean loss, clean weight, artifact level over all elements, count of non-finite losses.
+    weight, clean loss, clean weight, artifact level over all elements, count of non-finite losses, count of elements at
+    which a map is NaN, and at which one is outside [0, 1].
+
+    Raises:
+        TypeError: a confidence without an artifact_weight.
     """
+    artifact_weight = weight_beside(confidence, artifact_weight, target)
     dtype = accumulation_dtype(model_pred.dtype)
     pred = to_grid(model_pred, layout).to(dtype)
     shape, size = pred.shape, tuple(pred.shape[2:])
@@ -51,7 +56,7 @@ def weighted_loss(
     c = one * 0 if confidence is None else map_to_grid(confidence, size, interpolation, dtype)
     k = one if mask is None else map_to_grid(mask, size, interpolation, dtype)
     u = artifact_level(c, threshold, gamma) if confidence is not None else c
-    omega = k * (clean_weight + (artifact_weight - clean_weight) * u)
+    omega = unit_interval(k) * (clean_weight + (artifact_weight - clean_weight) * u)
     m = clean_grad + (artifact_grad - clean_grad) * u
     v = one if weighting is None else weighting_to_grid(weighting, model_pred, layout).to(dtype)
 
@@ -91,10 +96,33 @@ def weighted_loss(
         return result
     with torch.no_grad():
         loss = element_loss(loss_type, torch.where(selected, d, zero), per_sample(huber_c))
-        return result, _sums(selected, v * omega * loss, omega.expand(shape), u.expand(shape), loss)
+        nan = (torch.isnan(c) | torch.isnan(k)).expand(shape)
+        outside = ((c < 0) | (c > 1) | (k < 0) | (k > 1)).expand(shape)
+        return result, _sums(selected, v * omega * loss, omega.expand(shape), u.expand(shape), loss, nan, outside)
 
 
-def _sums(selected: Tensor, weighted: Tensor, omega: Tensor, u: Tensor, loss: Tensor) -> Tensor:
+def weight_beside(confidence: Tensor | None, artifact_weight: float | None, target) -> float:
+    """The loss weight where confidence is 1. Beside a confidence there is no default: maps mean opposite things.
+
+    It is 1 beside a target whose coefficients depend on the map, through which the map acts.
+
+    Raises:
+        TypeError: there is a confidence and no weight.
+    """
+    if artifact_weight is not None:
+        return artifact_weight
+    if confidence is None or getattr(target, "artifact_coefs", None) is not None:
+        return 1.0
+    raise TypeError(
+        "artifact_weight: expected a number beside confidence (0.0 where the map marks what is broken in training "
+        "pictures, which is then not learnt; above 1.0 where it marks what a model gets wrong and the target is clean; "
+        "1.0 where artifact_grad alone is to act), got None"
+    )
+
+
+def _sums(
+    selected: Tensor, weighted: Tensor, omega: Tensor, u: Tensor, loss: Tensor, nan: Tensor, outside: Tensor
+) -> Tensor:
     """The columns of LossStats; every argument has the grid's shape."""
     zero = torch.zeros_like(loss)
     columns = [
@@ -106,6 +134,8 @@ def _sums(selected: Tensor, weighted: Tensor, omega: Tensor, u: Tensor, loss: Te
         torch.where(selected, 1 - u, zero),
         u,
         selected & ~torch.isfinite(weighted),
+        nan,
+        outside,
     ]
     return torch.stack([column.sum((1, 2, 3, 4), dtype=loss.dtype) for column in columns], dim=1)
 

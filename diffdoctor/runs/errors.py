@@ -1,5 +1,9 @@
 """Errors that the command line prints as one line."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+
 # What `pip install` is given: a checkout's folder; the project's name once that is on an index.
 _PROJECT = "."
 
@@ -36,6 +40,17 @@ def expected(name: object, what: str, got: object) -> str:
 def install_command(extra: str) -> str:
     """What to type, in a checkout, to install an extra."""
     return f"pip install '{_PROJECT}[{extra}]'"
+
+
+def in_our_words(got: str, words: Mapping[str, str]) -> str:
+    """A name that is none of ours as an error shows it, with the one that is meant where it is known.
+
+    Args:
+        got: what came.
+        words: what a user may write, in lower case with underscores, and what it is called here.
+    """
+    word = words.get(got.lower().replace("-", "_").replace(" ", "_"))
+    return repr(got) if word is None else f"{got!r}, which is {word!r} here"
 
 
 def missing_extra(module: str, extra: str) -> UserError:

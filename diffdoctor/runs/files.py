@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import hashlib
 import os
 import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,6 +50,44 @@ def _hidden(path: Path, mark: str, suffix: str = "") -> Path:
 def _hidden_start(name: str) -> str:
     # What is added must not make a long name too long: file systems take 255 bytes.
     return f".{name if len(os.fsencode(name)) <= 200 else name[:50]}"
+
+
+def file_name(name: str, ending: str) -> str:
+    """A result's name as that of its file: with the ending, and no part longer than the 255 bytes of a file system.
+
+    Args:
+        name: of the result, parts separated by slashes.
+        ending: such as ".png".
+
+    Returns:
+        The name and the ending; where the last part would be too long, its beginning and a hash of the whole.
+    """
+    folder, slash, last = name.rpartition("/")
+    parts = [_short(part, "") for part in folder.split("/")] if slash else []
+    return "/".join([*parts, _short(last, ending)])
+
+
+def _short(part: str, ending: str) -> str:
+    if len(os.fsencode(part + ending)) <= 255:
+        return part + ending
+    beginning = os.fsencode(part)[:200].decode("utf-8", "ignore")
+    return f"{beginning}-{hashlib.sha256(os.fsencode(part)).hexdigest()[:16]}{ending}"
+
+
+@contextmanager
+def unicode_path(path) -> Iterator[Path]:
+    """A path of the file or folder that is Unicode, for libraries that take no other: where need be, a link's."""
+    path = Path(path)
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as place:
+            # Of the same name as far as it goes: libraries look at suffixes.
+            link = Path(place) / os.fsencode(path.name).decode("utf-8", "replace")
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
 
 
 @contextmanager

@@ -35,7 +35,8 @@ class Journal:
             return
         if self._file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            number = len(list(self.folder.glob(_PART)))
+            # After all that is there: parts may have been removed since.
+            number = 1 + max([_number(part)[0] for part in self.folder.glob(_PART)], default=-1)
             self._file = open(self.folder / f"part-{self.process:04d}-{os.getpid()}-{number:04d}.jsonl", "xb")  # noqa: SIM115
         self._file.write(b"".join(strict_json.dumps(record).encode() + b"\n" for record in records))
         self._file.flush()
@@ -59,7 +60,8 @@ class Records:
     def __init__(self, folder: Path):
         self.folder, self.shards = folder, set()
         self._offsets: dict[str, tuple[Path, int]] = {}
-        for file in sorted(folder.glob(_PART), key=lambda path: path.stat().st_mtime_ns):
+        # By the number at the end of the name, which grows with the attempts. Not by time: a clock may go back.
+        for file in sorted(folder.glob(_PART), key=_number):
             offset = 0
             with open(file, "rb") as lines:
                 for line in lines:
@@ -92,3 +94,8 @@ class Records:
         finally:
             for file in files.values():
                 file.close()
+
+
+def _number(part: Path) -> tuple[int, str]:
+    number = part.stem.rpartition("-")[2]
+    return int(number) if number.isdecimal() else 0, part.name

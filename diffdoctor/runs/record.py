@@ -271,6 +271,17 @@ def _holds_anything(path: Path) -> bool:
         return any(not is_leftover(entry.name) for entry in entries)
 
 
+def kind_of_run(folder: str | Path) -> str | None:
+    """The kind of the run whose output a folder is, by its run.json; None where there is none of this program's."""
+    try:
+        with open(Path(folder) / RUN, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_record = isinstance(found, dict) and isinstance(found.get("run"), str) and "identity" in found
+    return found["run"] if is_record else None
+
+
 def write_config(folder: Path, config: Any) -> None:
     """What a run was asked, a dataclass or a dict, as `config.yaml`."""
     try:

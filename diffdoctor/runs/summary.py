@@ -23,12 +23,21 @@ def print_doubts(doubts: list[str], *, strict: bool) -> None:
         print(f"warning: {doubt}", file=sys.stderr)
 
 
-def print_summary(line: str, skipped: dict[str, int] | None = None) -> None:
+def print_summary(line: str, skipped: dict[str, int] | None = None, examples: dict[str, str] | None = None) -> None:
     """Print a command's result, and what was skipped, on standard error.
 
     Args:
         line: the result.
         skipped: {reason: count}.
+        examples: {reason: the file, or the shard and key, of the first case}.
     """
-    counts = ", ".join(f"{count} x {reason}" for reason, count in (skipped or {}).items())
+    counts = skipped_in_words(skipped or {}, examples or {})
     print(f"{line}; left out: {counts}" if counts else line, file=sys.stderr)
+
+
+def skipped_in_words(skipped: dict[str, int], examples: dict[str, str]) -> str:
+    """What was skipped, each reason with its number and its first case."""
+    return ", ".join(
+        f"{count} x {reason}" + (f" (first: {examples[reason]})" if examples.get(reason) else "")
+        for reason, count in skipped.items()
+    )

@@ -25,8 +25,8 @@ class TreatFiles:
         detector: folder of a detector, its id on the hub, the file of the published checkpoint, FILE.py:FUNCTION or a
             URL; the last two have no gradient, and serve the methods nft and weighted.
         prompts: text file with one prompt per line, or .jsonl or .parquet with `prompt`; blank ones are left out.
-        offline: folder of shards with the pipeline's own training pictures and prompts; needed unless offline_weight
-            is 0.
+        offline: the pipeline's own training pictures with prompts: a folder of shards, or of pictures with captions;
+            needed unless offline_weight is 0.
         output: folder for lora/, treat.json, config.yaml, samples/, logs/ and checkpoints; the same command resumes
             there.
         monitor: a second detector that watches for reward hacking; None: none. Never the judge of the evaluation.
@@ -132,11 +132,20 @@ def _with_absolute_paths(settings: dict) -> dict:
 
 
 def _read_offline(folder: str):
-    from diffdoctor.data.shards import read_shards
+    from diffdoctor.data.sources import find_sources, read_source
+    from diffdoctor.data.tar import SkipCounts
 
-    samples = [(sample["picture"], str(sample.get("prompt") or "")) for sample in read_shards(folder)]
+    counts = SkipCounts()
+    samples = [
+        (sample["picture"], str(sample.get("prompt") or ""))
+        for source in find_sources([folder], counts)
+        for sample in read_source(source, counts=counts, masks="ignored")
+    ]
+    left_out = f" (left out: {counts.sentence()})" if counts.total else ""
     if not samples:
-        raise UserError(expected(f"--offline {folder}", "shards with pictures", "none"))
+        raise UserError(expected(f"--offline {folder}", "pictures that can be read", f"none{left_out}"))
+    if left_out:
+        logger.warning("--offline %s: %d pictures%s", folder, len(samples), left_out)
     without = sum(not prompt.strip() for _, prompt in samples)
     if without == len(samples):
         raise UserError(expected(f"--offline {folder}", "a `prompt` with every picture", f"none with all {without}"))

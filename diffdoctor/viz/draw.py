@@ -66,11 +66,18 @@ def overlay(picture: np.ndarray, confidence: np.ndarray, strength: float = 0.75)
     Returns:
         uint8 (H, W, 3).
     """
-    alpha = (strength * np.clip(np.asarray(confidence, dtype=np.float32), 0, 1))[..., None]
-    grey = picture.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
+    result = np.empty_like(picture)
     colour = np.array([230.0, 20.0, 40.0], dtype=np.float32)
-    # The colour keeps some of the picture's brightness, so that the picture stays visible.
-    return np.clip((1 - alpha) * picture + alpha * (0.7 * colour + 0.3 * grey), 0, 255).astype(np.uint8)
+    # Some rows at a time: the floats of a whole picture take forty times its memory.
+    step = max(1, 2**20 // picture.shape[1])
+    for top in range(0, len(picture), step):
+        rows = picture[top : top + step]
+        alpha = (strength * np.clip(np.asarray(confidence[top : top + step], dtype=np.float32), 0, 1))[..., None]
+        grey = rows.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
+        # The colour keeps some of the picture's brightness, so that the picture stays visible.
+        mixed = (1 - alpha) * rows + alpha * (0.7 * colour + 0.3 * grey)
+        result[top : top + step] = np.clip(mixed, 0, 255).astype(np.uint8)
+    return result
 
 
 def grid(rows: Iterable[Iterable[np.ndarray]], gap: int = GAP, background: int = BACKGROUND) -> np.ndarray:

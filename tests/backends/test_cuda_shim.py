@@ -254,12 +254,12 @@ def test_autograd_keeps_one_gradient_and_launches_twice(public, shim):
     pred = torch.randn(2, 4, 16, 16, requires_grad=True)
     target, confidence = torch.randn(2, 4, 16, 16), torch.rand(2, 1, 64, 64)
     before = shim.launches()
-    loss = public.weighted_loss(pred, target, confidence)
+    loss = public.weighted_loss(pred, target, confidence, artifact_weight=2.0)
     assert shim.launches() == before + 1
     loss.backward()
     assert shim.launches() == before + 2
     want = pred.detach().clone().requires_grad_()
-    diffdoctor.reference.weighted_loss(want, target, confidence).backward()
+    diffdoctor.reference.weighted_loss(want, target, confidence, artifact_weight=2.0).backward()
     torch.testing.assert_close(pred.grad, want.grad, rtol=3e-5, atol=1e-9)
 
 
@@ -267,7 +267,7 @@ def test_a_compiled_graph_leaves_no_workspace_behind(public, cuda):
     target, confidence, logits = torch.randn(2, 4, 8, 8), torch.rand(2, 1, 16, 16), torch.randn(2, 1, 4, 4)
 
     def loss(x):
-        one = public.weighted_loss(x, target, confidence, normalize="sample")
+        one = public.weighted_loss(x, target, confidence, artifact_weight=2.0, normalize="sample")
         return one + public.artifact_loss(logits, size=(16, 16))
 
     pred = torch.randn(2, 4, 8, 8, requires_grad=True)

@@ -28,7 +28,9 @@ class Step:
         self.latents, self.noise = normal(2, 16, 64, 64), normal(2, 16, 64, 64)
         self.levels, self.weighting = normal(2).sigmoid(), normal(2).exp()
         self.confidence, self.logits = normal(2, 1, 512, 512).sigmoid(), normal(2, 1, 32, 32).requires_grad_()
-        self.options = {"normalize": "sample", "loss_type": "pseudo_huber", "weighting": self.weighting} | options
+        self.options = {
+            "artifact_weight": 2.0, "normalize": "sample", "loss_type": "pseudo_huber", "weighting": self.weighting,
+        } | options  # fmt: skip
 
     def loss(self):
         target = Target.velocity(self.latents, self.noise, self.levels)
@@ -101,12 +103,12 @@ def test_autocast_changes_nothing(gpu_backend):
 def test_one_gradient_is_all_that_is_kept(gpu_backend):
     pred = torch.randn(4, 16, 256, 256, device="cuda").to(BF16).requires_grad_()
     target, confidence = torch.randn_like(pred), torch.rand(4, 1, 1024, 1024, device="cuda")
-    diffdoctor.weighted_loss(pred, target, confidence, backend=gpu_backend).backward()
+    diffdoctor.weighted_loss(pred, target, confidence, artifact_weight=2.0, backend=gpu_backend).backward()
     pred.grad = None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    loss = diffdoctor.weighted_loss(pred, target, confidence, backend=gpu_backend)
+    loss = diffdoctor.weighted_loss(pred, target, confidence, artifact_weight=2.0, backend=gpu_backend)
     size = pred.numel() * pred.element_size()
     assert torch.cuda.memory_allocated() - before <= size + (1 << 20)
     loss.backward()
@@ -256,6 +258,7 @@ def test_the_last_program_sees_what_the_others_left(glue, shape):
         "model_pred": torch.randn(shape, generator=g, device="cuda").to(BF16),
         "target": torch.randn(shape, generator=g, device="cuda").to(BF16),
         "confidence": torch.rand(shape[0], 1, *shape[2:], generator=g, device="cuda"),
+        "artifact_weight": 2.0,
         "reduction": "mean",
     }
     problem = cases.lower(inputs, WRITE_LOSS)

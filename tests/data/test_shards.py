@@ -159,9 +159,17 @@ FAULTS = {
     "symbolic link": ([special("evil.png", tarfile.SYMTYPE, "/etc/passwd")], "not a plain file"),
     "hard link": ([special("evil.png", tarfile.LNKTYPE, "first.png")], "not a plain file"),
     "device": ([special("evil.png", tarfile.CHRTYPE)], "not a plain file"),
-    "folder": ([special("evil", tarfile.DIRTYPE)], "not a plain file"),
     "no extension": ([("README", b"x")], "key.extension"),
-    "nested name": ([("a/b.png", b"x")], "key.extension"),
+    "nested name": ([("a/b.png", b"x")], "broken picture"),
+    "name without end": ([("n" * 2000 + ".png", b"x")], "more than 1024 letters"),
+    "several pictures": ([("bad.a.png", GOOD[0][0][1]), ("bad.b.png", GOOD[0][0][1])], "several pictures"),
+    "category that is no Unicode": (list(members_of("bad", json=b'{"category": "\\ud800"}').items()), "no text"),
+    "prompt that is a list": (list(members_of("bad", json=b'{"prompt": ["a"]}').items()), "no text"),
+    "round that is a text": (list(members_of("bad", json=b'{"round": "abc"}').items()), "no whole number"),
+    "round without end": (
+        list(members_of("bad", json=b'{"round": 100000000000}').items()),
+        "no whole number",
+    ),
     "broken picture": (list(members_of("bad", png=b"not a picture").items()), "broken picture"),
     "cut picture": (list(members_of("bad", png=GOOD[0][0][1][:40]).items()), "broken picture"),
     "no picture": (list(members_of("bad", png=None).items()), "without a picture"),
@@ -195,6 +203,70 @@ def test_what_is_broken_or_hostile_is_left_out_and_counted(tmp_path, fault):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("names", "keys"),
+    [
+        (["./x.png"], ["x"]),
+        (["photos", "photos/", "photos/x.png", "photos/y.JPG"], ["photos/x", "photos/y"]),
+        (["my photo (1).png", "ünï 日本.PNG", "k" * 240 + ".png"], ["my photo (1)", "ünï 日本", "k" * 240]),
+        (["a.input.png"], ["a"]),
+        (["v1.0/x.png", "v1.0/x.json"], ["v1.0/x"]),
+        ([".hidden.png", "__MACOSX/._a.png", "b.png"], ["b"]),
+        (["a.tiff"], ["a"]),
+    ],
+)
+def test_shards_of_others_are_read_by_the_rule_of_webdataset(tmp_path, names, keys):
+    picture = codec.encode_picture(np.full((20, 20, 3), 7, np.uint8), "png")
+    with tarfile.open(tmp_path / "A.TAR", "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            if name in ("photos", "photos/"):
+                info.type = tarfile.DIRTYPE
+                tar.addfile(info)
+                continue
+            data = b"{}" if name.endswith("json") else picture
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert [sample["key"] for sample in read_shards(tmp_path, masks="optional", strict=True)] == keys
+
+
+def long_name(size, data):
+    """A header whose data are the name of the member after it."""
+    info = tarfile.TarInfo("L")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, size
+    return info.tobuf(tarfile.GNU_FORMAT) + data
+
+
+def sparse_file(path, data, hole):
+    with open(path, "wb") as file:
+        file.write(data)
+        file.seek(hole, 1)
+        file.write(bytes(1024))
+
+
+def test_headers_cost_a_bounded_amount(tmp_path):
+    import tracemalloc
+
+    write_tar(tmp_path / "good.tar", [*GOOD[0], *GOOD[1]])
+    good = (tmp_path / "good.tar").read_bytes().rstrip(b"\0")
+    good = good.ljust(-(-len(good) // 512) * 512, b"\0")
+    negative = bytearray(tarfile.TarInfo("x.png").tobuf(tarfile.GNU_FORMAT))
+    negative[124:136] = b"\xff" * 12
+    negative[148:156] = b"%06o\0 " % (sum(negative[:148]) + sum(negative[156:]) + 8 * 32)
+    for data, hole, words in (
+        (long_name(10, bytes(512)) * 5000, 0, "more than 16 headers"),
+        (long_name(3 * 2**30, b""), 3 * 2**30, "a header of more than 65,536 bytes"),
+        (bytes(negative), 0, "negative size"),
+    ):
+        sparse_file(tmp_path / "bad.tar", good + data, hole)
+        counts = SkipCounts()
+        tracemalloc.start()
+        assert [sample["key"] for sample in read_shards(tmp_path / "bad.tar", counts=counts)] == ["first"]
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+        tracemalloc.stop()
+        assert words in counts.examples["a shard cut short or not a tar file"]
+
+
 def test_a_real_picture_needs_no_mask(tmp_path):
     members = members_of("photo", mask__png=None, json=b'{"label": "real"}')
     write_tar(tmp_path / "a.tar", members.items())
@@ -224,7 +296,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     write_tar(tmp_path / "a.tar", members_of("big").items())
     counts = SkipCounts()
     assert list(read_shards(tmp_path, counts=counts)) == []
-    assert counts.reasons == {"a broken picture": 1}
+    assert counts.reasons == {"a picture of more than 300 pixels": 1}
     monkeypatch.setattr(archive, "MAX_MEMBER_BYTES", 10)
     counts = SkipCounts()
     list(read_shards(tmp_path, counts=counts))
@@ -380,3 +452,49 @@ def test_a_changed_header_is_noticed(tmp_path):
         counts = SkipCounts()
         assert [s["key"] for s in read_shards(path, counts=counts)] in (["000000000"], [])
         assert counts.total == 1, place
+
+
+def write_manifest(folder, **changes):
+    """The set's manifest with other columns."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = parquet.read_table(folder / "manifest.parquet")
+    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    parquet.write_table(pa.table(columns | changes), folder / "manifest.parquet")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"picture_offset": ["5"] * 3}, "numbers in the column picture_offset, got string"),
+        ({"picture_offset": [None] * 3}, "numbers in the column picture_offset, got null"),
+        ({"picture_offset": [1, None, 2]}, "a number in every row of the column picture_offset"),
+        ({"picture_size": [[1]] * 3}, "numbers in the column picture_size"),
+        ({"height": ["16"] * 3}, "numbers in the column height"),
+        ({"shard": [5] * 3}, "text in the column shard, got int64"),
+        ({"key": [b"\xff"] * 3}, "text in the column key, got binary"),
+        ({"key": ["k" * 2_000_000, "b", "c"]}, "up to 1,024 characters in the column key"),
+        ({"shard": [None] * 3}, "names the shard ''"),
+    ],
+)
+def test_a_manifest_of_other_types_is_named(tmp_path, changes, words):
+    write_shards(samples_of(3), tmp_path / "set")
+    write_manifest(tmp_path / "set", **changes)
+    with pytest.raises(UserError, match=words):
+        ShardData(tmp_path / "set")
+
+
+def test_a_manifest_of_more_rows_than_its_shards_hold_is_refused(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    write_shards(samples_of(1), tmp_path / "set")
+    table = parquet.read_table(tmp_path / "set" / "manifest.parquet")
+    rows = pa.concat_tables([table] * 5000)
+    parquet.write_table(rows, tmp_path / "set" / "manifest.parquet")
+    with pytest.raises(UserError, match=r"expected up to \d+ rows, which its shards can hold, got 5,000"):
+        ShardData(tmp_path / "set")
+    parquet.write_table(pa.table([[1], [2]], names=["key", "key"]), tmp_path / "set" / "manifest.parquet")
+    with pytest.raises(UserError, match="expected the columns"):
+        read_manifest(tmp_path / "set")

@@ -102,7 +102,7 @@ def test_pictures_of_any_name_go_through_every_command(odd_names, tmp_path, dete
     out = tmp_path / "diagnosis"
     metrics = run_diagnose(DiagnoseConfig([str(odd_names)], detector, str(out)))
     assert metrics["pictures"] == 7
-    assert metrics["skipped"] == {"a broken picture": 1}
+    assert metrics["skipped"] == {"a broken picture": 1, "a name that leads to no file": 1}
     records = [json.loads(line) for line in (out / "diagnosis.jsonl").read_text().splitlines()]
     assert sorted(record["name"] for record in records) == sorted(names)
     assert sorted(path.name for path in (out / "maps").iterdir()) == sorted(f"{name}.png" for name in names)

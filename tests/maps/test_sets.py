@@ -251,6 +251,32 @@ def test_items_depend_on_seed_epoch_and_index_alone():
     assert not torch.equal(first[0, 1]["pixel_values"], MapDataset(records(), transform, seed=4)[0, 1]["pixel_values"])
 
 
+@pytest.mark.parametrize("workers", [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}], ids=str)
+def test_an_ordinary_loader_gets_other_crops_in_every_epoch_and_the_same_ones_again(workers):
+    def epochs(data, count, set_epoch=False):
+        loader = torch.utils.data.DataLoader(data, batch_size=None, **workers)
+        for epoch in range(count):
+            if set_epoch:
+                data.set_epoch(epoch)
+            yield torch.stack([item["pixel_values"] for item in loader])
+
+    def fresh():
+        return MapDataset(records(3), PairedTransform(16), seed=3)
+
+    first, second, third = epochs(fresh(), 3)
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+    data = fresh()
+    assert torch.equal(torch.stack([data[1, i]["pixel_values"] for i in range(3)]), second)
+    for got, want in zip(epochs(fresh(), 3, set_epoch=True), (first, second, third), strict=True):
+        assert torch.equal(got, want)
+    data = fresh()
+    data.set_epoch(2)  # a run that resumes
+    assert torch.equal(next(epochs(data, 1)), third)
+    with pytest.raises(ValueError, match="epoch: expected >= 0, got -1"):
+        data.set_epoch(-1)
+
+
 @pytest.mark.parametrize("last", ["fill", "short", "drop"])
 def test_batches_have_one_size_and_cover_the_set(last):
     data = MapDataset(records(14), PairedTransform(buckets=[(16, 16), (16, 32), (32, 16)]))  # buckets of 5, 5, 4

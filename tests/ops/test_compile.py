@@ -43,8 +43,8 @@ def test_compiled_equals_eager(dtype):
 
     def f(x):
         return diffdoctor.weighted_loss(
-            x * 2, target, c, mask=k, weighting=v, threshold=0.3, artifact_grad=2.0, normalize="sample",
-            loss_type={"l2": 1.0, "huber": 0.5}, reduction="sample",
+            x * 2, target, c, mask=k, artifact_weight=2.0, weighting=v, threshold=0.3, artifact_grad=2.0,
+            normalize="sample", loss_type={"l2": 1.0, "huber": 0.5}, reduction="sample",
         )  # fmt: skip
 
     (loss, grad), (loss_c, grad_c) = both(f, pred, torch.tensor([1.0, 3.0], dtype=F64 if dtype == F64 else F32))
@@ -59,8 +59,8 @@ def test_targets_layouts_statistics_and_per_sample_tensors():
 
     def f(x):
         loss, stats = diffdoctor.weighted_loss(
-            x, Target.velocity(latents, noise, a), torch.ones(1, 4, 6), huber_c=c, loss_type="pseudo_huber",
-            normalizer=normalizer, layout=layout, return_stats=True,
+            x, Target.velocity(latents, noise, a), torch.ones(1, 4, 6), artifact_weight=2.0, huber_c=c,
+            loss_type="pseudo_huber", normalizer=normalizer, layout=layout, return_stats=True,
         )  # fmt: skip
         return loss + 0.1 * stats.loss_artifact
 
@@ -164,10 +164,10 @@ def test_inductor(tmp_path, monkeypatch):
     # ATEN_CPU_CAPABILITY, left there writes beyond its buffers.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     pred, target, c = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.rand(2, 8, 8)
-    f = torch.compile(lambda x: diffdoctor.weighted_loss(x.sin(), target, c), fullgraph=True)
+    f = torch.compile(lambda x: diffdoctor.weighted_loss(x.sin(), target, c, artifact_weight=0.0), fullgraph=True)
     leaf, eager = pred.clone().requires_grad_(), pred.clone().requires_grad_()
     f(leaf).backward()
-    diffdoctor.weighted_loss(eager.sin(), target, c).backward()
+    diffdoctor.weighted_loss(eager.sin(), target, c, artifact_weight=0.0).backward()
     torch.testing.assert_close(leaf.grad, eager.grad)
     assert list(tmp_path.rglob("*.so"))
 
@@ -176,7 +176,7 @@ def arguments(dtype, view, want_grad, layout=()):
     pred = cases.lay_out(torch.randn(2, 4, 8, 8).to(dtype), view).requires_grad_()
     return (
         pred, [torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)], torch.rand(2, 16, 16), None, torch.rand(2),
-        [None, torch.rand(2), None, torch.rand(2), None], [1.0, 1.0, -1.0, 0.1, 0.0], [2.0, 1.0, 1.0, 0.5, 0.25, 1.0],
+        [torch.rand(2), torch.rand(2)], [1, 3], [1.0, 1.0, -1.0, 0.1, 0.0], [2.0, 1.0, 1.0, 0.5, 0.25, 1.0],
         [1.0, 0.0, 0.5, 0.0, 0.0, 0.0], "area", "sample", "mean", list(layout), "", want_grad, True,
     )  # fmt: skip
 

@@ -33,7 +33,7 @@ def test_gradient_is_multiplied_by_the_map(dtype, view):
 
 @pytest.mark.parametrize("mode", ["area", "bilinear", "nearest", "nearest-exact"])
 def test_interpolation(mode):
-    x, c = torch.randn(1, 2, 5, 7, requires_grad=True), torch.rand(1, 9, 4)
+    x, c = torch.randn(1, 2, 5, 7, requires_grad=True), torch.rand(1, 9, 13)
     modulate_gradient(x, c, artifact_grad=2.0, interpolation=mode).sum().backward()
     want = factor(c, (5, 7), mode, artifact_grad=2.0, clean_grad=1.0)[:, None].expand(1, 2, 5, 7)
     torch.testing.assert_close(x.grad, want, rtol=1e-6, atol=1e-6)

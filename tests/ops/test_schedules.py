@@ -59,6 +59,28 @@ def test_weights_are_fp32_whatever_the_default_dtype_is():
     assert [weights.dtype for weights in found] == [torch.float32] * 5
 
 
+@pytest.mark.parametrize("by", ["dtype", "table"])
+def test_in_fp64_they_are_exact_in_fp64(by):
+    """An fp64 prediction is not to be multiplied by what was rounded to fp32 on the way."""
+    table = ACP.double() if by == "table" else ACP
+    options = {} if by == "table" else {"dtype": torch.float64}
+    t = T[1:-1]
+    a = ACP.double()[t]
+    snr = a / (1 - a)
+    for kind, want in (("epsilon", 5 / snr), ("sample", snr), ("v_prediction", 5 / (snr + 1))):
+        want = torch.where(snr < 5, {"epsilon": 1.0, "sample": snr, "v_prediction": a}[kind], want)
+        want = want.clamp(max=5.0) if kind == "sample" else want
+        torch.testing.assert_close(snr_weights(t, table, 5.0, kind, **options), want, rtol=1e-14, atol=0)
+    want = 0.9 / (1 + ((1 - a) / a).sqrt()) ** 2 + 0.1
+    got = huber_schedule(t, 0.1, "snr", alphas_cumprod=table, **options)
+    torch.testing.assert_close(got, want, rtol=1e-14, atol=0)
+    given = t.double() if by == "table" else t
+    want = torch.exp(t.double() * (math.log(0.1) / 1000))
+    torch.testing.assert_close(huber_schedule(given, 0.1, "exponential", **options), want, rtol=1e-14, atol=0)
+    assert huber_schedule(given, 0.1, "constant", **options)[0].item() == 0.1
+    assert prior_preservation_weights(2, 0.35, dtype=torch.float64).tolist() == [2.0, 0.7]
+
+
 def test_prior_preservation_weights():
     assert prior_preservation_weights(6, 0.5).tolist() == [2, 2, 2, 1, 1, 1]
     assert prior_preservation_weights(0).shape == (0,)
@@ -87,7 +109,10 @@ def test_huber_schedules():
         (TypeError, "timesteps: expected integers", lambda: snr_weights(T.float(), ACP)),
         (TypeError, "alphas_cumprod: expected a tensor", lambda: snr_weights(T, [1.0])),
         (ValueError, r"alphas_cumprod: expected shape \(steps,\)", lambda: snr_weights(T, ACP[None])),
-        (ValueError, "prediction_type: expected one of", lambda: snr_weights(T, ACP, 5.0, "eps")),
+        (ValueError, "prediction_type: .* got 'eps', which is 'epsilon' here", lambda: snr_weights(T, ACP, 5.0, "eps")),
+        (ValueError, "prediction_type: .* 'v_prediction' here", lambda: snr_weights(T, ACP, 5.0, "velocity")),
+        (ValueError, "schedule: .* got 'exp', which is 'exponential' here", lambda: huber_schedule(T, 0.1, "exp")),
+        (ValueError, "dtype: expected None, torch.float32", lambda: snr_weights(T, ACP, dtype=torch.float16)),
         (ValueError, "gamma: expected a positive number", lambda: snr_weights(T, ACP, 0.0)),
         (ValueError, "gamma: expected a positive number, got nan", lambda: snr_weights(T, ACP, math.nan)),
         (TypeError, "gamma: expected a number, got NoneType", lambda: snr_weights(T, ACP, None)),
@@ -102,7 +127,7 @@ def test_huber_schedules():
         (ValueError, "alphas_cumprod: expected a tensor for", lambda: huber_schedule(T, 0.1, "snr")),
         (TypeError, "timesteps: expected a tensor", lambda: huber_schedule(3, 0.1, "constant")),
     ],
-    ids=range(13),
+    ids=range(16),
 )
 def test_bad_argument(error, message, call):
     with pytest.raises(error, match=message):

@@ -86,6 +86,35 @@ def test_the_contrastive_target_has_the_gradient_of_diffusion_nft(tensors, rewar
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_target_that_depends_on_the_map_needs_one_and_no_artifact_weight(tensors, backend):
+    target = Target.contrastive(tensors["noise"], tensors["noisy"])
+    with pytest.raises(ValueError, match="confidence: expected a map beside a target with artifact_coefs, got None"):
+        diffdoctor.weighted_loss(tensors["pred"], target, backend=backend)
+    level = torch.linspace(0, 1, 36).view(1, 6, 6)
+    want = ((tensors["pred"] - tensors["noisy"] + level * (tensors["noise"] - tensors["noisy"])) ** 2).mean()
+    for weight in ({}, {"artifact_weight": 1.0}):
+        got = diffdoctor.weighted_loss(tensors["pred"], target, level, backend=backend, **weight)
+        torch.testing.assert_close(got, want, rtol=3e-6, atol=0)
+    half = diffdoctor.weighted_loss(tensors["pred"], target, torch.ones(1, 6, 6), artifact_weight=0.5, backend=backend)
+    torch.testing.assert_close(half, 0.5 * ((tensors["pred"] - 2 * tensors["noisy"] + tensors["noise"]) ** 2).mean())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("given", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_an_fp64_prediction_gets_a_target_in_fp64(tensors, given, backend):
+    """Square roots taken in fp32 would be off by 1e-8."""
+    latents, noise, pred = (tensors[name].double() for name in ("latents", "noise", "pred"))
+    a = tensors["a"].to(given)
+    exact = a.double()
+    d = pred - (column(exact.sqrt()) * noise - column((1 - exact).sqrt()) * latents)
+    x = pred.clone().requires_grad_()
+    loss = diffdoctor.weighted_loss(x, Target.velocity(latents, noise, a), backend=backend)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), (d**2).mean(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(x.grad, 2 * d / d.numel(), rtol=1e-13, atol=1e-16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_target_in_fp32_is_sharper_than_one_built_in_bf16(backend):
     latents, noise = torch.randn(SHAPE).bfloat16(), torch.randn(SHAPE).bfloat16()
     pred = torch.randn(SHAPE)
@@ -122,6 +151,8 @@ def test_packing_is_diffusers_flux_order():
         (TypeError, "height: expected an int, got float", lambda: Packed(4.0, 4)),
         (ValueError, "width: expected a positive multiple of patch_size 2, got 5", lambda: Packed(4, 5)),
         (ValueError, "order: expected one of", lambda: Packed(4, 4, 2, "pw ph c")),
+        (AttributeError, "Target: expected one of epsilon, .*got 'v_prediction', which is 'velocity' here",
+         lambda: Target.v_prediction),
         (TypeError, "order: expected one of", lambda: Packed(4, 4, 2, 7)),
         (TypeError, "terms: expected tensors, got float", lambda: Target.epsilon(1.0)),
         (ValueError, "1 to 3 terms", lambda: Target((), ())),
@@ -146,8 +177,9 @@ def test_packing_is_diffusers_flux_order():
         (TypeError, "floating-point", lambda: Target.velocity(torch.ones(1), torch.ones(1), torch.ones(2).long())),
     ],
     ids=[
-        "height", "width", "order", "order kind", "term", "none", "four", "coefs", "artifact coefs", "artifact kind",
-        "old", "target", "contrastive three", "contrastive scaled", "contrastive twice", "artifact", "scale", "alphas",
+        "height", "width", "order", "constructor", "order kind", "term", "none", "four", "coefs", "artifact coefs",
+        "artifact kind", "old", "target", "contrastive three", "contrastive scaled", "contrastive twice", "artifact",
+        "scale", "alphas",
         "alphas dtype",
     ],
 )  # fmt: skip

@@ -16,7 +16,9 @@ NEGATED = torch.randn(2, 1, 6, 8, dtype=torch.complex64).conj().imag
 OPS = {
     "weighted_loss": lambda x: diffdoctor.weighted_loss(x, TARGET, MAP, artifact_weight=3.0),
     "weighted_loss-fp16": lambda x: diffdoctor.weighted_loss(x.half(), TARGET, MAP, artifact_weight=3.0),
-    "weighted_loss-normalize": lambda x: diffdoctor.weighted_loss(x, TARGET, MAP, normalize="batch"),
+    "weighted_loss-normalize": lambda x: diffdoctor.weighted_loss(
+        x, TARGET, MAP, artifact_weight=3.0, normalize="batch"
+    ),
     "artifact_loss": lambda x: diffdoctor.artifact_loss(x, size=(12, 16), method="mean"),
     "modulate_gradient": lambda x: (diffdoctor.modulate_gradient(x, MAP, artifact_grad=2.0) ** 2).sum(),
 }
@@ -38,7 +40,7 @@ def test_the_default_device_need_not_be_the_tensors(op, options):
     with torch.device("meta"):
         got = torch.autograd.grad(op(x), x)[0]
         for _ in range(2):
-            loss = diffdoctor.weighted_loss(x, TARGET, MAP, **options)
+            loss = diffdoctor.weighted_loss(x, TARGET, MAP, artifact_weight=3.0, **options)
             loss = loss[0] if options.get("return_stats") else loss
             assert loss.device.type == "cpu"
     assert torch.equal(got, want)
@@ -71,13 +73,13 @@ def test_a_modulated_tensor_under_a_complex_conjugate():
 def test_memory_that_does_not_hold_the_values_is_refused(name, value):
     error = ValueError if value.layout == torch.strided else TypeError
     # an equal call whose plan is there already
-    diffdoctor.weighted_loss(TARGET, TARGET, TARGET, mask=TARGET, weighting=TARGET)
+    diffdoctor.weighted_loss(TARGET, TARGET, TARGET, mask=TARGET, weighting=TARGET, artifact_weight=2.0)
     arguments = dict.fromkeys(("model_pred", "target", "confidence", "mask", "weighting"), TARGET)
     with pytest.raises(error, match=f"^{name}: expected "):
         if name == "logits":
             diffdoctor.artifact_loss(value)
         else:
-            diffdoctor.weighted_loss(**arguments | {name: value})
+            diffdoctor.weighted_loss(**arguments | {name: value}, artifact_weight=2.0)
 
 
 def test_a_term_that_is_negated_lazily_is_refused():
@@ -151,8 +153,8 @@ def test_batched_gradients_are_refused(default_backend):
 def test_a_bool_is_no_number_whatever_was_called_before(name):
     for _ in range(2):
         with pytest.raises(TypeError, match=f"{name}: expected a number, got bool"):
-            diffdoctor.weighted_loss(prediction(), TARGET, MAP, **{name: True})
-        diffdoctor.weighted_loss(prediction(), TARGET, MAP, **{name: 1.0})
+            diffdoctor.weighted_loss(prediction(), TARGET, MAP, **{"artifact_weight": 2.0, name: True})
+        diffdoctor.weighted_loss(prediction(), TARGET, MAP, **{"artifact_weight": 2.0, name: 1.0})
 
 
 def test_forward_mode_is_refused(op):

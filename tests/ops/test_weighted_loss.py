@@ -109,8 +109,8 @@ def test_gradcheck(backend, loss_type):
 
     def loss(x):
         return diffdoctor.weighted_loss(
-            x, target, c, weighting=v, loss_type=loss_type, huber_c=0.7, normalize="sample", threshold=0.3,
-            reduction="sample", backend=backend,
+            x, target, c, artifact_weight=2.0, weighting=v, loss_type=loss_type, huber_c=0.7, normalize="sample",
+            threshold=0.3, reduction="sample", backend=backend,
         )  # fmt: skip
 
     assert torch.autograd.gradcheck(loss, (pred,))
@@ -126,7 +126,9 @@ def test_same_bits_twice_and_for_any_number_of_threads():
         for threads in (1, 2, 3, 5, 2):
             torch.set_num_threads(threads)
             pred.grad = None
-            loss, stats = diffdoctor.weighted_loss(pred, target, c, normalize="batch", return_stats=True, backend="cpu")
+            loss, stats = diffdoctor.weighted_loss(
+                pred, target, c, artifact_weight=2.0, normalize="batch", return_stats=True, backend="cpu"
+            )
             loss.backward()
             found.append((loss.detach(), pred.grad, stats.numerator, stats.weight_sum, stats.loss_artifact))
     finally:
@@ -202,7 +204,11 @@ def test_nan_under_zero_weight_does_not_leak(backend, where):
         "mask": {"mask": kept.reshape(2, 1, 1).expand(2, 4, 4)},
         "weighting": {"weighting": kept.reshape(2, 1, 1, 1).expand(2, 3, 4, 4)},
         "sample weighting": {"weighting": kept},
-        "clean_weight": {"confidence": kept.reshape(2, 1, 1).expand(2, 4, 4), "clean_weight": 0.0},
+        "clean_weight": {
+            "confidence": kept.reshape(2, 1, 1).expand(2, 4, 4),
+            "artifact_weight": 2.0,
+            "clean_weight": 0.0,
+        },
         "normalizer": {"normalizer": kept},
     }[where]
     for loss_type in ("l2", "huber", "log_cosh"):
@@ -224,7 +230,9 @@ def test_nan_where_the_gradient_is_switched_off_stays_out_of_it(backend):
     pred.requires_grad_()
     c = torch.ones(1, 4, 4)
     c[..., 0] = 0
-    loss = diffdoctor.weighted_loss(pred, torch.zeros(1, 2, 4, 4), c, clean_grad=0.0, backend=backend)
+    loss = diffdoctor.weighted_loss(
+        pred, torch.zeros(1, 2, 4, 4), c, artifact_weight=1.0, clean_grad=0.0, backend=backend
+    )
     loss.backward()
     assert loss.isnan() and (pred.grad[..., 0] == 0).all() and (pred.grad[..., 1:] != 0).all()
 
@@ -265,8 +273,8 @@ def test_offsets_beyond_two_to_the_31():
     c.copy_(levels)
     target = torch.randn(1, 1, 2, 8)
     far_leaf, leaf = pred.detach().requires_grad_(), values.clone().requires_grad_()
-    want = diffdoctor.weighted_loss(leaf, target, levels, backend="reference")
-    got = diffdoctor.weighted_loss(far_leaf, target, c, backend="cpu")
+    want = diffdoctor.weighted_loss(leaf, target, levels, artifact_weight=2.0, backend="reference")
+    got = diffdoctor.weighted_loss(far_leaf, target, c, artifact_weight=2.0, backend="cpu")
     torch.testing.assert_close(got, want)
     want.backward()
     got.backward()
@@ -323,7 +331,7 @@ def test_one_gradient_is_all_that_is_kept():
         target, c = torch.randn(2, 4, 64, 64), torch.rand(2, 64, 64)
         seen = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, seen=seen: seen.append(x) or x, lambda x: x):
-            diffdoctor.weighted_loss(pred, target, c, backend="cpu")
+            diffdoctor.weighted_loss(pred, target, c, artifact_weight=2.0, backend="cpu")
         known = {pred.data_ptr(), target.data_ptr(), c.data_ptr()}
         new = [x for x in seen if x.numel() == pred.numel() and x.data_ptr() not in known]
         assert len(new) == kept

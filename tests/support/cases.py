@@ -13,7 +13,7 @@ import torch
 
 from diffdoctor import Target, reference
 from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, PerSample, Problem
-from diffdoctor.ops.arguments import Inputs, LossOptions, check_inputs
+from diffdoctor.ops.arguments import Inputs, LossOptions
 from diffdoctor.ops.call import lower as lower_call
 from diffdoctor.ops.prepare import prepare
 
@@ -129,7 +129,7 @@ def build(case: Case) -> dict:
         weighting = torch.rand(shape, generator=g).to(dtype) + 0.5
         if weighting.numel() > 2:
             weighting.view(-1)[1] = 0
-    kwargs = dict(case.options)
+    kwargs = {"artifact_weight": 2.0, **case.options}
     kwargs["mask"] = _map(case.mask, g, case.map_view)
     kwargs["weighting"] = weighting
     kwargs["huber_c"] = torch.rand(batch, generator=g) + 0.1 if case.huber_c == "tensor" else case.huber_c
@@ -164,7 +164,6 @@ def lower(inputs: dict, outputs: int = WRITE_LOSS | WRITE_GRAD | WRITE_SUMS, wei
     `weight_mean(problem, out)` is the backend's own, needed where the case normalises.
     """
     call, options = call_of(**{key: _move(value, device) for key, value in inputs.items()})
-    check_inputs(call, options)
     problem = lower_call(call, options, outputs, prepare(call, options))
     problem.grad_output = PerSample(0.0, cotangent(inputs).to(call.model_pred.device).reshape(-1))
     for output in (problem.loss, problem.grad, problem.sums):

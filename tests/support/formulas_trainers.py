@@ -275,7 +275,7 @@ def qflux_edit_weights_and_valid_tokens(batch, backend):
     def edited(x):
         return ((x - target) ** 2 * weights[:, :, None]).mean((1, 2)).mean()
 
-    check(tokens, edited, lambda x: diffdoctor.weighted_loss(x, target, edit, backend=backend))
+    check(tokens, edited, lambda x: diffdoctor.weighted_loss(x, target, edit, artifact_weight=2.0, backend=backend))
 
     def with_valid(x):  # the valid tokens are in the denominator, the edit weights are not
         loss = ((x - target) ** 2).mean(2) * weights * valid

@@ -17,6 +17,8 @@ const Binding artifact_loss([](py::module_& m) {
   });
   m.def("artifact_loss_backward_cuda", [](uintptr_t unit_grad, uintptr_t factor, uintptr_t g, int64_t g_stride,
                                           uintptr_t out, int dtype, int64_t batch, int64_t count, uintptr_t stream) {
+    need(as_pointer(unit_grad), "gradient");
+    need(as_pointer(g), "gradient of the loss");
     launch_released("artifact_loss_backward", [&] {
       return cuda::launch_artifact_loss_backward(as_pointer(unit_grad), as_pointer(factor), as_pointer(g), g_stride,
                                                  as_pointer(out), dtype, batch, count, as_pointer(stream));

@@ -10,11 +10,13 @@ namespace diffdoctor {
 namespace {
 
 // The spatial weight omega and the modulated weight omega * m of a block, reused by every channel. `modulated` is
-// filled only where m is not 1, `u` only for LossStats and coefficients that change with it.
+// filled only where m is not 1; `u` only for LossStats and coefficients that change with it; `nan` and `outside`, of
+// the sums' columns, only for LossStats.
 template <typename acc_t>
 struct alignas(64) Weights {
   acc_t u[kChunk], mask[kChunk], omega[kChunk], modulated[kChunk];
   MapScratch<acc_t> scratch;
+  double nan, outside;
 };
 
 inline bool modulates(const WeightedLossParams& p) { return p.artifact_grad != 1 || p.clean_grad != 1; }
@@ -25,9 +27,9 @@ void combine_weights(const WeightedLossParams& p, const acc_t* c, acc_t threshol
   const Line<acc_t> weight_of = spatial_weight<acc_t>(p), m_of = gradient_weight<acc_t>(p);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const acc_t u = c[i] >= threshold ? c[i] : acc_t(0);
+    const acc_t u = c[i] >= threshold ? at_most_one(c[i]) : acc_t(0);
     const acc_t weight = at_level(weight_of, u);
-    const acc_t omega = kMask ? w.mask[i] * weight : weight;
+    const acc_t omega = kMask ? vector_region(w.mask[i]) * weight : weight;
     w.omega[i] = omega;
     if (kModulated) {
       const acc_t m = at_level(m_of, u);
@@ -35,7 +37,18 @@ void combine_weights(const WeightedLossParams& p, const acc_t* c, acc_t threshol
     }
   }
   if (keep_level)
-    for (int64_t i = 0; i < n; ++i) w.u[i] = c[i] >= threshold ? c[i] : acc_t(0);
+    for (int64_t i = 0; i < n; ++i) w.u[i] = c[i] >= threshold ? at_most_one(c[i]) : acc_t(0);
+}
+
+// c, mask: null where absent.
+template <typename acc_t>
+void count_values(const acc_t* c, const acc_t* mask, int64_t n, Weights<acc_t>& w) {
+  w.nan = w.outside = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const acc_t level = c ? c[i] : acc_t(0), k = mask ? mask[i] : acc_t(0);
+    w.nan += level != level || k != k;
+    w.outside += is_outside(level) || is_outside(k);
+  }
 }
 
 template <typename acc_t>
@@ -51,14 +64,15 @@ void fill_weights(const WeightedLossParams& p, const Tiling& t, const Block& at,
         block_offset(t, at, p.confidence.batch_stride, p.confidence.stride);
   } else {
     gather_map(p, t, at, p.confidence, w.scratch, w.u);
-    if (p.gamma != 1) {
-      for (int64_t i = 0; i < n; ++i) w.u[i] = artifact_level<acc_t>(p, w.u[i]);
-      threshold = 0;  // it compares with c, not with c^gamma
-    }
   }
   const bool keep_level = (p.outputs & kWriteSums) != 0 || p.spatial_coefs != 0;
   const bool mask = p.mask.mode != kAbsent, modulated = modulates(p);
   if (mask) gather_map(p, t, at, p.mask, w.scratch, w.mask);
+  if (keep_level) count_values(p.confidence.mode == kAbsent ? nullptr : c, mask ? w.mask : nullptr, n, w);
+  if (p.confidence.mode != kAbsent && p.gamma != 1) {
+    for (int64_t i = 0; i < n; ++i) w.u[i] = artifact_level<acc_t>(p, w.u[i]);
+    threshold = 0;  // it compares with c, not with c^gamma
+  }
   if (mask && modulated)
     combine_weights<true, true>(p, c, threshold, n, keep_level, w);
   else if (mask)

@@ -80,19 +80,20 @@ bool l2_finite(const Operands<pred_t, term_t>& x, const Sample<float>& s, const 
   const float *const weight = weights.weight, *const modulated = weights.modulated, *const level = weights.level;
   pred_t* const grad = x.grad;
   const __m512 pred_scale = _mm512_set1_ps(s.pred_scale), scale = _mm512_set1_ps(grad_scale);
-  const Line<float> first = s.coef[0], second = s.coef[1], third = s.coef[2];
+  const __m512 first = _mm512_set1_ps(s.coef[0].clean), first_step = _mm512_set1_ps(s.coef[0].step);
+  const __m512 second = _mm512_set1_ps(s.coef[1].clean), second_step = _mm512_set1_ps(s.coef[1].step);
+  const __m512 third = _mm512_set1_ps(s.coef[2].clean), third_step = _mm512_set1_ps(s.coef[2].step);
   __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   __mmask16 nan = 0;
   const auto step = [=, &nan](int64_t i, __mmask16 mask, __m512& sum) {
     __m512 d = _mm512_mul_ps(pred_scale, load16(pred + i, mask));
     const __m512 u = shape_t::kSpatial ? load16(level + i, mask) : _mm512_setzero_ps();
-    const auto coef = [u](const Line<float>& line) {
-      const __m512 clean = _mm512_set1_ps(line.clean);
-      return shape_t::kSpatial ? _mm512_fmadd_ps(_mm512_set1_ps(line.step), u, clean) : clean;
+    const auto coef = [u](__m512 clean, __m512 change) {
+      return shape_t::kSpatial ? _mm512_fmadd_ps(change, u, clean) : clean;
     };
-    if (kTerms > 0) d = _mm512_fnmadd_ps(coef(first), load16(term_0 + i, mask), d);
-    if (kTerms > 1) d = _mm512_fnmadd_ps(coef(second), load16(term_1 + i, mask), d);
-    if (kTerms > 2) d = _mm512_fnmadd_ps(coef(third), load16(term_2 + i, mask), d);
+    if (kTerms > 0) d = _mm512_fnmadd_ps(coef(first, first_step), load16(term_0 + i, mask), d);
+    if (kTerms > 1) d = _mm512_fnmadd_ps(coef(second, second_step), load16(term_1 + i, mask), d);
+    if (kTerms > 2) d = _mm512_fnmadd_ps(coef(third, third_step), load16(term_2 + i, mask), d);
     const __m512 weighted = kWeights ? _mm512_mul_ps(load16(weight + i, mask), d) : d;
     sum = _mm512_fmadd_ps(weighted, d, sum);
     if (!kGrad) return;

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffdoctor.backends import native
-from diffdoctor.backends.native_call import call_arguments, native_plan, takes_more
+from diffdoctor.backends.native_call import call_arguments, native_plan, scale_arguments, takes_more
 from diffdoctor.lowering.plan import DTYPES, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, Problem
 
 # Found in this module rather than in torch's, whose large table is in no cache after two million elements.
@@ -104,14 +104,4 @@ def weight_mean(problem: Problem, out: Tensor) -> None:
 
 def scale_gradient(grad: Tensor, grad_output: Tensor, out: Tensor, batch: int, count: int) -> None:
     """out = grad · g_b over `batch` dense runs of `count` elements; in place nothing is written where g is 1."""
-    stride = grad_output.stride(0) if grad_output.ndim else 0
-    launch_scale(
-        grad.data_ptr(),
-        out.data_ptr(),
-        DTYPES[grad.dtype],
-        batch,
-        count,
-        grad_output.data_ptr(),
-        stride,
-        _threads(),
-    )
+    launch_scale(*scale_arguments(grad, grad_output, out, batch, count), _threads())

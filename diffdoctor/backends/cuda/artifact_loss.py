@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from diffdoctor.backends.cuda import device
-from diffdoctor.backends.native_call import artifact_arguments
+from diffdoctor.backends.native_call import artifact_arguments, artifact_backward_arguments
 from diffdoctor.lowering.artifact_loss import ArtifactProblem
-from diffdoctor.lowering.plan import DTYPES
 
 
 def artifact_loss(problem: ArtifactProblem) -> None:
@@ -23,16 +22,6 @@ def artifact_loss(problem: ArtifactProblem) -> None:
 
 def artifact_loss_backward(unit_grad: Tensor, factor: Tensor, grad_output: Tensor, out: Tensor) -> None:
     """out = unit_grad · factor_b · g_b, in the logits' dtype."""
-    stride = grad_output.stride(0) if grad_output.ndim else 0
+    arguments = artifact_backward_arguments(unit_grad, factor, grad_output, out)
     with device.guard(unit_grad.device):
-        device.native.artifact_loss_backward_cuda(
-            unit_grad.data_ptr(),
-            factor.data_ptr(),
-            grad_output.data_ptr(),
-            stride,
-            out.data_ptr(),
-            DTYPES[out.dtype],
-            unit_grad.shape[0],
-            unit_grad[0].numel(),
-            device.raw_stream(unit_grad.device),
-        )
+        device.native.artifact_loss_backward_cuda(*arguments, device.raw_stream(unit_grad.device))

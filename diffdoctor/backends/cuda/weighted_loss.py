@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from diffdoctor.backends.cuda import device
-from diffdoctor.backends.native_call import call_arguments, native_plan
-from diffdoctor.lowering.plan import DTYPES, Problem
+from diffdoctor.backends.native_call import call_arguments, native_plan, scale_arguments
+from diffdoctor.lowering.plan import Problem
 
 
 def weighted_loss(problem: Problem) -> None:
@@ -49,15 +49,6 @@ def weight_mean(problem: Problem, out: Tensor) -> None:
 
 def scale_gradient(grad: Tensor, grad_output: Tensor, out: Tensor, batch: int, count: int) -> None:
     """out = grad · g_b over `batch` dense runs of `count` elements; in place nothing is written where g is 1."""
-    stride = grad_output.stride(0) if grad_output.ndim else 0
+    arguments = scale_arguments(grad, grad_output, out, batch, count)
     with device.guard(grad.device):
-        device.native.scale_gradient_cuda(
-            grad.data_ptr(),
-            out.data_ptr(),
-            DTYPES[grad.dtype],
-            batch,
-            count,
-            grad_output.data_ptr(),
-            stride,
-            device.raw_stream(grad.device),
-        )
+        device.native.scale_gradient_cuda(*arguments, device.raw_stream(grad.device))

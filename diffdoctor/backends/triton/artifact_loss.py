@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffdoctor.backends.triton.launch import INTERPRETS, SCALE_BLOCK, counters, on_device
+from diffdoctor.backends.triton.launch import INTERPRETS, SCALE_BLOCK, counters, need_memory, on_device
 from diffdoctor.backends.triton_tiles import ACC, LAUNCH
 from diffdoctor.kernels import artifact_loss as artifact
 from diffdoctor.lowering.artifact_loss import ARTIFACT_METHODS, ArtifactProblem
@@ -15,6 +15,7 @@ from diffdoctor.lowering.plan import REDUCTIONS
 def artifact_loss(problem: ArtifactProblem) -> None:
     """Fill loss, and unit_grad and factor where they are wanted."""
     logits = problem.logits
+    need_memory(logits=logits)
     batch, h, w = logits.shape
     acc = problem.loss.dtype
     gathers = problem.unit_grad is not None
@@ -57,6 +58,7 @@ def _ratio(size: int, out_size: int, acc: torch.dtype) -> float:
 
 def artifact_loss_backward(unit_grad: Tensor, factor: Tensor, grad_output: Tensor, out: Tensor) -> None:
     """out = unit_grad · factor_b · g_b, in the logits' dtype."""
+    need_memory(gradient=unit_grad, gradient_of_the_loss=grad_output)
     batch, h, w = unit_grad.shape
     n_tiles = -(-h * w // SCALE_BLOCK)
     with on_device(unit_grad):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffdoctor.kernels.common import interprets
 from diffdoctor.kernels.weighted_loss import weighted_loss_kernel
+from diffdoctor.runs.errors import expected
 
 INTERPRETS = interprets(weighted_loss_kernel)
 SCALE_BLOCK = 2048  # elements that a program of a backward kernel scales at once
@@ -19,6 +20,13 @@ def on_device(tensor: Tensor):
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+def need_memory(**tensors: Tensor | None) -> None:
+    """Refuse a tensor at the address 0, whose memory does not hold its values; by the arguments' names."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.data_ptr() < 1 << 16:  # no memory is ever mapped there
+            raise ValueError(expected(name, "a tensor whose memory holds its values", "address 0"))
 
 
 _counters: dict[tuple[int, int], Tensor] = {}

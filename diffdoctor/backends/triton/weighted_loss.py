@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffdoctor.backends.triton.launch import INTERPRETS, SCALE_BLOCK, counters, on_device
+from diffdoctor.backends.triton.launch import INTERPRETS, SCALE_BLOCK, counters, need_memory, on_device
 from diffdoctor.backends.triton_tiles import LAUNCH, loss_arguments, make_box, mean_arguments
 from diffdoctor.kernels import weighted_loss as weighted
-from diffdoctor.lowering.plan import MAX_TERMS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, PerSample, Plan, Problem
+from diffdoctor.lowering.plan import MAX_TERMS, SUMS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, PerSample, Plan, Problem
 
 
 def _prepared(plan: Plan, arguments) -> dict:
@@ -46,9 +46,10 @@ def pack_per_sample(entries: tuple[PerSample | None, ...], placeholder: Tensor) 
 def weighted_loss(problem: Problem) -> None:
     """Fill the outputs that `problem.outputs` names."""
     plan = problem.plan
+    _need_inputs(problem)
     shared = _prepared(plan, loss_arguments)
     device = problem.pred.device
-    columns = 8 if problem.outputs & WRITE_SUMS else 1
+    columns = SUMS if problem.outputs & WRITE_SUMS else 1
     reduces = problem.outputs & (WRITE_LOSS | WRITE_SUMS)
     with on_device(problem.pred):
         partial_size = plan.batch * (shared["programs"] * columns + 1) if reduces else 1
@@ -77,6 +78,15 @@ def _three(entries: tuple) -> tuple:
     return (*entries, *(None,) * (MAX_TERMS - len(entries)))
 
 
+def _need_inputs(problem: Problem) -> None:
+    need_memory(model_pred=problem.pred, confidence=problem.confidence, mask=problem.mask, weighting=problem.weighting)
+    for term in problem.terms:
+        need_memory(target=term)
+    numbers = (problem.pred_scale, problem.huber_c, problem.weight, problem.z, problem.grad_output)
+    for entry in (*numbers, *problem.coefs, *problem.artifact_coefs):
+        need_memory(numbers_per_sample=entry.data)
+
+
 def bind(problem: Problem) -> None:
     """There is no fast path here: a launch is lowered each time."""
     return
@@ -84,6 +94,7 @@ def bind(problem: Problem) -> None:
 
 def weight_mean(problem: Problem, out: Tensor) -> None:
     """The mean of ω into out: (B,) per sample, (1,) over the batch."""
+    need_memory(confidence=problem.confidence, mask=problem.mask)
     plan = problem.plan
     shared = _prepared(plan, mean_arguments)
     device = problem.pred.device
@@ -99,6 +110,7 @@ def weight_mean(problem: Problem, out: Tensor) -> None:
 
 def scale_gradient(grad: Tensor, grad_output: Tensor, out: Tensor, batch: int, count: int) -> None:
     """out = grad · g_b over `batch` dense runs of `count` elements; in place nothing is written where g is 1."""
+    need_memory(gradient=grad, gradient_of_the_loss=grad_output)
     with on_device(grad):
         blocks = -(-count // SCALE_BLOCK)
         steps = -(-blocks // max(1, 8192 // batch))

@@ -2,10 +2,13 @@
 
 import collections
 import dataclasses
+import errno
 import heapq
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
 
 from diffdoctor.data.pictures import to_images
 from diffdoctor.data.sources import Source, find_sources, read_source
@@ -13,11 +16,11 @@ from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.confidence import confidence_of
 from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import open_detector
-from diffdoctor.detector.predict import describe_map, in_batches
+from diffdoctor.detector.predict import TOO_LARGE, describe_map, in_batches
 from diffdoctor.detector.report import write_gallery
 from diffdoctor.runs import strict_json
-from diffdoctor.runs.errors import UserError, check_least, expected
-from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json
+from diffdoctor.runs.errors import UserError, check_least, expected, first_line
+from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json, file_name
 from diffdoctor.runs.journal import Journal, Records
 from diffdoctor.runs.progress import progress
 from diffdoctor.runs.record import METRICS, RunFolder, versions
@@ -30,6 +33,7 @@ from diffdoctor.viz.draw import map_png, overlay, png_bytes
 RECORDS = "records"
 # What the maps and overlays depend on, beside the detector's weights and the pictures.
 _IDENTITY = ("detector", "tile", "overlap", "bits", "dtype", "overlays")
+_NO_SUCH_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL}
 RESULTS = dict.fromkeys(("maps", "overlays", RECORDS, "diagnosis.jsonl", "gallery.html"))
 
 
@@ -87,14 +91,17 @@ def run_diagnose(config: DiagnoseConfig) -> dict:
         UserError: an option or a file does not fit or cannot be read.
     """
     state = process_state()
-    sources = find_sources(config.pictures)
+    left_out = SkipCounts()
+    sources = find_sources(config.pictures, left_out)
     detector = open_detector(config.detector)
     identity = {name: getattr(config, name) for name in _IDENTITY} | {"weights": weights_digest(detector)}
     with RunFolder(config.output, "diagnose", identity, RESULTS, main=state.is_main_process) as run:
-        return _diagnose(run, detector, config, sources, state)
+        return _diagnose(run, detector, config, sources, left_out, state)
 
 
-def _diagnose(run: RunFolder, detector: Detector, config: DiagnoseConfig, sources: list[Source], state) -> dict:
+def _diagnose(
+    run: RunFolder, detector: Detector, config: DiagnoseConfig, sources: list[Source], left_out: SkipCounts, state
+) -> dict:
     import torch
 
     run.check()
@@ -111,10 +118,14 @@ def _diagnose(run: RunFolder, detector: Detector, config: DiagnoseConfig, source
     state.wait_for_everyone()
     metrics: dict = {}
     if state.is_main_process:
+        skipped.join(left_out)
         metrics = _finish(index, config, journal.read(), skipped)
         page = run.path / ("gallery.html" if config.gallery else "diagnosis.jsonl")
-        print_summary(f"{metrics['flagged']} of {metrics['pictures']} pictures are flagged: {page}", skipped)
+        line = f"{metrics['flagged']} of {metrics['pictures']} pictures are flagged: {page}"
+        print_summary(line, metrics["skipped"], metrics["skipped_examples"])
     state.wait_for_everyone()
+    if metrics and not metrics["pictures"]:
+        raise UserError(f"{run.path}: no picture could be diagnosed (left out: {skipped.sentence()})")
     return metrics
 
 
@@ -142,9 +153,16 @@ class SourceIndex:
 
     def source(self, name: str) -> Source | None:
         """The picture file of this name, or the shard of the picture of this name."""
-        for found, is_shard in ((self._named.get(name), False), (self._named.get(name.rpartition("/")[0]), True)):
-            if found is not None and found.is_shard == is_shard:
+        found = self._named.get(name)
+        if found is not None and not found.is_shard:
+            return found
+        # SHARD/KEY, both perhaps with slashes; no other source's name begins with a shard's and a slash.
+        end = name.find("/")
+        while end >= 0:
+            found = self._named.get(name[:end])
+            if found is not None and found.is_shard:
                 return found
+            end = name.find("/", end + 1)
         return None
 
     def current_records(self, records: Records) -> Iterator[dict]:
@@ -186,8 +204,8 @@ def _absolute(source: Source) -> str:
 
 def _diagnose_units(
     detector, config: DiagnoseConfig, index: SourceIndex, completed: Completed, journal: Journal, state
-) -> dict[str, int]:
-    """Diagnose this process's units; returns {reason: count} of what all processes skipped."""
+) -> SkipCounts:
+    """Diagnose this process's units; returns what all processes skipped."""
     counts, units = SkipCounts(), _units(index.sources, config.batch_size)
     files = sum(len(unit) for unit in units if not unit[0].is_shard)
     total = files if not any(unit[0].is_shard for unit in units) else None
@@ -200,12 +218,12 @@ def _diagnose_units(
                 bar.update(0 if shard else len(unit))
                 continue
             before, pictures = counts.total, 0
-            for batch in _batches(unit, config, counts, index.stamps):
+            for batch in _batches(unit, config, detector, counts, index.stamps):
                 pictures += len(batch)
                 missing = {sample["name"] for sample in batch if sample["name"] not in completed.names}
                 if missing:
                     # The maps must be on the disk before their records.
-                    journal.append(list(_diagnose_batch(detector, batch, missing, config)))
+                    journal.append(list(_diagnose_batch(detector, batch, missing, config, counts)))
                 bar.update(len(batch))
             # A shard of which something was skipped is read again by the next attempt, which counts that again.
             if shard and counts.total == before:
@@ -213,45 +231,84 @@ def _diagnose_units(
     return _gather_counts(counts, state)
 
 
-def _batches(unit: list[Source], config: DiagnoseConfig, counts: SkipCounts, stamps: dict) -> Iterator[list[dict]]:
-    """The pictures of a unit in batches of one size."""
+def _batches(
+    unit: list[Source], config: DiagnoseConfig, detector: Detector, counts: SkipCounts, stamps: dict
+) -> Iterator[list[dict]]:
+    """The pictures of a unit that the detector takes, in batches of one size."""
+
+    def check(height: int, width: int) -> str | None:
+        return None if detector.takes(height, width, config.tile) else TOO_LARGE
+
     samples = (
         sample | {"path": _absolute(source), "stamp": stamps[source.name]}
         for source in unit
-        for sample in read_source(source, strict=config.strict, counts=counts, masks="ignored")
+        for sample in read_source(source, strict=config.strict, counts=counts, masks="ignored", check=check)
     )
     return in_batches(samples, config.batch_size)
 
 
-def _diagnose_batch(detector: Detector, batch: list[dict], missing: set[str], config: DiagnoseConfig) -> Iterator[dict]:
+def _diagnose_batch(
+    detector: Detector, batch: list[dict], missing: set[str], config: DiagnoseConfig, counts: SkipCounts
+) -> Iterator[dict]:
     """Diagnose a batch, and write the maps and yield the records of its `missing` pictures."""
     output = Path(config.output)
-    images = to_images([sample["picture"] for sample in batch], device_of(detector))
-    maps = confidence_of(detector, images, tile=config.tile, overlap=config.overlap)[:, 0].cpu().numpy()
-    for sample, confidence in zip(batch, maps, strict=True):
+    for sample, confidence in _confidences(detector, batch, config, counts):
         name = sample["name"]
         if name not in missing:
             continue
-        atomic_write_bytes(output / "maps" / f"{name}.png", map_png(confidence, config.bits))
-        if config.overlays:
-            reddened = overlay(sample["picture"], confidence)
-            atomic_write_bytes(output / "overlays" / f"{name}.png", png_bytes(reddened))
+        file = file_name(name, ".png")
+        try:
+            atomic_write_bytes(output / "maps" / file, map_png(confidence, config.bits))
+            if config.overlays:
+                reddened = overlay(sample["picture"], confidence)
+                atomic_write_bytes(output / "overlays" / file, png_bytes(reddened))
+        except OSError as error:
+            # Of two names from elsewhere, one may be a file where the other needs a folder.
+            if error.errno not in _NO_SUCH_NAME:
+                raise
+            counts.add("a name that no file can have here", name, config.strict, error.strerror or "")
+            continue
         known = {key: sample[key] for key in ("path", "stamp", "category", "generator", "prompt") if sample.get(key)}
         yield describe_map(name, confidence) | known
 
 
-def _gather_counts(counts: SkipCounts, state) -> dict[str, int]:
-    if state.num_processes == 1:
-        return dict(sorted(counts.reasons.items()))
-    from accelerate.utils import gather_object
+def _confidences(
+    detector: Detector, batch: list[dict], config: DiagnoseConfig, counts: SkipCounts
+) -> Iterator[tuple[dict, np.ndarray]]:
+    """The samples with their maps (H, W); where a batch fails, its pictures one by one, and those that fail counted."""
+    try:
+        maps = _maps(detector, batch, config)
+    except (MemoryError, RuntimeError) as error:
+        if len(batch) == 1:
+            reason = "a picture on which the detector failed"
+            counts.add(reason, batch[0]["name"], config.strict, first_line(error))
+            return
+        maps = None
+    if maps is None:
+        for sample in batch:
+            yield from _confidences(detector, [sample], config, counts)
+        return
+    yield from zip(batch, maps, strict=True)
 
-    total: collections.Counter[str] = collections.Counter()
-    for reason, count in gather_object(list(counts.reasons.items())):
-        total[reason] += count
-    return dict(sorted(total.items()))
+
+def _maps(detector: Detector, batch: list[dict], config: DiagnoseConfig) -> np.ndarray:
+    images = to_images([sample["picture"] for sample in batch], device_of(detector))
+    return confidence_of(detector, images, tile=config.tile, overlap=config.overlap)[:, 0].cpu().numpy()
 
 
-def _finish(index: SourceIndex, config: DiagnoseConfig, records: Records, skipped: dict[str, int]) -> dict:
+def _gather_counts(counts: SkipCounts, state) -> SkipCounts:
+    parts = [(counts.reasons, counts.examples)]
+    if state.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        parts = gather_object(parts)
+    total = SkipCounts()
+    for reasons, examples in parts:
+        total.join(SkipCounts(reasons, examples))
+    return total
+
+
+def _finish(index: SourceIndex, config: DiagnoseConfig, records: Records, skipped: SkipCounts) -> dict:
     output, pictures, flagged, confidence = Path(config.output), 0, 0, 0.0
     with atomic_path(output / "diagnosis.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as lines:
         for record in index.current_records(records):
@@ -263,7 +320,8 @@ def _finish(index: SourceIndex, config: DiagnoseConfig, records: Records, skippe
         "flagged": flagged,
         "artifact_rate": flagged / pictures if pictures else None,
         "mean_confidence": confidence / pictures if pictures else None,
-        "skipped": skipped,
+        "skipped": dict(sorted(skipped.reasons.items())),
+        "skipped_examples": dict(sorted(skipped.examples.items())),
         "versions": versions(),
     }
     if config.gallery:

@@ -5,8 +5,9 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,10 @@ from diffdoctor.viz.draw import SHEET_TILE, contact_sheet
 
 # Of each kind, on the contact sheet.
 EXAMPLES = 6
+# Pictures due of each kind, below which their numbers say nothing.
+_SHARE = 8
+# Damaging a larger picture takes more than eight gigabytes.
+_MAX_PIXELS = 2**26
 
 
 @dataclasses.dataclass
@@ -50,7 +55,8 @@ class InjectConfig:
         plugins: Python files to run first, which register kinds by `diffdoctor.detector.damage_kind`.
         strength: range of the damage's strength, in (0, 1].
         area: range of the damaged region's size, as a share of the picture.
-        visible: smallest mean change of the changed pixels, in [0, 1].
+        visible: smallest mean change of the changed pixels, in [0, 1]; 0.6 of it for over_smooth and pixelate and 0.8
+            of it for fuse and removal, which are seen by their structure.
         longest: larger pictures are shrunk to this longest side, in pixels; null: they keep their size.
         seed: of all draws; each picture's damage is a function of the seed and of the picture's index in the input.
         workers: processes; the result does not depend on their number.
@@ -90,7 +96,8 @@ def run_inject(config: InjectConfig) -> dict:
     """
     plugins = load_plugins(config.plugins)
     _check(config)
-    output, sources = Path(config.output), find_sources(config.pictures)
+    left_out = SkipCounts()
+    output, sources = Path(config.output), find_sources(config.pictures, left_out)
     run = RunFolder(output, "inject", _identity(config, sources, plugins), {})
     work, metrics = work_folder(output), _already_made(config, run, sources)
     if metrics is None or work.exists():
@@ -99,7 +106,7 @@ def run_inject(config: InjectConfig) -> dict:
             clear_leftovers(output.parent, output.name)
             try:
                 if (metrics := _already_made(config, run, sources)) is None:
-                    return _make(config, run, sources)
+                    return _make(config, run, sources, left_out)
                 _clear_finished(work, run)
             finally:
                 with contextlib.suppress(OSError):
@@ -162,7 +169,7 @@ def _clear_finished(work: Path, run: RunFolder) -> None:
         RunFolder(work, run.kind, run.identity, dict.fromkeys(("rows", "state.npz"))).remove()
 
 
-def _make(config: InjectConfig, run: RunFolder, sources: list[Source]) -> dict:
+def _make(config: InjectConfig, run: RunFolder, sources: list[Source], not_read: SkipCounts) -> dict:
     output = run.path
     made = ResumableSet(output, run.identity, shard_size=config.shard_size, picture_type=config.picture_type)
     if made.discarded_stale:
@@ -170,15 +177,15 @@ def _make(config: InjectConfig, run: RunFolder, sources: list[Source]) -> dict:
         print_summary(f"{output}: deleted the unfinished set of a run with another {other}; starting again")
     stats = InjectStats(made.state)
     made.write(stats.count(_samples(config, sources, stats)), stats.record)
-    metrics = stats.metrics() | {"versions": versions()}
-    left_out = dict(stats.skipped.reasons)
+    stats.skipped.join(not_read)
+    kinds = config.kinds or damage_kinds()
+    metrics = stats.metrics(kinds) | {"versions": versions()}
+    left_out = SkipCounts(dict(stats.skipped.reasons), stats.skipped.examples)
     if stats.failed:
-        left_out["damage that was not visible"] = stats.failed
+        left_out.reasons["damage that was not visible"] = stats.failed
     if not metrics["pictures"]:
         made.remove()
-        raise UserError(
-            f"{output}: no pictures to write ({', '.join(f'{count} x {why}' for why, count in left_out.items())})"
-        )
+        raise UserError(f"{output}: no pictures to write ({left_out.sentence()})")
 
     def add(folder: Path) -> None:
         if stats.sheet:
@@ -191,7 +198,11 @@ def _make(config: InjectConfig, run: RunFolder, sources: list[Source]) -> dict:
     if not config.overwrite:
         _refuse_replacing(output)
     made.finish(add)
-    print_summary(f"{metrics['pictures']} pictures: {output}", left_out)
+    print_summary(f"{metrics['pictures']} pictures: {output}", left_out.reasons, left_out.examples)
+    rare, share = stats.rare_kinds(kinds)
+    if rare:
+        few = ", ".join(f"{kind} {count}" for kind, count in rare.items())
+        print_summary(f"of each kind of damage {share:.0f} pictures are due, but there are of {few} (see --visible)")
     return metrics
 
 
@@ -290,8 +301,18 @@ class InjectStats:
         """The examples of each kind, for `contact_sheet`."""
         return {kind: [tiles for _, tiles in shown] for kind, shown in self.sheet.items()}
 
-    def metrics(self) -> dict:
-        """The counts for metrics.json."""
+    def rare_kinds(self, kinds: Sequence[str]) -> tuple[dict[str, int], float]:
+        """The kinds of damage that are below half of their share, with their counts, and the share.
+
+        Args:
+            kinds: that were drawn from.
+        """
+        counts = {kind: self.kinds.get(kind, 0) for kind in kinds}
+        share = (sum(counts.values()) + self.failed) / len(kinds)
+        return {kind: count for kind, count in counts.items() if share >= _SHARE and 2 * count < share}, share
+
+    def metrics(self, kinds: Sequence[str]) -> dict:
+        """The counts for metrics.json, of damage of these kinds."""
         return {
             "pictures": sum(self.kinds.values()),
             "kinds": dict(sorted(self.kinds.items())),
@@ -299,6 +320,7 @@ class InjectStats:
                 name: float(np.quantile(self.areas, q)) if len(self.areas) else 0.0
                 for name, q in (("p05", 0.05), ("median", 0.5), ("p95", 0.95))
             },
+            "rare_kinds": self.rare_kinds(kinds)[0],
             "without_visible_damage": self.failed,
             "skipped": self.skipped.reasons,
             "skipped_examples": self.skipped.examples,
@@ -313,7 +335,7 @@ def _samples(
     Yields:
         See `InjectStats.count`.
     """
-    cursors: collections.deque[Cursor] = collections.deque()
+    cursors: collections.deque[tuple[Cursor, str]] = collections.deque()
     # Named here, so that a worker in which one of them is not registered raises instead of drawing from the others.
     kinds = tuple(config.kinds or damage_kinds())
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(VersionOptions)}
@@ -321,7 +343,7 @@ def _samples(
 
     def jobs():
         for cursor, sample in _pictures(config, sources, stats.skipped, stats.cursor):
-            cursors.append(cursor)
+            cursors.append((cursor, sample["name"]))
             yield options, cursor.index, sample
 
     if config.workers > 1:
@@ -333,8 +355,12 @@ def _samples(
         total = len(sources) - (stats.cursor.source if stats.cursor else 0)
     written = stats.versions
     with contextlib.closing(results):
-        for versions, failed in track(results, desc="inject", unit="picture", total=total):
-            cursor = cursors.popleft()
+        for result in track(results, desc="inject", unit="picture", total=total):
+            cursor, name = cursors.popleft()
+            if result is None:
+                stats.skipped.add("a picture for which there is not enough memory", name, config.strict)
+                continue
+            versions, failed = result
             for number, sample in enumerate(versions[written:], written + 1):
                 yield cursor, number, stats.failed, sample
             written = 0
@@ -345,10 +371,18 @@ def _pictures(
     config: InjectConfig, sources: list[Source], counts: SkipCounts, start: Cursor | None
 ) -> Iterator[tuple[Cursor, dict]]:
     """The pictures that are used, from `start` on, with their cursors; fills `counts`."""
+
+    def check(height: int, width: int) -> str | None:
+        shrunk = min(1.0, (config.longest or math.inf) / max(height, width))
+        if height * width * shrunk**2 <= _MAX_PIXELS:
+            return None
+        return f"a picture of more than {_MAX_PIXELS:,} pixels to damage (give longest)"
+
     index = start.index if start else 0
     for number in range(start.source if start else 0, len(sources)):
         resumed = start if start and number == start.source else None
-        for sample_index, sample in enumerate(read_source(sources[number], strict=config.strict, counts=counts)):
+        samples = read_source(sources[number], strict=config.strict, counts=counts, check=check)
+        for sample_index, sample in enumerate(samples):
             if resumed and sample_index < resumed.sample:
                 continue
             if resumed and sample_index == resumed.sample:
@@ -365,5 +399,9 @@ def _pictures(
                 index += 1
 
 
-def _versions(job: tuple[VersionOptions, int, dict]) -> tuple[list[dict], int]:
-    return labelled_versions(*job)
+def _versions(job: tuple[VersionOptions, int, dict]) -> tuple[list[dict], int] | None:
+    """See `labelled_versions`; None where there is not enough memory for the picture."""
+    try:
+        return labelled_versions(*job)
+    except MemoryError:
+        return None

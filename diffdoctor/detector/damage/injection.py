@@ -13,7 +13,7 @@ import numpy as np
 
 from diffdoctor.detector.damage.kinds import check_kinds
 from diffdoctor.detector.damage.regions import draw_region
-from diffdoctor.detector.damage.registry import Region, damage_function
+from diffdoctor.detector.damage.registry import Region, damage_function, visible_share
 from diffdoctor.runs.errors import UserError, expected, first_line
 
 # Smallest change of a pixel (largest channel difference, of 1) that counts as changed.
@@ -114,7 +114,8 @@ def inject(
         strength: a number or a range within (0, 1].
         area: size of the region as a share of the picture, a number or a range within (0, 1], drawn log-uniformly;
             a region has at least 16 pixels.
-        visible: smallest mean change (largest channel difference, of 1) over the changed pixels.
+        visible: smallest mean change (largest channel difference, of 1) over the changed pixels; of some kinds a share
+            of it, see `registry.damage_kind`.
         attempts: draws before giving up.
 
     Returns:
@@ -144,7 +145,8 @@ def inject(
         result = quantise(clean + alpha * (damaged - clean))
         change = np.abs(result.astype(np.float32) / 255.0 - quantised).max(axis=2)
         changed = change > CHANGE_EPS
-        if changed.sum() < max(6, 0.2 * np.pi * region.radius**2) or change[changed].mean() < visible:
+        least = visible * visible_share(kind)
+        if changed.sum() < max(6, 0.2 * np.pi * region.radius**2) or change[changed].mean() < least:
             continue
         return Injected(as_dtype(result, picture.dtype), mask_of_change(changed), kind)
     raise NoVisibleDamage(f"picture: no visible damage of kind {', '.join(names)} in {attempts} attempts (is it flat?)")

@@ -94,7 +94,7 @@ def duplicate(picture: np.ndarray, region: Region, rng: np.random.Generator, str
     return resample(picture, cy + np.cos(turn) * dy - np.sin(turn) * dx, cx + np.sin(turn) * dy + np.cos(turn) * dx)
 
 
-@damage_kind("removal")
+@damage_kind("removal", visible=0.8)
 def removal(picture: np.ndarray, region: Region, rng: np.random.Generator, strength: float) -> np.ndarray:
     """A missing part: the region is filled with the smooth continuation of its surroundings."""
     outside = (region.alpha <= 0.01).astype(np.float32)[..., None]
@@ -157,7 +157,7 @@ def texture_noise(picture: np.ndarray, region: Region, rng: np.random.Generator,
     return np.clip(picture + (0.2 + 0.25 * strength) * noise / spread, 0, 1)
 
 
-@damage_kind("over_smooth")
+@damage_kind("over_smooth", visible=0.6)
 def over_smooth(picture: np.ndarray, region: Region, rng: np.random.Generator, strength: float) -> np.ndarray:
     """Waxy: all detail of the region is gone."""
     return blur(picture, max(1.5, (0.25 + 0.5 * strength) * region.radius))
@@ -176,7 +176,7 @@ def strip_shift(picture: np.ndarray, region: Region, rng: np.random.Generator, s
     return resample(picture, ys, xs + offset) if along_rows else resample(picture, ys + offset, xs)
 
 
-@damage_kind("fuse")
+@damage_kind("fuse", visible=0.8)
 def fuse(picture: np.ndarray, region: Region, rng: np.random.Generator, strength: float) -> np.ndarray:
     """Two objects in one: the picture turned by half or mirrored shines through."""
     ghost = (picture[::-1, ::-1], picture[:, ::-1], picture[::-1])[rng.integers(3)]
@@ -209,7 +209,7 @@ def seam(picture: np.ndarray, region: Region, rng: np.random.Generator, strength
     return resample(picture, ys + side * reach * dy, xs + side * reach * dx)
 
 
-@damage_kind("pixelate")
+@damage_kind("pixelate", visible=0.6)
 def pixelate(picture: np.ndarray, region: Region, rng: np.random.Generator, strength: float) -> np.ndarray:
     """The region in coarse square blocks."""
     height, width = picture.shape[:2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from torch import nn
 
 from diffdoctor.detector.models.inputs import as_images
 from diffdoctor.detector.models.load import CONFIG_NAME, WEIGHTS_NAME, load_detector
-from diffdoctor.detector.models.preprocess import PreprocessConfig
+from diffdoctor.detector.models.preprocess import MAX_NETWORK_PIXELS, PreprocessConfig
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_dir
@@ -101,7 +102,7 @@ class Detector(nn.Module):
 
         Raises:
             TypeError: `images` is no floating-point tensor.
-            ValueError: another shape or value range.
+            ValueError: another shape or value range, or pictures that are too large to be diagnosed whole.
         """
         if not isinstance(images, torch.Tensor):
             raise TypeError(expected("images", "a torch.Tensor", type(images).__name__))
@@ -117,6 +118,9 @@ class Detector(nn.Module):
         if (low, high) != (0, 1):
             pixels = (pixels - low) / (high - low)
         size = self.preprocess_config.network_size(*pixels.shape[2:])
+        if size[0] * size[1] > MAX_NETWORK_PIXELS:
+            got = f"{size[0]} x {size[1]}: give tile, or a detector with max_side"
+            raise ValueError(expected("images", f"at most {MAX_NETWORK_PIXELS:,} pixels for the network", got))
         if size != tuple(pixels.shape[2:]):
             shrinks = size[0] < pixels.shape[2] or size[1] < pixels.shape[3]
             pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
@@ -171,6 +175,13 @@ class Detector(nn.Module):
             logits = F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
         return logits.sigmoid()
 
+    def takes(self, height: int, width: int, tile: int | None = None) -> bool:
+        """Whether `confidence` takes pictures of this size in pixels, with this `tile`."""
+        if tile is not None:
+            height, width = min(height, tile), min(width, tile)
+        rows, columns = self.preprocess_config.network_size(height, width)
+        return rows * columns <= MAX_NETWORK_PIXELS
+
     def _tiled_confidence(
         self, images: torch.Tensor, value_range: tuple[float, float], tile: int, overlap: float
     ) -> torch.Tensor:
@@ -178,18 +189,28 @@ class Detector(nn.Module):
             raise ValueError(expected("tile", ">= 16 pixels", tile))
         if not 0 <= overlap <= 0.5:
             raise ValueError(expected("overlap", "a share in [0, 0.5]", overlap))
-        height, width = images.shape[2:]
-        total = weight = 0.0
-        for y in _tile_starts(height, tile, overlap):
-            for x in _tile_starts(width, tile, overlap):
+        rows, columns = (_tile_starts(side, tile, overlap) for side in images.shape[2:])
+        tiles = {}
+        for y in rows:
+            for x in columns:
                 crop = images[:, :, y : y + tile, x : x + tile]
-                confidence = self.confidence(crop, value_range=value_range)
                 h, w = crop.shape[2:]
                 blend = torch.minimum(_ramp(h, tile * overlap, images)[:, None], _ramp(w, tile * overlap, images))
-                padding = (x, width - x - w, y, height - y - h)
-                total = total + F.pad(confidence * blend, padding)
-                weight = weight + F.pad(blend, padding)
-        return total / weight
+                tiles[y, x] = self.confidence(crop, value_range=value_range) * blend, blend
+        # Cell by cell between the tiles' edges, so that a tile costs what its own pixels cost, also backward.
+        strips = []
+        for top, bottom, ys in _cells(rows, images.shape[2], tile):
+            cells = []
+            for left, right, xs in _cells(columns, images.shape[3], tile):
+                total = weight = 0.0
+                for y in ys:
+                    for x in xs:
+                        confidence, blend = tiles[y, x]
+                        cell = (..., slice(top - y, bottom - y), slice(left - x, right - x))
+                        total, weight = total + confidence[cell], weight + blend[cell]
+                cells.append(total / weight)
+            strips.append(torch.cat(cells, dim=3))
+        return torch.cat(strips, dim=2)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the configuration and the weights (safetensors) to `folder`, completely or not at all."""
@@ -213,7 +234,7 @@ class Detector(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Detector:
-        """Load what `save_pretrained` wrote, in evaluation mode on the CPU.
+        """Load what `save_pretrained` wrote, frozen, in evaluation mode on the CPU.
 
         Args:
             source: a folder, or the id of a repository on the Hugging Face hub that holds such a folder's files.
@@ -232,6 +253,15 @@ def _tile_starts(length: int, tile: int, overlap: float) -> list[int]:
         return [0]
     count = -(-(length - tile) // max(1, int(tile * (1 - overlap)))) + 1
     return [round(i * (length - tile) / (count - 1)) for i in range(count)]
+
+
+def _cells(starts: list[int], length: int, tile: int) -> list[tuple[int, int, list[int]]]:
+    """The pieces between all edges of tiles along a side: (start, end, starts of the tiles that hold it)."""
+    edges = sorted({*starts, *(min(start + tile, length) for start in starts)})
+    return [
+        (low, high, [start for start in starts if start <= low and high <= start + tile])
+        for low, high in itertools.pairwise(edges)
+    ]
 
 
 def _ramp(length: int, rim: float, like: torch.Tensor) -> torch.Tensor:

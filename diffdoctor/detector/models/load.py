@@ -18,6 +18,7 @@ from diffdoctor.detector.confidence import check_finite_weights
 from diffdoctor.detector.models.limits import MAX_FILE_BYTES
 from diffdoctor.detector.models.preprocess import PreprocessConfig
 from diffdoctor.runs.errors import UserError, expected, first_line, install_command
+from diffdoctor.runs.files import unicode_path
 from diffdoctor.runs.hub import is_hub_id, local_path, near
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ def load_detector(source: str | Path) -> Detector:
         source: a detector's folder, the output folder of a training, or a hub id such as owner/name.
 
     Returns:
-        The detector, in evaluation mode on the CPU.
+        The detector, frozen (its parameters require no gradient, so that its confidences can be weights of a loss), in
+        evaluation mode on the CPU. `train_detector` unfreezes it.
 
     Raises:
         UserError: no detector is there, its weights do not fit its configuration, or one is not finite.
@@ -93,13 +95,14 @@ def load_detector(source: str | Path) -> Detector:
         if config["format"] != 1:
             raise UserError(expected(source, "a detector in format 1", f"format {config['format']}"))
         detector = cls.from_config(config["network"], PreprocessConfig(**config["preprocess"]))
-        state = load_file(folder / WEIGHTS_NAME)
+        with unicode_path(folder / WEIGHTS_NAME) as weights:
+            state = load_file(weights)
     except UserError:
         raise
     except Exception as error:  # JSON, configuration and weights may hold anything
         raise UserError(f"{source}: not a complete detector ({type(error).__name__}: {first_line(error)})") from error
     load_exactly(detector, detector.from_file_keys(state), source)
-    return detector.eval()
+    return detector.eval().requires_grad_(False)
 
 
 def load_exactly(module: nn.Module, state: dict[str, torch.Tensor], source: object) -> None:

@@ -174,7 +174,7 @@ class ArtifactDetector(Detector):
 
     @classmethod
     def from_official(cls, path: str | Path, *, input_size: int | None = 512) -> ArtifactDetector:
-        """Load the published detector: a state dict written by `torch.save` from transformers 4's SegFormer.
+        """Load the published detector, frozen: a state dict written by `torch.save` from transformers 4's SegFormer.
 
         Args:
             path: the file, for the published one `ad_pytorch_model.bin`; read with `weights_only=True`. Depths and
@@ -199,7 +199,7 @@ class ArtifactDetector(Detector):
         state.setdefault("decode_head.batch_norm.num_batches_tracked", torch.tensor(0))
         state = {f"segformer.{key}": value for key, value in state.items()}
         load_exactly(detector, detector.from_file_keys(state), path)
-        return detector
+        return detector.eval().requires_grad_(False)
 
     def load_encoder(self, source: str | Path) -> None:
         """Load the encoder's weights from a SegFormer of transformers, such as the ImageNet-trained `nvidia/mit-b2`.

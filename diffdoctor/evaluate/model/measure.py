@@ -95,16 +95,17 @@ class RealUnit:
     sources: tuple[Source, ...]
 
 
-def real_units(paths: Sequence[str]) -> list[RealUnit]:
+def real_units(paths: Sequence[str], counts: SkipCounts | None = None) -> list[RealUnit]:
     """Real pictures in units: a shard each, and files in groups of `UNIT`.
 
     Args:
         paths: files, folders, patterns and shards.
+        counts: filled with what was left out.
 
     Raises:
         UserError: see `data.sources.find_sources`.
     """
-    sources = find_sources(paths)
+    sources = find_sources(paths, counts)
     files = [source for source in sources if not source.is_shard]
     groups = [tuple(files[start : start + UNIT]) for start in range(0, len(files), UNIT)]
     groups += [(source,) for source in sources if source.is_shard]

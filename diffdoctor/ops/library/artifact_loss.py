@@ -7,7 +7,7 @@ import torch
 from diffdoctor import reference
 from diffdoctor.backends.select import pick, requested
 from diffdoctor.lowering.artifact_loss import ArtifactProblem, lower
-from diffdoctor.ops.library.schemas import library
+from diffdoctor.ops.library.schemas import differentiating, library
 from diffdoctor.reference.grid import accumulation_dtype
 
 library.define(
@@ -45,13 +45,14 @@ def _artifact_impl(logits, height, width, threshold, method, reduction, backend,
 
 def _run_reference(problem: ArtifactProblem, want_grad: bool) -> None:
     x = problem.logits.detach().requires_grad_(want_grad)
-    with torch.enable_grad():
+    with differentiating():
         loss = reference.artifact_loss(
             x, size=problem.size, threshold=problem.threshold, method=problem.method, reduction=problem.reduction
         )
+        grad = torch.autograd.grad(loss.sum(), x)[0] if want_grad else None
     problem.loss.copy_(loss.detach())
     if want_grad:
-        problem.unit_grad.copy_(torch.autograd.grad(loss.sum(), x)[0])
+        problem.unit_grad.copy_(grad)
         problem.factor.fill_(1.0)
 
 
@@ -81,14 +82,16 @@ def _artifact_grad_fake(unit_grad, factor, g, logits, backend):
 
 def _artifact_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.backend = inputs[6]
-    ctx.save_for_backward(output[1], output[2], inputs[0])
+    logits, *ctx.options, ctx.backend, ctx.saves_grad = inputs
+    ctx.save_for_backward(output[1], output[2], logits)
 
 
 def _artifact_backward(ctx, g, *_):
     if g is None:
         return (None,) * 8
     unit_grad, factor, logits = ctx.saved_tensors
+    if not ctx.saves_grad:  # it was traced on logits that required no gradient
+        _, unit_grad, factor = torch.ops.diffdoctor.artifact_loss(logits.detach(), *ctx.options, ctx.backend, True)
     return torch.ops.diffdoctor.artifact_loss_grad(unit_grad, factor, g, logits, ctx.backend), *(None,) * 7
 
 

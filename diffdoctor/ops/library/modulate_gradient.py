@@ -25,8 +25,18 @@ modulators: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
 def modulate_gradient(x, confidence, options: LossOptions):
     """The public function on traced tensors, checked."""
+    return torch.ops.diffdoctor.modulate_gradient(x, confidence, *_to_schema(options))
+
+
+def scaled(grad, confidence, options: LossOptions):
+    """The gradient's modulation on its own, as the backward of the public function runs it."""
+    return torch.ops.diffdoctor.modulate_gradient_grad(grad, confidence, *_to_schema(options))
+
+
+def _to_schema(options: LossOptions) -> tuple:
+    """The operators' arguments behind the tensors."""
     *map_options, interpolation, layout = (getattr(options, name) for name in NAMES)
-    return torch.ops.diffdoctor.modulate_gradient(x, confidence, map_options, interpolation, pack_layout(layout))
+    return map_options, interpolation, pack_layout(layout)
 
 
 @torch.library.impl(library, "modulate_gradient", "CompositeExplicitAutograd")

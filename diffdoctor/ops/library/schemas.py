@@ -5,6 +5,15 @@ are tensors, numbers and strings; its implementation lowers and runs the call as
 of place. <op>.py holds an op's schema, implementation, fake and backward.
 """
 
+import contextlib
+
 import torch
 
 library = torch.library.Library("diffdoctor", "DEF")
+
+
+@contextlib.contextmanager
+def differentiating():
+    """Inside an operator's implementation: autograd, below which the dispatcher calls it."""
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
+        yield

@@ -11,19 +11,20 @@ from diffdoctor.lowering.plan import MAX_TERMS, SUMS, WRITE_GRAD, WRITE_LOSS, WR
 from diffdoctor.ops.arguments import Inputs, LossOptions, target_parts
 from diffdoctor.ops.autograd import forbid_second_derivative
 from diffdoctor.ops.call import lower, run
-from diffdoctor.ops.library.schemas import library
+from diffdoctor.ops.library.schemas import differentiating, library
+from diffdoctor.ops.observed import unrecorded
 from diffdoctor.ops.stats import LossStats
 from diffdoctor.ops.target import Target
 from diffdoctor.reference.grid import accumulation_dtype
 
 # The values that may be tensors are pred_scale, the coefficients of MAX_TERMS terms, huber_c and normalizer, and the
-# artifact_coefs of a target that has them: a tensor in `per_sample` where there is one, else a number in `coef_values`.
-# `map_options`, `loss_weights` and what follows them are a LossOptions; `normalize` is "given" where there is a
-# normalizer.
+# artifact_coefs of a target that has them: `coef_values` are their numbers, `per_sample` those that are tensors, and
+# `slots` the indices of these (torch.jit.trace records no list of optional tensors). `map_options`, `loss_weights` and
+# what follows them are a LossOptions; `normalize` is "given" where there is a normalizer.
 _ARGUMENTS = (
-    "Tensor model_pred, Tensor[] terms, Tensor? confidence, Tensor? mask, Tensor? weighting, Tensor?[] per_sample, "
-    "float[] coef_values, float[] map_options, float[] loss_weights, str interpolation, str normalize, str reduction, "
-    "int[] layout, str backend"
+    "Tensor model_pred, Tensor[] terms, Tensor? confidence, Tensor? mask, Tensor? weighting, Tensor[] per_sample, "
+    "int[] slots, float[] coef_values, float[] map_options, float[] loss_weights, str interpolation, str normalize, "
+    "str reduction, int[] layout, str backend"
 )
 library.define(f"weighted_loss({_ARGUMENTS}, bool want_grad, bool want_sums) -> (Tensor, Tensor, Tensor)")
 library.define(f"weighted_loss_grad(Tensor g, {_ARGUMENTS}) -> Tensor")
@@ -38,29 +39,32 @@ def weighted_loss(inputs: Inputs, options: LossOptions, return_stats: bool, back
     )
     if not return_stats:
         return loss
-    return loss, LossStats.from_sums(sums.detach(), pred.numel() // max(pred.shape[0], 1))
+    return loss, LossStats.from_sums(sums.detach(), unrecorded(pred.numel))
 
 
 def _to_schema(inputs: Inputs, options: LossOptions) -> tuple:
     """The operators' arguments up to the layout."""
     terms, coefs, pred_scale, artifact_coefs = target_parts(inputs.target)
     values = [pred_scale, *coefs, *[1.0] * (MAX_TERMS - len(coefs)), inputs.huber_c, inputs.normalizer, *artifact_coefs]
-    per_sample = [value if isinstance(value, Tensor) else None for value in values]
+    slots = [k for k, value in enumerate(values) if isinstance(value, Tensor)]
+    per_sample = [values[k] for k in slots]
     coef_values = [0.0 if isinstance(value, Tensor) or value is None else float(value) for value in values]
     map_options, loss_weights, interpolation, normalize, reduction, layout = options.to_schema()
     return (
-        inputs.model_pred, list(terms), inputs.confidence, inputs.mask, inputs.weighting, per_sample, coef_values,
-        map_options, loss_weights, interpolation, normalize if inputs.normalizer is None else "given", reduction,
-        layout,
+        inputs.model_pred, list(terms), inputs.confidence, inputs.mask, inputs.weighting, per_sample, slots,
+        coef_values, map_options, loss_weights, interpolation, normalize if inputs.normalizer is None else "given",
+        reduction, layout,
     )  # fmt: skip
 
 
 def _from_schema(
-    model_pred, terms, confidence, mask, weighting, per_sample, coef_values, map_options, loss_weights, interpolation,
-    normalize, reduction, layout,
+    model_pred, terms, confidence, mask, weighting, per_sample, slots, coef_values, map_options, loss_weights,
+    interpolation, normalize, reduction, layout,
 ) -> tuple[Inputs, LossOptions]:  # fmt: skip
     """The call that `_to_schema` wrote down."""
-    values = [number if tensor is None else tensor for tensor, number in zip(per_sample, coef_values, strict=True)]
+    values = list(coef_values)
+    for k, tensor in zip(slots, per_sample, strict=True):
+        values[k] = tensor
     pred_scale, *coefs = values[: 1 + MAX_TERMS]
     huber_c, normalizer, *artifact_coefs = values[1 + MAX_TERMS :]
     given = normalize == "given"
@@ -92,13 +96,14 @@ def _run_reference(inputs: Inputs, options: LossOptions, outputs: int, g: Tensor
         acc, batch = accumulation_dtype(pred.dtype), pred.shape[0]
         loss = torch.zeros((batch,) if options.reduction == "sample" else (), dtype=acc, device=pred.device)
         return loss, torch.zeros_like(pred), torch.zeros(batch, SUMS, dtype=acc, device=pred.device)
-    with torch.enable_grad():
+    with differentiating():
         loss, sums = reference.weighted_loss(
             **inputs._replace(model_pred=pred)._asdict(), **vars(options), return_sums=True
         )
-    grad = None
-    if outputs & WRITE_GRAD:
-        (grad,) = torch.autograd.grad(loss, pred, torch.ones_like(loss) if g is None else g)
+        grad = None
+        if outputs & WRITE_GRAD:
+            (grad,) = torch.autograd.grad(loss, pred, torch.ones_like(loss) if g is None else g)
+    if grad is not None:
         # The operator's fake promises empty_like's strides; what autograd returns may have others.
         grad = torch.empty_like(inputs.model_pred).copy_(grad)
     return loss.detach(), grad, sums

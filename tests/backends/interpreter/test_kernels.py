@@ -128,6 +128,49 @@ def test_the_same_bits_twice_and_counters_left_at_zero(monkeypatch):
     assert not kept.any()
 
 
+def test_triton_serves_cpu_tensors_by_its_name(monkeypatch):
+    """As docs/install.md promises for TRITON_INTERPRET=1."""
+    pred, target, confidence = torch.randn(2, 1, 4, 5), torch.randn(2, 1, 4, 5), torch.rand(2, 8, 10)
+    calls = {
+        "weighted_loss": lambda x, name: diffdoctor.weighted_loss(
+            x, target, confidence, artifact_weight=0.5, return_stats=True, backend=name
+        )[0],
+        "artifact_loss": lambda x, name: diffdoctor.artifact_loss(x, size=(8, 10), backend=name),
+    }
+    for call in calls.values():
+        found = []
+        for name in ("triton", "reference"):
+            x = pred.clone().requires_grad_()
+            loss = call(x, name)
+            loss.backward()
+            found.append((loss.detach(), x.grad))
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
+    monkeypatch.setenv("DIFFDOCTOR_BACKEND", "triton")
+    x = pred.clone().requires_grad_()
+    diffdoctor.modulate_gradient(x, confidence, artifact_grad=2.0).sum().backward()
+    assert x.grad.min() >= 1.0
+
+
+def test_maps_outside_the_unit_interval_are_clamped_and_counted():
+    odd = torch.tensor([-3.0, 0.25, 1.0, 1.5, 200.0, math.nan, math.inf, -math.inf])
+    pred = torch.randn(1, 2, 1, 8)
+    for maps in ({"confidence": odd[None, None], "artifact_weight": 0.0}, {"mask": odd[None, None]}):
+        answers = [
+            diffdoctor.weighted_loss(pred, 0 * pred, **maps, return_stats=True, backend=name)
+            for name in ("triton", "reference")
+        ]
+        (loss, stats), (want, expected) = answers
+        torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
+        assert (stats.map_nan, stats.map_outside) == (expected.map_nan, expected.map_outside) == (2, 10)
+
+
+def test_a_tensor_without_memory_is_refused():
+    freed = torch.randn(1, 2, 1, 8)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="target: expected a tensor whose memory holds its values, got address 0"):
+        diffdoctor.weighted_loss(torch.randn(1, 2, 1, 8), freed, backend="triton")
+
+
 @pytest.mark.parametrize("zero", ["mask", "weighting", "clean_weight", "element_weighting"])
 def test_nan_under_zero_weight_reaches_nothing(served, zero):
     pred = torch.randn(2, 3, 4, 5)
@@ -142,7 +185,7 @@ def test_nan_under_zero_weight_reaches_nothing(served, zero):
     elif zero == "weighting":
         options = {"weighting": torch.tensor([1.0, 0.0])}
     elif zero == "clean_weight":
-        options = {"confidence": (~broken).float(), "clean_weight": 0.0}
+        options = {"confidence": (~broken).float(), "artifact_weight": 2.0, "clean_weight": 0.0}
     else:
         options = {"weighting": (~broken).float()}
     pred.requires_grad_()
@@ -167,15 +210,14 @@ def test_an_empty_mask_gives_zero(served):
 def test_a_second_backward_over_a_kept_graph_gives_the_same(served, dtype, reduction):
     pred = torch.randn(2, 3, 4, 5).to(dtype).requires_grad_()
     target, confidence = torch.randn(2, 3, 4, 5), torch.rand(2, 4, 5)
-    loss = diffdoctor.weighted_loss(pred, target, confidence, artifact_grad=2.0, reduction=reduction)
+    options = {"artifact_weight": 2.0, "artifact_grad": 2.0, "reduction": reduction}
+    loss = diffdoctor.weighted_loss(pred, target, confidence, **options)
     g = torch.full(loss.shape, 3.0)
     (first,) = torch.autograd.grad(loss, pred, g, retain_graph=True)
     (second,) = torch.autograd.grad(loss, pred, g)
     assert torch.equal(first, second)
     reference = pred.detach().clone().requires_grad_()
-    again = diffdoctor.weighted_loss(
-        reference, target, confidence, artifact_grad=2.0, reduction=reduction, backend="reference"
-    )
+    again = diffdoctor.weighted_loss(reference, target, confidence, backend="reference", **options)
     (want,) = torch.autograd.grad(again, reference, g)
     scale = want.abs().max().item()
     bound = 2 * cases.GRAD_TOLERANCE[dtype] * scale  # a kept gradient is rounded twice
@@ -183,7 +225,7 @@ def test_a_second_backward_over_a_kept_graph_gives_the_same(served, dtype, reduc
 
 
 def test_modulate_gradient_equals_the_reference(served):
-    confidence = torch.rand(2, 1, 9, 8)
+    confidence = torch.rand(2, 1, 9, 11)
     options = {"artifact_grad": 2.0, "clean_grad": 0.25, "threshold": 0.3, "gamma": 1.5}
     grads = []
     for function in (diffdoctor.modulate_gradient, diffdoctor.reference.modulate_gradient):

@@ -1,0 +1,194 @@
+"""Every block of Python on README.md and in docs/ runs, among stand-ins for what a reader has around it.
+
+A block that cannot run says why in a comment in front of it: `<!-- not run: why -->`. The walkthrough's blocks belong
+together and run in test_walkthrough.py.
+"""
+
+import re
+import shutil
+import textwrap
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import diffdoctor
+from support.maps import marked_pair
+from support.paths import ROOT
+
+pytest.importorskip("diffusers")
+pytest.importorskip("PIL")
+pytest.importorskip("pyarrow")
+from PIL import Image
+
+from diffdoctor.detector import ConvDetector, load_detector
+from diffdoctor.detector.damage import registry as damage
+from diffdoctor.maps import attach_map, detach_map, find_map, write_map
+from diffdoctor.treat.families import registry as families
+from support.tiny_pipelines import tiny_pipeline
+from support.treatment import SMALL, pairs
+
+PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "walkthrough.md")]
+BLOCK = re.compile(r"^(?:<!--(?P<mark>.*?)-->\n+)? *```python\n(?P<code>.*?)^ *```", re.DOTALL | re.MULTILINE)
+# What makes a block quick; each stands in a block.
+QUICK = {"config=TreatConfig(steps=60)": "config=TreatConfig(**SMALL)", 'pipeline("a hand': 'small_pipeline("a hand'}
+
+
+def found():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in BLOCK.finditer(text):
+            name = f"{page.name}:{text.count(chr(10), 0, block.start('code'))}"
+            yield pytest.param(block["mark"] or "", textwrap.dedent(block["code"]), id=name)
+
+
+class Batch(dict):
+    """A batch as trainers have them: by key, and by attribute."""
+
+    __getattr__ = dict.__getitem__
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The files that the pages name."""
+    from diffdoctor.data.shard_writer import write_shards
+
+    root = tmp_path_factory.mktemp("reader")
+    (root / "set").mkdir()
+    samples = []
+    for i in range(4):
+        picture, level = marked_pair(64, 64, 4 * i, i, 20, 24)
+        Image.fromarray(picture).save(root / "set" / f"{i}.png")
+        (root / "diagnosis" / "maps").mkdir(parents=True, exist_ok=True)
+        write_map(root / "diagnosis" / "maps" / f"{i}.png", level)
+        samples.append({"picture": picture, "mask": level, "prompt": f"picture {i}"})
+    write_shards(iter(samples), root / "data" / "train")
+    ConvDetector((8, 8)).save_pretrained(root / "runs" / "my-detector")
+    shutil.copytree(root / "runs" / "my-detector", root / "detector")
+    shutil.move(root / "detector", root / "runs" / "my-detector" / "detector")
+    tiny_pipeline("sd").save_pretrained(root / "runs" / "my-pipeline")
+    return root
+
+
+def names(folder):
+    """What a reader has around the lines of a page, by the names that they use."""
+    from diffusers import DDPMScheduler
+
+    g = torch.Generator().manual_seed(0)
+    latents, noise, target = torch.randn(3, 2, 4, 8, 8, generator=g)
+    model_pred = torch.randn(2, 4, 8, 8, generator=g, requires_grad=True)
+    maps = torch.rand(2, 1, 64, 64, generator=g)
+    layer, scheduler = torch.nn.Conv2d(4, 4, 1), DDPMScheduler()
+    image = Image.open(folder / "set" / "0.png")
+    attached = [np.asarray(attach_map(image, find_map(image.filename, folder / "diagnosis/maps")))] * 2
+    pipeline = tiny_pipeline("sd")
+    pipeline.set_progress_bar_config(disable=True)
+    images = torch.rand(2, 3, 64, 64, generator=g)
+    training_pictures, captions = pairs()
+    config = {"mse_strength": 1.0, "mae_strength": 0.5, "log_cosh_strength": 0.1, "huber_strength": 0.1}
+    return {
+        "SMALL": SMALL,
+        "accelerator": SimpleNamespace(reduce=lambda x, reduction: x, num_processes=1),
+        "args": SimpleNamespace(
+            snr_gamma=5.0, with_prior_preservation=True, prior_loss_weight=0.5, loss_type="huber"
+        ),
+        "attach_map": attach_map,
+        "batch": Batch(
+            confidence=maps, loss_weights=torch.ones(2), conditioning_images=2 * images - 1, mask_tensor=maps,
+            latent_mask=maps[..., ::8, ::8],
+        ),
+        "bsz": 2,
+        "captions": captions,
+        "class_image": image,
+        "confidence": maps,
+        "config": SimpleNamespace(**config, huber_delta=1.0, normalize_masked_area_loss=True),
+        "data": {"predicted": model_pred, "target": target},
+        "decoded": 2 * images - 1,
+        "detach_map": detach_map,
+        "detector": load_detector(folder / "runs" / "my-detector"),
+        "diffdoctor": diffdoctor,
+        "examples": {"image": [image], "confidence": [find_map(image.filename, folder / "diagnosis/maps")]},
+        "find_map": find_map,
+        "image": image,
+        "image_column": "image",
+        "images": images,
+        "label": (target, maps[..., ::8, ::8]),
+        "latents": latents,
+        "loss_type": "huber",
+        "mask": maps,
+        "micro_batches": [(latents, target, maps)],
+        "model": layer,
+        "model_input": latents,
+        "model_pred": model_pred,
+        "noise": noise,
+        "noise_pred": model_pred,
+        "noise_scheduler": scheduler,
+        "output": model_pred,
+        "parameters": list(layer.parameters()),
+        "pictures": images,
+        "pipeline": pipeline,
+        "pixel_values": torch.tensor(np.stack(attached)).permute(0, 3, 1, 2) / 127.5 - 1,
+        "pred": model_pred,
+        "prepared_batch": {
+            "conditioning_pixel_values": 2 * images - 1, "timesteps": torch.tensor([10.0, 500.0]),
+        },
+        "prompt_embeds": None,
+        "rank": 0,
+        "scheduler": scheduler,
+        "self": SimpleNamespace(compute_scheduled_huber_c=lambda timesteps: timesteps / 1000),
+        "small_pipeline": lambda prompt: pipeline(prompt, height=16, width=16, num_inference_steps=2),
+        "target": target,
+        "timesteps": torch.tensor([10, 500]),
+        "torch": torch,
+        "unet": lambda sample, timesteps, prompt_embeds: SimpleNamespace(sample=layer(sample)),
+        "weighting": torch.rand(2, 1, 1, 1, generator=g),
+        "world_size": 2,
+        # Where a block that holds these words needs something else by one of the names.
+        "Packed(*model_input": {"model_pred": torch.randn(2, 16, 16, generator=g, requires_grad=True)},
+        "offline=(pictures": {"pictures": training_pictures},
+        "output.pred": {"output": SimpleNamespace(pred=model_pred, target=target)},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """What a block registers is gone after it."""
+    monkeypatch.setattr(damage, "_KINDS", dict(damage._KINDS))
+    for name, value in vars(families).items():
+        if name.startswith("_") and isinstance(value, (list, dict)) and not name.startswith("__"):
+            monkeypatch.setattr(families, name, value.copy())
+
+
+@pytest.mark.parametrize(("mark", "code"), list(found()))
+def test_the_block_runs(mark, code, folder, monkeypatch, registries):
+    if mark.strip().startswith("not run"):
+        assert re.match(r"not run: \w+ \w+", mark.strip()), "say why"
+        return
+    world = names(folder)
+    for words in [name for name in world if not name.isidentifier()]:
+        changes = world.pop(words)
+        world |= changes if words in code else {}
+    for text, quick in QUICK.items():
+        code = code.replace(text, quick)
+    monkeypatch.chdir(folder)
+    body = textwrap.indent(code, "    ")
+    functions = {}
+    exec(f"def block({', '.join(world)}):\n{body}\n    return locals()", functions)
+    made = functions["block"](**world)
+    if not isinstance(made, dict):
+        made = {"loss": made[0] if isinstance(made, tuple) else made}
+    if made.get("loss") is not None:
+        assert made["loss"].isfinite().all()
+        assert made["loss"].requires_grad
+
+
+def test_every_block_is_found():
+    """Also one that is not marked as Python would be read as such by a reader."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert len(BLOCK.findall(text)) == len(re.findall(r"^ *```python", text, re.MULTILINE)), page
+        for language, code in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            assert language in ("python", "bash", "yaml", "json") or not re.search(r"^(import|from) \w", code), page
+    for text in QUICK:
+        assert any(text in page.read_text(encoding="utf-8") for page in PAGES), text
