@@ -16,7 +16,7 @@ from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.confidence import confidence_of
 from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import open_detector
-from diffdoctor.detector.predict import TOO_LARGE, describe_map, in_batches
+from diffdoctor.detector.predict import TOO_LARGE, describe_map, in_batches, takes
 from diffdoctor.detector.report import write_gallery
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, check_least, expected, first_line
@@ -237,7 +237,7 @@ def _batches(
     """The pictures of a unit that the detector takes, in batches of one size."""
 
     def check(height: int, width: int) -> str | None:
-        return None if detector.takes(height, width, config.tile) else TOO_LARGE
+        return None if takes(detector, height, width, config.tile) else TOO_LARGE
 
     samples = (
         sample | {"path": _absolute(source), "stamp": stamps[source.name]}
