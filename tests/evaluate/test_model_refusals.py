@@ -147,8 +147,9 @@ def test_a_lora_that_was_tuned_with_other_sampling_is_noticed(files, tmp_path, c
 def test_real_pictures_that_cannot_be_read_are_named_and_none_is_an_error(files, evaluated, tmp_path, capsys):
     shutil.copytree(evaluated[0], tmp_path / "out")
     (tmp_path / "real").mkdir()
-    (tmp_path / "real" / "a.png").write_bytes(b"no picture")
+    for number in range(4):
+        (tmp_path / "real" / f"{number}.png").write_bytes(b"no picture")
     assert main(options(files, tmp_path / "out", real=tmp_path / "real")) == 2
     error = capsys.readouterr().err
-    assert f"--real: left out: 1 x a broken picture (first: {tmp_path}/real/a.png" in error
-    assert "--real: expected clean pictures that can be read, got none (left out: 1 x a broken picture)" in error
+    assert f"--real: left out: 4 x a broken picture (first: {tmp_path}/real/0.png" in error
+    assert "--real: expected clean pictures that can be read, got none (left out: 4 x a broken picture)" in error
