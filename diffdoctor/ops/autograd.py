@@ -29,7 +29,8 @@ def refuse_functorch(op: str, g: Tensor | None = None) -> None:
     if functorch_level() is not None or (g is not None and is_batched(g)):
         raise RuntimeError(
             f"diffdoctor.{op} does not support torch.func transforms (vmap, grad, jvp, is_grads_batched): "
-            'call diffdoctor.reference, or pass reduction="sample" for per-sample losses'
+            f"call diffdoctor.reference.{op}"
+            + (', or pass reduction="sample" for per-sample losses' if op.endswith("loss") else "")
         )
 
 
@@ -67,10 +68,7 @@ def forbid_second_derivative(grad: Tensor, x: Tensor | None, op: str) -> Tensor:
 
 def second_derivative(op: str) -> RuntimeError:
     """The error for a second derivative of an op."""
-    return RuntimeError(
-        f"diffdoctor.{op} has no second derivative (its gradient is computed in the forward pass); "
-        f"diffdoctor.reference.{op} in plain PyTorch has one"
-    )
+    return RuntimeError(f"diffdoctor.{op} has no second derivative; diffdoctor.reference.{op} in plain PyTorch has one")
 
 
 class _GuardReference(torch.autograd.Function):

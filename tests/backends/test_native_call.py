@@ -4,7 +4,7 @@ import pytest
 
 from diffdoctor.backends import native
 from diffdoctor.backends.native_call import ArtifactArguments, plan_fields
-from diffdoctor.lowering.plan import LOSS_KINDS
+from diffdoctor.lowering.plan import LOSS_KINDS, MAX_TERMS
 from support import cases
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason="no compiled module")
@@ -42,4 +42,4 @@ def test_a_tuple_of_the_wrong_length_is_refused():
     fields = described(cases.Case(""))
     for name in ("size", "strength", "terms"):
         with pytest.raises(ValueError, match=r"wrong length|too many"):
-            native.load().WeightedLossPlan({**fields, name: (*fields[name], *fields[name], *fields[name])})
+            native.load().WeightedLossPlan({**fields, name: fields[name] * (MAX_TERMS + 1)})
