@@ -16,6 +16,7 @@ from diffdoctor.data.shards import read_shards
 from diffdoctor.data.text import read_text
 from diffdoctor.maps.files import read_folder, read_map, read_picture
 from diffdoctor.measures.components import components, run_length
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
 from diffdoctor.runs.files import atomic_dir, refuse_foreign
 
@@ -163,5 +164,5 @@ def write_coco(shards: str | Path, folder: str | Path, *, threshold: float = 0.5
                     }
                 )
         dataset = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "artifact"}]}
-        (temporary / ANNOTATIONS).write_text(json.dumps(dataset, allow_nan=False), encoding="utf-8")
+        (temporary / ANNOTATIONS).write_text(strict_json.dumps(dataset), encoding="utf-8")
     return len(images)

@@ -326,7 +326,9 @@ def _finish(index: SourceIndex, config: DiagnoseConfig, records: Records, skippe
     }
     if config.gallery:
         worst = heapq.nsmallest(config.gallery, index.current_records(records), key=_worst_first)
-        write_gallery(output, worst, metrics, "overlays" if config.overlays else "maps")
+        folders = ("overlays", "maps") if config.overlays else ("maps",)
+        settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "output"}
+        write_gallery(output, worst, metrics, folders, settings)
     atomic_write_json(output / METRICS, metrics)
     return metrics
 
