@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,13 +101,15 @@ def test_inject_refuses_what_it_cannot_do(pictures, tmp_path):
         injected(tmp_path / "empty", tmp_path / "other")
 
 
-def test_names_are_paths_below_the_folder_and_unique(pictures):
+def test_names_are_paths_below_the_folder_and_unique(pictures, tmp_path):
     names = [source.name for source in find_sources([pictures])]
     assert names[0] == os.path.join("cats", "00")
     assert len(set(names)) == 8
     assert find_sources([str(pictures / "**" / "0[0-3].png")])[0].category == ""
+    assert len(find_sources([pictures, pictures])) == 8
+    shutil.copytree(pictures, tmp_path / "copies")
     with pytest.raises(UserError, match="same name"):
-        find_sources([pictures, pictures])
+        find_sources([pictures, tmp_path / "copies"])
 
 
 def test_train_detector_makes_a_detector_and_goes_on_where_it_was(pictures, tmp_path):

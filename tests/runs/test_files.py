@@ -171,3 +171,21 @@ def test_results_have_the_modes_of_the_umask_whoever_writes_them(tmp_path, mask)
         mode = path.stat().st_mode
         assert mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
         assert not path.is_dir() or mode & 0o2000, path
+
+
+def test_a_path_that_is_no_unicode_has_one_that_is(tmp_path):
+    from diffdoctor.runs.files import unicode_path
+
+    with unicode_path(tmp_path) as same:
+        assert same == tmp_path
+    place = tmp_path / os.fsdecode(b"K\xe4se")
+    try:
+        place.mkdir()
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    (place / "a.txt").write_text("x")
+    with unicode_path(place / "a.txt") as link:
+        str(link).encode()
+        assert (link.suffix, link.read_text()) == (".txt", "x")
+    assert not link.exists()
+    assert (place / "a.txt").read_text() == "x"
