@@ -130,6 +130,9 @@ def _main(argv: list[str]) -> int:
         return fail(f"unknown command {name!r}: expected one of {', '.join(sorted(COMMANDS))}")
     # Otherwise the tokenizers library warns at every fork, in the middle of the progress bar.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Notices of what is not installed and not needed, which both print when they are imported.
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     with watched_threads() as ended:
         try:
             code = _run(name, COMMANDS[name], rest)

@@ -13,12 +13,13 @@ from diffdoctor.runs.errors import UserError
 GROUPS = {
     "treat": {
         "what is read and written": (
-            *("pipeline", "detector", "prompts", "offline", "output", "monitor", "scheduler", "dtype"),
+            *("pipeline", "detector", "prompts", "offline", "output", "lora", "webui", "monitor", "scheduler", "dtype"),
         ),
         "sampling, and the steps that carry a gradient": (
-            *("method", "sampling_steps", "grad_steps", "guidance_scale", "cfg_grad", "height", "width"),
-            *("max_sequence_length", "merge_rollout"),
+            *("method", "sampling_steps", "grad_steps", "guidance_scale", "negative_prompt", "cfg_grad", "height"),
+            *("width", "max_sequence_length", "merge_rollout"),
         ),
+        "the method nft": ("old_decay", "nft_clean", "nft_artifact", "nft_repeats", "anchor_weight"),
         "optimisation": (
             *("steps", "batch_size", "learning_rate", "warmup_steps", "final_learning_rate", "weight_decay"),
             *("adam_epsilon", "max_grad_norm", "ema_decay", "max_skipped", "seed"),
@@ -34,7 +35,7 @@ GROUPS = {
         ),
         "memory and speed": (
             *("micro_batch_size", "gradient_checkpointing", "vae_slicing", "vae_tiling", "text_encoders"),
-            *("precision", "attention_backend"),
+            *("precision", "attention_backend", "device"),
         ),
         "records": ("checkpoint_every", "log_with", "sample_every", "sample_pictures", "strict"),
     },
@@ -42,7 +43,7 @@ GROUPS = {
         "the treatment that is evaluated": ("treatment", "pipeline", "lora", "treated", "guide", "guide_options"),
         "the detectors": ("detector", "judge"),
         "what is generated": (
-            *("prompts", "pictures", "seed", "sampling_steps", "guidance_scale", "height", "width"),
+            *("prompts", "pictures", "seed", "sampling_steps", "guidance_scale", "negative_prompt", "height", "width"),
             *("max_sequence_length", "scheduler", "dtype", "batch_size", "picture_type"),
         ),
         "measures beside the detectors' rates": ("real", "damaged", "features", "clip", "classifier"),

@@ -13,7 +13,7 @@ from diffdoctor.data.manifest import MANIFEST, ManifestWriter
 from diffdoctor.data.shard_writer import ShardFile, in_shards, shard_name
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.files import atomic_path, atomic_write_json, replace_dir
+from diffdoctor.runs.files import atomic_path, atomic_write_json, reading, replace_dir
 from diffdoctor.runs.record import RunFolder
 
 # A record of the maker's state: JSON values and arrays.
@@ -60,13 +60,14 @@ class ResumableSet:
             (self.work / "state.npz").unlink(missing_ok=True)
 
     def _load(self) -> None:
-        try:
-            with np.load(self.work / "state.npz", allow_pickle=False) as file:
-                arrays = dict(file)
-        except FileNotFoundError:
+        path = self.work / "state.npz"
+        if not path.is_file():
             return
-        account = json.loads(str(arrays.pop("account")))
-        self.done, self.state = account["done"], (account["state"], arrays)
+        with reading(path, f"remove {self.work} to start again"):
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
+            account = json.loads(str(arrays.pop("account")))
+            self.done, self.state = account["done"], (account["state"], arrays)
 
     def write(self, samples: Iterator[dict[str, Any]], record: Callable[[], State]) -> None:
         """Write the shards that are not there yet.
@@ -113,7 +114,10 @@ class ResumableSet:
             manifest = ManifestWriter(temporary, min(self.shard_size, 1000))
             try:
                 for number in range(self.done):
-                    for row in json.loads((self.work / "rows" / f"{number:06d}.json").read_text(encoding="utf-8")):
+                    path = self.work / "rows" / f"{number:06d}.json"
+                    with reading(path, f"remove {self.work} to start again"):
+                        rows = json.loads(path.read_text(encoding="utf-8"))
+                    for row in rows:
                         manifest.add(row)
             finally:
                 manifest.close()

@@ -4,7 +4,7 @@ import json
 import time
 from pathlib import Path
 
-from diffdoctor.runs.files import atomic_dir, atomic_write_json
+from diffdoctor.runs.files import atomic_dir, atomic_write_json, reading
 from diffdoctor.runs.record import RunFolder
 from diffdoctor.runs.units import Units
 
@@ -54,5 +54,6 @@ class Stages:
             with atomic_dir(self.path(name)) as folder:
                 make(folder)
                 atomic_write_json(folder / RECORD, {"seconds": time.perf_counter() - started})
-        self.seconds[name] = json.loads(self.stages.path(name).read_text(encoding="utf-8"))["seconds"]
+        with reading(self.path(name), "remove this folder, and the same command makes it again"):
+            self.seconds[name] = json.loads(self.stages.path(name).read_text(encoding="utf-8"))["seconds"]
         return self.path(name)

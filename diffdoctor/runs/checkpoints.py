@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from diffdoctor.runs import strict_json
-from diffdoctor.runs.errors import UserError, first_line
-from diffdoctor.runs.files import atomic_dir, clear_leftovers, delete_dir
+from diffdoctor.runs.files import atomic_dir, clear_leftovers, delete_dir, reading
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -68,12 +67,9 @@ class Checkpoints:
         if not found:
             return None
         path, record = found[-1], found[-1] / "record.json"
-        try:
+        with reading(path, "remove this folder to resume from the one before, or to start again"):
             state = torch.load(path / "state.pt", map_location=device, weights_only=True)
             return state | json.loads(record.read_text(encoding="utf-8")) if record.is_file() else state
-        except Exception as error:  # zip, pickle and JSON raise their own
-            advice = "remove this folder to resume from the one before, or to start again"
-            raise UserError(f"{path}: cannot be read ({first_line(error)}); {advice}") from error
 
     def keep_last(self) -> None:
         """Delete all but the last, when the run is done."""

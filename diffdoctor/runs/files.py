@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from diffdoctor.runs import strict_json
-from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.runs.errors import UserError, expected, first_line
 
 # In the hidden names of what is being written, and of what is being replaced: `.NAME.diffdoctor-tmp-0a1b2c3d.png`.
 _WRITING, _REPLACED = ".diffdoctor-tmp-", ".diffdoctor-old-"
@@ -135,6 +135,25 @@ def atomic_write_text(path, text: str) -> None:
 def atomic_write_json(path, value) -> None:
     """Write `value` as indented JSON to `path`; numbers that are not finite become null, since JSON has none."""
     atomic_write_text(path, strict_json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def reading(path, advice: str = "remove it, and the same command makes it again") -> Iterator[None]:
+    """Inside, what is raised because a file of a run's own is damaged becomes one line that names it.
+
+    Args:
+        path: the file or folder that is read.
+        advice: what to do.
+
+    Raises:
+        UserError: for any error but one of the system.
+    """
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # zip, pickle, NumPy and JSON raise their own
+        raise UserError(f"{path}: is damaged ({type(error).__name__}: {first_line(error)}); {advice}") from error
 
 
 @contextmanager

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from diffdoctor.runs import strict_json
-from diffdoctor.runs.errors import UserError, expected, missing_extra
+from diffdoctor.runs.errors import UserError, missing_extra
 from diffdoctor.runs.files import (
     atomic_write_json,
     atomic_write_text,
     clear_leftovers,
     is_leftover,
     leftovers,
+    reading,
     refuse_file,
     refuse_foreign,
 )
@@ -47,13 +48,11 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is damaged.
     """
-    try:
+    with reading(path):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(expected(path, "the JSON that a run wrote; remove it to have it made again", error)) from error
-    if not isinstance(value, dict):
-        raise UserError(expected(path, "the JSON object that a run wrote", type(value).__name__))
-    return value
+        if not isinstance(value, dict):
+            raise TypeError(f"{type(value).__name__} instead of an object")
+        return value
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:

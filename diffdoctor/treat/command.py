@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diffdoctor.data.prompts import read_prompt_file
 from diffdoctor.runs.errors import UserError, expected, missing_extra
+from diffdoctor.runs.progress import quiet_loaders
 from diffdoctor.runs.summary import print_doubts
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.loading import DTYPES, load_pipeline, replace_scheduler
@@ -87,6 +88,7 @@ def run_treat(config: TreatCommandConfig) -> int:
     from diffdoctor.training.processes import Processes
     from diffdoctor.treat.train import treat
 
+    quiet_loaders()
     prompts = [prompt.text for prompt in read_prompt_file(config.prompts)]
     offline = None if config.offline is None else _read_offline(config.offline)
     detector = open_detector(config.detector)

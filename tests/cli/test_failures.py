@@ -177,3 +177,12 @@ def test_streams_that_the_shell_closed_are_no_error(run, monkeypatch):
         assert not sys.stderr.isatty()
 
     assert run(function)[0] == 0
+
+
+def test_libraries_are_told_to_print_errors_alone(run, monkeypatch):
+    names = ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY")
+    monkeypatch.setenv(names[0], "info")  # what the user chose stays
+    monkeypatch.delenv(names[1], raising=False)
+    seen = []
+    assert run(lambda config: seen.extend(os.environ[name] for name in names)) == (0, "")
+    assert seen == ["info", "error"]

@@ -156,6 +156,7 @@ def test_a_kind_that_the_workers_do_not_know_is_refused(tmp_path):
     [
         ("gone.py", None, "plugins: .*gone.py: cannot be read"),
         ("bad.py", "1 / 0", "plugins: .*bad.py: ZeroDivisionError: division by zero"),
+        ("exits.py", "raise SystemExit(0)", "plugins: .*exits.py: SystemExit: 0"),
         ("kinds.txt", "x", r"plugins: .*kinds.txt: expected a Python file \(.py\)"),
         (
             "twice.py",

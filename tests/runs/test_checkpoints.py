@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffdoctor.runs.checkpoints import Checkpoints
+from diffdoctor.runs.errors import UserError
 
 
 def test_the_last_few_are_kept_and_the_last_is_loaded(tmp_path):
@@ -48,3 +49,37 @@ def test_a_record_is_the_same_bytes_whichever_of_its_values_are_one_object(tmp_p
     again.save(1, {}, loaded)
     files = [folder / "step-00000001" / "record.json" for folder in (tmp_path / "one", tmp_path / "again")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("state.pt", b""),
+        ("state.pt", b"PK\x03\x04 cut"),
+        ("state.pt", None),
+        ("record.json", b"{"),
+        ("record.json", b"\xff"),
+    ],
+    ids=["empty", "cut", "code", "record", "encoding"],
+)
+def test_a_damaged_one_is_named_and_nothing_of_it_runs(tmp_path, name, data):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, {"step": 1}, {"loss": 0.5})
+    damaged = tmp_path / "checkpoints" / "step-00000001" / name
+    if data is None:
+        torch.save({"step": Payload(tmp_path / "ran")}, damaged)
+    else:
+        damaged.write_bytes(data)
+    with pytest.raises(UserError, match=r"step-00000001: is damaged .*; remove this folder to resume"):
+        checkpoints.load()
+    assert not (tmp_path / "ran").exists()
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)

@@ -245,6 +245,10 @@ def test_what_was_measured_is_known_of_this_run_alone(tmp_path):
     (tmp_path / "metrics.json").write_text('{"rate": 0.5}')
     assert run.finished() == {"rate": 0.5}
     assert folder(tmp_path, {"seed": 1}).finished() is None
+    for damaged in ("{", "[]", "[" * 100_000):
+        (tmp_path / "metrics.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"metrics\.json: is damaged .*; remove it, and the same command"):
+            run.finished()
 
 
 def test_a_unit_is_done_when_its_file_is_whole(tmp_path):

@@ -14,6 +14,8 @@ from diffdoctor.runs.errors import UserError
 from diffdoctor.training.pretrained import load_script, load_state_dict_file
 from support.paths import ROOT
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+
 TAKEN = "expected a folder or hub id of a model of transformers, or a TorchScript file"
 
 

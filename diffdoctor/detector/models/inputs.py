@@ -47,7 +47,7 @@ def _as_array(picture: Picture) -> np.ndarray:
         try:
             return decode(picture, "RGB")
         except UnreadablePicture as error:
-            raise UserError(expected(picture, "a picture that can be read", error)) from error
+            raise UserError(expected(picture, "a picture that can be read", error.detail or error)) from error
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             raise TypeError(expected("images", _KINDS, f"an array of {picture.dtype} {picture.shape}"))

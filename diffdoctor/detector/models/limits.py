@@ -6,7 +6,7 @@ from typing import Any
 
 from diffdoctor.runs.errors import expected
 
-MAX_STAGES, MAX_BLOCKS, MAX_WIDTH, MAX_PARAMETERS = 8, 200, 8192, 1_000_000_000
+MAX_STAGES, MAX_BLOCKS, MAX_WIDTH, MAX_PARAMETERS = 8, 200, 8192, 500_000_000
 MAX_FILE_BYTES = 1 << 20
 
 # Fields of SegFormer's configuration with one whole number a stage -> its largest.

@@ -19,7 +19,7 @@ from diffdoctor.measures.curves import PixelCurves, average_precision_of_chunks
 from diffdoctor.measures.statistics import PictureStatistics, slices
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
-from diffdoctor.runs.files import refuse_foreign
+from diffdoctor.runs.files import reading, refuse_foreign
 from diffdoctor.runs.progress import progress
 from diffdoctor.runs.record import RUN, RunFolder
 from diffdoctor.runs.units import Units
@@ -164,7 +164,7 @@ def _joined(paths: Sequence[Path]) -> Evaluated:
     found = Evaluated(None, [], [], np.zeros(0, np.int64), {}, PixelCurves(), {})
     statistics, indices, shapes = [], [], set()
     for path in paths:
-        with np.load(path, allow_pickle=False) as file:
+        with reading(path), np.load(path, allow_pickle=False) as file:
             part = dict(file)
         for reason, count in json.loads(str(part["skipped"])).items():
             found.skipped[reason] = found.skipped.get(reason, 0) + count

@@ -21,6 +21,8 @@ _SAMPLING = (
     *("sampling_steps", "guidance_scale", "negative_prompt", "height", "width", "max_sequence_length", "scheduler"),
 )
 
+_MAX_SETTINGS = 1 << 18  # characters
+
 
 @dataclasses.dataclass
 class EvaluateModelConfig:
@@ -148,7 +150,9 @@ def _from_treatment(config: EvaluateModelConfig) -> dict:
     for name in _OF_TREATMENT:
         if not _fits(settings.get(name), hints[name]):
             what = f"{name} as `diffdoctor treat` writes it"
-            raise UserError(expected(folder / "config.yaml", what, repr(settings[name])[:80]))
+            value = settings[name]
+            got = repr(value)[:80] if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+            raise UserError(expected(folder / "config.yaml", what, got))
     values = {
         name: settings[name]
         for name in _OF_TREATMENT
@@ -174,7 +178,9 @@ def read_settings(folder: Path) -> dict | None:
     except ImportError:
         raise missing_extra("pyyaml", "stages") from None
     try:
-        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        with open(folder / "config.yaml", encoding="utf-8") as file:
+            text = file.read(_MAX_SETTINGS + 1)
+        settings = yaml.safe_load(text) if len(text) <= _MAX_SETTINGS else None
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     return settings if isinstance(settings, dict) else None
@@ -186,7 +192,12 @@ def _warn_of_other_sampling(config: EvaluateModelConfig) -> None:
     settings = read_settings(folder) if (folder / "treat.json").is_file() else None
     if settings is None:
         return
-    other = [name for name in _SAMPLING if settings.get(name) != getattr(config, name)]
+    hints = typing.get_type_hints(EvaluateModelConfig)
+    other = [
+        name
+        for name in _SAMPLING
+        if settings.get(name) != getattr(config, name) and _fits(settings.get(name), hints[name])
+    ]
     if other:
         tuned_with = json.dumps({name: settings.get(name) for name in other})
         advice = f"give --treatment {folder} to sample with the same options"

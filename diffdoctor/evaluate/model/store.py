@@ -10,9 +10,10 @@ output/
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from diffdoctor.data.codec import decode, encode_picture
 from diffdoctor.evaluate.model.summary import PictureMeasures
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.files import reading
 from diffdoctor.runs.record import RunFolder
 from diffdoctor.runs.units import Units
 
@@ -86,7 +88,11 @@ class FeatureFiles:
         self.paths = list(paths)
         self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         # A memory map keeps its file open, so their number is bounded.
-        self._open = functools.lru_cache(maxsize=128)(lambda number: np.load(self.paths[number], mmap_mode="r"))
+        self._open = functools.lru_cache(maxsize=128)(self._mapped)
+
+    def _mapped(self, number: int) -> np.ndarray:
+        with reading(self.paths[number]):
+            return np.load(self.paths[number], mmap_mode="r")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -118,7 +124,7 @@ class MeasureFiles:
         """Whether the unit of this name is stored, its features too."""
         if not self.units.is_done(unit):
             return False
-        with np.load(self.units.path(unit)) as file:
+        with self._opened(unit) as file:
             return "has_features" not in file.files or self.units.path(unit, ".features.npy").is_file()
 
     def save(self, unit: str, values: dict[str, np.ndarray], skipped: dict[str, int] | None = None) -> None:
@@ -144,7 +150,7 @@ class MeasureFiles:
         """All units' values, in their order; the features stay on the disk."""
         parts = []
         for unit in units:
-            with np.load(self.units.path(unit)) as file:
+            with self._opened(unit) as file:
                 parts.append({name: file[name] for name in file.files if name not in _ABOUT_UNIT})
         joined = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[0]}
         paths = [self.units.path(unit, ".features.npy") for unit in units]
@@ -156,16 +162,22 @@ class MeasureFiles:
         """{reason: count} of the pictures of all units that could not be read."""
         counts: collections.Counter[str] = collections.Counter()
         for unit in self.units.done():
-            with np.load(self.units.path(unit)) as file:
+            with self._opened(unit) as file:
                 if "skipped" in file.files:
                     counts.update(json.loads(str(file["skipped"])))
         return dict(sorted(counts.items()))
+
+    @contextlib.contextmanager
+    def _opened(self, unit: str) -> Iterator[np.lib.npyio.NpzFile]:
+        path = self.units.path(unit)
+        with reading(path), np.load(path) as file:
+            yield file
 
     def load_all(self) -> PictureMeasures | None:
         """The values of all units that have a picture, ordered by name; None where there is no picture at all."""
         units = []
         for unit in self.units.done():
-            with np.load(self.units.path(unit)) as file:
+            with self._opened(unit) as file:
                 if "judge" in file.files:
                     units.append(unit)
         return self.load(units) if units else None
