@@ -101,7 +101,7 @@ def _keep_traceback(error: BaseException, name: str) -> str | None:
 
 @contextlib.contextmanager
 def watched_threads() -> Iterator[list[BaseException]]:
-    """Inside, what ends a thread or an object's removal prints no traceback; yields a list that gets the threads' errors.
+    """Inside, what ends a thread or an object's removal prints no traceback; yields the threads' errors, as a list.
 
     TensorBoard writes from a thread of its own, which ends when the disk is full; a writer of Parquet files that could
     not write fails once more when it is removed.
