@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from diffdoctor.data.shards import read_shards
+from diffdoctor.data.text import read_text
 from diffdoctor.maps.files import read_folder, read_map, read_picture
 from diffdoctor.measures.components import components, run_length
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
 from diffdoctor.runs.files import atomic_dir, refuse_foreign
 
@@ -79,7 +81,7 @@ def coco_pictures(
         raise missing_extra("pycocotools", "stages") from None
     try:
         coco = COCO()
-        coco.dataset = {"annotations": []} | json.loads(Path(annotations).read_text(encoding="utf-8-sig"))
+        coco.dataset = {"annotations": []} | json.loads(read_text(annotations, limit=2**30))
         coco.dataset.pop("categories", None)
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
@@ -109,10 +111,12 @@ def _sample(
 ) -> dict[str, Any]:
     if mask.shape != picture.shape[:2]:
         raise UserError(expected(source, f"a mask of {picture.shape[:2]}, as the picture {name}", mask.shape))
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", name.rpartition(".")[0])[:60]
-    return {
-        "key": f"{index:06d}_{stem}", "picture": picture, "mask": mask, "label": label, "prompt": prompt, "file": name
-    }  # fmt: skip
+    key = f"{index:06d}_{_file_safe(name.rpartition('.')[0])}"
+    return {"key": key, "picture": picture, "mask": mask, "label": label, "prompt": prompt, "file": name}
+
+
+def _file_safe(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:60]
 
 
 def write_coco(shards: str | Path, folder: str | Path, *, threshold: float = 0.5) -> int:
@@ -142,7 +146,7 @@ def write_coco(shards: str | Path, folder: str | Path, *, threshold: float = 0.5
     with atomic_dir(folder) as temporary:
         (temporary / IMAGES).mkdir()
         for number, sample in enumerate(read_shards(shards), start=1):
-            name = f"{IMAGES}/{number:06d}_{sample['key'][:100]}.png"
+            name = f"{IMAGES}/{number:06d}_{_file_safe(sample['key'])}.png"
             Image.fromarray(sample["picture"]).save(temporary / name)
             height, width = sample["picture"].shape[:2]
             images.append({"id": number, "file_name": name, "height": height, "width": width})
@@ -160,5 +164,5 @@ def write_coco(shards: str | Path, folder: str | Path, *, threshold: float = 0.5
                     }
                 )
         dataset = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "artifact"}]}
-        (temporary / ANNOTATIONS).write_text(json.dumps(dataset, allow_nan=False), encoding="utf-8")
+        (temporary / ANNOTATIONS).write_text(strict_json.dumps(dataset), encoding="utf-8")
     return len(images)

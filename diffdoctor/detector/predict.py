@@ -146,6 +146,11 @@ def in_batches(samples: Iterable[dict], batch_size: int) -> Iterator[list[dict]]
         yield batch
 
 
+def takes(detector: nn.Module, height: int, width: int, tile: int | None = None) -> bool:
+    """Whether a detector takes pictures of this size; one that is no `Detector` takes what it is given."""
+    return getattr(detector, "takes", lambda *_: True)(height, width, tile)
+
+
 def is_taken(detector: nn.Module, sample: dict, where: str, strict: bool, counts: SkipCounts) -> bool:
     """Whether a picture is small enough for the detector; counts one that is not.
 
@@ -156,7 +161,7 @@ def is_taken(detector: nn.Module, sample: dict, where: str, strict: bool, counts
         strict: raise `UserError` instead of counting.
         counts: filled with what is not taken.
     """
-    if not hasattr(detector, "takes") or detector.takes(*sample["picture"].shape[:2]):
+    if takes(detector, *sample["picture"].shape[:2]):
         return True
     counts.add(TOO_LARGE, where, strict)
     return False

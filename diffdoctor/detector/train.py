@@ -136,6 +136,9 @@ def prepared_run(
     if device is not None and accelerator.num_processes > 1:
         raise UserError(expected("device", "none with several processes, each of which has its own", repr(device)))
     place = open_device(device, accelerator.device)
+    if output_dir is not None and detector is not None and not hasattr(detector, "save_pretrained"):
+        what = "a network with save_pretrained, which an output folder needs"
+        raise UserError(expected("detector", what, type(detector).__name__))
     # Nothing here may depend on, or disturb, the caller's random state.
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(config.seed)

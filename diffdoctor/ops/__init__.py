@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from diffdoctor.ops.layout import Packed as Packed
     from diffdoctor.ops.modulate_gradient import GradientModulator as GradientModulator
     from diffdoctor.ops.modulate_gradient import modulate_gradient as modulate_gradient
+    from diffdoctor.ops.preference import dpo_loss as dpo_loss
     from diffdoctor.ops.schedules import huber_schedule as huber_schedule
     from diffdoctor.ops.schedules import prior_preservation_weights as prior_preservation_weights
     from diffdoctor.ops.schedules import snr_weights as snr_weights
@@ -27,7 +28,7 @@ OPS = {
     "modulate_gradient": "weighted_loss",
     "artifact_loss": "artifact_loss",
 }
-_HELPERS = ("layout", "schedules", "stats", "target")
+_HELPERS = ("layout", "preference", "schedules", "stats", "target")
 
 
 def public() -> dict[str, object]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
+from diffdoctor.runs.hub import is_hub_id, near
 
 _MODEL = "a folder or hub id of a model of transformers"
 FORMATS = f"{_MODEL}, or a TorchScript file"
@@ -110,9 +111,9 @@ def load_from_transformers(option: str, source: str, model_class: str, processor
     except ImportError:
         raise missing_extra("transformers", "stages") from None
     folder = Path(os.path.expanduser(source))  # not Path's own, which raises for a user who is not there
-    if not folder.is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+    if not folder.is_dir() and not is_hub_id(source):
         what = "a file, a folder or a hub id such as owner/name"
-        raise UserError(expected(f"{option} {source}", what, "none of these"))
+        raise UserError(expected(f"{option} {source}", what, f"none of these{near(source)}"))
     origin = str(folder) if folder.is_dir() else source
     safe = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
     formats, has_code = FORMATS if processor_class else _MODEL, False

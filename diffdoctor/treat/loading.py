@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
+from diffdoctor.runs.files import unicode_path
 from diffdoctor.runs.hub import is_hub_id, local_path, near
 
 # option -> dtype
@@ -41,9 +42,9 @@ def load_pipeline(option: str, source: str, *, dtype: str = "fp32", vae: str | N
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            origin = str(folder) if folder.is_dir() else source
             safe = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
-            return diffusers.DiffusionPipeline.from_pretrained(origin, **{name: wanted}, **safe)
+            with unicode_path(folder if folder.is_dir() else source) as origin:
+                return diffusers.DiffusionPipeline.from_pretrained(str(origin), **{name: wanted}, **safe)
     except Exception as error:  # each component's loader raises its own
         raise UserError(f"--{option} {source}: cannot be loaded ({first_line(error)})") from error
 
@@ -82,7 +83,8 @@ def read_lora(pipeline, source: str | Path) -> dict[str, torch.Tensor]:
     if not hasattr(pipeline, "load_lora_weights"):
         raise UserError(expected("--lora", "a pipeline that takes a LoRA", type(pipeline).__name__))
     try:
-        state = pipeline.lora_state_dict(path, **options)
+        with unicode_path(path) as place:
+            state = pipeline.lora_state_dict(str(place), **options)
     except Exception as error:  # diffusers, peft and safetensors raise their own
         raise UserError(f"--lora {source}: does not fit this pipeline ({first_line(error)})") from error
     return state[0] if isinstance(state, tuple) else state
@@ -103,7 +105,9 @@ def load_lora(pipeline, source: str | Path, *, adapter: str | None = None) -> No
     path, options = _lora_location(source)
     before = _adapters_in_layers(pipeline)
     try:
-        pipeline.load_lora_weights(path, **options, **({} if adapter is None else {"adapter_name": adapter}))
+        with unicode_path(path) as place:
+            named = {} if adapter is None else {"adapter_name": adapter}
+            pipeline.load_lora_weights(str(place), **options, **named)
     except Exception as error:  # diffusers, peft and safetensors raise their own
         raise UserError(f"--lora {source}: does not fit this pipeline ({first_line(error)})") from error
     wanted = sum(".lora_B" in name or "lora_up" in name or "lora.up" in name for name in state)

@@ -248,6 +248,11 @@ def _check_supported(scheduler) -> None:
     if config.get("stochastic_sampling"):
         what = "stochastic_sampling False, since it draws from the global random state, which no replay can repeat"
         raise UserError(expected(kind, what, "True"))
+    if kind == "EulerAncestralDiscreteScheduler" and config.prediction_type == "sample":
+        raise UserError(expected(kind, "prediction_type epsilon or v_prediction", "'sample', which it cannot step"))
+    if str(config.get("variance_type")).startswith("learned"):
+        what = "a variance_type that is fixed, since the denoiser's prediction is read without a variance"
+        raise UserError(expected(kind, what, repr(config.variance_type)))
     is_dpm = kind in _DPM
     if is_dpm and (config.algorithm_type != "dpmsolver++" or config.solver_order > 2 or config.get("use_flow_sigmas")):
         what = "algorithm_type 'dpmsolver++' of order 1 or 2 without use_flow_sigmas"

@@ -103,7 +103,7 @@ def grid(rows: Iterable[Iterable[np.ndarray]], gap: int = GAP, background: int =
 
 
 def contact_sheet(examples: dict[str, list[tuple]], side: int = SHEET_TILE) -> bytes:
-    """A sheet with a row for each kind of damage: clean picture, damaged picture and mask of each example.
+    """A sheet with a row for each kind of damage: clean picture, damaged picture and mask, named above the columns.
 
     Args:
         examples: {kind: [(clean (H, W, 3) uint8, damaged, mask (H, W) uint8)]}, at least one example.
@@ -116,18 +116,22 @@ def contact_sheet(examples: dict[str, list[tuple]], side: int = SHEET_TILE) -> b
 
     rows = {kind: triples for kind, triples in sorted(examples.items()) if triples}
     row_height, triple_width = side + _TITLE + GAP, 3 * side + GAP
-    width = max(map(len, rows.values())) * triple_width
-    sheet = Image.new("RGB", (width, len(rows) * row_height), (40, 40, 40))
+    columns = max(map(len, rows.values()))
+    sheet = Image.new("RGB", (columns * triple_width, _TITLE + len(rows) * row_height), (40, 40, 40))
     draw = ImageDraw.Draw(sheet)
+    for column in range(3 * columns):
+        name = ("clean", "damaged", "mask")[column % 3]
+        draw.text((column // 3 * triple_width + column % 3 * side + 4, 1), name, fill=(160, 200, 255))
     for row, (kind, triples) in enumerate(rows.items()):
-        draw.text((4, row * row_height + 1), kind, fill=(255, 255, 255))
+        top = _TITLE + row * row_height
+        draw.text((4, top + 1), kind, fill=(255, 255, 255))
         for column, (clean, damaged, mask) in enumerate(triples):
             for index, picture in enumerate((clean, damaged, np.repeat(mask[..., None], 3, axis=2))):
                 tile = Image.fromarray(picture)
                 scale = side / max(tile.size)
                 resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
                 tile = tile.resize(tuple(max(1, round(s * scale)) for s in tile.size), resampling)
-                sheet.paste(tile, (column * triple_width + index * side, row * row_height + _TITLE))
+                sheet.paste(tile, (column * triple_width + index * side, top + _TITLE))
     return png_bytes(np.asarray(sheet))
 
 

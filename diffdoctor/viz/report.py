@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,7 +67,16 @@ class Report:
         self._parts.append(("end", None))
 
     def image(
-        self, data: bytes, caption: str = "", alt: str | None = None, pixels: bool = True, link: str | None = None
+        self,
+        data: bytes,
+        caption: str = "",
+        alt: str | None = None,
+        pixels: bool = True,
+        link: str | None = None,
+        *,
+        links: dict[str, str] | None = None,
+        boxes: Sequence[Sequence[float]] = (),
+        size: tuple[int, int] | None = None,
     ) -> None:
         """Add a picture.
 
@@ -77,10 +86,14 @@ class Report:
             alt: text in place of the picture; None: the caption.
             pixels: keep enlarged pixels sharp.
             link: URL that a click on the picture opens.
+            links: {name: URL} behind the caption.
+            boxes: (x, y, width, height) to be drawn over the picture, in pixels of a picture of `size`.
+            size: (height, width) that the boxes refer to.
         """
         subtype = "jpeg" if data.startswith(b"\xff\xd8") else "png"
         source = f"data:image/{subtype};base64," + base64.b64encode(data).decode("ascii")
         item = {"source": source, "caption": caption, "alt": alt or caption, "pixels": pixels, "link": link}
+        item |= {"links": links or {}, "boxes": list(boxes), "size": size}
         self._parts.append(("image", item))
 
     def figure(self, figure: Figure, caption: str = "") -> None:

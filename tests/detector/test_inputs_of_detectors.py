@@ -75,6 +75,11 @@ def test_a_path_whose_parent_is_there_is_no_hub_id(folder, monkeypatch):
 
 def test_pictures_of_any_kind_give_the_map_of_the_same_tensor(folder):
     detector = load_detector(folder / "run")
+
+    def same(one, two):
+        # other strides of the same pixels, another order of sums
+        torch.testing.assert_close(detector.confidence(one), two, rtol=0, atol=1e-5)
+
     array = picture(24, 40)
     tensor = torch.from_numpy(array).permute(2, 0, 1)[None] / 255
     expected = detector.confidence(tensor)
@@ -82,14 +87,12 @@ def test_pictures_of_any_kind_give_the_map_of_the_same_tensor(folder):
     write_pictures(folder / "pictures", 1)
     Image.fromarray(array).save(path := folder / "one.png")
     for one in (array, array[None], Image.fromarray(array), path, str(path)):
-        assert torch.equal(detector.confidence(one), expected)
+        same(one, expected)
         if not (isinstance(one, np.ndarray) and one.ndim == 4):
-            assert torch.equal(detector.confidence([one, array]), detector.confidence(tensor.repeat(2, 1, 1, 1)))
-    assert torch.equal(detector.confidence(array, tile=16), detector.confidence(tensor, tile=16))
+            same([one, array], expected.repeat(2, 1, 1, 1))
+    torch.testing.assert_close(detector.confidence(array, tile=16), detector.confidence(tensor, tile=16))
     # grey, palettes and transparency become RGB; a photo that lies on its side is put upright
-    assert torch.equal(
-        detector.confidence(Image.fromarray(array[..., 0])), detector.confidence(np.repeat(array[..., :1], 3, axis=2))
-    )
+    same(Image.fromarray(array[..., 0]), detector.confidence(np.repeat(array[..., :1], 3, axis=2)))
     turned = Image.fromarray(array)
     turned.getexif()[0x0112] = 6
     turned.save(folder / "turned.jpg", quality=100, exif=turned.getexif())

@@ -153,6 +153,9 @@ def test_files_bring_back_the_same_bits_and_class(detector, tmp_path):
     loaded = load_detector(tmp_path / "detector")
     assert type(loaded) is type(detector)
     assert not loaded.training
+    assert not loaded.confidence(images).requires_grad  # frozen: it may weigh a loss; training unfreezes
+    assert loaded.confidence(images.requires_grad_()).requires_grad
+    images = images.detach()
     assert loaded.preprocess_config == detector.preprocess_config
     assert torch.equal(loaded(images), expected)
     assert torch.equal(type(detector).from_pretrained(tmp_path / "detector")(images), expected)
@@ -208,6 +211,7 @@ def test_the_published_layout_loads_and_gives_transformers_own_output(tmp_path):
     model, state = published_state(tmp_path, published_config())
     torch.save(state, tmp_path / "ad_pytorch_model.bin")
     detector = ArtifactDetector.from_official(tmp_path / "ad_pytorch_model.bin", input_size=96)
+    assert not any(parameter.requires_grad for parameter in detector.parameters())
     images = torch.rand(2, 3, 70, 130, requires_grad=True)
     pixels = detector.preprocess(images)
     assert pixels.shape == (2, 3, 96, 96)

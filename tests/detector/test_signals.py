@@ -17,18 +17,17 @@ pytest.importorskip("accelerate")
 pytest.importorskip("pyarrow")
 
 
-class Signalled(torch.nn.Module):
-    """A detector that sends its process a signal while it trains its n-th batch."""
+def signalled(batch, number=signal.SIGINT):
+    """A detector that sends its process a signal when it is given its n-th batch; 0: never."""
+    detector, seen = fresh(), []
 
-    def __init__(self, step, number=signal.SIGINT):
-        super().__init__()
-        self.inner, self.left, self.number = fresh(), step, number
+    def send(*_):
+        seen.append(1)
+        if len(seen) == batch:
+            os.kill(os.getpid(), number)
 
-    def forward(self, images):
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), self.number)
-        return self.inner(images)
+    detector.register_forward_pre_hook(send)
+    return detector
 
 
 @pytest.fixture(autouse=True)
@@ -53,14 +52,14 @@ def checkpoints(folder):
 @pytest.mark.parametrize(("number", "every"), [(signal.SIGINT, 0), (signal.SIGTERM, 4)])
 def test_the_step_is_finished_a_checkpoint_written_and_the_signal_delivered(tmp_path, capsys, number, every):
     config = quick(steps=6, checkpoint_every=every)
-    whole = train_detector(config, shapes(), detector=Signalled(0), output_dir=tmp_path / "whole", progress=False)
+    whole = train_detector(config, shapes(), detector=signalled(0), output_dir=tmp_path / "whole", progress=False)
     with pytest.raises(KeyboardInterrupt):
-        train_detector(config, shapes(), detector=Signalled(3, number), output_dir=tmp_path / "run")
+        train_detector(config, shapes(), detector=signalled(3, number), output_dir=tmp_path / "run")
     assert checkpoints(tmp_path / "run") == ["step-00000003"]
     assert "detector: stopped after step 3; the same call resumes there" in capsys.readouterr().err
     assert not (tmp_path / "run" / "detector").exists()
     handler = signal.getsignal(number)
-    resumed = train_detector(config, shapes(), detector=Signalled(0), output_dir=tmp_path / "run", progress=False)
+    resumed = train_detector(config, shapes(), detector=signalled(0), output_dir=tmp_path / "run", progress=False)
     assert signal.getsignal(number) is handler
     assert resumed.history == whole.history
     assert torch.equal(weights_of(resumed.detector), weights_of(whole.detector))
@@ -74,7 +73,7 @@ def test_a_streamed_training_resumes_in_the_middle_of_a_segment(tmp_path, worker
 
     def train(folder, step=0):
         stream = ShardStream(tmp_path / "set", buffer=6, resampled=True, seed=4)
-        return train_detector(config, stream, detector=Signalled(step), output_dir=tmp_path / folder, progress=False)
+        return train_detector(config, stream, detector=signalled(step), output_dir=tmp_path / folder, progress=False)
 
     whole = train("whole")
     with pytest.raises(KeyboardInterrupt):
@@ -94,7 +93,7 @@ def test_a_signal_to_a_worker_is_no_end_of_the_training(tmp_path):
 
 
 def command(folder, output, *options):
-    words = ["--architecture=conv", "--min_side=16", "--training.batch_size=4", "--validation_share=0.25", *options]
+    words = ["--training.batch_size=4", "--validation_share=0.25", *options]
     return main(["train-detector", str(folder / "set"), f"--output={folder / output}", *words])
 
 
@@ -109,7 +108,12 @@ def labelled(tmp_path):
 
 
 def test_a_training_that_ends_blind_says_so_and_fails_when_strict(labelled, capsys):
-    options = ["--training.steps=1", "--training.learning_rate=1e-9", "--validation_share=0.5"]
+    blind = fresh()
+    with torch.no_grad():
+        blind.head.weight.zero_()
+        blind.head.bias.fill_(-5.0)
+    blind.save_pretrained(labelled / "blind")
+    options = [f"--initial={labelled / 'blind'}", "--training.steps=1", "--training.learning_rate=1e-9"]
     assert command(labelled, "out", *options) == 0
     said = capsys.readouterr().err
     metrics = (labelled / "out" / "metrics.json").read_text()
@@ -122,11 +126,18 @@ def test_a_training_that_ends_blind_says_so_and_fails_when_strict(labelled, caps
     assert (labelled / "strict" / "detector" / "detector.json").is_file()
     evaluated = ["evaluate", "detector", str(labelled / "set"), f"--detector={labelled / 'out'}"]
     assert main([*evaluated, f"--output={labelled / 'report'}", "--strict=true"]) == 3
-    assert "the detector is blind" in (labelled / "report" / "report.html").read_text()
+    assert "The detector is blind" in (labelled / "report" / "report.html").read_text()
+
+
+def test_a_network_that_cannot_be_saved_is_refused_before_it_is_trained(tmp_path):
+    module = torch.nn.Conv2d(3, 1, 3, padding=1)
+    with pytest.raises(UserError, match=r"^detector: expected a network with save_pretrained, .* got Conv2d"):
+        train_detector(quick(steps=1), shapes(), detector=module, output_dir=tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_device_is_chosen_by_its_name(labelled, capsys):
-    assert command(labelled, "out", "--training.steps=1", "--device=cpu") == 0
+    assert command(labelled, "out", "--architecture=conv", "--training.steps=1", "--device=cpu") == 0
     assert command(labelled, "other", "--training.steps=1", "--device=cuda:99") == 2
     assert "device: 'cuda:99' cannot be used" in capsys.readouterr().err
     with pytest.raises(UserError, match="device"):

@@ -142,3 +142,14 @@ def test_a_lora_that_was_tuned_with_other_sampling_is_noticed(files, tmp_path, c
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"sampling_steps": 10, "guidance_scale": 5.0}))
     assert main(options(files, tmp_path / "out", lora=tmp_path / "run" / "lora", judge="/nowhere")) == 2
     assert 'tuned with {"sampling_steps": 10, "guidance_scale": 5.0' in capsys.readouterr().err
+
+
+def test_real_pictures_that_cannot_be_read_are_named_and_none_is_an_error(files, evaluated, tmp_path, capsys):
+    shutil.copytree(evaluated[0], tmp_path / "out")
+    (tmp_path / "real").mkdir()
+    for number in range(4):
+        (tmp_path / "real" / f"{number}.png").write_bytes(b"no picture")
+    assert main(options(files, tmp_path / "out", real=tmp_path / "real")) == 2
+    error = capsys.readouterr().err
+    assert f"--real: left out: 4 x a broken picture (first: {tmp_path}/real/0.png" in error
+    assert "--real: expected clean pictures that can be read, got none (left out: 4 x a broken picture)" in error

@@ -4,6 +4,7 @@ A block that cannot run says why in a comment in front of it: `<!-- not run: why
 together and run in test_walkthrough.py.
 """
 
+import json
 import re
 import shutil
 import textwrap
@@ -64,6 +65,17 @@ def folder(tmp_path_factory):
         write_map(root / "diagnosis" / "maps" / f"{i}.png", level)
         samples.append({"picture": picture, "mask": level, "prompt": f"picture {i}"})
     write_shards(iter(samples), root / "data" / "train")
+    Image.fromarray(picture).save(root / "photo.jpg")
+    for name in ("pictures", "masks"):
+        (root / name).mkdir()
+        Image.fromarray(picture if name == "pictures" else picture[..., 0]).save(root / name / "a.png")
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [4, 4, 20, 20], "iscrowd": 0, "area": 400}
+    coco = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 64, "width": 64}],
+        "annotations": [annotation | {"segmentation": [[4, 4, 24, 4, 24, 24, 4, 24]]}],
+        "categories": [{"id": 1, "name": "artifact"}],
+    }
+    (root / "instances.json").write_text(json.dumps(coco))
     ConvDetector((8, 8)).save_pretrained(root / "runs" / "my-detector")
     shutil.copytree(root / "runs" / "my-detector", root / "detector")
     shutil.move(root / "detector", root / "runs" / "my-detector" / "detector")
@@ -86,6 +98,10 @@ def names(folder):
     pipeline.set_progress_bar_config(disable=True)
     images = torch.rand(2, 3, 64, 64, generator=g)
     training_pictures, captions = pairs()
+
+    def unet(sample, timesteps, prompt_embeds):
+        return SimpleNamespace(sample=layer(sample))
+
     config = {"mse_strength": 1.0, "mae_strength": 0.5, "log_cosh_strength": 0.1, "huber_strength": 0.1}
     return {
         "SMALL": SMALL,
@@ -101,9 +117,11 @@ def names(folder):
         "bsz": 2,
         "captions": captions,
         "class_image": image,
+        "clean_latents": latents,
         "confidence": maps,
         "config": SimpleNamespace(**config, huber_delta=1.0, normalize_masked_area_loss=True),
         "data": {"predicted": model_pred, "target": target},
+        "damaged_latents": target,
         "decoded": 2 * images - 1,
         "detach_map": detach_map,
         "detector": load_detector(folder / "runs" / "my-detector"),
@@ -124,6 +142,8 @@ def names(folder):
         "noise": noise,
         "noise_pred": model_pred,
         "noise_scheduler": scheduler,
+        "noisy_latents": latents,
+        "old_model": unet,
         "output": model_pred,
         "parameters": list(layer.parameters()),
         "pictures": images,
@@ -135,13 +155,15 @@ def names(folder):
         },
         "prompt_embeds": None,
         "rank": 0,
+        "reference_unet": unet,
+        "region": maps,
         "scheduler": scheduler,
         "self": SimpleNamespace(compute_scheduled_huber_c=lambda timesteps: timesteps / 1000),
         "small_pipeline": lambda prompt: pipeline(prompt, height=16, width=16, num_inference_steps=2),
         "target": target,
         "timesteps": torch.tensor([10, 500]),
         "torch": torch,
-        "unet": lambda sample, timesteps, prompt_embeds: SimpleNamespace(sample=layer(sample)),
+        "unet": unet,
         "weighting": torch.rand(2, 1, 1, 1, generator=g),
         "world_size": 2,
         # Where a block that holds these words needs something else by one of the names.

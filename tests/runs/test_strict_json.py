@@ -52,8 +52,8 @@ def test_a_run_with_such_a_number_in_its_identity_knows_itself_again(tmp_path):
 
 @pytest.mark.parametrize("folder", ["diffdoctor"])
 def test_json_is_written_in_one_place(folder):
-    # what prints, or puts words together for the parser, writes no file
-    others = {"cli.py", "config.py", "environment.py", "strict_json.py", "arguments.py"}
+    # what prints, answers a client or puts words together for the parser writes no file
+    others = {"config.py", "environment.py", "options.py", "serve.py", "strict_json.py"}
     writers = [
         path for path in (ROOT / folder).rglob("*.py")
         if path.name not in others and re.search(r"(?<!strict_)json\.dumps?\(", path.read_text(encoding="utf-8"))

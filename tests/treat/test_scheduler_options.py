@@ -28,7 +28,7 @@ CHOICES = {
     "prediction_type": ("sample", "v_prediction"),
     "timestep_spacing": ("leading", "linspace", "trailing"),
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"),
     "interpolation_type": ("linear", "log_linear"),
     "final_sigmas_type": ("zero", "sigma_min"),
     "timestep_type": ("discrete", "continuous"),
@@ -38,6 +38,8 @@ CHOICES = {
     "time_shift_type": ("exponential", "linear"),
     "shift_terminal": (0.1,),
 }
+# Switched off with a notice: tests/treat/test_rollout.py.
+SWITCHED_OFF = ("clip_sample", "thresholding")
 # What one option needs of another.
 WITH = {
     "rescale_betas_zero_snr": {"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
@@ -48,7 +50,7 @@ WITH = {
 
 def options_of(kind):
     for name, parameter in inspect.signature(getattr(diffusers, kind).__init__).parameters.items():
-        if isinstance(parameter.default, bool):
+        if isinstance(parameter.default, bool) and name not in SWITCHED_OFF:
             yield name, not parameter.default
         for value in CHOICES.get(name, ()):
             if value != parameter.default:
@@ -71,8 +73,9 @@ def distances(kind, options):
     name = SERVED[kind]
     pipeline = made(name)
     own = own_scheduler(name)
-    changes = {"clip_sample": False} if kind in ("DDIMScheduler", "DDPMScheduler") else {}
-    pipeline.scheduler = getattr(diffusers, kind).from_config(own.config, **changes, **options)
+    if kind in ("DDIMScheduler", "DDPMScheduler"):
+        options = {"clip_sample": False, **options}
+    pipeline.scheduler = getattr(diffusers, kind).from_config(own.config, **options)
     family = family_of(pipeline)
     family.max_sequence_length = 32
     size = {"height": 16, "width": 16}
@@ -88,6 +91,10 @@ def distances(kind, options):
         list(PROMPTS), num_inference_steps=4, guidance_scale=1.0, output_type="latent",
         generator=picture_generators((11, 12, 13)), **size, **more,
     ).images  # fmt: skip
+    if not theirs.isfinite().all():
+        # some noise schedules overflow with so few steps: `treat` refuses what is not finite
+        assert torch.equal(theirs.isfinite(), rollout.final.isfinite())
+        return 0.0, 0.0
     scale = float(rollout.final.abs().max())
     with torch.no_grad():
         again = [replay(sampling, rollout, torch.tensor([2, 0]), first=first) for first in (0, 2)]

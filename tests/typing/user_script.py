@@ -102,6 +102,7 @@ def targets(latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Te
         diffdoctor.Target.flow(latents, noise, reversed=True),
         diffdoctor.Target.preconditioned(latents, noise, 0.5, torch.ones(len(latents))),
         diffdoctor.Target((latents, noise), (1.0, -1.0)),
+        diffdoctor.Target.contrastive(diffdoctor.Target.flow(latents, noise), latents, clean=0.0, artifact=-1.0),
     ]
 
 
@@ -110,6 +111,11 @@ def flux_step(tokens: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, 
     unpacked: torch.Tensor = layout.unpack(layout.pack(latents))
     assert unpacked.shape == latents.shape
     return diffdoctor.weighted_loss(tokens, diffdoctor.Target.flow(latents, noise), mask=mask, layout=layout)
+
+
+def preferences(losses: list[torch.Tensor]) -> torch.Tensor:
+    preferred, rejected, *reference = losses
+    return diffdoctor.dpo_loss(preferred, rejected, reference[0], reference[1], beta=2500.0)
 
 
 def reverse_process(latents: torch.Tensor, confidence: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.confidence import confidence_of
 from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import open_detector
-from diffdoctor.detector.predict import TOO_LARGE, describe_map, in_batches
+from diffdoctor.detector.predict import TOO_LARGE, describe_map, in_batches, takes
 from diffdoctor.detector.report import write_gallery
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, check_least, expected, first_line
@@ -237,7 +237,7 @@ def _batches(
     """The pictures of a unit that the detector takes, in batches of one size."""
 
     def check(height: int, width: int) -> str | None:
-        return None if detector.takes(height, width, config.tile) else TOO_LARGE
+        return None if takes(detector, height, width, config.tile) else TOO_LARGE
 
     samples = (
         sample | {"path": _absolute(source), "stamp": stamps[source.name]}
@@ -326,7 +326,9 @@ def _finish(index: SourceIndex, config: DiagnoseConfig, records: Records, skippe
     }
     if config.gallery:
         worst = heapq.nsmallest(config.gallery, index.current_records(records), key=_worst_first)
-        write_gallery(output, worst, metrics, "overlays" if config.overlays else "maps")
+        folders = ("overlays", "maps") if config.overlays else ("maps",)
+        settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "output"}
+        write_gallery(output, worst, metrics, folders, settings)
     atomic_write_json(output / METRICS, metrics)
     return metrics
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import sys
 import threading
@@ -14,7 +13,7 @@ import numpy as np
 from diffdoctor.runs.errors import UserError, check_least, expected, first_line
 from diffdoctor.version import __version__
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+FORMATS = ("PNG", "JPEG", "WebP", "TIFF", "BMP", "GIF", "AVIF")
 
 
 @dataclasses.dataclass
@@ -52,7 +51,7 @@ class RefusedRequest(Exception):
 
 
 class DetectorServer(ThreadingHTTPServer):
-    """Answers POSTs of one picture (PNG, JPEG or WebP).
+    """Answers POSTs of one picture, in any format that `data.codec` reads.
 
     `/` and `/map` give the confidence map as a grey PNG of 16 bits; `/regions` gives what `diagnose` lists as
     components, `{"regions": [{"box": [x0, y0, x1, y1], "score": s}]}`; `/reward` gives `{"reward": 1 - flagged share,
@@ -96,19 +95,22 @@ class DetectorServer(ThreadingHTTPServer):
             )
 
     def _decode(self, body: bytes) -> np.ndarray:
-        from PIL import Image, ImageOps
+        from diffdoctor.data.codec import UnreadablePicture, decode
+
+        limit, too_large = self.config.max_pixels, []
+
+        def check(height: int, width: int) -> str | None:
+            if height * width > limit:
+                too_large.append(f"{width} x {height}")
+            return "too large" if too_large else None
 
         try:
-            with Image.open(io.BytesIO(body), formats=list(FORMATS)) as image:
-                if image.width * image.height > self.config.max_pixels:
-                    got = f"{image.width} x {image.height}"
-                    raise RefusedRequest(413, expected("picture", f"at most {self.config.max_pixels:,} pixels", got))
-                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-        except RefusedRequest:
-            raise
-        except Exception as error:  # a decoder raises whatever it likes
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise RefusedRequest(400, expected("body", f"a picture ({', '.join(FORMATS)})", reason)) from error
+            return decode(body, "RGB", check=check)
+        except UnreadablePicture as error:
+            if too_large:
+                what = f"at most {limit:,} pixels"
+                raise RefusedRequest(413, expected("picture", what, too_large[0])) from error
+            raise RefusedRequest(400, expected("body", f"a picture ({', '.join(FORMATS)})", error)) from error
 
 
 class _Handler(BaseHTTPRequestHandler):

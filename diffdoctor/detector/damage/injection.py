@@ -156,6 +156,8 @@ def _damaged(kind: str, clean: np.ndarray, region: Region, rng: np.random.Genera
     """A kind's function on a picture; it may be a user's."""
     try:
         damaged = damage_function(kind)(clean, region, rng, strength)
+    except MemoryError:
+        raise
     except (Exception, SystemExit) as error:
         raise UserError(f"the kind of damage {kind!r} failed: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(damaged, np.ndarray) or damaged.shape != clean.shape or not np.isfinite(damaged).all():

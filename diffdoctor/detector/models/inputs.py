@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 
-from diffdoctor.data.codec import decode
+from diffdoctor.data.codec import UnreadablePicture, as_array, decode
 from diffdoctor.data.pictures import to_images
 from diffdoctor.runs.errors import UserError, expected
 
@@ -46,16 +45,13 @@ def as_images(pictures: Picture | Sequence[Picture], device: torch.device) -> to
 def _as_array(picture: Picture) -> np.ndarray:
     if isinstance(picture, (str, os.PathLike)):
         try:
-            return decode(Path(picture).read_bytes(), "RGB")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(expected(picture, "a picture that can be read", reason)) from error
+            return decode(picture, "RGB")
+        except UnreadablePicture as error:
+            raise UserError(expected(picture, "a picture that can be read", error.detail or error)) from error
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             raise TypeError(expected("images", _KINDS, f"an array of {picture.dtype} {picture.shape}"))
         return picture
     if hasattr(picture, "convert"):
-        from PIL import ImageOps
-
-        return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+        return as_array(picture, "RGB")
     raise TypeError(expected("images", _KINDS, type(picture).__name__))

@@ -27,7 +27,7 @@ from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.progress import progress, quiet_loaders
 from diffdoctor.runs.record import METRICS, versions
 from diffdoctor.runs.strict_json import nan_to_none
-from diffdoctor.runs.summary import print_doubts
+from diffdoctor.runs.summary import print_doubts, skipped_in_words
 from diffdoctor.training.devices import open_device
 from diffdoctor.training.processes import process_state
 from diffdoctor.training.weights import same_weights, weights_digest
@@ -91,8 +91,9 @@ class Evaluation:
         prompts = read_prompt_file(config.prompts)
         self.measurer = _networks(config)
         self.plan = PromptPlan(prompts, _class_indices(self.measurer.classifier, prompts))
-        self.real = measuring.real_units(config.real) if config.real else []
-        self.damaged = measuring.real_units(config.damaged) if config.damaged else []
+        self.not_read = SkipCounts()
+        self.real = measuring.real_units(config.real, self.not_read) if config.real else []
+        self.damaged = measuring.real_units(config.damaged, self.not_read) if config.damaged else []
         self._refuse_too_few(measuring.count_real(self.real), "real pictures")
         identity = pipelines.picture_identity(
             config, [prompt.text for prompt in prompts], weights_digest(self.measurer.detector)
@@ -264,6 +265,8 @@ class Evaluation:
                     bar.update(len(batch))
                 if damages:
                     self.folder.measures("damaged").save(unit.name, measuring.joined(measured_damaged))
+                if skipped.total:
+                    print(f"--{side}: left out: {skipped.sentence()}", file=sys.stderr)
                 # Last: its presence says that the unit is done.
                 self.folder.measures(side).save(unit.name, measuring.joined(measured), skipped.reasons)
 
@@ -278,6 +281,12 @@ class Evaluation:
         names = [name for name, _ in self._generated_units()]
         before, after = (self.folder.measures(side).load(names) for side in SIDES)
         real, damaged = (self.folder.measures(side).load_all() for side in ("real", "damaged"))
+        skipped: collections.Counter[str] = collections.Counter(self.not_read.reasons)
+        for side in ("real", "damaged"):
+            skipped.update(self.folder.measures(side).skipped())
+        if self.real and real is None:
+            left_out = f" (left out: {skipped_in_words(skipped, {})})" if skipped else ""
+            raise UserError(expected("--real", "clean pictures that can be read", f"none{left_out}"))
         self._refuse_too_few(None if real is None else len(real.judge), "real pictures")
         count = self.config.pictures
         class_ids = self.plan.class_ids(count)
@@ -289,9 +298,6 @@ class Evaluation:
         metrics["features"] = {"name": getattr(features, "name", "none"), "note": getattr(features, "note", "")}
         metrics["real_pictures"] = 0 if real is None else len(real.judge)
         metrics["sampling"] = {**pipelines.call_options(self.config), "scheduler": self.config.scheduler}
-        skipped: collections.Counter[str] = collections.Counter()
-        for side in ("real", "damaged"):
-            skipped.update(self.folder.measures(side).skipped())
         metrics |= {"skipped": dict(sorted(skipped.items())), "versions": versions()}
         metrics = nan_to_none(metrics)
         metrics["doubts"] = doubts(metrics)

@@ -77,6 +77,8 @@ def write_report(evaluation: Evaluation, metrics: dict, before: PictureMeasures,
     report.heading("Severity")
     severities = _severities(before.judge.numpy(), after.judge.numpy())
     report.figure(severities, "By the judge; before and after sorted separately.")
+    first = list(range(min(evaluation.config.examples, len(before.judge))))
+    _strips(report, "The first pictures, whatever they show", evaluation, first, before.judge, after.judge)
     growth = after.judge - before.judge
     for title, severity in (
         ("The worst before, and the same after", before.judge),
@@ -87,7 +89,9 @@ def write_report(evaluation: Evaluation, metrics: dict, before: PictureMeasures,
         chosen = [index for index in worst if severity[index] > 0]
         _strips(report, title, evaluation, chosen, before.judge, after.judge)
     report.heading("Settings")
-    report.code(yaml.safe_dump({"sampling": metrics["sampling"], "versions": metrics["versions"]}, sort_keys=False))
+    options = {name: value for name, value in vars(evaluation.config).items() if name not in ("output", "overwrite")}
+    settings = {"options": options, "sampling": metrics["sampling"], "versions": metrics["versions"]}
+    report.code(yaml.safe_dump(settings, sort_keys=False))
     report.write(evaluation.folder.path / "report.html")
 
 
