@@ -9,13 +9,23 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from diffdoctor.cli.failures import USER_ERROR, fail, report, report_threads, watched_threads
 from diffdoctor.cli.help import command_parser
-from diffdoctor.cli.options import Options, check_value, options_of, refuse_nulls, with_lists, with_switches
+from diffdoctor.cli.options import (
+    Options,
+    check_value,
+    list_kind,
+    options_of,
+    refuse_nulls,
+    with_home,
+    with_lists,
+    with_switches,
+)
 from diffdoctor.cli.streams import tolerant_streams
 from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
 from diffdoctor.version import __version__
@@ -208,6 +218,8 @@ def _parsed(
         for option, kind in options.items():
             if option in parsed:
                 check_value(option, kind, parsed[option])
+                if str in (kind, *typing.get_args(kind)) or list_kind(kind) == "str":
+                    parsed[option] = with_home(option, parsed[option])
         return {key: value for key, value in vars(parser.instantiate(parsed)).items() if key != "config"}
     except UserError:
         raise

@@ -28,6 +28,10 @@ def fail(message: object, name: str | None = None, code: int = USER_ERROR) -> in
     return code
 
 
+def _shows_tracebacks() -> bool:
+    return os.environ.get(TRACEBACK, "0") not in ("", "0")
+
+
 def report(error: BaseException, name: str) -> int:
     """Print an error that ended a command, in one line; returns the exit code.
 
@@ -38,7 +42,7 @@ def report(error: BaseException, name: str) -> int:
         error: what was raised.
         name: the command's.
     """
-    if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+    if _shows_tracebacks():
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
         print(f"diffdoctor {name}: interrupted; the same command resumes after what was finished", file=sys.stderr)
@@ -97,21 +101,24 @@ def _keep_traceback(error: BaseException, name: str) -> str | None:
 
 @contextlib.contextmanager
 def watched_threads() -> Iterator[list[BaseException]]:
-    """Inside, what ends another thread prints no traceback; yields a list that gets it.
+    """Inside, what ends a thread or an object's removal prints no traceback; yields the threads' errors, as a list.
 
-    TensorBoard writes from a thread of its own, which ends when the disk is full.
+    TensorBoard writes from a thread of its own, which ends when the disk is full; a writer of Parquet files that could
+    not write fails once more when it is removed.
     """
-    before, found = threading.excepthook, []
+    before, found = (threading.excepthook, sys.unraisablehook), []
 
     def note(args):
         if args.exc_value is not None and args.exc_type is not SystemExit:
             found.append(args.exc_value)
 
     threading.excepthook = note
+    if not _shows_tracebacks():
+        sys.unraisablehook = lambda args: None
     try:
         yield found
     finally:
-        threading.excepthook = before
+        threading.excepthook, sys.unraisablehook = before
 
 
 def report_threads(found: list[BaseException], name: str) -> int:

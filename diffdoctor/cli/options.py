@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from diffdoctor.runs.errors import UserError, expected
 Options = dict[str, Any]
 
 _LARGEST = 2**63 - 1
+_HOME = re.compile(r"~[\w.-]*(/|$)")
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 
 
@@ -78,6 +81,22 @@ def check_value(name: str, kind: Any, value: Any) -> None:
     elif isinstance(value, dict):
         for key, item in value.items():
             check_value(f"{name}.{key}", Any, item)
+
+
+def with_home(name: str, value: Any) -> Any:
+    """Text, or a list of it, with the home folder for a leading ~, which a shell would replace and a YAML file keeps.
+
+    Raises:
+        UserError: it is the home of a user who is not there.
+    """
+    if isinstance(value, (list, tuple)):
+        return type(value)(with_home(name, item) for item in value)
+    if not isinstance(value, str) or not _HOME.match(value):
+        return value
+    path = os.path.expanduser(value)
+    if path == value:
+        raise UserError(expected(name, "a path", f"{value!r}, the home of no user; ./{value} if it is a file's name"))
+    return path
 
 
 def refuse_nulls(argv: Sequence[str], options: Options) -> None:

@@ -199,6 +199,8 @@ def test_a_file_may_give_one_place_as_a_word(list_options, tmp_path, text, expec
             "seed: expected a whole number of at most 64 bits, got one of 67",
         ),
         (b'places: "a\\0b"\n', "places: expected text without NUL characters, got 'a\\x00b'"),
+        (b"places: [clean, ~nobody-there/x]\n", "places: expected a path, got '~nobody-there/x', the home of no user"),
+        (b"places: clean\nkinds: ~nobody-there\n", "kinds: expected a path, got '~nobody-there', the home of no user"),
         (b"places: clean\narea: [.nan, 1]\n", "area: expected a number, got nan"),
     ],
     ids=[
@@ -225,6 +227,8 @@ def test_a_file_may_give_one_place_as_a_word(list_options, tmp_path, text, expec
         "digits",
         "large-number",
         "nul",
+        "home-in-a-list",
+        "home",
         "nan",
     ],
 )
@@ -235,6 +239,13 @@ def test_a_file_that_cannot_be_taken_is_one_line(list_options, tmp_path, capsys,
     assert words in errors
     assert errors.count("\n") == 1
     assert list_options == []
+
+
+def test_a_home_folder_is_found_in_a_file_too(list_options, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    (tmp_path / "options.yaml").write_text("places: [~/a, ./~b, c~d, '~e f']\n")
+    assert cli.main(["lists", "--config", str(tmp_path / "options.yaml")]) == 0
+    assert list_options == [ListOptions(["/home/somebody/a", "./~b", "c~d", "~e f"])]
 
 
 def test_every_positional_option_is_described(capsys):

@@ -117,6 +117,21 @@ def test_what_ends_another_thread_prints_no_traceback(run, error, code):
     assert run(function) == (code, expected)
 
 
+class FailsWhenRemoved:
+    def __del__(self):
+        raise ValueError("write to closed file")
+
+
+def test_what_fails_once_more_when_it_is_removed_prints_no_traceback(run):
+    def function(config):
+        writer = FailsWhenRemoved()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), repr(type(writer).__name__))
+
+    code, errors = run(function)
+    assert code == 2
+    assert errors.count("\n") == 1
+
+
 class Broken(io.StringIO):
     """A stream that takes so many letters and then raises."""
 
