@@ -126,6 +126,9 @@ def test_a_toy_run_writes_its_report_and_does_nothing_the_second_time(tmp_path, 
     monkeypatch.setattr(pictures, "DRAWN_PICTURES", 8)
     monkeypatch.setattr(pictures, "_digits", lambda take=pictures._digits: tuple(part[:30] for part in take()))
     monkeypatch.setattr(parts, "BOOTSTRAP", 5)
+    # bf16 is emulated by processors without it, at twenty times the price
+    monkeypatch.setitem(parts.TRAINING, "precision", "fp32")
+    monkeypatch.setitem(parts.TRAINING, "batch_size", 8)
     # In this process, where the smaller numbers are.
     monkeypatch.setattr(study.concurrent.futures, "ProcessPoolExecutor", _Here)
     arguments = ["--output", str(tmp_path), "--steps", "4", "--ablation-steps", "2", "--jobs", "1"]

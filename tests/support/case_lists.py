@@ -96,18 +96,22 @@ def _targets() -> list[Case]:
         cases.append(Case(f"target-{target}", target=target, confidence=CONF))
         cases.append(Case(f"target-{target}-bf16", target=target, dtype=BF16, pred_view="chunk"))
     for target in OTHER_TARGETS:
-        cases += [
-            Case(f"target-{target}", target=target, confidence=CONF),
-            Case(f"target-{target}-bf16", target=target, dtype=BF16, target_dtype=BF16, confidence=LARGE_MAP,
-                 options={"clean_weight": 0.0}),
-            Case(f"target-{target}-f16", target=target, dtype=F16, target_view="channels_last", confidence=CONF),
-            Case(f"target-{target}-f64", target=target, dtype=F64, target_dtype=F64, confidence=CONF,
-                 weighting=((2, 1, 5, 7), F32), options={"artifact_grad": 2.0, "threshold": 0.25}),
-            Case(f"target-{target}-huber", target=target, pred_view="sliced", confidence=CONF, mask=CONF,
-                 options={"loss_type": {"huber": 1.0, "l1": 0.5}, "gamma": 2.0}),
-            Case(f"target-{target}-large", target=target, shape=(2, 16, 24, 40), dtype=BF16,
-                 confidence=((2, 24, 40), F32)),
-        ]  # fmt: skip
+        cases.append(Case(f"target-{target}", target=target, confidence=CONF))
+    spatial, three = "contrastive", "contrastive_flow"
+    cases += [
+        Case(f"target-{spatial}-bf16", target=spatial, dtype=BF16, target_dtype=BF16, confidence=LARGE_MAP,
+             options={"clean_weight": 0.0}),
+        Case(f"target-{three}-bf16", target=three, dtype=BF16, target_dtype=BF16, confidence=CONF),
+        Case(f"target-{three}-f16", target=three, dtype=F16, target_view="channels_last", confidence=CONF),
+        Case(f"target-{spatial}-f64", target=spatial, dtype=F64, target_dtype=F64, confidence=CONF,
+             weighting=((2, 1, 5, 7), F32), options={"artifact_grad": 2.0, "threshold": 0.25}),
+        Case(f"target-{three}-huber", target=three, pred_view="sliced", confidence=CONF, mask=CONF,
+             options={"loss_type": {"huber": 1.0, "l1": 0.5}, "gamma": 2.0}),
+        Case(f"target-{spatial}-large", target=spatial, shape=(1, 2, 24, 30), dtype=BF16,
+             confidence=((1, 24, 30), F32)),
+        Case(f"target-{three}-large", target=three, shape=(1, 2, 24, 30), target_dtype=BF16,
+             confidence=((1, 24, 30), F32)),
+    ]  # fmt: skip
     return cases
 
 
