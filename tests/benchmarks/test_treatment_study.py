@@ -29,7 +29,7 @@ TOY = {
 def finished(tmp_path_factory):
     """A toy study of two methods: its parts one by one in this process, the last one by the command itself."""
     output = tmp_path_factory.mktemp("study")
-    arguments = ["--output", str(output), "--pictures", "20", "--methods", "weighted,nft-alone,guide", "--threads", "1"]
+    arguments = ["--output", str(output), "--pictures", "20", "--methods", "nft-alone,guide", "--threads", "1"]
     arguments += ["--settings", json.dumps(TOY)]
     for part in parts(parser().parse_args(arguments))[:-1]:
         assert main([*arguments, "--part", part]) == 0
@@ -43,14 +43,14 @@ def finished(tmp_path_factory):
 def test_every_method_is_measured_on_both_pipelines(finished):
     record = json.loads((finished[0] / "treatment.json").read_text())
     rows = {(row["pipeline"], row["method"]): row for row in record["rows"]}
-    assert set(rows) == {(kind, method) for kind in ("sd", "flux") for method in ("weighted", "nft-alone", "guide")}
+    assert set(rows) == {(kind, method) for kind in ("sd", "flux") for method in ("nft-alone", "guide")}
     for row in rows.values():
         low, high = row["artifact_rate"]["judge"]["after_interval"]
         assert 0 <= low <= row["artifact_rate"]["judge"]["after"] <= high <= 1
         assert row["seconds"] > 0
         assert row["peak_mib"] >= 0
         assert row["fid"]["after"] > 0
-    before = {kind: rows[kind, "weighted"]["artifact_rate"]["judge"]["before"] for kind in ("sd", "flux")}
+    before = {kind: rows[kind, "nft-alone"]["artifact_rate"]["judge"]["before"] for kind in ("sd", "flux")}
     assert all(rows[kind, "guide"]["artifact_rate"]["judge"]["before"] == before[kind] for kind in before)
     table = (finished[0] / "treatment.md").read_text()
     assert len(table.strip().splitlines()) == 2 + len(rows)
@@ -58,7 +58,7 @@ def test_every_method_is_measured_on_both_pipelines(finished):
 
 def test_the_last_part_was_made_by_the_command_and_no_other_twice(finished):
     output, _, stamps = finished
-    methods = ("weighted", "nft-alone", "guide")
+    methods = ("nft-alone", "guide")
     assert {path.parent.name for path in output.glob("stages/*/stage.json")} == {
         "flux-pipeline", *(f"{kind}-{name}" for kind in ("sd", "flux") for name in ("before", *methods)),
     }  # fmt: skip
@@ -71,7 +71,7 @@ def test_the_lora_of_a_part_can_be_loaded(finished):
 
     stages = finished[0] / "stages"
     pipeline = DiffusionPipeline.from_pretrained(stages / "flux-pipeline" / "pipeline")
-    pipeline.load_lora_weights(stages / "flux-weighted" / "lora")
+    pipeline.load_lora_weights(stages / "flux-nft-alone" / "lora")
     assert pipeline.get_active_adapters()
 
 

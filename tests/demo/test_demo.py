@@ -6,6 +6,7 @@ import re
 import pytest
 
 from diffdoctor import cli
+from diffdoctor.cli import failures
 from diffdoctor.demo import run
 from diffdoctor.demo.acceptance import Check, acceptance_checks, judge_is_calibrated
 from diffdoctor.demo.table import table
@@ -53,7 +54,7 @@ def finished(tmp_path_factory):
         # A judge of three steps knows nothing; what is tested here is the road, not where it leads.
         patch.setattr(run, "judge_is_calibrated", lambda metrics: [])
         patch.setattr(run.Stages, "run", counted)
-        assert demo(output, "--shuffled_control=true") == cli.INTERRUPTED
+        assert demo(output, "--shuffled_control=true") == failures.INTERRUPTED
         assert demo(output, "--shuffled_control=true") == 0
     return output, made
 

@@ -5,6 +5,7 @@ import os
 import re
 import urllib.parse
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,9 +110,14 @@ def test_pictures_of_any_name_go_through_every_command(odd_names, tmp_path, dete
     page = (out / "gallery.html").read_text(encoding="utf-8")
     assert "日本" in page
     assert "quote&#39;&#34;&lt;b&gt;&amp;" in page
-    links = [urllib.parse.unquote(link) for link in re.findall('href="([^"]+)"', page)]
-    assert sorted(links) == sorted(f"overlays/{name}.png" for name in names)
-    assert all((out / link).is_file() for link in links)
+    links = [urllib.parse.unquote(link, errors="surrogateescape") for link in re.findall('href="([^"]+)"', page)]
+    pictures = [Path(link.removeprefix("file://")) for link in links if link.startswith("file://")]
+    assert sorted(link for link in links if not link.startswith("file://")) == sorted(
+        f"{folder}/{name}.png" for folder in ("maps", "overlays") for name in names
+    )
+    assert len(pictures) == 7
+    assert all((out / link).is_file() for link in links if not link.startswith("file://"))
+    assert all(picture.is_file() for picture in pictures)
     # Again: nothing is diagnosed twice.
     assert run_diagnose(DiagnoseConfig([str(odd_names)], detector, str(out)))["pictures"] == 7
     metrics = run_inject(InjectConfig([str(odd_names)], str(tmp_path / "set"), kinds=["tint"]))

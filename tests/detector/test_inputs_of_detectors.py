@@ -107,7 +107,7 @@ def test_pictures_of_any_kind_give_the_map_of_the_same_tensor(folder):
         (picture(16, 16).astype(np.float32), TypeError, "images: expected a float tensor .*, got an array of float32"),
         (picture(16, 16)[..., 0], TypeError, "images: expected a float tensor"),
         (3, TypeError, "images: expected a float tensor .*, got int"),
-        ("nowhere.png", UserError, "nowhere.png: expected a picture that can be read, got a file that cannot be read"),
+        ("nowhere.png", UserError, "nowhere.png: expected a picture that can be read, got No such file or directory"),
         (__file__, UserError, "expected a picture that can be read"),
     ],
 )

@@ -129,13 +129,11 @@ def test_a_treatments_folder_answers_for_its_options(files, evaluated, tmp_path)
     treatment.mkdir()
     settings = {
         "pipeline": str(files / "sd"), "detector": str(files / "detector"), "prompts": str(files / "prompts.jsonl"),
-        "sampling_steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16, "scheduler": "", "monitor": "",
+        "sampling_steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16, "scheduler": None, "monitor": None,
     }  # fmt: skip
     (treatment / "config.yaml").write_text(yaml.safe_dump(settings))
-    arguments = {name: "" for name in ("pipeline", "lora", *settings) if name != "monitor"}
-    arguments |= {"sampling_steps": 0, "guidance_scale": "null", "treatment": treatment}
-    for name in ("height", "width"):
-        arguments[name] = 0
+    arguments = {name: "null" for name in ("pipeline", "lora", *settings) if name != "monitor"}
+    arguments["treatment"] = treatment
     assert main(options(files, tmp_path / "out", **arguments)) == 2
     shutil.copytree(files / "sd-lora", treatment / "lora")
     metrics = evaluate(files, tmp_path / "out", **arguments)

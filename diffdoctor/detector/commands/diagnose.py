@@ -328,6 +328,9 @@ def _finish(index: SourceIndex, config: DiagnoseConfig, records: Records, skippe
         worst = heapq.nsmallest(config.gallery, index.current_records(records), key=_worst_first)
         folders = ("overlays", "maps") if config.overlays else ("maps",)
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "output"}
+        settings["pictures"] = [os.path.abspath(path) for path in config.pictures]
+        if os.path.exists(config.detector):
+            settings["detector"] = os.path.abspath(config.detector)
         write_gallery(output, worst, metrics, folders, settings)
     atomic_write_json(output / METRICS, metrics)
     return metrics
