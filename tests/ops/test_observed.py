@@ -1,5 +1,6 @@
 """Calls that are recorded or replaced, and tensors whose type is not torch's own: an operator, never an address."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -110,6 +111,23 @@ def test_a_mode_sees_an_operator(op, mode):
         got = with_gradient(op)(PRED, TARGET, MAP)
     assert_both(got, want)
     assert any("diffdoctor" in name for name in recorded.seen)
+
+
+@pytest.mark.parametrize("mode", [Recorded, Named])
+def test_a_modulator_that_nobody_keeps_lives_until_backward_under_a_mode(mode):
+    def modulated(x):
+        modulator = diffdoctor.GradientModulator(artifact_grad=3.0, clean_grad=0.5)
+        modulator.set(MAP)
+        return modulator(x)
+
+    gradients = []
+    for context in (contextlib.nullcontext, mode):
+        x = PRED.clone().requires_grad_()
+        with context():
+            modulated(x).sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert not torch.equal(gradients[0], torch.ones_like(PRED))
 
 
 class Elsewhere(torch.Tensor):

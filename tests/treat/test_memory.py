@@ -10,6 +10,7 @@ from benchmarks.studies.treat_memory import real
 from benchmarks.studies.treat_memory.demo import Step
 from diffdoctor.detector import ConvDetector
 from diffdoctor.runs.errors import UserError
+from diffdoctor.training.ema import RunningAverage
 from diffdoctor.treat import TreatConfig
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import add_lora
@@ -92,9 +93,13 @@ def lora_gradient(name, size=16, **options):
     latents = initial_latents(sampling, generators, size, size, cpu, torch.float32)
     keep = METHODS["draft_k"].checkpointed_steps(config, 2)
     confidence = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))
+    average = RunningAverage(parameters, 0)
     with memory_options(family, config):
         rollout = roll_out(sampling, conditioning, latents, generators, keep=keep)
-        artifact_term(sampling, rollout, confidence, config, total=2, generator=torch.Generator(), seeds=(1, 2))
+        artifact_term(
+            sampling, rollout, confidence, config,
+            total=2, generator=torch.Generator(), seeds=(1, 2), old=average, initial=average,
+        )  # fmt: skip
     return torch.cat([parameter.grad.flatten() for parameter in parameters]), family
 
 

@@ -108,6 +108,8 @@ def _later_grad_fake(grad, key):
 
 def _later_setup(ctx, inputs, output):
     ctx.key = inputs[1]
+    # Outside a compiled graph, under a mode that records operations, nobody else keeps the modulator until backward.
+    ctx.modulator = modulators.get(ctx.key) if type(ctx.key) is int else None
 
 
 def _later_backward(ctx, grad):
