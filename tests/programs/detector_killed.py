@@ -249,7 +249,7 @@ def compare(work, expected):
 
 
 # Of the points that `kill_points` finds, so many are tried.
-KILLED = 10
+KILLED = 6
 
 
 def kill_points(kinds, chance):

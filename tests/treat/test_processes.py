@@ -66,12 +66,11 @@ FSDP = {
     ("family", "method", "replay_area", "environment"),
     [
         ("sd", "draft_lv", 0.5, {}),
-        # so few pictures are flagged that in some step one process has none and must go along
-        ("sd", "drtune", 0.57, FSDP),
         ("flux", "draft_k", 0.0, FSDP),
+        # so few pictures are flagged that in some step one process has none and must go along
         ("sd", "nft", 0.57, FSDP),
     ],
-    ids=["plain", "sharded-unet", "sharded-transformer", "sharded-nft"],
+    ids=["plain", "sharded-transformer", "sharded-unet"],
 )
 def test_two_processes_equal_one(family, method, replay_area, environment, tmp_path):
     options = {"family": family, "method": method, "replay_area": replay_area}
