@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # What is decoded, whatever the file is called. No other format is tried: some decoders start a program (EPS).
-_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
 # As files and members of shards are called.
 PICTURE_TYPES = ("png", "jpg", "jpeg", "jfif", "webp", "tif", "tiff", "bmp", "gif", "avif")
 SUFFIXES = tuple(f".{name}" for name in PICTURE_TYPES)
@@ -146,7 +146,7 @@ def _formats() -> tuple[str, ...]:
     from PIL import Image
 
     Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def picture_size(image: Image.Image) -> tuple[int, int]:

@@ -38,21 +38,26 @@ class FunctionDetector(nn.Module):
     Args:
         function: pictures (B, 3, H, W) fp32 in [0, 1] to maps (B, 1, h, w) or (B, h, w) in [0, 1], tensors or arrays;
             maps of another size are resized.
-        name: for errors and for the identity of a run, which is resumed only with the same detector; None: the
-            function's own, and its source where there is one.
+        name: for errors; None: the function's own.
+        identity: what tells it from other detectors: a run is resumed only with the same one. None: the name, and
+            without a name the function's source too, where there is one.
     """
 
     has_gradient = False
 
-    def __init__(self, function: Callable[[torch.Tensor], Any], *, name: str | None = None):
+    def __init__(
+        self, function: Callable[[torch.Tensor], Any], *, name: str | None = None, identity: str | None = None
+    ):
         super().__init__()
         if not callable(function):
             raise TypeError(expected("function", "a function of pictures", type(function).__name__))
         self.function = function
         self.name = _name_of(function) if name is None else name
-        identity = hashlib.sha256((self.name + (_source_of(function) if name is None else "")).encode()).digest()
+        if identity is None:
+            identity = _identity_of(function) if name is None else name
+        digest = hashlib.sha256(identity.encode()).digest()
         # a buffer, so that it is part of the digest of the detector's weights, and says which device pictures come from
-        self.register_buffer("identity", torch.tensor(list(identity), dtype=torch.uint8))
+        self.register_buffer("identity", torch.tensor(list(digest), dtype=torch.uint8))
 
     def forward(self, images: torch.Tensor, value_range: tuple[float, float] = (0.0, 1.0)) -> torch.Tensor:
         """Refused: there are no logits.
@@ -150,8 +155,8 @@ def from_boxes(
         size = tuple(pictures.shape[2:])
         return torch.stack([torch.from_numpy(regions_to_map(regions, size, edge=edge)) for regions in found])
 
-    detector = FunctionDetector(maps, name=_name_of(function) + _source_of(function) if name is None else name)
-    detector.name = _name_of(function) if name is None else name
+    named = {"name": _name_of(function), "identity": _identity_of(function)} if name is None else {"name": name}
+    detector = FunctionDetector(maps, **named)
     return detector
 
 
@@ -267,9 +272,7 @@ def detector_from_file(source: str) -> FunctionDetector:
     if not callable(function):
         raise UserError(expected(source, "the name of a function in the file", repr(name)))
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    detector = FunctionDetector(function, name=f"{source} {digest}")
-    detector.name = source
-    return detector
+    return FunctionDetector(function, name=source, identity=f"{source} {digest}")
 
 
 def same_detector(one: nn.Module, other: nn.Module) -> bool:
@@ -326,8 +329,8 @@ def _name_of(function: Callable) -> str:
     return getattr(function, "__qualname__", type(function).__name__)
 
 
-def _source_of(function: Callable) -> str:
+def _identity_of(function: Callable) -> str:
     try:
-        return inspect.getsource(function)
+        return _name_of(function) + inspect.getsource(function)
     except (OSError, TypeError):
-        return ""
+        return _name_of(function)

@@ -13,8 +13,6 @@ import numpy as np
 from diffdoctor.runs.errors import UserError, check_least, expected, first_line
 from diffdoctor.version import __version__
 
-FORMATS = ("PNG", "JPEG", "WebP", "TIFF", "BMP", "GIF", "AVIF")
-
 
 @dataclasses.dataclass
 class ServeDetectorConfig:
@@ -95,7 +93,7 @@ class DetectorServer(ThreadingHTTPServer):
             )
 
     def _decode(self, body: bytes) -> np.ndarray:
-        from diffdoctor.data.codec import UnreadablePicture, decode
+        from diffdoctor.data.codec import FORMATS, UnreadablePicture, decode
 
         limit, too_large = self.config.max_pixels, []
 
