@@ -13,7 +13,8 @@ import torch
 from diffdoctor.cli import main
 from diffdoctor.detector import ConvDetector, PreprocessConfig
 from diffdoctor.detector.commands.diagnose import DiagnoseConfig, run_diagnose
-from diffdoctor.detector.commands.inject import InjectConfig, InjectStats, run_inject
+from diffdoctor.detector.commands.inject import InjectConfig, run_inject
+from diffdoctor.detector.damage.stats import InjectStats
 from diffdoctor.detector.models.preprocess import MAX_NETWORK_PIXELS
 from diffdoctor.detector.predict import in_batches
 from diffdoctor.runs.errors import UserError

@@ -1,25 +1,24 @@
 """`diffdoctor inject`: clean pictures in, labelled shards with exact masks out."""
 
-import array
 import collections
 import contextlib
 import dataclasses
 import hashlib
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from diffdoctor.data.pictures import shrink_to
-from diffdoctor.data.resumable import ResumableSet, State, work_folder
+from diffdoctor.data.resumable import ResumableSet, work_folder
 from diffdoctor.data.shard_writer import SHEET, check_options, refuse_no_set
 from diffdoctor.data.sources import Source, find_sources, read_source
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.damage.injection import MIN_SIDE, check_range
 from diffdoctor.detector.damage.kinds import damage_kinds
 from diffdoctor.detector.damage.plugins import load_plugins
+from diffdoctor.detector.damage.stats import Cursor, InjectStats
 from diffdoctor.detector.damage.versions import VersionOptions, labelled_versions
 from diffdoctor.runs.errors import UserError, check_least, expected
 from diffdoctor.runs.files import atomic_write_bytes, atomic_write_json, clear_leftovers
@@ -28,12 +27,8 @@ from diffdoctor.runs.progress import track
 from diffdoctor.runs.record import METRICS, RunFolder, versions
 from diffdoctor.runs.summary import print_summary
 from diffdoctor.runs.workers import ordered_map
-from diffdoctor.viz.draw import SHEET_TILE, contact_sheet
+from diffdoctor.viz.draw import contact_sheet
 
-# Of each kind, on the contact sheet.
-EXAMPLES = 6
-# Pictures due of each kind, below which their numbers say nothing.
-_SHARE = 8
 # Damaging a larger picture takes more than eight gigabytes.
 _MAX_PIXELS = 2**26
 
@@ -216,115 +211,6 @@ def _identity(config: InjectConfig, sources: list[Source], plugins: list[str]) -
         digest.update(repr((source.name, source.category, source.path.suffix, source.stamp())).encode())
     known = {"known kinds": damage_kinds(), "versions": versions()}
     return options | known | {"pictures": digest.hexdigest()}
-
-
-@dataclasses.dataclass
-class Cursor:
-    """How far the input was read: the picture, and what was skipped before it.
-
-    Attributes:
-        source: index of its source.
-        sample: index among the samples of this source.
-        index: index among the pictures that are used.
-        reasons: of `SkipCounts`.
-        examples: of `SkipCounts`.
-    """
-
-    source: int
-    sample: int
-    index: int
-    reasons: dict[str, int]
-    examples: dict[str, str]
-
-
-class InjectStats:
-    """Counts the samples, and keeps random examples of each kind for the contact sheet.
-
-    Args:
-        state: what `record` gave, to resume from.
-    """
-
-    def __init__(self, state: State | None = None):
-        account, arrays = state or ({}, {})
-        self.kinds, self.failed = Counter(account.get("kinds")), account.get("failed", 0)
-        self.skipped, self.areas = SkipCounts(), array.array("d", arrays.get("areas", ()))
-        # {kind: [(rank, (clean, damaged, mask))]}: of a random rank, so that every sample is equally likely to be kept.
-        self.sheet: dict[str, list[tuple]] = {}
-        for number, (kind, rank) in enumerate(account.get("sheet", ())):
-            tiles = tuple(arrays[f"tile-{number}-{part}"] for part in range(3))
-            self.sheet.setdefault(kind, []).append((rank, tiles))
-        # The picture to resume with, and how many of its versions are written.
-        self.cursor = Cursor(**account["cursor"]) if account else None
-        self.versions = account.get("versions", 0)
-
-    def count(self, samples: Iterator[tuple[Cursor, int, int, dict]]) -> Iterator[dict]:
-        """Count the samples and pass them on.
-
-        Args:
-            samples: (cursor, number of the picture's versions up to this one, number of failed versions before the
-                picture, sample).
-        """
-        for self.cursor, self.versions, self.failed_before, sample in samples:
-            clean = sample.pop("original")
-            self.kinds[sample["kind"] or "clean"] += 1
-            if sample["mask"].any():
-                self.areas.append(float((sample["mask"] >= 0.5).mean()))
-            if sample["kind"]:
-                self._show(clean, sample)
-            yield sample
-
-    def _show(self, clean: np.ndarray, sample: dict) -> None:
-        rank = hashlib.blake2b(sample["key"].encode(), digest_size=8).hexdigest()
-        shown = self.sheet.setdefault(sample["kind"], [])
-        if len(shown) < EXAMPLES or rank < shown[-1][0]:
-            mask = np.rint(sample["mask"] * 255).astype(np.uint8)
-            shown.append((rank, tuple(shrink_to(tile, SHEET_TILE) for tile in (clean, sample["picture"], mask))))
-            shown.sort(key=lambda entry: entry[0])
-            del shown[EXAMPLES:]
-
-    def record(self) -> State:
-        """The state after the sample that was counted last, for `ResumableSet`."""
-        shown = [(kind, *entry) for kind, entries in self.sheet.items() for entry in entries]
-        account = {
-            "kinds": dict(self.kinds),
-            "failed": self.failed_before,
-            "cursor": dataclasses.asdict(self.cursor),
-            "versions": self.versions,
-            "sheet": [(kind, rank) for kind, rank, _ in shown],
-        }
-        arrays = {"areas": np.array(self.areas)}
-        for number, (_, _, tiles) in enumerate(shown):
-            arrays |= {f"tile-{number}-{part}": tile for part, tile in enumerate(tiles)}
-        return account, arrays
-
-    def examples(self) -> dict[str, list[tuple]]:
-        """The examples of each kind, for `contact_sheet`."""
-        return {kind: [tiles for _, tiles in shown] for kind, shown in self.sheet.items()}
-
-    def rare_kinds(self, kinds: Sequence[str]) -> tuple[dict[str, int], float]:
-        """The kinds of damage that are below half of their share, with their counts, and the share.
-
-        Args:
-            kinds: that were drawn from.
-        """
-        counts = {kind: self.kinds.get(kind, 0) for kind in kinds}
-        share = (sum(counts.values()) + self.failed) / len(kinds)
-        return {kind: count for kind, count in counts.items() if share >= _SHARE and 2 * count < share}, share
-
-    def metrics(self, kinds: Sequence[str]) -> dict:
-        """The counts for metrics.json, of damage of these kinds."""
-        return {
-            "pictures": sum(self.kinds.values()),
-            "kinds": dict(sorted(self.kinds.items())),
-            "mask_area": {
-                name: float(np.quantile(self.areas, q)) if len(self.areas) else 0.0
-                for name, q in (("p05", 0.05), ("median", 0.5), ("p95", 0.95))
-            },
-            "rare_kinds": self.rare_kinds(kinds)[0],
-            "without_visible_damage": self.failed,
-            "skipped": self.skipped.reasons,
-            "skipped_examples": self.skipped.examples,
-        }
 
 
 def _samples(
