@@ -14,9 +14,9 @@ class TreatConfig:
 
     Attributes:
         method: draft_k (graph through the last grad_steps steps), draft_lv (one step from a re-noised result), drtune
-            (spaced steps, denoiser input detached), full (every step), nft (no gradient through VAE or detector: the
-            pictures are noised again, and the prediction is led away from them where they are flagged) or weighted (no
-            sampling: the offline term alone).
+            (spaced steps, denoiser input detached), full (every step), leap (two random steps joined by leaps),
+            nft (no gradient through VAE or detector: the pictures are noised again, and the prediction is led away from
+            them where they are flagged) or weighted (no sampling: the offline term alone).
         steps: optimisation steps. More steps continue a finished treatment where final_learning_rate is 1: with any
             other, what each step's rate was depends on how many there are.
         batch_size: pictures sampled per step, over all processes.
@@ -24,6 +24,8 @@ class TreatConfig:
         grad_steps: denoising steps that carry a gradient in draft_k and drtune; None: a quarter of sampling_steps.
         guidance_scale: of classifier-free guidance (or FLUX's embedded guidance); the same here as in evaluation.
         negative_prompt: what the negative prediction of classifier-free guidance is told; None: nothing.
+        leap_discount: leap: how much of the gradient passes through the second step's prediction to the first, in
+            [0, 1].
         cfg_grad: both, or cond to keep the negative prediction out of the graph.
         height: of the sampled pictures, in pixels; None: the pipeline's own.
         width: as height.
@@ -101,6 +103,7 @@ class TreatConfig:
     batch_size: int = 32
     sampling_steps: int = 10
     grad_steps: int | None = None
+    leap_discount: float = 0.3
     guidance_scale: float = 1.0
     negative_prompt: str | None = None
     cfg_grad: str = "both"
@@ -166,6 +169,8 @@ class TreatConfig:
                 raise UserError(expected(name, f"one of {', '.join(allowed)}", repr(getattr(self, name))))
         for field in fields(self):
             _check_bounds(field.name, field.type.removesuffix(" | None"), getattr(self, field.name))
+        if self.method == "leap" and self.sampling_steps < 2:
+            raise UserError(expected("sampling_steps", "at least 2 for leap", self.sampling_steps))
         if self.attention_backend == "":
             raise UserError(expected("attention_backend", "a name, or None for the pipeline's own", "''"))
 
@@ -225,6 +230,7 @@ _BOUNDS = {
     "rank": (1, None),
     "evaluate_pictures": (2, None),
     "ema_decay": (0, 1),
+    "leap_discount": (0, 1),
     "old_decay": (0, 1),
     "nft_clean": (-math.inf, None),
     "nft_artifact": (-math.inf, None),

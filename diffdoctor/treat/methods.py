@@ -1,4 +1,4 @@
-"""What a treatment learns from its own pictures: `draft_k`, `draft_lv`, `drtune`, `full`, `nft`, `weighted`.
+"""What a treatment learns from its own pictures: `draft_k`, `draft_lv`, `drtune`, `full`, `leap`, `nft`, `weighted`.
 
 A method takes the pictures to replay, runs backward and returns their loss. One graph is used up before the next is
 made. A further method is a function and a line in `METHODS`.
@@ -65,17 +65,23 @@ class Replay:
 
     def final_latents(self, **options) -> torch.Tensor:
         """Final latents (M, C, h, w) with a graph: `rollout.replay` with its options, modulated by the maps."""
-        config = self.config
-        modulator = GradientModulator(artifact_grad=config.artifact_grad, clean_grad=config.clean_grad)
-        modulator.set(self.confidence)
         return replay(
             self.sampling,
             self.rollout,
             self.index,
-            modulate_output=modulator if config.modulate == "output" else None,
-            modulate_latents=modulator if config.modulate == "latents" else None,
+            modulate_output=self.modulator("output"),
+            modulate_latents=self.modulator("latents"),
             **options,
         )
+
+    def modulator(self, where: str) -> GradientModulator | None:
+        """What the gradient passes at the denoiser's output or between steps; None where the options have none there."""
+        config = self.config
+        if config.modulate != where:
+            return None
+        modulator = GradientModulator(artifact_grad=config.artifact_grad, clean_grad=config.clean_grad)
+        modulator.set(self.confidence)
+        return modulator
 
     def descend(self, latents: torch.Tensor, repeats: int = 1) -> float:
         """Decode and diagnose final latents with a graph, and run backward through all of it.
@@ -150,6 +156,46 @@ def draft_lv(batch: Replay) -> float:
     return loss
 
 
+def leap_steps(steps: int, generator: torch.Generator) -> tuple[int, int]:
+    """Two of the steps, every pair equally likely, the earlier one first."""
+    first, second = sorted(torch.randperm(steps, generator=generator)[:2].tolist())
+    return first, second
+
+
+def leap(batch: Replay) -> float:
+    """Two random steps carry a gradient, joined by leaps: the first leads to the second, the second to the picture.
+
+    A leap follows the prediction in one step however far it is. Where it lands is replaced by what the roll-out had
+    there, so that the value is the roll-out's and the gradient the leap's; of the gradient that comes down through the
+    second prediction `leap_discount` is kept. Early steps are taught at the cost of two predictions (LeapAlign, arXiv
+    2604.15311, without its weights of trajectories). For other than flow schedulers the leap is DDIM's.
+    """
+    sampling, rollout = batch.sampling, batch.rollout
+    sampler, conditioning = sampling.sampler, rollout.conditioning.rows(batch.index)
+    first, second = sorted(rollout.latents)
+    index = batch.index.to(rollout.final.device)
+    start, middle, end = (
+        latents.index_select(0, index) for latents in (rollout.latents[first], rollout.latents[second], rollout.final)
+    )
+    modulate_output, modulate_latents = batch.modulator("output"), batch.modulator("latents")
+
+    def land(leapt, actual):
+        joined = leapt + (actual - leapt).detach()
+        return joined if modulate_latents is None else modulate_latents(joined)
+
+    def denoised(latents, model_input, step):
+        prediction = sampling.predict(sampler.model_input(model_input, step), step, conditioning)
+        if modulate_output is not None:
+            prediction = modulate_output(prediction)
+        return sampler.denoised(prediction, step, latents)
+
+    clean = denoised(start, start, first)
+    noise = sampler.noise_of(clean, start, first)
+    middle = land(sampler.renoised(clean, noise, second), middle)
+    model_input = torch.lerp(middle.detach(), middle, batch.config.leap_discount)
+    return batch.descend(land(denoised(middle, model_input, second), end))
+
+
 def nft(batch: Replay) -> float:
     """The final latents are noised to random times, and the prediction there is moved against an old one.
 
@@ -200,7 +246,8 @@ class Method:
     Attributes:
         run: replays a batch, runs backward and returns the loss; None: the method samples nothing, and the offline
             term is all there is.
-        checkpointed_steps: from (config, sampling steps) to the steps before which the roll-out stores its state.
+        checkpointed_steps: from (config, sampling steps, generator of the method's random choices) to the steps before
+            which the roll-out stores its state.
         needs_gradient: whether a gradient passes through the detector. Without one there is nothing to learn from a
             map that is the same everywhere.
         has_old: whether old predictions are asked for.
@@ -209,7 +256,7 @@ class Method:
     """
 
     run: Callable[[Replay], float] | None
-    checkpointed_steps: Callable[[TreatConfig, int], tuple[int, ...]]
+    checkpointed_steps: Callable[[TreatConfig, int, torch.Generator], tuple[int, ...]]
     needs_gradient: bool = True
     has_old: bool = False
     offline_weight: float = 2.0
@@ -222,12 +269,13 @@ class Method:
 
 
 METHODS = {
-    "draft_k": Method(draft_k, lambda config, steps: (steps - graph_step_count(config.grad_steps, steps),)),
-    "draft_lv": Method(draft_lv, lambda config, steps: (steps - 1,)),
-    "drtune": Method(drtune, lambda config, steps: (0,)),
-    "full": Method(full, lambda config, steps: (0,)),
+    "draft_k": Method(draft_k, lambda config, steps, _: (steps - graph_step_count(config.grad_steps, steps),)),
+    "draft_lv": Method(draft_lv, lambda config, steps, _: (steps - 1,)),
+    "drtune": Method(drtune, lambda config, steps, _: (0,)),
+    "full": Method(full, lambda config, steps, _: (0,)),
+    "leap": Method(leap, lambda config, steps, generator: leap_steps(steps, generator)),
     "nft": Method(
-        nft, lambda config, steps: (), needs_gradient=False, has_old=True, offline_weight=0.1, needs_pairs=False
+        nft, lambda config, steps, _: (), needs_gradient=False, has_old=True, offline_weight=0.1, needs_pairs=False
     ),
-    "weighted": Method(None, lambda config, steps: (), needs_gradient=False, offline_weight=1.0),
+    "weighted": Method(None, lambda config, steps, _: (), needs_gradient=False, offline_weight=1.0),
 }

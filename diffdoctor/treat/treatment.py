@@ -279,7 +279,8 @@ class Treatment:
     def _online(self, step: int) -> tuple[float, int]:
         """Backward through this process's sampled pictures; returns their loss and how many were replayed."""
         config, drawing = self.config, self.drawing
-        keep = self.method.checkpointed_steps(config, len(self.sampling.sampler))
+        seed = seed_of(config.seed, Purpose.METHOD, step)
+        keep = self.method.checkpointed_steps(config, len(self.sampling.sampler), torch.Generator().manual_seed(seed))
         loss, replayed = 0.0, 0
         for numbers in chunks(self.processes.share(config.batch_size), drawing.chunk):
             seeds = [seed_of(config.seed, Purpose.PICTURES, step, i) for i in numbers]
@@ -287,7 +288,7 @@ class Treatment:
             rollout = drawing.roll_out(rows, seeds, keep)
             _, confidence = drawing.diagnose(rollout)
             # the method's choices are those of the step, whatever the part of the batch
-            generator = torch.Generator().manual_seed(seed_of(config.seed, Purpose.METHOD, step))
+            generator = torch.Generator().manual_seed(seed)
             part, count = artifact_term(
                 self.sampling,
                 rollout,

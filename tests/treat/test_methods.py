@@ -62,7 +62,7 @@ class Bench:
         config = TreatConfig(
             method=method, grad_steps=grad_steps, guidance_scale=self.scale, replay_area=0.0, **options
         )
-        keep = METHODS[method].checkpointed_steps(config, STEPS)
+        keep = METHODS[method].checkpointed_steps(config, STEPS, torch.Generator().manual_seed(seed))
         sampling = self.sampling(config.cfg_grad)
         rollout = roll_out(sampling, self.conditioning, self.latents, self.generators, keep=keep)
         _, confidence = sampling.diagnose(rollout.final)
@@ -204,6 +204,29 @@ def test_draft_lv(bench):
     assert_same(ours, bench.gradient(total))
 
 
+@pytest.mark.parametrize("discount", [0.0, 0.3, 1.0])
+def test_leap(bench, discount):
+    seed = 4
+    loss, ours, _ = bench.ours("leap", None, seed=seed, modulate="none", leap_discount=discount)
+    first, second = sorted(torch.randperm(STEPS, generator=torch.Generator().manual_seed(seed))[:2].tolist())
+    assert first < second - 1
+    drawn = [bench.latents]
+    with torch.no_grad():
+        for step in range(STEPS):
+            drawn.append(bench.next_latents(drawn[-1], bench.velocity(drawn[-1], step), step))
+    alpha, sigma = bench.alpha_sigma(first)
+    velocity = bench.velocity(drawn[first], first)
+    clean, noise = alpha * drawn[first] - sigma * velocity, alpha * velocity + sigma * drawn[first]
+    alpha, sigma = bench.alpha_sigma(second)
+    leapt = alpha * clean + sigma * noise
+    middle = leapt + (drawn[second] - leapt).detach()
+    velocity = bench.velocity(discount * middle + (1 - discount) * middle.detach(), second)
+    leapt = alpha * middle - sigma * velocity
+    theirs = bench.loss(leapt + (drawn[-1] - leapt).detach())
+    assert abs(loss - float(theirs)) < 1e-5
+    assert_same(ours, bench.gradient(theirs))
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"nft_clean": 0.5, "nft_artifact": -2.0, "nft_repeats": 2}, {"anchor_weight": 0.7}, {"map_source": "uniform"}],
@@ -274,11 +297,12 @@ def test_shuffled_maps_bring_another_pictures_gradient():
 
 def test_step_counts():
     def checkpointed_steps(method, grad_steps, steps):
-        return METHODS[method].checkpointed_steps(TreatConfig(grad_steps=grad_steps), steps)
+        return METHODS[method].checkpointed_steps(TreatConfig(grad_steps=grad_steps), steps, torch.Generator())
 
     assert [graph_step_count(None, steps) for steps in (1, 4, 10, 20)] == [1, 1, 3, 5]
     assert graph_step_count(9, 4) == 4
     assert checkpointed_steps("draft_k", 3, 10) == (7,)
     assert checkpointed_steps("draft_lv", 3, 10) == (9,)
     assert checkpointed_steps("drtune", 3, 10) == checkpointed_steps("full", None, 10) == (0,)
+    assert {checkpointed_steps("leap", None, 2) for _ in range(5)} == {(0, 1)}
     assert checkpointed_steps("weighted", None, 10) == checkpointed_steps("nft", None, 10) == ()
