@@ -14,11 +14,17 @@ if TYPE_CHECKING:
     from diffdoctor.ops.layout import Packed as Packed
     from diffdoctor.ops.modulate_gradient import GradientModulator as GradientModulator
     from diffdoctor.ops.modulate_gradient import modulate_gradient as modulate_gradient
+    from diffdoctor.ops.policy_loss import policy_log_prob as policy_log_prob
+    from diffdoctor.ops.policy_loss import policy_loss as policy_loss
+    from diffdoctor.ops.policy_steps import ddim_coefs as ddim_coefs
+    from diffdoctor.ops.policy_steps import flow_sde_coefs as flow_sde_coefs
+    from diffdoctor.ops.policy_steps import group_advantages as group_advantages
     from diffdoctor.ops.preference import dpo_loss as dpo_loss
     from diffdoctor.ops.schedules import huber_schedule as huber_schedule
     from diffdoctor.ops.schedules import prior_preservation_weights as prior_preservation_weights
     from diffdoctor.ops.schedules import snr_weights as snr_weights
     from diffdoctor.ops.stats import LossStats as LossStats
+    from diffdoctor.ops.stats import PolicyStats as PolicyStats
     from diffdoctor.ops.target import Target as Target
     from diffdoctor.ops.weighted_loss import weighted_loss as weighted_loss
 
@@ -28,7 +34,7 @@ OPS = {
     "modulate_gradient": "weighted_loss",
     "artifact_loss": "artifact_loss",
 }
-_HELPERS = ("layout", "preference", "schedules", "stats", "target")
+_HELPERS = ("layout", "policy_loss", "policy_steps", "preference", "schedules", "stats", "target")
 
 
 def public() -> dict[str, object]:

@@ -139,21 +139,27 @@ def check_target(target, model_pred: Tensor, layout) -> None:
     """A tensor of model_pred's shape, under a layout also of its unpacked shape, or a Target of such terms."""
     if not isinstance(target, (Tensor, Target)):
         raise kind_error("target", "a tensor or a diffdoctor.Target", target)
-    allowed = [tuple(model_pred.shape)]
-    if layout is not None:
-        allowed.append(grid_shape(model_pred, layout))
     for term in (target,) if isinstance(target, Tensor) else target.terms:
-        check_dtype("target", term, FLOATS)
-        if tuple(term.shape) not in allowed:
-            shown = " or ".join(map(str, allowed))
-            raise value_error("target", f"model_pred's shape {shown}", tuple(term.shape))
-        check_input("target", term, model_pred)
+        check_like("target", term, model_pred, layout)
     if isinstance(target, Target):
         for value in (*target.coefs, *(target.artifact_coefs or ()), target.pred_scale):
             if isinstance(value, Tensor):
                 check_per_sample("target's factor", value, model_pred)
             else:
                 check_number("target's factor", value)
+
+
+def check_like(name: str, value, model_pred: Tensor, layout) -> None:
+    """A tensor of model_pred's shape, under a layout also of its unpacked shape; its dtype is its own."""
+    if not isinstance(value, Tensor):
+        raise kind_error(name, "a tensor", value)
+    check_dtype(name, value, FLOATS)
+    allowed = [tuple(model_pred.shape)]
+    if layout is not None:
+        allowed.append(grid_shape(model_pred, layout))
+    if tuple(value.shape) not in allowed:
+        raise value_error(name, f"model_pred's shape {' or '.join(map(str, allowed))}", tuple(value.shape))
+    check_input(name, value, model_pred)
 
 
 def check_per_sample(name: str, value: Tensor, model_pred: Tensor) -> None:

@@ -25,21 +25,21 @@ def _check_positive(name: str, value, finite: bool) -> None:
         raise value_error(name, f"a positive{' and finite' if finite else ''} number", value)
 
 
-def _gather(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
-    """The table's values at the timesteps, as arithmetic on them is done."""
-    for name, value in (("timesteps", timesteps), ("alphas_cumprod", alphas_cumprod)):
+def gather(table: Tensor, index: Tensor, names: tuple[str, str] = ("alphas_cumprod", "timesteps")) -> Tensor:
+    """A table's values at an index, as arithmetic on them is done; errors call both by `names`."""
+    for name, value in reversed(list(zip(names, (table, index), strict=True))):
         if not isinstance(value, Tensor):
             raise kind_error(name, "a tensor", value)
-    if timesteps.is_floating_point() or timesteps.is_complex() or timesteps.dtype == torch.bool:
-        raise TypeError(expected("timesteps", "integers that index alphas_cumprod", timesteps.dtype))
-    if alphas_cumprod.ndim != 1:
-        raise value_error("alphas_cumprod", "shape (steps,)", tuple(alphas_cumprod.shape))
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise TypeError(expected(names[1], f"integers that index {names[0]}", index.dtype))
+    if table.ndim != 1:
+        raise value_error(names[0], "shape (steps,)", tuple(table.shape))
     # Moving the table is one small copy; schedulers keep it on the CPU. An index of uint8 is a mask, of int16 refused.
-    table = alphas_cumprod.float() if timesteps.device.type == "mps" else alphas_cumprod
-    return widest(table.to(timesteps.device, non_blocking=True)[timesteps.long()])
+    table = table.float() if index.device.type == "mps" else table
+    return widest(table.to(index.device, non_blocking=True)[index.long()])
 
 
-def _result_dtype(dtype: torch.dtype | None, *given: Tensor) -> torch.dtype:
+def result_dtype(dtype: torch.dtype | None, *given: Tensor) -> torch.dtype:
     """What a helper returns: the dtype that was asked for, else the accumulation dtype of what it is made of."""
     if dtype is None:
         return torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
@@ -76,8 +76,8 @@ def snr_weights(
     """
     check_choice("prediction_type", prediction_type, _PREDICTION_TYPES)
     _check_positive("gamma", gamma, finite=False)
-    a = _gather(alphas_cumprod, timesteps)
-    result = _result_dtype(dtype, alphas_cumprod)
+    a = gather(alphas_cumprod, timesteps)
+    result = result_dtype(dtype, alphas_cumprod)
     # Infinite quotients are right here, and a minimum takes them away; 0 / 0 and 0 * infinity do not occur.
     if prediction_type == "v_prediction":
         weights = a if math.isinf(gamma) else torch.minimum(a, gamma * (1 - a))
@@ -110,7 +110,7 @@ def prior_preservation_weights(
         raise kind_error("batch_size", "an int", batch_size)
     if batch_size < 0 or batch_size % 2:
         raise value_error("batch_size", "an even number (instance and class halves)", batch_size)
-    weights = torch.full((batch_size,), 2.0, dtype=_result_dtype(dtype), device=device)
+    weights = torch.full((batch_size,), 2.0, dtype=result_dtype(dtype), device=device)
     weights[batch_size // 2 :] = 2.0 * prior_loss_weight
     return weights
 
@@ -151,15 +151,15 @@ def huber_schedule(
     _check_positive("huber_c", huber_c, finite=True)
     if not isinstance(timesteps, Tensor):
         raise kind_error("timesteps", "a tensor", timesteps)
-    result = _result_dtype(dtype, timesteps)
+    result = result_dtype(dtype, timesteps)
     if schedule == "constant":
         return torch.full(timesteps.shape, huber_c * huber_scale, dtype=result, device=timesteps.device)
     if schedule == "exponential":
         return (torch.exp(widest(timesteps) * (math.log(huber_c) / num_train_timesteps)) * huber_scale).to(result)
     if alphas_cumprod is None:
         raise value_error("alphas_cumprod", 'a tensor for schedule "snr"', None)
-    a = _gather(alphas_cumprod, timesteps)
-    result = _result_dtype(dtype, alphas_cumprod)
+    a = gather(alphas_cumprod, timesteps)
+    result = result_dtype(dtype, alphas_cumprod)
     # 1 / (1 + s) = sqrt(a) / (sqrt(a) + sqrt(1 - a)), which is 0 at a = 0.
     signal = a.sqrt()
     return ((1 - huber_c) * (signal / (signal + (1 - a).sqrt())).square() + huber_c).to(result)

@@ -1,4 +1,4 @@
-"""What `return_stats=True` adds to a weighted loss."""
+"""What `return_stats=True` adds to a loss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["LossStats"]
+__all__ = ["LossStats", "PolicyStats"]
 
 
 @dataclass
@@ -54,3 +54,35 @@ class LossStats:
             map_nan=map_nan,
             map_outside=map_outside,
         )
+
+
+@dataclass
+class PolicyStats:
+    """Detached tensors () on the loss's device; reading one on a GPU is what synchronises.
+
+    A pixel is counted where its mask and its sample's sigma are not 0. At level "sample" a pixel has the ratio of its
+    sample.
+
+    Attributes:
+        ratio: mean of the counted pixels' ratios; 0 where none is counted, as those below.
+        ratio_max: the largest of them.
+        clipped: share of the counted pixels whose gradient the clipping takes away.
+        kl: mean KL divergence from ref_pred's policy, before kl_weight; 0 without a ref_pred.
+        nonfinite: int64, how many counted pixels have a loss that is not finite or an advantage that is NaN (and is
+            taken as 0).
+    """
+
+    ratio: Tensor
+    ratio_max: Tensor
+    clipped: Tensor
+    kl: Tensor
+    nonfinite: Tensor
+
+    @classmethod
+    def from_sums(cls, sums: Tensor) -> PolicyStats:
+        """From the per-sample sums (B, 6) that every backend fills."""
+        counted, ratio, _, clipped, kl, nonfinite = sums.sum(0).unbind()
+        some = counted.clamp(min=1)
+        # A row of 0 in front: an empty batch has no largest.
+        ratio_max = torch.cat([sums.new_zeros(1), sums[:, 2]]).amax()
+        return cls(ratio / some, ratio_max, clipped / some, kl / some, nonfinite.to(torch.int64))

@@ -1,0 +1,203 @@
+"""The public `policy_loss` and `policy_log_prob`: the clipped policy loss of a sampling step, pixel by pixel."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from diffdoctor import reference
+from diffdoctor.backends.select import pick, requested
+from diffdoctor.ops import checks
+from diffdoctor.ops.autograd import guard_reference, refuse_forward_mode, refuse_functorch
+from diffdoctor.ops.layout import Packed
+from diffdoctor.ops.observed import unrecorded
+from diffdoctor.ops.policy_arguments import PolicyInputs, PolicyOptions, check_inputs, check_step, log_prob_shape
+from diffdoctor.ops.stats import PolicyStats
+from diffdoctor.reference.grid import accumulation_dtype
+
+__all__ = ["policy_log_prob", "policy_loss"]
+
+Number = float | Tensor
+
+
+@overload
+def policy_loss(
+    model_pred: Tensor,
+    latents: Tensor,
+    next_latents: Tensor,
+    old_log_prob: Tensor | None,
+    advantage: Tensor,
+    *,
+    coefs: tuple[Number, Number, Number],
+    clip_range: tuple[float, float] = ...,
+    advantage_clip: float | None = None,
+    mask: Tensor | None = None,
+    ref_pred: Tensor | None = None,
+    kl_weight: float = 0.0,
+    interpolation: str = "area",
+    level: str = "pixel",
+    reduction: str = "mean",
+    layout: Packed | None = None,
+    return_stats: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def policy_loss(
+    model_pred: Tensor,
+    latents: Tensor,
+    next_latents: Tensor,
+    old_log_prob: Tensor | None,
+    advantage: Tensor,
+    *,
+    coefs: tuple[Number, Number, Number],
+    clip_range: tuple[float, float] = ...,
+    advantage_clip: float | None = None,
+    mask: Tensor | None = None,
+    ref_pred: Tensor | None = None,
+    kl_weight: float = 0.0,
+    interpolation: str = "area",
+    level: str = "pixel",
+    reduction: str = "mean",
+    layout: Packed | None = None,
+    return_stats: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, PolicyStats]: ...
+def policy_loss(
+    model_pred: Tensor,
+    latents: Tensor,
+    next_latents: Tensor,
+    old_log_prob: Tensor | None,
+    advantage: Tensor,
+    *,
+    coefs: tuple[Number, Number, Number],
+    clip_range: tuple[float, float] = (1e-4, 1e-4),
+    advantage_clip: float | None = None,
+    mask: Tensor | None = None,
+    ref_pred: Tensor | None = None,
+    kl_weight: float = 0.0,
+    interpolation: str = "area",
+    level: str = "pixel",
+    reduction: str = "mean",
+    layout: Packed | None = None,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, PolicyStats]:
+    """PPO's clipped policy loss of one stochastic sampling step, with a ratio and an advantage for every pixel.
+
+    The step drew next_latents from N(mu, sigma^2) with mu = a * latents + b * model_pred. With lp the mean over
+    channels of -(next_latents - mu)^2 / (2 sigma^2), the ratio r = exp(lp - old_log_prob) and A the advantage, a
+    pixel's loss is max(-A r, -A clip(r, 1 - low, 1 + high)) + kl_weight * (mean over channels of
+    (mu - mu_ref)^2 / (2 sigma^2)), times its mask; a sample's loss is the mean over its pixels. All arithmetic is fp32
+    (fp64 for fp64). It is the loss of Flow-GRPO (arXiv 2505.05470), DanceGRPO (2505.07818) and DDPO (2305.13301) at
+    level "sample", and that of localised rewards (SDG, 2606.06113; ImageDoctor, 2510.01010) at level "pixel";
+    docs/ops.md has each.
+
+    Args:
+        model_pred: (B, C, H, W), (B, C, T, H, W), or tokens (B, N, D); fp32, bf16, fp16 or fp64; any strides. The
+            only argument that gets a gradient.
+        latents: what the step started from, in model_pred's shape (a dtype of its own is fine; under a layout also
+            (B, C, H, W)).
+        next_latents: what it drew, likewise.
+        old_log_prob: what `policy_log_prob` gave at roll-out: fp32 (B, 1, H, W), for video (B, 1, T, H, W), for tokens
+            without a layout (B, N); at level "sample" also its means (B,). None: the policy that is trained drew
+            the step, so that the ratio is 1.
+        advantage: (B,), or a map of any size in the shapes of `weighted_loss`'s confidence; signed, floating point. A
+            NaN counts as 0; where it is 0 the policy's term is left out.
+        coefs: (a, b, sigma), each a number or a (B,) tensor: `flow_sde_coefs`, `ddim_coefs`. A sample whose sigma is 0
+            (a deterministic step) contributes 0.
+        clip_range: (low, high), how far below and above 1 a ratio counts; low in [0, 1], high at least 0.
+        advantage_clip: advantages are clamped to [-advantage_clip, advantage_clip]; None: they are not.
+        mask: a region to train on, shapes and types as `weighted_loss`'s; it multiplies a pixel's loss, and weights
+            the pixel in the mean that makes a sample's lp.
+        ref_pred: the reference model's prediction, like model_pred, for the KL divergence.
+        kl_weight: of the KL divergence; at least 0; needs a ref_pred.
+        interpolation: from a map's size to the grid: area | bilinear | nearest | nearest-exact.
+        level: "pixel": each pixel has a ratio of its own. "sample": a sample has one, from the mean of lp over its
+            pixels; the advantage may still be a map.
+        reduction: "mean" -> (), "sample" -> (B,), "sum" over all pixels -> ().
+        layout: `Packed` where model_pred holds packed tokens; maps are then on the unpacked latents' grid.
+        return_stats: also return a `PolicyStats` of device tensors.
+        backend: cuda | triton | cpu | reference; None takes the fastest (or DIFFDOCTOR_BACKEND).
+
+    Returns:
+        The loss, fp32 (fp64 for fp64), or (loss, PolicyStats).
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: a shape, device, name or number that cannot be; an argument beside model_pred that requires a
+            gradient; a kl_weight without a ref_pred.
+        RuntimeError: the backend asked for cannot serve (`BackendUnavailable`); torch.func transforms; a second
+            derivative.
+
+    Example:
+        >>> coefs = diffdoctor.flow_sde_coefs(scheduler.sigmas, step, eta=0.7)
+        >>> loss = diffdoctor.policy_loss(model_pred, latents, next_latents, old_log_prob, advantage, coefs=coefs)
+        >>> loss.backward()
+    """
+    options = PolicyOptions(clip_range, advantage_clip, kl_weight, interpolation, level, reduction, layout)
+    inputs = PolicyInputs(model_pred, latents, next_latents, old_log_prob, advantage, coefs, mask, ref_pred)
+    unrecorded(check_inputs, inputs, options)
+    checks.check_bool("return_stats", return_stats)
+    refuse_functorch("policy_loss")
+    refuse_forward_mode("policy_loss", model_pred, latents, next_latents, ref_pred)
+    pick(requested(backend), "policy_loss", model_pred.device.type)
+    return _run_reference(inputs, options, return_stats)
+
+
+def _run_reference(inputs: PolicyInputs, options: PolicyOptions, return_stats: bool):
+    guarded = inputs._replace(model_pred=guard_reference(inputs.model_pred, "policy_loss"))
+    if inputs.model_pred.numel() == 0:
+        return _empty(guarded.model_pred, options.reduction, return_stats)
+    result = reference.policy_loss(**guarded._asdict(), **vars(options), return_sums=return_stats)
+    return (result[0], PolicyStats.from_sums(result[1])) if return_stats else result
+
+
+def _empty(model_pred: Tensor, reduction: str, return_stats: bool):
+    """The result of an empty tensor: 0, connected to the graph."""
+    flat = model_pred.flatten(1).to(accumulation_dtype(model_pred.dtype))
+    loss = flat.sum(1) if reduction == "sample" else flat.sum()
+    return (loss, PolicyStats.from_sums(flat.new_zeros(flat.shape[0], 6))) if return_stats else loss
+
+
+def policy_log_prob(
+    model_pred: Tensor,
+    latents: Tensor,
+    next_latents: Tensor,
+    *,
+    coefs: tuple[Number, Number, Number],
+    layout: Packed | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Each pixel's log-probability of a drawn step, as `policy_loss` takes it for old_log_prob; without a gradient.
+
+    The mean over channels of -(next_latents - mu)^2 / (2 sigma^2). The constants of a normal density are left out: they
+    cancel in a ratio. A trainer that stores one number per sample takes its mean over the pixels.
+
+    Args:
+        model_pred: as `policy_loss`'s.
+        latents: likewise.
+        next_latents: likewise.
+        coefs: likewise; 0 comes where sigma is 0.
+        layout: likewise.
+        backend: likewise.
+
+    Returns:
+        (B, 1, H, W), for video (B, 1, T, H, W), for tokens without a layout (B, N); fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: a shape, device or number that cannot be.
+        RuntimeError: the backend asked for cannot serve; torch.func transforms.
+    """
+    checks.check_layout(layout)
+    model_pred = model_pred.detach() if isinstance(model_pred, Tensor) else model_pred
+    unrecorded(check_step, model_pred, latents, next_latents, coefs, layout)
+    refuse_functorch("policy_log_prob")
+    pick(requested(backend), "policy_loss", model_pred.device.type)
+    if model_pred.numel() == 0:
+        shape = log_prob_shape(model_pred, layout)
+        return model_pred.new_zeros(shape, dtype=accumulation_dtype(model_pred.dtype))
+    with torch.no_grad():
+        return reference.policy_log_prob(model_pred, latents, next_latents, coefs=coefs, layout=layout)
