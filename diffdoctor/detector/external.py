@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import inspect
 import io
 import json
 import math
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
+from diffdoctor.runs.functions import function_from_file, identity_of, name_of
 from diffdoctor.training.weights import weights_digest
 
 Region = tuple[Sequence, float]
@@ -52,9 +50,9 @@ class FunctionDetector(nn.Module):
         if not callable(function):
             raise TypeError(expected("function", "a function of pictures", type(function).__name__))
         self.function = function
-        self.name = _name_of(function) if name is None else name
+        self.name = name_of(function) if name is None else name
         if identity is None:
-            identity = _identity_of(function) if name is None else name
+            identity = identity_of(function) if name is None else name
         digest = hashlib.sha256(identity.encode()).digest()
         # a buffer, so that it is part of the digest of the detector's weights, and says which device pictures come from
         self.register_buffer("identity", torch.tensor(list(digest), dtype=torch.uint8))
@@ -155,7 +153,7 @@ def from_boxes(
         size = tuple(pictures.shape[2:])
         return torch.stack([torch.from_numpy(regions_to_map(regions, size, edge=edge)) for regions in found])
 
-    named = {"name": _name_of(function), "identity": _identity_of(function)} if name is None else {"name": name}
+    named = {"name": name_of(function), "identity": identity_of(function)} if name is None else {"name": name}
     detector = FunctionDetector(maps, **named)
     return detector
 
@@ -256,23 +254,10 @@ def detector_from_file(source: str) -> FunctionDetector:
     Raises:
         UserError: there is no such file or function, or the file cannot be run.
     """
-    path, _, name = source.rpartition(":")
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"{source}: no such file")
-    spec = importlib.util.spec_from_file_location(f"_diffdoctor_detector_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{file}: cannot be run ({type(error).__name__}: {first_line(error)})") from error
-    function = getattr(module, name, None)
+    function, identity = function_from_file(source)
     if isinstance(function, FunctionDetector):  # made by from_boxes, or an HttpDetector
         return function
-    if not callable(function):
-        raise UserError(expected(source, "the name of a function in the file", repr(name)))
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return FunctionDetector(function, name=source, identity=f"{source} {digest}")
+    return FunctionDetector(function, name=source, identity=identity)
 
 
 def same_detector(one: nn.Module, other: nn.Module) -> bool:
@@ -323,14 +308,3 @@ def _grey(body: bytes, size: tuple[int, int]) -> np.ndarray:
         maps = torch.from_numpy(values)[None, None]
         values = F.interpolate(maps, size, mode="bilinear", align_corners=False)[0, 0].numpy()
     return values
-
-
-def _name_of(function: Callable) -> str:
-    return getattr(function, "__qualname__", type(function).__name__)
-
-
-def _identity_of(function: Callable) -> str:
-    try:
-        return _name_of(function) + inspect.getsource(function)
-    except (OSError, TypeError):
-        return _name_of(function)

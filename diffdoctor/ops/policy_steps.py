@@ -117,6 +117,13 @@ def ddim_coefs(
     before = timesteps.long() - len(alphas_cumprod) // num_inference_steps
     final = torch.as_tensor(final_alpha_cumprod, dtype=current.dtype).to(current.device, non_blocking=True)
     after = torch.where(before >= 0, gather(alphas_cumprod, before.clamp(min=0)), final)
+    a, b, sigma = ddim_step(current, after, eta, prediction_type)
+    result = result_dtype(dtype, alphas_cumprod)
+    return a.to(result), b.to(result), sigma.to(result)
+
+
+def ddim_step(current: Tensor, after: Tensor, eta: float, prediction_type: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(a, b, sigma) of a DDIM step between two values of alphas_cumprod, which are not checked; see `ddim_coefs`."""
     variance = eta**2 * ((1 - after) / (1 - current) * (1 - current / after)).clamp(min=0)
     noise = (1 - after - variance).clamp(min=0).sqrt()  # how much of the predicted noise stays
     if prediction_type == "epsilon":
@@ -126,8 +133,7 @@ def ddim_coefs(
     else:
         a = (after * current).sqrt() + noise * (1 - current).sqrt()
         b = noise * current.sqrt() - (after * (1 - current)).sqrt()
-    result = result_dtype(dtype, alphas_cumprod)
-    return a.to(result), b.to(result), variance.sqrt().to(result)
+    return a, b, variance.sqrt()
 
 
 def group_advantages(

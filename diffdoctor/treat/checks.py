@@ -66,6 +66,16 @@ def check_start(lora: str | Path | None, config: TreatConfig) -> None:
             raise UserError(expected(field.name, "none with lora, whose own is kept", repr(value)))
 
 
+def check_reward(reward, config: TreatConfig) -> None:
+    """Refuse a reward that would have no effect.
+
+    Raises:
+        UserError: for another method than grpo.
+    """
+    if reward is not None and not METHODS[config.method].draws_groups:
+        raise UserError(expected("reward", f"none with method {config.method}, since grpo alone has one", "a function"))
+
+
 def check_negative_prompt(family: Family, prompt: str | None, guidance_scale: float) -> None:
     """Refuse a negative prompt that would have no effect.
 
@@ -113,6 +123,9 @@ def check_even_batches(config: TreatConfig, processes: Processes) -> None:
         UserError: if a batch cannot be dealt out evenly.
     """
     for name in ("batch_size", "offline_batch_size"):
-        value = getattr(config, name)
-        if value is not None and value % processes.count:
-            raise UserError(expected(name, f"with FSDP a multiple of the {processes.count} processes", value))
+        value, unit = getattr(config, name), 1
+        if name == "batch_size" and METHODS[config.method].draws_groups:
+            unit = config.group_size
+        if value is not None and value % (processes.count * unit):
+            what = f"with FSDP a multiple of the {processes.count} processes"
+            raise UserError(expected(name, what if unit == 1 else f"{what} times group_size {unit}", value))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diffdoctor.data.prompts import read_prompt_file
 from diffdoctor.runs.errors import UserError, expected, missing_extra
+from diffdoctor.runs.functions import function_from_file
 from diffdoctor.runs.progress import quiet_loaders
 from diffdoctor.runs.summary import print_doubts
 from diffdoctor.treat.config import TreatConfig
@@ -23,7 +24,7 @@ class TreatFiles:
     Attributes:
         pipeline: folder of a diffusers pipeline, or its id on the Hugging Face hub.
         detector: folder of a detector, its id on the hub, the file of the published checkpoint, FILE.py:FUNCTION or a
-            URL; the last two have no gradient, and serve the methods nft and weighted.
+            URL; the last two have no gradient, and serve the methods grpo, nft and weighted.
         prompts: text file with one prompt per line, or .jsonl or .parquet with `prompt`; blank ones are left out.
         offline: the pipeline's own training pictures with prompts: a folder of shards, or of pictures with captions;
             needed unless offline_weight is 0.
@@ -32,6 +33,8 @@ class TreatFiles:
         monitor: a second detector that watches for reward hacking; None: none. Never the judge of the evaluation.
         lora: folder, file or hub id of a LoRA to begin with, which is tuned on with its own rank, alpha and modules;
             the result contains it. None: a new one.
+        reward: FILE.py:FUNCTION for method grpo: from pictures (B, 3, H, W) in [0, 1] and their prompts to B numbers,
+            higher for better pictures; the file's code is run. None: the maps alone.
         webui: write the LoRA for ComfyUI and A1111 too, to lora-webui.safetensors in the output folder.
         scheduler: class of a diffusers scheduler to use in place of the pipeline's own; None: its own.
         dtype: fp32, bf16 or fp16: what the denoiser and the text encoders are loaded in; the VAE is loaded in fp32.
@@ -46,6 +49,7 @@ class TreatFiles:
     output: str | None = None
     monitor: str | None = None
     lora: str | None = None
+    reward: str | None = None
     webui: bool = False
     scheduler: str | None = None
     dtype: str = "fp32"
@@ -93,6 +97,7 @@ def run_treat(config: TreatCommandConfig) -> int:
     offline = None if config.offline is None else _read_offline(config.offline)
     detector = open_detector(config.detector)
     monitor = None if config.monitor is None else open_detector(config.monitor)
+    reward = None if config.reward is None else function_from_file(config.reward)[0]
     # a VAE in half precision overflows in some families
     pipeline = load_pipeline("pipeline", config.pipeline, dtype=config.dtype, vae="fp32")
     replace_scheduler(pipeline, config.scheduler)
@@ -107,6 +112,7 @@ def run_treat(config: TreatCommandConfig) -> int:
         output_dir=Path(config.output),
         settings=_with_absolute_paths(asdict(config)),
         lora=config.lora,
+        reward=reward,
         webui=config.webui,
         device=config.device,
     )

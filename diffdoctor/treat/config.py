@@ -16,7 +16,8 @@ class TreatConfig:
         method: draft_k (graph through the last grad_steps steps), draft_lv (one step from a re-noised result), drtune
             (spaced steps, denoiser input detached), full (every step), leap (two random steps joined by leaps),
             nft (no gradient through VAE or detector: the pictures are noised again, and the prediction is led away from
-            them where they are flagged) or weighted (no sampling: the offline term alone).
+            them where they are flagged), grpo (none either: groups of pictures of a prompt are compared pixel by pixel)
+            or weighted (no sampling: the offline term alone).
         steps: optimisation steps. More steps continue a finished treatment where final_learning_rate is 1: with any
             other, what each step's rate was depends on how many there are.
         batch_size: pictures sampled per step, over all processes.
@@ -59,8 +60,16 @@ class TreatConfig:
         nft_repeats: nft: random times at which each replayed picture is used.
         anchor_weight: nft: weight of the squared distance to the prediction of the model before the treatment, where
             the map is clean; 0: none.
-        offline_weight: of the denoising loss on the pipeline's own training pairs; 0: none; None: 2, for nft 0.1 if
-            there are pairs.
+        group_size: grpo: pictures of a prompt that are compared; batch_size is a multiple of it.
+        grpo_window: grpo: denoising steps that draw noise and are learnt from; where they lie is random.
+        grpo_eta: grpo: how much noise they draw; 1 is DDPM's, or DanceGRPO's unit.
+        grpo_updates: grpo: optimisation steps taken with the pictures of one step.
+        grpo_clip: grpo: how far from 1 a ratio of probabilities counts, where there are several updates.
+        grpo_level: grpo: pixel (a ratio for each pixel) or sample (one for each picture).
+        kl_weight: grpo: weight of the KL divergence from the model before the treatment; 0: none.
+        reward_weight: grpo: of the reward given to `treat`, relative to the maps.
+        offline_weight: of the denoising loss on the pipeline's own training pairs; 0: none; None: 2, for nft and grpo
+            0.1 if there are pairs.
         offline_batch_size: pairs per step, over all processes; None: batch_size.
         offline_confidence: pixels of a training picture at or above this confidence are masked out of the offline term.
         offline_dilation: the mask grows by this many pixels.
@@ -132,6 +141,14 @@ class TreatConfig:
     nft_artifact: float = -1.0
     nft_repeats: int = 1
     anchor_weight: float = 0.0
+    group_size: int = 8
+    grpo_window: int = 3
+    grpo_eta: float = 0.7
+    grpo_updates: int = 1
+    grpo_clip: float = 0.2
+    grpo_level: str = "pixel"
+    kl_weight: float = 0.0
+    reward_weight: float = 1.0
     offline_weight: float | None = None
     offline_batch_size: int | None = None
     offline_confidence: float = 0.5
@@ -169,8 +186,10 @@ class TreatConfig:
                 raise UserError(expected(name, f"one of {', '.join(allowed)}", repr(getattr(self, name))))
         for field in fields(self):
             _check_bounds(field.name, field.type.removesuffix(" | None"), getattr(self, field.name))
-        if self.method == "leap" and self.sampling_steps < 2:
-            raise UserError(expected("sampling_steps", "at least 2 for leap", self.sampling_steps))
+        if self.method in ("grpo", "leap") and self.sampling_steps < 2:
+            raise UserError(expected("sampling_steps", f"at least 2 for {self.method}", self.sampling_steps))
+        if self.method == "grpo" and self.batch_size % self.group_size:
+            raise UserError(expected("batch_size", f"a multiple of group_size {self.group_size}", self.batch_size))
         if self.attention_backend == "":
             raise UserError(expected("attention_backend", "a name, or None for the pipeline's own", "''"))
 
@@ -200,6 +219,7 @@ _CHOICES = {
     "cfg_grad": ("both", "cond"),
     "modulate": ("output", "latents", "none"),
     "artifact_method": ("threshold", "mean", "sum", "max"),
+    "grpo_level": ("pixel", "sample"),
     "map_source": ("detector", "uniform", "shuffled"),
     "precision": ("fp32", "bf16", "fp16"),
     "text_encoders": ("keep", "offload", "free"),
@@ -216,7 +236,7 @@ _NOT_GIVEN = {
     "offline_batch_size": "batch_size",
     "micro_batch_size": "all of a process's share",
 }
-_POSITIVE = ("alpha",)
+_POSITIVE = ("alpha", "grpo_eta")
 _BOUNDS = {
     "steps": (1, None),
     "batch_size": (1, None),
@@ -232,6 +252,11 @@ _BOUNDS = {
     "ema_decay": (0, 1),
     "leap_discount": (0, 1),
     "old_decay": (0, 1),
+    "group_size": (2, None),
+    "grpo_window": (1, None),
+    "grpo_eta": (0, 1),
+    "grpo_updates": (1, None),
+    "grpo_clip": (0, 1),
     "nft_clean": (-math.inf, None),
     "nft_artifact": (-math.inf, None),
     "nft_repeats": (1, None),

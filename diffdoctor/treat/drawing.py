@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     FIXED = 3
     ORDER = 4
     LORA = 5
+    POLICY = 6
 
 
 class Drawing:
@@ -80,14 +81,19 @@ class Drawing:
             seeds: (B,) of the pictures.
             keep: the steps before which the state is stored for a replay.
         """
+        return self.roll_out_from(rows, picture_generators(seeds), keep)
+
+    def roll_out_from(
+        self, rows: Sequence[int], generators: list[torch.Generator], keep: Sequence[int] = (), **options
+    ) -> Rollout:
+        """As `roll_out`, from the B pictures' generators, with further options of `rollout.roll_out`."""
         family = self.sampling.family
-        generators = picture_generators(seeds)
         dtype = next(family.denoiser.parameters()).dtype
         latents = initial_latents(self.sampling, generators, self.height, self.width, self.processes.device, dtype)
         conditioning = self.conditioning.rows(torch.tensor(rows, dtype=torch.long))
         merge = self.config.merge_rollout and not family.is_sharded
         with merged_adapters(family) if merge else nullcontext():
-            return roll_out(self.sampling, conditioning, latents, generators, keep=keep)
+            return roll_out(self.sampling, conditioning, latents, generators, keep=keep, **options)
 
     def diagnose(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
         """The pictures (B, 3, H, W) of a roll-out and their confidence maps (B, 1, H, W)."""

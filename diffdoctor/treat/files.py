@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from diffdoctor.runs.errors import UserError, first_line
+from diffdoctor.runs.functions import identity_of
 from diffdoctor.runs.record import RunFolder
 from diffdoctor.training.weights import weights_digest
 from diffdoctor.treat.adapters import adapters_digest
@@ -57,6 +58,7 @@ def digests_of(
     prompts: Sequence[str],
     pairs: tuple[Sequence[np.ndarray], Sequence[str]] | None,
     lora: str | None,
+    reward: Callable | None,
 ) -> dict:
     """What a treatment begins with beside its options, each as a digest: it is resumed only with the same.
 
@@ -65,6 +67,7 @@ def digests_of(
     Args:
         pairs: the offline pictures, (H, W, 3) uint8, and their prompts; None: there are none.
         lora: from `lora_digest`, of the LoRA that is begun with; None: there is none.
+        reward: the function of whole pictures; None: there is none.
     """
     pipeline = hashlib.sha256()
     for part in (family.denoiser, family.vae, *family.text_encoders):
@@ -83,6 +86,7 @@ def digests_of(
         "adapters": adapters_digest(family.denoiser),
         "detector": weights_digest(detector),
         "monitor": None if monitor is None else weights_digest(monitor),
+        "reward": None if reward is None else hashlib.sha256(identity_of(reward).encode("utf-8")).hexdigest(),
         "prompts": hashlib.sha256("\n".join(prompts).encode("utf-8")).hexdigest(),
         "offline": offline.hexdigest(),
     }

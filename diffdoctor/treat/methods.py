@@ -1,7 +1,7 @@
-"""What a treatment learns from its own pictures: `draft_k`, `draft_lv`, `drtune`, `full`, `leap`, `nft`, `weighted`.
+"""What a treatment learns from its own pictures, or does without them: the methods, by name in `METHODS`.
 
 A method takes the pictures to replay, runs backward and returns their loss. One graph is used up before the next is
-made. A further method is a function and a line in `METHODS`.
+made. A further method is a function and a line in `METHODS`. `grpo` alone takes groups of pictures: `group_policy`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Replay:
         )
 
     def modulator(self, where: str) -> GradientModulator | None:
-        """What the gradient passes at the denoiser's output or between steps; None where the options have none there."""
+        """What the gradient passes at "output" (the denoiser's) or between "latents"; None: nothing there."""
         config = self.config
         if config.modulate != where:
             return None
@@ -244,10 +244,11 @@ class Method:
     """One way to treat.
 
     Attributes:
-        run: replays a batch, runs backward and returns the loss; None: the method samples nothing, and the offline
-            term is all there is.
+        run: replays a batch, runs backward and returns the loss; None: the method replays nothing.
         checkpointed_steps: from (config, sampling steps, generator of the method's random choices) to the steps before
             which the roll-out stores its state.
+        draws_groups: whether it learns from groups of pictures, in place of a replay (`group_policy`). With neither,
+            the offline term is all there is.
         needs_gradient: whether a gradient passes through the detector. Without one there is nothing to learn from a
             map that is the same everywhere.
         has_old: whether old predictions are asked for.
@@ -257,6 +258,7 @@ class Method:
 
     run: Callable[[Replay], float] | None
     checkpointed_steps: Callable[[TreatConfig, int, torch.Generator], tuple[int, ...]]
+    draws_groups: bool = False
     needs_gradient: bool = True
     has_old: bool = False
     offline_weight: float = 2.0
@@ -265,7 +267,7 @@ class Method:
     @property
     def samples(self) -> bool:
         """Whether pictures are sampled at all."""
-        return self.run is not None
+        return self.run is not None or self.draws_groups
 
 
 METHODS = {
@@ -273,6 +275,14 @@ METHODS = {
     "draft_lv": Method(draft_lv, lambda config, steps, _: (steps - 1,)),
     "drtune": Method(drtune, lambda config, steps, _: (0,)),
     "full": Method(full, lambda config, steps, _: (0,)),
+    "grpo": Method(
+        None,
+        lambda config, steps, _: (),
+        draws_groups=True,
+        needs_gradient=False,
+        offline_weight=0.1,
+        needs_pairs=False,
+    ),
     "leap": Method(leap, lambda config, steps, generator: leap_steps(steps, generator)),
     "nft": Method(
         nft, lambda config, steps, _: (), needs_gradient=False, has_old=True, offline_weight=0.1, needs_pairs=False

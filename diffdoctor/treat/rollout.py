@@ -62,6 +62,8 @@ def roll_out(
     *,
     keep: Sequence[int] = (),
     chunk: int | None = None,
+    coefs: Sequence[tuple[float, float, float]] | None = None,
+    noise: Sequence[torch.Generator] | None = None,
 ) -> Rollout:
     """Sample without a graph.
 
@@ -72,6 +74,9 @@ def roll_out(
         generators: B, for stochastic schedulers; advanced as the pipeline's own call would.
         keep: the steps before which latents and states are stored for a replay.
         chunk: pictures per call of the denoiser; None: all at once.
+        coefs: (a, b, sigma) of every step, whose next latents are then drawn from N(a latents + b prediction, sigma^2);
+            None: the scheduler's own steps.
+        noise: B generators, which such steps draw from.
     """
     sampler, kept = sampling.sampler, set(keep)
     stored, states, generator_states = {}, {}, {}
@@ -83,7 +88,10 @@ def roll_out(
                 generator_states[step] = [generator.get_state() for generator in generators]
         model_input = sampler.scale_input(latents, step)
         prediction = _predict_in_chunks(sampling, model_input, step, conditioning, chunk)
-        latents = sampler.step(prediction, step, latents, generators)
+        if coefs is None:
+            latents = sampler.step(prediction, step, latents, generators)
+        else:
+            latents = _drawn(latents, prediction, coefs[step], noise)
     return Rollout(stored, states, generator_states, latents, conditioning, generators)
 
 
@@ -128,6 +136,15 @@ def replay(
         if with_graph and modulate_latents is not None:
             latents = modulate_latents(latents)
     return latents
+
+
+def _drawn(latents, prediction, coefs, generators) -> torch.Tensor:
+    a, b, sigma = coefs
+    mean = a * latents + b * prediction.to(latents.dtype)
+    if sigma == 0:
+        return mean
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=g, dtype=latents.dtype) for g in generators])
+    return mean + sigma * noise.to(latents.device)
 
 
 def _predict_in_chunks(sampling, model_input, step, conditioning, chunk) -> torch.Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
+from diffdoctor.ops.policy_steps import ddim_step, flow_sde_coefs
 from diffdoctor.ops.target import Target
 from diffdoctor.runs.errors import UserError, expected, first_line
 
@@ -172,6 +174,45 @@ class Sampler:
     def model_input(self, latents: torch.Tensor, step: int) -> torch.Tensor:
         """As `scale_input`, without a change of the scheduler's state."""
         return latents * self._alpha_sigma(step)[0] if self.kind in _SIGMA else latents
+
+    def policy_coefs(self, eta: float, window: range) -> list[tuple[float, float, float]]:
+        """(a, b, sigma) of every step: next latents drawn from N(a latents + b prediction, sigma^2).
+
+        In the window the step is Flow-GRPO's (flow matching) or DDIM's with noise, elsewhere the same without noise:
+        the scheduler's own for flow matching, DDIM and Euler, and first order for DPM++.
+
+        Args:
+            eta: how much noise a step of the window adds.
+            window: steps, the last one not among them.
+        """
+        rates = [eta if step in window else 0.0 for step in range(len(self))]
+        if self.is_flow:
+            found = [flow_sde_coefs(self.scheduler.sigmas.cpu(), step, rate) for step, rate in enumerate(rates)]
+            return [tuple(map(float, coefs)) for coefs in found]
+        kind = self.scheduler.config.prediction_type
+        found = []
+        for rate, (current, after) in zip(rates, self._alphas_cumprod(), strict=True):
+            a, b, sigma = map(float, ddim_step(current, after, rate, kind))
+            if self.kind in _SIGMA:
+                # these schedulers keep latents at clean + s * noise: the others' divided by sqrt(alphas_cumprod)
+                root = float(after.sqrt())
+                a, b, sigma = a * float(current.sqrt()) / root, b / root, sigma / root
+            found.append((a, b, sigma))
+        return found
+
+    def _alphas_cumprod(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each step, before and after it, fp64."""
+        scheduler, timesteps = self.scheduler, self.timesteps.tolist()
+        if self.kind not in _DISCRETE:
+            levels = 1 / (1 + scheduler.sigmas.cpu().double() ** 2)
+            return list(pairwise(levels))
+        table = scheduler.alphas_cumprod.cpu().double()
+        if self.kind == "DDPMScheduler":
+            following, final = [int(scheduler.previous_timestep(t)) for t in timesteps], table.new_ones(())
+        else:
+            following = [t - len(table) // len(timesteps) for t in timesteps]
+            final = scheduler.final_alpha_cumprod.cpu().double()
+        return [(table[t], table[s] if s >= 0 else final) for t, s in zip(timesteps, following, strict=True)]
 
     def training_pair(
         self, latents: torch.Tensor, noise: torch.Tensor, uniform: torch.Tensor

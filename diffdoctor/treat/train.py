@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -65,6 +65,7 @@ def treat(
     progress: bool = True,
     settings: dict | None = None,
     lora: str | Path | None = None,
+    reward: Callable[[torch.Tensor, list[str]], torch.Tensor] | None = None,
     webui: bool = False,
     device: str | None = None,
 ) -> TreatResult:
@@ -78,8 +79,8 @@ def treat(
     Args:
         pipeline: a loaded diffusers text-to-image pipeline of a known family; LoRA is added to its denoiser.
         detector: pictures (B, 3, H, W) in [0, 1] to logits (B, 1, h, w), with `.confidence`; see `diffdoctor.detector`.
-            For methods without a gradient through it (nft, weighted) any function from pictures to maps (B, 1, h, w) in
-            [0, 1].
+            For methods without a gradient through it (grpo, nft, weighted) any function from pictures to maps
+            (B, 1, h, w) in [0, 1].
         prompts: what to draw during the treatment.
         config: options; defaults when None.
         offline: (pictures uint8 (N, H, W, 3), prompts), or a sequence of dicts with "picture" and "prompt"; needed when
@@ -93,6 +94,9 @@ def treat(
         lora: folder, file or hub id of a LoRA to begin with: it is tuned on, with its own rank, alpha and modules, and
             the result contains it. None: a new one, which changes nothing at first. (A LoRA that the pipeline carries
             and that is active stays so, frozen, and is no part of the result.)
+        reward: for method grpo a further reward of whole pictures, which counts `reward_weight` times beside the maps:
+            a function from pictures (B, 3, H, W) in [0, 1] and their prompts to B numbers, higher for better pictures.
+            None: the maps alone.
         webui: write the LoRA for ComfyUI and A1111 too, to `lora-webui.safetensors` in the output folder.
         device: such as cpu or cuda:1; None: the fastest there is.
 
@@ -116,6 +120,7 @@ def treat(
         output_dir,
         settings,
         lora=lora,
+        reward=reward,
         device=device,
     )
     try:

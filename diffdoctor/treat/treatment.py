@@ -24,12 +24,14 @@ from diffdoctor.treat.checks import (
     check_finite,
     check_negative_prompt,
     check_pipeline,
+    check_reward,
     check_start,
 )
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.drawing import Drawing, Purpose, chunks
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.files import digests_of, treatment_folder, with_version, writing
+from diffdoctor.treat.group_policy import GroupPolicy
 from diffdoctor.treat.lora import ADAPTER, add_lora, load_lora_state, lora_digest, lora_state, start_from
 from diffdoctor.treat.lora_training import LoraTraining
 from diffdoctor.treat.methods import METHODS
@@ -37,6 +39,7 @@ from diffdoctor.treat.monitor import EarlyStopping, measure
 from diffdoctor.treat.offline import checked_pairs, offline_term, offline_weight, prepare_offline
 from diffdoctor.treat.prepare import memory_options, move_modules, release_text_encoders, restore_text_encoders
 from diffdoctor.treat.prompts import check_prompts
+from diffdoctor.treat.reward import checked_reward
 from diffdoctor.treat.sampling import Guidance, Sampling
 from diffdoctor.treat.schedulers import Sampler
 from diffdoctor.treat.sharding import shard_denoiser, wants_sharding
@@ -60,6 +63,7 @@ class Treatment:
         output_dir: see `treat`.
         settings: see `treat`.
         lora: see `treat`.
+        reward: see `treat`.
         device: see `treat`.
 
     Attributes:
@@ -80,6 +84,7 @@ class Treatment:
         settings,
         *,
         lora=None,
+        reward=None,
         device=None,
     ):
         self.started, self.seconds_before = time.perf_counter(), 0.0
@@ -92,7 +97,9 @@ class Treatment:
         check_detectors(detector, monitor_detector, config)
         check_negative_prompt(family, config.negative_prompt, config.guidance_scale)
         check_start(lora, config)
+        check_reward(reward, config)
         self.lora, start = lora, None if lora is None else lora_digest(family, lora)
+        self.reward = None if reward is None else checked_reward(reward)
         self.processes = Processes(device)
         self.device = self.processes.device
         detector = self._frozen(detector)
@@ -122,7 +129,7 @@ class Treatment:
         self.folder = self.checkpoints = None
         if self.output_dir is not None:
             # the main process alone reads and writes there
-            inputs = (family, detector, self.monitor_detector, prompts, self.offline, start)
+            inputs = (family, detector, self.monitor_detector, prompts, self.offline, start, reward)
             digests = digests_of(*inputs) if self.processes.is_main else {}
             self.folder = treatment_folder(self.output_dir, config, digests)
             self.checkpoints = Checkpoints(self.output_dir / "checkpoints")
@@ -251,16 +258,23 @@ class Treatment:
 
     def _take_step(self) -> None:
         config, training, step = self.config, self.training, self.step
-        self.sampling.family.gradient_scale = training.begin()
-        artifact, replayed = 0.0, 0
-        # an artifact loss of a map that is the same everywhere has no gradient
-        if self.method.samples and not (self.method.needs_gradient and config.map_source == "uniform"):
-            artifact, replayed = self._online(step)
-        offline = self._offline(step) if self.pairs is not None else 0.0
-        self.processes.sum_gradients(training.parameters)
-        artifact, replayed, offline = self.processes.sum_values(artifact, replayed, offline)
-        loss = artifact + offline_weight(config) * offline
-        norm, rate = training.update(step, loss)
+        policy, updates = None, 1
+        if self.method.draws_groups:
+            groups = (self.sampling, self.drawing, config, self.processes, step, self.reward, training.initial)
+            policy, updates = GroupPolicy(*groups), config.grpo_updates
+        for _ in range(updates):
+            self.sampling.family.gradient_scale = training.begin()
+            artifact, replayed = 0.0, 0
+            if policy is not None:
+                artifact, replayed = policy.backward(), policy.replayed
+            # an artifact loss of a map that is the same everywhere has no gradient
+            elif self.method.samples and not (self.method.needs_gradient and config.map_source == "uniform"):
+                artifact, replayed = self._online(step)
+            offline = self._offline(step) if self.pairs is not None else 0.0
+            self.processes.sum_gradients(training.parameters)
+            artifact, replayed, offline = self.processes.sum_values(artifact, replayed, offline)
+            loss = artifact + offline_weight(config) * offline
+            norm, rate = training.update(step, loss)
         self.step += 1
         self.history.append(
             {

@@ -125,7 +125,7 @@ def test_nft_takes_a_function_and_other_methods_name_it(tmp_path):
     result = treat(pipeline, brightness, PROMPTS, small(method="nft", steps=1), output_dir=tmp_path, progress=False)
     assert result.history[0]["grad_norm"] > 0
     pipeline = tiny_pipeline("sd", prediction_type="v_prediction")
-    with pytest.raises(UserError, match=r"for method draft_k \(nft, weighted need none\), got a function"):
+    with pytest.raises(UserError, match=r"for method draft_k \(grpo, nft, weighted need none\), got a function"):
         treat(pipeline, brightness, PROMPTS, small(), offline=pairs(), progress=False)
     with pytest.raises(UserError, match="monitor: expected a detector with other weights"):
         treat(pipeline, brightness, PROMPTS, small(method="nft"), monitor=brightness, progress=False)

@@ -21,7 +21,8 @@ from support.treatment import BrightDetector, gradient_norms, pairs, random_dete
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_by_every_method(name, method, scale):
-    result = run(tiny_pipeline(name), method=method, guidance_scale=scale, steps=1, batch_size=2, sampling_steps=2)
+    sizes = {"steps": 1, "batch_size": 2, "group_size": 2, "sampling_steps": 2}
+    result = run(tiny_pipeline(name), method=method, guidance_scale=scale, **sizes)
     row = result.history[0]
     assert result.skipped == 0
     assert row["grad_norm"] > 0
