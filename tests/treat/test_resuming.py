@@ -29,12 +29,20 @@ def saved(folder):
 
 
 @pytest.mark.parametrize(
-    "method", [{}, {"ema_decay": 0.9}, {"method": "nft", "anchor_weight": 0.3}], ids=["draft_k", "ema", "nft"]
+    "method",
+    [
+        {},
+        {"ema_decay": 0.9},
+        {"method": "nft", "anchor_weight": 0.3},
+        {"method": "grpo", "group_size": 3, "grpo_updates": 2, "kl_weight": 0.1},
+    ],
+    ids=["draft_k", "ema", "nft", "grpo"],
 )
 def test_resume_gives_the_same_lora_as_an_undisturbed_run(tmp_path, monkeypatch, method):
     options = {"steps": 5, "checkpoint_every": 2, "evaluate_every": 2, "map_source": "shuffled", **method}
     run(output_dir=tmp_path / "whole", **options)
-    term = treatment.artifact_term
+    name = "GroupPolicy" if method.get("method") == "grpo" else "artifact_term"
+    term = getattr(treatment, name)
     calls = []
 
     def interrupting(*args, **kwargs):
@@ -43,7 +51,7 @@ def test_resume_gives_the_same_lora_as_an_undisturbed_run(tmp_path, monkeypatch,
             raise Interrupted
         return term(*args, **kwargs)
 
-    monkeypatch.setattr(treatment, "artifact_term", interrupting)
+    monkeypatch.setattr(treatment, name, interrupting)
     with pytest.raises(Interrupted):
         run(output_dir=tmp_path / "broken", **options)
     assert [path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()] == ["step-00000002"]
