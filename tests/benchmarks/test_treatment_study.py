@@ -103,7 +103,7 @@ def test_options_are_those_of_a_treatment(kind, method):
     from diffdoctor.treat import TreatConfig
 
     config = TreatConfig(**treat_options(kind, method, Settings()))
-    assert (config.method, config.sampling_steps, config.guidance_scale) == (method.removesuffix("-alone"), 10, 1.0)
+    assert (config.method, config.sampling_steps, config.guidance_scale) == (method.partition("-")[0], 10, 1.0)
     assert config.steps % config.evaluate_every == 0
 
 
@@ -125,6 +125,8 @@ def row_of(method="draft_k", **changes):
         ("drtune", {"digit_accuracy__after": 0.939}, ["accuracy"]),
         ("nft-alone", {"artifact_rate__judge__after": 0.036}, []),
         ("nft-alone", {"artifact_rate__judge__after": 0.044}, ["ratio"]),
+        ("nft-alone", {"variance__after": 29.0}, ["variance"]),
+        ("grpo-alone", {"artifact_rate__judge__after": 0.12}, []),
         ("full", {"artifact_rate__judge__after": 0.3}, []),
     ],
 )

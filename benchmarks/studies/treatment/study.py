@@ -21,9 +21,13 @@ from diffdoctor.version import __version__
 
 SHARED = "shared"
 PIPELINES = ("sd", "flux")
-METHODS = ("draft_k", "drtune", "nft", "nft-alone", "weighted", "guide", "draft_lv", "full")
-# nft without offline pairs, and the detector a function of pictures that has no gradient.
-ALONE = "nft-alone"
+METHODS = (
+    "draft_k", "drtune", "leap", "draft_lv", "full", "nft", "weighted", "guide",
+    "nft-alone", "nft-uniform", "nft-shuffled", "nft-long", "grpo-alone",
+)  # fmt: skip
+# What stands behind a hyphen: without offline pairs, and the detector a function of pictures that has no gradient.
+ALONE: dict[str, dict] = {"alone": {}, "uniform": {"map_source": "uniform"}, "shuffled": {"map_source": "shuffled"}}
+ALONE["long"] = {"steps": 500}
 # Where it is not TreatConfig's default. A step of the denoising loss alone costs a third of one that samples.
 BY_PIPELINE: dict[str, dict] = {"sd": {}, "flux": {"learning_rate": 2e-3}}
 BY_METHOD: dict[str, dict] = {"weighted": {"steps": 200}}
@@ -192,7 +196,7 @@ class Study:
         data = self.demo.data()
         detector, pairs = self.detector(data), data.training
         offline = (pairs.pictures, [demo_data.prompt_of(int(digit)) for digit in pairs.digits])
-        if method == ALONE:
+        if "-" in method:
             detector, offline = detector.confidence, None
         config = TreatConfig(**treat_options(kind, method, self.settings))
         with PeakMemory() as memory:
@@ -249,13 +253,14 @@ def treat_options(kind: str, method: str, settings: Settings) -> dict:
     """The options of `TreatConfig` for a method on a pipeline: its defaults where they can be."""
     options = call_options(kind)
     options["sampling_steps"] = options.pop("num_inference_steps")
+    method, _, variant = method.partition("-")
     options |= {
-        "method": "nft" if method == ALONE else method,
+        "method": method,
         "seed": settings.seed,
         "evaluate_pictures": 200,
         "checkpoint_every": 0,
     }
-    options |= BY_PIPELINE[kind] | BY_METHOD.get(method, {})
+    options |= BY_PIPELINE[kind] | BY_METHOD.get(method, {}) | ALONE.get(variant, {})
     steps = {**options, **settings.treat}.get("steps", 100)
     return options | {"evaluate_every": max(1, steps // 4)} | settings.treat
 

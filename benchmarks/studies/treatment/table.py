@@ -8,8 +8,10 @@ from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.files import atomic_write_text
 
 START, END = "<!-- table of python -m benchmarks.studies.treatment -->", "<!-- end of table -->"
-LIMITS = {"draft_k": 0.1, "drtune": 0.1, "nft": 0.1, "nft-alone": 0.12, "weighted": 0.5, "guide": 0.2}
+LIMITS = {"draft_k": 0.1, "drtune": 0.1, "nft": 0.1, "weighted": 0.5, "guide": 0.2}
+LIMITS |= {"nft-alone": 0.12, "grpo-alone": 0.35}
 ACCURACY_MAY_FALL = 0.01
+LEAST_VARIANCE = {"nft": 0.8, "nft-alone": 0.75}
 NAMES = {"sd": "U-Net, v-prediction (SD)", "flux": "transformer, flow matching (FLUX)"}
 HEADER = (
     "pipeline", "method", "judge's rate before → after (95 % interval)", "ratio", "detector's rate",
@@ -20,7 +22,8 @@ HEADER = (
 def missed(row: dict) -> list[str]:
     """What a row of `Study.measure` misses; empty when it holds, or when nothing is asked of the method.
 
-    Asked of it: the judge's rate after as a share of before, accuracy not lower by more than a point, FID not higher.
+    Asked of it: the judge's rate after as a share of before, accuracy not lower by more than a point, FID not higher;
+    of `nft` also a share of the variance.
     """
     limit = LIMITS.get(row["method"])
     if limit is None:
@@ -30,6 +33,7 @@ def missed(row: dict) -> list[str]:
         "ratio": rate["after"] <= limit * rate["before"],
         "accuracy": row["accuracy"]["after"] >= row["accuracy"]["before"] - ACCURACY_MAY_FALL,
         "FID": row["fid"]["after"] <= row["fid"]["before"],
+        "variance": row["variance"]["after"] >= LEAST_VARIANCE.get(row["method"], 0.0) * row["variance"]["before"],
     }
     return [name for name, holds in checks.items() if not holds]
 
