@@ -23,8 +23,9 @@ output, options = sys.argv[1], json.loads(sys.argv[2])
 family = options.pop("family")
 pictures = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
 common = dict(steps=3, batch_size=4, group_size=2, sampling_steps=3, height=16, width=16, rank=2,
-              max_sequence_length=32, replay_confidence=0.6, learning_rate=1e-2, evaluate_every=2, evaluate_pictures=3, log_with="none",
-              lora_targets=("attention", "convolution", "feed_forward"), min_sharpness=0, min_diversity=0)
+              max_sequence_length=32, replay_confidence=0.6, learning_rate=1e-2, evaluate_every=2, evaluate_pictures=3,
+              log_with="none", lora_targets=("attention", "convolution", "feed_forward"), min_sharpness=0,
+              min_diversity=0)
 pipeline = tiny_pipeline(family, prediction_type="v_prediction" if family == "sd" else "epsilon")
 result = treat(pipeline, BrightDetector(), PROMPTS, TreatConfig(**{**common, **options}),
                offline=(pictures, [PROMPTS[i % 3] for i in range(6)]), output_dir=output, progress=False)
