@@ -98,12 +98,12 @@ def test_unknown_methods_are_refused(capsys):
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "guide"])
-@pytest.mark.parametrize("kind", ["sd", "flux"])
-def test_options_are_those_of_a_treatment(kind, method):
+@pytest.mark.parametrize(("kind", "scale"), [("sd", 1.0), ("flux", 1.0), ("cfg4", 4.0)])
+def test_options_are_those_of_a_treatment(kind, scale, method):
     from diffdoctor.treat import TreatConfig
 
     config = TreatConfig(**treat_options(kind, method, Settings()))
-    assert (config.method, config.sampling_steps, config.guidance_scale) == (method.partition("-")[0], 10, 1.0)
+    assert (config.method, config.sampling_steps, config.guidance_scale) == (method.partition("-")[0], 10, scale)
     assert config.steps % config.evaluate_every == 0
 
 

@@ -29,7 +29,8 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.treatment", description=__doc__)
     parser.add_argument("--output", default="runs/treatment", help="folder of the study (runs/treatment)")
     parser.add_argument("--demo", help="folder of a demo with the same seed, whose stages are used again")
-    parser.add_argument("--pipelines", type=_names(PIPELINES), default=PIPELINES, help=f"of {','.join(PIPELINES)}")
+    chosen = {"default": ("sd", "flux"), "help": f"of {','.join(PIPELINES)} (sd,flux)"}
+    parser.add_argument("--pipelines", type=_names(PIPELINES), **chosen)
     parser.add_argument("--methods", type=_names(METHODS), default=METHODS, help=f"of {','.join(METHODS)}")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     parser.add_argument("--pictures", type=int, default=2000, help="drawn for the measures by each (2000)")

@@ -7,6 +7,7 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.studies.treatment.memory import PeakMemory
@@ -20,7 +21,10 @@ from diffdoctor.runs.progress import progress
 from diffdoctor.version import __version__
 
 SHARED = "shared"
-PIPELINES = ("sd", "flux")
+PIPELINES = ("sd", "flux", "cfg1", "cfg4")
+# The U-Net trained on with dropped captions, drawn from at these guidance scales.
+GUIDED = {"cfg1": 1.0, "cfg4": 4.0}
+DROPPED_CAPTIONS = 0.15
 METHODS = (
     "draft_k", "drtune", "leap", "draft_lv", "full", "nft", "weighted", "guide",
     "nft-alone", "nft-uniform", "nft-shuffled", "nft-long", "grpo-alone",
@@ -29,7 +33,7 @@ METHODS = (
 ALONE: dict[str, dict] = {"alone": {}, "uniform": {"map_source": "uniform"}, "shuffled": {"map_source": "shuffled"}}
 ALONE["long"] = {"steps": 500}
 # Where it is not TreatConfig's default. A step of the denoising loss alone costs a third of one that samples.
-BY_PIPELINE: dict[str, dict] = {"sd": {}, "flux": {"learning_rate": 2e-3}}
+BY_PIPELINE: dict[str, dict] = {"flux": {"learning_rate": 2e-3}}
 BY_METHOD: dict[str, dict] = {"weighted": {"steps": 200}}
 # Pictures at a time while sampling; small, so that memory says something of the method.
 BATCH = 50
@@ -43,6 +47,7 @@ class Settings:
         seed: of the damage, all trainings and the fresh noise of `guide`.
         pictures: how many each pipeline draws for the measures.
         flow_steps: training steps of the second pipeline (batch 64).
+        guided_steps: training steps with dropped captions (batch 64), from the first pipeline on.
         demo: changes of `DemoConfig`; its own lengths when empty.
         treat: changes of every `TreatConfig`, for tests.
         guide: changes of `guide`'s options, for tests.
@@ -51,6 +56,7 @@ class Settings:
     seed: int = 0
     pictures: int = 2000
     flow_steps: int = 1500
+    guided_steps: int = 400
     demo: dict = dataclasses.field(default_factory=dict)
     treat: dict = dataclasses.field(default_factory=dict)
     guide: dict = dataclasses.field(default_factory=dict)
@@ -81,7 +87,8 @@ class Study:
         if part == SHARED:
             return all(self.demo.stages.done(stage) for stage in ("data", "classifier", "detector", "judge"))
         if name == "pipeline":
-            return self.demo.stages.done("pipeline") if kind == "sd" else self.stages.done(f"{kind}-pipeline")
+            own = self.stages.done("guided-pipeline" if kind in GUIDED else f"{kind}-pipeline")
+            return self.demo.stages.done("pipeline") if kind == "sd" else own
         return self.stages.done(f"{kind}-{name}")
 
     def run(self, part: str) -> None:
@@ -114,9 +121,35 @@ class Study:
         return self.demo.trained("judge", demo_data.train_demo_judge, data, config)[0]
 
     def pipeline(self, kind: str) -> Path:
-        """The folder of an untreated pipeline, "sd" or "flux"."""
+        """The folder of an untreated pipeline, of `PIPELINES`."""
         data = self.demo.data()
+        if kind in GUIDED:
+            return self._guided_pipeline(data)
         return self.demo.base(data) if kind == "sd" else self._flow_pipeline(data)
+
+    def _guided_pipeline(self, data) -> Path:
+        from diffusers import DiffusionPipeline
+
+        from diffdoctor.demo.pipeline import train_base
+
+        base = self.demo.base(data)
+
+        def make(folder):
+            known, rng = data.training, np.random.default_rng(self.settings.seed)
+            dropped = rng.random(len(known.digits)) < DROPPED_CAPTIONS
+            prompts = [
+                "" if drop else demo_data.prompt_of(int(d)) for d, drop in zip(known.digits, dropped, strict=True)
+            ]
+            pipeline = DiffusionPipeline.from_pretrained(base)
+            with progress(self.settings.guided_steps, desc="guided pipeline") as bar:
+                trained = train_base(
+                    pipeline, known.pictures, prompts, steps=self.settings.guided_steps, seed=self.settings.seed + 1,
+                    on_step=lambda _, loss: (bar.set_postfix(loss=loss), bar.update()),
+                )  # fmt: skip
+            pipeline.save_pretrained(folder / "pipeline")
+            atomic_write_json(folder / "losses.json", trained.losses)
+
+        return self.stages.run("guided-pipeline", make) / "pipeline"
 
     def _flow_pipeline(self, data) -> Path:
         from diffusers import AutoencoderKL
@@ -240,9 +273,9 @@ class Study:
 
 
 def call_options(kind: str) -> dict:
-    """How a pipeline is called: ten steps, no guidance scale; FLUX's classes know neither size nor prompt length."""
-    if kind == "sd":
-        return dict(SAMPLING)
+    """How a pipeline is called: ten steps, its guidance scale; FLUX's classes know neither size nor prompt length."""
+    if kind != "flux":
+        return SAMPLING | {"guidance_scale": GUIDED.get(kind, SAMPLING["guidance_scale"])}
     from diffdoctor.demo.flow_pipeline import MAX_SEQUENCE_LENGTH
 
     size = {"height": demo_data.SIDE, "width": demo_data.SIDE}
@@ -260,7 +293,7 @@ def treat_options(kind: str, method: str, settings: Settings) -> dict:
         "evaluate_pictures": 200,
         "checkpoint_every": 0,
     }
-    options |= BY_PIPELINE[kind] | BY_METHOD.get(method, {}) | ALONE.get(variant, {})
+    options |= BY_PIPELINE.get(kind, {}) | BY_METHOD.get(method, {}) | ALONE.get(variant, {})
     steps = {**options, **settings.treat}.get("steps", 100)
     return options | {"evaluate_every": max(1, steps // 4)} | settings.treat
 

@@ -13,6 +13,7 @@ LIMITS |= {"nft-alone": 0.12, "grpo-alone": 0.35}
 ACCURACY_MAY_FALL = 0.01
 LEAST_VARIANCE = {"nft": 0.8, "nft-alone": 0.75}
 NAMES = {"sd": "U-Net, v-prediction (SD)", "flux": "transformer, flow matching (FLUX)"}
+NAMES |= {f"cfg{scale}": f"U-Net, dropped captions, guidance {scale}" for scale in (1, 4)}
 HEADER = (
     "pipeline", "method", "judge's rate before → after (95 % interval)", "ratio", "detector's rate",
     "accuracy", "FID", "variance", "seconds", "peak memory", "must be",
