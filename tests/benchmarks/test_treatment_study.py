@@ -1,14 +1,18 @@
 """The study of all methods at toy lengths: every part runs, is stored, and is measured; the table says what misses."""
 
 import json
+import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from benchmarks.studies.treatment.__main__ import main, parser, parts
+from benchmarks.studies.treatment.region_dpo import injected_pairs, train
 from benchmarks.studies.treatment.study import METHODS, Settings, treat_options
 from benchmarks.studies.treatment.table import END, START, markdown, missed, put_into
+from diffdoctor.demo.data import make_demo_data
 from diffdoctor.runs.errors import UserError
 from support.demo import metrics_of
 from support.paths import ROOT
@@ -75,6 +79,26 @@ def test_the_lora_of_a_part_can_be_loaded(finished):
     assert pipeline.get_active_adapters()
 
 
+def test_pairs_of_damaged_regions():
+    known = make_demo_data(0).training.where(np.arange(40))
+    clean, damaged, masks, prompts = injected_pairs(known, seed=0)
+    changed = (clean != damaged).any(3)
+    assert len(prompts) == len(clean) == int((~known.damaged).sum())
+    assert bool(changed.any((1, 2)).all())
+    assert not changed[masks == 0].any()
+
+
+def test_region_dpo_prefers_the_clean_pictures(finished, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(finished[0] / "stages" / "flux-pipeline" / "pipeline")
+    known = make_demo_data(0).training.where(np.arange(40))
+    record = train(pipeline, known, tmp_path, seed=0, sampling_steps=10, steps=8)
+    assert abs(record["losses"][0] - math.log(2)) < 1e-5  # the LoRA begins as the reference
+    assert sum(record["losses"][-3:]) / 3 < math.log(2)
+    assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
+
+
 def test_the_page_gets_the_table(finished, tmp_path):
     page = (finished[0] / "page.md").read_text()
     table = (finished[0] / "treatment.md").read_text()
@@ -97,7 +121,7 @@ def test_unknown_methods_are_refused(capsys):
     assert "prayer" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "guide"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("guide", "dpo")])
 @pytest.mark.parametrize(("kind", "scale"), [("sd", 1.0), ("flux", 1.0), ("cfg4", 4.0)])
 def test_options_are_those_of_a_treatment(kind, scale, method):
     from diffdoctor.treat import TreatConfig

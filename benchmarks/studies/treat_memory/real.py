@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.studies.treat_memory.counting import Alive, Kept
 from diffdoctor.detector import ArtifactDetector
+from diffdoctor.ops.policy_loss import policy_loss
 from diffdoctor.ops.target import Target
 from diffdoctor.ops.weighted_loss import weighted_loss
 
@@ -95,8 +96,10 @@ def real_rows(name: str) -> list[dict]:
         "+ both, VAE in tiles of 256": (grad_steps, "tiles", True, True),
         "+ both, a quarter of the tiles alone": (grad_steps, "flagged", True, True),
         "+ denoiser checkpointed, a tiny VAE": (grad_steps, "tiny", True, False),
-        "nft": (1, "none", False, False),
-        "nft, denoiser checkpointed": (1, "none", True, False),
+        "leap, denoiser and VAE checkpointed": (2, "kl", True, True),
+        "nft": (1, "nft", False, False),
+        "nft, denoiser checkpointed": (1, "nft", True, False),
+        "grpo, denoiser checkpointed": (1, "grpo", True, False),
     }
     rows = []
     for case, options in cases.items():
@@ -109,7 +112,8 @@ def real_rows(name: str) -> list[dict]:
 def real_step(build, dtype, count, decoder, denoiser_checkpointed, vae_checkpointed) -> dict:
     """count denoiser passes, decoder (fp32) and detector (SegFormer-b5, fp32) of one picture, with their backward.
 
-    Where the decoder is "none" it is a step of `nft`: a pass for the old prediction, one with a graph, and the loss.
+    Where the decoder is "nft" or "grpo" it is a step of that method, which has none: for nft a pass for the old
+    prediction, for both one with a graph, and the loss.
 
     Returns:
         `kept` (bytes for backward by place, at the worst moment), `peak` (bytes of new tensors alive at once) and
@@ -143,6 +147,12 @@ def real_step(build, dtype, count, decoder, denoiser_checkpointed, vae_checkpoin
             target = Target.contrastive(Target.flow(clean, noise), old)
             weighted_loss(prediction, target, torch.zeros(1, 1, *shape[1:]), artifact_weight=1.0).backward()
 
+        def grpo_step():
+            before, after = (torch.zeros(1, *shape, dtype=dtype) for _ in range(2))
+            prediction = kept.at("denoiser", predict)(before)
+            advantage = torch.zeros(1, 1, *shape[1:])
+            policy_loss(prediction, before, after, None, advantage, coefs=(1.0, -0.1, 0.2)).backward()
+
         def replay_step():
             latents = torch.zeros(1, *shape, dtype=dtype)
             for _ in range(count):
@@ -153,7 +163,7 @@ def real_step(build, dtype, count, decoder, denoiser_checkpointed, vae_checkpoin
             logits.sigmoid().mean().backward()
             latents.backward(ends.grad.to(dtype))
 
-        step = nft_step if decoder == "none" else replay_step
+        step = {"nft": nft_step, "grpo": grpo_step}.get(decoder, replay_step)
         # One after the other: the counter of operations leaves tensors in cycles, alive until the collector comes by.
         with _fused_attention(), FlopCounterMode(display=False) as operations:
             step()

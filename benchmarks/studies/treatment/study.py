@@ -26,7 +26,7 @@ PIPELINES = ("sd", "flux", "cfg1", "cfg4")
 GUIDED = {"cfg1": 1.0, "cfg4": 4.0}
 DROPPED_CAPTIONS = 0.15
 METHODS = (
-    "draft_k", "drtune", "leap", "draft_lv", "full", "nft", "weighted", "guide",
+    "draft_k", "drtune", "leap", "draft_lv", "full", "nft", "weighted", "dpo", "guide",
     "nft-alone", "nft-uniform", "nft-shuffled", "nft-long", "grpo-alone",
 )  # fmt: skip
 # What stands behind a hyphen: without offline pairs, and the detector a function of pictures that has no gradient.
@@ -51,6 +51,7 @@ class Settings:
         demo: changes of `DemoConfig`; its own lengths when empty.
         treat: changes of every `TreatConfig`, for tests.
         guide: changes of `guide`'s options, for tests.
+        dpo: changes of `region_dpo.train`'s options, for tests.
     """
 
     seed: int = 0
@@ -60,6 +61,7 @@ class Settings:
     demo: dict = dataclasses.field(default_factory=dict)
     treat: dict = dataclasses.field(default_factory=dict)
     guide: dict = dataclasses.field(default_factory=dict)
+    dpo: dict = dataclasses.field(default_factory=dict)
 
 
 class Study:
@@ -187,6 +189,8 @@ class Study:
         def draw(pipeline, folder):
             if method == "guide":
                 return self._guide(pipeline, kind)
+            if method == "dpo":
+                return self._dpo(pipeline, kind, folder)
             return self._treat(pipeline, kind, method, folder)
 
         return self._drawn(f"{kind}-{method}", kind, draw)
@@ -222,6 +226,17 @@ class Study:
         with guide(pipeline, detector, **options) as log:
             pictures, cost = self._draw(pipeline, kind, f"{kind} guide")
         return {"rewound": log.rewound}, pictures, cost
+
+    def _dpo(self, pipeline, kind, folder):
+        from benchmarks.studies.treatment.region_dpo import train
+
+        known, steps = self.demo.data().training, call_options(kind)["num_inference_steps"]
+        with PeakMemory() as memory:
+            record = train(
+                pipeline, known, folder / "lora", seed=self.settings.seed, sampling_steps=steps, **self.settings.dpo
+            )
+        pictures, _ = self._draw(pipeline, kind, f"{kind} dpo")
+        return record, pictures, {"seconds": record["seconds"], "peak_mib": memory.mib}
 
     def _treat(self, pipeline, kind, method, folder):
         from diffdoctor.treat import TreatConfig, treat
