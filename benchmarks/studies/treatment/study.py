@@ -32,7 +32,8 @@ METHODS = (
 # What stands behind a hyphen: without offline pairs, and the detector a function of pictures that has no gradient.
 ALONE: dict[str, dict] = {"alone": {}, "uniform": {"map_source": "uniform"}, "shuffled": {"map_source": "shuffled"}}
 ALONE["long"] = {"steps": 500}
-# Where it is not TreatConfig's default. A step of the denoising loss alone costs a third of one that samples.
+# Where it is not TreatConfig's default. Methods without a gradient through the detector overshoot at the transformer's
+# rate; a step of the denoising loss alone costs a third of one that samples.
 BY_PIPELINE: dict[str, dict] = {"flux": {"learning_rate": 2e-3}}
 BY_METHOD: dict[str, dict] = {"weighted": {"steps": 200}}
 # Pictures at a time while sampling; small, so that memory says something of the method.
@@ -308,7 +309,9 @@ def treat_options(kind: str, method: str, settings: Settings) -> dict:
         "evaluate_pictures": 200,
         "checkpoint_every": 0,
     }
-    options |= BY_PIPELINE.get(kind, {}) | BY_METHOD.get(method, {}) | ALONE.get(variant, {})
+    if method not in ("nft", "grpo"):
+        options |= BY_PIPELINE.get(kind, {})
+    options |= BY_METHOD.get(method, {}) | ALONE.get(variant, {})
     steps = {**options, **settings.treat}.get("steps", 100)
     return options | {"evaluate_every": max(1, steps // 4)} | settings.treat
 
