@@ -21,6 +21,7 @@ from diffdoctor.lowering.plan import (
     Plan,
     Problem,
 )
+from diffdoctor.lowering.policy_loss import LEVELS, PolicyProblem
 
 # The names of DD_WEIGHTED_LOSS_PLAN in csrc/common/weighted_loss_params.h, but for their order.
 _OPTION_FIELDS = tuple(field.name for field in fields(Options))
@@ -167,4 +168,55 @@ def artifact_arguments(problem: ArtifactProblem) -> ArtifactArguments:
         problem.loss.data_ptr(),
         _pointer(problem.unit_grad),
         _pointer(problem.factor) if problem.unit_grad is not None else 0,
+    )
+
+
+class PolicyArguments(NamedTuple):
+    """DD_POLICY_LOSS_PARAMS in csrc/common/policy_loss_params.h."""
+
+    outputs: int
+    reduction: int
+    level: int
+    channel_dim: int
+    old: int
+    clip_low: float
+    clip_high: float
+    advantage_clip: float
+    kl_weight: float
+    a: object
+    b: object
+    sigma: object
+    old_mean: object
+    grad_output: object
+    pred: int
+    grad: int
+    latents: int
+    next_latents: int
+    ref_pred: int
+    log_prob: int
+    advantage: int
+    mask: int
+    loss: int
+    sums: int
+
+
+def policy_arguments(problem: PolicyProblem) -> PolicyArguments:
+    log_prob = problem.log_prob if problem.old_log_prob is None else problem.old_log_prob
+    tensors = (
+        problem.pred, problem.grad, problem.latents, problem.next_latents, problem.ref_pred, log_prob,
+        problem.advantage, problem.mask, problem.loss, problem.sums,
+    )  # fmt: skip
+    return PolicyArguments(
+        problem.outputs,
+        REDUCTIONS[problem.reduction],
+        LEVELS[problem.level],
+        problem.channel_dim,
+        problem.old_kind,
+        *problem.clip_range,
+        problem.advantage_clip,
+        problem.kl_weight,
+        *(_number(entry) for entry in (problem.a, problem.b, problem.sigma)),
+        None if problem.old_mean is None else _number(problem.old_mean),
+        _number(problem.grad_output),
+        *map(_pointer, tensors),
     )

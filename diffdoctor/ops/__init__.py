@@ -33,8 +33,9 @@ OPS = {
     "weighted_loss": "weighted_loss",
     "modulate_gradient": "weighted_loss",
     "artifact_loss": "artifact_loss",
+    "policy_loss": "policy_loss",
 }
-_HELPERS = ("layout", "policy_loss", "policy_steps", "preference", "schedules", "stats", "target")
+_HELPERS = ("layout", "policy_steps", "preference", "schedules", "stats", "target")
 
 
 def public() -> dict[str, object]:

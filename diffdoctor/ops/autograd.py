@@ -121,12 +121,12 @@ class SavedGradLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         if functorch_level() is not None or is_batched(g):
-            refuse_functorch("weighted_loss", g)
+            refuse_functorch(ctx.made[0].op, g)
         (unit_grad,) = ctx.saved_tensors
         call, x, stride = ctx.made
         if type(unit_grad) is not Tensor or type(g) is not Tensor or is_observed():
             grad = scaled(unit_grad, g)
-            return (forbid_second_derivative(grad, x(), "weighted_loss") if _is_grad_enabled() else grad), None
+            return (forbid_second_derivative(grad, x(), call.op) if _is_grad_enabled() else grad), None
         if unit_grad.stride() != stride:
             unit_grad = with_strides(unit_grad, stride)
         if g.is_neg():
@@ -139,11 +139,11 @@ class SavedGradLoss(torch.autograd.Function):
             call.module.scale_gradient(unit_grad, g, grad, *call.runs)
         else:
             grad = scaled(unit_grad, g)
-        return (forbid_second_derivative(grad, x(), "weighted_loss") if _is_grad_enabled() else grad), None
+        return (forbid_second_derivative(grad, x(), call.op) if _is_grad_enabled() else grad), None
 
 
 # Function.apply without what it does first for functorch, which was refused before: it takes as long again as the rest.
-_save_grad = super(torch.autograd.Function, SavedGradLoss).apply
+save_grad = super(torch.autograd.Function, SavedGradLoss).apply
 
 
 def _numbers_of(problem: Problem) -> tuple[PerSample, ...]:
@@ -236,21 +236,22 @@ def differentiable_loss(
     run(module, problem)
     if problem.grad is None:
         return RecomputedLoss.apply(model_pred, problem, module, options)
-    return _save_grad(model_pred, (problem.loss, problem.grad, _GeneralCall(module, runs)))
+    return save_grad(model_pred, (problem.loss, problem.grad, GeneralCall(module, runs)))
 
 
-class _GeneralCall:
+class GeneralCall:
     """What the backward of a saved gradient needs of its call.
 
     Args:
         module: of the backend.
         runs: as in `differentiable_loss`.
+        op: the public name.
     """
 
-    __slots__ = ("module", "runs")
+    __slots__ = ("module", "op", "runs")
 
-    def __init__(self, module, runs: tuple[int, int] | None):
-        self.module, self.runs = module, runs
+    def __init__(self, module, runs: tuple[int, int] | None, op: str = "weighted_loss"):
+        self.module, self.runs, self.op = module, runs, op
 
     def scale(self, unit_grad: Tensor, g: Tensor, out: Tensor) -> None:
         """out = unit_grad * g, of one number."""
@@ -274,6 +275,7 @@ class BoundCall:
         "_acc", "_batch", "_elements", "_elementwise", "_launch", "_like_loss", "_tensor_slots", "module", "runs",
         "scale",
     )  # fmt: skip
+    op = "weighted_loss"
 
     def __init__(self, fast, problem: Problem, cached: CachedPlan, module):
         plan = cached.plan
@@ -301,7 +303,7 @@ class BoundCall:
             model_pred, terms, confidence, mask, weighting if self._elementwise else None, per_sample, loss, grad, sums
         )
         if differentiable:
-            loss = _save_grad(model_pred, (loss, grad, self))
+            loss = save_grad(model_pred, (loss, grad, self))
         return (loss, LossStats.from_sums(sums, self._elements)) if return_stats else loss
 
     def _per_sample_tensors(self, target, huber_c, weighting, normalizer) -> list[Tensor]:

@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 from typing import Literal, overload
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from diffdoctor import reference
 from diffdoctor.backends.select import pick, requested
+from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
+from diffdoctor.lowering.policy_loss import POLICY_SUMS
 from diffdoctor.ops import checks
-from diffdoctor.ops.autograd import guard_reference, refuse_forward_mode, refuse_functorch
+from diffdoctor.ops.autograd import (
+    GeneralCall,
+    forbid_second_derivative,
+    guard_reference,
+    refuse_forward_mode,
+    refuse_functorch,
+    save_grad,
+    with_strides,
+)
 from diffdoctor.ops.layout import Packed
-from diffdoctor.ops.observed import unrecorded
-from diffdoctor.ops.policy_arguments import PolicyInputs, PolicyOptions, check_inputs, check_step, log_prob_shape
+from diffdoctor.ops.library import policy_loss as registered
+from diffdoctor.ops.observed import PLAIN, is_observed, is_plain, unrecorded
+from diffdoctor.ops.policy_arguments import PolicyInputs, PolicyOptions, check_inputs, check_step
+from diffdoctor.ops.policy_call import (
+    grad_runs,
+    gradient_by_reference,
+    log_prob,
+    lower,
+    plan_key,
+    plans,
+    with_cotangent,
+)
 from diffdoctor.ops.stats import PolicyStats
 from diffdoctor.reference.grid import accumulation_dtype
 
@@ -138,18 +159,84 @@ def policy_loss(
     """
     options = PolicyOptions(clip_range, advantage_clip, kl_weight, interpolation, level, reduction, layout)
     inputs = PolicyInputs(model_pred, latents, next_latents, old_log_prob, advantage, coefs, mask, ref_pred)
-    unrecorded(check_inputs, inputs, options)
+    as_operator = is_observed() or type(model_pred) not in PLAIN
+    key = None if as_operator else _known_key(inputs, options)
+    if key is None:
+        unrecorded(check_inputs, inputs, options)
     checks.check_bool("return_stats", return_stats)
+    if as_operator or not is_plain(*inputs[:5], *coefs, mask, ref_pred):
+        return registered.policy_loss(inputs, options, return_stats, backend)
     refuse_functorch("policy_loss")
     refuse_forward_mode("policy_loss", model_pred, latents, next_latents, ref_pred)
-    pick(requested(backend), "policy_loss", model_pred.device.type)
-    return _run_reference(inputs, options, return_stats)
+    module = pick(requested(backend), "policy_loss", model_pred.device.type)
+    if model_pred.numel() == 0:
+        return _empty(guard_reference(model_pred, "policy_loss"), reduction, return_stats)
+    if module is None:
+        return _run_reference(inputs, options, return_stats)
+    return _run(module, inputs, options, return_stats, key)
+
+
+def _known_key(inputs: PolicyInputs, options: PolicyOptions) -> tuple | None:
+    """The key of a plan that arguments like these have made, which need no other check; else None."""
+    try:
+        key = plan_key(inputs, options)
+        # True is equal to 1 in a key; the checks refuse it.
+        return key if key in plans and bool not in map(type, inputs.coefs) else None
+    except (TypeError, RuntimeError):  # something unhashable or without strides came: the checks name it
+        return None
+
+
+def _run(module, inputs: PolicyInputs, options: PolicyOptions, return_stats: bool, key: tuple | None):
+    """A checked call on a backend."""
+    pred = inputs.model_pred
+    differentiable = torch.is_grad_enabled() and pred.requires_grad
+    outputs = WRITE_LOSS | (WRITE_SUMS if return_stats else 0)
+    if differentiable and pred.dtype != torch.float16:  # fp16 computes its gradient in backward
+        outputs |= WRITE_GRAD
+    problem = lower(inputs, options, outputs, key)
+    module.policy_loss(problem)
+    loss = problem.loss
+    if differentiable and problem.grad is not None:
+        loss = save_grad(pred, (loss, problem.grad, GeneralCall(module, grad_runs(problem), "policy_loss")))
+    elif differentiable:
+        loss = _RecomputedLoss.apply(pred, loss, module, inputs, options)
+    return (loss, PolicyStats.from_sums(problem.sums)) if return_stats else loss
+
+
+class _RecomputedLoss(torch.autograd.Function):
+    """Saves the inputs and computes the gradient in backward, rounded once: for fp16, as `autograd.RecomputedLoss`."""
+
+    @staticmethod
+    def forward(ctx, model_pred, loss, module, inputs: PolicyInputs, options: PolicyOptions):
+        ctx.module, ctx.options, ctx.x = module, options, ref(model_pred)
+        tensors = [x if isinstance(x, Tensor) else None for x in (*inputs[:5], *inputs[6:], *inputs.coefs)]
+        ctx.strides = [None if x is None else x.stride() for x in tensors]
+        ctx.numbers = inputs.coefs
+        ctx.save_for_backward(*tensors)
+        return loss
+
+    @staticmethod
+    def backward(ctx, g):
+        refuse_functorch("policy_loss", g)
+        saved = ctx.saved_tensors
+        observed = is_observed() or not is_plain(g, *saved)
+        if not observed:
+            g, saved = g.resolve_neg(), tuple(map(with_strides, saved, ctx.strides))
+        coefs = tuple(x if tensor is None else tensor for x, tensor in zip(ctx.numbers, saved[7:], strict=True))
+        inputs = PolicyInputs(*saved[:5], coefs, *saved[5:7])
+        if observed:
+            grad = gradient_by_reference(inputs, ctx.options, g)
+        else:
+            problem = with_cotangent(lower(inputs, ctx.options, WRITE_GRAD), g)
+            ctx.module.policy_loss(problem)
+            grad = problem.grad
+        if torch.is_grad_enabled():
+            grad = forbid_second_derivative(grad, ctx.x(), "policy_loss")
+        return grad, None, None, None, None
 
 
 def _run_reference(inputs: PolicyInputs, options: PolicyOptions, return_stats: bool):
     guarded = inputs._replace(model_pred=guard_reference(inputs.model_pred, "policy_loss"))
-    if inputs.model_pred.numel() == 0:
-        return _empty(guarded.model_pred, options.reduction, return_stats)
     result = reference.policy_loss(**guarded._asdict(), **vars(options), return_sums=return_stats)
     return (result[0], PolicyStats.from_sums(result[1])) if return_stats else result
 
@@ -158,7 +245,7 @@ def _empty(model_pred: Tensor, reduction: str, return_stats: bool):
     """The result of an empty tensor: 0, connected to the graph."""
     flat = model_pred.flatten(1).to(accumulation_dtype(model_pred.dtype))
     loss = flat.sum(1) if reduction == "sample" else flat.sum()
-    return (loss, PolicyStats.from_sums(flat.new_zeros(flat.shape[0], 6))) if return_stats else loss
+    return (loss, PolicyStats.from_sums(flat.new_zeros(flat.shape[0], POLICY_SUMS))) if return_stats else loss
 
 
 def policy_log_prob(
@@ -194,10 +281,8 @@ def policy_log_prob(
     checks.check_layout(layout)
     model_pred = model_pred.detach() if isinstance(model_pred, Tensor) else model_pred
     unrecorded(check_step, model_pred, latents, next_latents, coefs, layout)
+    inputs = PolicyInputs(model_pred, latents, next_latents, None, None, coefs)
+    if is_observed() or not is_plain(model_pred, latents, next_latents, *coefs):
+        return registered.policy_log_prob(inputs, layout, backend)
     refuse_functorch("policy_log_prob")
-    pick(requested(backend), "policy_loss", model_pred.device.type)
-    if model_pred.numel() == 0:
-        shape = log_prob_shape(model_pred, layout)
-        return model_pred.new_zeros(shape, dtype=accumulation_dtype(model_pred.dtype))
-    with torch.no_grad():
-        return reference.policy_log_prob(model_pred, latents, next_latents, coefs=coefs, layout=layout)
+    return log_prob(inputs, layout, pick(requested(backend), "policy_loss", model_pred.device.type))

@@ -112,10 +112,10 @@ def per_sample(value, pred: Tensor) -> Tensor:
 
 
 def _residual(pred: Tensor, latents: Tensor, next_latents: Tensor, coefs: tuple, layout) -> Tensor:
-    """(next_latents - a latents - b model_pred) / sigma on the grid."""
+    """(next_latents - a latents - b model_pred) / sigma on the grid; not divided where sigma is 0."""
     a, b, sigma = (per_sample(value, pred) for value in coefs)
     latents, next_latents = (to_grid(x, layout).to(pred.dtype) for x in (latents, next_latents))
-    return (next_latents - a * latents - b * pred) / sigma
+    return (next_latents - a * latents - b * pred) / torch.where(sigma == 0, torch.ones_like(sigma), sigma)
 
 
 def _log_prob(residual: Tensor) -> Tensor:

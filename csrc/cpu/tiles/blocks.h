@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kChunk = 2048;  // a page of bf16: the hardware prefetcher starts anew at each
 
-// How a sample is cut: a block is a range of dim `split` with all dims inside it, at most kChunk elements.
+// How a sample is cut: a block is a range of dim `split` with all dims inside it, at most kChunk elements or fewer.
 struct Tiling {
   int split;
   int64_t inner;   // elements inside one step of dim `split`
@@ -23,17 +23,18 @@ struct Tiling {
   int64_t items;   // per sample: map_steps * ranges * groups
 };
 
-inline Tiling make_tiling(const WeightedLossParams& p) {
+// chunk: elements of a block at most.
+inline Tiling make_tiling(const WeightedLossParams& p, int64_t chunk = kChunk) {
   Tiling t;
   t.inner = 1;
   t.split = kMaxDims - 1;
-  while (t.split > 0 && t.inner * p.size[t.split] <= kChunk) t.inner *= p.size[t.split--];
+  while (t.split > 0 && t.inner * p.size[t.split] <= chunk) t.inner *= p.size[t.split--];
   // Where a map is resampled, it should be once for a position: no blocks along a dim it does not know, and smaller
   // blocks rather than free steps on several threads.
   const bool resampled = p.confidence.mode > kSame || p.mask.mode > kSame;
   if (resampled && t.split < kMaxDims - 1 && !p.map_varies[t.split]) t.inner /= p.size[++t.split];
   const int64_t size = p.size[t.split];
-  int64_t most = kChunk / t.inner;
+  int64_t most = chunk / t.inner;
   if (resampled && p.batch * p.count < 64 * kChunk * 16) most = most / 4;
   most = most < 1 ? 1 : most;
   t.ranges = (size + most - 1) / most;
