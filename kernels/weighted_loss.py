@@ -53,13 +53,13 @@ def decode(linear, sizes, strides, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _tile_offset(outer, inner, sizes, strides, OUTER_UNIT: tl.constexpr, INNER_UNIT: tl.constexpr):
+def tile_offset(outer, inner, sizes, strides, OUTER_UNIT: tl.constexpr, INNER_UNIT: tl.constexpr):
     """Offset of outer × inner positions; sizes and strides stand as (outer dims, free dims, inner dims)."""
     return decode(outer, sizes[0], strides[0], OUTER_UNIT) + decode(inner, sizes[2], strides[2], INNER_UNIT)
 
 
 @triton.jit
-def _number(pointers, tensor_bits, batched_bits, value, b, K: tl.constexpr, ACC: tl.constexpr):
+def number_of(pointers, tensor_bits, batched_bits, value, b, K: tl.constexpr, ACC: tl.constexpr):
     """Per-sample number K of sample b: from its tensor where there is one, else the value."""
     step = (batched_bits >> K) & 1
     return tl.load(pointers[K] + b * step, mask=((tensor_bits >> K) & 1) != 0, other=as_scalar(value, ACC))
@@ -69,25 +69,25 @@ def _number(pointers, tensor_bits, batched_bits, value, b, K: tl.constexpr, ACC:
 def _coef(pointers, tensor_bits, batched_bits, clean, artifact, b, u, K: tl.constexpr, ARTIFACT_K: tl.constexpr,
           SPATIAL: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """A term's coefficient: number K of sample b, which becomes number ARTIFACT_K as u goes from 0 to 1 if SPATIAL."""
-    coef = _number(pointers, tensor_bits, batched_bits, clean, b, K, ACC)
+    coef = number_of(pointers, tensor_bits, batched_bits, clean, b, K, ACC)
     if SPATIAL:
-        coef = coef + u * (_number(pointers, tensor_bits, batched_bits, artifact, b, ARTIFACT_K, ACC) - coef)
+        coef = coef + u * (number_of(pointers, tensor_bits, batched_bits, artifact, b, ARTIFACT_K, ACC) - coef)
     return coef
 
 
 @triton.jit
-def _map(ptr, b, batch_stride, strides, axes, mode, default, outer, inner, inside, sizes, coords, map_grid,
+def map_at(ptr, b, batch_stride, strides, axes, mode, default, outer, inner, inside, sizes, coords, map_grid,
          KIND: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """A map on a tile of outer × inner positions; `default` where there is none."""
     if KIND == ABSENT:
         value = tl.zeros_like(outer + inner).to(ACC) + default
     elif KIND == SAME:
-        offset = _tile_offset(outer, inner, sizes, strides, 1, 1)
+        offset = tile_offset(outer, inner, sizes, strides, 1, 1)
         value = map_value(ptr + b * batch_stride, offset, inside, ACC)
     else:
-        t = _tile_offset(outer, inner, sizes, coords[0], 1, 1)
-        y = _tile_offset(outer, inner, sizes, coords[1], 1, 1)
-        x = _tile_offset(outer, inner, sizes, coords[2], 1, 1)
+        t = tile_offset(outer, inner, sizes, coords[0], 1, 1)
+        y = tile_offset(outer, inner, sizes, coords[1], 1, 1)
+        x = tile_offset(outer, inner, sizes, coords[2], 1, 1)
         value = resampled(ptr + b * batch_stride, inside, t, y, x, axes, map_grid, mode, ACC)
     return value
 
@@ -107,10 +107,10 @@ def _spatial(confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mas
              outer, inner, inside, sizes, coords, map_grid,
              CONFIDENCE: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """u and ω on a tile of outer × inner positions; where a map is NaN, and where it is outside [0, 1]."""
-    c = _map(confidence_ptr, b, batch_strides[6], confidence_strides, confidence_axes, mode, 0.0, outer, inner, inside,
-             sizes, coords, map_grid, CONFIDENCE, ACC)  # fmt: skip
-    k = _map(mask_ptr, b, batch_strides[7], mask_strides, mask_axes, mode, 1.0, outer, inner, inside,
-             sizes, coords, map_grid, MASK, ACC)  # fmt: skip
+    c = map_at(confidence_ptr, b, batch_strides[6], confidence_strides, confidence_axes, mode, 0.0, outer, inner,
+               inside, sizes, coords, map_grid, CONFIDENCE, ACC)  # fmt: skip
+    k = map_at(mask_ptr, b, batch_strides[7], mask_strides, mask_axes, mode, 1.0, outer, inner, inside,
+               sizes, coords, map_grid, MASK, ACC)  # fmt: skip
     u = c
     if CONFIDENCE != ABSENT:
         u = _artifact_level(c, threshold, gamma)
@@ -123,19 +123,19 @@ def _spatial(confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mas
 
 
 @triton.jit
-def _read(ptr, tile_offset, free, present, sizes, strides, ACC: tl.constexpr, UNIT: tl.constexpr):
+def read_operand(ptr, tile_offset, free, present, sizes, strides, ACC: tl.constexpr, UNIT: tl.constexpr):
     offset = tile_offset + decode(free, sizes[1], strides[1], UNIT)
     return tl.load(ptr + offset, mask=present, other=0.0).to(ACC)
 
 
 @triton.jit
-def _total(values):
+def tile_sum(values):
     """Sum over a whole tile."""
     return tl.sum(tl.ravel(values), 0)
 
 
 @triton.jit
-def _finish_loss(share, n, loss_ptr, shares_ptr, counter_ptr, b, batch, reduction,
+def finish_loss(share, n, loss_ptr, shares_ptr, counter_ptr, b, batch, reduction,
                  ACC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """A sample's loss; over samples in the last one to come here."""
     if reduction == SAMPLE:
@@ -209,11 +209,11 @@ def weighted_loss_kernel(
         as_scalar(as_scalar(threshold, tl.float32), ACC), as_scalar(gamma, ACC), as_scalar(clean_weight, ACC),
         as_scalar(artifact_weight, ACC), outer, inner, inside, sizes, coords, map_grid,
         CONFIDENCE, MASK, ACC)  # fmt: skip
-    s = _number(number_ptrs, tensor_bits, batched_bits, pred_scale, b, PRED_SCALE, ACC)
-    c = _number(number_ptrs, tensor_bits, batched_bits, huber_c, b, HUBER_C, ACC)
+    s = number_of(number_ptrs, tensor_bits, batched_bits, pred_scale, b, PRED_SCALE, ACC)
+    c = number_of(number_ptrs, tensor_bits, batched_bits, huber_c, b, HUBER_C, ACC)
     # Tiles, not scalars: the interpreter cannot spread the result of a scalar comparison over a tile.
-    v = tl.zeros_like(omega) + _number(number_ptrs, tensor_bits, batched_bits, weight, b, WEIGHT, ACC)
-    divisor = _number(number_ptrs, tensor_bits, batched_bits, z, b, Z, ACC)
+    v = tl.zeros_like(omega) + number_of(number_ptrs, tensor_bits, batched_bits, weight, b, WEIGHT, ACC)
+    divisor = number_of(number_ptrs, tensor_bits, batched_bits, z, b, Z, ACC)
     strength = (
         as_scalar(strength0, ACC), as_scalar(strength1, ACC), as_scalar(strength2, ACC), as_scalar(strength3, ACC),
         as_scalar(strength4, ACC), as_scalar(strength5, ACC), as_scalar(strength6, ACC), as_scalar(strength7, ACC),
@@ -222,7 +222,7 @@ def weighted_loss_kernel(
     chosen = inside & (omega != 0) & (v != 0)
     v_omega = v * omega
     if GRAD:
-        g = _number(number_ptrs, tensor_bits, batched_bits, grad_output, b, GRAD_OUTPUT, ACC) * v * s / divisor
+        g = number_of(number_ptrs, tensor_bits, batched_bits, grad_output, b, GRAD_OUTPUT, ACC) * v * s / divisor
         if reduction == MEAN:
             g = g / (n * batch)
         elif reduction == SAMPLE:
@@ -230,26 +230,26 @@ def weighted_loss_kernel(
         m = as_scalar(clean_grad, ACC) + (as_scalar(artifact_grad, ACC) - as_scalar(clean_grad, ACC)) * u
         moved = chosen & (m != 0) & (tl.zeros_like(omega) + divisor != 0)
         slope_factor = omega * m * g
-        grad_tile = _tile_offset(outer, inner, sizes, grad_strides, GRAD_UNITS[0], GRAD_UNITS[2])
+        grad_tile = tile_offset(outer, inner, sizes, grad_strides, GRAD_UNITS[0], GRAD_UNITS[2])
 
-    pred_tile = _tile_offset(outer, inner, sizes, pred_strides, PRED_UNITS[0], PRED_UNITS[2])
+    pred_tile = tile_offset(outer, inner, sizes, pred_strides, PRED_UNITS[0], PRED_UNITS[2])
     if term0_ptr is not None:
         coef0_b = _coef(
             number_ptrs, tensor_bits, batched_bits, coef0, artifact_coef0, b, u, COEF0, ARTIFACT_COEF0, SPATIAL,
             ACC)  # fmt: skip
-        term0_tile = _tile_offset(outer, inner, sizes, term0_strides, TERM0_UNITS[0], TERM0_UNITS[2])
+        term0_tile = tile_offset(outer, inner, sizes, term0_strides, TERM0_UNITS[0], TERM0_UNITS[2])
     if term1_ptr is not None:
         coef1_b = _coef(
             number_ptrs, tensor_bits, batched_bits, coef1, artifact_coef1, b, u, COEF1, ARTIFACT_COEF1, SPATIAL,
             ACC)  # fmt: skip
-        term1_tile = _tile_offset(outer, inner, sizes, term1_strides, TERM1_UNITS[0], TERM1_UNITS[2])
+        term1_tile = tile_offset(outer, inner, sizes, term1_strides, TERM1_UNITS[0], TERM1_UNITS[2])
     if term2_ptr is not None:
         coef2_b = _coef(
             number_ptrs, tensor_bits, batched_bits, coef2, artifact_coef2, b, u, COEF2, ARTIFACT_COEF2, SPATIAL,
             ACC)  # fmt: skip
-        term2_tile = _tile_offset(outer, inner, sizes, term2_strides, TERM2_UNITS[0], TERM2_UNITS[2])
+        term2_tile = tile_offset(outer, inner, sizes, term2_strides, TERM2_UNITS[0], TERM2_UNITS[2])
     if weighting_ptr is not None:
-        weighting_tile = _tile_offset(outer, inner, sizes, weighting_strides, 1, 1)
+        weighting_tile = tile_offset(outer, inner, sizes, weighting_strides, 1, 1)
 
     total = tl.zeros([BLOCK_OUTER, BLOCK_FREE, BLOCK_INNER], ACC)
     if SUMS:
@@ -259,26 +259,26 @@ def weighted_loss_kernel(
     for step in range(steps):
         free = (first + step * BLOCK_FREE + tl.arange(0, BLOCK_FREE))[None, :, None]
         present = inside & (free < n_free)
-        d = s * _read(
+        d = s * read_operand(
             pred_ptr + b * batch_strides[0], pred_tile, free, present, sizes, pred_strides, ACC,
             PRED_UNITS[1])  # fmt: skip
         if term0_ptr is not None:
-            d -= coef0_b * _read(
+            d -= coef0_b * read_operand(
                 term0_ptr + b * batch_strides[2], term0_tile, free, present, sizes, term0_strides, ACC,
                 TERM0_UNITS[1])  # fmt: skip
         if term1_ptr is not None:
-            d -= coef1_b * _read(
+            d -= coef1_b * read_operand(
                 term1_ptr + b * batch_strides[3], term1_tile, free, present, sizes, term1_strides, ACC,
                 TERM1_UNITS[1])  # fmt: skip
         if term2_ptr is not None:
-            d -= coef2_b * _read(
+            d -= coef2_b * read_operand(
                 term2_ptr + b * batch_strides[4], term2_tile, free, present, sizes, term2_strides, ACC,
                 TERM2_UNITS[1])  # fmt: skip
         loss, slope = element_loss(d, c, strength, PLAIN, ACC)
         selected = chosen & present
         weighted = v_omega * loss
         if weighting_ptr is not None:
-            factor = _read(weighting_ptr + b * batch_strides[5], weighting_tile, free, present, sizes,
+            factor = read_operand(weighting_ptr + b * batch_strides[5], weighting_tile, free, present, sizes,
                            weighting_strides, ACC, 1)  # fmt: skip
             selected = selected & (factor != 0)
             weighted *= factor
@@ -301,18 +301,18 @@ def weighted_loss_kernel(
         COLUMNS: tl.constexpr = SUM_COLUMNS if SUMS else 1
         rows_ptr = partial_ptr + b * programs * COLUMNS
         own_ptr = rows_ptr + program * COLUMNS
-        tl.store(own_ptr, _total(total))
+        tl.store(own_ptr, tile_sum(total))
         if SUMS:
             seen = tl.minimum(n_free - first, steps * BLOCK_FREE).to(ACC)
-            tl.store(own_ptr + 1, _total(tl.where(inside, omega, 0.0)) * seen)
-            tl.store(own_ptr + 2, _total(artifact_loss))
-            tl.store(own_ptr + 3, _total(artifact_share))
-            tl.store(own_ptr + 4, _total(clean_loss))
-            tl.store(own_ptr + 5, _total(clean_share))
-            tl.store(own_ptr + 6, _total(tl.where(inside, u, 0.0)) * seen)
-            tl.store(own_ptr + 7, _total(nonfinite))
-            tl.store(own_ptr + 8, _total(tl.where(inside & nan, 1.0, 0.0).to(ACC)) * seen)
-            tl.store(own_ptr + 9, _total(tl.where(inside & outside, 1.0, 0.0).to(ACC)) * seen)
+            tl.store(own_ptr + 1, tile_sum(tl.where(inside, omega, 0.0)) * seen)
+            tl.store(own_ptr + 2, tile_sum(artifact_loss))
+            tl.store(own_ptr + 3, tile_sum(artifact_share))
+            tl.store(own_ptr + 4, tile_sum(clean_loss))
+            tl.store(own_ptr + 5, tile_sum(clean_share))
+            tl.store(own_ptr + 6, tile_sum(tl.where(inside, u, 0.0)) * seen)
+            tl.store(own_ptr + 7, tile_sum(nonfinite))
+            tl.store(own_ptr + 8, tile_sum(tl.where(inside & nan, 1.0, 0.0).to(ACC)) * seen)
+            tl.store(own_ptr + 9, tile_sum(tl.where(inside & outside, 1.0, 0.0).to(ACC)) * seen)
         if arrives_last(counter_ptr + b, programs):
             if SUMS:
                 for column in tl.static_range(SUM_COLUMNS):
@@ -322,7 +322,7 @@ def weighted_loss_kernel(
                 numerator = column_sum(rows_ptr, programs, COLUMNS, ACC, BLOCK_PARTIAL)
                 share = tl.where(divisor == 0, 0.0, numerator / divisor)
                 shares_ptr = partial_ptr + batch.to(tl.int64) * programs * COLUMNS
-                _finish_loss(share, n, loss_ptr, shares_ptr, counter_ptr, b, batch, reduction, ACC, BLOCK_PARTIAL)
+                finish_loss(share, n, loss_ptr, shares_ptr, counter_ptr, b, batch, reduction, ACC, BLOCK_PARTIAL)
 
 
 @triton.jit(do_not_specialize=["batch", "programs", "inner_blocks", "mode"])
@@ -349,7 +349,7 @@ def weight_mean_kernel(
         as_scalar(as_scalar(threshold, tl.float32), ACC), as_scalar(gamma, ACC), as_scalar(clean_weight, ACC),
         as_scalar(artifact_weight, ACC), outer, inner, inside, sizes, coords, map_grid,
         CONFIDENCE, MASK, ACC)  # fmt: skip
-    tl.store(partial_ptr + b * programs + program, _total(tl.where(inside, omega, 0.0)))
+    tl.store(partial_ptr + b * programs + program, tile_sum(tl.where(inside, omega, 0.0)))
     if arrives_last(counter_ptr + b, programs):
         mean = column_sum(partial_ptr + b * programs, programs, 1, ACC, BLOCK_PARTIAL)
         mean = mean / as_scalar(n_outer, ACC) / as_scalar(n_inner, ACC)

@@ -34,7 +34,9 @@ DD_HD PolicyStep<acc_t> policy_step(const PolicyLossParams& p, int64_t batch, in
   s.log_prob = acc_t(-0.5) * s.inverse * s.inverse / channels;
   const acc_t scale = s.b * s.inverse;
   s.kl = acc_t(0.5) * scale * scale / channels;
-  const acc_t divisor = p.reduction == kMean ? acc_t(batch) * acc_t(pixels) : p.reduction == kSample ? acc_t(pixels) : 1;
+  const acc_t divisor = p.reduction == kMean     ? acc_t(batch) * acc_t(pixels)
+                        : p.reduction == kSample ? acc_t(pixels)
+                                                 : 1;
   const acc_t g = load_per_sample<acc_t>(p.grad_output, index) / divisor / channels;
   s.kl_weight = acc_t(p.kl_weight);
   s.slope = g * scale * s.inverse;

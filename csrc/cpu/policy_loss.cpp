@@ -1,6 +1,6 @@
-// policy_loss over a whole call. A block of pixels with all its channels stays in the cache between two passes: the sums
-// over channels, from which each pixel's ratio follows, and the gradient. Compiled once for each instruction set; all of
-// it has internal linkage but the entry point at the end.
+// policy_loss over a whole call. A block of pixels with all its channels stays in the cache between two passes: the
+// sums over channels, from which each pixel's ratio follows, and the gradient. Compiled once for each instruction set;
+// all of it has internal linkage but the entry point at the end.
 #include "cpu/policy_loss.h"
 
 #include "cpu/parallel.h"
@@ -13,19 +13,22 @@ namespace {
 
 constexpr int64_t kTiles = 256;    // of a sample at most, whose partial sums are added in order
 constexpr int64_t kGrain = 16384;  // elements below which another thread does not pay
-constexpr int64_t kBlock = 8192;   // elements of a block: its operands stay in the second-level cache
-constexpr int64_t kPixels = 1024;  // of a block at most, and a vector's worth at least
+constexpr int64_t kBlock = 32768;  // elements of a block, or kFewest pixels: its residuals stay in the cache
+constexpr int64_t kFewest = 16;
+// Pixels of a block at most: a channel's run of them fills the pages it lies on, since finding each anew takes as long
+// as reading it. Also the elements that go through buffers at once.
+constexpr int64_t kPixels = 2048;
 
 // Columns of the partial sums: the loss, then those of PolicySum; or the moments of level "sample".
 constexpr int kColumns = 1 + kPolicySums;
 
 template <typename acc_t>
 struct alignas(64) Buffers {
-  acc_t k[kPixels], advantage[kPixels], change[kPixels], old[kPixels], sum[kPixels], kl[kPixels];
+  acc_t k[kPixels], given[kPixels], advantage[kPixels], change[kPixels], old[kPixels], sum[kPixels], kl[kPixels];
   acc_t ratio[kPixels], slope[kPixels], kl_slope[kPixels];
-  acc_t pred[kBlock], latents[kBlock], next_latents[kBlock], ref_pred[kBlock], grad[kBlock];
-  bool nan[kPixels];  // where the advantage is
+  acc_t pred[kPixels], latents[kPixels], next_latents[kPixels], ref_pred[kPixels], grad[kPixels];
   MapScratch<acc_t> maps;
+  acc_t *d, *away;  // of all elements of a block
 };
 
 // The space of a sample's pixels: that of its elements with one channel.
@@ -39,7 +42,7 @@ inline WeightedLossParams pixels_of(const PolicyLossParams& p) {
 
 inline int64_t block_pixels(int64_t channels) {
   const int64_t most = kBlock / channels;
-  return most > kPixels ? kPixels : (most < 16 ? 16 : most);
+  return most > kPixels ? kPixels : (most < kFewest ? kFewest : most);
 }
 
 enum OperandKind { kPred, kGrad, kLatents, kNextLatents, kRefPred, kOperands };
@@ -58,7 +61,9 @@ struct Call {
   bool log_prob_run;
 
   explicit Call(const PolicyLossParams& params)
-      : p(params), pixels(pixels_of(params)), tiling(make_tiling(pixels, block_pixels(params.channels()))),
+      : p(params),
+        pixels(pixels_of(params)),
+        tiling(make_tiling(pixels, block_pixels(params.channels()))),
         channels(params.channels()) {
     const Operand* all[kOperands] = {&p.grid.pred, &p.grid.grad, &p.grid.terms[0], &p.grid.terms[1], &p.grid.terms[2]};
     for (int k = 0; k < kOperands; ++k) {
@@ -69,20 +74,17 @@ struct Call {
     log_prob_run = block_is_run(pixels, tiling, p.grid.weighting.stride);
     inner = 1;
     for (int d = p.channel_dim + 1; d < kMaxDims; ++d) inner *= p.grid.size[d];
-    rows = p.grid.contiguous && channels > 1 && p.channel_dim > tiling.split && channels <= kBlock / 16;
+    rows = p.grid.contiguous && channels > 1 && p.channel_dim > tiling.split;
   }
 
-  int64_t offset(const Block& at, const Operand& x) const {
-    return block_offset(tiling, at, x.batch_stride, x.stride);
-  }
+  int64_t offset(const Block& at, const Operand& x) const { return block_offset(tiling, at, x.batch_stride, x.stride); }
 };
 
-// A channel's run of an operand, or all rows of a block, as acc_t: a pointer into it where it holds that type.
+// n elements of a block's operand as acc_t, from `begin` of its rows, or of a channel: a pointer into it where it holds
+// that type.
 template <typename acc_t>
-const acc_t* converted(const Call<acc_t>& call, const Block& at, int kind, int64_t channel, acc_t* buffer) {
+const acc_t* converted(const Call<acc_t>& call, const Block& at, int kind, int64_t offset, int64_t n, acc_t* buffer) {
   const Operand& x = *call.operands[kind];
-  const int64_t offset = call.offset(at, x) + channel * call.channel_stride[kind];
-  const int64_t n = call.rows ? at.count * call.channels : at.count;
   if (call.rows || call.run[kind]) {
     if (x.dtype == kAccDtype<acc_t>) return static_cast<const acc_t*>(x.data) + offset;
     load_run<acc_t>(x.data, x.dtype, offset, 1, n, buffer);
@@ -92,68 +94,77 @@ const acc_t* converted(const Call<acc_t>& call, const Block& at, int kind, int64
   return buffer;
 }
 
-// body(operands, channel) for each channel, or once for all rows; the operands in place where that is possible.
-template <typename pred_t, typename term_t, typename acc_t, typename body_t>
-void visit_channels(const Call<acc_t>& call, const Block& at, Buffers<acc_t>& buf, bool write, const body_t& body) {
-  const PolicyLossParams& p = call.p;
-  constexpr bool kDirectPred = sizeof(pred_t) != sizeof(acc_t), kDirectTerms = sizeof(term_t) != sizeof(acc_t);
-  const int64_t visits = call.rows ? 1 : call.channels;
-  const auto place = [&](int kind, int64_t channel) {
-    const Operand& x = *call.operands[kind];
-    return address(x.data, x.dtype, call.offset(at, x) + channel * call.channel_stride[kind]);
-  };
-  for (int64_t c = 0; c < visits; ++c) {
-    ChannelOperands<pred_t, term_t> x = {};
-    if constexpr (kDirectPred)
-      x.pred = static_cast<const pred_t*>(place(kPred, c));
-    else
-      x.pred = converted(call, at, kPred, c, buf.pred);
-    if constexpr (kDirectTerms) {
-      x.latents = static_cast<const term_t*>(place(kLatents, c));
-      x.next_latents = static_cast<const term_t*>(place(kNextLatents, c));
-      if (p.has_ref()) x.ref_pred = static_cast<const term_t*>(place(kRefPred, c));
-    } else {
-      x.latents = converted(call, at, kLatents, c, buf.latents);
-      x.next_latents = converted(call, at, kNextLatents, c, buf.next_latents);
-      if (p.has_ref()) x.ref_pred = converted(call, at, kRefPred, c, buf.ref_pred);
-    }
-    if (!write) {
-      body(x);
-      continue;
-    }
-    const Operand& grad = *call.operands[kGrad];
-    const int64_t n = call.rows ? at.count * call.channels : at.count;
-    const int64_t to = call.offset(at, grad) + c * call.channel_stride[kGrad];
-    const bool dense = call.rows || call.run[kGrad];
-    if (kDirectPred || (dense && grad.dtype == kAccDtype<acc_t>)) {
-      x.grad = static_cast<pred_t*>(const_cast<void*>(address(grad.data, grad.dtype, to)));
-      body(x);
-      continue;
-    }
-    if constexpr (!kDirectPred) x.grad = buf.grad;
-    body(x);
-    if (dense)
-      store_run<acc_t>(grad.data, grad.dtype, to, 1, n, buf.grad);
-    else
-      scatter(call.pixels, call.tiling, at, grad.data, grad.dtype, grad.stride, to, call.tiling.split, buf.grad);
-  }
+// A block's elements are gone through in segments: its channels, or pieces of its rows. begin: of the segment in d.
+struct Segment {
+  int64_t begin, count, channel;
+};
+
+template <typename acc_t, typename body_t>
+void for_segments(const Call<acc_t>& call, const Block& at, const body_t& body) {
+  const int64_t all = at.count * call.channels, most = call.rows ? kPixels : at.count;
+  for (int64_t begin = 0, channel = 0; begin < all; begin += most, ++channel)
+    body(Segment{begin, all - begin < most ? all - begin : most, channel});
 }
 
-// bf16 is read and written in place where all of a block's operands are runs, everything else as acc_t.
-template <typename acc_t, typename body_t>
-void visit(const Call<acc_t>& call, const Block& at, Buffers<acc_t>& buf, bool write, const body_t& body) {
-  if constexpr (sizeof(acc_t) == sizeof(float)) {
-    const int last = call.p.has_ref() ? kRefPred : kNextLatents;
-    const auto direct = [&](int kind) {
-      return call.operands[kind]->dtype == kBFloat16 && (call.rows || call.run[kind]);
+template <typename acc_t>
+int64_t segment_offset(const Call<acc_t>& call, const Block& at, int kind, const Segment& segment) {
+  const int64_t offset = call.offset(at, *call.operands[kind]);
+  return offset + (call.rows ? segment.begin : segment.channel * call.channel_stride[kind]);
+}
+
+// The start of the next segment's run into the cache while this one is computed: the hardware's own prefetcher starts
+// anew with each run, and its page may have to be looked up first.
+template <typename acc_t>
+void prefetch_segment(const Call<acc_t>& call, const Block& at, int kind, Segment segment) {
+  if (call.rows || !call.run[kind] || ++segment.channel == call.channels) return;
+  const Operand& x = *call.operands[kind];
+  const void* from = address(x.data, x.dtype, segment_offset(call, at, kind, segment));
+  for (int line = 0; line < 8; ++line) __builtin_prefetch(static_cast<const char*>(from) + 64 * line);
+}
+
+template <typename pred_t, typename term_t, typename acc_t>
+void fill_block(const Call<acc_t>& call, const PolicyStep<acc_t>& s, const Block& at, Buffers<acc_t>& buf) {
+  for_segments(call, at, [&](const Segment& segment) {
+    StepOperands<pred_t, term_t> x = {};
+    const auto place = [&](int kind, auto* buffer, auto*& to) {
+      prefetch_segment(call, at, kind, segment);
+      const int64_t offset = segment_offset(call, at, kind, segment);
+      const Operand& from = *call.operands[kind];
+      using storage_t = std::remove_const_t<std::remove_pointer_t<std::remove_reference_t<decltype(to)>>>;
+      if constexpr (std::is_same_v<storage_t, acc_t>)
+        to = converted(call, at, kind, offset, segment.count, buffer);
+      else
+        to = static_cast<const storage_t*>(address(from.data, from.dtype, offset));
     };
-    bool pred = direct(kPred) && (!write || direct(kGrad)), terms = true;
-    for (int kind = kLatents; kind <= last; ++kind) terms = terms && direct(kind);
-    if (pred && terms) return visit_channels<bfloat16, bfloat16>(call, at, buf, write, body);
-    if (pred) return visit_channels<bfloat16, float>(call, at, buf, write, body);
-    if (terms) return visit_channels<float, bfloat16>(call, at, buf, write, body);
-  }
-  visit_channels<acc_t, acc_t>(call, at, buf, write, body);
+    place(kPred, buf.pred, x.pred);
+    place(kLatents, buf.latents, x.latents);
+    place(kNextLatents, buf.next_latents, x.next_latents);
+    if (call.p.has_ref()) place(kRefPred, buf.ref_pred, x.ref_pred);
+    fill_residuals(x, s.a, s.b, segment.count, buf.d + segment.begin, buf.away + segment.begin);
+    if (call.rows) return;
+    add_channel(buf.d + segment.begin, segment.count, buf.sum);
+    if (call.p.has_ref()) add_channel(buf.away + segment.begin, segment.count, buf.kl);
+  });
+}
+
+// The residuals of a block, and their sums of squares over channels: sum and, with a ref_pred, kl. bf16 is read in
+// place where all of the operands are runs of it, everything else as acc_t.
+template <typename acc_t>
+void sum_channels(const Call<acc_t>& call, const PolicyStep<acc_t>& s, const Block& at, Buffers<acc_t>& buf) {
+  for (int64_t i = 0; i < at.count; ++i) buf.sum[i] = buf.kl[i] = 0;
+  const auto direct = [&](int kind) {
+    return call.operands[kind]->dtype == kBFloat16 && (call.rows || call.run[kind]);
+  };
+  bool terms = sizeof(acc_t) == sizeof(float);
+  for (int kind = kLatents; kind <= (call.p.has_ref() ? kRefPred : kNextLatents); ++kind) terms = terms && direct(kind);
+  if (terms && direct(kPred))
+    fill_block<bfloat16, bfloat16>(call, s, at, buf);
+  else
+    fill_block<acc_t, acc_t>(call, s, at, buf);
+  if (!call.rows) return;
+  const int64_t rows = at.count / call.inner;
+  add_rows(buf.d, rows, call.channels, call.inner, buf.sum);
+  if (call.p.has_ref()) add_rows(buf.away, rows, call.channels, call.inner, buf.kl);
 }
 
 // The block's masks, advantages and old log-probabilities.
@@ -167,30 +178,14 @@ void fill_pixels(const Call<acc_t>& call, const PolicyStep<acc_t>& s, const Bloc
   } else {
     for (int64_t i = 0; i < n; ++i) buf.k[i] = 1;
   }
-  if (pixels.confidence.mode != kAbsent) gather_map(pixels, call.tiling, at, pixels.confidence, buf.maps, buf.advantage);
-  for (int64_t i = 0; i < n; ++i) {
-    const acc_t value = pixels.confidence.mode != kAbsent ? buf.advantage[i] : acc_t(0);
-    buf.nan[i] = value != value;
-    buf.advantage[i] = bounded_advantage(value, s.most);
-  }
+  gather_map(pixels, call.tiling, at, pixels.confidence, buf.maps, buf.given);
+  for (int64_t i = 0; i < n; ++i) buf.advantage[i] = bounded_advantage(buf.given[i], s.most);
   if (call.p.old == kOldPerPixel) {
     const Operand& old = pixels.weighting;
     gather(pixels, call.tiling, at, old.data, old.dtype, old.stride, call.offset(at, old), buf.old);
   } else {
     for (int64_t i = 0; i < n; ++i) buf.old[i] = s.old_mean;
   }
-}
-
-// The sums over channels of a block's pixels: sum and, with a ref_pred, kl.
-template <typename acc_t>
-void sum_channels(const Call<acc_t>& call, const PolicyStep<acc_t>& s, const Block& at, Buffers<acc_t>& buf) {
-  for (int64_t i = 0; i < at.count; ++i) buf.sum[i] = buf.kl[i] = 0;
-  visit(call, at, buf, false, [&](const auto& x) {
-    if (call.rows)
-      add_rows(x, s.a, s.b, at.count / call.inner, call.channels, call.inner, buf.sum, buf.kl);
-    else
-      add_channel(x, s.a, s.b, at.count, buf.sum, buf.kl);
-  });
 }
 
 // change: the log-probability less the old one.
@@ -211,7 +206,8 @@ void write_log_prob(const Call<acc_t>& call, const PolicyStep<acc_t>& s, const B
   if (call.log_prob_run)
     store_run<acc_t>(to.data, to.dtype, call.offset(at, to), 1, at.count, buf.sum);
   else
-    scatter(call.pixels, call.tiling, at, to.data, to.dtype, to.stride, call.offset(at, to), call.tiling.split, buf.sum);
+    scatter(call.pixels, call.tiling, at, to.data, to.dtype, to.stride, call.offset(at, to), call.tiling.split,
+            buf.sum);
 }
 
 // What the pixels of a block add to the columns, from their ratios; their slopes.
@@ -244,29 +240,47 @@ void weigh_pixels(const Call<acc_t>& call, const PolicyStep<acc_t>& s, const Sam
     if (buf.k[i] == 0) continue;
     const acc_t ratio = buf.ratio[i];
     const PolicyTerm<acc_t> term = policy_term(ratio, buf.advantage[i], s.low, s.high);
-    const acc_t kl = s.kl * buf.kl[i], loss = has_ref ? term.loss + s.kl_weight * kl : term.loss;
+    const acc_t kl = call.p.has_ref() ? s.kl * buf.kl[i] : acc_t(0),
+                loss = has_ref ? term.loss + s.kl_weight * kl : term.loss;
     sums[kPolicyCounted] += 1;
     sums[kPolicyRatio] += ratio;
     sums[kPolicyLargest] = ratio > sums[kPolicyLargest] ? double(ratio) : sums[kPolicyLargest];
     sums[kPolicyClipped] += term.cut;
     sums[kPolicyKl] += kl;
-    sums[kPolicyNonfinite] += buf.nan[i] || loss - loss != 0;
+    sums[kPolicyNonfinite] += buf.given[i] != buf.given[i] || loss - loss != 0;
   }
 }
 
 template <typename acc_t>
 void write_gradient(const Call<acc_t>& call, const PolicyStep<acc_t>& s, const Block& at, Buffers<acc_t>& buf) {
-  const bool kl = call.p.has_ref() && s.kl_weight != 0;
-  visit(call, at, buf, true, [&](const auto& x) {
-    const int64_t rows = at.count / call.inner;
-    if (call.rows && kl)
-      write_rows<true>(x, s.a, s.b, rows, call.channels, call.inner, buf.slope, buf.kl_slope);
-    else if (call.rows)
-      write_rows<false>(x, s.a, s.b, rows, call.channels, call.inner, buf.slope, buf.kl_slope);
-    else if (kl)
-      write_channel<true>(x, s.a, s.b, at.count, buf.slope, buf.kl_slope);
+  const Operand& grad = *call.operands[kGrad];
+  const acc_t* away = call.p.has_ref() && s.kl_weight != 0 ? buf.away : nullptr;
+  const int64_t base = call.offset(at, grad), rows = at.count / call.inner;
+  const auto write = [&](auto* out) {  // of all rows, in place
+    write_rows(buf.d, away, buf.slope, buf.kl_slope, rows, call.channels, call.inner, out);
+  };
+  if (call.rows && grad.dtype == kBFloat16 && sizeof(acc_t) == sizeof(float))
+    return write(static_cast<bfloat16*>(grad.data) + base);
+  if (call.rows && grad.dtype == kAccDtype<acc_t>) return write(static_cast<acc_t*>(grad.data) + base);
+  if (call.rows) {  // over the residuals, which are not needed any more
+    write(buf.d);
+    store_run<acc_t>(grad.data, grad.dtype, base, 1, at.count * call.channels, buf.d);
+    return;
+  }
+  for_segments(call, at, [&](const Segment& segment) {
+    prefetch_segment(call, at, kGrad, segment);
+    const int64_t to = segment_offset(call, at, kGrad, segment), n = segment.count;
+    const auto write_to = [&](auto* out) {
+      write_channel(buf.d + segment.begin, away ? away + segment.begin : away, buf.slope, buf.kl_slope, n, out);
+    };
+    if (call.run[kGrad] && grad.dtype == kBFloat16 && sizeof(acc_t) == sizeof(float))
+      return write_to(static_cast<bfloat16*>(grad.data) + to);
+    if (call.run[kGrad] && grad.dtype == kAccDtype<acc_t>) return write_to(static_cast<acc_t*>(grad.data) + to);
+    write_to(buf.grad);
+    if (call.run[kGrad])
+      store_run<acc_t>(grad.data, grad.dtype, to, 1, n, buf.grad);
     else
-      write_channel<false>(x, s.a, s.b, at.count, buf.slope, buf.kl_slope);
+      scatter(call.pixels, call.tiling, at, grad.data, grad.dtype, grad.stride, to, call.tiling.split, buf.grad);
   });
 }
 
@@ -290,6 +304,10 @@ void for_blocks(const Call<acc_t>& call, int64_t tiles, int columns, double* par
   const int64_t batch = p.grid.batch;
   parallel_for(batch * tiles, usable_threads(threads, batch * p.grid.count, kGrain), [&](int64_t begin, int64_t end) {
     Buffers<acc_t> buf;
+    const int64_t pixels = block_pixels(call.channels);
+    const Scratch residuals(2 * pixels * call.channels);
+    buf.d = reinterpret_cast<acc_t*>(residuals.data);
+    buf.away = buf.d + pixels * call.channels;
     Block at = {};
     for (int64_t k = begin; k < end; ++k) {
       const int64_t tile = k % tiles;
@@ -365,7 +383,7 @@ void run_policy_loss(const PolicyLossParams& p, int threads) {
   }
   const auto weigh = [&](const auto& s, const Block& at, auto& buf, double* sums) {
     fill_pixels(call, s, at, buf);
-    if (!by_sample || p.has_ref()) sum_channels(call, s, at, buf);
+    if (!by_sample || p.has_ref() || (p.outputs & kWriteGrad)) sum_channels(call, s, at, buf);
     if (!by_sample) {
       fill_change(call, s, at.count, buf);
       weigh_pixels<acc_t>(call, s, nullptr, at.count, buf, sums);
@@ -373,8 +391,6 @@ void run_policy_loss(const PolicyLossParams& p, int threads) {
       double of_sample[kPolicyMoments];
       for (int c = 0; c < kPolicyMoments; ++c) of_sample[c] = sum_tiles(moments.data, at.b, tiles, kPolicyMoments, c);
       const SampleRatio<acc_t> sample = sample_ratio<acc_t>(of_sample, s.low, s.high);
-      if (!p.has_ref())
-        for (int64_t i = 0; i < at.count; ++i) buf.kl[i] = 0;
       weigh_pixels(call, s, &sample, at.count, buf, sums);
     }
     if (p.outputs & kWriteGrad) write_gradient(call, s, at, buf);

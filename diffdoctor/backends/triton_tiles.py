@@ -201,3 +201,49 @@ def mean_arguments(plan: Plan, box: Box) -> dict:
         "BLOCK_OUTER": outer,
         "BLOCK_INNER": inner,
     }
+
+
+def make_channel_box(plan: Plan) -> Box:
+    """The box of policy_loss: free are the channels, of which a program visits all."""
+    begin, end = plan.free_dims_weighted
+    dims = range(MAX_DIMS - plan.ndim, MAX_DIMS)
+    groups = (tuple(d for d in dims if d < begin), tuple(range(begin, end)), tuple(d for d in dims if d >= end))
+    count = tuple(prod(plan.size[d] for d in group) for group in groups)
+    n_outer, n_free, n_inner = count
+    elements = 512 if plan.batch * plan.count <= 1 << 18 else 2048
+    free = min(32, 1 << (n_free - 1).bit_length())  # in registers between the two passes
+    inner = _block(n_inner, elements // free)
+    outer = _block(n_outer, elements // (inner * free))
+    inner_blocks = -(-n_inner // inner)
+    tiles = -(-n_outer // outer) * inner_blocks
+    return Box(groups, count, (outer, free, inner), inner_blocks, tiles, 1, -(-n_free // free))
+
+
+_OPTIONS = ("clean_weight", "artifact_weight", "threshold", "gamma")
+
+
+def policy_arguments(plan: Plan, box: Box) -> dict:
+    """What launches of policy_loss_kernel on one plan share; the advantage is the plan's confidence."""
+    counts, count_units = _in_units(tuple((n,) for n in box.count))
+    arguments = {
+        name.replace("confidence", "advantage").replace("CONFIDENCE", "ADVANTAGE"): value
+        for name, value in map_arguments(plan, box).items()
+        if name not in _OPTIONS
+    }
+    arguments |= {
+        "log_prob_strides": _strides(plan, box, plan.weighting),
+        "outer_count": counts[0][0],
+        "free_count": counts[1][0],
+        "inner_count": counts[2][0],
+        "COUNT_UNITS": count_units,
+        "programs": box.programs,
+        "steps": box.steps,
+        "inner_blocks": box.inner_blocks,
+        "HELD": box.steps == 1,
+        "BLOCK_OUTER": box.block[0],
+        "BLOCK_FREE": box.block[1],
+        "BLOCK_INNER": box.block[2],
+    }
+    for name, operand in zip(("pred", "grad", "latents", "next", "ref"), _operands(plan), strict=True):
+        arguments[f"{name}_strides"], arguments[f"{name.upper()}_UNITS"] = _in_units(_strides(plan, box, operand))
+    return arguments

@@ -138,6 +138,7 @@ def every_case() -> list[Case]:
     packed, other = Packed(8, 12), Packed(8, 12, order="ph pw c")
     found = []
     for level in ("pixel", "sample"):
+
         def add(name, level=level, **fields):
             options = {"level": level, **fields.pop("options", {})}
             found.append(Case(f"{level}-{name}", options=options, **fields))
@@ -160,8 +161,13 @@ def every_case() -> list[Case]:
         Case("strided", view="sliced", step_view="transposed", dtype=BF16),
         Case("chunk", shape=(3, 4, 6, 5), view="chunk", step_view="batch_inner", ref=F32),
         Case("expanded", step_view="expanded", old="expanded"),
-        Case("packed-other-order", shape=(2, 24, 20), options={"layout": other, "interpolation": "bilinear"},
-             advantage=((2, 1, 16, 24), BF16), mask=((1, 1, 4, 6), F32)),  # fmt: skip
+        Case(
+            "packed-other-order",
+            shape=(2, 24, 20),
+            options={"layout": other, "interpolation": "bilinear"},
+            advantage=((2, 1, 16, 24), BF16),
+            mask=((1, 1, 4, 6), F32),
+        ),  # fmt: skip
         Case("packed-odd-channels", shape=(2, 24, 12), dtype=F16, options={"layout": packed}),
         Case("tokens", shape=(2, 19, 24), advantage=((2, 19), F32), ref=BF16),
         Case("tokens-many-channels", shape=(1, 21, 700), dtype=BF16, step_dtype=BF16, advantage=((1, 21), F32)),

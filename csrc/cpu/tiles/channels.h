@@ -1,5 +1,6 @@
-// The channels of a block of pixels for policy_loss: their sums of squares, and their gradients. Two layouts are read in
-// place: runs of pixels, a channel after the other, and rows that hold the channels of few pixels (channels_last, tokens).
+// The channels of a block of pixels for policy_loss: residuals kept from a first pass, their sums of squares by pixel,
+// and the gradient made of them in a second. A pixel's channels lie a block's run of pixels apart, or in rows that hold
+// the channels of few pixels (channels_last, tokens).
 #pragma once
 
 #include "common/policy_loss.h"
@@ -8,55 +9,31 @@
 namespace diffdoctor {
 namespace {
 
-// n elements of a run of pixels, or rows of channels, one after another in memory.
+// A run of elements of each operand.
 template <typename pred_t, typename term_t>
-struct ChannelOperands {
+struct StepOperands {
   const pred_t* pred;
   const term_t *latents, *next_latents, *ref_pred;  // ref_pred: null where there is none
-  pred_t* grad;
 };
 
+// d: next_latents - mu. away: model_pred - ref_pred, where there is one.
 template <typename acc_t, typename pred_t, typename term_t>
-acc_t drawn_residual(const ChannelOperands<pred_t, term_t>& x, acc_t a, acc_t b, int64_t i) {
-  return as<acc_t, term_t>(x.next_latents[i]) - a * as<acc_t, term_t>(x.latents[i]) - b * as<acc_t, pred_t>(x.pred[i]);
-}
-
-template <typename acc_t, typename pred_t, typename term_t>
-acc_t ref_difference(const ChannelOperands<pred_t, term_t>& x, int64_t i) {
-  return as<acc_t, pred_t>(x.pred[i]) - as<acc_t, term_t>(x.ref_pred[i]);
-}
-
-// Adds a channel of n pixels to their sums.
-template <typename acc_t, typename pred_t, typename term_t>
-DD_NOINLINE void add_channel(const ChannelOperands<pred_t, term_t> x, acc_t a, acc_t b, int64_t n, acc_t* sum,
-                             acc_t* kl) {
+DD_NOINLINE void fill_residuals(const StepOperands<pred_t, term_t> x, acc_t a, acc_t b, int64_t n, acc_t* d,
+                                acc_t* away) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const acc_t d = drawn_residual(x, a, b, i);
-    sum[i] += d * d;
-  }
+  for (int64_t i = 0; i < n; ++i)
+    d[i] =
+        as<acc_t, term_t>(x.next_latents[i]) - a * as<acc_t, term_t>(x.latents[i]) - b * as<acc_t, pred_t>(x.pred[i]);
   if (!x.ref_pred) return;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const acc_t d = ref_difference<acc_t>(x, i);
-    kl[i] += d * d;
-  }
+  for (int64_t i = 0; i < n; ++i) away[i] = as<acc_t, pred_t>(x.pred[i]) - as<acc_t, term_t>(x.ref_pred[i]);
 }
 
-// slope, kl_slope: of the pixels; 0 leaves the element out, whatever it holds. kl_slope is null without a ref_pred.
-template <bool kKl, typename acc_t, typename pred_t, typename term_t>
-DD_NOINLINE void write_channel(const ChannelOperands<pred_t, term_t> x, acc_t a, acc_t b, int64_t n, const acc_t* slope,
-                               const acc_t* kl_slope) {
+// Adds the squares of a channel of n pixels to their sums.
+template <typename acc_t>
+DD_NOINLINE void add_channel(const acc_t* values, int64_t n, acc_t* sum) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const acc_t d = drawn_residual(x, a, b, i);
-    acc_t grad = slope[i] == 0 ? acc_t(0) : slope[i] * d;
-    if (kKl) {
-      const acc_t away = ref_difference<acc_t>(x, i);
-      grad += kl_slope[i] == 0 ? acc_t(0) : kl_slope[i] * away;
-    }
-    from_acc(grad, x.grad + i);
-  }
+  for (int64_t i = 0; i < n; ++i) sum[i] += values[i] * values[i];
 }
 
 // Lanes in which a row of channels is gone through where the pixels of a row divide them.
@@ -66,66 +43,73 @@ inline bool rows_in_lanes(int64_t channels, int64_t inner) {
   return inner <= kLanes && kLanes % inner == 0 && channels * inner % kLanes == 0;
 }
 
-// Rows of `channels` times `inner` pixels: adds the channels of each pixel to its sum.
-template <typename acc_t, typename pred_t, typename term_t>
-DD_NOINLINE void add_rows(const ChannelOperands<pred_t, term_t> x, acc_t a, acc_t b, int64_t rows, int64_t channels,
-                          int64_t inner, acc_t* sum, acc_t* kl) {
+// The same for rows of `channels` times `inner` pixels.
+template <typename acc_t>
+DD_NOINLINE void add_rows(const acc_t* values, int64_t rows, int64_t channels, int64_t inner, acc_t* sum) {
   const int64_t length = channels * inner;
-  const auto add = [&](acc_t* to, auto element) {
-    if (!rows_in_lanes(channels, inner)) {
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < channels; ++c)
-          for (int64_t j = 0; j < inner; ++j) {
-            const acc_t d = element(r * length + c * inner + j);
-            to[r * inner + j] += d * d;
-          }
-      return;
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      acc_t lanes[kLanes] = {};
-      for (int64_t i = r * length; i < (r + 1) * length; i += kLanes) {
-#pragma omp simd
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const acc_t d = element(i + lane);
-          lanes[lane] += d * d;
-        }
-      }
-      for (int lane = 0; lane < kLanes; ++lane) to[r * inner + lane % inner] += lanes[lane];
-    }
-  };
-  add(sum, [=](int64_t i) { return drawn_residual(x, a, b, i); });
-  if (x.ref_pred) add(kl, [=](int64_t i) { return ref_difference<acc_t>(x, i); });
-}
-
-template <bool kKl, typename acc_t, typename pred_t, typename term_t>
-DD_NOINLINE void write_rows(const ChannelOperands<pred_t, term_t> x, acc_t a, acc_t b, int64_t rows, int64_t channels,
-                            int64_t inner, const acc_t* slope, const acc_t* kl_slope) {
-  const int64_t length = channels * inner;
-  const auto write = [=](int64_t i, acc_t factor, acc_t kl_factor) {
-    const acc_t d = drawn_residual(x, a, b, i);
-    acc_t grad = factor == 0 ? acc_t(0) : factor * d;
-    if (kKl) {
-      const acc_t away = ref_difference<acc_t>(x, i);
-      grad += kl_factor == 0 ? acc_t(0) : kl_factor * away;
-    }
-    from_acc(grad, x.grad + i);
-  };
   const bool in_lanes = rows_in_lanes(channels, inner);
-  for (int64_t r = 0; r < rows; ++r) {
-    const acc_t *factor = slope + r * inner, *kl_factor = kKl ? kl_slope + r * inner : slope;
+  for (int64_t r = 0; r < rows; ++r, values += length, sum += inner) {
     if (!in_lanes) {
       for (int64_t c = 0; c < channels; ++c)
-        for (int64_t j = 0; j < inner; ++j) write(r * length + c * inner + j, factor[j], kl_factor[j]);
+        for (int64_t j = 0; j < inner; ++j) sum[j] += values[c * inner + j] * values[c * inner + j];
       continue;
     }
-    acc_t factors[kLanes], kl_factors[kLanes];
+    acc_t lanes[kLanes] = {};
+    for (int64_t i = 0; i < length; i += kLanes) {
+#pragma omp simd
+      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += values[i + lane] * values[i + lane];
+    }
+    for (int lane = 0; lane < kLanes; ++lane) sum[lane % inner] += lanes[lane];
+  }
+}
+
+// factor * value, and 0 where the factor is, whatever the value.
+template <typename acc_t>
+acc_t selected_product(acc_t factor, acc_t value) {
+  return factor == 0 ? acc_t(0) : factor * value;
+}
+
+// slope, kl_slope: of the pixels of a channel; away and kl_slope are null where there is no KL divergence.
+template <typename acc_t, typename out_t>
+DD_NOINLINE void write_channel(const acc_t* d, const acc_t* away, const acc_t* slope, const acc_t* kl_slope, int64_t n,
+                               out_t* out) {
+  if (!away) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) from_acc(selected_product(slope[i], d[i]), out + i);
+    return;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i)
+    from_acc(selected_product(slope[i], d[i]) + selected_product(kl_slope[i], away[i]), out + i);
+}
+
+template <typename acc_t, typename out_t>
+DD_NOINLINE void write_rows(const acc_t* d, const acc_t* away, const acc_t* slope, const acc_t* kl_slope, int64_t rows,
+                            int64_t channels, int64_t inner, out_t* out) {
+  const int64_t length = channels * inner;
+  if (!rows_in_lanes(channels, inner)) {
+    for (int64_t i = 0; i < rows * length; i += inner) {
+      const int64_t pixel = i / length * inner;
+      write_channel(d + i, away ? away + i : away, slope + pixel, kl_slope + pixel, inner, out + i);
+    }
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    acc_t factor[kLanes], kl_factor[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
-      factors[lane] = factor[lane % inner];
-      kl_factors[lane] = kl_factor[lane % inner];
+      factor[lane] = slope[r * inner + lane % inner];
+      kl_factor[lane] = kl_slope[r * inner + lane % inner];
     }
     for (int64_t i = r * length; i < (r + 1) * length; i += kLanes) {
+      if (away) {
 #pragma omp simd
-      for (int lane = 0; lane < kLanes; ++lane) write(i + lane, factors[lane], kl_factors[lane]);
+        for (int lane = 0; lane < kLanes; ++lane)
+          from_acc(selected_product(factor[lane], d[i + lane]) + selected_product(kl_factor[lane], away[i + lane]),
+                   out + i + lane);
+      } else {
+#pragma omp simd
+        for (int lane = 0; lane < kLanes; ++lane) from_acc(selected_product(factor[lane], d[i + lane]), out + i + lane);
+      }
     }
   }
 }
