@@ -1,7 +1,7 @@
 """Diagnose image diffusion models pixel by pixel, then treat them where they are broken.
 
 The operations any training loop can call: `weighted_loss`, `modulate_gradient`, `GradientModulator`, `artifact_loss`,
-with `Target`, `Packed`, `LossStats` and the helpers beside them. The stages live in `diffdoctor.detector`,
+`policy_loss` with `policy_log_prob`, with `Target`, `Packed`, `LossStats` and the helpers beside them. The stages live in `diffdoctor.detector`,
 `diffdoctor.treat` and `diffdoctor.evaluate` and need `pip install '.[stages]'`.
 """
 

@@ -153,3 +153,25 @@ def hooked_modulation(x, confidence):
     x = x.view_as(x)
     x.register_hook(lambda gradient: gradient * weight)
     return x
+
+
+#: Of the policy's step: mean = POLICY_STEP[0] * latents + POLICY_STEP[1] * model_pred, and its deviation.
+POLICY_STEP = (0.95, -0.1, 0.2)
+POLICY_CLIP = 0.1
+
+
+def grpo_per_pixel(model_pred, latents, next_latents, old_log_prob, advantage):
+    """Flow-GRPO's clipped loss with a ratio and an advantage for each pixel, as SDG and ImageDoctor have it."""
+    a, b, sigma = POLICY_STEP
+    mean = a * upcast(latents) + b * upcast(model_pred)
+    log_prob = -((upcast(next_latents) - mean) ** 2) / (2 * sigma**2)
+    if log_prob.ndim == 3:  # packed tokens: the channels of each of a token's 2 x 2 pixels
+        side = int(log_prob.shape[1] ** 0.5)
+        patches = log_prob.unflatten(2, (-1, 2, 2)).mean(2).unflatten(1, (side, side))
+        log_prob = patches.permute(0, 1, 3, 2, 4).reshape(-1, 1, 2 * side, 2 * side)
+    else:
+        log_prob = log_prob.mean(1, keepdim=True)
+    ratio = torch.exp(log_prob - upcast(old_log_prob))
+    advantage = to_grid(upcast(advantage), log_prob)
+    clipped = torch.clamp(ratio, 1.0 - POLICY_CLIP, 1.0 + POLICY_CLIP)
+    return torch.maximum(-advantage * ratio, -advantage * clipped).mean()

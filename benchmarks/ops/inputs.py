@@ -3,6 +3,9 @@
 import torch
 import torch.nn.functional as F
 
+from benchmarks.ops.formulas import POLICY_STEP
+from diffdoctor import Packed, reference
+
 
 def generator(device, seed=0):
     return torch.Generator(device=device).manual_seed(seed)
@@ -118,4 +121,22 @@ def modulation(case, device):
     return {
         "x": normal(case.shape, case.dtype, device, 1),
         "confidence": soft_map(case.shape[0], *pixels(case), device),
+    }
+
+
+def policy(case, device):
+    """A step that was drawn; the old log-probability is so far from the new one that no rounding crosses a bound."""
+    a, b, sigma = POLICY_STEP
+    pred, latents, noise = (normal(case.shape, case.dtype, device, seed) for seed in (1, 2, 3))
+    drawn = (a * latents.float() + b * pred.float() + sigma * noise.float()).to(case.dtype)
+    side = 2 * int(case.shape[1] ** 0.5)
+    layout = Packed(side, side) if len(case.shape) == 3 else None
+    old = reference.policy_log_prob(pred, latents, drawn, coefs=POLICY_STEP, layout=layout)
+    step = normal(old.shape, torch.float32, device, 4)
+    return {
+        "model_pred": pred,
+        "latents": latents,
+        "next_latents": drawn,
+        "old_log_prob": old + torch.where(step > 0, 0.05, 0.3) * step.sign(),
+        "advantage": normal((case.shape[0], 1, *old.shape[-2:]), torch.float32, device, 5),
     }

@@ -79,7 +79,7 @@ def gradient_bytes(case: Case, tensors: Tensors) -> int:
 def passes_bytes(case: Case, tensors: Tensors) -> int:
     """Bytes of our own passes: fp16 keeps no gradient, it reads its inputs again in backward."""
     least = least_bytes(case, tensors)
-    again = case.op == "weighted_loss" and case.dtype == torch.float16
+    again = case.op in ("weighted_loss", "policy_loss") and case.dtype == torch.float16
     return 2 * least - gradient_bytes(case, tensors) if again else least
 
 
@@ -137,6 +137,14 @@ def _fused_kohya(t, backend):
         huber_c=c,
         backend=backend,
     )
+
+
+def _fused_policy(t, backend):
+    layout = diffdoctor.Packed(*t["advantage"].shape[-2:]) if t["model_pred"].ndim == 3 else None
+    return diffdoctor.policy_loss(
+        t["model_pred"], t["latents"], t["next_latents"], t["old_log_prob"], t["advantage"],
+        coefs=formulas.POLICY_STEP, clip_range=(formulas.POLICY_CLIP,) * 2, layout=layout, backend=backend,
+    )  # fmt: skip
 
 
 _ONETRAINER = {"l2": 1.0, "l1": 0.5, "log_cosh": 0.25, "huber": 0.125}
@@ -244,6 +252,11 @@ def _contrastive_case(dtype):
     )  # fmt: skip
 
 
+def _policy_case(name, shape, dtype):
+    case = _peer_case(name, shape, inputs.policy, _fused_policy, formulas.grpo_per_pixel, "SDG", "grid", dtype)
+    return replace(case, op="policy_loss")
+
+
 def _artifact_case(name, shape, size, dtype=FP32, *tags):
     return Case(
         name=name,
@@ -303,6 +316,8 @@ def _real_shapes(batch):
     )  # fmt: skip
     yield _artifact_case("detector-512", (batch, 1, 128, 128), (512, 512), FP32, "latent")
     yield _artifact_case("detector-demo", (32, 1, 16, 16), (64, 64), FP32, "latent")
+    yield _policy_case("policy-flux-tokens", (batch, 4096, 64), BF16)
+    yield _policy_case("policy-wan-720p", (1, 16, 21, 90, 160), BF16)
     yield _modulation_case("modulate-flux", (batch, 16, 128, 128), BF16, "latent")
 
 
@@ -311,6 +326,7 @@ def _cpu_cases():
         yield _pair_case("latents", (8, 16, 128, 128), dtype, "grid", "acceptance")
         yield _pair_case("pictures", (4, 3, 512, 512), dtype, "grid", "acceptance")
         yield _contrastive_case(dtype)
+        yield _policy_case("policy", (8, 16, 128, 128), dtype)
     yield _pair_case("latents", (8, 16, 128, 128), FP16, "grid", "acceptance", compiled=False)
     plain = _pair_case("latents-stats", (8, 16, 128, 128), FP32, "grid", "latent", compiled=False)
     yield replace(plain, fused=_fused_stats)
@@ -332,6 +348,7 @@ def _cuda_cases():
     yield _flow_case("wan-720p-batch", (14, 16, 21, 90, 160), BF16, "grid", "large")
     yield from _real_shapes(4)
     yield _contrastive_case(BF16)
+    yield _policy_case("policy", (8, 16, 128, 128), BF16)
     yield _pair_case("elements-16", (1, 1, 4, 4), FP32, "none", "overhead", compiled=False)
     for side in (32, 128, 512, 1024, 2048):
         yield _pair_case(f"sweep-{side}", (4, 4, side, side), BF16, "grid", "sweep")

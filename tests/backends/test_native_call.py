@@ -3,7 +3,7 @@
 import pytest
 
 from diffdoctor.backends import native
-from diffdoctor.backends.native_call import ArtifactArguments, plan_fields
+from diffdoctor.backends.native_call import ArtifactArguments, PolicyArguments, plan_fields
 from diffdoctor.lowering.plan import LOSS_KINDS, MAX_TERMS
 from support import cases
 
@@ -20,6 +20,10 @@ def test_the_losses_stand_in_the_same_order():
 
 def test_the_arguments_of_artifact_loss_stand_in_the_same_order():
     assert native.load().artifact_loss_arguments == ArtifactArguments._fields
+
+
+def test_the_arguments_of_policy_loss_stand_in_the_same_order():
+    assert native.load().policy_loss_arguments == PolicyArguments._fields
 
 
 @pytest.mark.parametrize("target", ["tensor", "flow"])

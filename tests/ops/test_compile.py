@@ -69,6 +69,26 @@ def test_targets_layouts_statistics_and_per_sample_tensors():
     torch.testing.assert_close(grad_c, grad)
 
 
+def test_policy_loss():
+    latents, drawn, sigma = torch.randn(2, 4, 6, 5), torch.randn(2, 4, 6, 5), torch.tensor([0.4, 0.6])
+
+    def step(x):
+        coefs = (0.9, -0.1, sigma)
+        old = diffdoctor.policy_log_prob(x * 1.9, latents, drawn, coefs=coefs)
+        loss, stats = diffdoctor.policy_loss(
+            x * 2, latents, drawn, old, torch.ones(2, 1, 12, 10), coefs=coefs, level="sample", return_stats=True
+        )
+        return loss + 0 * stats.ratio
+
+    for dtype in (F32, F16):
+        x, y = (torch.linspace(-1, 1, 240).reshape(2, 4, 6, 5).to(dtype).requires_grad_() for _ in range(2))
+        eager, compiled = step(x), torch.compile(step, fullgraph=True)(y)
+        torch.testing.assert_close(compiled, eager)
+        eager.backward()
+        compiled.backward()
+        torch.testing.assert_close(y.grad, x.grad)
+
+
 def test_modulate_gradient_and_artifact_loss():
     x, c = torch.randn(2, 1, 8, 8), torch.rand(2, 16, 16)
 
@@ -202,6 +222,14 @@ def test_opcheck_the_others(view):
     opcheck(torch.ops.diffdoctor.modulate_gradient_later.default, (x, modulator._key))
     logits = cases.lay_out(torch.randn(2, 1, 8, 6), view).requires_grad_()
     opcheck(torch.ops.diffdoctor.artifact_loss.default, (logits, 16, 12, 0.1, "threshold", "mean", "", True))
+    pred, step = logits.detach().repeat(1, 4, 1, 1).requires_grad_(), torch.randn(2, 4, 8, 6)
+    drawn = (pred, step, step.flip(0), [torch.rand(2) + 0.5], [2], [1.0, -0.5, 0.0], [], "")
+    others = (None, torch.randn(2, 16, 12), None, step, [0.1, 0.2, float("inf"), 0.5], "area", "pixel", "mean")
+    opcheck(torch.ops.diffdoctor.policy_loss.default, (*drawn, *others, True, True))
+    opcheck(torch.ops.diffdoctor.policy_loss.default, (*drawn, *others, False, True))
+    drawn = (pred.detach(), *drawn[1:])
+    opcheck(torch.ops.diffdoctor.policy_log_prob.default, drawn)
+    opcheck(torch.ops.diffdoctor.policy_loss_grad.default, (torch.tensor(2.0), *drawn, *others))
     *first, _, _ = arguments(F16, view, False)
     first[0] = first[0].detach()
     opcheck(torch.ops.diffdoctor.weighted_loss_grad.default, (torch.tensor(2.0), *first))

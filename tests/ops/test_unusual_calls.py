@@ -19,6 +19,10 @@ OPS = {
     "weighted_loss-normalize": lambda x: diffdoctor.weighted_loss(
         x, TARGET, MAP, artifact_weight=3.0, normalize="batch"
     ),
+    "policy_loss": lambda x: diffdoctor.policy_loss(x, TARGET, TARGET, None, MAP, coefs=(1.0, 0.5, 0.3)),
+    "policy_loss-fp16": lambda x: diffdoctor.policy_loss(
+        x.half(), TARGET, TARGET, None, MAP, coefs=(1.0, 0.5, 0.3), level="sample"
+    ),
     "artifact_loss": lambda x: diffdoctor.artifact_loss(x, size=(12, 16), method="mean"),
     "modulate_gradient": lambda x: (diffdoctor.modulate_gradient(x, MAP, artifact_grad=2.0) ** 2).sum(),
 }

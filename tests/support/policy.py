@@ -167,7 +167,7 @@ def every_case() -> list[Case]:
             options={"layout": other, "interpolation": "bilinear"},
             advantage=((2, 1, 16, 24), BF16),
             mask=((1, 1, 4, 6), F32),
-        ),  # fmt: skip
+        ),
         Case("packed-odd-channels", shape=(2, 24, 12), dtype=F16, options={"layout": packed}),
         Case("tokens", shape=(2, 19, 24), advantage=((2, 19), F32), ref=BF16),
         Case("tokens-many-channels", shape=(1, 21, 700), dtype=BF16, step_dtype=BF16, advantage=((1, 21), F32)),

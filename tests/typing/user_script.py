@@ -118,6 +118,24 @@ def preferences(losses: list[torch.Tensor]) -> torch.Tensor:
     return diffdoctor.dpo_loss(preferred, rejected, reference[0], reference[1], beta=2500.0)
 
 
+def policy_step(transformer: torch.nn.Module, latents: torch.Tensor, rewards: torch.Tensor) -> dict[str, float]:
+    sigmas = torch.linspace(1, 0, 11)
+    a, b, sigma = diffdoctor.flow_sde_coefs(sigmas, 3, eta=0.7, form="flow_grpo")
+    next_latents = a * latents + b * transformer(latents) + sigma * torch.randn_like(latents)
+    old: torch.Tensor = diffdoctor.policy_log_prob(transformer(latents), latents, next_latents, coefs=(a, b, sigma))
+    advantage = diffdoctor.group_advantages(rewards, 4, scale=None, baseline="leave_one_out")
+    arguments = (transformer(latents), latents, next_latents, old, advantage)
+    loss = diffdoctor.policy_loss(*arguments, coefs=(a, b, sigma), clip_range=(1e-4, 1e-4))
+    loss.backward()
+    loss, stats = diffdoctor.policy_loss(*arguments, coefs=(0.9, -0.1, sigma), level="sample", return_stats=True)
+    logged: diffdoctor.PolicyStats = stats
+    return {"loss": loss.item(), "ratio": logged.ratio.item(), "clipped": logged.clipped.item()}
+
+
+def ddpo_step(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return diffdoctor.ddim_coefs(alphas_cumprod, timesteps, 1.0, num_inference_steps=50, prediction_type="epsilon")
+
+
 def reverse_process(latents: torch.Tensor, confidence: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     modulator = diffdoctor.GradientModulator(artifact_grad=1.0, clean_grad=0.2)
     latents = modulator(latents)
@@ -130,6 +148,10 @@ def reverse_process(latents: torch.Tensor, confidence: torch.Tensor, logits: tor
 def definitions(model_pred: torch.Tensor, target: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
     expected = diffdoctor.reference.weighted_loss(model_pred, target, confidence, artifact_weight=0.0)
     logits = diffdoctor.reference.modulate_gradient(model_pred, confidence, artifact_grad=1.0)
+    expected = expected + diffdoctor.reference.policy_loss(
+        model_pred, target, target, None, confidence, coefs=(1.0, 0.5, 0.3)
+    )
+    expected = expected + diffdoctor.reference.policy_log_prob(model_pred, target, target, coefs=(1, 1, 1)).sum()
     return expected + diffdoctor.reference.artifact_loss(logits[:, :1])
 
 

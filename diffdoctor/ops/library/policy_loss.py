@@ -11,7 +11,7 @@ from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
 from diffdoctor.lowering.policy_loss import POLICY_SUMS
 from diffdoctor.ops.arguments import pack_layout, unpack_layout
 from diffdoctor.ops.autograd import forbid_second_derivative, scaled
-from diffdoctor.ops.library.schemas import differentiating, library
+from diffdoctor.ops.library.schemas import differentiating, library, no_gradients
 from diffdoctor.ops.policy_arguments import PolicyInputs, PolicyOptions, log_prob_shape
 from diffdoctor.ops.policy_call import log_prob, lower, with_cotangent
 from diffdoctor.ops.stats import PolicyStats
@@ -151,7 +151,7 @@ def _policy_log_prob_fake(model_pred, latents, next_latents, per_sample, slots, 
 def _policy_loss_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     *arguments, ctx.saves_grad, _ = inputs
-    ctx.none = tuple([None] * len(x) if k == 2 else None for k, x in enumerate(inputs[1:]))
+    ctx.none = no_gradients(inputs)[1:]
     if ctx.saves_grad:
         ctx.save_for_backward(output[1])
         return

@@ -11,7 +11,7 @@ from diffdoctor.lowering.plan import MAX_TERMS, SUMS, WRITE_GRAD, WRITE_LOSS, WR
 from diffdoctor.ops.arguments import Inputs, LossOptions, target_parts
 from diffdoctor.ops.autograd import forbid_second_derivative
 from diffdoctor.ops.call import lower, run
-from diffdoctor.ops.library.schemas import differentiating, library
+from diffdoctor.ops.library.schemas import differentiating, library, no_gradients
 from diffdoctor.ops.observed import unrecorded
 from diffdoctor.ops.stats import LossStats
 from diffdoctor.ops.target import Target
@@ -141,18 +141,10 @@ def _weighted_loss_grad_fake(g, model_pred, *others):
     return torch.empty_like(model_pred)
 
 
-def _no_gradients(inputs) -> tuple:
-    """None for every input, in the structure register_autograd asks of a schema that has lists of tensors."""
-    return tuple(
-        [None] * len(x) if isinstance(x, (list, tuple)) and all(isinstance(item, Tensor) for item in x) else None
-        for x in inputs
-    )
-
-
 def _weighted_loss_setup(ctx, inputs, output):
     model_pred, *others, want_grad, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.none = _no_gradients(inputs)[1:]
+    ctx.none = no_gradients(inputs)[1:]
     ctx.saves_grad = want_grad
     if want_grad:
         ctx.save_for_backward(output[1])
