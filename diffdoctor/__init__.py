@@ -1,8 +1,8 @@
 """Diagnose image diffusion models pixel by pixel, then treat them where they are broken.
 
 The operations any training loop can call: `weighted_loss`, `modulate_gradient`, `GradientModulator`, `artifact_loss`,
-`policy_loss` with `policy_log_prob`, with `Target`, `Packed`, `LossStats` and the helpers beside them. The stages live in `diffdoctor.detector`,
-`diffdoctor.treat` and `diffdoctor.evaluate` and need `pip install '.[stages]'`.
+`policy_loss`, with `Target`, `Packed`, `LossStats`, `PolicyStats` and the helpers beside them. The stages live in
+`diffdoctor.detector`, `diffdoctor.treat` and `diffdoctor.evaluate` and need `pip install '.[stages]'`.
 """
 
 import importlib

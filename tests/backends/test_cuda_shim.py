@@ -12,11 +12,14 @@ from diffdoctor import Target
 from diffdoctor.backends import select
 from diffdoctor.backends.cuda import artifact_loss as cuda_artifact
 from diffdoctor.backends.cuda import device as cuda_device
+from diffdoctor.backends.cuda import policy_loss as cuda_policy
 from diffdoctor.backends.cuda import weighted_loss as _cuda
 from diffdoctor.backends.native_call import native_plan
 from diffdoctor.lowering.plan import LOSS_KINDS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, OperandPlan
+from diffdoctor.lowering.policy_loss import WRITE_LOG_PROB
+from diffdoctor.ops import policy_call
 from diffdoctor.ops.call import plans
-from support import artifact, case_lists, cases, search
+from support import artifact, case_lists, cases, policy, search
 from support.all_formulas import FORMULAS
 from support.cuda_shim import ROOT, build_module, build_race, compiler, run
 
@@ -45,11 +48,14 @@ def public(cuda, monkeypatch):
     """The public functions on CPU tensors, served by the CUDA backend."""
     monkeypatch.setitem(select._chosen, ("cpu", "weighted_loss"), cuda)
     monkeypatch.setitem(select._chosen, ("cpu", "artifact_loss"), cuda_artifact)
+    monkeypatch.setitem(select._chosen, ("cpu", "policy_loss"), cuda_policy)
     # A plan holds its backend's form: those of other tests would lead around the kernels, and these around theirs.
     plans.clear()
+    policy_call.plans.clear()
     monkeypatch.delenv("DIFFDOCTOR_BACKEND", raising=False)
     yield diffdoctor
     plans.clear()
+    policy_call.plans.clear()
 
 
 def solve(cuda, inputs, outputs=WRITE_LOSS | WRITE_GRAD | WRITE_SUMS):
@@ -111,6 +117,20 @@ def test_the_order_of_blocks_and_threads_does_not_matter(cuda, shim, case):
         answers.append(solve(cuda, inputs))
     for name in ("loss", "grad", "sums"):
         assert torch.equal(getattr(answers[0], name), getattr(answers[1], name))
+
+
+@pytest.mark.parametrize("case", policy.every_case(), ids=lambda case: case.id)
+def test_policy_loss_equals_the_reference(cuda, case):
+    policy_call.plans.clear()  # a plan holds its backend's form
+    inputs = policy.build(case)
+    problem = policy.lower(inputs)
+    cuda_policy.policy_loss(problem)
+    policy.check(problem, policy.expected(inputs))
+    problem = policy.lower(inputs | {"old_log_prob": None}, WRITE_LOG_PROB)
+    cuda_policy.policy_loss(problem)
+    want = policy.log_prob_of(problem, case.options.get("layout"))
+    torch.testing.assert_close(problem.log_prob.double(), want, rtol=1e-5, atol=1e-6)
+    policy_call.plans.clear()
 
 
 @pytest.mark.parametrize("case", artifact.every_case(), ids=lambda case: case.id)

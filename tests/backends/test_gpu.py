@@ -11,7 +11,8 @@ import torch
 import diffdoctor
 from diffdoctor import available_backends
 from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS
-from support import artifact, case_lists, cases
+from diffdoctor.ops import policy_call
+from support import artifact, case_lists, cases, policy
 
 try:
     from hypothesis import HealthCheck, given, settings
@@ -84,6 +85,16 @@ def test_dense_but_unaligned_tensors(glue, dtype, place):
     problem.grad = cases.shifted(problem.grad, 1)
     glue.weighted_loss(problem)
     cases.check(problem, want)
+
+
+@pytest.mark.parametrize("case", policy.every_case(), ids=lambda case: case.id)
+def test_policy_loss_equals_the_reference(gpu_backend, case):
+    glue = importlib.import_module(f"diffdoctor.backends.{gpu_backend}.policy_loss")
+    policy_call.plans.clear()  # a plan holds its backend's form
+    inputs = policy.build(case)
+    problem = policy.lower(inputs, device="cuda")
+    glue.policy_loss(problem)
+    policy.check(problem, policy.expected(inputs))
 
 
 @pytest.mark.parametrize("case", artifact.every_case(), ids=lambda case: case.id)

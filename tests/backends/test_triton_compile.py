@@ -44,5 +44,7 @@ def test_launches_compile_without_spills_and_with_wide_accesses(arch):
     assert by_call["plain-bf16"] == by_call["map-fp32"] == ["weighted_loss_kernel"]
     assert by_call["area-latents"] == ["weight_mean_kernel", "weighted_loss_kernel"]
     assert by_call["artifact-threshold"] == ["artifact_loss_kernel", "artifact_scale_kernel"]
+    assert by_call["policy"] == ["policy_loss_kernel"]
     if not few:
+        assert by_call["policy-sample"] == ["policy_loss_kernel"] * 2
         assert by_call["artifact-max-bf16"] == ["artifact_loss_kernel", "artifact_peak_kernel", "artifact_scale_kernel"]

@@ -24,6 +24,7 @@ SETS = ("avx512", "avx2", "generic")
 TESTS = (
     "backends/test_cpu_blocks.py",
     "ops/test_artifact_loss.py",
+    "ops/test_policy_loss.py",
     "ops/test_modulate_gradient.py",
     "ops/test_weighted_loss.py",
     "ops/test_weighted_loss_options.py",

@@ -14,9 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from diffdoctor import Packed
 from diffdoctor.backends.triton import artifact_loss as triton_artifact
+from diffdoctor.backends.triton import policy_loss as triton_policy
 from diffdoctor.backends.triton import weighted_loss as _triton
 from diffdoctor.lowering.plan import LOSS_KINDS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
 from support import artifact as artifact_cases
+from support import policy as policy_cases
 from support import cases
 from tools.gpu import sass
 from tools.gpu.static_triton import record
@@ -99,8 +101,17 @@ def others(few):
         grad = torch.zeros(1 << 16, dtype=dtype)
         _triton.scale_gradient(grad, torch.ones(()), grad, 1, grad.numel())
 
-    calls = {"artifact-threshold": lambda: artifact("threshold"), "scale-bf16": lambda: scale(BF16)}
+    def policy(level, dtype=BF16, shape=(2, 16, 64, 64)):
+        case = policy_cases.Case("", shape=shape, dtype=dtype, step_dtype=dtype, ref=dtype, options={"level": level},
+                                 advantage=((2, 1, 128, 128), F32))  # fmt: skip
+        triton_policy.policy_loss(policy_cases.lower(policy_cases.build(case)))
+
+    calls = {
+        "artifact-threshold": lambda: artifact("threshold"), "policy": lambda: policy("pixel"),
+        "scale-bf16": lambda: scale(BF16),
+    }  # fmt: skip
     if not few:
+        calls.update({"policy-sample": lambda: policy("sample", F32), "policy-fp64": lambda: policy("pixel", F64)})
         calls.update({"artifact-max-bf16": lambda: artifact("max", BF16), "scale-fp64": lambda: scale(F64)})
     return calls
 

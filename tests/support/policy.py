@@ -180,3 +180,13 @@ def every_case() -> list[Case]:
         Case("larger-sample", shape=(2, 4, 67, 71), options={"level": "sample"}, mask=((2, 1, 67, 71), F32)),
     ]
     return found
+
+
+def interpreted_cases() -> list[Case]:
+    """A case for each branch of a kernel; Triton's interpreter takes seconds for one."""
+    wanted = (
+        "pixel-plain", "pixel-bf16", "pixel-f64", "pixel-masked", "pixel-no-draw", "sample-masked", "sample-on-policy",
+        "sample-channels-last", "packed-other-order", "tokens-many-channels", "video-one-map", "one-pixel",
+        "sample-old-mean",
+    )  # fmt: skip
+    return [case for case in every_case() if case.id in wanted]

@@ -11,13 +11,15 @@ from hypothesis import given, settings
 
 import diffdoctor
 from diffdoctor.backends.triton import artifact_loss as triton_artifact
+from diffdoctor.backends.triton import policy_loss as triton_policy
 from diffdoctor.backends.triton import weighted_loss as _triton
 from diffdoctor.backends.triton_tiles import index_type, make_box
 from diffdoctor.kernels.common import to_storage
 from diffdoctor.kernels.element_loss import element_loss
 from diffdoctor.kernels.weighted_loss import count_of, decode
 from diffdoctor.lowering.plan import LOSS_KINDS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
-from support import artifact, case_lists, cases, search
+from diffdoctor.lowering.policy_loss import WRITE_LOG_PROB
+from support import artifact, case_lists, cases, policy, search
 
 
 @triton.jit
@@ -74,6 +76,18 @@ def test_any_weighted_loss_equals_the_reference(case):
     problem = cases.lower(inputs, weight_mean=_triton.weight_mean)
     _triton.weighted_loss(problem)
     cases.check(problem, cases.expected(inputs))
+
+
+@pytest.mark.parametrize("case", policy.interpreted_cases(), ids=lambda case: case.id)
+def test_policy_loss_equals_the_reference(case):
+    inputs = policy.build(case)
+    problem = policy.lower(inputs)
+    triton_policy.policy_loss(problem)
+    policy.check(problem, policy.expected(inputs))
+    problem = policy.lower(inputs | {"old_log_prob": None}, WRITE_LOG_PROB)
+    triton_policy.policy_loss(problem)
+    want = policy.log_prob_of(problem, case.options.get("layout"))
+    torch.testing.assert_close(problem.log_prob.double(), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", artifact.every_case(), ids=lambda case: case.id)
