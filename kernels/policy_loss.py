@@ -2,7 +2,7 @@
 
 A sample's elements form the box of kernels/weighted_loss.py, its free dim the channels. A program owns a tile of
 outer × inner pixels with all their channels: the sum over these gives a pixel's ratio, and the ratio its channels'
-gradients. Up to a block of channels the residuals stay in registers between the two; more are read again, from the
+gradients. The residuals of a block of channels stay in registers between the two; others are read again, from the
 cache.
 
 Level "sample" takes two launches: the first adds up what the samples' ratios are made of.
@@ -128,18 +128,29 @@ def policy_loss_kernel(
         ref_ptr += index * batch_strides[4]
         ref_tile = tile_offset(outer, inner, sizes, ref_strides, REF_UNITS[0], REF_UNITS[2])
 
-    squares = tl.zeros([BLOCK_OUTER, BLOCK_FREE, BLOCK_INNER], ACC)
-    away_squares = tl.zeros_like(squares)
-    for step in range(steps):
-        free = (step * BLOCK_FREE + tl.arange(0, BLOCK_FREE)).to(IDX)[None, :, None]
-        present = inside & (free < n_free)
-        pred = read_operand(pred_ptr, pred_tile, free, present, sizes, pred_strides, ACC, PRED_UNITS[1])
-        d = _residual(pred, latents_ptr, next_ptr, latents_tile, next_tile, latents_strides, next_strides, a, b, free,
-                      present, sizes, LATENTS_UNITS[1], NEXT_UNITS[1], ACC)  # fmt: skip
-        squares += d * d
-        if KL:
-            away = pred - read_operand(ref_ptr, ref_tile, free, present, sizes, ref_strides, ACC, REF_UNITS[1])
-            away_squares += away * away
+    # The first block of channels is held; what else there is is gone through twice.
+    free = tl.arange(0, BLOCK_FREE).to(IDX)[None, :, None]
+    present = inside & (free < n_free)
+    pred = read_operand(pred_ptr, pred_tile, free, present, sizes, pred_strides, ACC, PRED_UNITS[1])
+    d = _residual(pred, latents_ptr, next_ptr, latents_tile, next_tile, latents_strides, next_strides, a, b, free,
+                  present, sizes, LATENTS_UNITS[1], NEXT_UNITS[1], ACC)  # fmt: skip
+    away = d
+    if KL:
+        away = pred - read_operand(ref_ptr, ref_tile, free, present, sizes, ref_strides, ACC, REF_UNITS[1])
+    squares, away_squares = d * d, away * away
+    if not HELD:
+        for step in range(1, steps):
+            later = (step * BLOCK_FREE + tl.arange(0, BLOCK_FREE)).to(IDX)[None, :, None]
+            there = inside & (later < n_free)
+            later_pred = read_operand(pred_ptr, pred_tile, later, there, sizes, pred_strides, ACC, PRED_UNITS[1])
+            later_d = _residual(
+                later_pred, latents_ptr, next_ptr, latents_tile, next_tile, latents_strides, next_strides, a, b, later,
+                there, sizes, LATENTS_UNITS[1], NEXT_UNITS[1], ACC)  # fmt: skip
+            squares += later_d * later_d
+            if KL:
+                later_away = later_pred - read_operand(
+                    ref_ptr, ref_tile, later, there, sizes, ref_strides, ACC, REF_UNITS[1])  # fmt: skip
+                away_squares += later_away * later_away
     log_prob = -0.5 * (tl.sum(squares, 1, keep_dims=True) * inverse) * inverse / channels
     log_prob_offset = index * batch_strides[5] + tile_offset(outer, inner, sizes, log_prob_strides, 1, 1)
 
@@ -213,25 +224,23 @@ def policy_loss_kernel(
                 kl_slope = tl.where(counted, k * strength * (g * scale * scale), 0.0)
                 grad_ptr += index * batch_strides[1]
                 grad_tile = tile_offset(outer, inner, sizes, grad_strides, GRAD_UNITS[0], GRAD_UNITS[2])
-                if HELD:
-                    if not KL:
-                        away = d
-                    _store_gradient(grad_ptr, grad_tile, free, present, sizes, grad_strides, slope, d, kl_slope, away,
-                                    KL, GRAD_UNITS[1], ROUND_BF16)  # fmt: skip
-                else:
-                    for step in range(steps):
-                        free = (step * BLOCK_FREE + tl.arange(0, BLOCK_FREE)).to(IDX)[None, :, None]
-                        present = inside & (free < n_free)
-                        pred = read_operand(pred_ptr, pred_tile, free, present, sizes, pred_strides, ACC, PRED_UNITS[1])
-                        d = _residual(
-                            pred, latents_ptr, next_ptr, latents_tile, next_tile, latents_strides, next_strides, a, b,
-                            free, present, sizes, LATENTS_UNITS[1], NEXT_UNITS[1], ACC)  # fmt: skip
-                        away = d
+                _store_gradient(grad_ptr, grad_tile, free, present, sizes, grad_strides, slope, d, kl_slope, away, KL,
+                                GRAD_UNITS[1], ROUND_BF16)  # fmt: skip
+                if not HELD:
+                    for step in range(1, steps):
+                        later = (step * BLOCK_FREE + tl.arange(0, BLOCK_FREE)).to(IDX)[None, :, None]
+                        there = inside & (later < n_free)
+                        later_pred = read_operand(
+                            pred_ptr, pred_tile, later, there, sizes, pred_strides, ACC, PRED_UNITS[1])  # fmt: skip
+                        later_d = _residual(
+                            later_pred, latents_ptr, next_ptr, latents_tile, next_tile, latents_strides, next_strides,
+                            a, b, later, there, sizes, LATENTS_UNITS[1], NEXT_UNITS[1], ACC)  # fmt: skip
+                        later_away = later_d
                         if KL:
-                            away = pred - read_operand(
-                                ref_ptr, ref_tile, free, present, sizes, ref_strides, ACC, REF_UNITS[1])  # fmt: skip
-                        _store_gradient(grad_ptr, grad_tile, free, present, sizes, grad_strides, slope, d, kl_slope,
-                                        away, KL, GRAD_UNITS[1], ROUND_BF16)  # fmt: skip
+                            later_away = later_pred - read_operand(
+                                ref_ptr, ref_tile, later, there, sizes, ref_strides, ACC, REF_UNITS[1])  # fmt: skip
+                        _store_gradient(grad_ptr, grad_tile, later, there, sizes, grad_strides, slope, later_d,
+                                        kl_slope, later_away, KL, GRAD_UNITS[1], ROUND_BF16)  # fmt: skip
             if LOSS or SUMS:
                 rows_ptr = partial_ptr + index * programs * COLUMNS
                 own_ptr = rows_ptr + program * COLUMNS

@@ -18,8 +18,8 @@ from diffdoctor.backends.triton import policy_loss as triton_policy
 from diffdoctor.backends.triton import weighted_loss as _triton
 from diffdoctor.lowering.plan import LOSS_KINDS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
 from support import artifact as artifact_cases
-from support import policy as policy_cases
 from support import cases
+from support import policy as policy_cases
 from tools.gpu import sass
 from tools.gpu.static_triton import record
 
