@@ -63,13 +63,14 @@ struct PolicyTerm {
   bool cut;     // the clipping takes the gradient away
 };
 
+// Choices alone, no branches: on the CPU a loop over it must vectorise.
 template <typename acc_t>
 DD_HD PolicyTerm<acc_t> policy_term(acc_t ratio, acc_t advantage, acc_t low, acc_t high) {
-  const acc_t above = ratio < low ? low : ratio;
-  const acc_t plain = -advantage * ratio, clipped = -advantage * (above > high ? high : above);
-  const bool acts = advantage != 0, cut = acts & (plain < clipped);
-  const acc_t loss = cut ? clipped : plain, slope = cut ? acc_t(0) : plain;
-  return {acts ? loss : acc_t(0), acts ? slope : acc_t(0), cut};
+  const acc_t above = ratio < low ? low : ratio, bounded = above > high ? high : above;
+  const acc_t plain = -advantage * ratio, clipped = -advantage * bounded;
+  const acc_t loss = plain < clipped ? clipped : plain, slope = plain < clipped ? acc_t(0) : plain;
+  return {advantage == 0 ? acc_t(0) : loss, advantage == 0 ? acc_t(0) : slope,
+          bool((advantage != 0) & (plain < clipped))};
 }
 
 // What level "sample" adds up over a sample's pixels before it knows the ratio, the mask k as the weight.

@@ -172,7 +172,9 @@ template <typename acc_t>
 void fill_pixels(const Call<acc_t>& call, const PolicyStep<acc_t>& s, const Block& at, Buffers<acc_t>& buf) {
   const WeightedLossParams& pixels = call.pixels;
   const int64_t n = at.count;
-  if (pixels.mask.mode != kAbsent) {
+  if (s.inverse == 0) {  // nothing was drawn: no pixel counts
+    for (int64_t i = 0; i < n; ++i) buf.k[i] = 0;
+  } else if (pixels.mask.mode != kAbsent) {
     gather_map(pixels, call.tiling, at, pixels.mask, buf.maps, buf.k);
     for (int64_t i = 0; i < n; ++i) buf.k[i] = region(buf.k[i]);
   } else {
@@ -210,30 +212,39 @@ void write_log_prob(const Call<acc_t>& call, const PolicyStep<acc_t>& s, const B
             buf.sum);
 }
 
+// The sum of the pixels' losses; their ratios from change, and their slopes. By value: what is stored must not make the
+// compiler read the numbers again.
+template <bool kSample, bool kKl, typename acc_t>
+DD_NOINLINE acc_t weigh_run(const PolicyStep<acc_t> s, const SampleRatio<acc_t> sample, int64_t n,
+                            Buffers<acc_t>& buf) {
+  const acc_t *const all_k = buf.k, *const advantage = buf.advantage, *const change = buf.change, *const kl = buf.kl;
+  acc_t *const ratio = buf.ratio, *const slope = buf.slope, *const kl_slope = buf.kl_slope;
+  const acc_t divergence = s.kl_weight * s.kl, sample_slope = sample.slope * s.slope;
+  acc_t total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < n; ++i) {
+    const acc_t k = all_k[i], r = kSample ? sample.ratio : vector_exp(change[i]);
+    const PolicyTerm<acc_t> term = policy_term(r, advantage[i], s.low, s.high);
+    const acc_t weighted = k * (kKl ? term.loss + divergence * kl[i] : term.loss);
+    const acc_t steep = k * (kSample ? sample_slope : term.slope * s.slope);
+    ratio[i] = r;
+    total += k == 0 ? acc_t(0) : weighted;
+    slope[i] = k == 0 ? acc_t(0) : steep;
+    if (kKl) kl_slope[i] = k == 0 ? acc_t(0) : k * s.kl_slope;
+  }
+  return total;
+}
+
 // What the pixels of a block add to the columns, from their ratios; their slopes.
 template <typename acc_t>
 void weigh_pixels(const Call<acc_t>& call, const PolicyStep<acc_t>& s, const SampleRatio<acc_t>* sample, int64_t n,
                   Buffers<acc_t>& buf, double* columns) {
   const bool has_ref = call.p.has_ref() && s.kl_weight != 0, left_out = s.inverse == 0;
-  acc_t total = 0;
-  if (sample) {
-    for (int64_t i = 0; i < n; ++i) buf.ratio[i] = sample->ratio;
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) buf.ratio[i] = vector_exp(buf.change[i]);
-  }
-  const acc_t sample_slope = sample ? sample->slope * s.slope : acc_t(0);
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) {
-    const acc_t k = left_out ? acc_t(0) : buf.k[i];
-    const PolicyTerm<acc_t> term = policy_term(buf.ratio[i], buf.advantage[i], s.low, s.high);
-    const acc_t divergence = has_ref ? s.kl_weight * s.kl * buf.kl[i] : acc_t(0);
-    total += k == 0 ? acc_t(0) : k * (term.loss + divergence);
-    const acc_t slope = sample ? sample_slope : term.slope * s.slope;
-    buf.slope[i] = (k == 0) | (slope == 0) ? acc_t(0) : k * slope;
-    buf.kl_slope[i] = has_ref & (k != 0) ? k * s.kl_slope : acc_t(0);
-  }
-  columns[0] += total;
+  if (sample)
+    columns[0] += has_ref ? weigh_run<true, true>(s, *sample, n, buf) : weigh_run<true, false>(s, *sample, n, buf);
+  else
+    columns[0] += has_ref ? weigh_run<false, true>(s, SampleRatio<acc_t>{}, n, buf)
+                          : weigh_run<false, false>(s, SampleRatio<acc_t>{}, n, buf);
   if (!(call.p.outputs & kWriteSums) || left_out) return;
   double* const sums = columns + 1;
   for (int64_t i = 0; i < n; ++i) {
