@@ -66,7 +66,7 @@ def evaluate(way: str, folder: Path, count: int, bootstrap: int) -> dict:
         parts, state = folder / f"parts-{count}", PartialState(cpu=True)
         found = evaluate_in_parts(model, [data], parts, {}, state, batch_size=64, size=None, strict=True)
         disk = sum(path.stat().st_size for path in parts.iterdir())
-        names = (found.categories, found.generators, found.auprc)
+        names = (found.categories, found.generators, found.kinds, found.auprc)
         measured = measure_statistics(found.statistics, *names, bootstrap=bootstrap)
         shutil.rmtree(parts)
     else:

@@ -79,6 +79,7 @@ class Diagnosed:
         masks: (N, H, W) float32 in [0, 1].
         categories: N names.
         generators: N names.
+        kinds: N names of what was done to the picture, see `damage.injection.Injected`; "" where it is not known.
         indices: (N,) the pictures' indices in the data.
         skipped: {reason: count} of the pictures that were skipped.
     """
@@ -87,6 +88,7 @@ class Diagnosed:
     masks: np.ndarray
     categories: list[str]
     generators: list[str]
+    kinds: list[str]
     indices: np.ndarray | None = None
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -202,7 +204,7 @@ def diagnosed_batches(
         pictures, masks = zip(*(resize_pair(s["picture"], as_mask(s["mask"]), size) for s in batch), strict=True)
         images = to_images(pictures, device)
         confidence = confidence_of(detector, images)[:, 0].float().cpu().numpy()
-        names = ([str(s.get(name) or "") for s in batch] for name in ("category", "generator"))
+        names = ([str(s.get(name) or "") for s in batch] for name in ("category", "generator", "kind"))
         yield Diagnosed(confidence, np.stack(masks), *names, np.array([s["index"] for s in batch]))
 
 
@@ -233,7 +235,7 @@ def diagnose_data(
     parts = list(diagnosed_batches(detector, data, **options))
     if not parts and counts.total:
         empty = np.zeros((0, size or 1, size or 1), np.float32)
-        return Diagnosed(empty, empty, [], [], np.array([], int), counts.reasons)
+        return Diagnosed(empty, empty, [], [], [], np.array([], int), counts.reasons)
     if len({part.confidence.shape[1:] for part in parts}) != 1:
         raise ValueError(expected("data", "pictures of one size, or size= to resize them", "several sizes or none"))
     return Diagnosed(
@@ -241,6 +243,7 @@ def diagnose_data(
         np.concatenate([part.masks for part in parts]),
         [name for part in parts for name in part.categories],
         [name for part in parts for name in part.generators],
+        [name for part in parts for name in part.kinds],
         np.concatenate([part.indices for part in parts]),
         counts.reasons,
     )

@@ -54,10 +54,13 @@ class Report:
 
         Args:
             header: of the columns.
-            rows: of cells; a cell is anything printable, or a pair (text, "number" | "good" | "bad").
+            rows: of cells; a cell is anything printable, or a pair (text, "number" | "good" | "bad"). A column that
+                begins with a number is aligned as numbers are, its header too.
         """
         cells = [[self._cell(cell) for cell in row] for row in rows]
-        self._parts.append(("table", {"header": list(header), "rows": cells}))
+        first = cells[0] if cells else []
+        numbers = [index for index, cell in enumerate(first) if cell["style"] == "number"]
+        self._parts.append(("table", {"header": list(header), "rows": cells, "numbers": numbers}))
 
     @contextlib.contextmanager
     def tiles(self, width: int) -> Iterator[None]:

@@ -32,8 +32,8 @@ pytest.importorskip("pycocotools")
 pytest.importorskip("matplotlib")
 
 
-def samples(count, damaged=0.5, side=16, seed=0, categories=("cat", "dog", ""), generators=("a", "b")):
-    """Pictures of noise, of which a share has a bright square that is marked."""
+def samples(count, damaged=0.5, side=16, seed=0, categories=("cat", "dog", ""), generators=("a", "b"), kinds=False):
+    """Pictures of noise, of which a share has a bright square that is marked; two kinds of damage and two of change."""
     rng = np.random.default_rng(seed)
     for index in range(count):
         picture = rng.integers(0, 120, (side, side, 3), dtype=np.uint8)
@@ -41,8 +41,10 @@ def samples(count, damaged=0.5, side=16, seed=0, categories=("cat", "dog", ""), 
         if index < damaged * count:
             y, x = rng.integers(0, side - 6, 2)
             mask[y : y + 6, x : x + 6] = rng.uniform(0.4, 1)
-            picture[y : y + 6, x : x + 6] += 100
+            picture[y : y + 6, x : x + 6] += 40 if kinds and index % 2 else 100
         names = {"category": categories[index % len(categories)], "generator": generators[index % len(generators)]}
+        if kinds:
+            names["kind"] = (("tint", "warp") if mask.any() else ("", "benign:grain"))[index % 2]
         yield {"picture": picture, "mask": mask, **names}
 
 
@@ -93,7 +95,7 @@ def test_in_parts_every_figure_is_that_of_all_maps_at_once(tmp_path, detector, m
         monkeypatch.setattr(sorted_pixels, "PIXELS_IN_CHUNK", 1500)
         monkeypatch.setattr(average_precision_of_chunks, "__defaults__", (97,))
     for name, seed in (("first", 0), ("second", 1)):
-        write_shards(samples(23, seed=seed), tmp_path / name, shard_size=5)
+        write_shards(samples(23, seed=seed, kinds=True), tmp_path / name, shard_size=5)
     sets = [tmp_path / "first", tmp_path / "second"]
     whole = diagnose_data(load_detector(detector), JoinedData([ShardData(one) for one in sets]), batch_size=4)
     expected = measure(whole, bootstrap=10)
@@ -102,6 +104,7 @@ def test_in_parts_every_figure_is_that_of_all_maps_at_once(tmp_path, detector, m
     result = evaluated(tmp_path, detector, sets, batch_size=4)
     assert_close({name: result[name] for name in expected}, expected)
     assert set(result["per_category"]) == {"", "cat", "dog"}
+    assert set(result["per_kind"]) == {"tint", "warp"}
     assert not (tmp_path / "out" / ".parts").exists()
 
 
@@ -174,6 +177,41 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, detector, mo
         assert len(found.statistics) == count
     # The maps and masks of the other 180 pictures alone are 5.9 MB; their statistics and places are 0.3.
     assert peaks[2] - peaks[1] < 180 * 8000
+
+
+def test_each_kind_of_damage_and_of_benign_change_has_its_figures_where_kinds_are_known(tmp_path, detector, capsys):
+    write_shards(samples(40, kinds=True), tmp_path / "set")
+    found = diagnose_data(load_detector(detector), ShardData(tmp_path / "set"))
+    result = evaluated(tmp_path, detector, [tmp_path / "set"])
+    marked, true = found.confidence >= 0.5, found.masks >= 0.5
+    flags = marked.mean((1, 2)) >= 0.02
+    for key, rate, kinds in (
+        ("per_kind", "hit_rate", ["tint", "warp"]),
+        ("clean_per_kind", "false_positive_rate", ["", "benign:grain", "tint", "warp"]),
+    ):
+        assert sorted(result[key]) == kinds
+        for kind, figures in result[key].items():
+            # A mask that nowhere reaches 0.5 marks nothing: such a picture is clean, whatever was done to it.
+            of = (np.array(found.kinds) == kind) & (true.any((1, 2)) == (key == "per_kind"))
+            assert figures["pictures"] == of.sum() > 0
+            assert figures[rate] == flags[of].mean()
+            low, high = figures[f"{rate}_interval"]
+            assert 0 <= low <= figures[rate] <= high <= 1
+            if key == "per_kind":
+                both = (marked & true)[of].sum()
+                assert figures["iou"] == pytest.approx(both / (marked | true)[of].sum())
+                assert figures["recall"] == pytest.approx(both / true[of].sum())
+                assert figures["precision"] == pytest.approx(both / marked[of].sum())
+                assert figures["map50"] == evaluate_maps(found.confidence[of], found.masks[of], bootstrap=0)["map50"]
+    assert result["per_kind"]["warp"]["hit_rate"] < result["per_kind"]["tint"]["hit_rate"]
+    page, said = (tmp_path / "out" / "report.html").read_text(), capsys.readouterr().err
+    assert "Per kind of damage" in page
+    assert "<td>grain</td>" in page
+    assert all(f"{kind} {result['per_kind'][kind]['hit_rate']:.1%}" in said for kind in ("tint", "warp"))
+    write_shards(samples(4), tmp_path / "without")
+    result = evaluated(tmp_path, detector, [tmp_path / "without"], name="other")
+    assert result["per_kind"] == result["clean_per_kind"] == {}
+    assert "kind of damage" not in (tmp_path / "other" / "report.html").read_text() + capsys.readouterr().err
 
 
 # Nothing is marked there either.

@@ -240,7 +240,7 @@ def measures(output: Path, detector, folder: Path) -> dict:
                 for name in TESTS
             },
             "per_category": measured["per_category"],
-            "per_kind": _per_kind(data, found),
+            "per_kind": measured["per_kind"],
         }
         if part == "seen":
             result["shifted"] = [_shifted(found, shift) for shift in SHIFTS]
@@ -273,20 +273,3 @@ def _picture(data, index: int) -> np.ndarray:
 
     sample = data[index]
     return resize_pair(sample["picture"], sample["mask"], pictures.SIDE)[0]
-
-
-def _per_kind(data, found) -> dict:
-    """mAP@0.5 and the share that is flagged, of the damaged pictures of each kind."""
-    from diffdoctor.measures.components import mean_average_precision
-    from diffdoctor.measures.pixels import flagged_share, is_flagged
-
-    names = np.array([str(data[index].get("kind") or "") for index in range(len(data))])
-    flags = is_flagged(flagged_share(found.confidence))
-    return {
-        str(name): {
-            "pictures": int((names == name).sum()),
-            "map50": mean_average_precision(found.confidence[names == name], found.masks[names == name]),
-            "hit_rate": float(flags[names == name].mean()),
-        }
-        for name in sorted(set(names) - {""})
-    }

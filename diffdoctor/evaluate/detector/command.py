@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffdoctor.detector.predict import diagnose_data
 from diffdoctor.evaluate.detector.measure import measure_statistics
-from diffdoctor.evaluate.detector.report import doubts, verdict, write_page
+from diffdoctor.evaluate.detector.report import by_kind, doubts, verdict, write_page
 from diffdoctor.runs.errors import UserError, check_least, expected
 from diffdoctor.runs.files import atomic_write_json, clear_leftovers
 from diffdoctor.runs.lock import locked_folder
@@ -95,7 +95,7 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
     if found is None:
         return {}
-    names = (found.categories, found.generators, found.auprc)
+    names = (found.categories, found.generators, found.kinds, found.auprc)
     result = nan_to_none(measure_statistics(found.statistics, *names, bootstrap=config.bootstrap, seed=config.seed))
     result |= {"doubts": doubts(result), "skipped": found.skipped, "versions": versions()}
     for name in (CONFIG, METRICS, REPORT):
@@ -114,5 +114,7 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
     write_page(output / REPORT, result, found.curves.result(), worst, views)
     remove_parts(output / PARTS)
     print_summary(f"{verdict(result)}: {output / REPORT}", found.skipped)
+    if kinds := by_kind(result):
+        print_summary(kinds)
     print_doubts(result["doubts"], strict=config.strict)
     return result

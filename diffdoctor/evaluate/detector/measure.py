@@ -1,4 +1,4 @@
-"""All measures of a detector on labelled pictures, with bootstrap intervals, per category and per generator."""
+"""All measures of a detector on labelled pictures, with intervals, per category, generator and kind of damage."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from diffdoctor.detector.balance import category_statistics
 from diffdoctor.detector.predict import Diagnosed, diagnose_data
 from diffdoctor.detector.samples import DetectorData
 from diffdoctor.measures.pixels import average_precision, is_flagged
+from diffdoctor.measures.rates import wilson_interval
 from diffdoctor.measures.statistics import PictureStatistics
 
 
@@ -64,8 +65,9 @@ def evaluate_detector(
         seed: of the resampling.
 
     Returns:
-        `overall`, `per_category` and `per_generator` (by name), each as `evaluate_maps` returns, and `categories`:
-        the statistics of `detector.balance.category_statistics` over the clean pictures.
+        `overall`, `per_category` and `per_generator` (by name), each as `evaluate_maps` returns; `per_kind` and
+        `clean_per_kind` of `measures_of_kinds`; and `categories`: the statistics of
+        `detector.balance.category_statistics` over the clean pictures.
     """
     found = diagnose_data(detector, data, batch_size=batch_size, size=size)
     return measure(found, bootstrap=bootstrap, seed=seed)
@@ -84,13 +86,15 @@ def measure(found: Diagnosed, *, bootstrap: int = 1000, seed: int = 0) -> dict[s
     def auprc(column, name, chosen):
         return average_precision(found.confidence[chosen], found.masks[chosen])
 
-    return measure_statistics(statistics, found.categories, found.generators, auprc, bootstrap=bootstrap, seed=seed)
+    names = (found.categories, found.generators, found.kinds)
+    return measure_statistics(statistics, *names, auprc, bootstrap=bootstrap, seed=seed)
 
 
 def measure_statistics(
     statistics: PictureStatistics,
     categories: Sequence[str],
     generators: Sequence[str],
+    kinds: Sequence[str],
     auprc: Callable[[str, str, np.ndarray], float],
     *,
     bootstrap: int = 1000,
@@ -102,6 +106,7 @@ def measure_statistics(
         statistics: of N pictures.
         categories: N names.
         generators: N names.
+        kinds: N names, see `Diagnosed`.
         auprc: callable from ("", ""), ("category", name) or ("generator", name) and the indices (n,) of these pictures
             to the AUPRC of their pixels.
         bootstrap: number of resamples of the set; 0 gives no intervals.
@@ -123,5 +128,40 @@ def measure_statistics(
         "overall": of("", "", np.arange(len(statistics))),
         "per_category": by("category", categories),
         "per_generator": by("generator", generators),
+        **measures_of_kinds(statistics, kinds),
         "categories": [dataclasses.asdict(entry) for entry in table],
     }
+
+
+def measures_of_kinds(statistics: PictureStatistics, kinds: Sequence[str]) -> dict[str, dict[str, dict]]:
+    """How much of each kind of damage is found, and how many clean pictures of each kind are flagged.
+
+    Args:
+        statistics: of N pictures.
+        kinds: N names, see `Diagnosed`.
+
+    Returns:
+        `per_kind`: {kind: pictures, hit_rate, hit_rate_interval, map50, iou, precision, recall} of the damaged
+        pictures; `clean_per_kind`: {kind: pictures, false_positive_rate, false_positive_rate_interval} of the others.
+        Intervals are Wilson's, of 95 %. Both are empty where no kind is known; else "" is of the pictures without one:
+        damage that is not known, or pictures as they are.
+    """
+    names, damaged = np.asarray(kinds, dtype=object), statistics.columns["damaged"]
+    result: dict[str, dict[str, dict]] = {"per_kind": {}, "clean_per_kind": {}}
+    if not any(kinds):
+        return result
+    measures = {
+        "per_kind": ("hit_rate", "map50", "iou", "precision", "recall"),
+        "clean_per_kind": ("false_positive_rate",),
+    }
+    for (key, shown), among in zip(measures.items(), (damaged, ~damaged), strict=True):
+        for kind in sorted(set(names[among])):
+            chosen = np.flatnonzero(among & (names == kind))
+            found, rate = statistics.measures(chosen), shown[0]
+            flags = int(is_flagged(statistics.columns["share"][chosen]).sum())
+            result[key][kind] = {
+                "pictures": len(chosen),
+                **{name: found[name] for name in shown},
+                f"{rate}_interval": list(wilson_interval(flags, len(chosen))),
+            }
+    return result

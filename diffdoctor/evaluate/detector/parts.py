@@ -43,6 +43,7 @@ class Evaluated:
         statistics: of N pictures.
         categories: N names.
         generators: N names.
+        kinds: N names, see `Diagnosed`.
         indices: (N,) the pictures' indices in the data.
         skipped: {reason: count} of the pictures that were skipped.
         curves: of all pixels.
@@ -52,6 +53,7 @@ class Evaluated:
     statistics: PictureStatistics
     categories: list[str]
     generators: list[str]
+    kinds: list[str]
     indices: np.ndarray
     skipped: dict[str, int]
     curves: PixelCurves
@@ -99,7 +101,7 @@ def evaluate_in_parts(
         UserError: the folder holds parts of another identity, or other files; or pictures differ in size.
     """
     data, length = JoinedData(sets), _BATCHES * batch_size
-    identity = identity | {"data": data.fingerprint(), "batch_size": batch_size, "size": size, "format": 3}
+    identity = identity | {"data": data.fingerprint(), "batch_size": batch_size, "size": size, "format": 4}
     run = _parts_folder(folder, identity)
     refuse_foreign(folder, _NAMES)
     run.check()
@@ -129,7 +131,7 @@ def remove_parts(folder: Path) -> None:
 def _write(units: Units, name: str, batches: Iterator, counts: SkipCounts) -> None:
     """A part's two files."""
     statistics, curves = [], PixelCurves()
-    names: dict[str, list[str]] = {"categories": [], "generators": []}
+    names: dict[str, list[str]] = {"categories": [], "generators": [], "kinds": []}
     indices, shapes = [], set()
     with units.writing(name, ".pixels") as file:
         chunks = ChunkWriter(file)
@@ -141,6 +143,7 @@ def _write(units: Units, name: str, batches: Iterator, counts: SkipCounts) -> No
                 chunks.add(confidence, masks, batch.categories[part], batch.generators[part])
             names["categories"] += batch.categories
             names["generators"] += batch.generators
+            names["kinds"] += batch.kinds
             indices.append(batch.indices)
             shapes.add(batch.confidence.shape[1:])
         chunks.flush()
@@ -161,7 +164,7 @@ def _write(units: Units, name: str, batches: Iterator, counts: SkipCounts) -> No
 
 
 def _joined(paths: Sequence[Path]) -> Evaluated:
-    found = Evaluated(None, [], [], np.zeros(0, np.int64), {}, PixelCurves(), {})
+    found = Evaluated(None, [], [], [], np.zeros(0, np.int64), {}, PixelCurves(), {})
     statistics, indices, shapes = [], [], set()
     for path in paths:
         with reading(path), np.load(path, allow_pickle=False) as file:
@@ -175,6 +178,7 @@ def _joined(paths: Sequence[Path]) -> Evaluated:
         indices.append(part["indices"])
         found.categories += part["categories"].tolist()
         found.generators += part["generators"].tolist()
+        found.kinds += part["kinds"].tolist()
         counted = PixelCurves()
         counted.thresholds, counted.calibration = part["thresholds"], part["calibration"]
         found.curves.merge(counted)

@@ -19,11 +19,19 @@ from diffdoctor.viz.report import Report, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+NO_KIND = "(not known)"
+
 
 def verdict(result: dict) -> str:
     """The most important measures on a line; `result` is the content of a metrics.json."""
     overall = result["overall"]
     return f"mAP@0.5 {_number(overall['map50'])}, {_percent(overall['false_positive_rate'])} of the clean flagged"
+
+
+def by_kind(result: dict) -> str:
+    """The share of each kind of damage that is found, the least found first, on a line; "" where no kind is known."""
+    found = [f"{kind or NO_KIND} {_percent(of['hit_rate'])}" for kind, of in _least_found(result)]
+    return f"flagged of each kind of damage: {', '.join(found)}" if found else ""
 
 
 def doubts(result: dict) -> list[str]:
@@ -86,6 +94,7 @@ def write_page(
         if len(result[key]) > 1:
             report.heading(title)
             _group_table(report, result[key])
+    _kind_tables(report, result)
     _category_statistics(report, result["categories"])
     report.heading("Curves")
     report.figure(_curves(curve), "Pixels: precision against recall; share of artifact pixels against confidence.")
@@ -102,6 +111,36 @@ def _group_table(report: Report, groups: dict[str, dict]) -> None:
     names = ("pictures", "damaged", "map50", "iou", "f1", "auprc", "false_positive_rate", "hit_rate")
     rows = [(name or "(none)", *((_number(group[m]), "number") for m in names)) for name, group in groups.items()]
     report.table(("", *names), rows)
+
+
+def _least_found(result: dict) -> list[tuple[str, dict]]:
+    return sorted(result["per_kind"].items(), key=lambda entry: entry[1]["hit_rate"])
+
+
+def _kind_tables(report: Report, result: dict) -> None:
+    def numbers(*texts):
+        return [(text, "number") for text in texts]
+
+    if result["per_kind"]:
+        report.heading("Per kind of damage")
+        report.text(
+            f"Damaged pictures, the least found kind first. A picture is flagged if at least {FLAG_SHARE:.0%} of its "
+            "pixels are; IoU, precision and recall count the pixels of a kind's pictures, at confidence 0.5."
+        )
+        rows = []
+        for kind, of in _least_found(result):
+            rates = (_percent(of["hit_rate"]), _percents(of["hit_rate_interval"]))
+            measures = (_number(of[name]) for name in ("map50", "iou", "precision", "recall"))
+            rows.append((kind or NO_KIND, *numbers(of["pictures"], *rates, *measures)))
+        report.table(("kind", "pictures", "flagged", "95 % interval", "mAP@0.5", "IoU", "precision", "recall"), rows)
+    if result["clean_per_kind"]:
+        report.heading("Clean pictures by what was done to them")
+        report.text("What is flagged here is a false alarm.")
+        rows = []
+        for kind, of in result["clean_per_kind"].items():
+            rates = (_percent(of["false_positive_rate"]), _percents(of["false_positive_rate_interval"]))
+            rows.append((kind.removeprefix("benign:") or "nothing", *numbers(of["pictures"], *rates)))
+        report.table(("change", "pictures", "flagged", "95 % interval"), rows)
 
 
 def _category_statistics(report: Report, statistics: list[dict]) -> None:
@@ -166,6 +205,10 @@ def _number(value: float | None) -> str:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
+
+
+def _percents(bounds: list[float]) -> str:
+    return f"{bounds[0]:.1%} … {bounds[1]:.1%}"
 
 
 def _interval(bounds: list[float | None] | None) -> str:
