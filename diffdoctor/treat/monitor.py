@@ -99,7 +99,8 @@ def doubts(measurements: Sequence[Measurement], history: Sequence[dict], config:
         return []
     return [
         f"nothing was flagged: the detector found no artifact in any of the {config.evaluate_pictures} fixed pictures "
-        "before the treatment, and no step replayed a picture; it may be blind to what this pipeline draws"
+        f"before the treatment{', and no step replayed a picture' if asks else ''}; it may be blind to what this "
+        "pipeline draws"
     ]
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffdoctor.cli import main
 from diffdoctor.data.shard_writer import write_shards
 from diffdoctor.data.shards import ShardData
 from diffdoctor.detector import ConvDetector, load_detector
@@ -212,6 +213,32 @@ def test_each_kind_of_damage_and_of_benign_change_has_its_figures_where_kinds_ar
     result = evaluated(tmp_path, detector, [tmp_path / "without"], name="other")
     assert result["per_kind"] == result["clean_per_kind"] == {}
     assert "kind of damage" not in (tmp_path / "other" / "report.html").read_text() + capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("bias", "sentence"),
+    [
+        (-9.0, "the detector is blind: it flags none of the damaged pictures"),
+        (9.0, "the detector is of no use: it flags all of the clean ones"),
+    ],
+)
+def test_a_detector_that_sees_nothing_is_said_to_be_blind(tmp_path, capsys, bias, sentence):
+    import torch
+
+    blind = ConvDetector((8, 8))
+    torch.nn.init.zeros_(blind.head.weight)
+    torch.nn.init.constant_(blind.head.bias, bias)
+    blind.save_pretrained(tmp_path / "blind")
+    write_shards(samples(4), tmp_path / "set")
+    assert evaluated(tmp_path, tmp_path / "blind", [tmp_path / "set"])["doubts"] == [sentence]
+    assert capsys.readouterr().err.endswith(f"warning: {sentence}\n")
+    # At the head of the page, before the measures.
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.index(sentence[4:]) < page.index("<h2>Measures")
+    words = [str(tmp_path / "set"), f"--detector={tmp_path / 'blind'}", f"--output={tmp_path / 'strict'}"]
+    assert main(["evaluate", "detector", *words, "--bootstrap=0", "--strict=true"]) == 3
+    assert capsys.readouterr().err.endswith(f"{sentence}\n")
+    assert json.loads((tmp_path / "strict" / "metrics.json").read_text())["doubts"] == [sentence]
 
 
 # Nothing is marked there either.

@@ -159,6 +159,38 @@ def test_long_prompts_are_refused_when_strict(files, tmp_path, capsys):
     assert "1 of 2 prompts are longer than 77 tokens" in error_line(capsys.readouterr())
 
 
+@pytest.mark.parametrize("replay_area", [0.005, 0.0])
+def test_a_treatment_that_flagged_nothing_says_so_and_is_kept(files, tmp_path, capsys, replay_area):
+    torch.manual_seed(5)
+    blind = ConvDetector((8, 8))
+    with torch.no_grad():
+        blind.head.weight.zero_()
+        blind.head.bias.fill_(-5)
+    blind.save_pretrained(tmp_path / "blind")
+    words = arguments(files, tmp_path / "run", detector=tmp_path / "blind", replay_area=replay_area, log_with="none")
+    replayed = ", and no step replayed a picture" if replay_area else ""
+    sentence = (
+        "nothing was flagged: the detector found no artifact in any of the 2 fixed pictures before the treatment"
+        f"{replayed}; it may be blind to what this pipeline draws"
+    )
+    assert main(words) == 0
+    assert f"warning: {sentence}\n" in capsys.readouterr().err
+    found = json.loads((tmp_path / "run" / "treat.json").read_text())
+    assert found["doubts"] == [sentence]
+    assert [bool(row["replayed"]) for row in found["history"]] == [not replay_area]
+    words = [word.replace(f"{tmp_path}/run", f"{tmp_path}/strict") for word in words]
+    assert main([words[0], "--strict", *words[1:]]) == 3
+    assert capsys.readouterr().err.endswith(f"{sentence}\n")
+    assert (tmp_path / "strict" / "lora" / WEIGHTS_NAME).is_file()
+
+
+def test_a_treatment_that_flagged_something_has_no_doubt(files, tmp_path, capsys):
+    words = arguments(files, tmp_path / "run", log_with="none")
+    assert main([words[0], "--strict", *words[1:]]) == 0
+    assert json.loads((tmp_path / "run" / "treat.json").read_text())["doubts"] == []
+    assert "nothing was flagged" not in capsys.readouterr().err
+
+
 def test_an_output_that_cannot_be(files, tmp_path, capsys):
     (tmp_path / "file").write_text("taken")
     assert main(arguments(files, tmp_path / "file")) == 2
