@@ -1,7 +1,9 @@
 """inject, train-detector, diagnose and evaluate detector as users run them: files in, files out, resumable."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,7 @@ from diffdoctor.detector.commands.diagnose import DiagnoseConfig, run_diagnose
 from diffdoctor.detector.commands.inject import InjectConfig, run_inject
 from diffdoctor.detector.commands.train import TrainDetectorConfig, run_train_detector
 from diffdoctor.detector.samples import ArrayData
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import DoubtfulResult, UserError
 from diffdoctor.runs.journal import Journal
 from support.launch import environment, launched
 from support.pictures import write_shapes
@@ -128,6 +130,12 @@ def test_train_detector_makes_a_detector_and_goes_on_where_it_was(pictures, tmp_
     assert {"map50", "iou", "false_positive_rate", "hit_rate"} <= set(metrics["validation"][0])
     assert isinstance(load_detector(tmp_path / "run" / "detector"), ConvDetector)
     assert run_train_detector(config)["validation"] == metrics["validation"]
+    # So little training teaches nothing, which is said; by `strict` also with an error, whose exit code is 3.
+    (doubt,), last = metrics["doubts"], metrics["validation"][-1]
+    assert (last["hit_rate"] == 0) == doubt.startswith("the detector is blind: it flags none of the damaged pictures")
+    assert (last["hit_rate"] != 0) == doubt.startswith("the detector is of no use: it flags all of the clean ones")
+    with pytest.raises(DoubtfulResult, match=re.escape(doubt)):
+        run_train_detector(dataclasses.replace(config, training=dataclasses.replace(training, strict=True)))
     config.initial = str(tmp_path / "run" / "detector")
     config.output, config.architecture = str(tmp_path / "more"), "tiny"
     config.training.steps = 2
