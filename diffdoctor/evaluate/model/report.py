@@ -73,6 +73,7 @@ def write_report(evaluation: Evaluation, metrics: dict, before: PictureMeasures,
     report.table(["measure", "before", "after", "note"], measure_rows(metrics))
     if "per_category" in metrics:
         report.heading("Per category")
+        report.text("The share that the judge flags and its difference in points, in brackets the 95 % intervals.")
         report.table(*_category_table(metrics["per_category"]))
     report.heading("Severity")
     severities = _severities(before.judge.numpy(), after.judge.numpy())
@@ -154,7 +155,7 @@ def _rate_note(rate: dict, name: str) -> str:
 
 
 def _category_table(groups: dict) -> tuple[list, list]:
-    header = ["category", "pictures", "judge before", "judge after", "difference in points, 95 % interval"]
+    header = ["category", "pictures", "judge before", "judge after", "difference"]
     extra = [name for name in ("clip_score", "accuracy") if all(name in group for group in groups.values())]
     for name in extra:
         header += [f"{name.replace('_', ' ')} before", "after"]
@@ -165,12 +166,12 @@ def _category_table(groups: dict) -> tuple[list, list]:
         row = [
             name or "(none)",
             (group["pictures"], "number"),
-            (_rate(rate, "before"), "number"),
-            (_rate(rate, "after"), "number"),
-            f"{100 * rate['difference']:+.2f} ({low:+.2f} to {high:+.2f})",
+            *((_rate(rate, when, ""), "number") for when in ("before", "after")),
+            (f"{100 * rate['difference']:+.2f} ({low:+.2f} to {high:+.2f})", "number"),
         ]
         for key in extra:
-            row += [_number(group[key]["before"]), _number(group[key]["after"])]
+            form = _percent if key == "accuracy" else _number
+            row += [form(group[key]["before"]), form(group[key]["after"])]
         rows.append(row)
     return header, rows
 
@@ -223,9 +224,9 @@ def _sized(picture: np.ndarray) -> np.ndarray:
     return enlarge(picture, max(1, SMALL // longest)) if longest <= SMALL else shrink_to(picture, LARGE)
 
 
-def _rate(rate: dict, when: str) -> str:
+def _rate(rate: dict, when: str, what: str = "95 % interval ") -> str:
     low, high = rate[f"{when}_interval"]
-    return f"{100 * rate[when]:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f})"
+    return f"{100 * rate[when]:.2f} % ({what}{100 * low:.2f} to {100 * high:.2f})"
 
 
 def _percent(value: float | None) -> tuple[str, str]:
