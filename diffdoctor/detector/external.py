@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import urllib.error
@@ -16,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
+from diffdoctor.data.codec import UnreadablePicture, open_picture
+from diffdoctor.maps.files import read_map
+from diffdoctor.runs.errors import UserError, expected, first_line
 from diffdoctor.runs.functions import function_from_file, identity_of, name_of
 from diffdoctor.training.weights import weights_digest
 
@@ -294,16 +295,18 @@ def _regions(answer: Any) -> list[Region]:
 
 def _grey(body: bytes, size: tuple[int, int]) -> np.ndarray:
     try:
-        from PIL import Image
-    except ImportError:
-        raise missing_extra("pillow", "stages") from None
-
-    with Image.open(io.BytesIO(body), formats=["PNG"]) as image:
-        if image.width * image.height > 4 * size[0] * size[1]:
-            what = f"a map of about the picture's size, {size[1]} x {size[0]}"
-            raise UserError(expected("map", what, f"{image.width} x {image.height}"))
-        values = np.asarray(image if image.mode.startswith("I") else image.convert("L"), np.float32)
-        values = values / (65535 if image.mode.startswith("I") else 255)
+        with open_picture(body) as image:
+            width, height = image.size
+            opened = image.copy() if width * height <= 4 * size[0] * size[1] else None
+    except UnreadablePicture as error:
+        raise UserError(expected("answer", "a PNG", error)) from error
+    if opened is None:
+        what = f"a map of about the picture's size, {size[1]} x {size[0]}"
+        raise UserError(expected("map", what, f"{width} x {height}"))
+    try:
+        values = read_map(opened)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if values.shape != size:
         maps = torch.from_numpy(values)[None, None]
         values = F.interpolate(maps, size, mode="bilinear", align_corners=False)[0, 0].numpy()

@@ -207,8 +207,13 @@ def test_a_bad_request_is_one_line_and_the_server_goes_on(serve, path, body, sta
         ("application/json", b'{"regions": [{"box": [0, 0, 1, 1], "score": 7}]}', "score: expected"),
         ("image/png", b"no", "expected a PNG"),
         ("image/png", png(np.zeros((64, 64), np.uint8)), "a map of about the picture's size, 8 x 8"),
+        (
+            "image/png",
+            png(np.eye(8, dtype=np.uint8)[..., None] * np.array([200, 0, 0], np.uint8)),
+            "a grey picture .*mode RGB with colours",
+        ),
     ],
-    ids=["html", "half", "key", "score", "no png", "large"],
+    ids=["html", "half", "key", "score", "no png", "large", "coloured"],
 )
 def test_a_strangers_answer_is_checked(serve, kind, answer, message):
     url = serve(HTTPServer(("127.0.0.1", 0), answering(200, kind, answer)))
