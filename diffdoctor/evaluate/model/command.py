@@ -20,6 +20,7 @@ from diffdoctor.evaluate.model import draw as pipelines
 from diffdoctor.evaluate.model import measure as measuring
 from diffdoctor.evaluate.model.config import EvaluateModelConfig, completed, read_settings
 from diffdoctor.evaluate.model.networks import Classifier, Clip, load_features
+from diffdoctor.evaluate.model.report import doubts, print_measures, write_report
 from diffdoctor.evaluate.model.store import EvaluationFolder
 from diffdoctor.evaluate.model.summary import summarise, summarise_groups
 from diffdoctor.runs.errors import UserError, expected
@@ -276,8 +277,6 @@ class Evaluation:
         return all(self.folder.measures(name).is_done(unit) for name in sides)
 
     def _finish(self) -> dict:
-        from diffdoctor.evaluate.model.report import doubts, print_measures, write_report
-
         names = [name for name, _ in self._generated_units()]
         before, after = (self.folder.measures(side).load(names) for side in SIDES)
         real, damaged = (self.folder.measures(side).load_all() for side in ("real", "damaged"))
@@ -301,7 +300,7 @@ class Evaluation:
         metrics |= {"skipped": dict(sorted(skipped.items())), "versions": versions()}
         metrics = nan_to_none(metrics)
         metrics["doubts"] = doubts(metrics)
-        write_report(self, metrics, before, after)
+        write_report(self.config, self.folder, self.measurer.judge, self.plan.prompt, metrics, before, after)
         # Last: its presence says that the evaluation is complete.
         atomic_write_json(self.folder.path / METRICS, metrics)
         print_measures(metrics, self.folder.path)

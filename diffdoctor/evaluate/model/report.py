@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,12 @@ from diffdoctor.viz.draw import as_hwc, enlarge, grid, jpeg_bytes, overlay, png_
 from diffdoctor.viz.report import Report, new_figure
 
 if TYPE_CHECKING:
-    import torch
     from matplotlib.figure import Figure
+    from torch import nn
 
-    from diffdoctor.evaluate.model.command import Evaluation
+    from diffdoctor.data.prompts import Prompt
+    from diffdoctor.evaluate.model.config import EvaluateModelConfig
+    from diffdoctor.evaluate.model.store import EvaluationFolder
     from diffdoctor.evaluate.model.summary import PictureMeasures
 
 SMALL, LARGE = 128, 288
@@ -48,11 +51,22 @@ def doubts(metrics: dict) -> list[str]:
     return found
 
 
-def write_report(evaluation: Evaluation, metrics: dict, before: PictureMeasures, after: PictureMeasures) -> None:
+def write_report(
+    config: EvaluateModelConfig,
+    folder: EvaluationFolder,
+    judge: nn.Module,
+    prompt: Callable[[int], Prompt],
+    metrics: dict,
+    before: PictureMeasures,
+    after: PictureMeasures,
+) -> None:
     """Write report.html into the evaluation's folder.
 
     Args:
-        evaluation: whose pictures are all generated.
+        config: of the evaluation.
+        folder: with all pictures.
+        judge: whose maps are shown.
+        prompt: callable from a picture's index to its prompt.
         metrics: the content of metrics.json.
         before: measures of the pictures before the treatment.
         after: measures of the same pictures after it.
@@ -78,22 +92,27 @@ def write_report(evaluation: Evaluation, metrics: dict, before: PictureMeasures,
     report.heading("Severity")
     severities = _severities(before.judge.numpy(), after.judge.numpy())
     report.figure(severities, "By the judge; before and after sorted separately.")
-    first = list(range(min(evaluation.config.examples, len(before.judge))))
-    _strips(report, "The first pictures, whatever they show", evaluation, first, before.judge, after.judge)
+
+    def strip(index):
+        area = f"flagged area {float(before.judge[index]):.1%} before, {float(after.judge[index]):.1%} after"
+        return _strip(folder, judge, index), _caption(prompt(index), f"seed {config.seed + index}; {area}")
+
+    first = list(range(min(config.examples, len(before.judge))))
+    _strips(report, "The first pictures, whatever they show", strip, first)
     growth = after.judge - before.judge
     for title, severity in (
         ("The worst before, and the same after", before.judge),
         ("Still wrong: the worst after", after.judge),
         ("Made worse: the largest growth of the flagged area", growth),
     ):
-        worst = severity.argsort(descending=True, stable=True)[: evaluation.config.examples].tolist()
+        worst = severity.argsort(descending=True, stable=True)[: config.examples].tolist()
         chosen = [index for index in worst if severity[index] > 0]
-        _strips(report, title, evaluation, chosen, before.judge, after.judge)
+        _strips(report, title, strip, chosen)
     report.heading("Settings")
-    options = {name: value for name, value in vars(evaluation.config).items() if name not in ("output", "overwrite")}
+    options = {name: value for name, value in vars(config).items() if name not in ("output", "overwrite")}
     settings = {"options": options, "sampling": metrics["sampling"], "versions": metrics["versions"]}
     report.code(yaml.safe_dump(settings, sort_keys=False))
-    report.write(evaluation.folder.path / "report.html")
+    report.write(folder.path / "report.html")
 
 
 def print_measures(metrics: dict, output: Path) -> None:
@@ -191,32 +210,32 @@ def _severities(before: np.ndarray, after: np.ndarray) -> Figure:
 
 
 def _strips(
-    report: Report, title: str, evaluation: Evaluation, indices: list[int], before: torch.Tensor, after: torch.Tensor
+    report: Report, title: str, strip: Callable[[int], tuple[tuple[np.ndarray, bool], str]], indices: list[int]
 ) -> None:
-    """Add a strip per picture: before, before with the judge's map, after, after with the map."""
+    """Add the strips of pictures, given what `_strip` returns and the caption of each."""
     if not indices:
         return
     report.heading(title)
     report.text("Each strip: before, before with the judge's map in red, after, after with the map.")
-    judge, sheets = evaluation.measurer.judge, []
-    for index in indices:
-        views = []
-        for side in ("before", "after"):
-            picture = evaluation.folder.pictures(side).load([index])
-            confidence = diagnose_pictures(judge, picture, name="judge")[0, 0].numpy()
-            shown = as_hwc(picture)[0]
-            views += [_sized(shown), _sized(overlay(shown, confidence))]
-        prompt = evaluation.plan.prompt(index)
-        category = f" [{prompt.category}]" if prompt.category else ""
-        caption = (
-            f"{prompt.text}{category}; seed {evaluation.config.seed + index}; flagged area "
-            f"{float(before[index]):.1%} before, {float(after[index]):.1%} after"
-        )
-        sheets.append((grid([views]), caption))
-    small = max(shown.shape[:2]) <= SMALL
-    with report.tiles(480 if small else 4 * LARGE):
-        for sheet, caption in sheets:
+    strips = [strip(index) for index in indices]
+    with report.tiles(480 if strips[0][0][1] else 4 * LARGE):
+        for (sheet, small), caption in strips:
             report.image(png_bytes(sheet) if small else jpeg_bytes(sheet), caption, pixels=small)
+
+
+def _strip(folder: EvaluationFolder, judge: nn.Module, index: int) -> tuple[np.ndarray, bool]:
+    """Before, before with the judge's map, after, after with the map, side by side; whether the pictures are small."""
+    views = []
+    for side in ("before", "after"):
+        picture = folder.pictures(side).load([index])
+        confidence = diagnose_pictures(judge, picture, name="judge")[0, 0].numpy()
+        shown = as_hwc(picture)[0]
+        views += [_sized(shown), _sized(overlay(shown, confidence))]
+    return grid([views]), max(shown.shape[:2]) <= SMALL
+
+
+def _caption(prompt: Prompt, rest: str) -> str:
+    return f"{prompt.text}{f' [{prompt.category}]' if prompt.category else ''}; {rest}"
 
 
 def _sized(picture: np.ndarray) -> np.ndarray:
