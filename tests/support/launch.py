@@ -41,8 +41,8 @@ def launched(*arguments, processes=2):
     return done
 
 
-def run_group(command, count=2, **more):
-    """Run `command` as the `count` processes of one group on the CPU; `more` is added to their environment."""
+def group_of(count):
+    """What is added to the environment of each of `count` processes, so that they are one group on the CPU."""
     group = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
@@ -50,14 +50,14 @@ def run_group(command, count=2, **more):
         "MASTER_PORT": str(free_port()),
         "ACCELERATE_USE_CPU": "true",
     }
+    return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def run_group(command, count=2, **more):
+    """Run `command` as the `count` processes of one group on the CPU; `more` is added to their environment."""
     running = [
-        subprocess.Popen(
-            list(map(str, command)),
-            env=environment(**group, RANK=str(rank), LOCAL_RANK=str(rank), **more),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
+        subprocess.Popen(list(map(str, command)), env=environment(**rank, **more), stderr=subprocess.PIPE, text=True)
+        for rank in group_of(count)
     ]
     for process in running:
         _, errors = process.communicate(timeout=900)

@@ -1,52 +1,23 @@
 """Two processes with the same global batch give the LoRA that one gives, with the denoiser sharded or not."""
 
 import json
-import subprocess
-import sys
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from support import launch
+from support.paths import PROGRAMS
+from support.warm import WarmProgram
 
-SCRIPT = """
-import json
-import sys
-import numpy as np
-import torch
-from support.tiny_pipelines import PROMPTS, tiny_pipeline
-from support.treatment import BrightDetector
-from diffdoctor.treat import TreatConfig, treat
-
-output, options = sys.argv[1], json.loads(sys.argv[2])
-family = options.pop("family")
-pictures = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
-common = dict(steps=3, batch_size=4, group_size=2, sampling_steps=3, height=16, width=16, rank=2,
-              max_sequence_length=32, replay_confidence=0.6, learning_rate=1e-2, evaluate_every=2, evaluate_pictures=3,
-              log_with="none", lora_targets=("attention", "convolution", "feed_forward"), min_sharpness=0,
-              min_diversity=0)
-pipeline = tiny_pipeline(family, prediction_type="v_prediction" if family == "sd" else "epsilon")
-result = treat(pipeline, BrightDetector(), PROMPTS, TreatConfig(**{**common, **options}),
-               offline=(pictures, [PROMPTS[i % 3] for i in range(6)]), output_dir=output, progress=False)
-if torch.distributed.is_initialized():
-    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
-    mine = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in denoiser.parameters())
-    rank = torch.distributed.get_rank()
-    share = mine / sum(p.numel() for p in denoiser.parameters())
-    with open(f"{output}-{rank}.json", "w") as file:
-        json.dump({"history": result.history, "share": share}, file)
-    torch.distributed.destroy_process_group()
-"""
+if not hasattr(os, "fork"):
+    pytest.skip("needs fork", allow_module_level=True)
 
 
-def run(count, output, options, **environment):
-    command = [sys.executable, "-c", SCRIPT, output, json.dumps(options)]
-    if count == 1:
-        subprocess.run(command, env=launch.environment(), check=True, timeout=900)
-    else:
-        launch.run_group(command, count, **environment)
-    return load_file(output / "lora" / "pytorch_lora_weights.safetensors")
+@pytest.fixture(scope="module")
+def ranks():
+    with WarmProgram(PROGRAMS / "treat_ranks.py") as program:
+        yield program
 
 
 def assert_same(one, two):
@@ -73,10 +44,12 @@ FSDP = {
     ],
     ids=["plain", "sharded-transformer", "sharded-unet"],
 )
-def test_two_processes_equal_one(family, method, replay_area, environment, tmp_path):
+def test_two_processes_equal_one(family, method, replay_area, environment, ranks, tmp_path):
     options = {"family": family, "method": method, "replay_area": replay_area}
-    one, two = run(1, tmp_path / "one", options), run(2, tmp_path / "two", options, **environment)
-    assert_same(one, two)
+    for count, name, more in ((1, "one", {}), (2, "two", environment)):
+        ranks.run(tmp_path / name, options, output=tmp_path / f"said-{name}", count=count, **more)
+    weights = "lora/pytorch_lora_weights.safetensors"
+    assert_same(*(load_file(tmp_path / name / weights) for name in ("one", "two")))
     account = json.loads((tmp_path / "two-0.json").read_text())
     assert [row["step"] for row in account["history"]] == [1, 2, 3]
     assert (account["share"] < 0.7) == bool(environment)
