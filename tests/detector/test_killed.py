@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from support.launch import environment
 from support.paths import PROGRAMS
+from support.warm import WarmProgram
 
 pytest.importorskip("accelerate")
 pytest.importorskip("pyarrow")
@@ -31,6 +29,12 @@ def things(count, seed, side=16):
             picture[4:9, 5:11] = rng.integers(0, 256, (5, 6, 3))
         category = ("cat", "dog")[index % 2]
         yield {"key": f"{index:04d}-{seed}", "picture": picture, "mask": mask, "category": category}
+
+
+@pytest.fixture(scope="module")
+def program():
+    with WarmProgram(PROGRAMS / "detector_killed.py") as warm:
+        yield warm
 
 
 @pytest.fixture
@@ -56,11 +60,9 @@ def folder(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(2400)  # dozens of attempts, one after another
 @pytest.mark.parametrize("command", ["inject", "diagnose", "evaluate", "train", "train_resampled"])
-def test_killed_at_random_moments_a_run_ends_in_the_same_bits(folder, command):
-    script = [sys.executable, str(PROGRAMS / "detector_killed.py"), command, str(folder), "0"]
-    result = subprocess.run(script, env=environment(), capture_output=True, text=True, timeout=2300)
-    assert result.returncode == 0, result.stderr[-4000:]
-    report = json.loads(result.stdout.splitlines()[-1])
+def test_killed_at_random_moments_a_run_ends_in_the_same_bits(program, folder, command):
+    said = program.run(command, folder, 0, output=folder / "said")
+    report = json.loads(said.splitlines()[-1])
     assert report["operations"] > 30
     assert report["points"] >= 20
     assert sum(report["kills"]) >= 2

@@ -2,8 +2,8 @@
 
 An attempt ends at a chosen file operation in its output folder (an opening, a renaming, a removal, a synchronisation,
 at which the file loses a random part of what has not reached the disk), or after a chosen time. Called as
-`python tests/programs/detector_killed.py COMMAND FOLDER SEED`, with FOLDER/data and FOLDER/detector there; prints what
-it did as JSON.
+`python tests/programs/detector_killed.py COMMAND FOLDER SEED`, with FOLDER/data and FOLDER/detector there, or `main` by
+`support.warm`; prints what it did as JSON.
 
 The detector's map of a picture depends on the pictures beside it in the batch, and in training on the random state: as
 they would with BatchNorm and dropout, but visibly. TensorBoard's files hold what was flushed, and nothing else.
@@ -280,7 +280,7 @@ def chain(command, folder, work, kinds, seconds, how, processes, chance):
 
 def main(command, folder, seed):
     torch.set_num_threads(1)
-    chance = random.Random(seed)
+    folder, chance = Path(folder), random.Random(seed)
     started = time.monotonic()
     kinds = attempt(command, folder, folder / "whole")
     seconds = time.monotonic() - started
@@ -303,4 +303,4 @@ def main(command, folder, seed):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
