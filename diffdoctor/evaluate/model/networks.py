@@ -5,6 +5,7 @@ Nothing is downloaded but what is named by its hub id.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +82,16 @@ class Clip:
     def prompts(self, prompts: list[str]) -> torch.Tensor:
         """Embeddings (B, D) of prompts, cut at the model's token limit."""
         # SigLIP was trained on padded texts; CLIP's embeddings do not depend on padding.
-        tokens = self.processor(text=prompts, return_tensors="pt", padding="max_length", truncation=True)
+        options = {"padding": "max_length", "truncation": True, "max_length": self._token_limit()}
+        tokens = self.processor(text=prompts, return_tensors="pt", **options)
         return _tensor(self.model.get_text_features(**tokens.to(self.model.device))).float()
+
+    def _token_limit(self) -> int | None:
+        # That of a tokenizer whose files state none is 10^30.
+        stated = getattr(getattr(self.processor, "tokenizer", None), "model_max_length", math.inf)
+        text = getattr(self.model.config, "text_config", self.model.config)
+        limit = min(stated, getattr(text, "max_position_embeddings", math.inf))
+        return int(limit) if limit < 10**9 else None
 
     def scores(self, pictures: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """The CLIP score of each picture and its prompt: 100 times their cosine, at least 0.
