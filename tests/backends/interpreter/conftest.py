@@ -1,7 +1,9 @@
 """Collected only with TRITON_INTERPRET=1: kernels run in the interpreter then (see test_triton_interpreter.py)."""
 
+import inspect
 import os
 import sys
+import types
 import warnings
 
 import pytest
@@ -31,6 +33,22 @@ def _index_by_one_element(interpreter):
     interpreter._patch_lang_tensor = patched
 
 
+def _list_builtins_once(interpreter):
+    """Every call of a jitted function by another looks through all of triton.language for what it must replace.
+
+    That was more than a third of the interpreter's time. The builtins are the same each time, and those that the caller
+    has replaced are none any more.
+    """
+    builtins = {}
+
+    def getmembers(scope):
+        if scope not in builtins:
+            builtins[scope] = [name for name, member in inspect.getmembers(scope) if tl.core.is_builtin(member)]
+        return [(name, getattr(scope, name)) for name in builtins[scope]]
+
+    interpreter.inspect = types.SimpleNamespace(**{**vars(inspect), "getmembers": getmembers})
+
+
 if INTERPRETED:
     import torch
     import triton
@@ -49,6 +67,7 @@ if INTERPRETED:
             raise
         _index_by_one_element(interpreter)
         count_to[(1,)](torch.empty(2), 2)
+    _list_builtins_once(interpreter)
 
 
 @pytest.fixture(autouse=True)
