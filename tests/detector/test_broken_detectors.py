@@ -146,7 +146,7 @@ def test_guide_refuses_a_detector_that_gives_nan(options):
 
 
 def test_a_file_with_weights_of_a_published_checkpoint_is_refused_too(tmp_path):
-    from diffdoctor.detector.models.load import load_exactly
+    from diffdoctor.detector.models.files import load_exactly
 
     module = torch.nn.Linear(2, 2)
     state = {name: value.clone() for name, value in module.state_dict().items()}

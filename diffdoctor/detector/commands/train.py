@@ -8,7 +8,8 @@ import numpy as np
 from diffdoctor.data.shards import ShardData, require_uniform_size
 from diffdoctor.data.stream import ShardStream
 from diffdoctor.detector.models.base import Detector
-from diffdoctor.detector.models.load import ARCHITECTURES, new_detector, open_detector
+from diffdoctor.detector.models.files import ARCHITECTURES
+from diffdoctor.detector.models.load import new_detector, open_detector
 from diffdoctor.detector.samples import JoinedData
 from diffdoctor.detector.train import DetectorTrainingConfig, TrainedDetector, prepared_run
 from diffdoctor.measures.blindness import blindness

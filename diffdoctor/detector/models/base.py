@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from diffdoctor.detector.models.files import CONFIG_NAME, WEIGHTS_NAME, read_detector
 from diffdoctor.detector.models.inputs import as_images
-from diffdoctor.detector.models.load import CONFIG_NAME, WEIGHTS_NAME, load_detector
 from diffdoctor.detector.models.preprocess import MAX_NETWORK_PIXELS, PreprocessConfig
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
@@ -67,7 +67,7 @@ class Detector(nn.Module):
         """A detector with fresh weights.
 
         Args:
-            size: one of the names that `models.load.ARCHITECTURES` has for this class.
+            size: one of the names that `models.files.ARCHITECTURES` has for this class.
             **options: of the class.
         """
         raise NotImplementedError
@@ -242,7 +242,7 @@ class Detector(nn.Module):
         Raises:
             UserError: the folder is not a detector's, is one of another class, or has missing or unexpected weights.
         """
-        detector = load_detector(source)
+        detector = read_detector(source)
         if not isinstance(detector, cls):
             raise UserError(expected(source, f"a detector of class {cls.__name__}", type(detector).__name__))
         return detector

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from diffdoctor.detector.models.base import Detector
+from diffdoctor.detector.models.files import load_exactly
 from diffdoctor.detector.models.limits import checked_segformer
-from diffdoctor.detector.models.load import load_exactly
 from diffdoctor.detector.models.preprocess import PreprocessConfig
 from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
 from diffdoctor.training.pretrained import load_from_transformers, load_state_dict_file
