@@ -25,6 +25,8 @@ _HIDDEN = re.compile(r"\..+\.diffdoctor-(tmp|old)-[0-9a-f]{8}(\.[^.]+)?")
 _NO_FOLDER_SYNC = {
     errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM
 }  # fmt: skip
+# What a write alone is answered.
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -104,12 +106,27 @@ def atomic_path(path) -> Iterator[Path]:
     mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
     os.close(descriptor)
     try:
-        yield temporary
-        _finish_file(temporary, mode)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with _naming(path):
+            yield temporary
+            _finish_file(temporary, mode)
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Inside, an error of a write, which names no file, names this one; so does one that a library made another of."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None and cause.errno in _NOT_WRITTEN and cause.filename is None:
+            cause.filename = os.fspath(path)
+        raise
 
 
 def _finish_file(path: Path, mode: int) -> None:
@@ -168,8 +185,9 @@ def atomic_dir(path) -> Iterator[Path]:
     temporary = _hidden(path, _WRITING)
     temporary.mkdir()
     try:
-        yield temporary
-        replace_dir(temporary, path)
+        with _naming(path):
+            yield temporary
+            replace_dir(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

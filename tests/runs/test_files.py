@@ -29,6 +29,30 @@ def test_a_failed_write_leaves_the_old_file_and_no_leftover(tmp_path):
     assert os.listdir(tmp_path) == ["metrics.json"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+@pytest.mark.parametrize("writing", [atomic_path, atomic_dir])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["as it is", "by a library"])
+def test_a_full_disk_names_the_file(tmp_path, writing, wrapped):
+    with pytest.raises((OSError, RuntimeError)) as raised, writing(tmp_path / "made"):
+        try:
+            with open("/dev/full", "wb", buffering=0) as full:
+                full.write(b"x")
+        except OSError as error:
+            if wrapped:
+                raise RuntimeError("the writer failed") from error
+            raise
+    error = raised.value.__cause__ if wrapped else raised.value
+    assert (error.errno, error.filename) == (errno.ENOSPC, str(tmp_path / "made"))
+
+
+def test_an_error_of_reading_keeps_its_own_name_or_none(tmp_path):
+    for one in (OSError(errno.EIO, "broken"), OSError(errno.ENOSPC, "full", "other"), OSError("nothing more")):
+        filename = one.filename
+        with pytest.raises(OSError) as raised, atomic_path(tmp_path / "made"):  # noqa: PT011
+            raise one
+        assert raised.value.filename == filename
+
+
 def test_files_get_the_permissions_of_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
