@@ -121,9 +121,11 @@ def test_a_finished_part_is_found_again_and_one_of_other_settings_refused(tmp_pa
 
 @pytest.mark.slow
 def test_a_toy_run_writes_its_report_and_does_nothing_the_second_time(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pictures, "TRAINING_PIECES", 10)
-    monkeypatch.setattr(pictures, "TEST_PIECES", 4)
-    monkeypatch.setattr(pictures, "DRAWN_PICTURES", 8)
+    monkeypatch.setattr(pictures, "TRAINING_PIECES", 5)
+    monkeypatch.setattr(pictures, "TEST_PIECES", 2)
+    monkeypatch.setattr(pictures, "DRAWN_PICTURES", 4)
+    few = {name: found[:20] for name, found in pictures._small_photographs().items()}
+    monkeypatch.setattr(pictures, "_small_photographs", lambda: few)
     monkeypatch.setattr(pictures, "_digits", lambda take=pictures._digits: tuple(part[:30] for part in take()))
     monkeypatch.setattr(parts, "BOOTSTRAP", 5)
     # bf16 is emulated by processors without it, at twenty times the price
