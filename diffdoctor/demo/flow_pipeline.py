@@ -11,7 +11,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from diffdoctor.demo.pipeline import Trained, build_text_encoder, build_tokenizer, encode_pairs, fit
+from diffdoctor.demo.pipeline import (
+    Trained,
+    build_text_encoder,
+    build_tokenizer,
+    encode_pairs,
+    fit,
+    refuse_long_prompts,
+)
 from diffdoctor.ops.target import Target
 from diffdoctor.ops.weighted_loss import weighted_loss
 from diffdoctor.runs.errors import expected
@@ -119,13 +126,15 @@ def train_flow(
         on_step: called with (step, loss), for a progress bar.
     """
     latents, names, rows = encode_pairs(pipeline, pictures, prompts)
+    for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
+        refuse_long_prompts(tokenizer, names)
     family = family_of(pipeline)
     family.max_sequence_length = MAX_SEQUENCE_LENGTH
     height, width = pictures.shape[1:3]
     conditioning = family.encode_prompts(
         names, guidance_scale=1.0, height=height, width=width, device=torch.device("cpu")
     )
-    transformer = pipeline.transformer.train()
+    transformer = pipeline.transformer.requires_grad_(True).train()
     generator = torch.Generator().manual_seed(seed)
 
     def loss_of_step(step: int) -> torch.Tensor:

@@ -75,8 +75,8 @@ def build_text_encoder(tokenizer):
     )
 
 
-def build_pipeline(prompts: Sequence[str], *, picture_size: int = 16, seed: int = 0):
-    """An untrained `StableDiffusionPipeline` for pictures of picture_size x picture_size pixels.
+def build_pipeline(prompts: Sequence[str], *, picture_size: int | tuple[int, int] = 16, seed: int = 0):
+    """An untrained `StableDiffusionPipeline` for pictures of picture_size pixels.
 
     Denoiser `UNet2DConditionModel` (32, 64); `AutoencoderKL` (16, 32) with 4 latent channels at half the picture's
     size; a frozen two-layer CLIP text encoder with random weights (distinct prompts get distinct embeddings, which is
@@ -84,19 +84,20 @@ def build_pipeline(prompts: Sequence[str], *, picture_size: int = 16, seed: int 
 
     Args:
         prompts: every prompt that the pipeline will be trained on; the tokenizer learns its words from them.
-        picture_size: side in pixels, a multiple of 4.
+        picture_size: (height, width) in pixels, multiples of 4, or one side of a square.
         seed: of the initial weights; the global random state is left as it was.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-    if picture_size < 8 or picture_size % 4:
-        raise ValueError(expected("picture_size", "a multiple of 4, at least 8", picture_size))
+    height, width = size = (picture_size, picture_size) if isinstance(picture_size, int) else tuple(picture_size)
+    if min(size) < 8 or height % 4 or width % 4:
+        raise ValueError(expected("picture_size", "multiples of 4, at least 8", picture_size))
     tokenizer = build_tokenizer(prompts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = build_text_encoder(tokenizer)
         unet = UNet2DConditionModel(
-            sample_size=picture_size // 2,
+            sample_size=height // 2 if height == width else (height // 2, width // 2),
             in_channels=4,
             out_channels=4,
             block_out_channels=(32, 64),
@@ -118,7 +119,7 @@ def build_pipeline(prompts: Sequence[str], *, picture_size: int = 16, seed: int 
             # wider groups normalise away the brightness and colour of small damage
             norm_num_groups=4,
             mid_block_add_attention=False,
-            sample_size=picture_size,
+            sample_size=max(size),
             scaling_factor=1.0,
         )
     scheduler = DDIMScheduler(
@@ -190,7 +191,7 @@ def train_autoencoder(
         on_step: called with (step, loss), for a progress bar.
     """
     images = _as_images(pictures)
-    vae = pipeline.vae.train()
+    vae = pipeline.vae.requires_grad_(True).train()
     generator = torch.Generator().manual_seed(seed)
 
     def loss_of_step(step: int) -> torch.Tensor:
@@ -236,7 +237,8 @@ def train_base(
     latents, names, rows = encode_pairs(pipeline, pictures, prompts)
     embeddings = _embed(pipeline, names)
     alphas_cumprod = pipeline.scheduler.alphas_cumprod
-    unet = pipeline.unet.train()
+    # a base that was trained before is frozen
+    unet = pipeline.unet.requires_grad_(True).train()
     generator = torch.Generator().manual_seed(seed)
 
     def loss_of_step(step: int) -> torch.Tensor:
@@ -286,12 +288,30 @@ def _as_images(pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def refuse_long_prompts(tokenizer, prompts: Sequence[str]) -> None:
+    """Refuse prompts that a tokenizer would cut.
+
+    Args:
+        tokenizer: with its limit in `model_max_length`.
+        prompts: of which each counts with its start and end.
+
+    Raises:
+        ValueError: one is longer than the limit; the message names the words that are in no vocabulary.
+    """
+    limit = tokenizer.model_max_length
+    for prompt in dict.fromkeys(prompts):
+        length = len(tokenizer(prompt, truncation=False).input_ids)
+        if length > limit:
+            unknown = [word for word in dict.fromkeys(prompt.split()) if len(tokenizer.tokenize(word)) > 1]
+            words = f"; not in the vocabulary, so read in pieces: {', '.join(unknown)}" if unknown else ""
+            raise ValueError(expected("prompts", f"at most {limit} tokens", f"{length} in {prompt!r}{words}"))
+
+
 @torch.no_grad()
 def _embed(pipeline, prompts: Sequence[str]) -> torch.Tensor:
     tokenizer = pipeline.tokenizer
-    tokens = tokenizer(
-        list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    )
+    refuse_long_prompts(tokenizer, prompts)
+    tokens = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
     return pipeline.text_encoder(tokens.input_ids)[0]
 
 

@@ -6,8 +6,10 @@ from diffdoctor.lazy import lazy_names
 
 if TYPE_CHECKING:  # what an editor sees; tests/packaging/test_lazy_names.py holds it equal to the table below
     from diffdoctor.data.shard_writer import write_shards as write_shards
+    from diffdoctor.data.shards import ShardData as ShardData
     from diffdoctor.data.shards import read_shards as read_shards
     from diffdoctor.data.stream import ShardStream as ShardStream
+    from diffdoctor.detector.config import AugmentConfig as AugmentConfig
     from diffdoctor.detector.config import DetectorTrainingConfig as DetectorTrainingConfig
     from diffdoctor.detector.damage.benign import benign as benign
     from diffdoctor.detector.damage.injection import Injected as Injected
@@ -25,13 +27,17 @@ if TYPE_CHECKING:  # what an editor sees; tests/packaging/test_lazy_names.py hol
     from diffdoctor.detector.models.load import load_detector as load_detector
     from diffdoctor.detector.models.preprocess import PreprocessConfig as PreprocessConfig
     from diffdoctor.detector.models.segformer import ArtifactDetector as ArtifactDetector
+    from diffdoctor.detector.samples import ArrayData as ArrayData
+    from diffdoctor.detector.samples import JoinedData as JoinedData
     from diffdoctor.detector.train import TrainedDetector as TrainedDetector
     from diffdoctor.detector.train import train_detector as train_detector
 
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "ArrayData": "diffdoctor.detector.samples",
         "ArtifactDetector": "diffdoctor.detector.models.segformer",
+        "AugmentConfig": "diffdoctor.detector.config",
         "benign": "diffdoctor.detector.damage.benign",
         "coco_pictures": "diffdoctor.detector.exchange",
         "ConvDetector": "diffdoctor.detector.models.conv",
@@ -44,10 +50,12 @@ __all__, __getattr__, __dir__ = lazy_names(
         "HttpDetector": "diffdoctor.detector.external",
         "inject": "diffdoctor.detector.damage.injection",
         "Injected": "diffdoctor.detector.damage.injection",
+        "JoinedData": "diffdoctor.detector.samples",
         "load_detector": "diffdoctor.detector.models.load",
         "masked_pictures": "diffdoctor.detector.exchange",
         "PreprocessConfig": "diffdoctor.detector.models.preprocess",
         "read_shards": "diffdoctor.data.shards",
+        "ShardData": "diffdoctor.data.shards",
         "ShardStream": "diffdoctor.data.stream",
         "train_detector": "diffdoctor.detector.train",
         "TrainedDetector": "diffdoctor.detector.train",

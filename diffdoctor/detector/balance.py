@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from diffdoctor.detector.samples import DetectorData
-from diffdoctor.runs.errors import expected
+from diffdoctor.runs.errors import UserError, expected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +104,34 @@ def sampling_weights(data: DetectorData, *, strength: float = 1.0, damaged_share
         share[name, is_damaged] = own if (name, not is_damaged) in size else 1.0
     weights = np.array([share[key] / size[key] for key in keys]) ** strength
     return weights / weights.sum()
+
+
+def training_weights(data: DetectorData, *, balance: bool = False, damaged_share: float = 0.5) -> np.ndarray | None:
+    """The weights by which training draws pictures; None: all alike.
+
+    Args:
+        data: the labelled pictures; of a `JoinedData` with `shares`, each set gets its share whatever its size.
+        balance: `sampling_weights` over all, or within each set that has a share.
+        damaged_share: see `sampling_weights`.
+
+    Returns:
+        (N,) float64, summing to 1, or None.
+
+    Raises:
+        UserError: a set with a share has no pictures.
+        ValueError: an option is out of range.
+    """
+    shares = getattr(data, "shares", None)
+    if shares is None:
+        return sampling_weights(data, damaged_share=damaged_share) if balance else None
+    weights = np.zeros(len(data))
+    for number, share in enumerate(shares):
+        rows = np.flatnonzero(data.numbers == number)
+        if not len(rows):
+            raise UserError(expected("shares", "pictures in every set", f"none in set {number}"))
+        own = sampling_weights(data.where(rows), damaged_share=damaged_share) if balance else 1 / len(rows)
+        weights[rows] = share / sum(shares) * own
+    return weights
 
 
 def labels_of(data: DetectorData) -> tuple[list[str], list[bool]]:

@@ -15,7 +15,7 @@ from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.confidence import confidence_of
 from diffdoctor.detector.samples import DetectorData
 from diffdoctor.measures.components import components
-from diffdoctor.measures.pixels import flagged_share, is_flagged
+from diffdoctor.measures.pixels import flagged_share, is_flagged, uncertainty
 from diffdoctor.runs.errors import expected
 from diffdoctor.training.devices import device_of
 
@@ -53,7 +53,8 @@ def describe_map(name: str, confidence: np.ndarray) -> dict:
         confidence: (H, W) in [0, 1].
 
     Returns:
-        name, height, width, max and mean (of the confidence), flagged_share, flagged, components (box, area, score).
+        name, height, width, max and mean (of the confidence), uncertainty, flagged_share, flagged, components (box,
+        area, score).
     """
     share = float(flagged_share(confidence[None])[0])
     return {
@@ -62,6 +63,7 @@ def describe_map(name: str, confidence: np.ndarray) -> dict:
         "width": confidence.shape[1],
         "max": float(confidence.max()),
         "mean": float(confidence.mean()),
+        "uncertainty": float(uncertainty(confidence[None])[0]),
         "flagged_share": share,
         "flagged": bool(is_flagged(share)),
         "components": [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -75,10 +77,26 @@ class JoinedData:
     Args:
         sets: the columns that all of them have (keys, categories, mask_max) are joined too.
         chosen: (n,) indices into the joined set; None: all.
+        shares: a positive number per set: in which proportion training draws from the sets, whatever their sizes; None:
+            each set counts as much as it has pictures.
+
+    Raises:
+        ValueError: `shares` are not one positive number per set.
     """
 
-    def __init__(self, sets: Sequence[DetectorData], chosen: np.ndarray | None = None):
+    def __init__(
+        self,
+        sets: Sequence[DetectorData],
+        chosen: np.ndarray | None = None,
+        *,
+        shares: Sequence[float] | None = None,
+    ):
         self.sets = list(sets)
+        self.shares = None if shares is None else [float(share) for share in shares]
+        if self.shares is not None:
+            if len(self.shares) != len(self.sets) or not all(0 < share < math.inf for share in self.shares):
+                what = f"one positive number for each of {len(self.sets)} sets"
+                raise ValueError(expected("shares", what, self.shares))
         self.ends = np.cumsum([len(each) for each in self.sets])
         total = int(self.ends[-1]) if len(self.ends) else 0
         self.chosen = np.arange(total) if chosen is None else np.asarray(chosen)
@@ -95,15 +113,22 @@ class JoinedData:
         number = int(np.searchsorted(self.ends, joined_index, side="right"))
         return self.sets[number][joined_index - int(self.ends[number - 1] if number else 0)]
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """(N,) the number of the set that each picture is from."""
+        return np.searchsorted(self.ends, self.chosen, side="right")
+
     def fingerprint(self) -> str:
-        """A hash of the sets and of the chosen indices."""
+        """A hash of the sets, their shares and the chosen indices."""
         digest = hashlib.sha256(" ".join(map(str, map(fingerprint_of, self.sets))).encode())
         digest.update(np.ascontiguousarray(self.chosen).tobytes())
+        if self.shares is not None:
+            digest.update(repr(self.shares).encode())
         return digest.hexdigest()
 
     def where(self, chosen: np.ndarray) -> JoinedData:
         """The pictures that a boolean mask (N,) or an index array (n,) chooses."""
-        return JoinedData(self.sets, self.chosen[chosen])
+        return JoinedData(self.sets, self.chosen[chosen], shares=self.shares)
 
 
 def fingerprint_of(data: DetectorData) -> str | int:
@@ -246,7 +271,7 @@ class StepSamples:
 def training_pair(
     sample: dict[str, Any], size: int | None, config: AugmentConfig, rng: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Resize and augment a sample for training.
+    """Resize and augment a sample for training; a clean one that a person labelled is not damaged.
 
     Args:
         sample: `picture` (H, W, 3) uint8 and `mask` (H, W), see `DetectorData`.
@@ -259,6 +284,9 @@ def training_pair(
     """
     import torch
 
+    if sample.get("label") == "human":
+        # somebody looked for what is broken: with damage put in, its sound parts would teach nothing new
+        config = dataclasses.replace(config, inject_share=0.0)
     picture, mask = resize_pair(sample["picture"], as_mask(sample["mask"]), size)
     picture, mask = augment(picture, mask, config, rng)
     # Copies: what augmentation returns may be a view with negative strides, or the caller's own array.

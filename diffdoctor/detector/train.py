@@ -73,7 +73,8 @@ def train_detector(
 
     Args:
         config: the options.
-        data: the labelled pictures, see `DetectorData` (`ArrayData`, `ShardData`); or a resampled `ShardStream`, for
+        data: the labelled pictures, see `DetectorData` (`ArrayData`, `ShardData`, `JoinedData` of several, each with
+            its share); or a resampled `ShardStream`, for
             sets of any size: then another number of processes or workers sees other pictures, so that the losses are
             alike only on average. It resumes to the same bits too.
         detector: the network to train in place: any module from images (B, 3, H, W) in [0, 1] to logits (B, 1, h, w).
@@ -186,10 +187,10 @@ class TrainingRun:
             if not data.resampled or config.balance:
                 got = "balance=True" if data.resampled else "a stream that is not resampled"
                 raise UserError(expected("data", "a resampled stream, with balance=False", got))
-        elif config.balance:
-            from diffdoctor.detector.balance import sampling_weights
+        else:
+            from diffdoctor.detector.balance import training_weights
 
-            self.weights = sampling_weights(data, damaged_share=config.damaged_share)
+            self.weights = training_weights(data, balance=config.balance, damaged_share=config.damaged_share)
         self.output_dir = self.folder = self.checkpoints = self.writer = None
 
     def open(self, output_dir: Path, identity: dict) -> None:

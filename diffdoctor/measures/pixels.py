@@ -70,6 +70,23 @@ def flagged_share(confidence: Array) -> Array:
     return (confidence >= FLAG_CONFIDENCE).reshape(confidence.shape[0], -1).mean(axis=1)
 
 
+def uncertainty(confidence: np.ndarray) -> np.ndarray:
+    """How undecided maps are: the mean over a picture's pixels of the binary entropy of their confidence, in bits.
+
+    Source: uncertainty sampling by entropy, B. Settles, Active Learning Literature Survey (2009), section 3.1.
+
+    Args:
+        confidence: (B, H, W) in [0, 1].
+
+    Returns:
+        (B,) float64 in [0, 1]: 0 where every pixel is certain, 1 where all are at 0.5.
+    """
+    p = np.asarray(confidence, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bits = -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
+    return np.nan_to_num(bits, nan=0.0).reshape(len(p), -1).mean(axis=1)
+
+
 def is_flagged(share: float | Array) -> bool | Array:
     """Whether pictures count as damaged, by the share of their pixels at confidence >= 0.5.
 

@@ -58,6 +58,25 @@ def test_losses_fall_and_latents_are_standard(trained):
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
 
 
+def test_a_trained_pipeline_can_be_trained_on():
+    pictures = np.random.default_rng(0).integers(0, 255, (8, 16, 40, 3)).astype(np.uint8)
+    pipeline = build_pipeline(PROMPTS, picture_size=(16, 40))
+    weights = pipeline.unet.conv_in.weight
+    for _ in range(2):
+        before = weights.clone()
+        train_autoencoder(pipeline, pictures, steps=1, batch_size=4)
+        train_base(pipeline, pictures, PROMPTS * 4, steps=2, batch_size=4)
+        assert not torch.equal(weights, before)
+        assert not weights.requires_grad
+    drawn = sample_pictures(pipeline, PROMPTS, range(2), progress=False, num_inference_steps=2, guidance_scale=1.0)
+    assert drawn.shape == (2, 3, 16, 40)
+
+
+def test_prompts_that_would_be_cut_are_refused():
+    with pytest.raises(ValueError, match=r"at most 8 tokens, got 1\d in 'a crimson square'; .*: crimson$"):
+        train_base(build_pipeline(PROMPTS), squares(2)[0], ["a dark square", "a crimson square"], steps=1)
+
+
 def test_draws_what_the_prompt_asks(trained):
     pictures = sample_pictures(trained[0], PROMPTS * 4, range(8), progress=False, **SAMPLING).float()
     red = pictures[:, 0, 9:, :].mean((1, 2))
@@ -103,5 +122,6 @@ def test_bad_pictures_are_refused():
         train_autoencoder(pipeline, np.zeros((2, 16, 16, 3), np.float32), steps=1)
     with pytest.raises(ValueError, match="prompts"):
         train_base(pipeline, squares(4)[0], ["one"], steps=1)
-    with pytest.raises(ValueError, match="picture_size"):
-        build_pipeline(PROMPTS, picture_size=10)
+    for size in (10, (16, 42), (4, 16)):
+        with pytest.raises(ValueError, match="picture_size"):
+            build_pipeline(PROMPTS, picture_size=size)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffdoctor.detector import train_detector
-from diffdoctor.detector.balance import category_statistics, sampling_weights
+from diffdoctor.detector.balance import category_statistics, sampling_weights, training_weights
 from diffdoctor.detector.config import AugmentConfig
 from diffdoctor.detector.samples import ArrayData, JoinedData, StepSamples, augment, shrink_and_pad
 from diffdoctor.detector.validate import quick_measures
@@ -43,6 +43,53 @@ def test_balanced_weights_even_out_categories_and_damage():
     samples = StepSamples(data, 8, 0, AugmentConfig.none(), weights)
     drawn = np.bincount([samples.index_of(*divmod(i, 8)) for i in range(4000)], minlength=10) / 4000
     np.testing.assert_allclose(drawn, weights, atol=0.03)
+
+
+def test_each_set_is_drawn_by_its_share_whatever_its_size():
+    masks = np.zeros((4, 16, 16), np.float32)
+    masks[0] = 1
+    few, many = shapes(4, label=["human"] * 4), shapes(40)
+    few.masks = masks
+    data = JoinedData([few, many], shares=(1, 3))
+    weights = training_weights(data)
+    np.testing.assert_allclose(weights, np.repeat([0.25 / 4, 0.75 / 40], [4, 40]))
+    balanced = training_weights(data, balance=True)
+    np.testing.assert_allclose(balanced[:4], [0.125, *[0.125 / 3] * 3])
+    assert balanced[4:].sum() == pytest.approx(0.75)
+    without = data.where(np.arange(2, 44))
+    np.testing.assert_allclose(training_weights(without), np.repeat([0.25 / 2, 0.75 / 40], [2, 40]))
+    assert training_weights(JoinedData([few, many])) is None
+    assert data.fingerprint() != JoinedData([few, many], shares=(1, 2)).fingerprint()
+    with pytest.raises(ValueError, match="set 1"):
+        training_weights(data.where(np.arange(4)))
+    for shares in ((1,), (1, 0), (1, float("inf"))):
+        with pytest.raises(ValueError, match="shares: expected one positive number for each of 2 sets"):
+            JoinedData([few, many], shares=shares)
+
+
+def test_a_training_draws_by_the_shares():
+    few, many = shapes(2, seed=1), ArrayData(np.full((60, 16, 16, 3), 255, np.uint8))
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.level = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, images):
+            seen.extend((images.flatten(1).amin(1) < 1).tolist())
+            return images[:, :1] * 0 + self.level
+
+    config = quick(augment=AugmentConfig.none(), steps=50)
+    train_detector(config, JoinedData([few, many], shares=(1, 1)), detector=Spy(), progress=False)
+    assert np.mean(seen) == pytest.approx(0.5, abs=0.08)
+
+
+def test_a_clean_picture_that_a_person_labelled_is_not_damaged():
+    config = dataclasses.replace(AugmentConfig.none(), inject_share=1.0)
+    for label, damaged in (("human", False), ("real", True)):
+        samples = StepSamples(shapes(20, label=[label] * 20), 20, 0, config)
+        assert any(samples[0, slot][1].any() for slot in range(20)) == damaged
 
 
 def things(hands, count, damaged, seed):

@@ -181,6 +181,9 @@ def test_diagnose_writes_maps_records_and_a_gallery(pictures, tmp_path, detector
         assert stored.dtype == (np.uint8 if bits == 8 else np.uint16)
         assert np.abs(stored / (2**bits - 1) - expected.numpy()).max() < 0.51 / (2**bits - 1) + 2e-5
         assert record["max"] == pytest.approx(expected.max().item(), abs=1e-5)
+        p = expected.double().clamp(1e-12, 1 - 1e-12)
+        entropy = torch.special.entr(torch.stack([p, 1 - p])).sum(0).mean().item() / np.log(2)
+        assert record["uncertainty"] == pytest.approx(entropy, abs=1e-5)
         assert record["flagged"] == (record["flagged_share"] >= 0.02)
         assert (output / "overlays" / f"{record['name']}.png").is_file()
     assert metrics["artifact_rate"] == np.mean([record["flagged"] for record in records])

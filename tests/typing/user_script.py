@@ -15,14 +15,18 @@ from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUs
 import diffdoctor
 from diffdoctor import maps
 from diffdoctor.detector import (
+    ArrayData,
     ArtifactDetector,
+    AugmentConfig,
     ConvDetector,
     Detector,
     DetectorTrainingConfig,
     FunctionDetector,
     HttpDetector,
     Injected,
+    JoinedData,
     PreprocessConfig,
+    ShardData,
     ShardStream,
     TrainedDetector,
     benign,
@@ -201,6 +205,12 @@ def train(folder: str) -> TrainedDetector:
     network.save_pretrained("runs/start")
     ArtifactDetector.tiny().save_pretrained("runs/tiny")
     return train_detector(config, stream, detector=network, output_dir=pathlib.Path("runs/detector"))
+
+
+def a_few_labels_beside_clean_pictures(pictures: np.ndarray, masks: np.ndarray) -> TrainedDetector:
+    labelled = ArrayData(pictures, masks, label=["human"] * len(pictures))
+    data = JoinedData([labelled, ShardData("runs/clean")], shares=(1, 1))
+    return train_detector(DetectorTrainingConfig(augment=AugmentConfig(inject_share=0.5)), data)
 
 
 def cure(detector: Detector, pictures: np.ndarray, captions: list[str]) -> TreatResult:

@@ -28,6 +28,8 @@ class TrainDetectorConfig:
 
     Attributes:
         data: folders of shards with a manifest, as `diffdoctor inject` makes them; joined.
+        shares: in which proportion pictures are drawn from the folders of `data`, a positive number each, such as 1 1 for
+            a few labelled pictures beside many clean ones; none: each folder counts as much as it has pictures.
         output: the folder to make: detector, best, checkpoints, config.yaml, metrics.json. Run again with the same
             options, it resumes from the last checkpoint.
         validation: folders of shards to validate on during training; none: `validation_share` is held out.
@@ -50,6 +52,7 @@ class TrainDetectorConfig:
 
     data: list[str]
     output: str
+    shares: list[float] = dataclasses.field(default_factory=list)
     validation: list[str] = dataclasses.field(default_factory=list)
     validation_share: float = 0.1
     architecture: str = "tiny"
@@ -69,6 +72,8 @@ class TrainDetectorConfig:
             raise UserError(expected("min_side", ">= 1 pixels", self.min_side))
         if self.architecture not in ARCHITECTURES:
             raise UserError(expected("architecture", f"one of {', '.join(ARCHITECTURES)}", repr(self.architecture)))
+        if self.shares and self.resampled:
+            raise UserError(expected("shares", "none with resampled, which draws from all shards alike", self.shares))
 
 
 def run_train_detector(config: TrainDetectorConfig) -> dict:
@@ -140,7 +145,7 @@ def _data(config: TrainDetectorConfig) -> tuple[JoinedData | ShardStream, Joined
     validation = _opened(config.validation, config) if config.validation else None
     if config.resampled:
         return _stream(config, validation), validation
-    data = _opened(config.data, config)
+    data = _opened(config.data, config, config.shares)
     if validation is not None or not config.validation_share:
         return data, validation
     # `inject` names its samples "<picture>-<version>"; all versions of a picture belong to the same side of the split.
@@ -154,13 +159,16 @@ def _data(config: TrainDetectorConfig) -> tuple[JoinedData | ShardStream, Joined
     return data.where(~held_out), data.where(held_out) if held_out.any() else None
 
 
-def _opened(folders: list[str], config: TrainDetectorConfig) -> JoinedData:
+def _opened(folders: list[str], config: TrainDetectorConfig, shares: list[float] | None = None) -> JoinedData:
     sets = [ShardData(folder) for folder in folders]
     if not sum(map(len, sets)):
         raise UserError(expected(", ".join(folders), "labelled pictures", "none"))
     if config.training.size is None:
         require_uniform_size(sets, "training.size")
-    return JoinedData(sets)
+    try:
+        return JoinedData(sets, shares=shares or None)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _stream(config: TrainDetectorConfig, validation: JoinedData | None) -> ShardStream:

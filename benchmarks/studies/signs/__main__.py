@@ -1,0 +1,116 @@
+"""Signs: artifacts that nobody injected, and a rule that sees them.
+
+Two small pipelines learn clean signs, and scramble letters by themselves. A simulated person marks some of what they
+draw, a detector learns from the marks, the pipelines are treated with it, and an exact oracle compares before, after,
+and training on for the same CPU seconds. Stopped and started again, it resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.ops import machine
+from benchmarks.studies.signs import pipelines
+from benchmarks.studies.signs.page import SHOWN, before_and_after, worst, write_page
+from benchmarks.studies.signs.recipes import QUICK, RECIPES
+from benchmarks.studies.signs.study import Settings, Study
+from benchmarks.studies.signs.table import markdown, row
+from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.files import atomic_write_bytes, atomic_write_json, atomic_write_text
+from diffdoctor.runs.lock import locked_folder
+from diffdoctor.runs.progress import quiet_loaders
+from diffdoctor.training.cpu_settings import cpu_settings
+from diffdoctor.viz.draw import as_hwc
+
+QUICK_SETTINGS = {
+    "pictures": 300,
+    "labels": 200,
+    "clean_signs": 1000,
+    "detector_steps": 200,
+    "held_out": 200,
+    "base": {"signs": 2000, "autoencoder_steps": 500, "sd_steps": 700},
+    "treat": {"steps": 60, "evaluate_pictures": 32},
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    command = argparse.ArgumentParser(prog="python -m benchmarks.studies.signs", description=__doc__)
+    command.add_argument("--output", type=Path, default=Path("runs/signs"), help="folder (runs/signs)")
+    command.add_argument("--seeds", type=int, nargs="+", default=[0], help="of everything (0)")
+    command.add_argument("--pipelines", nargs="+", choices=pipelines.KINDS, default=list(pipelines.KINDS), help="both")
+    command.add_argument("--rows", nargs="+", choices=list(RECIPES), help="of the table, besides before (all)")
+    command.add_argument(
+        "--split", choices=("development", "test"), default="test", help="seeds of the pictures (test)"
+    )
+    command.add_argument("--pictures", type=int, default=2000, help="of each row (2000)")
+    command.add_argument("--quick", action="store_true", help="the U-Net alone, shorter, three rows: ten minutes")
+    command.add_argument("--threads", type=int, default=None, help="CPU threads (PyTorch's choice)")
+    return command
+
+
+def run(options) -> dict:
+    """Do what is left to do, write the table and the page, and return the record."""
+    settings = {"split": options.split, "pictures": options.pictures}
+    rows, kinds = options.rows or list(RECIPES), tuple(options.pipelines)
+    if options.quick:
+        settings |= QUICK_SETTINGS
+        rows, kinds = options.rows or list(QUICK), kinds[:1]
+    chosen = {name: recipe for name, recipe in RECIPES.items() if name in {"before", *rows, *_needed(rows)}}
+    studies = [Study(options.output, Settings(seed=seed, **settings), chosen) for seed in options.seeds]
+    found = [row(study, kind, name) for study in studies for kind in kinds for name in chosen]
+    text = markdown(found)
+    record = {
+        "rows": found,
+        "calibration": [study.calibration() for study in studies],
+        "detectors": [study.detector_measures(kind, study.detector(kind)) for study in studies for kind in kinds],
+        "threads": torch.get_num_threads(),
+        "cpu": machine.cpu_name(),
+        "versions": machine.versions(),
+        **machine.commit(),
+    }
+    atomic_write_json(options.output / "signs.json", record)
+    atomic_write_text(options.output / "signs.md", text + "\n")
+    for kind in kinds:
+        _picture(options.output / f"signs-{kind}.png", studies[0], kind)
+    write_page(options.output / "signs.html", studies, kinds, found)
+    print(text)
+    return record
+
+
+def _needed(rows) -> set[str]:
+    """The rows that others are made from."""
+    needed = {name for row in rows for name in (RECIPES[row].after, RECIPES[row].trained_on) if name is not None}
+    return needed | _needed(needed) if needed else set()
+
+
+def _picture(path: Path, study: Study, kind: str) -> None:
+    """The worst signs before, and after the last treatment without guidance."""
+    names = [name for name, recipe in study.recipes.items() if name.startswith("nft") and recipe.guide is None]
+    names = [name for name in names if "map_source" not in study.recipes[name].treat]
+    if not names:
+        return
+    chosen = worst(study.reading(kind, "before"), SHOWN)
+    versions = [as_hwc(study.pictures(kind, name))[chosen] for name in ("before", names[-1])]
+    atomic_write_bytes(path, before_and_after(versions))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0; 2 for bad arguments, or a folder that cannot be used."""
+    options = parser().parse_args(arguments)
+    quiet_loaders()
+    try:
+        with cpu_settings(options.threads), locked_folder(options.output):
+            run(options)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"wrote signs.md, signs.json and signs.html in {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""The untreated pipelines: a U-Net with v-prediction and a flow-matching transformer, trained on clean signs alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from benchmarks.studies.signs import world
+from benchmarks.studies.signs.parts import Parts, cpu_seconds, record_of
+from diffdoctor.runs.progress import progress
+
+KINDS = ("sd", "flux")
+SAMPLING_STEPS = 10
+BATCH = {"sd": 32, "flux": 64}
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseSettings:
+    """What decides the untreated pipelines.
+
+    Args:
+        seed: of signs, weights, batches and noise.
+        signs: clean ones to train on.
+        autoencoder_steps: of 16 signs; both pipelines share the autoencoder.
+        sd_steps: of the U-Net, at 32 signs. Chosen so that half of what it draws is broken.
+        flux_steps: of the transformer, at 64 signs. Chosen likewise.
+    """
+
+    seed: int = 0
+    signs: int = 6000
+    autoencoder_steps: int = 1200
+    sd_steps: int = 2000
+    flux_steps: int = 3000
+
+    def clean(self) -> world.Signs:
+        """What the pipelines are trained on, and the pairs of a treatment."""
+        return world.draw_signs(self.signs, self.seed)
+
+
+def autoencoder(parts: Parts, settings: BaseSettings) -> Path:
+    """The folder of the trained autoencoder."""
+    names = ("seed", "signs", "autoencoder_steps")
+
+    def make(folder):
+        from diffdoctor.demo.pipeline import train_autoencoder
+
+        pipeline = _untrained(settings)
+        steps = settings.autoencoder_steps
+        with progress(steps, desc="autoencoder") as bar:
+            options = {"steps": steps, "seed": settings.seed, "on_step": lambda *_: bar.update()}
+            train_autoencoder(pipeline, settings.clean().pictures, **options)
+        pipeline.vae.save_pretrained(folder / "vae")
+
+    return parts.made("autoencoder", {name: getattr(settings, name) for name in names}, make) / "vae"
+
+
+def base_pipeline(parts: Parts, settings: BaseSettings, kind: str) -> Path:
+    """The folder of a trained pipeline, one of `KINDS`."""
+    vae, steps = autoencoder(parts, settings), getattr(settings, f"{kind}_steps")
+    needs = {"seed": settings.seed, "signs": settings.signs, "steps": steps, "autoencoder": vae.parent.name}
+
+    def make(folder):
+        pipeline = _untrained(settings, vae)
+        if kind == "flux":
+            from diffdoctor.demo.flow_pipeline import build_flow_pipeline
+
+            pipeline = build_flow_pipeline(world.PROMPTS, pipeline.vae, seed=settings.seed)
+        training = train_on(pipeline, kind, settings.clean(), steps, seed=settings.seed)
+        pipeline.save_pretrained(folder / "pipeline")
+        return training
+
+    return parts.made(f"{kind}-pipeline", needs, make) / "pipeline"
+
+
+def step_seconds(base: Path) -> float:
+    """CPU seconds that one step of a base pipeline's training took."""
+    return record_of(base.parent)["step_cpu_seconds"]
+
+
+def train_on(pipeline, kind: str, clean: world.Signs, steps: int, **options) -> dict:
+    """Train a pipeline's denoiser on clean signs in place.
+
+    Args:
+        pipeline: of the kind.
+        kind: one of `KINDS`.
+        clean: the signs.
+        steps: of the optimizer.
+        **options: of `train_base` and `train_flow`, such as seed and learning_rate.
+
+    Returns:
+        {"steps", "losses" (every hundredth), "step_cpu_seconds"}.
+    """
+    from diffdoctor.demo.flow_pipeline import train_flow
+    from diffdoctor.demo.pipeline import train_base
+
+    train = train_base if kind == "sd" else train_flow
+    with cpu_seconds() as cost, progress(steps, desc=f"{kind} pipeline") as bar:
+        options |= {"steps": steps, "batch_size": BATCH[kind], "on_step": lambda *_: bar.update()}
+        trained = train(pipeline, clean.pictures, clean.prompts, **options)
+    return {"steps": steps, "losses": trained.losses[::100], "step_cpu_seconds": cost["cpu_seconds"] / steps}
+
+
+def call_options(kind: str) -> dict:
+    """How a pipeline is called: ten steps, no guidance scale, the signs' size."""
+    options = {"num_inference_steps": SAMPLING_STEPS, "guidance_scale": 1.0}
+    options |= {"height": world.HEIGHT, "width": world.WIDTH}
+    if kind == "flux":
+        from diffdoctor.demo.flow_pipeline import MAX_SEQUENCE_LENGTH
+
+        options["max_sequence_length"] = MAX_SEQUENCE_LENGTH
+    return options
+
+
+def prompts_of(count: int) -> list[str]:
+    """What is asked for: every colour as often as any other."""
+    return [world.PROMPTS[index % len(world.PROMPTS)] for index in range(count)]
+
+
+def draw(pipeline, kind: str, count: int, first_seed: int, name: str, batch_size: int = 100) -> torch.Tensor:
+    """Pictures (count, 3, 16, 40) uint8 of `prompts_of(count)`, picture i from the seed first_seed + i."""
+    from diffdoctor.evaluate.model import sample_pictures
+
+    seeds = range(first_seed, first_seed + count)
+    return sample_pictures(pipeline, prompts_of(count), seeds, batch_size=batch_size, desc=name, **call_options(kind))
+
+
+def _untrained(settings: BaseSettings, vae: Path | None = None):
+    from diffusers import AutoencoderKL
+
+    from diffdoctor.demo.pipeline import build_pipeline
+
+    pipeline = build_pipeline(world.PROMPTS, picture_size=(world.HEIGHT, world.WIDTH), seed=settings.seed)
+    if vae is not None:
+        pipeline.register_modules(vae=AutoencoderKL.from_pretrained(vae).eval().requires_grad_(False))
+    return pipeline

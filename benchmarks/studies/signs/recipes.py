@@ -1,0 +1,49 @@
+"""What is done to an untreated pipeline: a treatment, a control, guidance, or several of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One row of the table.
+
+    Attributes:
+        treat: options of `TreatConfig`; None: no treatment.
+        trained_on: the recipe whose treatment's CPU seconds the base pipeline is trained on for, on clean signs.
+        rate: peak learning rate of that training.
+        after: the recipe whose result is treated further, with a detector that was trained anew on labels of what that
+            result draws.
+        guide: options of `guide`, which then draws; None: the pipeline draws by itself.
+    """
+
+    treat: dict | None = None
+    trained_on: str | None = None
+    rate: float = 1e-3
+    after: str | None = None
+    guide: dict | None = None
+
+
+def _rows() -> dict[str, Recipe]:
+    nft = {"method": "nft", "steps": 200}
+    draft = {"method": "draft_k", "steps": 50}
+    return {
+        "before": Recipe(),
+        "nft": Recipe(nft),
+        "trained on as long as nft": Recipe(trained_on="nft"),
+        "nft, uniform map": Recipe(nft | {"map_source": "uniform"}),
+        "nft, shuffled maps": Recipe(nft | {"map_source": "shuffled"}),
+        "draft_k": Recipe(draft),
+        "draft_k, strong": Recipe(draft | {"steps": 40, "grad_steps": 5, "learning_rate": 2e-3}),
+        "guide": Recipe(guide={}),
+        "nft, second round": Recipe(nft, after="nft"),
+        "nft, then guide": Recipe(nft, guide={}),
+        "nft, second round, then guide": Recipe(nft, after="nft", guide={}),
+    }
+
+
+RECIPES = _rows()
+"""The rows of the table, by name."""
+QUICK = ("before", "nft", "trained on as long as nft")
+"""Those of `--quick`."""

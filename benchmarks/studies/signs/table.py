@@ -1,0 +1,72 @@
+"""The rows of the study as figures, and as one Markdown table."""
+
+from __future__ import annotations
+
+from benchmarks.studies.signs.measures import hacking, measure, rate_of
+from benchmarks.studies.signs.oracle import TAU
+from benchmarks.studies.signs.pipelines import prompts_of
+
+START, END = "<!-- table of python -m benchmarks.studies.signs -->", "<!-- end of table -->"
+NAMES = {"sd": "U-Net, v-prediction", "flux": "transformer, flow matching"}
+HEADER = (
+    "pipeline", "what was done", "broken pictures", "of before", "letters broken", "mended / broke / kept",
+    "colour right", "entropy", "distinct words", "detector's rate", "its fall / the oracle's", "CPU s",
+)  # fmt: skip
+
+
+def row(study, kind: str, name: str) -> dict:
+    """A row's figures: `measures.measure`, the detectors' rates and the CPU seconds."""
+    before, after = study.reading(kind, "before"), study.reading(kind, name)
+    found = measure(before, after, prompts_of(len(after)))
+    found |= {"kind": kind, "name": name, "seed": study.settings.seed, "split": study.settings.split}
+    oracle = [before.rate(), after.rate()]
+    for who in ("detector", "observer"):
+        flags = [study.flags(kind, which, observer=who == "observer") for which in ("before", name)]
+        rates = [float(flag.mean()) for flag in flags]
+        found[who] = {"before": rates[0], "after": rates[1], "hacking": hacking(*oracle, *rates)}
+    control = next((other for other, recipe in study.recipes.items() if recipe.trained_on == name), None)
+    if control is not None:
+        found["against_control"] = {"name": control, **rate_of(study.reading(kind, control).broken(), after.broken())}
+    found["cpu_seconds"] = study.effort(kind, name)
+    found["drawing"] = study.drawing_seconds(kind, name) / study.drawing_seconds(kind, "before")
+    return found
+
+
+def markdown(rows: list[dict]) -> str:
+    """The rows as a Markdown table."""
+    lines = [HEADER, ("---",) * len(HEADER), *(cells(row) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cells(row: dict) -> tuple[str, ...]:
+    """A row's cells, under `HEADER`."""
+    rate, own = row["rates"][f"{TAU:.2f}"], row["detector"]
+    low, high = rate["interval"]
+    is_base = row["name"] == "before"
+    ratio = "–" if is_base or rate["ratio"] is None else f"{rate['ratio']:.2f} ({_range(rate['ratio_interval'])})"
+    moved = "–" if is_base else " / ".join(_percent(row[name]) for name in ("mended", "broke", "kept"))
+    seconds = "–" if is_base else f"{row['cpu_seconds']:.0f}"
+    if row["drawing"] > 1.5:
+        seconds += f", drawing x {row['drawing']:.1f}"
+    return (
+        NAMES[row["kind"]],
+        row["name"],
+        f"{_percent(rate['rate'])} ({100 * low:.1f} to {100 * high:.1f})",
+        ratio,
+        _percent(row["letters_broken"]),
+        moved,
+        _percent(row["colour"]),
+        f"{row['entropy']:.3f}",
+        _percent(row["distinct_words"]),
+        f"{_percent(own['before'])} → {_percent(own['after'])}",
+        "–" if own["hacking"] is None or is_base else f"{own['hacking']:.2f}",
+        seconds,
+    )
+
+
+def _percent(share):
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _range(interval):
+    return f"{interval[0]:.2f} to {interval[1]:.2f}"

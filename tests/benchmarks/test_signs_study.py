@@ -1,0 +1,157 @@
+"""The signs: the oracle on what is clean and on what is broken by construction, the rater, and a row's figures."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.studies.signs import calibration, world
+from benchmarks.studies.signs.measures import entropy, hacking, measure
+from benchmarks.studies.signs.oracle import TAU, TAUS, read_signs
+from benchmarks.studies.signs.parts import Parts, record_of
+from benchmarks.studies.signs.rater import Rater
+
+
+@pytest.fixture(scope="module")
+def clean():
+    return world.draw_signs(500, 3)
+
+
+@pytest.fixture(scope="module")
+def reading(clean):
+    return read_signs(clean.pictures)
+
+
+def test_no_two_letters_are_alike():
+    letters = [world.dots(letter) for letter in world.LETTERS]
+    assert min(np.abs(a - b).sum() for i, a in enumerate(letters) for b in letters[:i]) >= 11
+
+
+def test_a_sign_depends_on_seed_and_place_alone(clean):
+    again = world.draw_signs(5, 3)
+    np.testing.assert_array_equal(again.pictures, clean.pictures[:5])
+    assert again.prompts[0] == f"{clean.colours[0]} letters"
+    assert not np.array_equal(world.draw_signs(5, 4).pictures, again.pictures)
+
+
+def test_clean_signs_are_read_right_and_none_is_marked(clean, reading):
+    np.testing.assert_array_equal(reading.words, clean.words)
+    np.testing.assert_array_equal(reading.colours, clean.colours)
+    assert reading.severity.max() < 0.01
+    assert not reading.marked(min(TAUS)).any()
+
+
+def test_letters_at_half_pixels_are_sound():
+    letters = [world.dots(letter) for letter in "JKPY"]
+    inks = [world.ink_of(letters, x, y) for x in range(-1, 6) for y in range(1, 10)]
+    found = read_signs(np.stack([world.paint(ink, world.COLOURS["pink"], (9, 30, 55)) for ink in inks]))
+    assert set(found.words) == {"JKPY"}
+    assert found.severity.max() < 0.02
+
+
+def test_noise_and_blur_of_an_autoencoder_are_no_artifacts(clean):
+    rng = np.random.default_rng(0)
+    pictures = clean.pictures + rng.normal(0, 8, clean.pictures.shape)
+    pictures[:, :, 1:-1] = 0.9 * pictures[:, :, 1:-1] + 0.05 * (pictures[:, :, :-2] + pictures[:, :, 2:])
+    found = read_signs(np.clip(pictures, 0, 255).astype(np.uint8))
+    assert found.rate() <= 0.005
+    assert (found.words == clean.words).mean() >= 0.995
+
+
+@pytest.mark.parametrize(
+    ("kind", "missed"),
+    [
+        ("dots flipped", [0.5, 0.2, 0.1, 0.05, 0.01]),
+        ("mixed with another letter", [1, 1, 1, 0.6, 0.01]),
+        ("faded", [1, 1, 0.8, 0.01, 0.01]),
+        ("ghost beside it", [1, 1, 0.3, 0.2, 0.06]),
+    ],
+)
+def test_what_is_known_to_be_broken_is_seen_by_its_degree(kind, missed):
+    damage, degrees = calibration.DAMAGE[kind]
+    for degree, most in zip(degrees, missed, strict=True):
+        pictures, places = calibration.broken_signs(damage, degree, 100, 4)
+        found = read_signs(pictures)
+        broken = found.broken_letters()
+        hit = broken[np.arange(len(places)), places]
+        assert 1 - hit.mean() <= most
+        if not (kind == "faded" and degree == 1):  # where a letter is gone, nobody can say how wide it was
+            assert broken.sum() == hit.sum()
+        if hit.any():
+            # the mark covers most of the letter's own columns
+            first = np.flatnonzero(hit)[0]
+            columns = found.marked()[first].any(0)
+            assert columns[10 * places[first] : 10 * places[first] + 10].sum() >= 7
+    assert read_signs(pictures).broken(max(TAUS)).mean() <= read_signs(pictures).broken(min(TAUS)).mean()
+
+
+def test_an_empty_sign_is_broken_and_its_colour_is_read_all_the_same():
+    ground = np.full((1, world.HEIGHT, world.WIDTH, 3), 20, np.uint8)
+    assert read_signs(ground).broken_letters().all()
+    with pytest.raises(ValueError, match="pictures"):
+        read_signs(ground[:, :8])
+
+
+def test_the_rater_errs_as_much_as_is_said():
+    pictures, _ = calibration.broken_signs(calibration.flipped, 6, 400, 5)
+    found = read_signs(pictures)
+    exact = Rater(wobble=0, missed=0, invented=0).marks(found, 1)[0]
+    boxes = found.boxes[np.arange(400), found.broken_letters().argmax(1)]
+    for mask, (left, top, right, bottom) in zip(exact, boxes, strict=True):
+        assert mask[top:bottom, left:right].all()
+        assert mask.sum() == (bottom - top) * (right - left)
+    masks, seconds = Rater(invented=0).marks(found, 1)
+    seen = masks.any((1, 2))
+    assert 1 - seen.mean() == pytest.approx(0.1, abs=0.05)
+    assert seconds == 2 * 400 + 3 * seen.sum()
+    area = np.abs(masks.sum((1, 2)) - exact.sum((1, 2)))[seen]
+    assert 0 < area.mean() < area.max() <= 2 * (8 + 12) + 4
+    sound = read_signs(world.draw_signs(400, 8).pictures)
+    assert Rater().marks(sound, 1)[0].any((1, 2)).mean() == pytest.approx(0.05, abs=0.03)
+    np.testing.assert_array_equal(masks, Rater(invented=0).marks(found, 1)[0])
+
+
+def test_a_row_counts_what_changed(clean, reading):
+    """Half of the signs get a broken letter; the treatment mends two thirds of them and breaks none."""
+    damaged, _ = calibration.broken_signs(calibration.faded, 1.0, 300, 9)
+    before = read_signs(np.concatenate([damaged, clean.pictures[:300]]))
+    after = read_signs(np.concatenate([clean.pictures[300:500], damaged[200:], clean.pictures[:300]]))
+    row = measure(before, after, [f"{colour} letters" for colour in after.colours])
+    rate = row["rates"][f"{TAU:.2f}"]
+    assert rate["rate"] == pytest.approx(100 / 600)
+    assert rate["ratio"] == pytest.approx(1 / 3)
+    assert rate["ratio_interval"][0] < 1 / 3 < rate["ratio_interval"][1] < 0.5
+    assert row["broke"] == 0
+    assert row["mended"] == pytest.approx(2 / 3, abs=0.03)
+    assert row["kept"] < 0.8  # other words were drawn in the first 200
+    assert row["colour"] == 1
+    assert row["entropy"] == pytest.approx(2.585, abs=0.02)
+    same = measure(reading, reading, clean.prompts)
+    assert (same["kept"], same["mended"], same["colour"]) == (1, None, 1)
+
+
+def test_entropy_and_hacking():
+    assert entropy(np.array(list("JKPSUY"))) == pytest.approx(np.log2(6))
+    assert entropy(np.array(["J", "J"])) == 0
+    assert hacking(0.5, 0.25, 0.6, 0.3) == pytest.approx(1)
+    assert hacking(0.5, 0.45, 0.6, 0.24) == pytest.approx(6)
+    assert hacking(0.5, 0.5, 0.6, 0.2) is None
+
+
+def test_a_part_is_made_once_and_anew_from_other_settings(tmp_path):
+    parts, made = Parts(tmp_path), []
+
+    def make(folder):
+        made.append(folder)
+        (folder / "x").write_text("1")
+        return {"found": len(made)}
+
+    first = parts.made("a", {"seed": 0}, make)
+    assert parts.made("a", {"seed": 0}, make) == first
+    other = parts.made("a", {"seed": 1}, make)
+    assert [record_of(path)["found"] for path in (first, other)] == [1, 2]
+    assert record_of(first)["cpu_seconds"] >= 0
+    assert json.loads((first / "part.json").read_text())["settings"] == {"seed": 0}
+    with pytest.raises(ZeroDivisionError):
+        parts.made("b", {}, lambda folder: 1 / 0)
+    assert len(list(tmp_path.iterdir())) == 2
