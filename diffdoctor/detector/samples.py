@@ -93,10 +93,10 @@ class JoinedData:
     ):
         self.sets = list(sets)
         self.shares = None if shares is None else [float(share) for share in shares]
-        if self.shares is not None:
-            if len(self.shares) != len(self.sets) or not all(0 < share < math.inf for share in self.shares):
-                what = f"one positive number for each of {len(self.sets)} sets"
-                raise ValueError(expected("shares", what, self.shares))
+        positive = all(0 < share < math.inf for share in self.shares or ())
+        if self.shares is not None and (len(self.shares) != len(self.sets) or not positive):
+            what = f"one positive number for each of {len(self.sets)} sets"
+            raise ValueError(expected("shares", what, self.shares))
         self.ends = np.cumsum([len(each) for each in self.sets])
         total = int(self.ends[-1]) if len(self.ends) else 0
         self.chosen = np.arange(total) if chosen is None else np.asarray(chosen)

@@ -1,4 +1,4 @@
-"""Does the oracle see what is known to be broken, and nothing else? Signs broken by construction, by kind and degree."""
+"""Does the oracle see what is known to be broken, and nothing else? Signs broken on purpose, by kind and degree."""
 
 from __future__ import annotations
 

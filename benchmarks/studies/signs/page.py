@@ -24,7 +24,7 @@ def worst(before: Reading, count: int = SHOWN) -> np.ndarray:
 
 def before_and_after(pictures: list, columns: int = _COLUMNS) -> bytes:
     """PNG bytes: the same signs in each of several (n, H, W, 3) uint8 stacks, below each other, `columns` in a row."""
-    height, width = pictures[0].shape[1:3]
+    width = pictures[0].shape[2]
     tiles = []
     for versions in zip(*pictures, strict=True):
         gap = np.full((1, width, 3), 255, np.uint8)

@@ -28,8 +28,8 @@ class TrainDetectorConfig:
 
     Attributes:
         data: folders of shards with a manifest, as `diffdoctor inject` makes them; joined.
-        shares: in which proportion pictures are drawn from the folders of `data`, a positive number each, such as 1 1 for
-            a few labelled pictures beside many clean ones; none: each folder counts as much as it has pictures.
+        shares: in which proportion pictures are drawn from the folders of `data`, a positive number each, such as 1 1
+            for a few labelled pictures beside many clean ones; none: each folder counts as much as it has pictures.
         output: the folder to make: detector, best, checkpoints, config.yaml, metrics.json. Run again with the same
             options, it resumes from the last checkpoint.
         validation: folders of shards to validate on during training; none: `validation_share` is held out.
