@@ -17,11 +17,11 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csr
 
 # Beside another program spinning threads make everything slower; `make bench` times what a user's own program gets.
 ifndef OMP_WAIT_POLICY
-demo demo-seeds test treatment-study detector-study sanitize: export GOMP_SPINCOUNT ?= 10000
+demo demo-seeds test treatment-study detector-study signs-study sanitize: export GOMP_SPINCOUNT ?= 10000
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-seeds test lint format bench treatment-study detector-study gpu sanitize wheel clean
+.PHONY: help install demo demo-seeds test lint format bench treatment-study detector-study signs-study gpu sanitize wheel clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -62,6 +62,9 @@ treatment-study: $(STAMP)  ## Two trained pipelines, every method, one table; ha
 
 detector-study: $(STAMP)  ## A detector on photographs and damage that it never saw, and its ablation
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.studies.detector --output runs/detector-study
+
+signs-study: $(STAMP)  ## Artifacts that nobody injected, judged by a rule (QUICK=1: the road in short); hours on 1 core
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.studies.signs --output runs/signs$(if $(QUICK),-quick --quick --seeds 0,--seeds $(SEEDS))
 
 gpu:  ## On a GPU: build, test, benchmark, sanitize; needs Python with torch and Triton, and nvcc; writes runs/gpu
 	$(GPU_PYTHON) -m tools.gpu --output runs/gpu $(if $(COMMIT),--commit $(COMMIT))

@@ -59,6 +59,7 @@ def digests_of(
     pairs: tuple[Sequence[np.ndarray], Sequence[str]] | None,
     lora: str | None,
     reward: Callable | None,
+    quality: Callable | None,
 ) -> dict:
     """What a treatment begins with beside its options, each as a digest: it is resumed only with the same.
 
@@ -68,6 +69,7 @@ def digests_of(
         pairs: the offline pictures, (H, W, 3) uint8, and their prompts; None: there are none.
         lora: from `lora_digest`, of the LoRA that is begun with; None: there is none.
         reward: the function of whole pictures; None: there is none.
+        quality: the function that chooses the best weights; None: there is none.
     """
     pipeline = hashlib.sha256()
     for part in (family.denoiser, family.vae, *family.text_encoders):
@@ -86,10 +88,15 @@ def digests_of(
         "adapters": adapters_digest(family.denoiser),
         "detector": weights_digest(detector),
         "monitor": None if monitor is None else weights_digest(monitor),
-        "reward": None if reward is None else hashlib.sha256(identity_of(reward).encode("utf-8")).hexdigest(),
+        "reward": _function_digest(reward),
+        "quality": _function_digest(quality),
         "prompts": hashlib.sha256("\n".join(prompts).encode("utf-8")).hexdigest(),
         "offline": offline.hexdigest(),
     }
+
+
+def _function_digest(function: Callable | None) -> str | None:
+    return None if function is None else hashlib.sha256(identity_of(function).encode("utf-8")).hexdigest()
 
 
 def with_version(settings: dict) -> dict:

@@ -26,6 +26,7 @@ class Measurement:
         sharpness: mean absolute Laplacian of the grey pictures.
         diversity: mean deviation of a pixel over the pictures of one prompt.
         monitor_area: flagged area by the second detector, None where there is none.
+        quality: mean of what the `quality` function of `treat` says of the pictures, None where there is none.
     """
 
     step: int
@@ -35,10 +36,11 @@ class Measurement:
     sharpness: float
     diversity: float
     monitor_area: float | None = None
+    quality: float | None = None
 
     @property
     def score(self) -> float:
-        """What is minimised: flagged area plus mean confidence."""
+        """What is minimised where no quality is measured: flagged area plus mean confidence."""
         return self.flagged_area + self.mean_confidence
 
 
@@ -48,6 +50,7 @@ def measure(
     groups: Sequence[int],
     step: int,
     monitor_confidence: torch.Tensor | None = None,
+    quality: float | None = None,
 ) -> Measurement:
     """Measure pictures.
 
@@ -57,6 +60,7 @@ def measure(
         groups: (B,) numbers; equal ones share a prompt.
         step: optimisation steps done.
         monitor_confidence: (B, 1, H, W), the second detector's maps, or None.
+        quality: see `Measurement`.
     """
     area, monitor_area = flagged_share(confidence), None
     if monitor_confidence is not None:
@@ -71,6 +75,7 @@ def measure(
         sharpness=float(F.conv2d(grey, kernel).abs().mean()),
         diversity=_diversity(grey, groups),
         monitor_area=monitor_area,
+        quality=quality,
     )
 
 
@@ -110,7 +115,8 @@ class EarlyStopping:
     Attributes:
         measurements: so far, the first of the untreated model.
         best: of a model that is whole, the last measurement within 10 % of the lowest score: some dozens of pictures
-            cannot tell such models apart, and the later one has settled; for the controls the last one.
+            cannot tell such models apart, and the later one has settled. With a measured quality, the last one of the
+            highest; for the controls the last one.
         best_state: its weights; None stands for the untreated model.
     """
 
@@ -137,8 +143,7 @@ class EarlyStopping:
             return fault
         # a control must not be chosen by the diagnosis that it is there to do without
         is_control = self.config.map_source != "detector"
-        lowest = min(m.score for m in self.measurements)
-        if self.best is None or is_control or measurement.score <= TIE * lowest:
+        if self.best is None or is_control or self._is_best(measurement):
             self.best, self.best_state = measurement, state()
         if self.config.good_enough and measurement.flagged_area <= self.config.good_enough * before.flagged_area:
             return f"flagged area at {measurement.flagged_area:.4f}, good enough"
@@ -146,6 +151,11 @@ class EarlyStopping:
         if self.config.patience and len(later) >= self.config.patience:
             return f"no better measurement since step {self.best.step}"
         return None
+
+    def _is_best(self, now: Measurement) -> bool:
+        if now.quality is not None:
+            return now.quality >= max(m.quality for m in self.measurements)
+        return now.score <= TIE * min(m.score for m in self.measurements)
 
     def _collapse(self, before: Measurement, now: Measurement) -> str | None:
         for name, share in (("sharpness", self.config.min_sharpness), ("diversity", self.config.min_diversity)):

@@ -66,6 +66,7 @@ def treat(
     settings: dict | None = None,
     lora: str | Path | None = None,
     reward: Callable[[torch.Tensor, list[str]], torch.Tensor] | None = None,
+    quality: Callable[[torch.Tensor, list[str]], torch.Tensor] | None = None,
     webui: bool = False,
     device: str | None = None,
 ) -> TreatResult:
@@ -97,6 +98,9 @@ def treat(
         reward: for method grpo a further reward of whole pictures, which counts `reward_weight` times beside the maps:
             a function from pictures (B, 3, H, W) in [0, 1] and their prompts to B numbers, higher for better pictures.
             None: the maps alone.
+        quality: a measure beside the detector, by which the best weights and patience are decided instead of by its
+            maps: labels of a person, a rule, a classifier; a function as `reward`, asked about the fixed pictures at
+            each measurement. None: the detector's maps decide.
         webui: write the LoRA for ComfyUI and A1111 too, to `lora-webui.safetensors` in the output folder.
         device: such as cpu or cuda:1; None: the fastest there is.
 
@@ -121,6 +125,7 @@ def treat(
         settings,
         lora=lora,
         reward=reward,
+        quality=quality,
         device=device,
     )
     try:

@@ -64,6 +64,7 @@ class Treatment:
         settings: see `treat`.
         lora: see `treat`.
         reward: see `treat`.
+        quality: see `treat`.
         device: see `treat`.
 
     Attributes:
@@ -85,6 +86,7 @@ class Treatment:
         *,
         lora=None,
         reward=None,
+        quality=None,
         device=None,
     ):
         self.started, self.seconds_before = time.perf_counter(), 0.0
@@ -100,6 +102,7 @@ class Treatment:
         check_reward(reward, config)
         self.lora, start = lora, None if lora is None else lora_digest(family, lora)
         self.reward = None if reward is None else checked_reward(reward)
+        self.quality = None if quality is None else checked_reward(quality, "quality")
         self.processes = Processes(device)
         self.device = self.processes.device
         detector = self._frozen(detector)
@@ -129,7 +132,7 @@ class Treatment:
         self.folder = self.checkpoints = None
         if self.output_dir is not None:
             # the main process alone reads and writes there
-            inputs = (family, detector, self.monitor_detector, prompts, self.offline, start, reward)
+            inputs = (family, detector, self.monitor_detector, prompts, self.offline, start, reward, quality)
             digests = digests_of(*inputs) if self.processes.is_main else {}
             self.folder = treatment_folder(self.output_dir, config, digests)
             self.checkpoints = Checkpoints(self.output_dir / "checkpoints")
@@ -345,9 +348,10 @@ class Treatment:
         prompt_count = len(self.drawing.prompts)
         groups = [i % prompt_count for i in range(config.evaluate_pictures)]
         by_monitor = None if self.monitor_detector is None else self._by_monitor(pictures)
-        measurement = measure(pictures, confidence, groups, self.step, by_monitor)
         # one process decides, lest rounding on another machine make it decide otherwise
-        measurement = self.processes.from_main(lambda: measurement)
+        measurement = self.processes.from_main(
+            lambda: measure(pictures, confidence, groups, self.step, by_monitor, self._quality(pictures))
+        )
         with self.training.average.in_place():
             stopped = self.early_stopping.add(measurement, lambda: lora_state(self.sampling.family))
         measures = {f"pictures/{name}": value for name, value in asdict(measurement).items() if name != "step"}
@@ -356,6 +360,12 @@ class Treatment:
         if shown and (self._is_due(config.sample_every) or not config.sample_every or self.step == 0):
             self.tracking.sheet(self.step, pictures[:shown], confidence[:shown])
         return stopped
+
+    def _quality(self, pictures: torch.Tensor) -> float | None:
+        if self.quality is None:
+            return None
+        prompts = [self.drawing.prompts[i % len(self.drawing.prompts)] for i in range(len(pictures))]
+        return float(self.quality(pictures, prompts).mean())
 
     def _by_monitor(self, pictures: torch.Tensor) -> torch.Tensor:
         """The monitor's maps (B, 1, H, W), on the CPU."""

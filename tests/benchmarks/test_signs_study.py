@@ -5,11 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.studies.signs import calibration, world
+from benchmarks.studies.signs import calibration, pipelines, world
 from benchmarks.studies.signs.measures import entropy, hacking, measure
 from benchmarks.studies.signs.oracle import TAU, TAUS, read_signs
 from benchmarks.studies.signs.parts import Parts, record_of
 from benchmarks.studies.signs.rater import Rater
+from benchmarks.studies.signs.recipes import RECIPES
+from benchmarks.studies.signs.study import SEEDS, Settings, Study
+from benchmarks.studies.signs.table import markdown
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +158,33 @@ def test_a_part_is_made_once_and_anew_from_other_settings(tmp_path):
     with pytest.raises(ZeroDivisionError):
         parts.made("b", {}, lambda folder: 1 / 0)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("kind", pipelines.KINDS)
+def test_the_recipes_are_options_of_a_treatment(kind, tmp_path):
+    from diffdoctor.treat import TreatConfig
+
+    study = Study(tmp_path, Settings(seed=3))
+    for name, recipe in RECIPES.items():
+        for other in (recipe.after, recipe.trained_on):
+            assert other is None or RECIPES[other].treat is not None, name
+        if recipe.treat is not None:
+            config = TreatConfig(**study.treat_options(kind, recipe))
+            assert (config.sampling_steps, config.height, config.width, config.seed) == (10, 16, 40, 3)
+            assert config.steps % config.evaluate_every == 0
+
+
+def test_the_purposes_share_no_seed():
+    first = sorted(SEEDS.values())
+    assert min(b - a for a, b in zip(first, first[1:], strict=False)) >= 1_000_000
+
+
+def test_a_table_of_one_row():
+    signs = world.draw_signs(200, 1)
+    damaged, _ = calibration.broken_signs(calibration.faded, 1.0, 100, 9)
+    before, after = (read_signs(np.concatenate([damaged, signs.pictures[:n]])) for n in (100, 100))
+    found = measure(before, after, ["red letters"] * 200) | {"kind": "sd", "name": "nft", "cpu_seconds": 12.4}
+    found |= {"drawing": 3.0, "detector": {"before": 0.5, "after": 0.4, "hacking": None}}
+    line = markdown([found]).splitlines()[-1]
+    assert "| 50.0 % (43.1 to 56.9) | 1.00 (1.00 to 1.00) |" in line
+    assert line.endswith("| 50.0 % → 40.0 % | – | 12, drawing x 3.0 |")

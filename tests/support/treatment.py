@@ -48,7 +48,7 @@ def pairs(count=6):
 
 
 def run(pipeline=None, detector=None, offline=None, **options):
-    output_dir = options.pop("output_dir", None)
+    output_dir, quality = options.pop("output_dir", None), options.pop("quality", None)
     return treat(
         pipeline or tiny_pipeline("sd", prediction_type="v_prediction"),
         detector or random_detector(),
@@ -56,6 +56,7 @@ def run(pipeline=None, detector=None, offline=None, **options):
         small(**options),
         offline=offline or pairs(),
         output_dir=output_dir,
+        quality=quality,
         progress=False,
     )
 

@@ -117,6 +117,23 @@ def test_a_monitor_that_sees_more_artifacts_stops_the_treatment():
     assert best.monitor_area <= 1.25 * result.measurements[0].monitor_area + 1e-3
 
 
+def test_a_measured_quality_chooses_the_weights_in_place_of_the_detector():
+    asked = []
+
+    def darkest_in_the_middle(pictures, prompts):
+        assert len(pictures) == len(prompts) == 3
+        asked.append(prompts)
+        return [-abs(len(asked) - 3.0)] * len(prompts)
+
+    options = {"detector": BrightDetector(), "steps": 4, "evaluate_every": 1, "evaluate_pictures": 3}
+    result = run(**options, min_diversity=0.0, min_sharpness=0.0, quality=darkest_in_the_middle)
+    assert [measurement.quality for measurement in result.measurements] == [-2, -1, 0, -1, -2]
+    assert result.best_step == 2
+    assert asked[0] == [PROMPTS[i % len(PROMPTS)] for i in range(3)]
+    with pytest.raises(UserError, match="quality: expected finite numbers"):
+        run(**options, quality=lambda pictures, prompts: [float("nan")] * len(prompts))
+
+
 def test_the_last_of_equally_good_weights_is_kept():
     early_stopping = EarlyStopping(small())
     for step, score in enumerate((0.1, 0.02, 0.01, 0.0105, 0.04)):

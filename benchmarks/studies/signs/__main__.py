@@ -32,7 +32,7 @@ QUICK_SETTINGS = {
     "clean_signs": 1000,
     "detector_steps": 200,
     "held_out": 200,
-    "base": {"signs": 2000, "autoencoder_steps": 500, "sd_steps": 700},
+    "base": {"signs": 2000, "autoencoder_steps": 500, "sd_legs": ((700, 2e-3),)},
     "treat": {"steps": 60, "evaluate_pictures": 32},
 }
 

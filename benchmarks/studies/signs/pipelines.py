@@ -24,15 +24,16 @@ class BaseSettings:
         seed: of signs, weights, batches and noise.
         signs: clean ones to train on.
         autoencoder_steps: of 16 signs; both pipelines share the autoencoder.
-        sd_steps: of the U-Net, at 32 signs. Chosen so that half of what it draws is broken.
-        flux_steps: of the transformer, at 64 signs. Chosen likewise.
+        sd_legs: (steps, peak learning rate) of each leg of the U-Net's training, at 32 signs a step. Chosen so that
+            half of what it draws is broken.
+        flux_legs: of the transformer's, at 64 signs a step. Chosen likewise.
     """
 
     seed: int = 0
     signs: int = 6000
     autoencoder_steps: int = 1200
-    sd_steps: int = 2000
-    flux_steps: int = 3000
+    sd_legs: tuple[tuple[int, float], ...] = ((2000, 2e-3), (400, 1e-3))
+    flux_legs: tuple[tuple[int, float], ...] = ((3000, 2e-3),)
 
     def clean(self) -> world.Signs:
         """What the pipelines are trained on, and the pairs of a treatment."""
@@ -58,20 +59,39 @@ def autoencoder(parts: Parts, settings: BaseSettings) -> Path:
 
 def base_pipeline(parts: Parts, settings: BaseSettings, kind: str) -> Path:
     """The folder of a trained pipeline, one of `KINDS`."""
-    vae, steps = autoencoder(parts, settings), getattr(settings, f"{kind}_steps")
-    needs = {"seed": settings.seed, "signs": settings.signs, "steps": steps, "autoencoder": vae.parent.name}
+    vae, folder = autoencoder(parts, settings), None
+    for number, (steps, rate) in enumerate(getattr(settings, f"{kind}_legs")):
+        folder = _leg(parts, settings, kind, vae, folder, steps, rate, settings.seed + 1000 * number)
+    return folder
+
+
+def _leg(parts, settings, kind, vae, before, steps, rate, seed) -> Path:
+    needs = {"seed": seed, "signs": settings.signs, "steps": steps, "rate": rate}
+    needs |= {"autoencoder": vae.parent.name, "before": None if before is None else before.parent.name}
 
     def make(folder):
-        pipeline = _untrained(settings, vae)
-        if kind == "flux":
-            from diffdoctor.demo.flow_pipeline import build_flow_pipeline
+        if before is not None:
+            pipeline = loaded(before)
+        else:
+            pipeline = _untrained(settings, vae)
+            if kind == "flux":
+                from diffdoctor.demo.flow_pipeline import build_flow_pipeline
 
-            pipeline = build_flow_pipeline(world.PROMPTS, pipeline.vae, seed=settings.seed)
-        training = train_on(pipeline, kind, settings.clean(), steps, seed=settings.seed)
+                pipeline = build_flow_pipeline(world.PROMPTS, pipeline.vae, seed=settings.seed)
+        training = train_on(pipeline, kind, settings.clean(), steps, seed=seed, learning_rate=rate)
         pipeline.save_pretrained(folder / "pipeline")
         return training
 
     return parts.made(f"{kind}-pipeline", needs, make) / "pipeline"
+
+
+def loaded(folder: Path):
+    """A stored pipeline."""
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def step_seconds(base: Path) -> float:

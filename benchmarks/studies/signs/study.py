@@ -76,7 +76,7 @@ class Study:
         def make(folder):
             clean = world.draw_signs(1000, 900 + self.settings.seed)
             truth = (clean.words, clean.colours)
-            back = calibration.round_trip(_loaded(base), clean.pictures)
+            back = calibration.round_trip(pipelines.loaded(base), clean.pictures)
             return {
                 "clean": calibration.false_alarms(clean.pictures, *truth),
                 "autoencoder": calibration.false_alarms(back, *truth),
@@ -205,7 +205,7 @@ class Study:
 
             clean = self.base_settings.clean()
             result = treat(
-                _loaded(base), _detector(detector), world.PROMPTS, TreatConfig(**options),
+                pipelines.loaded(base), _detector(detector), world.PROMPTS, TreatConfig(**options),
                 offline=(clean.pictures, clean.prompts), lora=None if before is None else before / "lora",
             )  # fmt: skip
             result.save_lora(folder / "lora")
@@ -230,8 +230,8 @@ class Study:
         needs = {"base": base.parent.name, "steps": steps, "rate": recipe.rate, "seed": self.settings.seed}
 
         def make(folder):
-            pipeline = _loaded(base)
-            options = {"learning_rate": recipe.rate, "seed": 1000 + self.settings.seed}
+            pipeline = pipelines.loaded(base)
+            options = {"learning_rate": recipe.rate, "seed": 50_000 + self.settings.seed}
             training = pipelines.train_on(pipeline, kind, self.base_settings.clean(), steps, **options)
             pipeline.save_pretrained(folder / "pipeline")
             return training
@@ -316,19 +316,11 @@ class Study:
     def _pipeline(self, kind, name):
         treated = None if name is None else self.treated(kind, name)
         if treated is not None and (treated / "pipeline").is_dir():
-            return _loaded(treated / "pipeline")
-        pipeline = _loaded(self.base(kind))
+            return pipelines.loaded(treated / "pipeline")
+        pipeline = pipelines.loaded(self.base(kind))
         if treated is not None:
             pipeline.load_lora_weights(treated / "lora")
         return pipeline
-
-
-def _loaded(folder: Path):
-    from diffusers import DiffusionPipeline
-
-    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def _detector(folder: Path):
