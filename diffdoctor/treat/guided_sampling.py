@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -20,10 +21,14 @@ from diffdoctor.ops.modulate_gradient import GradientModulator
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.training.processes import seed_of
 from diffdoctor.treat.families import family_of
+from diffdoctor.treat.offline import as_batch
 from diffdoctor.treat.picture_loss import StraightThroughClamp
 from diffdoctor.treat.prediction_replay import Predictor
 from diffdoctor.treat.sampling import Sampling
 from diffdoctor.treat.schedulers import Sampler
+
+# Clean pictures that are diagnosed at a time.
+_CHUNK = 50
 
 
 @dataclass
@@ -35,11 +40,13 @@ class GuideLog:
             before the step was moved.
         rewound: per rewind, how many of the pictures were broken and drawn again.
         final_area: per picture, the same share of the finished pictures; empty with rewinds=0.
+        rewind_confidence: the option of that name, or what was measured in its place.
     """
 
     flagged_area: list[list[float]] = field(default_factory=list)
     rewound: list[int] = field(default_factory=list)
     final_area: list[float] = field(default_factory=list)
+    rewind_confidence: float = 0.0
 
 
 @dataclass
@@ -80,6 +87,7 @@ def guide(
     artifact_grad: float = 1.0,
     clean_grad: float = 0.0,
     threshold: float = 0.1,
+    clean: Sequence[np.ndarray] | None = None,
     height: int | None = None,
     width: int | None = None,
     seed: int = 0,
@@ -111,11 +119,14 @@ def guide(
             earlier, so each further one goes further back, the last one to the first step.
         rewind_area: a picture is broken when at least this share of its pixels has a confidence of at least
             rewind_confidence; those pixels are drawn again.
-        rewind_confidence: see rewind_area. It can be low: drawing again what was sound costs only time.
+        rewind_confidence: see rewind_area. It can be low where the detector is sure of what is sound. One that doubts
+            everywhere has everything drawn again, and nothing held: give `clean`.
         rewind_dilation: latent pixels by which the part drawn again grows.
         artifact_grad: the gradient's factor where the confidence is 1.
         clean_grad: the gradient's factor where the confidence is 0.
         threshold: confidences above it enter the loss, in [0, 1]; a picture with none is left alone.
+        clean: uint8 (N, H, W, 3) pictures without artifacts, such as the pipeline was trained on; rewind_confidence is
+            then measured, see `clean_confidence`. None: it is what the option says.
         height: of the pictures, in pixels; None: the pipeline's own. Needed for FLUX, whose latents do not say.
         width: as height.
         seed: of the fresh noise, which depends on it and on a picture's first latents alone: the same call gives the
@@ -141,7 +152,11 @@ def guide(
     sampler = Sampler.around(scheduler)
     size = family.picture_size(height, width)
     predictor = Predictor(family.denoiser) if rewinds else None
-    run = _Run(Sampling(family, sampler, detector=detector), size, options, predictor)
+    sampling = Sampling(family, sampler, detector=detector)
+    if clean is not None:
+        options.rewind_confidence = clean_confidence(sampling, clean, size, rewind_area)
+    run = _Run(sampling, size, options, predictor)
+    run.log.rewind_confidence = options.rewind_confidence
     original = scheduler.step
 
     @functools.wraps(original)
@@ -165,6 +180,33 @@ def guide(
         del scheduler.step
         if predictor is not None:
             predictor.close()
+
+
+def clean_confidence(
+    sampling: Sampling, pictures: Sequence[np.ndarray], size: tuple[int, int], area: float, *, share: float = 0.05
+) -> float:
+    """The confidence at which this share of clean pictures would be taken for broken, as `rewind_area` says.
+
+    The pictures pass the autoencoder first: what it adds is in every generated picture too.
+
+    Args:
+        sampling: its family encodes and decodes, its detector diagnoses.
+        pictures: uint8 (H, W, 3) without artifacts; those of another size are resized.
+        size: height and width of the generated pictures, in pixels.
+        area: share of a picture's pixels that makes it broken.
+        share: of the pictures.
+
+    Raises:
+        ValueError: there are no pictures.
+    """
+    if not len(pictures):
+        raise ValueError(expected("clean", "at least one picture", "none"))
+    device, peaks = next(sampling.family.vae.parameters()).device, []
+    for start in range(0, len(pictures), _CHUNK):
+        batch = as_batch(pictures[start : start + _CHUNK], *size).to(device)
+        confidence = sampling.diagnose(sampling.family.encode(batch).float())[1].flatten(1)
+        peaks.append(confidence.topk(max(1, math.ceil(area * confidence.shape[1]))).values[:, -1])
+    return float(torch.cat(peaks).quantile(1 - share))
 
 
 class _Run:

@@ -104,7 +104,7 @@ def prepare_offline(
     conditioning = family.encode_prompts(names, guidance_scale=1.0, height=height, width=width, device=device)
     latents, keep = [], []
     for start in range(0, len(pictures), chunk):
-        batch = _as_batch(pictures[start : start + chunk], height, width).to(device)
+        batch = as_batch(pictures[start : start + chunk], height, width).to(device)
         latents.append(family.encode(batch).float().cpu())
         keep.append(keep_mask(sampling.detector, batch, config).cpu())
     masks = torch.cat(keep)
@@ -153,7 +153,8 @@ def keep_mask(detector, pictures: torch.Tensor, config: TreatConfig) -> torch.Te
     return 1 - flagged
 
 
-def _as_batch(pictures: Sequence[np.ndarray], height: int, width: int) -> torch.Tensor:
+def as_batch(pictures: Sequence[np.ndarray], height: int, width: int) -> torch.Tensor:
+    """Pictures uint8 (H, W, 3) as (B, 3, height, width) in [0, 1], resized where they are of another size."""
     batch = []
     for picture in pictures:
         image = to_images([np.asarray(picture)])

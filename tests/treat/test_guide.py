@@ -1,6 +1,7 @@
 """Guidance lowers what the detector finds, in every family, and leaves the pipeline as it was."""
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -116,6 +117,25 @@ def test_rewinds_draw_the_broken_part_again_and_hold_the_rest(name):
     assert log.rewound[0] == 3
     assert len(log.final_area) == 3
     assert not family.denoiser._forward_hooks
+
+
+def test_the_confidence_of_clean_pictures_sets_what_is_broken():
+    pipeline, detector = flow_or_ddim("sd"), LeftDetector()
+    options = {"strength": 0.0, "rewinds": 1, "rewind_area": 0.1, "height": 16, "width": 16}
+    clean = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3)).astype(np.uint8)
+    family = family_of(pipeline)
+    with diffdoctor.guide(pipeline, detector, clean=clean, **options) as log:
+        draw(pipeline, "sd", 5.0)
+    with torch.no_grad():
+        back = family.decode(family.encode(torch.from_numpy(clean).permute(0, 3, 1, 2) / 255)).clamp(0, 1)
+    at = log.rewind_confidence
+    share = (detector.confidence(back) >= at).flatten(1).float().mean(1)
+    assert (share >= 0.1).float().mean() == pytest.approx(0.05, abs=0.02)
+    with diffdoctor.guide(pipeline, detector, rewind_confidence=at, **options) as again:
+        draw(pipeline, "sd", 5.0)
+    assert again.rewound == log.rewound
+    with pytest.raises(ValueError, match="clean"), diffdoctor.guide(pipeline, detector, clean=clean[:0], **options):
+        pass
 
 
 def test_a_picture_does_not_depend_on_its_batch():
