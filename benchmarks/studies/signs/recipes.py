@@ -15,7 +15,8 @@ class Recipe:
         rate: peak learning rate of that training.
         after: the recipe whose result is treated further, with a detector that was trained anew on labels of what that
             result draws.
-        guide: options of `guide`, which then draws; None: the pipeline draws by itself.
+        guide: options of `guide`, which then draws, `clean` as a number of clean signs; None: the pipeline draws by
+            itself.
     """
 
     treat: dict | None = None
@@ -37,9 +38,10 @@ def _rows() -> dict[str, Recipe]:
         "draft_k": Recipe(draft),
         "draft_k, strong": Recipe(draft | {"steps": 40, "grad_steps": 5, "learning_rate": 2e-3}),
         "guide": Recipe(guide={}),
+        "guide, clean signs given": Recipe(guide={"clean": 200}),
         "nft, second round": Recipe(nft, after="nft"),
-        "nft, then guide": Recipe(nft, guide={}),
-        "nft, second round, then guide": Recipe(nft, after="nft", guide={}),
+        "nft, then guide": Recipe(nft, guide={"clean": 200}),
+        "nft, second round, then guide": Recipe(nft, after="nft", guide={"clean": 200}),
     }
 
 

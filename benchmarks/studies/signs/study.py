@@ -271,9 +271,12 @@ class Study:
                     pictures = pipelines.draw(pipeline, kind, count, first, f"{kind} {name}")
                 else:
                     options = {"height": world.HEIGHT, "width": world.WIDTH, "seed": self.settings.seed}
-                    with guide(pipeline, _detector(detector), **options | recipe.guide) as log:
+                    options |= recipe.guide
+                    if "clean" in options:
+                        options["clean"] = self.base_settings.clean().pictures[: options["clean"]]
+                    with guide(pipeline, _detector(detector), **options) as log:
                         pictures = pipelines.draw(pipeline, kind, count, first, f"{kind} {name}")
-                    found = {"rewound": log.rewound}
+                    found = {"rewound": log.rewound, "rewind_confidence": log.rewind_confidence}
             save_file({"pictures": pictures}, folder / "pictures.safetensors")
             return {"drawing_cpu_seconds": cost["cpu_seconds"], **found}
 
