@@ -8,6 +8,7 @@ and training on for the same CPU seconds. Stopped and started again, it resumes.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -36,6 +37,9 @@ QUICK_SETTINGS = {
     "treat": {"steps": 60, "evaluate_pictures": 32},
 }
 
+MARGIN = 0.05
+"""By how much a treatment must lower the rate more than training on for as long does."""
+
 
 def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(prog="python -m benchmarks.studies.signs", description=__doc__)
@@ -48,6 +52,10 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--pictures", type=int, default=2000, help="of each row (2000)")
     command.add_argument("--quick", action="store_true", help="the U-Net alone, shorter, three rows: ten minutes")
+    command.add_argument("--settings", type=json.loads, default={}, help="JSON: other fields of study.Settings")
+    command.add_argument(
+        "--strict", action="store_true", help="exit code 1 where no treatment does better than training on"
+    )
     command.add_argument("--threads", type=int, default=None, help="CPU threads (PyTorch's choice)")
     return command
 
@@ -59,6 +67,7 @@ def run(options) -> dict:
     if options.quick:
         settings |= QUICK_SETTINGS
         rows, kinds = options.rows or list(QUICK), kinds[:1]
+    settings |= options.settings
     chosen = {name: recipe for name, recipe in RECIPES.items() if name in {"before", *rows, *_needed(rows)}}
     studies = [Study(options.output, Settings(seed=seed, **settings), chosen) for seed in options.seeds]
     found = [row(study, kind, name) for study in studies for kind in kinds for name in chosen]
@@ -99,17 +108,31 @@ def _picture(path: Path, study: Study, kind: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0; 2 for bad arguments, or a folder that cannot be used."""
+    """Exit code 0; with --strict 1 where training on does as well; 2 for a folder that cannot be used."""
     options = parser().parse_args(arguments)
     quiet_loaders()
     try:
         with cpu_settings(options.threads), locked_folder(options.output):
-            run(options)
+            record = run(options)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     print(f"wrote signs.md, signs.json and signs.html in {options.output}")
-    return 0
+    faults = worse_than_training_on(record["rows"])
+    for fault in faults if options.strict else ():
+        print(fault, file=sys.stderr)
+    return int(options.strict and bool(faults))
+
+
+def worse_than_training_on(rows: list[dict]) -> list[str]:
+    """What says that a treatment lowers the oracle's rate by less than 5 points more than training on does."""
+    found = []
+    for line in rows:
+        compared = line.get("against_control")
+        if compared is not None and compared["difference"] > -MARGIN:
+            points = f"{100 * compared['difference']:+.1f} points"
+            found.append(f"{line['kind']}, seed {line['seed']}: {line['name']} against {compared['name']}: {points}")
+    return found
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def autoencoder(parts: Parts, settings: BaseSettings) -> Path:
     def make(folder):
         from diffdoctor.demo.pipeline import train_autoencoder
 
-        pipeline = _untrained(settings)
+        pipeline = untrained(settings)
         steps = settings.autoencoder_steps
         with progress(steps, desc="autoencoder") as bar:
             options = {"steps": steps, "seed": settings.seed, "on_step": lambda *_: bar.update()}
@@ -73,7 +73,7 @@ def _leg(parts, settings, kind, vae, before, steps, rate, seed) -> Path:
         if before is not None:
             pipeline = loaded(before)
         else:
-            pipeline = _untrained(settings, vae)
+            pipeline = untrained(settings, vae)
             if kind == "flux":
                 from diffdoctor.demo.flow_pipeline import build_flow_pipeline
 
@@ -146,7 +146,8 @@ def draw(pipeline, kind: str, count: int, first_seed: int, name: str, batch_size
     return sample_pictures(pipeline, prompts_of(count), seeds, batch_size=batch_size, desc=name, **call_options(kind))
 
 
-def _untrained(settings: BaseSettings, vae: Path | None = None):
+def untrained(settings: BaseSettings, vae: Path | None = None):
+    """The U-Net's pipeline before its training, with the autoencoder of a folder, or untrained too."""
     from diffusers import AutoencoderKL
 
     from diffdoctor.demo.pipeline import build_pipeline

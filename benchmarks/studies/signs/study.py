@@ -30,6 +30,7 @@ class Settings:
         labels: pictures that the simulated rater marks for the detector.
         further_labels: of the treated model, for a second round.
         held_out: labelled exactly, by which detectors are measured.
+        calibration: clean signs by which the oracle is tried; a third as many are broken in each way.
         clean_signs: to which the detector's injected damage is added.
         label_share: of the labelled pictures in the detector's batches.
         detector_steps: of 32 pictures.
@@ -43,6 +44,7 @@ class Settings:
     labels: int = 400
     further_labels: int = 100
     held_out: int = 500
+    calibration: int = 1000
     clean_signs: int = 3000
     label_share: float = 0.5
     detector_steps: int = 400
@@ -71,19 +73,21 @@ class Study:
 
     def calibration(self) -> dict:
         """Whether the oracle can be trusted: see `calibration`; clean signs as drawn, and after the autoencoder."""
-        base = self.base("sd")
+        vae = pipelines.autoencoder(self.parts, self.base_settings)
+        count, seed = self.settings.calibration, 900 + self.settings.seed
 
         def make(folder):
-            clean = world.draw_signs(1000, 900 + self.settings.seed)
+            clean = world.draw_signs(count, seed)
             truth = (clean.words, clean.colours)
-            back = calibration.round_trip(pipelines.loaded(base), clean.pictures)
+            back = calibration.round_trip(pipelines.untrained(self.base_settings, vae), clean.pictures)
             return {
                 "clean": calibration.false_alarms(clean.pictures, *truth),
                 "autoencoder": calibration.false_alarms(back, *truth),
-                "misses": calibration.misses(),
+                "misses": calibration.misses(max(1, count // 3)),
             }
 
-        return record_of(self.parts.made("calibration", {"base": base.parent.name, "version": 1}, make))
+        needs = {"autoencoder": vae.parent.name, "count": count, "seed": seed}
+        return record_of(self.parts.made("calibration", needs, make))
 
     # labels and detectors
 
