@@ -19,7 +19,8 @@ from benchmarks.studies.signs import pipelines
 from benchmarks.studies.signs.page import SHOWN, before_and_after, worst, write_page
 from benchmarks.studies.signs.recipes import QUICK, RECIPES
 from benchmarks.studies.signs.study import Settings, Study
-from benchmarks.studies.signs.table import markdown, row
+from benchmarks.studies.signs.table import END, START, markdown, row
+from benchmarks.studies.treatment.table import put_into
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.files import atomic_write_bytes, atomic_write_json, atomic_write_text
 from diffdoctor.runs.lock import locked_folder
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--pictures", type=int, default=2000, help="of each row (2000)")
     command.add_argument("--quick", action="store_true", help="the U-Net alone, shorter, three rows: ten minutes")
     command.add_argument("--settings", type=json.loads, default={}, help="JSON: other fields of study.Settings")
+    command.add_argument("--docs", help="page whose table is replaced as well, such as docs/treat.md")
     command.add_argument(
         "--strict", action="store_true", help="exit code 1 where no treatment does better than training on"
     )
@@ -86,8 +88,18 @@ def run(options) -> dict:
     for kind in kinds:
         _picture(options.output / f"signs-{kind}.png", studies[0], kind)
     write_page(options.output / "signs.html", studies, kinds, found)
+    if options.docs:
+        put_into(options.docs, f"{text}\n\n{_caption(record, options)}", START, END)
     print(text)
     return record
+
+
+def _caption(record, options) -> str:
+    seeds = ", ".join(map(str, options.seeds))
+    return (
+        f"{record['rows'][0]['pictures']} pictures each, {record['rows'][0]['split']} seeds; seed {seeds}; "
+        f"{record['cpu']}, {record['threads']} threads, torch {record['versions']['torch']}."
+    )
 
 
 def _needed(rows) -> set[str]:

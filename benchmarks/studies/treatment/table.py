@@ -45,8 +45,14 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def put_into(path: str | Path, text: str) -> None:
-    """Replace what stands between the lines `START` and `END` of a page.
+def put_into(path: str | Path, text: str, start: str = START, end: str = END) -> None:
+    """Replace what stands between two lines of a page.
+
+    Args:
+        path: of the page.
+        text: to stand there.
+        start: the line before.
+        end: the line behind.
 
     Raises:
         UserError: if the page cannot be read or lacks one of the lines.
@@ -55,11 +61,11 @@ def put_into(path: str | Path, text: str) -> None:
         page = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--docs {path}: cannot be read ({error.strerror})") from None
-    head, start, rest = page.partition(START)
-    _, end, tail = rest.partition(END)
-    if not (start and end):
-        raise UserError(f"--docs {path}: the lines {START!r} and {END!r} were expected")
-    atomic_write_text(path, f"{head}{START}\n{text}\n{END}{tail}")
+    head, found, rest = page.partition(start)
+    _, closed, tail = rest.partition(end)
+    if not (found and closed):
+        raise UserError(f"--docs {path}: the lines {start!r} and {end!r} were expected")
+    atomic_write_text(path, f"{head}{start}\n{text}\n{end}{tail}")
 
 
 def _cells(row):
