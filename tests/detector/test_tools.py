@@ -103,6 +103,15 @@ def test_inject_refuses_what_it_cannot_do(pictures, tmp_path):
         injected(tmp_path / "empty", tmp_path / "other")
 
 
+@pytest.mark.parametrize("output", [".", "..", "../empty"])
+def test_inject_does_not_replace_the_folder_that_it_stands_in(pictures, tmp_path, monkeypatch, output):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"^output: expected a folder that is not the working folder nor above it"):
+        injected(pictures, output)
+    assert not list((tmp_path / "empty").iterdir())
+
+
 def test_names_are_paths_below_the_folder_and_unique(pictures, tmp_path):
     names = [source.name for source in find_sources([pictures])]
     assert names[0] == os.path.join("cats", "00")

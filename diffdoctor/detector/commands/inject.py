@@ -139,6 +139,10 @@ def _check(config: InjectConfig) -> None:
         raise UserError(expected("damaged, benign, clean", "at least one version of each picture", "none"))
     if not 0 <= config.visible <= 1:
         raise UserError(expected("visible", "a change in [0, 1]", config.visible))
+    here, output = Path.cwd(), Path(config.output).resolve()
+    if output in (here, *here.parents):
+        what = "a folder that is not the working folder nor above it, since the finished set takes its place"
+        raise UserError(expected("output", what, config.output))
     try:
         for name in ("strength", "area"):
             check_range(name, getattr(config, name), 0, 1)
