@@ -28,8 +28,6 @@ class TrainDetectorConfig:
 
     Attributes:
         data: folders of shards with a manifest, as `diffdoctor inject` makes them; joined.
-        shares: in which proportion pictures are drawn from the folders of `data`, a positive number each, such as 1 1
-            for a few labelled pictures beside many clean ones; none: each folder counts as much as it has pictures.
         output: the folder to make: detector, best, checkpoints, config.yaml, metrics.json. Run again with the same
             options, it resumes from the last checkpoint.
         validation: folders of shards to validate on during training; none: `validation_share` is held out.
@@ -48,11 +46,12 @@ class TrainDetectorConfig:
         min_side: a new network enlarges pictures whose short side is smaller to this side, in pixels.
         device: such as cpu or cuda:1, for a single process; null: the fastest there is.
         training: the training itself, see `DetectorTrainingConfig`.
+        shares: in which proportion pictures are drawn from the folders of `data`, a positive number each, such as 1 1
+            for a few labelled pictures beside many clean ones; none: each folder counts as much as it has pictures.
     """
 
     data: list[str]
     output: str
-    shares: list[float] = dataclasses.field(default_factory=list)
     validation: list[str] = dataclasses.field(default_factory=list)
     validation_share: float = 0.1
     architecture: str = "tiny"
@@ -66,6 +65,7 @@ class TrainDetectorConfig:
     training: DetectorTrainingConfig = dataclasses.field(
         default_factory=lambda: DetectorTrainingConfig(checkpoint_every=100, validate_every=100)
     )
+    shares: list[float] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
         if self.min_side < 1:
