@@ -93,7 +93,7 @@ def test_region_dpo_prefers_the_clean_pictures(finished, tmp_path):
 
     pipeline = DiffusionPipeline.from_pretrained(finished[0] / "stages" / "flux-pipeline" / "pipeline")
     known = make_demo_data(0).training.where(np.arange(40))
-    record = train(pipeline, known, tmp_path, seed=0, sampling_steps=10, steps=8)
+    record = train(pipeline, known, tmp_path, seed=0, sampling_steps=10, max_sequence_length=8, steps=8)
     assert abs(record["losses"][0] - math.log(2)) < 1e-5  # the LoRA begins as the reference
     assert sum(record["losses"][-3:]) / 3 < math.log(2)
     assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()

@@ -23,7 +23,7 @@ pytest.importorskip("PIL")
 pytest.importorskip("pyarrow")
 from PIL import Image
 
-from diffdoctor.detector import ConvDetector, load_detector
+from diffdoctor.detector import ConvDetector, DetectorTrainingConfig, load_detector
 from diffdoctor.detector.damage import registry as damage
 from diffdoctor.maps import attach_map, detach_map, find_map, write_map
 from diffdoctor.treat.families import registry as families
@@ -64,7 +64,8 @@ def folder(tmp_path_factory):
         (root / "diagnosis" / "maps").mkdir(parents=True, exist_ok=True)
         write_map(root / "diagnosis" / "maps" / f"{i}.png", level)
         samples.append({"picture": picture, "mask": level, "prompt": f"picture {i}"})
-    write_shards(iter(samples), root / "data" / "train")
+    for name in ("train", "clean"):
+        write_shards(iter(samples), root / "data" / name)
     Image.fromarray(picture).save(root / "photo.jpg")
     for name in ("pictures", "masks"):
         (root / name).mkdir()
@@ -85,13 +86,14 @@ def folder(tmp_path_factory):
 
 def names(folder):
     """What a reader has around the lines of a page, by the names that they use."""
-    from diffusers import DDPMScheduler
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
     g = torch.Generator().manual_seed(0)
     latents, noise, target = torch.randn(3, 2, 4, 8, 8, generator=g)
     model_pred = torch.randn(2, 4, 8, 8, generator=g, requires_grad=True)
     maps = torch.rand(2, 1, 64, 64, generator=g)
-    layer, scheduler = torch.nn.Conv2d(4, 4, 1), DDPMScheduler()
+    layer, scheduler, flow = torch.nn.Conv2d(4, 4, 1), DDPMScheduler(), FlowMatchEulerDiscreteScheduler()
+    flow.set_timesteps(4)
     image = Image.open(folder / "set" / "0.png")
     attached = [np.asarray(attach_map(image, find_map(image.filename, folder / "diagnosis/maps")))] * 2
     pipeline = tiny_pipeline("sd")
@@ -169,6 +171,14 @@ def names(folder):
         # Where a block that holds these words needs something else by one of the names.
         "Packed(*model_input": {"model_pred": torch.randn(2, 16, 16, generator=g, requires_grad=True)},
         "offline=(pictures": {"pictures": training_pictures},
+        "flow_sde_coefs(scheduler": {
+            "decode": lambda latents: images, "group_size": 2, "scheduler": flow, "steps": range(1, 3),
+            "timesteps": flow.timesteps, "transformer": lambda latents, timestep, prompt_embeds: layer(latents),
+        },
+        "shares=(1, 1)": {
+            "config": DetectorTrainingConfig(steps=1, batch_size=2), "masks": [np.zeros((64, 64), np.float32)],
+            "pictures": [np.asarray(image)],
+        },
         "output.pred": {"output": SimpleNamespace(pred=model_pred, target=target)},
     }  # fmt: skip
 

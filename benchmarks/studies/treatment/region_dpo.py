@@ -38,10 +38,20 @@ def _latents(family, pictures: np.ndarray) -> torch.Tensor:
     return torch.cat([family.encode(part) for part in images.split(256)])
 
 
-def train(pipeline, known: demo_data.DemoData, folder, *, seed: int, sampling_steps: int, steps: int = STEPS) -> dict:
+def train(
+    pipeline,
+    known: demo_data.DemoData,
+    folder,
+    *,
+    seed: int,
+    sampling_steps: int,
+    max_sequence_length: int | None = None,
+    steps: int = STEPS,
+) -> dict:
     """Tune a LoRA, which stays in the pipeline and is written to the folder; {"seconds", "losses"}."""
     started = time.perf_counter()
     family, cpu = family_of(pipeline), torch.device("cpu")
+    family.max_sequence_length = max_sequence_length
     clean, damaged, masks, prompts = injected_pairs(known, seed)
     pair = [_latents(family, pictures) for pictures in (clean, damaged)]
     regions = torch.from_numpy(masks)[:, None]

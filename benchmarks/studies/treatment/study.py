@@ -231,11 +231,13 @@ class Study:
     def _dpo(self, pipeline, kind, folder):
         from benchmarks.studies.treatment.region_dpo import train
 
-        known, steps = self.demo.data().training, call_options(kind)["num_inference_steps"]
+        known, call = self.demo.data().training, call_options(kind)
+        options = {
+            "sampling_steps": call["num_inference_steps"],
+            "max_sequence_length": call.get("max_sequence_length"),
+        }
         with PeakMemory() as memory:
-            record = train(
-                pipeline, known, folder / "lora", seed=self.settings.seed, sampling_steps=steps, **self.settings.dpo
-            )
+            record = train(pipeline, known, folder / "lora", seed=self.settings.seed, **options, **self.settings.dpo)
         pictures, _ = self._draw(pipeline, kind, f"{kind} dpo")
         return record, pictures, {"seconds": record["seconds"], "peak_mib": memory.mib}
 
