@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,12 +17,10 @@ from diffdoctor.ops.target import Target
 from diffdoctor.ops.weighted_loss import weighted_loss
 from diffdoctor.training.ema import RunningAverage
 from diffdoctor.training.processes import seed_of
+from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.picture_loss import latents_gradient
 from diffdoctor.treat.rollout import Rollout, replay
 from diffdoctor.treat.sampling import Sampling
-
-if TYPE_CHECKING:
-    from diffdoctor.treat.config import TreatConfig
 
 LV_REPEATS = 2
 

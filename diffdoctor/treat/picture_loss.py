@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from diffdoctor.ops.artifact_loss import artifact_loss
+from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.sampling import Sampling
-
-if TYPE_CHECKING:
-    from diffdoctor.treat.config import TreatConfig
 
 
 class StraightThroughClamp(torch.autograd.Function):

@@ -8,6 +8,7 @@ from diffdoctor.detector import ConvDetector
 from diffdoctor.training.ema import RunningAverage
 from diffdoctor.training.processes import seed_of
 from diffdoctor.treat import TreatConfig
+from diffdoctor.treat.config import _CHOICES as config_choices
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import add_lora
 from diffdoctor.treat.methods import METHODS, graph_step_count
@@ -293,6 +294,10 @@ def test_shuffled_maps_bring_another_pictures_gradient():
     modulation = 0.2 + 0.8 * F.interpolate(confidence[partner], (8, 8), mode="area")
     velocity.register_hook(lambda g: g * modulation)
     assert_same(ours, torch.autograd.grad(decoded, bench.parameters, gradient))
+
+
+def test_the_options_know_every_method():
+    assert config_choices["method"] == tuple(METHODS)
 
 
 def test_step_counts():
