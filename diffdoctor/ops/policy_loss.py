@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 from weakref import ref
 
 import torch
@@ -38,9 +38,27 @@ from diffdoctor.ops.policy_call import (
 from diffdoctor.ops.stats import PolicyStats
 from diffdoctor.reference.grid import accumulation_dtype
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["policy_log_prob", "policy_loss"]
 
 Number = float | Tensor
+
+
+class _Keywords(TypedDict, total=False):
+    """The arguments by name that may be left out, for the overloads alone; tests/typing holds them equal."""
+
+    clip_range: tuple[float, float]
+    advantage_clip: float | None
+    mask: Tensor | None
+    ref_pred: Tensor | None
+    kl_weight: float
+    interpolation: str
+    level: str
+    reduction: str
+    layout: Packed | None
+    backend: str | None
 
 
 @overload
@@ -52,17 +70,8 @@ def policy_loss(
     advantage: Tensor,
     *,
     coefs: tuple[Number, Number, Number],
-    clip_range: tuple[float, float] = ...,
-    advantage_clip: float | None = None,
-    mask: Tensor | None = None,
-    ref_pred: Tensor | None = None,
-    kl_weight: float = 0.0,
-    interpolation: str = "area",
-    level: str = "pixel",
-    reduction: str = "mean",
-    layout: Packed | None = None,
     return_stats: Literal[False] = False,
-    backend: str | None = None,
+    **keywords: Unpack[_Keywords],
 ) -> Tensor: ...
 @overload
 def policy_loss(
@@ -73,17 +82,8 @@ def policy_loss(
     advantage: Tensor,
     *,
     coefs: tuple[Number, Number, Number],
-    clip_range: tuple[float, float] = ...,
-    advantage_clip: float | None = None,
-    mask: Tensor | None = None,
-    ref_pred: Tensor | None = None,
-    kl_weight: float = 0.0,
-    interpolation: str = "area",
-    level: str = "pixel",
-    reduction: str = "mean",
-    layout: Packed | None = None,
     return_stats: Literal[True],
-    backend: str | None = None,
+    **keywords: Unpack[_Keywords],
 ) -> tuple[Tensor, PolicyStats]: ...
 def policy_loss(
     model_pred: Tensor,

@@ -26,13 +26,14 @@ def test_the_script_uses_every_public_name():
         assert not set(importlib.import_module(package).__all__) - used, package
 
 
-def test_the_overloads_name_the_functions_own_arguments():
-    from diffdoctor.ops.weighted_loss import _Keywords, weighted_loss
-
-    parameters = inspect.signature(weighted_loss).parameters
+@pytest.mark.parametrize(("name", "spelt_out"), [("weighted_loss", ()), ("policy_loss", ("coefs",))])
+def test_the_overloads_name_the_functions_own_arguments(name, spelt_out):
+    module = importlib.import_module(f"diffdoctor.ops.{name}")
+    parameters = inspect.signature(getattr(module, name)).parameters
     by_name = {name: p.annotation for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-    del by_name["return_stats"]
-    assert {name: a.__forward_arg__ for name, a in _Keywords.__annotations__.items()} == by_name
+    for left_out in ("return_stats", *spelt_out):
+        del by_name[left_out]
+    assert {name: a.__forward_arg__ for name, a in module._Keywords.__annotations__.items()} == by_name
 
 
 def test_pyright_finds_nothing(tmp_path):
