@@ -72,13 +72,25 @@ def lower(inputs: Inputs, options: LossOptions, outputs: int, cached: CachedPlan
         per_sample(inputs.huber_c, acc), weight, z, ONE, z_is_mean=z_is_mean,
         artifact_coefs=tuple(per_sample(coef, acc) for coef in target.artifact_coefs),
     )  # fmt: skip
-    if outputs & WRITE_LOSS:
-        shape = (plan.batch,) if options.reduction == "sample" else ()
+    return with_outputs(problem, options.reduction, SUMS)
+
+
+def with_outputs(problem, reduction: str, sums: int):
+    """A problem of `weighted_loss` or `policy_loss` with what its `outputs` ask for allocated.
+
+    Args:
+        reduction: of the loss.
+        sums: columns of the sums.
+    """
+    plan, pred = problem.plan, problem.pred
+    acc, device = plan.acc_dtype, pred.device
+    if problem.outputs & WRITE_LOSS:
+        shape = (plan.batch,) if reduction == "sample" else ()
         problem.loss = torch.empty(shape, dtype=acc, device=device)
-    if outputs & WRITE_GRAD:
+    if problem.outputs & WRITE_GRAD:
         problem.grad = torch.empty_like(pred)
-    if outputs & WRITE_SUMS:
-        problem.sums = torch.empty(plan.batch, SUMS, dtype=acc, device=device)
+    if problem.outputs & WRITE_SUMS:
+        problem.sums = torch.empty(plan.batch, sums, dtype=acc, device=device)
     return problem
 
 

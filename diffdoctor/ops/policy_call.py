@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from diffdoctor import reference
-from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, Grid, MapMeta, PerSample, Plan
+from diffdoctor.lowering.plan import Grid, MapMeta, PerSample, Plan
 from diffdoctor.lowering.policy_loss import POLICY_SUMS, WRITE_LOG_PROB, PolicyProblem, make_policy_plan
 from diffdoctor.ops.arguments import tensor_key
-from diffdoctor.ops.call import ONE, PlanCache, per_sample
+from diffdoctor.ops.call import ONE, PlanCache, per_sample, with_outputs
 from diffdoctor.ops.policy_arguments import PolicyInputs, PolicyOptions, log_prob_shape
 from diffdoctor.ops.prepare import make_grid, map_meta, tensor_strides
 from diffdoctor.reference.grid import accumulation_dtype
@@ -72,7 +72,7 @@ def lower(inputs: PolicyInputs, options: PolicyOptions, outputs: int, key: tuple
     old_map = None if old is None or old.ndim == 1 else _per_pixel(old)
     key = plan_key(inputs, options) if key is None else key
     plan = plans.get(key) or plans.cache_plan(key, _prepare(inputs, options, old_map))
-    acc, device = plan.acc_dtype, pred.device
+    acc = plan.acc_dtype
     a, b, sigma = (per_sample(value, acc) for value in inputs.coefs)
     problem = PolicyProblem(
         plan, outputs, pred, inputs.latents, inputs.next_latents, a, b, sigma, ONE, old_log_prob=old_map,
@@ -81,16 +81,9 @@ def lower(inputs: PolicyInputs, options: PolicyOptions, outputs: int, key: tuple
         advantage_clip=inf if options.advantage_clip is None else options.advantage_clip,
         kl_weight=options.kl_weight, level=options.level, reduction=options.reduction,
     )  # fmt: skip
-    if outputs & WRITE_LOSS:
-        shape = (plan.batch,) if options.reduction == "sample" else ()
-        problem.loss = torch.empty(shape, dtype=acc, device=device)
-    if outputs & WRITE_GRAD:
-        problem.grad = torch.empty_like(pred)
-    if outputs & WRITE_SUMS:
-        problem.sums = torch.empty(plan.batch, POLICY_SUMS, dtype=acc, device=device)
     if outputs & WRITE_LOG_PROB:
-        problem.log_prob = torch.empty(log_prob_shape(pred, options.layout), dtype=acc, device=device)
-    return problem
+        problem.log_prob = torch.empty(log_prob_shape(pred, options.layout), dtype=acc, device=pred.device)
+    return with_outputs(problem, options.reduction, POLICY_SUMS)
 
 
 def grad_runs(problem: PolicyProblem) -> tuple[int, int] | None:
