@@ -31,8 +31,8 @@ MAX_ANSWER = 64 * 2**20
 class FunctionDetector(nn.Module):
     """A function of pictures as a detector, without a gradient.
 
-    It serves wherever maps alone are needed: `diagnose`, `evaluate`, `guide` with strength 0, and the methods nft and
-    weighted of `treat`.
+    It serves wherever maps alone are needed: `diagnose`, `evaluate`, `guide` with strength 0, and the methods grpo, nft
+    and weighted of `treat`.
 
     Args:
         function: pictures (B, 3, H, W) fp32 in [0, 1] to maps (B, 1, h, w) or (B, h, w) in [0, 1], tensors or arrays;
