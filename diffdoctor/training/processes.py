@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,14 @@ class Processes:
     def is_main(self) -> bool:
         """Whether this is the process that writes files and talks to the user."""
         return self.rank == 0
+
+    @property
+    def on_this_machine(self) -> tuple[int, int]:
+        """This process's number among those of its machine, from 0, and how many these are."""
+        if self.count == 1:
+            return 0, 1
+        # torchrun and `accelerate launch` set both
+        return int(os.environ.get("LOCAL_RANK", self.rank)), int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
 
     def share(self, total: int) -> list[int]:
         """This process's part of range(total)."""

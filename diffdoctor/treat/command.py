@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def run_treat(config: TreatCommandConfig) -> int:
 
     quiet_loaders()
     prompts = [prompt.text for prompt in read_prompt_file(config.prompts)]
-    offline = None if config.offline is None else _read_offline(config.offline)
+    offline = None if config.offline is None else OfflineFolder(config.offline)
     detector = open_detector(config.detector)
     monitor = None if config.monitor is None else open_detector(config.monitor)
     reward = None if config.reward is None else function_from_file(config.reward)[0]
@@ -137,24 +138,43 @@ def _with_absolute_paths(settings: dict) -> dict:
     return settings | {name: str(path) for name, path in found.items() if path.exists() or name == "output"}
 
 
-def _read_offline(folder: str):
-    from diffdoctor.data.sources import find_sources, read_source
-    from diffdoctor.data.tar import SkipCounts
+class OfflineFolder:
+    """The pairs in a folder, read anew at each iteration; the first one says what was left out.
 
-    counts = SkipCounts()
-    samples = [
-        (sample["picture"], str(sample.get("prompt") or ""))
-        for source in find_sources([folder], counts)
-        for sample in read_source(source, counts=counts, masks="ignored")
-    ]
-    left_out = f" (left out: {counts.sentence()})" if counts.total else ""
-    if not samples:
-        raise UserError(expected(f"--offline {folder}", "pictures that can be read", f"none{left_out}"))
-    if left_out:
-        logger.warning("--offline %s: %d pictures%s", folder, len(samples), left_out)
-    without = sum(not prompt.strip() for _, prompt in samples)
-    if without == len(samples):
-        raise UserError(expected(f"--offline {folder}", "a `prompt` with every picture", f"none with all {without}"))
-    if without:
-        logger.warning("--offline %s: %d of %d pictures have no prompt", folder, without, len(samples))
-    return [picture for picture, _ in samples], [prompt for _, prompt in samples]
+    Args:
+        folder: of shards, or of pictures with captions.
+    """
+
+    def __init__(self, folder: str):
+        from diffdoctor.data.sources import find_sources
+        from diffdoctor.data.tar import SkipCounts
+
+        self.folder, self._counts = folder, SkipCounts()
+        self._sources = find_sources([folder], self._counts)
+        self._is_known = False
+
+    def __iter__(self) -> Iterator[dict]:
+        from diffdoctor.data.sources import read_source
+
+        read = without = 0
+        for source in self._sources:
+            for sample in read_source(source, counts=self._counts, masks="ignored"):
+                prompt = str(sample.get("prompt") or "")
+                read, without = read + 1, without + (not prompt.strip())
+                yield {"picture": sample["picture"], "prompt": prompt}
+        if not self._is_known:
+            self._is_known = True
+            self._tell(read, without)
+
+    def _tell(self, read: int, without: int) -> None:
+        name, left_out = f"--offline {self.folder}", ""
+        if self._counts.total:
+            left_out = f" (left out: {self._counts.sentence()})"
+        if not read:
+            raise UserError(expected(name, "pictures that can be read", f"none{left_out}"))
+        if left_out:
+            logger.warning("%s: %d pictures%s", name, read, left_out)
+        if without == read:
+            raise UserError(expected(name, "a `prompt` with every picture", f"none with all {without}"))
+        if without:
+            logger.warning("%s: %d of %d pictures have no prompt", name, without, read)

@@ -88,6 +88,10 @@ class TreatConfig:
         gradient_checkpointing: recompute the denoiser's and the VAE's activations in backward.
         vae_slicing: decode, diagnose and run backward through the VAE picture by picture.
         vae_tiling: decode in tiles of this many pixels a side, recomputed one by one in backward; 0: whole pictures.
+        encode_batch_size: prompts that are encoded at a time.
+        embedding_cache: GiB that the embeddings of the prompts may take on the device, and likewise those of the
+            offline pairs' captions and, in memory, their latents and masks; what takes more is written to files, in the
+            output folder or a temporary one, and read from there.
         text_encoders: what happens to them once the prompts are encoded: keep, offload (to the CPU until the end) or
             free (taken out of the pipeline for good).
         merge_rollout: sample with the LoRA merged into a copy of the weights: quicker, at the cost of that copy.
@@ -166,6 +170,8 @@ class TreatConfig:
     gradient_checkpointing: bool = False
     vae_slicing: bool = False
     vae_tiling: int = 0
+    encode_batch_size: int = 32
+    embedding_cache: float = 1.0
     text_encoders: str = "offload"
     merge_rollout: bool = True
     precision: str = "fp32"
@@ -246,6 +252,7 @@ _BOUNDS = {
     "max_sequence_length": (1, None),
     "offline_batch_size": (1, None),
     "micro_batch_size": (1, None),
+    "encode_batch_size": (1, None),
     "rank": (1, None),
     "evaluate_pictures": (2, None),
     "ema_decay": (0, 1),

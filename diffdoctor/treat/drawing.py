@@ -11,7 +11,9 @@ import torch
 from diffdoctor.training.processes import Processes, seed_of
 from diffdoctor.treat.adapters import merged_adapters
 from diffdoctor.treat.config import TreatConfig
+from diffdoctor.treat.encoded_prompts import EncodedPrompts
 from diffdoctor.treat.rollout import Rollout, initial_latents, picture_generators, roll_out
+from diffdoctor.treat.rows import RowStore
 from diffdoctor.treat.sampling import Sampling
 
 
@@ -54,14 +56,23 @@ class Drawing:
         share = -(-config.batch_size // processes.count)
         self.chunk = share if config.micro_batch_size is None else min(share, config.micro_batch_size)
 
-    def encode(self) -> None:
-        """Encode the prompts; comes before anything is drawn."""
-        self.conditioning = self.sampling.family.encode_prompts(
+    def encode(self, store: RowStore, *, show: bool = False) -> None:
+        """Encode the prompts; comes before anything is drawn.
+
+        Args:
+            store: where the embeddings are kept; empty.
+            show: whether to show a bar.
+        """
+        self.conditioning = EncodedPrompts(
+            self.sampling.family,
             self.prompts,
+            store,
+            batch_size=self.config.encode_batch_size,
+            device=self.processes.device,
+            show=show,
             guidance_scale=self.sampling.guidance.scale,
             height=self.height,
             width=self.width,
-            device=self.processes.device,
         )
 
     def prompt_row(self, number: int) -> int:

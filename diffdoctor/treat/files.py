@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +25,7 @@ from diffdoctor.treat.lora import WEIGHTS_NAME
 _FREE = (
     "attention_backend",
     "checkpoint_every",
+    "embedding_cache",
     "log_with",
     "sample_every",
     "sample_pictures",
@@ -56,7 +57,7 @@ def digests_of(
     detector: torch.nn.Module,
     monitor: torch.nn.Module | None,
     prompts: Sequence[str],
-    pairs: tuple[Sequence[np.ndarray], Sequence[str]] | None,
+    pairs: Iterable[tuple[np.ndarray, str]] | None,
     lora: str | None,
     reward: Callable | None,
     quality: Callable | None,
@@ -78,7 +79,7 @@ def digests_of(
     # names that begin with _ are diffusers' own notes: its version, where the file lay
     steps = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     offline = hashlib.sha256()
-    for picture, prompt in zip(*(pairs or ((), ())), strict=True):
+    for picture, prompt in pairs or ():
         offline.update(repr((picture.shape, prompt)).encode("utf-8"))
         offline.update(np.ascontiguousarray(picture))
     return {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,30 +14,42 @@ from diffdoctor.data.pictures import to_images
 from diffdoctor.detector.confidence import confidence_of
 from diffdoctor.ops.weighted_loss import weighted_loss
 from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.runs.progress import progress
+from diffdoctor.treat.checks import check_finite
 from diffdoctor.treat.config import TreatConfig
-from diffdoctor.treat.families import Conditioning
+from diffdoctor.treat.encoded_prompts import EncodedPrompts
 from diffdoctor.treat.methods import METHODS
+from diffdoctor.treat.rows import RowStore
 from diffdoctor.treat.sampling import Sampling
+
+Pair = tuple[np.ndarray, str]
 
 
 @dataclass
 class OfflinePairs:
-    """The pipeline's own (picture, prompt) pairs, encoded and diagnosed once and kept.
+    """The pipeline's own N (picture, prompt) pairs, encoded and diagnosed once.
 
     Attributes:
-        latents: (N, C, h, w).
-        keep: (N, 1, H, W), 1 where the training picture may teach, 0 where it is flagged.
-        rows: (N,) the row of `conditioning` of each pair's prompt.
-        conditioning: of the distinct prompts, without guidance.
+        encoded: rows of latents (C, h, w) and of keep (1, H, W) uint8: 1 where the training picture may teach, 0 where
+            it is flagged.
+        prompt_rows: (N,) the row of `prompts` of each pair's prompt.
+        prompts: the distinct ones, without guidance.
+        mask_rows: (N,) the row whose mask each pair has; None: its own.
     """
 
-    latents: torch.Tensor
-    keep: torch.Tensor
-    rows: torch.Tensor
-    conditioning: Conditioning
+    encoded: RowStore
+    prompt_rows: torch.Tensor
+    prompts: EncodedPrompts
+    mask_rows: torch.Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return len(self.encoded)
+
+    def take(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents (M, C, h, w) and masks (M, 1, H, W) in {0, 1} of the pairs at index (M,)."""
+        found = self.encoded.take(index)
+        masks = found["keep"] if self.mask_rows is None else self.encoded.take(self.mask_rows[index])["keep"]
+        return found["latents"], masks.float()
 
 
 def offline_weight(config: TreatConfig) -> float:
@@ -45,12 +58,33 @@ def offline_weight(config: TreatConfig) -> float:
     return method.offline_weight if config.offline_weight is None or not method.samples else config.offline_weight
 
 
-def checked_pairs(offline, config: TreatConfig) -> tuple[list[np.ndarray], list[str]] | None:
-    """Pictures and prompts of the offline argument of `treat`, or None where the treatment has no use for them.
+class PairSource:
+    """Pairs that can be read again and again, and are never held as a whole.
 
     Args:
-        offline: (pictures uint8 (N, H, W, 3), prompts), or a sequence of dicts with "picture" (H, W, 3) uint8 and
-            "prompt"; None: there are none.
+        pairs: gives (picture, prompt) from the first to the last, at each call.
+    """
+
+    def __init__(self, pairs: Callable[[], Iterable[Pair]]):
+        self._pairs = pairs
+
+    def __iter__(self) -> Iterator[Pair]:
+        found = False
+        for picture, prompt in self._pairs():
+            found = True
+            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+                raise UserError(expected("offline", "uint8 pictures (H, W, 3)", f"{picture.dtype} {picture.shape}"))
+            yield picture, str(prompt)
+        if not found:
+            raise UserError(expected("offline", "as many pictures as prompts, and at least one", "0 and 0"))
+
+
+def checked_pairs(offline, config: TreatConfig) -> PairSource | None:
+    """The offline argument of `treat` as pairs, or None where the treatment has no use for them.
+
+    Args:
+        offline: (pictures uint8 (N, H, W, 3), prompts), or dicts with "picture" (H, W, 3) uint8 and "prompt": a
+            sequence, or whatever can be iterated over again and again; None: there are none.
         config: says whether they are needed.
 
     Raises:
@@ -63,55 +97,80 @@ def checked_pairs(offline, config: TreatConfig) -> tuple[list[np.ndarray], list[
         raise UserError(expected("offline", "(pictures, prompts) pairs, since offline_weight > 0", None))
     if isinstance(offline, tuple):
         pictures, prompts = offline
-        pictures, prompts = list(pictures), list(prompts)
-    else:
-        samples = [offline[i] for i in range(len(offline))]
-        pictures, prompts = [s["picture"] for s in samples], [s["prompt"] for s in samples]
-    if not pictures or len(pictures) != len(prompts):
-        counts = f"{len(pictures)} and {len(prompts)}"
-        raise UserError(expected("offline", "as many pictures as prompts, and at least one", counts))
-    for picture in pictures:
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            raise UserError(expected("offline", "uint8 pictures (H, W, 3)", f"{picture.dtype} {picture.shape}"))
-    return pictures, [str(prompt) for prompt in prompts]
+        if len(pictures) != len(prompts) or not len(pictures):
+            counts = f"{len(pictures)} and {len(prompts)}"
+            raise UserError(expected("offline", "as many pictures as prompts, and at least one", counts))
+        return PairSource(lambda: zip(pictures, prompts, strict=True))
+    if iter(offline) is offline:
+        what = "pairs that can be read more than once, such as a list or a dataset"
+        raise UserError(expected("offline", what, type(offline).__name__))
+    return PairSource(lambda: ((sample["picture"], sample["prompt"]) for sample in _each(offline)))
+
+
+def _each(samples) -> Iterator[dict]:
+    # a dataset of PyTorch need not raise IndexError beyond its end
+    if hasattr(samples, "__len__") and hasattr(samples, "__getitem__"):
+        return (samples[index] for index in range(len(samples)))
+    return iter(samples)
 
 
 @torch.no_grad()
 def prepare_offline(
     sampling: Sampling,
-    pairs: tuple[Sequence[np.ndarray], Sequence[str]],
+    pairs: Iterable[Pair],
     config: TreatConfig,
     *,
+    store: Callable[[str], RowStore],
     height: int,
     width: int,
     device: torch.device,
     chunk: int,
+    show: bool = False,
 ) -> OfflinePairs:
     """Encode and diagnose the offline pairs.
 
     Args:
         sampling: its family encodes, its detector diagnoses.
-        pairs: pictures uint8 (H, W, 3) and their prompts, from `checked_pairs`.
+        pairs: from `checked_pairs`.
         config: of the masks.
+        store: makes an empty store of a name.
         height: of the pictures, in pixels; those of another size are resized.
         width: as height.
         device: where the networks are.
         chunk: pictures at a time.
+        show: whether to show bars.
     """
-    family, (pictures, prompts) = sampling.family, pairs
-    names = sorted(set(prompts))
-    row_of = {name: row for row, name in enumerate(names)}
-    conditioning = family.encode_prompts(names, guidance_scale=1.0, height=height, width=width, device=device)
-    latents, keep = [], []
-    for start in range(0, len(pictures), chunk):
-        batch = as_batch(pictures[start : start + chunk], height, width).to(device)
-        latents.append(family.encode(batch).float().cpu())
-        keep.append(keep_mask(sampling.detector, batch, config).cpu())
-    masks = torch.cat(keep)
+    family, encoded = sampling.family, store("pairs")
+    row_of: dict[str, int] = {}
+    rows: list[int] = []
+
+    def encode(part: Sequence[Pair]) -> dict[str, torch.Tensor]:
+        batch = as_batch([picture for picture, _ in part], height, width).to(device)
+        latents = family.encode(batch).float().cpu()
+        check_finite(family, latents, "encodes the offline pictures")
+        return {"latents": latents, "keep": keep_mask(sampling.detector, batch, config).to("cpu", torch.uint8)}
+
+    with progress(desc="offline pairs", unit="pair", enabled=show) as bar:
+        remaining = iter(pairs)
+        while part := list(itertools.islice(remaining, chunk)):
+            rows += [row_of.setdefault(prompt, len(row_of)) for _, prompt in part]
+            encoded.add(len(part), lambda part=part: encode(part))
+            bar.update(len(part))
+    prompts = EncodedPrompts(
+        family,
+        list(row_of),
+        store("captions"),
+        batch_size=config.encode_batch_size,
+        device=device,
+        show=show,
+        guidance_scale=1.0,
+        height=height,
+        width=width,
+    )
+    order = None
     if config.map_source == "shuffled":
-        order = torch.randperm(len(masks), generator=torch.Generator().manual_seed(config.seed))
-        masks = masks[order]
-    return OfflinePairs(torch.cat(latents), masks, torch.tensor([row_of[p] for p in prompts]), conditioning)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
+    return OfflinePairs(encoded, torch.tensor(rows), prompts, order)
 
 
 def offline_term(sampling: Sampling, pairs: OfflinePairs, *, draws: Sequence[int], total: int) -> torch.Tensor:
@@ -127,19 +186,15 @@ def offline_term(sampling: Sampling, pairs: OfflinePairs, *, draws: Sequence[int
     """
     family = sampling.family
     device = next(family.denoiser.parameters()).device
-    chosen, noise, uniform = [], [], []
-    for seed in draws:
-        generator = torch.Generator().manual_seed(seed)
-        chosen.append(int(torch.randint(len(pairs), (), generator=generator)))
-        noise.append(torch.randn(pairs.latents.shape[1:], generator=generator))
-        uniform.append(torch.rand((), generator=generator))
-    index = torch.tensor(chosen)
-    latents, noise = pairs.latents[index].to(device), torch.stack(noise).to(device)
-    model_input, timesteps, target = sampling.sampler.training_pair(latents, noise, torch.stack(uniform))
-    inputs = pairs.conditioning.rows(pairs.rows[index]).positive
+    generators = [torch.Generator().manual_seed(seed) for seed in draws]
+    index = torch.stack([torch.randint(len(pairs), (), generator=generator) for generator in generators])
+    latents, mask = pairs.take(index)
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators]).to(device)
+    uniform = torch.stack([torch.rand((), generator=generator) for generator in generators])
+    model_input, timesteps, target = sampling.sampler.training_pair(latents.to(device), noise, uniform)
+    inputs = pairs.prompts.rows(pairs.prompt_rows[index]).positive
     prediction = family.run_denoiser(model_input, timesteps, inputs)
-    mask = pairs.keep[index].to(device)
-    loss = weighted_loss(prediction, target, mask=mask, reduction="sample")
+    loss = weighted_loss(prediction, target, mask=mask.to(device), reduction="sample")
     return loss.sum() / total
 
 

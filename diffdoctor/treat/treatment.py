@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,11 +44,15 @@ from diffdoctor.treat.offline import checked_pairs, offline_term, offline_weight
 from diffdoctor.treat.prepare import memory_options, move_modules, release_text_encoders, restore_text_encoders
 from diffdoctor.treat.prompts import check_prompts
 from diffdoctor.treat.reward import checked_reward
+from diffdoctor.treat.rows import RowStore
 from diffdoctor.treat.sampling import Guidance, Sampling
 from diffdoctor.treat.schedulers import Sampler
 from diffdoctor.treat.sharding import shard_denoiser, wants_sharding
 from diffdoctor.treat.terms import artifact_term
 from diffdoctor.treat.tracking import Tracking
+
+ENCODED = "encoded"
+"""In the output folder, until the treatment is done: embeddings and latents that do not fit into memory."""
 
 
 class Treatment:
@@ -146,21 +154,20 @@ class Treatment:
         """Wall time so far, that of interrupted calls up to their last checkpoint included."""
         return self.seconds_before + time.perf_counter() - self.started
 
-    def _prepare(self) -> None:
+    def _prepare(self, show: bool) -> None:
         """Everything that takes time or memory: encode prompts and pairs, move the denoiser, add the LoRA."""
         config, family, device = self.config, self.sampling.family, self.device
         # the denoiser comes only when the text encoders have gone: the largest two are never there together
         move_modules(family.pipeline, device, without=family.denoiser_name)
-        self.drawing.encode()
+        drawing, store = self.drawing, self._row_stores()
+        drawing.encode(store("prompts"), show=show)
         self.pairs = None
         if self.offline is not None:
-            drawing = self.drawing
-            size = {"height": drawing.height, "width": drawing.width}
-            self.pairs = prepare_offline(
-                self.sampling, self.offline, config, device=device, chunk=drawing.chunk, **size
-            )
-            check_finite(family, self.pairs.latents, "encodes the offline pictures")
+            options = {"height": drawing.height, "width": drawing.width, "device": device, "chunk": drawing.chunk}
+            self.pairs = prepare_offline(self.sampling, self.offline, config, store=store, show=show, **options)
         self.offline = None
+        # each has written its part of what did not fit into memory
+        self.processes.wait()
         release_text_encoders(family, config.text_encoders)
         sharded = wants_sharding(self.processes)
         if not sharded:
@@ -170,6 +177,15 @@ class Treatment:
             check_even_batches(config, self.processes)
             shard_denoiser(family, parameters, self.processes)
         self.training = LoraTraining(parameters, config, device)
+
+    def _row_stores(self) -> Callable[[str], RowStore]:
+        """Makes stores of encoded prompts and pairs, in the output folder for this very treatment to find again."""
+        folder = None
+        if self.output_dir is not None:
+            identity = self.processes.from_main(lambda: json.dumps(self.folder.identity, sort_keys=True))
+            folder = self.output_dir / ENCODED / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        limit, part = self.config.embedding_cache * 2**30, self.processes.on_this_machine
+        return lambda name: RowStore(name, limit, folder, part)
 
     def _add_lora(self) -> list[torch.nn.Parameter]:
         config, family = self.config, self.sampling.family
@@ -197,7 +213,7 @@ class Treatment:
         family, progress = self.sampling.family, progress and self.processes.is_main
         with memory_options(family, self.config):
             try:
-                self._prepare()
+                self._prepare(progress)
                 if self.folder is not None:
                     self.processes.from_main(self.folder.open)
                 self._resume()
@@ -219,6 +235,8 @@ class Treatment:
             finally:
                 if self.config.text_encoders == "offload":
                     restore_text_encoders(family, self.device)
+        if self.output_dir is not None and self._is_over() and self.processes.on_this_machine[0] == 0:
+            shutil.rmtree(self.output_dir / ENCODED, ignore_errors=True)
         if self.early_stopping.best_state is not None:
             load_lora_state(family, self.early_stopping.best_state)
         return self.stopped

@@ -13,6 +13,7 @@ from diffdoctor.treat.families import family_of
 from diffdoctor.treat.group_policy import GroupPolicy, window_of
 from diffdoctor.treat.lora import add_lora
 from diffdoctor.treat.reward import checked_reward
+from diffdoctor.treat.rows import RowStore
 from diffdoctor.treat.sampling import Guidance, Sampling
 from diffdoctor.treat.schedulers import Sampler
 from support.tiny_pipelines import PROMPTS, tiny_pipeline
@@ -44,7 +45,7 @@ class Bench:
         self.sampling = Sampling(family, sampler, Guidance(scale), random_detector())
         self.processes = Processes("cpu")
         self.drawing = Drawing(self.sampling, PROMPTS, self.config, self.processes, (SIZE, SIZE))
-        self.drawing.encode()
+        self.drawing.encode(RowStore("prompts", 2**20))
         self.initial = RunningAverage(self.parameters, float(self.config.kl_weight > 0))
         for value in self.initial.values:
             value += 0.05 * torch.randn(value.shape, generator=generator)
@@ -55,7 +56,7 @@ class Bench:
 
     def velocity(self, latents, t):
         rows = [self.drawing.prompt_row(STEP * 2 + group) for group in (0, 0, 1, 1)]
-        unet, text = self.pipeline.unet, self.drawing.conditioning
+        unet, text = self.pipeline.unet, self.drawing.conditioning.rows(torch.arange(len(PROMPTS)))
         along = unet(latents, t, text.positive["encoder_hidden_states"][rows]).sample
         if self.config.guidance_scale == 1.0:
             return along

@@ -11,6 +11,7 @@ from diffdoctor.treat.lora import lora_state
 from diffdoctor.treat.methods import METHODS
 from diffdoctor.treat.monitor import EarlyStopping, Measurement
 from diffdoctor.treat.offline import offline_term, prepare_offline
+from diffdoctor.treat.rows import RowStore
 from diffdoctor.treat.sampling import Sampling
 from diffdoctor.treat.schedulers import Sampler
 from support.tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
@@ -189,21 +190,22 @@ def test_offline_pairs_teach_nothing_where_flagged():
     config = small(offline_dilation=1)
     sampler = Sampler(pipeline.scheduler, device=cpu, timestep_options={"num_inference_steps": 3})
     sampling = Sampling(family, sampler, detector=SquareDetector())
-    options = {"height": 16, "width": 16, "device": cpu, "chunk": 4}
-    prepared = prepare_offline(sampling, pairs(), config, **options)
+    options = {"height": 16, "width": 16, "device": cpu, "chunk": 4, "store": lambda name: RowStore(name, 2**20)}
+    source = list(zip(*pairs(), strict=True))
+    prepared = prepare_offline(sampling, source, config, **options)
     expected = torch.ones(16, 16)
     expected[3:9, 5:11] = 0
-    assert torch.equal(prepared.keep, expected.expand(6, 1, 16, 16))
+    assert torch.equal(prepared.take(torch.arange(6))[1], expected.expand(6, 1, 16, 16))
 
     def loss():
         return offline_term(sampling, prepared, draws=[1, 2, 3], total=3)
 
     with_flagged = float(loss().detach())
-    uniform = prepare_offline(sampling, pairs(), small(map_source="uniform"), **options)
+    uniform = prepare_offline(sampling, source, small(map_source="uniform"), **options)
     everywhere = float(offline_term(sampling, uniform, draws=[1, 2, 3], total=3).detach())
     assert with_flagged < everywhere
     # the residual in the flagged latents does not count: 4 x 4 latent pixels, less their partly flagged rim
-    prepared.keep[:] = 0
+    prepared = prepare_offline(sampling, source, small(offline_confidence=0.0), **options)
     assert float(loss().detach()) == 0.0
 
 
