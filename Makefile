@@ -21,7 +21,7 @@ demo demo-seeds test treatment-study detector-study signs-study sanitize: export
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-seeds test lint format bench treatment-study detector-study signs-study gpu sanitize wheel clean
+.PHONY: help install demo demo-seeds test lint format bench treatment-study detector-study signs-study gpu sanitize wheel docs clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -75,6 +75,9 @@ sanitize: $(STAMP)  ## The CPU kernels under the address and undefined-behaviour
 wheel: $(STAMP)  ## Build an sdist and a wheel from it into dist/
 	$(BIN)/python -m pip install $(PIP_OPTIONS) build
 	$(BIN)/python -m build
+
+docs: $(STAMP)  ## Build the site into runs/site; a broken link or a page that is missing is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:  ## Remove builds (keeps .venv and runs/)
 	rm -rf build dist *.egg-info diffdoctor/_native*.so diffdoctor/_build_info.json
