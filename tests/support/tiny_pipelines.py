@@ -1,4 +1,4 @@
-"""Random pipelines of four families, small enough to train on a CPU within a test; built offline, saved as a folder.
+"""Random pipelines of five families, small enough to train on a CPU within a test; built offline, saved as a folder.
 
 Pictures are 16 to 64 pixels wide, latents half of that. Nothing here is trained.
 """
@@ -8,7 +8,9 @@ import torch
 from diffdoctor.demo.pipeline import build_tokenizer
 
 PROMPTS = ("a photo of a red square", "a photo of a green circle", "a photo of a blue triangle")
-FAMILIES = ("sd", "sdxl", "sd3", "flux")
+FAMILIES = ("sd", "sdxl", "sd3", "flux", "flux2")
+# of a pipeline's call
+CALL_OPTIONS = {name: {"max_sequence_length": 32} for name in ("sd3", "flux", "flux2")}
 
 
 def t5_tokenizer(texts=PROMPTS, max_length=32):
@@ -199,9 +201,74 @@ def _flux(prediction_type):
     )
 
 
+def qwen_tokenizer(texts=PROMPTS, max_length=64):
+    """A `Qwen2Tokenizer` with a chat template, over byte pairs learnt from texts."""
+    import json
+
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    learner.train_from_iterator(
+        sorted(texts) * 4,
+        trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, special_tokens=special, show_progress=False),
+    )
+    model = json.loads(learner.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges, model_max_length=max_length)
+    tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+def _flux2(prediction_type):
+    from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = qwen_tokenizer()
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+    ).eval()
+    vae.bn.running_mean.copy_(0.2 * torch.randn(16))
+    vae.bn.running_var.copy_(0.5 + torch.rand(16))
+    text = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1,
+        num_hidden_layers=27, head_dim=8, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    return Flux2KleinPipeline(
+        scheduler=_flow_scheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(text).eval(),
+        tokenizer=tokenizer,
+        transformer=Flux2Transformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+    )
+
+
 def tiny_pipeline(family, *, prediction_type="epsilon", seed=0):
     """A random pipeline of one of `FAMILIES`; prediction_type is for the UNet ones. The global random state is kept."""
-    build = {"sd": _sd, "sdxl": _sdxl, "sd3": _sd3, "flux": _flux}[family]
+    build = {"sd": _sd, "sdxl": _sdxl, "sd3": _sd3, "flux": _flux, "flux2": _flux2}[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = build(prediction_type)

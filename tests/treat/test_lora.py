@@ -14,21 +14,22 @@ from diffdoctor.treat.lora import (
     save_lora,
     target_modules,
 )
-from support.tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
+from support.tiny_pipelines import CALL_OPTIONS, FAMILIES, PROMPTS, tiny_pipeline
 
 GROUPS = {
     "sd": ("attention", "convolution"),
     "sdxl": ("attention", "convolution"),
     "sd3": ("attention", "feed_forward"),
     "flux": ("attention", "feed_forward"),
+    "flux2": ("attention", "feed_forward"),
 }
 
 
 def draw(pipeline, family):
     pipeline.set_progress_bar_config(disable=True)
-    options = {"max_sequence_length": 32} if family in ("sd3", "flux") else {}
+    options = CALL_OPTIONS.get(family, {})
     return pipeline(
-        list(PROMPTS), height=16, width=16, num_inference_steps=2, output_type="pt",
+        prompt=list(PROMPTS), height=16, width=16, num_inference_steps=2, output_type="pt",
         generator=torch.Generator().manual_seed(0), **options,
     ).images  # fmt: skip
 

@@ -9,7 +9,7 @@ from diffdoctor.treat.families import Family, family_of, register_family
 from diffdoctor.treat.rollout import initial_latents, picture_generators, replay, roll_out
 from diffdoctor.treat.sampling import Guidance, Sampling
 from diffdoctor.treat.schedulers import Sampler
-from support.tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
+from support.tiny_pipelines import CALL_OPTIONS, FAMILIES, PROMPTS, tiny_pipeline
 
 SEEDS = (11, 12, 13)
 SCHEDULERS = {
@@ -23,6 +23,7 @@ SCHEDULERS = {
     "sdxl": ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler"),
     "sd3": ("FlowMatchEulerDiscreteScheduler",),
     "flux": ("FlowMatchEulerDiscreteScheduler",),
+    "flux2": ("FlowMatchEulerDiscreteScheduler",),
 }
 CASES = [(family, scheduler, scale) for family in FAMILIES for scheduler in SCHEDULERS[family] for scale in (1.0, 5.0)]
 
@@ -50,10 +51,10 @@ def test_roll_out_draws_what_the_pipeline_draws(name, scheduler, scale):
     family = sampling.family
     rollout = roll_out(sampling, conditioning, latents, generators, chunk=2)
     ours = family.decode(rollout.final).clamp(0, 1)
-    options = {"max_sequence_length": 32} if name in ("sd3", "flux") else {}
+    options = CALL_OPTIONS.get(name, {})
     family.pipeline.set_progress_bar_config(disable=True)
     theirs = family.pipeline(
-        list(PROMPTS), height=16, width=16, num_inference_steps=4, guidance_scale=scale, output_type="pt",
+        prompt=list(PROMPTS), height=16, width=16, num_inference_steps=4, guidance_scale=scale, output_type="pt",
         generator=picture_generators(SEEDS), **options,
     ).images  # fmt: skip
     assert (theirs - theirs[:1]).abs().max() > 1e-3
@@ -175,3 +176,26 @@ def test_unknown_pipeline_is_refused_and_a_family_can_be_added():
     assert isinstance(family_of(OtherPipeline()), OtherFamily)
     with pytest.raises(ValueError, match="pipeline_classes"):
         register_family(Family)
+
+
+def test_flux2_encodes_as_its_pipeline_and_back():
+    pipeline = tiny_pipeline("flux2")
+    family = family_of(pipeline)
+    pictures = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    latents = family.encode(pictures)
+    assert latents.shape[1:] == family.latent_shape(16, 24)
+    theirs = pipeline._encode_vae_image(pictures * 2 - 1, generator=None)
+    torch.testing.assert_close(latents, theirs, atol=1e-5, rtol=1e-5)
+    raw = pipeline.vae.encode(pictures * 2 - 1).latent_dist.mode()
+    again = pipeline.vae.decode(raw, return_dict=False)[0] / 2 + 0.5
+    torch.testing.assert_close(family.decode(latents), again, atol=1e-5, rtol=1e-5)
+
+
+def test_a_distilled_flux2_has_no_negative_prediction():
+    pipeline = tiny_pipeline("flux2")
+    pipeline.register_to_config(is_distilled=True)
+    family = family_of(pipeline)
+    assert not family.uses_negative(4.0)
+    options = {"height": 16, "width": 16, "device": torch.device("cpu")}
+    family.max_sequence_length = 32
+    assert family.encode_prompts(PROMPTS, guidance_scale=4.0, **options).negative is None

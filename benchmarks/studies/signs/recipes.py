@@ -27,7 +27,7 @@ class Recipe:
 
 
 def _rows() -> dict[str, Recipe]:
-    nft = {"method": "nft", "steps": 100}
+    nft = {"method": "nft", "steps": 200}
     draft = {"method": "draft_k", "steps": 50}
     return {
         "before": Recipe(),

@@ -151,7 +151,7 @@ def draw_pictures(
             options["negative_prompt"] = [options["negative_prompt"]] * len(generators)
         # Not around the whole loop: between batches the caller's grad mode and pipeline would be changed.
         with torch.no_grad(), without_safety_checker(pipeline):
-            drawn = pipeline(prompts[chosen], generator=generators, output_type="pt", **options)
+            drawn = pipeline(prompt=prompts[chosen], generator=generators, output_type="pt", **options)
         _refuse_blackened(drawn)
         images = drawn.images.float()
         finite = images.isfinite().flatten(1).all(dim=1)

@@ -1,0 +1,111 @@
+"""FLUX.2 klein: a transformer on packed tokens of patches whose channels are standardised, flow matching."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from diffdoctor.ops.layout import Packed
+from diffdoctor.treat.families.base import TRANSFORMER_TARGETS, Family
+from diffdoctor.treat.families.conditioning import Conditioning
+from diffdoctor.treat.families.registry import register_family
+
+PATCH = 2
+"""Of the autoencoder's latents, a side; a patch is one pixel of the latents here, and one token."""
+
+
+@register_family
+class Flux2KleinFamily(Family):
+    """Serves `Flux2KleinPipeline`, distilled or not.
+
+    Latents are what the pipeline adds noise to: (B, 4 C, h/2, w/2) of the autoencoder's (B, C, h, w), its patches of
+    2 x 2 as channels, standardised by the autoencoder's own statistics.
+    """
+
+    pipeline_classes = ("Flux2KleinPipeline",)
+    denoiser_name = "transformer"
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
+        # attention and feed-forward of a single-stream block are one matrix on the way in and one on the way out
+        "attention": (*TRANSFORMER_TARGETS["attention"], "attn.to_qkv_mlp_proj", "attn.to_out"),
+        "feed_forward": ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
+    }
+
+    def uses_negative(self, guidance_scale):
+        return guidance_scale > 1 and not self.pipeline.config.is_distilled
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts, *, guidance_scale, height, width, device) -> Conditioning:
+        def encoded(texts):
+            embeds, _ = self.pipeline.encode_prompt(texts, device, **self.sequence_options())
+            return {"encoder_hidden_states": embeds}
+
+        prompts = list(prompts)
+        negative = encoded([""] * len(prompts)) if self.uses_negative(guidance_scale) else None
+        return Conditioning(encoded(prompts), negative)
+
+    def denoise(self, latents, timesteps, inputs):
+        layout = Packed(*latents.shape[2:], patch_size=1)
+        tokens = self.denoiser(
+            hidden_states=layout.pack(latents),
+            timestep=timesteps.to(latents.dtype) / 1000,
+            guidance=None,
+            txt_ids=_ids(latents, length=inputs["encoder_hidden_states"].shape[1]),
+            img_ids=_ids(latents, height=layout.height, width=layout.width),
+            return_dict=False,
+            **inputs,
+        )[0]
+        return layout.unpack(tokens)
+
+    def from_pipeline(self, latents, height, width):
+        _, h, w = self.latent_shape(height, width)
+        return Packed(h, w, patch_size=1).unpack(latents)
+
+    def to_pipeline(self, latents):
+        return Packed(*latents.shape[2:], patch_size=1).pack(latents)
+
+    def latent_shape(self, height, width):
+        multiple = self.size_multiple()
+        return self.denoiser.config.in_channels, height // multiple, width // multiple
+
+    def default_size(self):
+        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+        return side, side
+
+    def size_multiple(self) -> int:
+        return self.pipeline.vae_scale_factor * PATCH
+
+    def timestep_options(self, steps, height, width):
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+        _, h, w = self.latent_shape(height, width)
+        options = {"mu": compute_empirical_mu(image_seq_len=h * w, num_steps=steps)}
+        if self.pipeline.scheduler.config.get("use_flow_sigmas"):
+            return {**options, "num_inference_steps": steps}
+        return {**options, "sigmas": np.linspace(1.0, 1 / steps, steps)}
+
+    def latent_affine(self):
+        statistics = self.vae.bn
+        deviation = (statistics.running_var + self.vae.config.batch_norm_eps).sqrt()
+        return 1 / deviation.view(1, -1, 1, 1), statistics.running_mean.view(1, -1, 1, 1)
+
+    def decode(self, latents):
+        scale, shift = self.latent_affine()
+        dtype = next(self.vae.parameters()).dtype
+        patches = (latents / scale + shift).to(dtype)
+        return self.vae.decode(F.pixel_shuffle(patches, PATCH), return_dict=False)[0] / 2 + 0.5
+
+    @torch.no_grad()
+    def encode(self, pictures):
+        scale, shift = self.latent_affine()
+        dtype = next(self.vae.parameters()).dtype
+        encoded = self.vae.encode((pictures * 2 - 1).to(dtype)).latent_dist.mode()
+        return (F.pixel_unshuffle(encoded, PATCH) - shift) * scale
+
+
+def _ids(like: torch.Tensor, *, height: int = 1, width: int = 1, length: int = 1) -> torch.Tensor:
+    """The place of every token, (B, height * width * length, 4): time, row, column, place in the text."""
+    axes = [torch.arange(size, device=like.device) for size in (1, height, width, length)]
+    return torch.cartesian_prod(*axes).expand(len(like), -1, -1)

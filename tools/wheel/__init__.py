@@ -1,0 +1,1 @@
+"""Wheels that install anywhere (`python -m tools.wheel`)."""
