@@ -30,7 +30,8 @@ class TreatConfig:
         cfg_grad: both, or cond to keep the negative prediction out of the graph.
         height: of the sampled pictures, in pixels; None: the pipeline's own.
         width: as height.
-        max_sequence_length: of the long text encoder's prompts (SD3, FLUX, FLUX.2), in tokens; None: the pipeline's own.
+        max_sequence_length: of prompts of the long text encoder (SD3, FLUX, FLUX.2), in tokens; None: the
+            pipeline's own.
         learning_rate: peak of AdamW, after warm-up, before cosine decay.
         warmup_steps: steps of linear warm-up.
         final_learning_rate: where the cosine decay ends, as a share of learning_rate.
