@@ -1,0 +1,104 @@
+"""Putting pictures and tasks into a project."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from diffdoctor.annotate.project import picture_uid
+from diffdoctor.annotate.store import Store
+
+
+@dataclass
+class NewTask:
+    """A task to add.
+
+    Attributes:
+        picture: (H, W, 3) uint8, as `project.read_place` reads it.
+        place: where it lies, see `project.read_place`.
+        kind: normal, audit, gold or training.
+        priority: the highest is asked first.
+        reason: why it is asked, for the record.
+        proposal: (H, W) uint8, the detector's map; None: nothing is proposed.
+        truth: (H, W) uint8 of 0 and 255; of gold and training tasks.
+        blind: the proposal is not shown.
+        needed: raters.
+        weights: digest of the detector.
+        meta: category, generator, prompt.
+    """
+
+    picture: np.ndarray
+    place: dict[str, Any]
+    kind: str = "normal"
+    priority: float = 0.0
+    reason: str = ""
+    proposal: np.ndarray | None = None
+    truth: np.ndarray | None = None
+    blind: bool = False
+    needed: int = 1
+    weights: str = ""
+    meta: dict[str, str] = field(default_factory=dict)
+
+
+def add_task(store: Store, task: NewTask, round: int) -> int | None:
+    """Add a task, and its picture unless that is known by its pixels. Inside `store.writing`.
+
+    Args:
+        store: the project's.
+        task: what to ask.
+        round: of labelling.
+
+    Returns:
+        The task's id; None: this round has one of this picture.
+    """
+    uid = picture_uid(task.picture)
+    row = store.one("SELECT id FROM picture WHERE uid = ?", uid)
+    if row is None:
+        texts = [str(task.meta.get(name) or "") for name in ("category", "generator", "prompt")]
+        values = (uid, json.dumps(task.place), *task.picture.shape[:2], *texts, picture_hash(task.picture))
+        picture = store.connection.execute(
+            "INSERT INTO picture(uid, place, height, width, category, generator, prompt, phash) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            values,
+        ).lastrowid
+    else:
+        picture = row["id"]
+        if store.one("SELECT 1 FROM task WHERE picture = ? AND round = ?", picture, round):
+            return None
+    values = {
+        "picture": picture,
+        "round": round,
+        "proposal": None if task.proposal is None else store.put_mask(task.proposal, 8),
+        "truth": None if task.truth is None else store.put_mask(task.truth),
+        "weights": task.weights,
+        "kind": task.kind,
+        "blind": int(task.blind),
+        "needed": task.needed,
+        "priority": task.priority,
+        "reason": task.reason,
+        "state": "open",
+    }
+    names = ", ".join(values)
+    marks = ", ".join("?" * len(values))
+    return store.connection.execute(f"INSERT INTO task({names}) VALUES ({marks})", tuple(values.values())).lastrowid
+
+
+def picture_hash(picture: np.ndarray) -> int:
+    """A perceptual hash of 64 bits, signed: of near-duplicates it differs in a few bits.
+
+    A bit for each of the 8 x 8 lowest frequencies (cosine transform of the grey picture at 32 x 32) that lies above
+    their median; source: the common "pHash".
+
+    Args:
+        picture: (H, W, 3) uint8.
+    """
+    from PIL import Image
+    from scipy.fft import dctn
+
+    small = np.asarray(Image.fromarray(picture).convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float64)
+    low = dctn(small, norm="ortho")[:8, :8].ravel()
+    bits = np.packbits(low > np.median(low[1:]))
+    return int.from_bytes(bits.tobytes(), "big", signed=True)
