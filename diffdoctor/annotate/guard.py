@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import urllib.parse
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any

@@ -130,7 +130,10 @@ class Project:
 
 
 def read_place(place: dict) -> np.ndarray:
-    """The picture (H, W, 3) uint8 at a place: `file`, for a shard's picture `offset` and `size`, and `crop` x0 y0 x1 y1.
+    """The picture (H, W, 3) uint8 at a place.
+
+    Args:
+        place: `file`; of a shard's picture `offset` and `size` of its member; `crop`: [x0, y0, x1, y1] of a part.
 
     Raises:
         UnreadablePicture, OSError: it cannot be read.

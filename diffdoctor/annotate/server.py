@@ -313,8 +313,8 @@ class Endpoints:
         """Everybody, and how each does."""
         ask.require("reviewer")
         rows = self.store.all(
-            "SELECT id, name, role, paused, (SELECT count(DISTINCT task) FROM annotation WHERE annotator = annotator.id "
-            "AND verdict != 'skipped') AS labelled FROM annotator ORDER BY id"
+            "SELECT id, name, role, paused, (SELECT count(DISTINCT task) FROM annotation "
+            "WHERE annotator = annotator.id AND verdict != 'skipped') AS labelled FROM annotator ORDER BY id"
         )
         return JSONResponse({"raters": [{**dict(row), "gold": gold.score(self.project, row["id"])} for row in rows]})
 

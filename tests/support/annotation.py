@@ -44,7 +44,7 @@ def proposal(seed: int = 0, height: int = 48, width: int = 64) -> np.ndarray:
 
 
 def make_project(folder: Path, tasks: int = 3, *, height: int = 48, width: int = 64, settings=None, **task) -> Project:
-    """A project of so many tasks on pictures in `folder`/pictures; further values are `NewTask`'s, or functions of i."""
+    """A project of so many tasks on pictures in `folder`; further values are `NewTask`'s, or functions of the seed."""
     project = Project(folder / "project", create=True)
     for name, value in (settings or {}).items():
         setattr(project.settings, name, value)
