@@ -20,7 +20,7 @@ def tally(masks: Sequence[np.ndarray], answered: Sequence[np.ndarray] | None = N
     """
     if answered is None:
         answered = [np.ones_like(masks[0], bool)] * len(masks)
-    m = np.sum([given for given in answered], axis=0, dtype=np.int64)
+    m = np.sum(list(answered), axis=0, dtype=np.int64)
     k = np.sum([mask & given for mask, given in zip(masks, answered, strict=True)], axis=0, dtype=np.int64)
     size = len(masks) + 1
     counts = np.bincount((m * size + k).ravel(), minlength=size * size)

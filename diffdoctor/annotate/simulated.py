@@ -110,7 +110,7 @@ class Annotator:
         return Marked(mask, seconds, len(kept), len(proposed) - len(kept), len(drawn) + len(invented))
 
     def missing(self, part: np.ndarray, picture: np.ndarray | None = None) -> float:
-        """The probability of overlooking a component (H, W) bool: logistic in the logarithm of its area, and contrast."""
+        """The probability of overlooking a component (H, W) bool: logistic in the log of its area, and contrast."""
         if not 0 < self.missed < 1:
             return self.missed
         logit = math.log(self.missed / (1 - self.missed))

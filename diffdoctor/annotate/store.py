@@ -168,6 +168,14 @@ class Store:
             self.log("token", name=name, role=role)
         return token
 
+    def disable(self, name: str) -> bool:
+        """Shut a person out; returns whether there is one of this name."""
+        with self.writing() as connection:
+            found = connection.execute("UPDATE annotator SET disabled = 1 WHERE name = ?", (name,)).rowcount > 0
+            if found:
+                self.log("disable", name=name)
+        return found
+
     def person_of(self, token: str) -> sqlite3.Row | None:
         """The person of a token; None: of nobody, or of one who was shut out."""
         wanted = token_hash(token)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffdoctor.cli.config_file import read_config
-from diffdoctor.cli.options import Options
+from diffdoctor.cli.options import Options, list_kind
 from diffdoctor.runs.errors import UserError
 
 # The groups of a command that has many options, by title; what is named in none stays where it is.
@@ -89,7 +89,8 @@ def command_parser(
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file that holds any of these options")
     described = _described(config_class)
     for each in positional:
-        parser.add_argument(each, type=str, nargs="+", help=described.get(each))
+        several = list_kind(options[each]) is not None
+        parser.add_argument(each, type=str, nargs="+" if several else None, help=described.get(each))
     parser.add_class_arguments(config_class, skip=set(positional))
     _group(parser, GROUPS.get(name, {}))
     return parser
