@@ -154,7 +154,9 @@ class Adder:
         )
         found = list(new_generators(candidates, {row[0] for row in rows}))
         shuffled = (found[index] for index in self._rng(3).permutation(len(found)))
-        yield from (("new", task) for task in self._tasks(shuffled, count, "normal", "new generator", self._caps(count)))
+        yield from (
+            ("new", task) for task in self._tasks(shuffled, count, "normal", "new generator", self._caps(count))
+        )
 
     def _selected(self, candidates: list[Candidate], total: int) -> Iterator[tuple[str, NewTask]]:
         count = total - len(self.taken)

@@ -29,8 +29,8 @@ def run_annotate_serve(config: AnnotateServeConfig) -> int:
         UserError: there is no project, another server has it, or the address cannot be listened at.
     """
     try:
-        from diffdoctor.annotate.server import build_app
         from diffdoctor.annotate.serve import hosts_of, listening, make_server
+        from diffdoctor.annotate.server import build_app
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "starlette":
             raise

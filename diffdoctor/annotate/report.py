@@ -72,7 +72,9 @@ def write_agreement(project: Project, found: dict[str, Any]) -> Path:
     """
     report = Report("Annotation: agreement")
     total = found["all"]
-    report.lead(f"Pixel alpha {_number(total['pixel_alpha'])} over {total['pictures']} pictures with two answers or more.")
+    report.lead(
+        f"Pixel alpha {_number(total['pixel_alpha'])} over {total['pictures']} pictures with two answers or more."
+    )
     report.text(
         "Alpha is Krippendorff's: 1 is full agreement, 0 what chance gives; of pixels it sees where raters mark, of "
         "pictures whether they find anything at all. IoU is averaged over the pairs of raters of whom at least one "

@@ -134,7 +134,12 @@ class Caps:
     """
 
     def __init__(self, per_prompt: int, per_generator: int, per_look: int, distance: int):
-        self.per_prompt, self.per_generator, self.per_look, self.distance = per_prompt, per_generator, per_look, distance
+        self.per_prompt, self.per_generator, self.per_look, self.distance = (
+            per_prompt,
+            per_generator,
+            per_look,
+            distance,
+        )
         self._prompts, self._generators, self._looks = Counter(), Counter(), []
 
     def has_room(self, candidate: Candidate) -> bool:

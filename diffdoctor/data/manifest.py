@@ -14,6 +14,8 @@ MANIFEST = "manifest.parquet"
 TEXTS = ("key", "shard", "label", "category", "generator", "prompt")
 COLUMNS = (*TEXTS, "round", "height", "width", "mask_mean", "mask_max")
 OFFSETS = ("picture_offset", "picture_size", "mask_offset", "mask_size", "json_offset", "json_size")
+# Of the optional member KEY.ignore.png; 0 where there is none, and in sets written before there were any.
+IGNORE_OFFSETS = ("ignore_offset", "ignore_size")
 # Characters. Keys are held in an array in which each takes as much as the longest.
 _LONGEST, _LONGEST_TEXT = {"key": 1024, "shard": 255}, 2**20
 
@@ -29,15 +31,16 @@ class ManifestWriter:
     def __init__(self, path: Path, group: int = 1000):
         pa, parquet = pyarrow_modules()
         types = dict.fromkeys(TEXTS, pa.string()) | dict.fromkeys(("round", "height", "width"), pa.int32())
-        types |= dict.fromkeys(("mask_mean", "mask_max"), pa.float32()) | dict.fromkeys(OFFSETS, pa.int64())
+        types |= dict.fromkeys(("mask_mean", "mask_max"), pa.float32())
+        types |= dict.fromkeys((*OFFSETS, *IGNORE_OFFSETS), pa.int64())
         self.schema, self.group, self.rows = pa.schema(list(types.items())), group, []
         # Not by its path, which Arrow refuses unless it is Unicode.
         self.file = open(path, "wb")  # noqa: SIM115 (closed by close)
         self.table, self.writer = pa.Table, parquet.ParquetWriter(self.file, self.schema)
 
     def add(self, row: dict) -> None:
-        """Add a picture's row: its `COLUMNS` and `OFFSETS`."""
-        self.rows.append(row)
+        """Add a picture's row: its `COLUMNS` and `OFFSETS`, and `IGNORE_OFFSETS` if it has such a member."""
+        self.rows.append(dict.fromkeys(IGNORE_OFFSETS, 0) | row)
         if len(self.rows) >= self.group:
             self._flush()
 
@@ -70,7 +73,8 @@ def read_columns(folder: str | Path, names: tuple[str, ...]) -> dict[str, np.nda
         names: of the columns.
 
     Returns:
-        (N,) arrays by name: keys as NumPy strings, other texts as shared `str` objects, the rest as numbers.
+        (N,) arrays by name: keys as NumPy strings, other texts as shared `str` objects, the rest as numbers; zeros for
+        `IGNORE_OFFSETS` that the manifest does not have.
 
     Raises:
         UserError: there is no manifest, it cannot be read, or its columns are not as `ManifestWriter` writes them.
@@ -80,13 +84,14 @@ def read_columns(folder: str | Path, names: tuple[str, ...]) -> dict[str, np.nda
         what = f"a folder of shards with {MANIFEST}, as `diffdoctor inject` writes them"
         raise UserError(expected(folder, what, f"no {MANIFEST}"))
     with ParquetColumns(path) as table:
-        if missing := [name for name in names if name not in table.names]:
+        if missing := [name for name in names if name not in table.names and name not in IGNORE_OFFSETS]:
             raise UserError(expected(path, f"the columns {', '.join(missing)}", "a manifest without them"))
         # A row takes a few bytes in a file that was made to exhaust memory; its members take three blocks of a shard.
         most = sum(shard.stat().st_size for shard in Path(folder).glob("*.tar")) // (3 * BLOCKSIZE)
         if table.rows > max(most, 1000):
             raise UserError(expected(path, f"up to {most:,} rows, which its shards can hold", f"{table.rows:,}"))
-        return {name: _values(table, name) for name in names}
+        absent = {*names} - {*table.names}
+        return {name: np.zeros(table.rows, np.int64) if name in absent else _values(table, name) for name in names}
 
 
 def _values(table: ParquetColumns, name: str) -> np.ndarray:

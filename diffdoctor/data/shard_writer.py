@@ -15,6 +15,7 @@ import numpy as np
 
 from diffdoctor.data.codec import WRITTEN_TYPES, encode_mask, encode_picture
 from diffdoctor.data.manifest import MANIFEST, ManifestWriter
+from diffdoctor.data.tar import IGNORE, MASK
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_dir, clear_leftovers, refuse_foreign
@@ -33,8 +34,9 @@ def write_shards(
 
     Args:
         samples: dicts with `picture` (H, W, 3) uint8 and `mask` (H, W) float in [0, 1] or uint8 (absent: clean), and
-            any of `key` (a unique name of letters, digits, _ and -), `prompt`, `category`, `generator`, `label` (real,
-            injected, human, pseudo), `round`, and further JSON values, which are read back unchanged.
+            any of `ignore` (H, W) bool (where it is not known whether the picture is broken), `key` (a unique name of
+            letters, digits, _ and -), `prompt`, `category`, `generator`, `label` (real, injected, human, pseudo),
+            `round`, and further JSON values, which are read back unchanged.
         folder: the folder to write; an existing set is replaced, anything else is refused.
         shard_size: pictures in a shard.
         picture_type: png (exact), webp (lossless) or jpg (quality 95).
@@ -145,11 +147,12 @@ class ShardFile:
         Raises:
             ValueError: the sample is not as described.
         """
-        picture, mask, meta = _checked(sample, index)
+        picture, mask, ignore, meta = _checked(sample, index)
         key = meta["key"]
         byte_ranges = {
             "picture": self._member(f"{key}.{self.picture_type}", encode_picture(picture, self.picture_type)),
-            "mask": self._member(f"{key}.mask.png", encode_mask(mask)),
+            "mask": self._member(f"{key}.{MASK}", encode_mask(mask)),
+            **({} if ignore is None else {"ignore": self._member(f"{key}.{IGNORE}", encode_mask(ignore))}),
             "json": self._member(f"{key}.json", strict_json.dumps(meta).encode()),
         }
         return {
@@ -201,7 +204,7 @@ class _UniqueKeys:
             self.recent.clear()
 
 
-def _checked(sample: dict[str, Any], index: int) -> tuple[np.ndarray, np.ndarray, dict]:
+def _checked(sample: dict[str, Any], index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, dict]:
     picture = np.asarray(sample["picture"])
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
         got = f"{picture.shape} {picture.dtype} at sample {index}"
@@ -214,7 +217,15 @@ def _checked(sample: dict[str, Any], index: int) -> tuple[np.ndarray, np.ndarray
         if not np.all((mask >= 0) & (mask <= 1)):
             raise ValueError(expected("mask", "values in [0, 1]", f"others at sample {index}"))
         mask = np.rint(mask.astype(np.float64) * 255).astype(np.uint8)
-    meta = {k: v for k, v in sample.items() if k not in ("picture", "mask")}
+    ignore = sample.get("ignore")
+    if ignore is not None:
+        ignore = np.asarray(ignore)
+        if ignore.shape != mask.shape or ignore.dtype != bool:
+            raise ValueError(
+                expected("ignore", f"{mask.shape} bool", f"{ignore.shape} {ignore.dtype} at sample {index}")
+            )
+        ignore = ignore * np.uint8(255) if ignore.any() else None
+    meta = {k: v for k, v in sample.items() if k not in ("picture", "mask", "ignore")}
     meta.setdefault("key", f"{index:09d}")
     if not isinstance(meta["key"], str) or not _KEY.fullmatch(meta["key"]) or len(meta["key"]) > 80:
         raise ValueError(expected("key", "up to 80 letters, digits, _ and -", repr(meta["key"])))
@@ -224,4 +235,4 @@ def _checked(sample: dict[str, Any], index: int) -> tuple[np.ndarray, np.ndarray
     if meta["label"] not in LABELS:
         raise ValueError(expected("label", f"one of {', '.join(LABELS)}", repr(meta["label"])))
     meta["round"] = int(meta.get("round") or 0)
-    return picture, mask, meta
+    return picture, mask, ignore, meta

@@ -1,6 +1,7 @@
 """Reading labelled pictures from WebDataset tar shards with a Parquet manifest, defensively.
 
-A sample is `key.png|jpg|webp|...`, `key.mask.png` (uint8 soft map) and `key.json`. Any WebDataset reader can read them;
+A sample is `key.png|jpg|webp|...`, `key.mask.png` (uint8 soft map), `key.json`, and where a person could not decide
+`key.ignore.png` (above 0: not decided). Any WebDataset reader can read them;
 the one here needs only the standard library, numpy and Pillow, never extracts a file, and refuses what a hostile
 archive may hold. `manifest.parquet` has the byte range of each picture, so that any of them can be read alone.
 """
@@ -16,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from diffdoctor.data.codec import PICTURE_TYPES, SizeCheck, UnreadablePicture, decode
-from diffdoctor.data.manifest import OFFSETS, read_columns
-from diffdoctor.data.tar import MASK, MAX_MEMBER_BYTES, SkipCounts, read_groups
+from diffdoctor.data.manifest import IGNORE_OFFSETS, OFFSETS, read_columns
+from diffdoctor.data.tar import IGNORE, MASK, MAX_MEMBER_BYTES, SkipCounts, read_groups
 from diffdoctor.data.text import is_unicode
 from diffdoctor.runs.errors import UserError, expected, first_line
 
@@ -79,7 +80,8 @@ def read_shards(
         check: see `codec.decode`.
 
     Yields:
-        The sample's JSON values with `picture` (H, W, 3) uint8, `mask` (H, W) float32 in [0, 1], `key`, `shard`.
+        The sample's JSON values with `picture` (H, W, 3) uint8, `mask` (H, W) float32 in [0, 1], `key`, `shard`, and
+        `ignore` (H, W) bool where the sample has it.
 
     Raises:
         UserError: no shards there; with `strict`, a broken member or sample.
@@ -97,12 +99,12 @@ def read_shards(
 def decode_sample(
     members: dict[str, bytes], where: str, masks: str = "required", check: SizeCheck | None = None
 ) -> dict[str, Any]:
-    """A sample's JSON values, `picture` (H, W, 3) uint8 and `mask` (H, W) float32 in [0, 1].
+    """A sample's JSON values, `picture` (H, W, 3) uint8, `mask` (H, W) float32 in [0, 1], and `ignore` (H, W) bool.
 
     Args:
         members: {extension: bytes}, as `tar.read_groups` gives them.
         where: the shard and the key, for errors.
-        masks: see `read_shards`; "ignored" gives no `mask`.
+        masks: see `read_shards`; "ignored" gives neither `mask` nor `ignore`.
         check: see `codec.decode`.
 
     Raises:
@@ -122,7 +124,12 @@ def decode_sample(
         mask = _decoded(members[MASK], "L", "mask", where).astype(np.float32) / 255.0
     if mask.shape != picture.shape[:2]:
         raise BrokenSample("a mask of another size than its picture", where)
-    return {**meta, "picture": picture, "mask": mask}
+    sample = {**meta, "picture": picture, "mask": mask}
+    if IGNORE in members:
+        sample["ignore"] = _decoded(members[IGNORE], "L", "mask", where) > 0
+        if sample["ignore"].shape != picture.shape[:2]:
+            raise BrokenSample("a mask of another size than its picture", where)
+    return sample
 
 
 def _picture_member(members: dict[str, bytes], where: str) -> str:
@@ -130,7 +137,7 @@ def _picture_member(members: dict[str, bytes], where: str) -> str:
     for name in PICTURE_TYPES:
         if name in members:
             return name
-    found = [name for name in members if name not in ("json", MASK)]
+    found = [name for name in members if name not in ("json", MASK, IGNORE)]
     if not found:
         raise BrokenSample("a sample without a picture", where)
     if len(found) > 1:
@@ -188,6 +195,7 @@ class ShardData:
         mask_max: (N,) float32 in [0, 1], largest value of each mask.
         sizes: (N, 2) height and width in pixels.
         byte_ranges: (N, 6) int64, offset and size in bytes of picture, mask and JSON in their shard.
+        ignore_ranges: (N, 2) int64, the same of what says where a picture is not decided; size 0: there is none.
 
     Raises:
         UserError: no manifest, or one that does not match the shards.
@@ -196,23 +204,25 @@ class ShardData:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        rows = read_columns(folder, (*_KEPT, *OFFSETS))
+        rows = read_columns(folder, (*_KEPT, *OFFSETS, *IGNORE_OFFSETS))
         self.keys, self.categories, self.generators = rows["key"], rows["category"], rows["generator"]
         self.labels, self.shards, self.mask_max = rows["label"], rows["shard"], rows["mask_max"]
         self.sizes = np.stack([rows["height"], rows["width"]], axis=1)
         self.byte_ranges = np.stack([rows[name] for name in OFFSETS], axis=1)
+        self.ignore_ranges = np.stack([rows[name] for name in IGNORE_OFFSETS], axis=1)
         for shard in sorted(set(self.shards)):
             if PurePosixPath(shard).name != shard or not (self.folder / shard).is_file():
                 raise UserError(f"{self.folder}: the manifest names the shard {shard!r}, which is not there")
-        if (self.byte_ranges < 0).any() or (self.byte_ranges[:, 1::2] > MAX_MEMBER_BYTES).any():
-            raise UserError(f"{self.folder}: the manifest holds impossible offsets or sizes")
+        for ranges in (self.byte_ranges, self.ignore_ranges):
+            if (ranges < 0).any() or (ranges[:, 1::2] > MAX_MEMBER_BYTES).any():
+                raise UserError(f"{self.folder}: the manifest holds impossible offsets or sizes")
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def fingerprint(self) -> str:
         """A hash of which pictures the set holds and where, from the manifest alone."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self.ignore_ranges.tobytes() if self.ignore_ranges.any() else b"")
         for begin in range(0, len(self), _BLOCK):
             block = slice(begin, begin + _BLOCK)
             for column in (self.keys[block], self.shards[block].astype(str), self.byte_ranges[block]):
@@ -224,12 +234,15 @@ class ShardData:
         key, where = str(self.keys[index]), f"{self.folder / self.shards[index]}:{self.keys[index]}"
         try:
             with open(self.folder / self.shards[index], "rb") as file:
-                for offset, size in self.byte_ranges[index].reshape(3, 2):
+                for offset, size in [*self.byte_ranges[index].reshape(3, 2), self.ignore_ranges[index]]:
                     file.seek(int(offset))
                     members.append(file.read(int(size)))
         except OSError as error:
             raise BrokenSample(f"cannot be read ({error.strerror})", where) from error
-        return {**decode_sample(dict(zip(("png", MASK, "json"), members, strict=True)), where), "key": key}
+        named = dict(zip(("png", MASK, "json", IGNORE), members, strict=True))
+        if not named[IGNORE]:
+            del named[IGNORE]
+        return {**decode_sample(named, where), "key": key}
 
 
 def require_uniform_size(sets: Sequence[ShardData], option: str) -> None:

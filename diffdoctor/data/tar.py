@@ -18,6 +18,7 @@ from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.summary import skipped_in_words
 
 MASK = "mask.png"
+IGNORE = "ignore.png"
 # Refuses archives that were made to exhaust memory: in all members of a sample together, and in a header.
 MAX_MEMBER_BYTES = 256 * 2**20
 _MAX_HEADER_BYTES = 2**16

@@ -13,7 +13,7 @@ def detector_loss(
 
     Args:
         logits: (B, 1, h, w); resized bilinearly to the mask's size.
-        mask: (B, 1, H, W) in [0, 1].
+        mask: (B, 1, H, W) in [0, 1]; a pixel below 0 is not decided, and has weight 0.
         mse: weight of the mean squared difference of confidence and mask (the paper's loss).
         bce: weight of the binary cross entropy, soft masks as targets.
         dice: weight of 1 - (2 sum cm + 1) / (sum c^2 + sum m^2 + 1), the squared form (arXiv 1606.04797), whose
@@ -26,6 +26,9 @@ def detector_loss(
     mask = mask.to(logits.dtype)
     if logits.shape[2:] != mask.shape[2:]:
         logits = F.interpolate(logits, size=mask.shape[2:], mode="bilinear", align_corners=False)
+    decided = mask >= 0
+    # Selected, not multiplied, and equal to the bit where all is decided.
+    logits, mask = logits.where(decided, logits.new_tensor(-40.0)), mask.where(decided, mask.new_zeros(()))
     confidence = logits.sigmoid()
     loss = logits.new_zeros(logits.shape[0])
     if mse:

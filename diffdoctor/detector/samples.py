@@ -20,13 +20,16 @@ from diffdoctor.runs.errors import UserError, expected
 if TYPE_CHECKING:
     import torch
 
+# In a training mask, of a pixel that has no say in the loss.
+NOT_DECIDED = -1.0
+
 
 class DetectorData(Protocol):
     """A set of labelled pictures: `len(data)`, and `data[i]` as a dict.
 
     The dict holds `picture` (H, W, 3) uint8 and `mask` (H, W) float32 in [0, 1], and may hold `category`, `generator`,
-    `prompt`, `label` (real, injected, human, pseudo) and `round`. A set may also have `fingerprint()`, a text that
-    differs between sets, so that a training does not resume with other data.
+    `prompt`, `label` (real, injected, human, pseudo), `round` and `ignore` (H, W) bool, where it is not decided. A set
+    may also have `fingerprint()`, a text that differs between sets, so that a training does not resume with other data.
     """
 
     def __len__(self) -> int: ...
@@ -143,7 +146,7 @@ def augment(
 
     Args:
         picture: (H, W, 3) uint8.
-        mask: (H, W) float32 in [0, 1].
+        mask: (H, W) float32 in [0, 1], or negative where it is not decided.
         config: the augmentation.
         rng: of all draws.
 
@@ -156,7 +159,7 @@ def augment(
     if (config.inject_share or config.benign_share) and min(mask.shape) < MIN_SIDE:
         what = f"pictures of at least {MIN_SIDE} x {MIN_SIDE} pixels (or inject_share and benign_share 0)"
         raise UserError(expected("data", what, f"one of {mask.shape[0]} x {mask.shape[1]}; see training.size"))
-    if not mask.any():
+    if not (mask > 0).any():
         if rng.uniform() < config.shrink_share:
             picture = shrink_and_pad(picture, rng)
         if rng.uniform() < config.inject_share:
@@ -274,13 +277,14 @@ def training_pair(
     """Resize and augment a sample for training; a clean one that a person labelled is not damaged.
 
     Args:
-        sample: `picture` (H, W, 3) uint8 and `mask` (H, W), see `DetectorData`.
+        sample: `picture` (H, W, 3) uint8 and `mask` (H, W), see `DetectorData`; `ignore` (H, W) bool where it is not
+            decided what is broken.
         size: side in pixels of the square that they are resized to; None keeps their size.
         config: the augmentation.
         rng: of its draws.
 
     Returns:
-        Picture (3, H, W) uint8 and mask (1, H, W) float32.
+        Picture (3, H, W) uint8 and mask (1, H, W) float32, negative where it is not decided.
     """
     import torch
 
@@ -288,6 +292,9 @@ def training_pair(
         # somebody looked for what is broken: with damage put in, its sound parts would teach nothing new
         config = dataclasses.replace(config, inject_share=0.0)
     picture, mask = resize_pair(sample["picture"], as_mask(sample["mask"]), size)
+    if sample.get("ignore") is not None:
+        _, ignore = resize_pair(sample["picture"], as_mask(sample["ignore"]), size)
+        mask = np.where(ignore > 0, np.float32(NOT_DECIDED), mask)
     picture, mask = augment(picture, mask, config, rng)
     # Copies: what augmentation returns may be a view with negative strides, or the caller's own array.
     picture, mask = np.array(picture.transpose(2, 0, 1), order="C"), np.array(mask[None], np.float32, order="C")
