@@ -15,7 +15,11 @@ native = build_native.requested() != "none"
 setup(
     packages=[*find_packages(include=["diffdoctor", "diffdoctor.*"]), "diffdoctor.kernels"],
     package_dir={"diffdoctor.kernels": "kernels"},
-    package_data={"diffdoctor": ["_build_info.json"], "diffdoctor.viz": ["*.html"], "diffdoctor.annotate": ["static/*"]},
+    package_data={
+        "diffdoctor": ["_build_info.json"],
+        "diffdoctor.viz": ["*.html"],
+        "diffdoctor.annotate": ["static/*"],
+    },
     ext_modules=[Extension("diffdoctor._native", sources=[], optional=True)] if native else [],
     cmdclass={"build_ext": build_native.BuildNative, "build_py": build_native.BuildPython},
 )

@@ -149,7 +149,7 @@ class App {
 
   showSaved(state, text) {
     $("saved").dataset.state = state;
-    $("saved").textContent = { saved: "Saved", saving: "Saving…", offline: "Kept here", local: "Kept here" }[state];
+    $("saved").textContent = { saved: "Saved", saving: "Saving…", offline: "Kept here", local: "Kept here" }[state] ?? "";
     banner("offline", state === "offline" ? "No connection. Go on drawing: everything is kept in this browser and sent later."
       : state === "local" ? `The server does not take the draft: ${text} It is kept in this browser.` : null);
   }
@@ -157,7 +157,7 @@ class App {
   showCounts() {
     const { labelled, open, conflicts } = this.me.counts, { training_left: training } = this.me;
     $("project").textContent = this.me.project;
-    $("counts").textContent = training ? `${training} training pictures left` : `${labelled} labelled, ${open} left`;
+    $("counts").textContent = training ? `${training} training picture${training > 1 ? "s" : ""} left` : `${labelled} labelled, ${open} left`;
     $("bar").max = Math.max(1, labelled + open);
     $("bar").value = labelled;
     $("conflicts").textContent = conflicts;
@@ -186,7 +186,8 @@ class App {
     if (model.ignored && verdict !== "unusable") planes.ignore = model.ignoreBytes();
     this.clock.tick();
     const fields = { fence: task.fence, version: task.version, verdict, active_ms: this.clock.active, wall_ms: Math.max(this.clock.wall, this.clock.active),
-      threshold: model.map ? model.threshold : null, accepted: model.accepted, refused: model.parts.length - model.accepted, drawn: model.strokes,
+      threshold: model.map ? model.threshold : null, accepted: verdict === "damaged" ? model.accepted : 0,
+      refused: verdict === "damaged" ? model.parts.length - model.accepted : verdict === "clean" ? model.parts.length : 0, drawn: model.strokes,
       tags: verdict === "damaged" ? [...this.editor.tags] : [], guidelines: this.guidelines.hash };
     return this.finish(async () => {
       const begin = performance.now();
@@ -254,7 +255,9 @@ class App {
   async teach(task, { hit, iou, verdict }) {
     const truth = await api.truth(task.task, task.width * task.height).catch(() => null);
     this.feedback = true;
+    this.showSaved("");
     this.editor.hide(false);
+    this.editor.view.fit();
     if (truth) this.editor.compare(truth);
     const overlap = iou === null || iou === undefined ? "" : ` Overlap ${Math.round(iou * 100)} %.`;
     this.notice(hit ? verdict === "clean" ? "Right: nothing is damaged here. Enter goes on." : `Found.${overlap} Green is the truth. Enter goes on.`
@@ -295,6 +298,7 @@ class App {
   nothing(reason) {
     this.current = null;
     this.editor.close();
+    this.showSaved("");
     document.body.dataset.ready = "none";
     const again = { text: "Look again", primary: true, act: () => this.next() };
     const back = this.last ? [{ text: "Back to the last picture", key: "Backspace", act: () => this.back() }] : [];
@@ -388,5 +392,5 @@ class App {
   }
 }
 
-const app = new App();
+export const app = new App();
 app.start();

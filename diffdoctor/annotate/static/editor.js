@@ -40,7 +40,9 @@ export class Editor {
     $("threshold").addEventListener("input", () => this.#slide(false));
     $("threshold").addEventListener("change", () => this.#slide(true));
     // The radius is 0.5 … 400 pixels on a logarithmic scale.
-    $("size").addEventListener("input", () => this.tools.resize(0.5 * 800 ** ($("size").value / 100)));
+    $("size").addEventListener("input", () => {
+      if (this.tools.tool === "grow") this.tools.tolerate(Math.round(1.28 * $("size").value)); else this.tools.resize(0.5 * 800 ** ($("size").value / 100));
+    });
     for (const [id, act] of Object.entries({ "accept-all": () => this.decideAll(true), "refuse-all": () => this.decideAll(false), reset: () => this.reset(),
       undo: () => this.undo(), redo: () => this.redo(), hide: () => this.hide(), flicker: () => this.flicker(), colour: () => this.nextColour(),
       fit: () => this.view.fit(), one: () => this.view.zoomTo(1) })) $(id).addEventListener("click", act);
@@ -188,8 +190,8 @@ export class Editor {
     const { tool, sized, size, tolerance } = this.tools;
     for (const name of Object.keys(TOOLS)) $(`tool-${name}`)?.setAttribute("aria-pressed", String(name === tool));
     $("hint").textContent = this.tools.enabled ? TOOLS[tool].hint : "";
-    $("size-name").textContent = sized === "disc" ? "Disc" : "Brush";
-    $("size").value = 100 * (Math.log(size / 0.5) / Math.log(800));
+    $("size-name").textContent = { grow: "Tolerance", disc: "Disc" }[tool === "grow" ? tool : sized] ?? "Brush";
+    $("size").value = tool === "grow" ? tolerance / 1.28 : 100 * (Math.log(size / 0.5) / Math.log(800));
     $("size-value").textContent = tool === "grow" ? `± ${tolerance}` : `${size < 10 ? size.toFixed(1) : Math.round(size)} px`;
   }
 
@@ -197,7 +199,7 @@ export class Editor {
     const { model } = this, can = this.enabled;
     $("undo").disabled = !(can && model.canUndo);
     $("redo").disabled = !(can && model.canRedo);
-    for (const id of ["threshold", "accept-all", "refuse-all", "reset"]) $(id).disabled = !can;
+    for (const id of ["clean", "skip", "unusable", "threshold", "accept-all", "refuse-all", "reset"]) $(id).disabled = !can;
     $("colour").dataset.colour = this.colour;
     for (const [tag] of TAGS) $(`tag-${tag}`).setAttribute("aria-pressed", String(this.tags.has(tag)));
     if (!model) return;
@@ -206,7 +208,7 @@ export class Editor {
     const { accepted, parts } = model;
     $("parts").textContent = parts.length ? `${accepted} of ${parts.length} accepted` : "nothing suspected";
     const share = (100 * model.marked) / model.mask.length;
-    $("submit-text").textContent = model.marked ? `Damaged, ${share < 0.1 ? "< 0.1" : share.toFixed(1)} %` : this.tags.size ? "Damaged, tagged only" : "Clean, nothing marked";
+    $("submit-text").textContent = model.marked ? `Damaged, ${share < 0.1 ? "< 0.1" : share.toFixed(1)} %` : this.tags.size ? "Damaged, tagged only" : "Clean";
   }
 
   /** How much of the picture each threshold would mark, on a square-root scale. */

@@ -52,6 +52,14 @@ export const KEYS = [
     ["theme", "T", "Light or dark"],
     ["help", "?", "These keys"],
   ]],
+  ["Review", [
+    ["", "1…9", "Choose a mask"],
+    ["", "Enter", "Accept the chosen mask"],
+    ["", "J, N, O", "Merge: majority, union, overlap"],
+    ["", "E", "Edit the chosen mask"],
+    ["", "C, U", "Clean, unusable"],
+    ["", "X", "Nobody was right: ask one more person"],
+  ]],
 ];
 
 const ARROWS = { ArrowLeft: [64, 0], ArrowRight: [-64, 0], ArrowUp: [0, 64], ArrowDown: [0, -64] };

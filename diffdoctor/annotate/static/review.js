@@ -18,6 +18,7 @@ export class Review {
 
   async start() {
     this.active = true;
+    this.task = null; // no key decides what is no longer shown
     document.body.removeAttribute("data-ready");
     this.#showEditor(false);
     $("comment").value = "";
@@ -40,6 +41,7 @@ export class Review {
   #showEditor(shown) {
     $("review").hidden = shown;
     $("label").hidden = !shown;
+    for (const id of ["tags-section", "skip"]) $(id).hidden = this.editing;
     $("back").disabled = !this.editing && !this.app.last;
   }
 

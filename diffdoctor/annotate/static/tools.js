@@ -68,8 +68,16 @@ export class Tools {
     this.host.onTool(this.tool);
   }
 
+  tolerate(tolerance) {
+    this.tolerance = Math.max(0, Math.min(255, tolerance));
+    this.host.onTool(this.tool);
+  }
+
   /** The key [ or ]: a fifth less or more, at least half a pixel. */
-  scaleSize(sign) { this.resize(sign > 0 ? Math.max(this.size + 0.5, this.size * 1.2) : Math.min(this.size - 0.5, this.size / 1.2)); }
+  scaleSize(sign) {
+    if (this.tool === "grow") this.tolerate(this.tolerance + 4 * sign);
+    else this.resize(sign > 0 ? Math.max(this.size + 0.5, this.size * 1.2) : Math.min(this.size - 0.5, this.size / 1.2));
+  }
 
   /** Closes an open polygon; false where there is none. */
   finish() {
@@ -190,7 +198,7 @@ export class Tools {
     } else if (gesture.painting) {
       if (gesture.kind === "grow") this.#grow(gesture);
       if (this.model.end()) this.host.onEdit();
-      if (gesture.kind === "grow" && gesture.tolerance !== this.tolerance) { this.tolerance = gesture.tolerance; this.host.onTool(this.tool); }
+      if (gesture.kind === "grow") this.tolerate(gesture.tolerance);
     }
     this.#guide();
   }

@@ -1,0 +1,117 @@
+"""The annotation page in a real Chromium, driven by playwright."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+
+import numpy as np
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+TOUR_SEEN = "localStorage.setItem('diffdoctor-annotate-tour', 'done')"
+
+
+@contextlib.contextmanager
+def chromium():
+    """One headless Chromium."""
+    if CHROMIUM is None:
+        pytest.skip("needs chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Rater:
+    """Someone at the annotation page.
+
+    Args:
+        context: a playwright context; its tabs share what the browser keeps.
+        url: the server's.
+        token: of the person.
+        guidelines: leave the guidelines open, as they are at the first visit.
+    """
+
+    def __init__(self, context, url: str, token: str, *, guidelines: bool = False):
+        self.page = context.new_page()
+        self.page.add_init_script(TOUR_SEEN)
+        self.problems: list[str] = []
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("console", self._heard)
+        self.page.goto(f"{url}/#token={token}")
+        self.ready()
+        if not guidelines:
+            self.page.keyboard.press("Escape")
+
+    def _heard(self, message) -> None:
+        # That a request failed is said by the browser, also where the page expects it.
+        if message.type == "error" and "Failed to load resource" not in message.text:
+            self.problems.append(message.text)
+
+    def ready(self, task: int | str | None = None) -> str:
+        """Waits for a picture, or for the one of a task; returns what the page is ready for: a task, `none` or `error`."""
+        self.page.wait_for_selector("body[data-ready]" if task is None else f"body[data-ready='{task}']", timeout=20_000)
+        return self.page.locator("body").get_attribute("data-ready")
+
+    def submitted(self, task) -> str:
+        """Waits until the answer for a task has arrived; the sha256 of its mask, or its verdict."""
+        self.page.wait_for_selector(f"body[data-submitted^='{task} ']", timeout=20_000)
+        return self.page.locator("body").get_attribute("data-submitted").split(" ", 1)[1]
+
+    def js(self, expression: str):
+        """The value of an expression in which `app` is the page's application."""
+        return self.page.evaluate(f"import('/static/app.js').then(({{ app }}) => ({expression}))")
+
+    def mask(self) -> np.ndarray:
+        """(H, W) uint8, the mask as it would be submitted now."""
+        runs = self.js("Array.from((() => { const m = app.editor.model.bytes(), out = []; for (let i = 0; i < m.length;) "
+                       "{ let j = i; while (j < m.length && m[j] === m[i]) j++; out.push(m[i], j - i); i = j; } return out; })())")  # fmt: skip
+        values = np.repeat(np.array(runs[::2], np.uint8), runs[1::2])
+        return values.reshape(self.js("[app.editor.model.height, app.editor.model.width]"))
+
+    def at(self, x: float, y: float) -> tuple[int, int]:
+        """The window's point, in whole pixels, of a point of the picture."""
+        left, top = self.js(
+            "(() => { const p = app.editor.view.toScreen({ x: %r, y: %r }), "
+            "r = app.editor.view.element.getBoundingClientRect(); return [p.x + r.left, p.y + r.top]; })()" % (float(x), float(y))
+        )
+        return round(left), round(top)
+
+    def seen(self, points) -> np.ndarray:
+        """(N, 2): where in the picture the window's whole pixels lie at which `drag` and `click` hit the points."""
+        scale, x, y, ratio, left, top = self.js(
+            "(({ scale, x, y, ratio, element }) => [scale, x, y, ratio, element.getBoundingClientRect().left, "
+            "element.getBoundingClientRect().top])(app.editor.view)"
+        )
+        window = np.array([self.at(*point) for point in points], float)
+        return ((window - [left, top]) * ratio - [x, y]) / scale
+
+    def drag(self, points, *, steps: int = 5) -> None:
+        """Presses at the first point of the picture, moves through all, releases."""
+        window = [self.at(*point) for point in points]
+        self.page.mouse.move(*window[0])
+        self.page.mouse.down()
+        for point in window[1:]:
+            self.page.mouse.move(*point, steps=steps)
+        self.page.mouse.up()
+
+    def click(self, x: float, y: float) -> None:
+        """Clicks at a point of the picture."""
+        self.page.mouse.click(*self.at(x, y))
+
+    def press(self, *keys: str) -> None:
+        """Presses keys, one after another."""
+        for key in keys:
+            self.page.keyboard.press(key)
+
+    def saved(self) -> None:
+        """Waits until the server has the draft."""
+        self.page.wait_for_selector("#saved[data-state=saved]", timeout=20_000)
+
+    def banner(self) -> str:
+        """What stands over the picture; waits for it."""
+        self.page.wait_for_selector("#banner:not([hidden])", timeout=20_000)
+        return self.page.inner_text("#banner span")
