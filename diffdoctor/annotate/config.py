@@ -169,7 +169,8 @@ class AnnotateExportConfig:
             leaves out what no reviewer has decided and several raters answered.
         format: shards, label-studio or coco.
         round: only this round's tasks; null: all.
-        kinds: kinds of tasks to export, of normal, audit and gold.
+        kinds: kinds of tasks to export, of normal and audit.
+        image_prefix: what stands before a picture's name in Label Studio's tasks.
         conflicts: export tasks in conflict too, merged.
         shard_size: pictures in a shard.
         picture_type: of the pictures in shards: png, webp or jpg.
@@ -181,6 +182,7 @@ class AnnotateExportConfig:
     format: str = "shards"
     round: int | None = None
     kinds: list[str] = dataclasses.field(default_factory=lambda: ["normal", "audit"])
+    image_prefix: str = "/data/local-files/?d="
     conflicts: bool = False
     shard_size: int = 1000
     picture_type: str = "png"
@@ -191,8 +193,8 @@ class AnnotateExportConfig:
             if value not in known:
                 raise UserError(expected(name, f"one of {', '.join(known)}", repr(value)))
         for kind in self.kinds:
-            if kind not in ("normal", "audit", "gold"):
-                raise UserError(expected("kinds", "some of normal, audit, gold", repr(kind)))
+            if kind not in ("normal", "audit"):
+                raise UserError(expected("kinds", "normal, audit or both", repr(kind)))
 
 
 @dataclasses.dataclass

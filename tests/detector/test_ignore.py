@@ -71,7 +71,8 @@ def test_they_have_no_say_in_the_loss(weights):
     # and it is the sum over the decided pixels of what it was
     if "dice" not in weights:
         sharp = torch.where(undecided, -40.0, logits.detach())
-        assert float(loss.detach()) == pytest.approx(float(detector_loss(sharp, mask[None].clamp(min=0), **weights)), rel=1e-12)
+        summed = detector_loss(sharp, mask[None].clamp(min=0), **weights)
+        assert float(loss.detach()) == pytest.approx(float(summed), rel=1e-12)
 
 
 def test_they_follow_a_resize():
