@@ -55,6 +55,7 @@ def compare(
     masks: Sequence[np.ndarray],
     ignored: Sequence[np.ndarray | None] | None = None,
     category: str = "",
+    verdicts: Sequence[bool] | None = None,
 ) -> Compared:
     """Compare the masks of one picture.
 
@@ -63,10 +64,11 @@ def compare(
         masks: (H, W) bool of each.
         ignored: of each, (H, W) bool where the rater does not decide, which counts as not answered; None: nowhere.
         category: of the picture.
+        verdicts: of each, whether the picture is damaged; None: where the mask marks anything.
     """
     ignored = [None] * len(masks) if ignored is None else ignored
     answered = [np.ones_like(mask) if none is None else ~none for mask, none in zip(masks, ignored, strict=True)]
-    damaged = [np.array([mask.any()]) for mask in masks]
+    damaged = [np.array([verdict]) for verdict in (map(np.any, masks) if verdicts is None else verdicts)]
     found = Compared(category, tally(masks, answered), tally(damaged))
     for first, second in itertools.combinations(range(len(masks)), 2):
         both = masks[first], masks[second]
@@ -178,7 +180,8 @@ def compared_tasks(project: Project):
         shape = row["height"], row["width"]
         masks = [marks_of(store, each, shape) for each in answers]
         ignored = [None if each["ignore"] is None else store.mask(each["ignore"]) > 0 for each in answers]
-        yield compare([each["annotator"] for each in answers], masks, ignored, row["category"])
+        verdicts = [each["verdict"] == "damaged" for each in answers]
+        yield compare([each["annotator"] for each in answers], masks, ignored, row["category"], verdicts)
 
 
 def anchoring_of(project: Project, *, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:

@@ -79,8 +79,10 @@ def _label(project: Project, row, merge: str) -> Label | str:
     review = newest_review(project, row["id"])
     usable = [each for each in answers if each["verdict"] != "unusable"]
     sources, how = ([review], "reviewed") if review is not None else (usable, merge)
-    if review is not None and review["verdict"] == "unusable" or not sources:
+    if (review is not None and review["verdict"] == "unusable") or not sources:
         return "a picture that cannot be judged"
+    if all(each["verdict"] == "damaged" and each["mask"] is None for each in sources):
+        return "a damaged picture of which nothing is marked"
     if len(sources) > 1 and merge == "reviewed":
         return "a picture of several answers that nobody reviewed"
     how = "single" if review is None and len(sources) == 1 else how

@@ -87,12 +87,12 @@ def envelope(fields: Mapping[str, Any], planes: Mapping[str, np.ndarray]) -> byt
 
 
 # The values that each plane may hold.
-_VALUES = {"mask": (0, 255), "ignore": (0, 255), "forced": (0, 1, 2)}
+_VALUES = {"mask": (0, 255), "ignore": (0, 255), "refused": (0, 255), "forced": (0, 1, 2)}
 
 
 def largest_envelope(height: int, width: int) -> int:
     """Bytes of the largest `envelope` for a picture of this size."""
-    return 4 + MAX_HEADER + 2 * height * width
+    return 4 + MAX_HEADER + 3 * height * width
 
 
 def open_envelope(

@@ -45,7 +45,7 @@ class Submission:
         version: 1, or one more than the answer that it corrects.
         verdict: damaged, clean or unusable.
         fence: of the lease.
-        mask: (H, W) uint8 of 0 and 255; with the verdict damaged alone.
+        mask: (H, W) uint8 of 0 and 255; with the verdict damaged alone, where it may be left out if there are tags.
         ignore: (H, W) uint8, 255 where the rater cannot decide; or None.
         tags: words for what has no pixels.
         threshold: byte at which the map was cut; None: nothing was proposed.
@@ -74,9 +74,12 @@ class Submission:
     def __post_init__(self):
         if self.verdict not in ("damaged", "clean", "unusable"):
             raise UserError(expected("verdict", "damaged, clean or unusable", repr(self.verdict)))
-        marked = self.mask is not None and bool(self.mask.any())
-        if marked != (self.verdict == "damaged") or (self.mask is not None and not marked):
-            raise UserError(expected("mask", "marks with the verdict damaged, none with another", self.verdict))
+        if self.mask is not None and not self.mask.any():
+            self.mask = None
+        found = self.mask is not None or (self.verdict == "damaged" and bool(self.tags))
+        if found != (self.verdict == "damaged"):
+            what = "marks or tags with the verdict damaged, no marks with another"
+            raise UserError(expected("mask", what, self.verdict))
 
 
 class Queue:

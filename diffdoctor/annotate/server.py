@@ -201,7 +201,7 @@ class Endpoints:
     def save_draft(self, ask: Ask) -> Response:
         """Keep what one has drawn so far."""
         row = self._seen(ask)
-        fields, planes = ask.envelope(self._shape(row), ("forced", "ignore"))
+        fields, planes = ask.envelope(self._shape(row), ("forced", "ignore", "refused"))
         text = ask.headers.get("if-match", "").strip('"')
         if not (text.isascii() and text.isdecimal() and len(text) < 12):
             raise UserError(expected("If-Match", "the version of a draft, or 0", repr(text[:20])))
