@@ -1,56 +1,21 @@
 """Marking on the annotation page, in a real Chromium: what the server receives is what was drawn."""
 
 import hashlib
+import itertools
 import json
 import re
+from pathlib import Path
 
 import numpy as np
-import pytest
 
-from support.annotation import make_project, serving, spot
-from support.browser import CHROMIUM, Rater, chromium
+from diffdoctor.annotate.intake import NewTask, add_task
+from diffdoctor.annotate.project import read_place
+from diffdoctor.data.codec import encode_picture
+from support.annotation import spot
+from support.browser import SIZE, answers, needs_chromium, received
 
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")]
-SIZE = {"height": 192, "width": 256}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture
-def rater(browser, tmp_path):
-    """Makes a project and someone at its page: rater(tasks=…, role=…); `rater.project` is the project."""
-    from contextlib import ExitStack
-
-    with ExitStack() as stack:
-        opened = []
-
-        def make(tasks=1, role="annotator", before=None, guidelines=False, **values):
-            project = make_project(tmp_path, tasks, **{**SIZE, **values})
-            if before:
-                before(project)
-            url = stack.enter_context(serving(project))
-            context = browser.new_context(viewport={"width": 1280, "height": 800})
-            stack.callback(context.close)
-            someone = Rater(context, url, project.store.add_person("anna", role), guidelines=guidelines)
-            someone.project = project
-            opened.append(someone)
-            return someone
-
-        yield make
-        assert [problem for one in opened for problem in one.problems] == []
-
-
-def answers(project):
-    return project.store.all("SELECT * FROM annotation ORDER BY id")
-
-
-def received(project, number=-1):
-    """The mask (H, W) of an answer, as the server keeps it."""
-    return project.store.mask(answers(project)[number]["mask"])
+pytestmark = needs_chromium
+PROGRAMS = Path(__file__).parents[1] / "programs"
 
 
 def centres(height, width):
@@ -60,15 +25,15 @@ def centres(height, width):
 
 def inside(corners, height, width):
     """(H, W) bool: pixels whose centre lies in a polygon."""
-    from matplotlib.path import Path
+    from matplotlib import path
 
-    return Path(np.vstack([corners, corners[:1]])).contains_points(centres(height, width)).reshape(height, width)
+    return path.Path(np.vstack([corners, corners[:1]])).contains_points(centres(height, width)).reshape(height, width)
 
 
 def along(points, radius, height, width):
     """(H, W) bool: pixels whose centre is at most `radius` from a path."""
     far, pixels = np.full(height * width, np.inf), centres(height, width)
-    for a, b in zip(points[:-1], points[1:], strict=True):
+    for a, b in itertools.pairwise(points):
         t = np.clip(((pixels - a) @ (b - a)) / max((b - a) @ (b - a), 1e-12), 0, 1)
         far = np.minimum(far, np.linalg.norm(pixels - a - t[:, None] * (b - a), axis=1))
     return (far <= radius).reshape(height, width)
@@ -157,24 +122,43 @@ def test_a_disc_grows_and_alt_removes(rater):
     assert np.mean((someone.mask() > 0) != (square & ~hole)) < 1e-3
 
 
-@pytest.mark.parametrize("shape", [(512, 512), (1024, 1024), (4096, 4096), (37, 53), (641, 479), (1, 300)], ids=str)
-def test_masks_arrive_bit_for_bit(rater, shape):
-    height, width = shape
-    someone = rater(height=height, width=width, proposal=lambda seed: noise(height, width))
-    someone.press("b")
-    someone.drag([(width * 0.2, height * 0.3), (width * 0.8, height * 0.6), (width * 0.3, height * 0.9)])
-    drawn = someone.mask()
-    assert 0 < np.mean(drawn > 0) < 1
-    someone.press("Enter")
-    assert someone.submitted(1) == hashlib.sha256(drawn.tobytes()).hexdigest()
-    assert np.array_equal(received(someone.project), drawn)
+SHAPES = [(512, 512), (1024, 1024), (4096, 4096), (37, 53), (641, 479), (1, 300)]
+
+
+def test_masks_arrive_bit_for_bit(rater, tmp_path):
+    def add(project):
+        for number, (height, width) in enumerate(SHAPES):
+            path = tmp_path / f"{number}.png"
+            path.write_bytes(encode_picture(np.full((height, width, 3), 100, np.uint8), "png"))
+            place = {"file": str(path)}
+            task = NewTask(read_place(place), place, proposal=noise(height, width), priority=-float(number))
+            with project.store.writing():
+                add_task(project.store, task, round=1)
+
+    someone = rater(tasks=0, before=add)
+    for height, width in SHAPES:
+        task = someone.ready()
+        someone.press("b")
+        someone.drag([(width * 0.2, height * 0.3), (width * 0.8, height * 0.6), (width * 0.3, height * 0.9)])
+        own = someone.js("import('/static/api.js').then((api) => api.sha256(app.editor.model.bytes()))")
+        share = someone.js("app.editor.model.marked / app.editor.model.mask.length")
+        someone.press("Enter")
+        assert someone.submitted(task) == own
+        mask = received(someone.project)
+        assert mask.shape == (height, width)
+        assert hashlib.sha256(mask.tobytes()).hexdigest() == own
+        assert 0 < share < 1
+        someone.page.wait_for_selector(f"body[data-ready]:not([data-ready='{task}'])", timeout=30_000)
+    assert someone.ready() == "none"
 
 
 def noise(height, width):
     """A map of blobs with ragged edges."""
     rng = np.random.default_rng(0)
-    coarse = rng.integers(0, 256, (-(-height // 16), -(-width // 16)), np.uint8)
-    return (np.kron(coarse, np.ones((16, 16), np.uint8))[:height, :width] & 0xF8) | rng.integers(0, 8, (height, width), np.uint8)
+    side = max(1, min(height, width) // 24)
+    coarse = rng.integers(0, 256, (-(-height // side), -(-width // side)), np.uint8)
+    ragged = rng.integers(0, 8, 4096, np.uint8)
+    return np.kron(coarse & 0xF8, np.ones((side, side), np.uint8))[:height, :width] | np.resize(ragged, (height, width))
 
 
 def test_the_slider_keeps_edits(rater):
@@ -297,7 +281,9 @@ HOSTILE = "<img src=x onerror=window.hit=1><script>window.hit=1</script>\u202e'\
 
 def test_markup_in_texts_is_text(rater):
     def guide(project):
-        (project.folder / "guidelines.md").write_text(f"# {HOSTILE}\n\n- {HOSTILE}\n\n**{HOSTILE}** [x](javascript:hit=1)")
+        (project.folder / "guidelines.md").write_text(
+            f"# {HOSTILE}\n\n- {HOSTILE}\n\n**{HOSTILE}** [x](javascript:hit=1)"
+        )
 
     someone = rater(meta={"prompt": HOSTILE, "category": HOSTILE}, before=guide, guidelines=True)
     page = someone.page
@@ -313,70 +299,44 @@ def test_markup_in_texts_is_text(rater):
 def test_random_edits_equal_a_replay(rater):
     """Edits, undo and redo in any order against the list of states that they went through, in the page's own engine."""
     someone = rater()
-    assert someone.page.evaluate(REPLAY) == "160 histories"
-
-
-REPLAY = """async () => {
-  const { Mask } = await import("/static/mask.js"), { capsule } = await import("/static/raster.js");
-  let seed = 1;
-  const random = (n) => (seed = (seed * 1103515245 + 12345) % 2147483648) % n;
-  const point = (w, h) => ({ x: random(w * 8) / 8, y: random(h * 8) / 8 });
-  for (let trial = 0; trial < 160; trial++) {
-    const w = 5 + random(50), h = 5 + random(40), map = new Uint8Array(w * h);
-    for (let blob = 0; blob < 6; blob++) {
-      const shape = capsule(point(w, h), point(w, h), 1 + random(4), w, h), value = random(256);
-      if (shape) shape.inside.forEach((on, k) => { if (on) map[(shape.y + Math.floor(k / shape.width)) * w + shape.x + k % shape.width] = value; });
-    }
-    const model = new Mask(w, h, map, 26), show = () => model.bytes().join() + model.ignoreBytes().join() + model.threshold;
-    const states = [show()];
-    let at = 0;
-    const step = (changed) => { if (changed) { states.length = ++at; states.push(show()); } };
-    for (let move = 0; move < 50; move++) {
-      const kind = random(10), before = model.threshold;
-      if (kind < 3) step(model.draw(["forced", "ignore"][random(2)], capsule(point(w, h), point(w, h), random(5), w, h), random(3) - 1));
-      else if (kind < 5 && model.parts.length) { const part = model.parts[random(model.parts.length)]; step(model.decide([part], !model.isKept(part))); }
-      else if (kind === 5) { model.setThreshold(1 + random(255), false); model.setThreshold(1 + random(255)); step(model.threshold !== before); }
-      else if (kind === 6) { model.begin("forced"); model.paint(capsule(point(w, h), point(w, h), 2, w, h), 1); model.cancel(); }
-      else if (kind < 9) at -= model.undo() ? 1 : 0;
-      else at += model.redo() ? 1 : 0;
-      if (show() !== states[at]) return `trial ${trial}, move ${move}: another state`;
-      if (model.marked !== model.bytes().filter(Boolean).length) return `trial ${trial}, move ${move}: miscounted`;
-    }
-    const other = new Mask(w, h, map, 26);
-    other.restore(structuredClone(model.save()));
-    while (model.undo() && other.undo());
-    if (other.bytes().join() !== model.bytes().join()) return `trial ${trial}: another history after a reload`;
-  }
-  return "160 histories";
-}"""
+    assert someone.page.evaluate((PROGRAMS / "mask_replay.js").read_text()) == "80 histories"
 
 
 def test_budgets_at_1024(rater, capsys):
     """Printed; the bounds are those of the design, with room for a busy machine."""
     someone = rater(height=1024, width=1024)
-    ready = someone.page.evaluate("performance.getEntriesByType('resource').reduce((a, b) => Math.max(a, b.responseEnd), 0)")
-    someone.js("(() => { const v = app.editor.view, go = v.element.onpointermove; v.frames.length = 0; window.moves = []; let began; "
-               "addEventListener('pointermove', () => { began = performance.now(); }, true); "
-               "addEventListener('pointermove', () => { moves.push(performance.now() - began); }); })()")  # fmt: skip
+    ready = someone.page.evaluate(
+        "performance.getEntriesByType('resource').reduce((a, b) => Math.max(a, b.responseEnd), 0)"
+    )
+    someone.js("app.editor.view.frames.splice(0)")
+    someone.js("addEventListener('pointermove', () => { window.began = performance.now(); }, true)")
+    someone.js("addEventListener('pointermove', () => (window.moves ??= []).push(performance.now() - began))")
     someone.press("b")
     someone.drag([(100, 100), (900, 300), (200, 500), (800, 800), (300, 900)], steps=40)
     moves, frames = someone.js("[moves, app.editor.view.frames]")
-    slide = someone.js("(() => { const t = performance.now(); app.editor.model.setThreshold(90); return performance.now() - t; })()")
+    slide = someone.js(
+        "(() => { const t = performance.now(); app.editor.model.setThreshold(90); return performance.now() - t; })()"
+    )
     someone.press("Enter")
     someone.submitted(1)
     submit = someone.js("app.submitMs")
     move, frame = np.percentile(moves, 99), np.percentile(frames, 99)
     with capsys.disabled():
-        print(f"\n1024²: ready {ready:.0f} ms, move p99 {move:.1f} ms, frame p99 {frame:.1f} ms, slider {slide:.0f} ms, submit {submit:.0f} ms")
+        print(f"\n1024²: ready {ready:.0f} ms, move p99 {move:.1f} ms, frame p99 {frame:.1f} ms,", end=" ")
+        print(f"slider {slide:.0f} ms, submit {submit:.0f} ms")
     assert ready < 10_000 and move < 100 and frame < 200 and submit < 5_000
 
 
 def test_no_text_is_put_in_as_markup():
-    """The page's scripts use nothing that would parse a string as HTML or run it; its markup has no inline script or style."""
+    """No script parses a string as HTML or runs one; the markup has no inline script or style."""
     from importlib import resources
 
     for file in resources.files("diffdoctor.annotate").joinpath("static").iterdir():
         text = file.read_text()
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|DOMParser", text), file.name
-        assert not re.search(r"\sstyle=|\son\w+=\"|<script(?![^>]*\ssrc=)|<style", text) or file.name.endswith(".js"), file.name
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|DOMParser", text
+        ), file.name
+        assert not re.search(r"\sstyle=|\son\w+=\"|<script(?![^>]*\ssrc=)|<style", text) or file.name.endswith(".js"), (
+            file.name
+        )
         assert len(text.splitlines()) <= 400, file.name

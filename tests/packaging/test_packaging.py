@@ -124,6 +124,8 @@ def test_a_wheel_from_the_sdist_holds_everything(sdist, tmp_path):
     names = {path.name for path in (tmp_path / "site" / "diffdoctor" / "kernels").glob("*.py")}
     assert names == {path.name for path in (ROOT / "kernels").glob("*.py")}
     assert (tmp_path / "site" / "diffdoctor" / "viz" / "report.html").is_file()
+    static = "diffdoctor/annotate/static"
+    assert {file.name for file in (tmp_path / "site" / static).iterdir()} == set(os.listdir(ROOT / static))
     tracked = run("git", "ls-files", "diffdoctor/**.py", cwd=ROOT).stdout.split()
     assert len(tracked) > 50
     assert not [name for name in tracked if not (tmp_path / "site" / name).is_file()]

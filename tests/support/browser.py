@@ -8,21 +8,37 @@ import shutil
 import numpy as np
 import pytest
 
+from support.annotation import make_project, serving
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+RUNS = """(bytes) => {
+  const runs = [];
+  for (let i = 0, j; i < bytes.length; i = j) {
+    for (j = i; j < bytes.length && bytes[j] === bytes[i]; j++);
+    runs.push(bytes[i], j - i);
+  }
+  return runs;
+}"""
+WINDOW_POINT = """(view, x, y) => {
+  const at = view.toScreen({ x, y }), stage = view.element.getBoundingClientRect();
+  return [at.x + stage.left, at.y + stage.top];
+}"""
 TOUR_SEEN = "localStorage.setItem('diffdoctor-annotate-tour', 'done')"
 
 
-@contextlib.contextmanager
-def chromium():
-    """One headless Chromium."""
-    if CHROMIUM is None:
-        pytest.skip("needs chromium")
+needs_chromium = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")]
+SIZE = {"height": 192, "width": 256}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """One headless Chromium for a module's tests."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
 
 
 class Rater:
@@ -52,8 +68,10 @@ class Rater:
             self.problems.append(message.text)
 
     def ready(self, task: int | str | None = None) -> str:
-        """Waits for a picture, or for the one of a task; returns what the page is ready for: a task, `none` or `error`."""
-        self.page.wait_for_selector("body[data-ready]" if task is None else f"body[data-ready='{task}']", timeout=20_000)
+        """Waits for a picture, or for a task's; returns what the page is ready for: a task, `none` or `error`."""
+        self.page.wait_for_selector(
+            "body[data-ready]" if task is None else f"body[data-ready='{task}']", timeout=20_000
+        )
         return self.page.locator("body").get_attribute("data-ready")
 
     def submitted(self, task) -> str:
@@ -67,17 +85,13 @@ class Rater:
 
     def mask(self) -> np.ndarray:
         """(H, W) uint8, the mask as it would be submitted now."""
-        runs = self.js("Array.from((() => { const m = app.editor.model.bytes(), out = []; for (let i = 0; i < m.length;) "
-                       "{ let j = i; while (j < m.length && m[j] === m[i]) j++; out.push(m[i], j - i); i = j; } return out; })())")  # fmt: skip
+        runs = self.js(f"({RUNS})(app.editor.model.bytes())")
         values = np.repeat(np.array(runs[::2], np.uint8), runs[1::2])
         return values.reshape(self.js("[app.editor.model.height, app.editor.model.width]"))
 
     def at(self, x: float, y: float) -> tuple[int, int]:
         """The window's point, in whole pixels, of a point of the picture."""
-        left, top = self.js(
-            "(() => { const p = app.editor.view.toScreen({ x: %r, y: %r }), "
-            "r = app.editor.view.element.getBoundingClientRect(); return [p.x + r.left, p.y + r.top]; })()" % (float(x), float(y))
-        )
+        left, top = self.js(f"({WINDOW_POINT})(app.editor.view, {float(x)}, {float(y)})")
         return round(left), round(top)
 
     def seen(self, points) -> np.ndarray:
@@ -115,3 +129,45 @@ class Rater:
         """What stands over the picture; waits for it."""
         self.page.wait_for_selector("#banner:not([hidden])", timeout=20_000)
         return self.page.inner_text("#banner span")
+
+
+@pytest.fixture
+def rater(browser, tmp_path):
+    """Makes a project, serves it, and opens its page: rater(tasks=…, role=…, …); `project` and `url` are attributes.
+
+    After the test no page may have raised an error or refused anything for its content security policy.
+    """
+    with contextlib.ExitStack() as stack:
+        opened = []
+
+        def make(tasks=1, role="annotator", before=None, guidelines=False, **values):
+            project = make_project(tmp_path, tasks, **{**SIZE, **values})
+            token = project.store.add_person("anna", role)
+            if before:
+                before(project)
+            url = stack.enter_context(serving(project))
+
+            def visit(context=None):
+                """One more tab; of another computer unless the context is given."""
+                if context is None:
+                    context = browser.new_context(viewport={"width": 1280, "height": 800})
+                    stack.callback(context.close)
+                someone = Rater(context, url, token, guidelines=guidelines)
+                someone.project, someone.url, someone.visit = project, url, visit
+                opened.append(someone)
+                return someone
+
+            return visit()
+
+        yield make
+        assert [problem for one in opened for problem in one.problems] == []
+
+
+def answers(project):
+    """The answers that the server has, in their order."""
+    return project.store.all("SELECT * FROM annotation ORDER BY id")
+
+
+def received(project, number: int = -1) -> np.ndarray:
+    """The mask (H, W) of an answer, as the server keeps it."""
+    return project.store.mask(answers(project)[number]["mask"])

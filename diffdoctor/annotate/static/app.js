@@ -43,7 +43,7 @@ class App {
     $("mode-review").addEventListener("click", () => this.setMode("review"));
     $("tour-again").addEventListener("click", () => { $("help").close(); tour(() => $("stage").focus()); });
     // A button pressed by the pointer gives the keys back to the picture.
-    addEventListener("click", (event) => { if (event.detail && event.target.closest("button") && !document.querySelector("dialog[open]") && $("message").hidden) $("stage").focus(); });
+    addEventListener("click", (event) => { if (event.detail && event.target.closest("button") && !document.querySelector("dialog[open]") && $("message").hidden) $(this.review.active && !this.review.editing ? "tiles" : "stage").focus(); });
     addEventListener("keydown", (event) => this.key(event));
     addEventListener("keyup", (event) => this.keyUp(event));
     addEventListener("blur", () => this.space(false));
@@ -85,6 +85,7 @@ class App {
   /** Takes the lease and opens its picture; `steal` from another tab. */
   async next(steal = false) {
     clearTimeout(this.again);
+    this.editor.enabled = false;
     document.body.removeAttribute("data-ready");
     banner("lease", null); banner("conflict", null); banner("offline", null); banner("tab", null);
     try {
