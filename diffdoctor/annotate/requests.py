@@ -68,9 +68,8 @@ def endpoint(answer: Callable[[Ask], Response], most: Callable[[Request], int] |
 
     async def serve(request: Request) -> Response:
         try:
-            limit = None if most is None else await run_in_threadpool(most, request)
-            ask = Ask(request, await _body(request, limit))
-            return await run_in_threadpool(answer, ask)
+            body = await _body(request, most)
+            return await run_in_threadpool(answer, Ask(request, body))
         except Refused as error:
             return JSONResponse({"error": str(error), **error.fields}, error.status)
         except UserError as error:
@@ -79,26 +78,61 @@ def endpoint(answer: Callable[[Ask], Response], most: Callable[[Request], int] |
     return serve
 
 
-async def _body(request: Request, inflated: int | None) -> bytes:
-    """A request's body, read as far as it may go."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    coding = request.headers.get("content-encoding", "identity").lower()
-    wanted = ("application/json", "identity") if inflated is None else ("application/octet-stream", "gzip")
-    limit, size, inflater = MAX_BODY if inflated else _MAX_JSON, 0, Inflater(inflated or 0)
-    parts = []
-    async for part in request.stream():
-        if not part:
-            continue
-        if (kind, coding) != wanted:
-            raise Refused(415, expected("Content-Type, Content-Encoding", ", ".join(wanted), f"{kind}, {coding}"))
-        size += len(part)
-        if size > limit:
-            raise Refused(413, expected("body", f"at most {limit:,} bytes", "more"))
-        if inflated is None:
-            parts.append(part)
+class _Body:
+    """A request's body as far as it may go, part by part.
+
+    Args:
+        request: of which.
+        inflated: bytes to which a gzip body may inflate; None: the body is a little JSON, or nothing.
+    """
+
+    def __init__(self, request: Request, inflated: int | None):
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        self.got = kind, request.headers.get("content-encoding", "identity").lower()
+        self.wanted = ("application/json", "identity") if inflated is None else ("application/octet-stream", "gzip")
+        self.limit = _MAX_JSON if inflated is None else MAX_BODY
+        self.size, self.parts = 0, []
+        self.inflater = None if inflated is None else Inflater(inflated)
+
+    def add(self, part: bytes) -> None:
+        self.size += len(part)
+        if self.got != self.wanted:
+            names = ", ".join(self.got)
+            raise Refused(415, expected("Content-Type, Content-Encoding", ", ".join(self.wanted), names))
+        if self.size > self.limit:
+            raise Refused(413, expected("body", f"at most {self.limit:,} bytes", "more"))
+        if self.inflater is None:
+            self.parts.append(part)
         else:
-            await run_in_threadpool(inflater.add, part)
-    return b"".join(parts) if inflated is None else inflater.finished()
+            self.inflater.add(part)
+
+    def finished(self) -> bytes:
+        return b"".join(self.parts) if self.inflater is None else self.inflater.finished()
+
+
+async def _body(request: Request, most: Callable[[Request], int] | None) -> bytes:
+    """A request's body, not compressed; see `endpoint`.
+
+    What is refused is read on, up to a limit: a browser that is answered while it still sends reports a lost connection
+    instead of the answer.
+    """
+    fault, body, size = None, None, 0
+    try:
+        body = _Body(request, None if most is None else await run_in_threadpool(most, request))
+    except UserError as error:
+        fault = error
+    async for part in request.stream():
+        size += len(part)
+        if fault is None and part:
+            try:
+                await run_in_threadpool(body.add, part)
+            except UserError as error:
+                fault = error
+        elif size > 2 * MAX_BODY:
+            break
+    if fault is not None:
+        raise fault
+    return body.finished()
 
 
 def envelope_limit(size_of: Callable[[int], tuple[int, int]]) -> Callable[[Request], int]:
