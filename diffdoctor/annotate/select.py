@@ -96,18 +96,21 @@ def ranked(
 def shares(count: int, weights: dict[str, float], available: dict[str, int]) -> dict[str, int]:
     """Split a count by weights, none above what is available; largest remainders decide."""
     result = dict.fromkeys(weights, 0)
-    left = min(count, sum(available.values()))
-    while left:
-        open_ = {name: weight for name, weight in weights.items() if result[name] < available[name]}
+    left, open_ = min(count, sum(available.values())), dict(weights)
+    while open_:
         total = sum(open_.values())
         exact = {name: left * weight / total for name, weight in open_.items()}
-        whole = {name: min(int(value), available[name] - result[name]) for name, value in exact.items()}
-        if not any(whole.values()):
-            for name in sorted(open_, key=lambda each: (-exact[each], each))[:left]:
-                whole[name] = 1
-        for name, value in whole.items():
-            result[name] += value
-        left -= sum(whole.values())
+        full = [name for name, value in exact.items() if value >= available[name]]
+        for name in full:
+            result[name] = available[name]
+            left -= available[name]
+            del open_[name]
+        if not full:
+            result |= {name: int(value) for name, value in exact.items()}
+            order = sorted(open_, key=lambda name: (int(exact[name]) - exact[name], name))
+            for name in order[: left - sum(map(int, exact.values()))]:
+                result[name] += 1
+            break
     return result
 
 
@@ -118,8 +121,10 @@ def _by_ranks(group: list[Candidate], quota: int, measure: Measure | None) -> li
     top, rest = group[: _LOOKED_AT * quota], group[_LOOKED_AT * quota :]
     if not top:
         return rest
+    from scipy.stats import rankdata
+
     values = np.array([[each.uncertainty, *measure(each)] for each in top])
-    ranks = np.argsort(np.argsort(-values, axis=0, kind="stable"), axis=0, kind="stable").mean(axis=1)
+    ranks = rankdata(-values, axis=0).mean(axis=1)
     return [top[index] for index in np.argsort(ranks, kind="stable")] + rest
 
 
