@@ -207,7 +207,7 @@ class AnnotateImportConfig:
         format: label-studio, coco or masks.
         rater: to whom the labels belong; null: with label-studio whoever completed each, else the format's name.
         label: of several labels in the source, the one that means an artifact; null: all do.
-        config: Label Studio's labelling configuration, checked against the labels before anything is imported.
+        labelling: Label Studio's labelling configuration, checked against the labels before anything is imported.
     """
 
     project: str
@@ -215,7 +215,7 @@ class AnnotateImportConfig:
     format: str = "label-studio"
     rater: str | None = None
     label: str | None = None
-    config: str | None = None
+    labelling: str | None = None
 
     def __post_init__(self):
         if self.format not in IMPORTED:

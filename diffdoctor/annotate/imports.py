@@ -124,8 +124,8 @@ class _Tasks:
 
 def _label_studio(config: AnnotateImportConfig, tasks: _Tasks, counts: SkipCounts) -> Iterator[Imported]:
     source = label_studio.read_tasks(Path(config.source))
-    if config.config is not None:
-        label_studio.check_config(Path(config.config), source)
+    if config.labelling is not None:
+        label_studio.check_config(Path(config.labelling), source)
     for task in source:
         name = label_studio.name_of(task)
         row = tasks.find(name, counts)

@@ -120,7 +120,6 @@ COMMANDS = {
         "diffdoctor.annotate.config:AnnotateExportConfig",
         "diffdoctor.annotate.export:run_annotate_export",
         ("project",),
-        ("output",),
     ),
     "annotate import": Command(
         "take labels from Label Studio, COCO or a folder of masks",

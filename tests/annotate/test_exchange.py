@@ -152,7 +152,7 @@ def test_labels_go_to_other_tools_and_come_back(project, tmp_path, kind, capsys)
     export(project, tmp_path / "out", format=kind)  # written anew
     other = copy_of(project, tmp_path)
     source = tmp_path / "out" / {"label-studio": "tasks.json", "coco": "coco.json"}[kind]
-    options = {"config": str(tmp_path / "out" / "labelling.xml")} if kind == "label-studio" else {}
+    options = {"labelling": str(tmp_path / "out" / "labelling.xml")} if kind == "label-studio" else {}
     config = AnnotateImportConfig(str(other.folder), str(source), kind, rater="back", **options)
     run_annotate_import(config)
     first = {label.key: label for label in labels_of(project, merge="majority")}
@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_imported(tmp_path):
     config.write_text('<View><BrushLabels name="tag" toName="image"><Label value="hand"/></BrushLabels></View>')
     path = label_studio_file(tmp_path, [{"result": [region(spot(0))]}])
     with pytest.raises(UserError, match="hand, got tag, image"):
-        run_annotate_import(AnnotateImportConfig(str(project.folder), str(path), config=str(config)))
+        run_annotate_import(AnnotateImportConfig(str(project.folder), str(path), labelling=str(config)))
     with pytest.raises(UserError, match="BrushLabels"):
         config.write_text("<View/>")
         check_config(config, [])
