@@ -186,6 +186,25 @@ def test_the_slider_keeps_edits(rater):
     assert np.array_equal(someone.mask(), edited)
 
 
+def test_a_click_takes_a_marked_spot_away_whole(rater):
+    """A part and what was drawn over it go by one click and come back by one undo."""
+    someone = rater()
+    before = someone.mask()
+    y, x = np.argwhere(spot(0, **SIZE) > 0).mean(0)
+    someone.press("d")
+    someone.click(x + 2, y + 2)
+    assert np.array_equal(someone.mask(), before)  # drawn inside the part: forced, but marked all the same
+    someone.press("v")
+    someone.click(x, y)
+    gone = someone.mask()
+    assert not gone[spot(0, **SIZE) > 0].any() and gone.any()
+    someone.press("z")
+    assert np.array_equal(someone.mask(), before)
+    someone.press("Shift+Z")
+    someone.click(x, y)
+    assert np.array_equal(someone.mask(), before)
+
+
 def test_by_keyboard_alone(rater):
     someone = rater(tasks=4)
     order = [int(row["id"]) for row in someone.project.store.all("SELECT id FROM task ORDER BY priority DESC")]

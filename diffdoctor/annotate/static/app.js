@@ -61,8 +61,11 @@ class App {
     this.keeper = new Keeper(`${this.me.project}/${this.me.name}`, {
       onState: (state, text) => this.showSaved(state, text), onWritable: (yes) => this.setWritable(yes), onFree: () => this.next(),
       onLease: (held) => banner("lease", held ? null : "Your time for this picture ran out and it went to someone else. What you submit still counts."),
-      onConflict: () => banner("conflict", "This picture was changed on another computer.", [
-        { text: "Take that", act: () => this.resolve(false) }, { text: "Keep mine", act: () => this.resolve(true) }]),
+      onConflict: () => {
+        this.showSaved("kept");
+        banner("conflict", "This picture was changed on another computer.", [
+          { text: "Take that", act: () => this.resolve(false) }, { text: "Keep mine", act: () => this.resolve(true) }]);
+      },
       onExtra: (extra) => this.editor.setTags(extra.tags ?? []),
     });
     $("guidelines-text").replaceChildren(...markdown(this.guidelines.text));
@@ -150,8 +153,8 @@ class App {
 
   showSaved(state, text) {
     $("saved").dataset.state = state;
-    $("saved").textContent = { saved: "Saved", saving: "Saving…", offline: "Kept here", local: "Kept here" }[state] ?? "";
-    banner("offline", state === "offline" ? "No connection. Go on drawing: everything is kept in this browser and sent later."
+    $("saved").textContent = { saved: "Saved", saving: "Saving…", offline: "Kept here", local: "Kept here", kept: "Kept here" }[state] ?? "";
+    banner("offline", state === "offline" ? "No connection. Keep drawing: everything is kept in this browser and sent later."
       : state === "local" ? `The server does not take the draft: ${text} It is kept in this browser.` : null);
   }
 
@@ -261,8 +264,8 @@ class App {
     this.editor.view.fit();
     if (truth) this.editor.compare(truth);
     const overlap = iou === null || iou === undefined ? "" : ` Overlap ${Math.round(iou * 100)} %.`;
-    this.notice(hit ? verdict === "clean" ? "Right: nothing is damaged here. Enter goes on." : `Found.${overlap} Green is the truth. Enter goes on.`
-      : verdict === "clean" ? "Nothing is damaged here. Enter goes on." : `Not quite.${overlap} Green is the truth. Enter goes on.`);
+    this.notice(hit ? verdict === "clean" ? "Right: nothing is damaged here. Enter continues." : `Found.${overlap} Green is the truth. Enter continues.`
+      : verdict === "clean" ? "Nothing is damaged here. Enter continues." : `Not quite.${overlap} Green is the truth. Enter continues.`);
     $("submit-text").textContent = "Next picture";
     document.body.dataset.feedback = hit ? "hit" : "miss";
   }
@@ -348,6 +351,7 @@ class App {
   key(event) {
     const { target } = event, typing = target.matches?.("input:not([type=range]), textarea");
     if (event.defaultPrevented || typing || document.querySelector("dialog[open]")) return;
+    if (event.key === "Alt") event.preventDefault(); // or its release opens the browser's menu
     const onButton = target.closest?.("button, input, a, summary");
     if (this.review.active && !this.review.editing) {
       if (!event.repeat && $("message").hidden && !(onButton && event.key === "Enter") && this.review.key(event)) event.preventDefault();

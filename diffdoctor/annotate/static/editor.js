@@ -88,7 +88,7 @@ export class Editor {
   get enabled() { return this.tools.enabled && Boolean(this.model); }
 
   /** What was changed by hand. */
-  get touched() { return this.model?.layers.forced.some(Boolean) || this.model?.ignored || false; }
+  get touched() { return Boolean(this.model) && !(this.model.isEmpty("forced") && this.model.isEmpty("ignore")); }
 
   get damaged() { return this.model.marked > 0 || this.tags.size > 0; }
 

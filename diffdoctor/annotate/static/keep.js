@@ -45,22 +45,19 @@ class Store {
   }
 }
 
-/** The layers as the draft's planes: forced 0, 1 or 2 (removed), the others 0 or 255. */
+/** The layers as the draft's planes, without empty ones: forced 0, 1 or 2 (removed), the others 0 or 255. */
 function planesOf(model) {
-  return {
-    forced: Uint8Array.from(model.layers.forced, (value) => (value < 0 ? 2 : value)),
-    ignore: model.ignoreBytes(),
-    refused: Uint8Array.from(model.layers.refused, (value) => (value ? 255 : 0)),
-  };
+  const planes = { forced: () => model.layerBytes("forced", 1, 2), ignore: () => model.layerBytes("ignore"), refused: () => model.layerBytes("refused") };
+  return Object.fromEntries(Object.entries(planes).filter(([name]) => !model.isEmpty(name)).map(([name, make]) => [name, make()]));
 }
 
-function layersOf(planes, length) {
-  const layer = (plane, value) => (plane ? Int8Array.from(plane, value) : new Int8Array(length));
-  return {
-    forced: layer(planes.forced, (value) => (value === 2 ? -1 : value)),
-    ignore: layer(planes.ignore, (value) => (value ? 1 : 0)),
-    refused: layer(planes.refused, (value) => (value ? 1 : 0)),
+function layersOf(planes) {
+  const layer = (plane, minus) => {
+    const values = new Int8Array(plane.length);
+    for (let i = 0; i < plane.length; i++) if (plane[i]) values[i] = plane[i] === minus ? -1 : 1;
+    return values;
   };
+  return Object.fromEntries(Object.entries(planes).map(([name, plane]) => [name, layer(plane, name === "forced" ? 2 : null)]));
 }
 
 export class Keeper {
@@ -104,8 +101,7 @@ export class Keeper {
   }
 
   #adopt(remote) {
-    const length = this.task.width * this.task.height;
-    this.model.adopt(layersOf(remote.planes, length), remote.state.threshold ?? this.model.threshold);
+    this.model.adopt(layersOf(remote.planes), remote.state.threshold ?? this.model.threshold);
     this.model.strokes = remote.state.strokes ?? 0;
   }
 

@@ -48,7 +48,7 @@ export const KEYS = [
   ["Other", [
     ["undo", "Z", "Undo"],
     ["redo", "Shift+Z", "Redo"],
-    ["tag1", "Shift+1…4", "Tags for what has no pixels"],
+    ["tag1", "Shift+1…4", "Tags for damage you cannot mark"],
     ["theme", "T", "Light or dark"],
     ["help", "?", "These keys"],
   ]],

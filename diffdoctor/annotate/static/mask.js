@@ -6,7 +6,7 @@
 // parts that split off a refused one stay refused, and moving the slider there and back changes nothing.
 
 import { labelParts } from "./components.js";
-import { cut, decodeRuns, encodeRuns, paste, union } from "./raster.js";
+import { cut, decodeRuns, encodeRuns, flood, paste, union } from "./raster.js";
 
 export const LAYERS = ["refused", "forced", "ignore"];
 const MAX_HISTORY_BYTES = 64 * 2 ** 20;
@@ -47,7 +47,16 @@ export class Mask {
   /** The mask as it is sent: {0, 255}, rows from the top. */
   bytes() { return this.mask.slice(); }
 
-  ignoreBytes() { return Uint8Array.from(this.layers.ignore, (value) => (value ? 255 : 0)); }
+  ignoreBytes() { return this.layerBytes("ignore"); }
+
+  /** A layer as bytes: 0, `positive` where it is 1, `negative` where it is -1. */
+  layerBytes(name, positive = 255, negative = 0) {
+    const plane = this.layers[name], bytes = new Uint8Array(plane.length);
+    for (let i = 0; i < plane.length; i++) if (plane[i]) bytes[i] = plane[i] > 0 ? positive : negative;
+    return bytes;
+  }
+
+  isEmpty(name) { return !this.layers[name].includes(1) && !this.layers[name].includes(-1); }
 
   // Edits. Between begin() and end() shapes are painted on one layer; the whole is one step of the history.
 
@@ -125,21 +134,33 @@ export class Mask {
     this.sliding = null;
   }
 
+  /** What a click at a pixel means: a marked spot is taken away, drawn or proposed, another one's part is accepted. One step. */
+  toggle(x, y) {
+    const index = y * this.width + x, marked = this.mask[index] > 0, part = this.partAt(x, y), { forced } = this.layers;
+    const sign = marked ? 1 : -1, steps = this.undos.length;
+    let changed = forced[index] === sign && this.draw("forced", flood(x, y, this.width, this.height, (i) => forced[i] === sign), 0);
+    if (part && (this.isKept(part) === marked || this.layers.refused[index])) changed = this.decide([part], !marked) || changed;
+    if (this.undos.length === steps + 2) this.undos.at(-2).patches.push(...this.undos.pop().patches);
+    return changed;
+  }
+
   /** Makes `bytes` the mask by drawing, in one step. */
   replace(bytes) {
-    const forced = this.layers.forced.map((_, i) => (Boolean(bytes[i]) === Boolean(this.#base(i)) ? 0 : bytes[i] ? 1 : -1));
-    return this.adopt({ forced }, this.threshold, "drawn");
+    const forced = new Int8Array(bytes.length);
+    for (let i = 0; i < forced.length; i++) if (Boolean(bytes[i]) !== Boolean(this.#base(i))) forced[i] = bytes[i] ? 1 : -1;
+    return this.adopt({ ...this.layers, forced }, this.threshold);
   }
 
   /** Takes whole layers and a threshold in one step that can be undone; the proposal as it came is `{}` and its threshold. */
-  adopt(planes, threshold, kind = "adopted") {
-    const entry = { kind, patches: [], threshold: this.threshold };
+  adopt(planes, threshold) {
+    const entry = { kind: "adopted", patches: [], threshold: this.threshold };
     for (const name of LAYERS) {
-      const plane = this.layers[name], next = planes[name];
-      if (plane.every((value, i) => value === (next ? next[i] : 0))) continue;
-      if (kind === "drawn" && !next) continue;
+      const plane = this.layers[name], next = planes[name] ?? new Int8Array(plane.length);
+      let i = 0;
+      while (i < plane.length && plane[i] === next[i]) i++;
+      if (i === plane.length) continue;
       entry.patches.push({ layer: name, box: this.whole, runs: encodeRuns(plane) });
-      if (next) plane.set(next); else plane.fill(0);
+      plane.set(next);
     }
     if (!entry.patches.length && threshold === this.threshold) return false;
     this.runs = {};

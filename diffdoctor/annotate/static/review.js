@@ -137,7 +137,6 @@ export class Review {
     this.editing = true;
     this.#showEditor(true);
     this.app.show({ task: { ...task, back: true }, picture: this.picture, map: null });
-    editor.model.restore({ ...editor.model.save(), threshold: task.threshold });
     editor.model.replace(chosen.mask);
     if (chosen.ignore) editor.model.layers.ignore.set(chosen.ignore.map((value) => (value ? 1 : 0)));
     editor.model.undos = [];

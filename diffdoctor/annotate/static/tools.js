@@ -237,15 +237,9 @@ export class Tools {
     if (shape && this.model.draw(layer, shape, value)) this.host.onEdit();
   }
 
-  /** Accepts or refuses the part at the point; what was drawn by hand there is taken away. */
   #toggle(point) {
     const { model } = this, x = Math.floor(point.x), y = Math.floor(point.y);
-    if (x < 0 || y < 0 || x >= model.width || y >= model.height) return;
-    const { forced } = model.layers, index = y * model.width + x;
-    if (forced[index] > 0) return this.#draw("forced", flood(x, y, model.width, model.height, (i) => forced[i] > 0), 0);
-    const part = model.partAt(x, y);
-    if (part) this.decide(part, !model.mask[index]);
-    else if (forced[index] < 0) this.#draw("forced", flood(x, y, model.width, model.height, (i) => forced[i] < 0), 0);
+    if (x >= 0 && y >= 0 && x < model.width && y < model.height && model.toggle(x, y)) this.host.onEdit();
   }
 
   decide(part, keep) {
