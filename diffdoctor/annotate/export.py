@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from diffdoctor.annotate.coco import CocoWriter
 from diffdoctor.annotate.config import AnnotateExportConfig
 from diffdoctor.annotate.label_studio import CONFIG, task_of
 from diffdoctor.annotate.labels import Label, key_of, labels_of
@@ -18,6 +18,7 @@ from diffdoctor.annotate.project import Project
 from diffdoctor.data.codec import encode_picture
 from diffdoctor.data.shard_writer import write_shards
 from diffdoctor.data.tar import SkipCounts
+from diffdoctor.detector.exchange import write_coco
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_write_bytes, atomic_write_json, atomic_write_text
 from diffdoctor.runs.record import RunFolder
@@ -61,30 +62,21 @@ def _some(labels: Iterator[Any]) -> Iterator[Any]:
     raise UserError(expected("project", "labels to export", "none that are done"))
 
 
+def _samples(project: Project, config: AnnotateExportConfig, counts: SkipCounts) -> Iterator[dict[str, Any]]:
+    for label in _some(_labels(project, config, counts)):
+        planes = {"picture": project.picture(label.picture), "mask": label.mask, "ignore": label.ignore}
+        yield {"key": label.key, **planes, "label": "human", **label.values}
+
+
 def _write_shards(project: Project, config: AnnotateExportConfig, counts: SkipCounts) -> int:
-    samples = (
-        {
-            "key": label.key,
-            "picture": project.picture(label.picture),
-            "mask": label.mask,
-            "ignore": label.ignore,
-            "label": "human",
-            **label.values,
-        }
-        for label in _some(_labels(project, config, counts))
-    )
-    return write_shards(samples, config.output, shard_size=config.shard_size, picture_type=config.picture_type)
+    samples, options = _samples(project, config, counts), {"picture_type": config.picture_type}
+    return write_shards(samples, config.output, shard_size=config.shard_size, **options)
 
 
 def _write_coco(project: Project, config: AnnotateExportConfig, counts: SkipCounts) -> int:
-    labels = _some(_labels(project, config, counts))
-    with _folder(config, "coco.json") as folder:
-        writer = CocoWriter()
-        for label in labels:
-            file = _write_picture(project, folder, label.key, label.picture)
-            writer.add(file, label.mask, label.ignore, label.values)
-        atomic_write_json(folder / "coco.json", writer.value())
-    return len(writer.images)
+    with tempfile.TemporaryDirectory(dir=project.folder, prefix=".export-") as folder:
+        write_shards(_samples(project, config, counts), Path(folder) / "set")
+        return write_coco(Path(folder) / "set", config.output)
 
 
 def _write_label_studio(project: Project, config: AnnotateExportConfig, counts: SkipCounts) -> int:
@@ -99,7 +91,7 @@ def _write_label_studio(project: Project, config: AnnotateExportConfig, counts: 
         config.round,
     )
     rows = list(_some(iter(rows)))
-    with _folder(config, "tasks.json", "labelling.xml") as folder:
+    with _Folder(config, ("tasks.json", "labelling.xml")) as folder:
         tasks = []
         for row in rows:
             label, key = labels.get(row["id"]), key_of(row["uid"], row["round"])
@@ -116,10 +108,6 @@ def _write_label_studio(project: Project, config: AnnotateExportConfig, counts: 
         atomic_write_json(folder / "tasks.json", tasks)
         atomic_write_text(folder / "labelling.xml", CONFIG)
     return len(labels)
-
-
-def _folder(config: AnnotateExportConfig, *files: str) -> _Folder:
-    return _Folder(config, files)
 
 
 class _Folder:

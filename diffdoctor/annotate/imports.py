@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import sqlite3
 from collections import defaultdict
@@ -13,15 +14,17 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from diffdoctor.annotate import label_studio
-from diffdoctor.annotate.coco import read_coco
 from diffdoctor.annotate.config import AnnotateImportConfig
 from diffdoctor.annotate.labels import key_of
 from diffdoctor.annotate.project import Project
 from diffdoctor.annotate.queue import Queue, Submission
 from diffdoctor.data.codec import SUFFIXES, UnreadablePicture, decode
 from diffdoctor.data.tar import SkipCounts
+from diffdoctor.detector.exchange import coco_masks
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.summary import print_summary
+
+_NUMBER = re.compile(r"^\d{6}_(?=r\d+-[0-9a-f]{16}$)")
 
 
 @dataclass(frozen=True)
@@ -153,10 +156,12 @@ def _who(value) -> str:
 
 
 def _coco(config: AnnotateImportConfig, tasks: _Tasks, counts: SkipCounts) -> Iterator[Imported]:
-    for file, mask, ignore in read_coco(Path(config.source), config.label):
-        row = tasks.find(PurePosixPath(file).stem, counts)
+    for file, marked, crowds in coco_masks(config.source, config.label):
+        # `write_coco` puts a number before the key.
+        row = tasks.find(_NUMBER.sub("", PurePosixPath(file).stem), counts)
         if row is not None:
-            yield Imported(row["id"], config.rater or config.format, _fitting(mask, row, file), ignore)
+            mask, ignore = (_fitting(plane * np.uint8(255), row, file) for plane in (marked, crowds))
+            yield Imported(row["id"], config.rater or config.format, mask, ignore)
 
 
 def _masks(config: AnnotateImportConfig, tasks: _Tasks, counts: SkipCounts) -> Iterator[Imported]:

@@ -63,17 +63,43 @@ def coco_pictures(
     """Pictures with the masks of a COCO file, as annotation tools export them, as samples for `write_shards`.
 
     Args:
-        annotations: the JSON file; all annotations of a picture, of whichever category, are one mask, and a picture
-            without any is clean.
+        annotations: the JSON file; all annotations of a picture, of whichever category, are one mask, but for crowds
+            (`iscrowd`), which are areas that nobody decided on; a picture without any is clean.
         pictures: the folder in which its file names are.
         label: where the masks come from: human or pseudo.
         confidence: of the annotated pixels, in (0, 1].
 
     Yields:
-        Samples as `masked_pictures` does.
+        Samples as `masked_pictures` does, with `ignore` where there are crowds.
 
     Raises:
         UserError: the file is no COCO file, or a picture cannot be read or has another size than the file says.
+    """
+    for index, (name, marked, ignore) in enumerate(coco_masks(annotations)):
+        path = Path(pictures) / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(expected(f"{annotations}: file_name", f"a path below {pictures}", repr(name)))
+        picture = np.asarray(read_picture(path))
+        if picture.shape[:2] != marked.shape:
+            height, width = marked.shape
+            raise UserError(expected(path, f"{height} x {width} pixels, as {annotations} says", picture.shape[:2]))
+        mask = np.where(marked, np.float32(confidence), np.float32(0))
+        sample = _sample(index, name, picture, mask, annotations, label, "")
+        yield sample | ({"ignore": ignore} if ignore.any() else {})
+
+
+def coco_masks(annotations: str | Path, category: str | None = None) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """The masks in a COCO file, without the pictures.
+
+    Args:
+        annotations: the JSON file.
+        category: name of the one whose annotations count; None: all.
+
+    Yields:
+        (file name, what is marked, crowds) of each picture, both (H, W) bool.
+
+    Raises:
+        UserError: the file is no COCO file, has no such category, or an annotation does not fit its picture.
     """
     try:
         from pycocotools.coco import COCO
@@ -82,28 +108,40 @@ def coco_pictures(
     try:
         coco = COCO()
         coco.dataset = {"annotations": []} | json.loads(read_text(annotations, limit=2**30))
-        coco.dataset.pop("categories", None)
+        named = {str(each["name"]): each["id"] for each in coco.dataset.pop("categories", None) or []}
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
         images = [(int(i), str(e["file_name"]), int(e["height"]), int(e["width"])) for i, e in coco.imgs.items()]
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = "a COCO file with `images` and `annotations`"
         raise UserError(expected(annotations, what, f"{type(error).__name__}: {first_line(error)}")) from error
-    for index, (image, name, height, width) in enumerate(images):
-        path = Path(pictures) / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(expected(f"{annotations}: file_name", f"a path below {pictures}", repr(name)))
-        picture = np.asarray(read_picture(path))
-        if picture.shape[:2] != (height, width):
-            raise UserError(expected(path, f"{height} x {width} pixels, as {annotations} says", picture.shape[:2]))
-        mask = np.zeros((height, width), np.float32)
+    if category is not None and category not in named:
+        raise UserError(expected(f"{annotations}: category", f"one of {', '.join(named)}", repr(category)))
+    for image, name, height, width in images:
+        marked, crowds = np.zeros((2, height, width), bool)
         for annotation in coco.imgToAnns[image]:
+            if category is not None and annotation.get("category_id") != named[category]:
+                continue
             try:
-                mask[coco.annToMask(annotation) > 0] = confidence
+                _check_runs(annotation["segmentation"], height * width)
+                (crowds if annotation.get("iscrowd") else marked)[coco.annToMask(annotation) > 0] = True
             except Exception as error:  # of the decoder, which is written in C
                 where = f"{annotations}: annotation {annotation.get('id')}"
                 raise UserError(expected(where, "a polygon or run lengths", first_line(error))) from error
-        yield _sample(index, name, picture, mask, annotations, label, "")
+        yield name, marked, crowds
+
+
+def _check_runs(segmentation: Any, pixels: int) -> None:
+    """Refuse run lengths of fewer or more pixels than the picture has, which the decoder takes for zeros.
+
+    Raises:
+        ValueError: they are.
+    """
+    counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
+    if isinstance(counts, list) and sum(counts) != pixels:
+        raise ValueError(f"run lengths of {sum(counts)} pixels, of {pixels}")
 
 
 def _sample(
@@ -122,7 +160,8 @@ def _file_safe(name: str) -> str:
 def write_coco(shards: str | Path, folder: str | Path, *, threshold: float = 0.5) -> int:
     """Write a labelled set as COCO's files: `annotations.json`, and the pictures in `images`.
 
-    Each connected region of a mask is an annotation with run lengths, of the one category "artifact".
+    Each connected region of a mask is an annotation with run lengths, of the one category "artifact"; what nobody
+    decided on is a crowd.
 
     Args:
         shards: a folder of shards, as `inject` and `write_shards` make them, or a shard.
@@ -150,19 +189,26 @@ def write_coco(shards: str | Path, folder: str | Path, *, threshold: float = 0.5
             Image.fromarray(sample["picture"]).save(temporary / name)
             height, width = sample["picture"].shape[:2]
             images.append({"id": number, "file_name": name, "height": height, "width": width})
-            for component in components(sample["mask"], threshold):
-                coded = run_length(component.mask)
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": number,
-                        "category_id": 1,
-                        "segmentation": {"size": list(coded["size"]), "counts": coded["counts"].decode("ascii")},
-                        "bbox": list(component.box),
-                        "area": component.area,
-                        "iscrowd": 0,
-                    }
-                )
+            regions = [(component.mask, 0) for component in components(sample["mask"], threshold)]
+            if "ignore" in sample:
+                regions.append((sample["ignore"], 1))
+            for mask, crowd in regions:
+                annotations.append(_annotation(len(annotations) + 1, number, mask, crowd))
         dataset = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "artifact"}]}
         (temporary / ANNOTATIONS).write_text(strict_json.dumps(dataset), encoding="utf-8")
     return len(images)
+
+
+def _annotation(number: int, image: int, mask: np.ndarray, crowd: int) -> dict[str, Any]:
+    from pycocotools import mask as coco_mask
+
+    coded = run_length(mask)
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": 1,
+        "segmentation": {"size": list(coded["size"]), "counts": coded["counts"].decode("ascii")},
+        "bbox": [int(side) for side in coco_mask.toBbox(coded)],
+        "area": int(mask.sum()),
+        "iscrowd": crowd,
+    }

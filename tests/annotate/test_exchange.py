@@ -151,7 +151,7 @@ def test_labels_go_to_other_tools_and_come_back(project, tmp_path, kind, capsys)
     export(project, tmp_path / "out", format=kind)
     export(project, tmp_path / "out", format=kind)  # written anew
     other = copy_of(project, tmp_path)
-    source = tmp_path / "out" / {"label-studio": "tasks.json", "coco": "coco.json"}[kind]
+    source = tmp_path / "out" / {"label-studio": "tasks.json", "coco": "annotations.json"}[kind]
     options = {"labelling": str(tmp_path / "out" / "labelling.xml")} if kind == "label-studio" else {}
     config = AnnotateImportConfig(str(other.folder), str(source), kind, rater="back", **options)
     run_annotate_import(config)
@@ -170,6 +170,15 @@ def test_labels_go_to_other_tools_and_come_back(project, tmp_path, kind, capsys)
     assert other.store.one("SELECT count(*) FROM annotation")[0] == before == 4
     assert "4 were there already" in capsys.readouterr().err
     assert other.store.verify() == []
+
+
+@pytest.mark.parametrize("kind", ["label-studio", "coco"])
+def test_a_folder_of_somebody_elses_is_not_replaced(project, tmp_path, kind):
+    (tmp_path / "out" / "pictures").mkdir(parents=True)
+    (tmp_path / "out" / "pictures" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError):
+        export(project, tmp_path / "out", format=kind)
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["pictures", "mine.txt"]
 
 
 def test_open_tasks_go_to_label_studio_with_the_proposal(project, tmp_path):
@@ -271,9 +280,9 @@ def test_polygons_of_coco_are_read(tmp_path):
     expected = np.zeros((48, 64))
     expected[10:20, 10:20] = 1
     np.testing.assert_array_equal(label.mask, expected)
-    with pytest.raises(UserError, match="label: expected one of artifact, cat"):
+    with pytest.raises(UserError, match="category: expected one of artifact, cat"):
         run_annotate_import(AnnotateImportConfig(str(project.folder), str(path), "coco", label="dog"))
     content["annotations"][1]["segmentation"]["counts"] = [1]
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="runs of 3072 pixels"):
+    with pytest.raises(UserError, match="annotation 2: expected a polygon or run lengths"):
         run_annotate_import(AnnotateImportConfig(str(project.folder), str(path), "coco"))

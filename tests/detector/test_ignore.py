@@ -81,6 +81,20 @@ def test_they_follow_a_resize():
     assert (mask[0, 21:, 17:] < 0).all() and (mask[0, :18] >= 0).all() and mask.max() == 1
 
 
+def test_they_are_crowds_in_coco(tmp_path):
+    from diffdoctor.detector.exchange import coco_masks, coco_pictures, write_coco
+
+    samples = labelled()
+    write_shards(samples, tmp_path / "set")
+    write_coco(tmp_path / "set", tmp_path / "coco")
+    back = list(coco_pictures(tmp_path / "coco" / "annotations.json", tmp_path / "coco"))
+    np.testing.assert_array_equal(back[0]["ignore"], samples[0]["ignore"])
+    assert "ignore" not in back[1]
+    for sample, was in zip(back, samples, strict=True):
+        np.testing.assert_array_equal(sample["mask"], was["mask"])
+    assert [crowds.any() for _, _, crowds in coco_masks(tmp_path / "coco" / "annotations.json")] == [True, False]
+
+
 def test_ignore_of_another_shape_is_refused(tmp_path):
     bad = {**labelled()[0], "ignore": np.zeros((3, 3), bool)}
     with pytest.raises(ValueError, match=r"ignore: expected \(16, 24\) bool, got \(3, 3\) bool"):
