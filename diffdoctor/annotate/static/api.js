@@ -22,7 +22,9 @@ export function takeToken() {
   return sessionStorage.getItem(TOKEN);
 }
 
-export function useToken(token) { sessionStorage.setItem(TOKEN, token); }
+export function useToken(token) {
+  sessionStorage.setItem(TOKEN, token);
+}
 
 async function request(method, path, { json, body, headers = {} } = {}) {
   const sent = { Authorization: `Bearer ${sessionStorage.getItem(TOKEN) ?? ""}`, ...headers };
@@ -32,7 +34,13 @@ async function request(method, path, { json, body, headers = {} } = {}) {
   }
   let response;
   try {
-    response = await fetch(path, { method, headers: sent, body, cache: "no-store", signal: AbortSignal.timeout(TIMEOUT_MS) });
+    response = await fetch(path, {
+      method,
+      headers: sent,
+      body,
+      cache: "no-store",
+      signal: AbortSignal.timeout(TIMEOUT_MS),
+    });
   } catch (error) {
     throw new Offline(String(error));
   }
@@ -100,10 +108,12 @@ export async function draft(task, length) {
   const bytes = new Uint8Array(await response.arrayBuffer());
   const size = new DataView(bytes.buffer).getUint32(0, true);
   const head = JSON.parse(new TextDecoder().decode(bytes.subarray(4, 4 + size)));
-  const planes = Object.fromEntries(head.planes.map((name, index) => {
-    const from = 4 + size + index * length;
-    return [name, bytes.subarray(from, from + length)];
-  }));
+  const planes = Object.fromEntries(
+    head.planes.map((name, index) => {
+      const from = 4 + size + index * length;
+      return [name, bytes.subarray(from, from + length)];
+    }),
+  );
   return { version: head.version, state: head.state ?? {}, planes };
 }
 
@@ -113,5 +123,6 @@ export const annotate = (task, fields, planes) => sendPacked(`/api/tasks/${task}
 
 export const reviewNext = () => json("GET", "/api/review/next");
 export const annotations = (task) => json("GET", `/api/tasks/${task}/annotations`);
-export const annotationPlane = (task, id, name, length) => plane(`/api/tasks/${task}/annotations/${id}/${name}`, length);
+export const annotationPlane = (task, id, name, length) =>
+  plane(`/api/tasks/${task}/annotations/${id}/${name}`, length);
 export const review = (task, fields, planes) => sendPacked(`/api/tasks/${task}/review`, fields, planes);

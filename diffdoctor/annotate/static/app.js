@@ -1,53 +1,53 @@
-// A session: whose turn it is, what was submitted, what the keys do.
+// The application: who is there, what is shown, what the keys do.
 
 import * as api from "./api.js";
 import { Editor } from "./editor.js";
 import { Keeper } from "./keep.js";
 import { actionOf } from "./keys.js";
-import { $, askReason, banner, make, markdown, message, noMessage, setUpDialogs, setUpTheme, toast, tour } from "./panels.js";
+import { $, banner, markdown, setUpDialogs, setUpTheme, toast, tour } from "./panels.js";
 import { Review } from "./review.js";
+import { Session } from "./session.js";
+import { TOOLS } from "./tools.js";
 
-const IDLE_MS = 20000, RENEW_MS = 240000, AGAIN_MS = 15000, RETRY_MS = [1000, 2000, 4000, 8000, 15000];
-const REASONS = ["I am not sure", "It would take too long", "Not my subject", "The page has a problem with it"];
 const SEEN = "diffdoctor-annotate-guidelines";
 
-/** Time at work: gaps of more than 20 s between inputs are breaks. */
-class Clock {
+class App extends Session {
   constructor() {
-    for (const kind of ["pointermove", "pointerdown", "keydown", "wheel", "input"]) addEventListener(kind, () => this.tick(), { passive: true, capture: true });
-    this.start();
-  }
-
-  start(active = 0, wall = 0) { Object.assign(this, { active, last: Date.now(), since: Date.now() - wall }); }
-
-  tick() {
-    const now = Date.now();
-    if (now - this.last <= IDLE_MS) this.active += now - this.last;
-    this.last = now;
-  }
-
-  get wall() { return Date.now() - this.since; }
-}
-
-class App {
-  constructor() {
-    this.clock = new Clock();
+    super();
     this.editor = new Editor({ onEdit: () => this.edited() });
     this.review = new Review(this);
     this.theme = setUpTheme();
-    this.last = null; // the picture before, with everything that is needed to correct it
     setUpDialogs();
-    const click = { submit: "submit", clean: "clean", skip: "skip", unusable: "unusable", back: "back", "open-guidelines": "guidelines", theme: "theme", "open-help": "help" };
+    const click = {
+      submit: "submit",
+      clean: "clean",
+      skip: "skip",
+      unusable: "unusable",
+      back: "back",
+      "open-guidelines": "guidelines",
+      theme: "theme",
+      "open-help": "help",
+    };
     for (const [id, action] of Object.entries(click)) $(id).addEventListener("click", () => this.act(action));
     $("mode-label").addEventListener("click", () => this.setMode("label"));
     $("mode-review").addEventListener("click", () => this.setMode("review"));
-    $("tour-again").addEventListener("click", () => { $("help").close(); tour(() => $("stage").focus()); });
+    $("tour-again").addEventListener("click", () => {
+      $("help").close();
+      tour(() => $("stage").focus());
+    });
     // A button pressed by the pointer gives the keys back to the picture.
-    addEventListener("click", (event) => { if (event.detail && event.target.closest("button") && !document.querySelector("dialog[open]") && $("message").hidden) $(this.review.active && !this.review.editing ? "tiles" : "stage").focus(); });
+    addEventListener("click", (event) => {
+      if (
+        event.detail &&
+        event.target.closest("button") &&
+        !document.querySelector("dialog[open]") &&
+        $("message").hidden
+      )
+        $(this.review.active && !this.review.editing ? "tiles" : "stage").focus();
+    });
     addEventListener("keydown", (event) => this.key(event));
     addEventListener("keyup", (event) => this.keyUp(event));
     addEventListener("blur", () => this.space(false));
-    setInterval(() => this.renew(), RENEW_MS);
   }
 
   async start() {
@@ -59,12 +59,20 @@ class App {
       return this.failed(error, () => this.start());
     }
     this.keeper = new Keeper(`${this.me.project}/${this.me.name}`, {
-      onState: (state, text) => this.showSaved(state, text), onWritable: (yes) => this.setWritable(yes), onFree: () => this.next(),
-      onLease: (held) => banner("lease", held ? null : "Your time for this picture ran out and it went to someone else. What you submit still counts."),
+      onState: (state, text) => this.showSaved(state, text),
+      onWritable: (yes) => this.setWritable(yes),
+      onFree: () => this.next(),
+      onLease: (held) =>
+        banner(
+          "lease",
+          held ? null : "Your time for this picture ran out and it went to someone else. What you submit still counts.",
+        ),
       onConflict: () => {
         this.showSaved("kept");
         banner("conflict", "This picture was changed on another computer.", [
-          { text: "Take that", act: () => this.resolve(false) }, { text: "Keep mine", act: () => this.resolve(true) }]);
+          { text: "Take that", act: () => this.resolve(false) },
+          { text: "Keep mine", act: () => this.resolve(true) },
+        ]);
       },
       onExtra: (extra) => this.editor.setTags(extra.tags ?? []),
     });
@@ -85,257 +93,18 @@ class App {
     $("guidelines").showModal();
   }
 
-  /** Takes the lease and opens its picture; `steal` from another tab. */
-  async next(steal = false) {
-    clearTimeout(this.again);
-    this.editor.enabled = false;
-    document.body.removeAttribute("data-ready");
-    banner("lease", null); banner("conflict", null); banner("offline", null); banner("tab", null);
-    try {
-      const task = await api.next();
-      if (task.task === null) return this.nothing(task.reason);
-      await this.open(task, steal);
-      noMessage();
-    } catch (error) {
-      this.failed(error, () => this.next(steal));
-    }
-    return undefined;
-  }
-
-  async open(task, steal) {
-    const [{ bitmap, stamp }, map] = await Promise.all([api.picture(task.task), api.proposal(task.task, task.height * task.width)]);
-    this.show({ task, picture: bitmap, stamp, map });
-    const extra = await this.keeper.open(task, stamp, this.editor.model, () => this.extra(), steal);
-    this.editor.setTags(extra.tags ?? []);
-    this.clock.start(extra.active_ms ?? 0, extra.wall_ms ?? 0);
-    this.ready();
-  }
-
-  show(current) {
-    const { task, picture, map } = current;
-    Object.assign(this, { current, feedback: null, sure: null });
-    this.editor.enabled = false;
-    this.editor.open({ picture, map, threshold: task.threshold });
-    this.chips($("chips"), task);
-    $("prompt").textContent = task.prompt;
-    $("back").disabled = !this.last || Boolean(task.back);
-    this.notice(task.back ? "You labelled this picture before. Submit again to correct it." : null);
-  }
-
-  chips(element, task) {
-    const chip = (text, notable) => text && make("span", { textContent: text, className: notable ? "notable" : "" });
-    element.replaceChildren(...[chip(task.category), chip(task.training && "Training", true), chip(task.blind && "No proposal: mark what you see", true),
-      chip(`${task.width} × ${task.height}`)].filter(Boolean));
-  }
-
-  ready() {
-    $("stage").focus();
-    document.body.dataset.ready = String(this.current.task.task);
-  }
-
-  notice(text) { $("notice").textContent = text ?? ""; $("notice").hidden = !text; }
-
-  extra() { this.clock.tick(); return { tags: [...this.editor.tags], active_ms: this.clock.active, wall_ms: this.clock.wall }; }
-
-  edited() {
-    this.sure = null;
-    if (this.current && !this.feedback && !this.review.editing) this.keeper.touch();
-  }
-
-  renew() { if (this.current && this.editor.enabled && !this.review.active && Date.now() - this.clock.last < RENEW_MS) this.keeper.renew(); }
-
-  resolve(mine) { banner("conflict", null); return this.keeper.resolve(mine).catch((error) => this.failed(error, () => this.resolve(mine))); }
-
-  setWritable(yes) {
-    this.editor.enabled = yes && !this.feedback;
-    banner("tab", yes ? null : "This picture is open in another tab. Here you can only look.", [{ text: "Draw here instead", act: () => this.next(true) }]);
-  }
-
-  showSaved(state, text) {
-    $("saved").dataset.state = state;
-    $("saved").textContent = { saved: "Saved", saving: "Saving…", offline: "Kept here", local: "Kept here", kept: "Kept here" }[state] ?? "";
-    banner("offline", state === "offline" ? "No connection. Keep drawing: everything is kept in this browser and sent later."
-      : state === "local" ? `The server does not take the draft: ${text} It is kept in this browser.` : null);
-  }
-
-  showCounts() {
-    const { labelled, open, conflicts } = this.me.counts, { training_left: training } = this.me;
-    $("project").textContent = this.me.project;
-    $("counts").textContent = training ? `${training} training picture${training > 1 ? "s" : ""} left` : `${labelled} labelled, ${open} left`;
-    $("bar").max = Math.max(1, labelled + open);
-    $("bar").value = labelled;
-    $("conflicts").textContent = conflicts;
-    $("conflicts").hidden = !conflicts;
-  }
-
-  async refreshCounts() { this.me = await api.me().catch(() => this.me); this.showCounts(); }
-
-  // Deciding.
-
-  /** A verdict that throws drawings away asks for the key twice. */
-  confirmed(verdict, text) {
-    if (this.sure === verdict || !this.editor.touched) return true;
-    this.sure = verdict;
-    toast(`You drew here. ${text}`, 4000);
-    return false;
-  }
-
-  async submit(verdict = this.editor.damaged ? "damaged" : "clean") {
-    if (this.feedback) return this.next();
-    if (this.review.editing) return this.review.submitEdit(verdict);
-    if (!this.editor.enabled || !this.current || this.busy) return undefined;
-    this.editor.tools.finish();
-    const { model } = this.editor, { task } = this.current;
-    const planes = verdict === "damaged" ? { mask: model.bytes() } : {};
-    if (model.ignored && verdict !== "unusable") planes.ignore = model.ignoreBytes();
-    this.clock.tick();
-    const fields = { fence: task.fence, version: task.version, verdict, active_ms: this.clock.active, wall_ms: Math.max(this.clock.wall, this.clock.active),
-      threshold: model.map ? model.threshold : null, accepted: verdict === "damaged" ? model.accepted : 0,
-      refused: verdict === "damaged" ? model.parts.length - model.accepted : verdict === "clean" ? model.parts.length : 0, drawn: model.strokes,
-      tags: verdict === "damaged" ? [...this.editor.tags] : [], guidelines: this.guidelines.hash };
-    return this.finish(async () => {
-      const begin = performance.now();
-      const [answer, hash] = await Promise.all([this.insist(() => this.send(task, fields, planes)), planes.mask && api.sha256(planes.mask)]);
-      this.submitMs = performance.now() - begin;
-      if (hash && answer.sha256 && hash !== answer.sha256) throw new Error("The server received another mask than was sent. Nothing is lost: submit again.");
-      document.body.dataset.submitted = `${task.task} ${answer.sha256 ?? verdict}`;
-      this.last = { ...this.current, saved: model.save(), tags: [...this.editor.tags], active: this.clock.active, wall: this.clock.wall, version: answer.version };
-      await this.keeper.close();
-      this.refreshCounts();
-      if (answer.training) return this.teach(task, answer.training);
-      return this.next();
-    });
-  }
-
-  /** 409: an earlier answer of ours arrived although we did not hear so; then this is its correction. */
-  async send(task, fields, planes) {
-    try {
-      return await api.annotate(task.task, fields, planes);
-    } catch (error) {
-      if (error.status !== 409) throw error;
-      const { version } = await api.mine(task.task);
-      if (version < fields.version) throw error;
-      return api.annotate(task.task, { ...fields, version: version + 1 }, planes);
-    }
-  }
-
-  /** Tries until there is an answer. */
-  async insist(ask) {
-    for (let attempt = 0; ; attempt++) {
-      try {
-        const answer = await ask();
-        banner("sending", null);
-        return answer;
-      } catch (error) {
-        if (!(error instanceof api.Offline)) throw error;
-        banner("sending", "No connection. Your answer is kept in this browser and sent as soon as the server is there.");
-        await new Promise((resolve) => {
-          setTimeout(resolve, RETRY_MS[Math.min(attempt, RETRY_MS.length - 1)]);
-          addEventListener("online", resolve, { once: true });
-        });
-      }
-    }
-  }
-
-  /** Runs what ends this picture; the editor is shut meanwhile and open again after an error. */
-  async finish(act) {
-    this.busy = true;
-    this.editor.enabled = false;
-    this.showSaved("saving");
-    await this.keeper.hold();
-    try {
-      await act();
-    } catch (error) {
-      banner("sending", null);
-      if (error.status === 401) this.failed(error, () => this.start());
-      else toast(error.message, 8000);
-      this.editor.enabled = true;
-      this.keeper.resume();
-    } finally {
-      this.busy = false;
-    }
-  }
-
-  async teach(task, { hit, iou, verdict }) {
-    const truth = await api.truth(task.task, task.width * task.height).catch(() => null);
-    this.feedback = true;
-    this.showSaved("");
-    this.editor.hide(false);
-    this.editor.view.fit();
-    if (truth) this.editor.compare(truth);
-    const overlap = iou === null || iou === undefined ? "" : ` Overlap ${Math.round(iou * 100)} %.`;
-    this.notice(hit ? verdict === "clean" ? "Right: nothing is damaged here. Enter continues." : `Found.${overlap} Green is the truth. Enter continues.`
-      : verdict === "clean" ? "Nothing is damaged here. Enter continues." : `Not quite.${overlap} Green is the truth. Enter continues.`);
-    $("submit-text").textContent = "Next picture";
-    document.body.dataset.feedback = hit ? "hit" : "miss";
-  }
-
-  skip() {
-    if (!this.editor.enabled || !this.current || this.busy || this.review.editing) return;
-    if (this.current.task.back) { this.next(); return; }
-    askReason(REASONS, (reason) => this.finish(async () => {
-      await this.insist(() => api.release(this.current.task.task, this.current.task.fence, reason));
-      await this.keeper.close();
-      toast("Skipped");
-      this.refreshCounts();
-      await this.next();
-    }));
-  }
-
-  /** Opens the picture before for a correction; the present one keeps its draft. */
-  async back() {
-    if (this.review.editing) return this.review.cancelEdit();
-    if (!this.last || this.busy || this.current?.task.back) return undefined;
-    const { task, saved, tags, active, wall, version } = this.last;
-    noMessage();
-    document.body.removeAttribute("data-ready");
-    this.show({ ...this.last, task: { ...task, back: true, version: version + 1 } });
-    await this.keeper.open(this.current.task, this.current.stamp, this.editor.model, () => this.extra());
-    this.editor.model.restore(saved);
-    this.editor.setTags(tags);
-    this.clock.start(active, wall);
-    return this.ready();
-  }
-
-  // What is said instead of a picture.
-
-  nothing(reason) {
-    this.current = null;
-    this.editor.close();
-    this.showSaved("");
-    document.body.dataset.ready = "none";
-    const again = { text: "Look again", primary: true, act: () => this.next() };
-    const back = this.last ? [{ text: "Back to the last picture", key: "Backspace", act: () => this.back() }] : [];
-    if (reason === "elsewhere") {
-      this.again = setTimeout(() => this.next(), AGAIN_MS);
-      return message("Others have the rest", "The pictures that are left are with other people just now. The page looks again by itself.", [again, ...back]);
-    }
-    if (reason === "paused") return message("Paused", this.me.paused_reason || "A reviewer will look at your last pictures with you.", [again]);
-    return message("All done", "There is no picture left for you. Thank you.", [again, ...back]);
-  }
-
-  askToken(text) {
-    const input = make("input", { type: "password", placeholder: "Token", autocomplete: "off" });
-    const go = () => { if (input.value.trim()) { api.useToken(input.value.trim()); noMessage(); this.start(); } };
-    input.addEventListener("keydown", (event) => { if (event.key === "Enter") go(); });
-    message("Who are you?", text, [{ text: "Go", primary: true, act: go }], input);
-  }
-
-  failed(error, again) {
-    document.body.dataset.ready = "error";
-    if (error.status === 401) return this.askToken("This token is not known here. Ask for a new one, or paste another.");
-    const offline = error instanceof api.Offline;
-    if (offline) this.again = setTimeout(again, AGAIN_MS / 3);
-    return message(offline ? "No connection" : "That did not work", offline ? "The server does not answer. The page tries again by itself; what you drew is kept." : error.message,
-      [{ text: "Try again", primary: true, act: again }]);
-  }
-
   setMode(mode) {
     if ((mode === "review") === this.review.active) return;
     $("mode-label").setAttribute("aria-pressed", String(mode === "label"));
     $("mode-review").setAttribute("aria-pressed", String(mode === "review"));
-    if (mode === "review") { this.current = null; this.keeper.leave(); this.review.start(); }
-    else { this.review.stop(); this.next(); }
+    if (mode === "review") {
+      this.current = null;
+      this.keeper.leave();
+      this.review.start();
+    } else {
+      this.review.stop();
+      this.next();
+    }
   }
 
   // Keys.
@@ -349,12 +118,14 @@ class App {
   }
 
   key(event) {
-    const { target } = event, typing = target.matches?.("input:not([type=range]), textarea");
+    const { target } = event,
+      typing = target.matches?.("input:not([type=range]), textarea");
     if (event.defaultPrevented || typing || document.querySelector("dialog[open]")) return;
     if (event.key === "Alt") event.preventDefault(); // or its release opens the browser's menu
     const onButton = target.closest?.("button, input, a, summary");
     if (this.review.active && !this.review.editing) {
-      if (!event.repeat && $("message").hidden && !(onButton && event.key === "Enter") && this.review.key(event)) event.preventDefault();
+      if (!event.repeat && $("message").hidden && !(onButton && event.key === "Enter") && this.review.key(event))
+        event.preventDefault();
       return;
     }
     const asked = actionOf(event);
@@ -362,7 +133,13 @@ class App {
     const [action, argument] = asked;
     if (onButton && ["submit", "space", "pan"].includes(action)) return; // the control's own keys
     if (action === "nextPart" && onButton) return; // Tab goes round the page; on the picture it goes round the parts
-    if (event.repeat && !["pan", "smaller", "larger", "undo", "redo", "zoomIn", "zoomOut", "lower", "higher"].includes(action)) { if (action === "space") event.preventDefault(); return; }
+    if (
+      event.repeat &&
+      !["pan", "smaller", "larger", "undo", "redo", "zoomIn", "zoomOut", "lower", "higher"].includes(action)
+    ) {
+      if (action === "space") event.preventDefault();
+      return;
+    }
     if (!$("message").hidden && action !== "back") return;
     if (this.act(action, argument)) event.preventDefault();
   }
@@ -376,23 +153,57 @@ class App {
 
   /** Does what a key or a button asks; false leaves the key to the browser. */
   act(action, argument) {
-    const { editor } = this, { view, tools } = editor;
+    const { editor } = this,
+      { view, tools } = editor;
     const acts = {
-      submit: () => { if (!tools.finish()) this.submit(); },
-      clean: () => { if (this.confirmed("clean", "Press C again to call it clean.")) this.submit("clean"); },
-      unusable: () => { if (this.confirmed("unusable", "Press U again to call it unusable.")) this.submit("unusable"); },
+      submit: () => {
+        if (!tools.finish()) this.submit();
+      },
+      clean: () => {
+        if (this.confirmed("clean", "Press C again to call it clean.")) this.submit("clean");
+      },
+      unusable: () => {
+        if (this.confirmed("unusable", "Press U again to call it unusable.")) this.submit("unusable");
+      },
       skip: () => this.skip(),
-      back: () => { if (!tools.unclick()) this.back(); },
-      guidelines: () => $("guidelines").showModal(), help: () => $("help").showModal(), theme: () => { this.theme(); view.redraw(); },
-      space: () => this.space(true), escape: () => { if (!tools.abandon()) $("stage").focus(); },
-      nextPart: () => (this.current && editor.model ? editor.nextPart(argument) : false), acceptAll: () => editor.decideAll(true), refuseAll: () => editor.decideAll(false),
-      lower: () => editor.stepThreshold(-5), higher: () => editor.stepThreshold(5), reset: () => editor.reset(),
-      smaller: () => tools.scaleSize(-1), larger: () => tools.scaleSize(1), undo: () => editor.undo(), redo: () => editor.redo(),
-      hide: () => editor.hide(), flicker: () => editor.flicker(), colour: () => editor.nextColour(), tag: () => editor.toggleTag(argument),
-      one: () => view.zoomTo(1), fit: () => view.fit(), zoomIn: () => view.zoomTo(view.scale * 1.25), zoomOut: () => view.zoomTo(view.scale / 1.25), pan: () => view.pan(...argument),
+      back: () => {
+        if (!tools.unclick()) this.back();
+      },
+      guidelines: () => $("guidelines").showModal(),
+      help: () => $("help").showModal(),
+      theme: () => {
+        this.theme();
+        view.redraw();
+      },
+      space: () => this.space(true),
+      escape: () => {
+        if (!tools.abandon()) $("stage").focus();
+      },
+      nextPart: () => (this.current && editor.model ? editor.nextPart(argument) : false),
+      acceptAll: () => editor.decideAll(true),
+      refuseAll: () => editor.decideAll(false),
+      lower: () => editor.stepThreshold(-5),
+      higher: () => editor.stepThreshold(5),
+      reset: () => editor.reset(),
+      smaller: () => tools.scaleSize(-1),
+      larger: () => tools.scaleSize(1),
+      undo: () => editor.undo(),
+      redo: () => editor.redo(),
+      hide: () => editor.hide(),
+      flicker: () => editor.flicker(),
+      colour: () => editor.nextColour(),
+      tag: () => editor.toggleTag(argument),
+      one: () => view.zoomTo(1),
+      fit: () => view.fit(),
+      zoomIn: () => view.zoomTo(view.scale * 1.25),
+      zoomOut: () => view.zoomTo(view.scale / 1.25),
+      pan: () => view.pan(...argument),
     };
     if (acts[action]) return acts[action]() !== false;
-    if (["select", "lasso", "unlasso", "brush", "eraser", "polygon", "grow", "disc", "ignore"].includes(action)) { if (!$(`tool-${action}`).disabled) tools.use(action); return true; }
+    if (TOOLS[action]) {
+      if (!$(`tool-${action}`).disabled) tools.use(action);
+      return true;
+    }
     return false;
   }
 }

@@ -6,7 +6,12 @@ import { $, icon, make, toast } from "./panels.js";
 import { TOOLS, Tools } from "./tools.js";
 import { View } from "./view.js";
 
-export const TAGS = [["missing-part", "Missing part"], ["extra-part", "Extra part"], ["text", "Garbled text"], ["whole-picture", "All over"]];
+export const TAGS = [
+  ["missing-part", "Missing part"],
+  ["extra-part", "Extra part"],
+  ["text", "Garbled text"],
+  ["whole-picture", "All over"],
+];
 const GROUPS = [["select"], ["lasso", "unlasso", "brush", "eraser", "polygon", "grow", "disc"], ["ignore"]];
 const FLICKER_MS = 450;
 
@@ -16,11 +21,15 @@ export class Editor {
     this.host = host;
     this.view = new View($("stage"));
     this.tools = new Tools(this.view, $("cursor"), {
-      onTool: () => this.#showTool(), onEdit: () => this.#edited(), onHover: (part) => this.#focus(part),
+      onTool: () => this.#showTool(),
+      onEdit: () => this.#edited(),
+      onHover: (part) => this.#focus(part),
     });
     this.tags = new Set();
     this.colour = localStorage.getItem("diffdoctor-annotate-colour") ?? "rose";
-    this.view.onMove(() => { $("zoom").textContent = this.model ? `${Math.round(this.view.scale * 100)} %` : ""; });
+    this.view.onMove(() => {
+      $("zoom").textContent = this.model ? `${Math.round(this.view.scale * 100)} %` : "";
+    });
     this.#setUp();
     this.tools.use("lasso");
   }
@@ -30,22 +39,51 @@ export class Editor {
       if (index) $("toolbar").append(make("hr"));
       for (const tool of group) {
         const { name, key } = TOOLS[tool];
-        const button = make("button", { type: "button", id: `tool-${tool}`, title: `${name} (${key})`, onclick: () => this.tools.use(tool) }, icon(tool), make("span", { textContent: key }));
+        const button = make(
+          "button",
+          { type: "button", id: `tool-${tool}`, title: `${name} (${key})`, onclick: () => this.tools.use(tool) },
+          icon(tool),
+          make("span", { textContent: key }),
+        );
         button.setAttribute("aria-label", name);
         $("toolbar").append(button);
       }
     });
-    TAGS.forEach(([tag, text], index) => $("tags").append(
-      make("button", { type: "button", id: `tag-${tag}`, title: `${text} (Shift+${index + 1})`, onclick: () => this.toggleTag(index) }, text, make("kbd", { textContent: `⇧${index + 1}` }))));
+    TAGS.forEach(([tag, text], index) =>
+      $("tags").append(
+        make(
+          "button",
+          {
+            type: "button",
+            id: `tag-${tag}`,
+            title: `${text} (Shift+${index + 1})`,
+            onclick: () => this.toggleTag(index),
+          },
+          text,
+          make("kbd", { textContent: `⇧${index + 1}` }),
+        ),
+      ),
+    );
     $("threshold").addEventListener("input", () => this.#slide(false));
     $("threshold").addEventListener("change", () => this.#slide(true));
     // The radius is 0.5 … 400 pixels on a logarithmic scale.
     $("size").addEventListener("input", () => {
-      if (this.tools.tool === "grow") this.tools.tolerate(Math.round(1.28 * $("size").value)); else this.tools.resize(0.5 * 800 ** ($("size").value / 100));
+      if (this.tools.tool === "grow") this.tools.tolerate(Math.round(1.28 * $("size").value));
+      else this.tools.resize(0.5 * 800 ** ($("size").value / 100));
     });
-    for (const [id, act] of Object.entries({ "accept-all": () => this.decideAll(true), "refuse-all": () => this.decideAll(false), reset: () => this.reset(),
-      undo: () => this.undo(), redo: () => this.redo(), hide: () => this.hide(), flicker: () => this.flicker(), colour: () => this.nextColour(),
-      fit: () => this.view.fit(), one: () => this.view.zoomTo(1) })) $(id).addEventListener("click", act);
+    for (const [id, act] of Object.entries({
+      "accept-all": () => this.decideAll(true),
+      "refuse-all": () => this.decideAll(false),
+      reset: () => this.reset(),
+      undo: () => this.undo(),
+      redo: () => this.redo(),
+      hide: () => this.hide(),
+      flicker: () => this.flicker(),
+      colour: () => this.nextColour(),
+      fit: () => this.view.fit(),
+      one: () => this.view.zoomTo(1),
+    }))
+      $(id).addEventListener("click", act);
   }
 
   /** Shows a picture. `map` null: there is no proposal. */
@@ -57,7 +95,10 @@ export class Editor {
     this.overlay = new Overlay(this.model);
     this.overlay.colour = this.colour;
     this.overlay.render();
-    this.model.onChange((box) => { if (box) this.view.update(box); this.#soon(); });
+    this.model.onChange((box) => {
+      if (box) this.view.update(box);
+      this.#soon();
+    });
     this.view.masked = true;
     this.view.open(picture, [this.overlay]);
     this.tools.open(this.model, () => Tools.readPixels(picture));
@@ -85,14 +126,23 @@ export class Editor {
     this.refresh();
   }
 
-  get enabled() { return this.tools.enabled && Boolean(this.model); }
+  get enabled() {
+    return this.tools.enabled && Boolean(this.model);
+  }
 
   /** What was changed by hand. */
-  get touched() { return Boolean(this.model) && !(this.model.isEmpty("forced") && this.model.isEmpty("ignore")); }
+  get touched() {
+    return Boolean(this.model) && !(this.model.isEmpty("forced") && this.model.isEmpty("ignore"));
+  }
 
-  get damaged() { return this.model.marked > 0 || this.tags.size > 0; }
+  get damaged() {
+    return this.model.marked > 0 || this.tags.size > 0;
+  }
 
-  setTags(tags) { this.tags = new Set(tags); this.refresh(); }
+  setTags(tags) {
+    this.tags = new Set(tags);
+    this.refresh();
+  }
 
   toggleTag(index) {
     const tag = TAGS[index]?.[0];
@@ -101,9 +151,17 @@ export class Editor {
     this.#edited();
   }
 
-  #edited() { this.refresh(); this.host.onEdit(); }
+  #edited() {
+    this.refresh();
+    this.host.onEdit();
+  }
 
-  #soon() { this.frame ??= requestAnimationFrame(() => { this.frame = null; this.refresh(); }); }
+  #soon() {
+    this.frame ??= requestAnimationFrame(() => {
+      this.frame = null;
+      this.refresh();
+    });
+  }
 
   #slide(settled) {
     if (!this.enabled) return this.refresh();
@@ -125,21 +183,30 @@ export class Editor {
 
   reset() {
     if (!this.enabled) return;
-    if (this.model.adopt({}, this.start)) { toast("As it came. Z takes this back."); this.#edited(); }
+    if (this.model.adopt({}, this.start)) {
+      toast("As it came. Z takes this back.");
+      this.#edited();
+    }
   }
 
-  undo() { if (this.enabled && this.model.undo()) this.#edited(); }
+  undo() {
+    if (this.enabled && this.model.undo()) this.#edited();
+  }
 
-  redo() { if (this.enabled && this.model.redo()) this.#edited(); }
+  redo() {
+    if (this.enabled && this.model.redo()) this.#edited();
+  }
 
   /** Goes to the next or previous part; false past the last. */
   nextPart(by) {
-    const parts = this.model?.parts ?? [], at = this.part ? parts.findIndex((part) => part.label === this.part.label) : by > 0 ? -1 : parts.length;
+    const parts = this.model?.parts ?? [],
+      at = this.part ? parts.findIndex((part) => part.label === this.part.label) : by > 0 ? -1 : parts.length;
     const part = parts[at + by] ?? null;
     this.#focus(part);
     if (!part) return false;
     if (!this.view.sees(part.box)) this.view.show(part.box, Math.max(1, this.view.scale));
-    $("hint").textContent = `Part ${at + by + 1} of ${parts.length}, confidence ${Math.round(part.score * 100)} %, ${this.model.isKept(part) ? "accepted" : "refused"}. Space ${this.model.isKept(part) ? "refuses" : "accepts"} it.`;
+    $("hint").textContent =
+      `Part ${at + by + 1} of ${parts.length}, confidence ${Math.round(part.score * 100)} %, ${this.model.isKept(part) ? "accepted" : "refused"}. Space ${this.model.isKept(part) ? "refuses" : "accepts"} it.`;
     return true;
   }
 
@@ -169,9 +236,17 @@ export class Editor {
   flicker(on = !this.flickering) {
     clearInterval(this.flickering);
     const was = this.flickering;
-    this.flickering = on ? setInterval(() => { this.view.masked = !this.view.masked; this.view.redraw(); }, FLICKER_MS) : null;
+    this.flickering = on
+      ? setInterval(() => {
+          this.view.masked = !this.view.masked;
+          this.view.redraw();
+        }, FLICKER_MS)
+      : null;
     $("flicker").setAttribute("aria-pressed", String(on));
-    if (was && !on) { this.view.masked = true; this.view.redraw(); }
+    if (was && !on) {
+      this.view.masked = true;
+      this.view.redraw();
+    }
     if (on) $("hide").setAttribute("aria-pressed", "false");
   }
 
@@ -179,12 +254,18 @@ export class Editor {
     const names = Object.keys(COLOURS);
     this.colour = names[(names.indexOf(this.colour) + 1) % names.length];
     localStorage.setItem("diffdoctor-annotate-colour", this.colour);
-    if (this.overlay) { this.overlay.colour = this.colour; this.view.update(this.overlay.whole); }
+    if (this.overlay) {
+      this.overlay.colour = this.colour;
+      this.view.update(this.overlay.whole);
+    }
     this.refresh();
   }
 
   /** Shows the truth over one's own mask. */
-  compare(truth) { this.overlay.truth = truth; this.view.update(this.overlay.whole); }
+  compare(truth) {
+    this.overlay.truth = truth;
+    this.view.update(this.overlay.whole);
+  }
 
   #showTool() {
     const { tool, sized, size, tolerance } = this.tools;
@@ -192,14 +273,17 @@ export class Editor {
     $("hint").textContent = this.tools.enabled ? TOOLS[tool].hint : "";
     $("size-name").textContent = { grow: "Tolerance", disc: "Disc" }[tool === "grow" ? tool : sized] ?? "Brush";
     $("size").value = tool === "grow" ? tolerance / 1.28 : 100 * (Math.log(size / 0.5) / Math.log(800));
-    $("size-value").textContent = tool === "grow" ? `± ${tolerance}` : `${size < 10 ? size.toFixed(1) : Math.round(size)} px`;
+    $("size-value").textContent =
+      tool === "grow" ? `± ${tolerance}` : `${size < 10 ? size.toFixed(1) : Math.round(size)} px`;
   }
 
   refresh() {
-    const { model } = this, can = this.enabled;
+    const { model } = this,
+      can = this.enabled;
     $("undo").disabled = !(can && model.canUndo);
     $("redo").disabled = !(can && model.canRedo);
-    for (const id of ["clean", "skip", "unusable", "threshold", "accept-all", "refuse-all", "reset"]) $(id).disabled = !can;
+    for (const id of ["clean", "skip", "unusable", "threshold", "accept-all", "refuse-all", "reset"])
+      $(id).disabled = !can;
     $("colour").dataset.colour = this.colour;
     for (const [tag] of TAGS) $(`tag-${tag}`).setAttribute("aria-pressed", String(this.tags.has(tag)));
     if (!model) return;
@@ -208,13 +292,19 @@ export class Editor {
     const { accepted, parts } = model;
     $("parts").textContent = parts.length ? `${accepted} of ${parts.length} accepted` : "nothing suspected";
     const share = (100 * model.marked) / model.mask.length;
-    $("submit-text").textContent = model.marked ? `Damaged, ${share < 0.1 ? "< 0.1" : share.toFixed(1)} %` : this.tags.size ? "Damaged, tagged only" : "Clean";
+    $("submit-text").textContent = model.marked
+      ? `Damaged, ${share < 0.1 ? "< 0.1" : share.toFixed(1)} %`
+      : this.tags.size
+        ? "Damaged, tagged only"
+        : "Clean";
   }
 
   /** How much of the picture each threshold would mark, on a square-root scale. */
   #histogram() {
     if (!this.model.map) return;
-    const counts = new Float64Array(256), canvas = $("histogram"), pen = canvas.getContext("2d");
+    const counts = new Float64Array(256),
+      canvas = $("histogram"),
+      pen = canvas.getContext("2d");
     for (const value of this.model.map) counts[value]++;
     const most = Math.max(1, ...counts.subarray(1));
     pen.clearRect(0, 0, canvas.width, canvas.height);

@@ -3,7 +3,9 @@
 
 import * as api from "./api.js";
 
-const PUT_AFTER_MS = 1000, RETRY_MS = [1000, 2000, 4000, 8000, 15000], KEPT_DAYS = 30;
+const PUT_AFTER_MS = 1000,
+  RETRY_MS = [1000, 2000, 4000, 8000, 15000],
+  KEPT_DAYS = 30;
 
 function openStore() {
   return new Promise((resolve) => {
@@ -15,7 +17,9 @@ function openStore() {
 }
 
 class Store {
-  constructor() { this.opened = openStore(); }
+  constructor() {
+    this.opened = openStore();
+  }
 
   async #do(mode, act) {
     const database = await this.opened;
@@ -28,11 +32,17 @@ class Store {
     });
   }
 
-  get(key) { return this.#do("readonly", (store) => store.get(key)); }
+  get(key) {
+    return this.#do("readonly", (store) => store.get(key));
+  }
 
-  put(key, value) { return this.#do("readwrite", (store) => store.put(value, key)); }
+  put(key, value) {
+    return this.#do("readwrite", (store) => store.put(value, key));
+  }
 
-  delete(key) { return this.#do("readwrite", (store) => store.delete(key)); }
+  delete(key) {
+    return this.#do("readwrite", (store) => store.delete(key));
+  }
 
   forget(before) {
     return this.#do("readwrite", (store) => {
@@ -47,8 +57,16 @@ class Store {
 
 /** The layers as the draft's planes, without empty ones: forced 0, 1 or 2 (removed), the others 0 or 255. */
 function planesOf(model) {
-  const planes = { forced: () => model.layerBytes("forced", 1, 2), ignore: () => model.layerBytes("ignore"), refused: () => model.layerBytes("refused") };
-  return Object.fromEntries(Object.entries(planes).filter(([name]) => !model.isEmpty(name)).map(([name, make]) => [name, make()]));
+  const planes = {
+    forced: () => model.layerBytes("forced", 1, 2),
+    ignore: () => model.layerBytes("ignore"),
+    refused: () => model.layerBytes("refused"),
+  };
+  return Object.fromEntries(
+    Object.entries(planes)
+      .filter(([name]) => !model.isEmpty(name))
+      .map(([name, make]) => [name, make()]),
+  );
 }
 
 function layersOf(planes) {
@@ -57,7 +75,9 @@ function layersOf(planes) {
     for (let i = 0; i < plane.length; i++) if (plane[i]) values[i] = plane[i] === minus ? -1 : 1;
     return values;
   };
-  return Object.fromEntries(Object.entries(planes).map(([name, plane]) => [name, layer(plane, name === "forced" ? 2 : null)]));
+  return Object.fromEntries(
+    Object.entries(planes).map(([name, plane]) => [name, layer(plane, name === "forced" ? 2 : null)]),
+  );
 }
 
 export class Keeper {
@@ -67,14 +87,28 @@ export class Keeper {
     Object.assign(this, { account, host, store: new Store(), task: null, attempts: 0 });
     this.store.forget(Date.now() - KEPT_DAYS * 86400e3).catch(() => {});
     addEventListener("online", () => this.#soon(0));
-    document.addEventListener("visibilitychange", () => { if (document.hidden && this.dirty) this.#put(); });
+    document.addEventListener("visibilitychange", () => {
+      if (document.hidden && this.dirty) this.#put();
+    });
   }
 
-  get key() { return `${this.account}/${this.task.task}`; }
+  get key() {
+    return `${this.account}/${this.task.task}`;
+  }
 
   /** Takes the task's lock and brings back the newest draft; `extra()` gives what else is to be kept. Returns that, or {}. */
   async open(task, stamp, model, extra, steal = false) {
-    Object.assign(this, { task, stamp, model, extra, version: task.draft_version ?? 0, dirty: false, attempts: 0, remote: !task.back, held: false });
+    Object.assign(this, {
+      task,
+      stamp,
+      model,
+      extra,
+      version: task.draft_version ?? 0,
+      dirty: false,
+      attempts: 0,
+      remote: !task.back,
+      held: false,
+    });
     const writable = await this.#lock(steal);
     const state = await this.#restore();
     this.dirty &&= writable;
@@ -85,11 +119,19 @@ export class Keeper {
   }
 
   async #restore() {
-    const { task, model } = this, length = task.width * task.height;
+    const { task, model } = this,
+      length = task.width * task.height;
     const local = await this.store.get(this.key).catch(() => null);
-    const remote = this.remote && task.has_draft ? await api.draft(task.task, length).catch((error) => { if (error.status) throw error; return null; }) : null;
+    const remote =
+      this.remote && task.has_draft
+        ? await api.draft(task.task, length).catch((error) => {
+            if (error.status) throw error;
+            return null;
+          })
+        : null;
     if (remote) this.version = remote.version;
-    const fits = local && local.stamp === this.stamp && local.mask.width === task.width && local.mask.height === task.height;
+    const fits =
+      local && local.stamp === this.stamp && local.mask.width === task.width && local.mask.height === task.height;
     if (fits && !(remote?.state.at > local.at)) {
       model.restore(local.mask);
       this.dirty = !(remote?.state.at === local.at);
@@ -109,24 +151,32 @@ export class Keeper {
   #lock(steal) {
     this.unlock?.();
     if (!navigator.locks) return true; // plain http on another host
-    const name = `diffdoctor-annotate/${this.key}`, leave = new AbortController();
+    const name = `diffdoctor-annotate/${this.key}`,
+      leave = new AbortController();
     const hold = () => new Promise((release) => leave.signal.addEventListener("abort", release));
-    const wait = () => navigator.locks.request(name, { signal: leave.signal }, () => { if (!leave.signal.aborted) this.host.onFree(); })
-      .catch(() => {});
+    const wait = () =>
+      navigator.locks
+        .request(name, { signal: leave.signal }, () => {
+          if (!leave.signal.aborted) this.host.onFree();
+        })
+        .catch(() => {});
     this.unlock = () => leave.abort();
     return new Promise((resolve) => {
-      navigator.locks.request(name, steal ? { steal } : { ifAvailable: true }, (lock) => {
-        resolve(Boolean(lock));
-        if (lock) return hold();
-        wait();
-        return undefined;
-      }).catch(() => { // another tab took it over
-        if (leave.signal.aborted) return;
-        clearTimeout(this.timer);
-        this.dirty = false;
-        this.host.onWritable(false);
-        wait();
-      });
+      navigator.locks
+        .request(name, steal ? { steal } : { ifAvailable: true }, (lock) => {
+          resolve(Boolean(lock));
+          if (lock) return hold();
+          wait();
+          return undefined;
+        })
+        .catch(() => {
+          // another tab took it over
+          if (leave.signal.aborted) return;
+          clearTimeout(this.timer);
+          this.dirty = false;
+          this.host.onWritable(false);
+          wait();
+        });
     });
   }
 
@@ -147,7 +197,12 @@ export class Keeper {
   }
 
   /** Renews the lease of someone who is looking without drawing. */
-  renew() { if (this.task && this.remote) { this.dirty = true; this.#soon(0); } }
+  renew() {
+    if (this.task && this.remote) {
+      this.dirty = true;
+      this.#soon(0);
+    }
+  }
 
   /** Stops sending, so that no draft follows the annotation; `resume` goes on. */
   async hold() {
@@ -156,12 +211,19 @@ export class Keeper {
     await this.inflight;
   }
 
-  resume() { this.held = false; this.dirty = true; this.#soon(PUT_AFTER_MS); }
+  resume() {
+    this.held = false;
+    this.dirty = true;
+    this.#soon(PUT_AFTER_MS);
+  }
 
-  #put() { if (!this.sending && !this.held && this.task) this.inflight = this.#send(); }
+  #put() {
+    if (!this.sending && !this.held && this.task) this.inflight = this.#send();
+  }
 
   async #send() {
-    const { task, at } = this, { threshold, strokes } = this.model;
+    const { task, at } = this,
+      { threshold, strokes } = this.model;
     this.sending = true;
     this.dirty = false;
     const fields = { fence: task.fence, state: { at: at ?? Date.now(), threshold, strokes, extra: this.extra() } };
@@ -180,8 +242,10 @@ export class Keeper {
         return this.#soon(RETRY_MS[Math.min(this.attempts++, RETRY_MS.length - 1)]);
       }
       this.dirty = false;
-      if (error.status === 409) { this.newer = error.body?.version; this.host.onConflict(); }
-      else this.host.onState("local", error.message);
+      if (error.status === 409) {
+        this.newer = error.body?.version;
+        this.host.onConflict();
+      } else this.host.onState("local", error.message);
     } finally {
       this.sending = false;
       if (this.task && this.dirty && !this.attempts) this.#soon(PUT_AFTER_MS);
@@ -190,11 +254,16 @@ export class Keeper {
 
   /** After a conflict: `mine` is written over the newer draft, or the newer one is taken (undo brings mine back). */
   async resolve(mine) {
-    const { task } = this.task, length = this.task.width * this.task.height;
+    const { task } = this.task,
+      length = this.task.width * this.task.height;
     if (mine) this.version = this.newer;
     else {
       const remote = await api.draft(task, length);
-      if (remote) { this.version = remote.version; this.#adopt(remote); this.host.onExtra(remote.state.extra ?? {}); }
+      if (remote) {
+        this.version = remote.version;
+        this.#adopt(remote);
+        this.host.onExtra(remote.state.extra ?? {});
+      }
     }
     await this.touch();
   }

@@ -1,74 +1,95 @@
 // Every key, once: what it does, and how the help lists it. Letters are taken by what they write, so other layouts work.
 
 export const KEYS = [
-  ["Picture", [
-    ["submit", "Enter", "Submit what is marked, next picture"],
-    ["clean", "C", "Clean: nothing is damaged, next picture"],
-    ["skip", "S", "Skip, with a reason"],
-    ["unusable", "U", "Unusable as a picture"],
-    ["back", "Backspace", "Back to the previous picture"],
-    ["guidelines", "F", "Guidelines"],
-  ]],
-  ["Proposal", [
-    ["nextPart", "Tab", "Next part (Shift: the one before)"],
-    ["togglePart", "Space", "Accept or refuse that part"],
-    ["acceptAll", "A", "Accept every part"],
-    ["refuseAll", "R", "Refuse every part"],
-    ["lower", ",", "Lower threshold: more is marked"],
-    ["higher", ".", "Higher threshold: less is marked"],
-    ["reset", "X", "Back to the proposal as it came"],
-  ]],
-  ["Tools", [
-    ["select", "V", "Accept or refuse parts by a click"],
-    ["lasso", "L", "Lasso: add"],
-    ["unlasso", "Shift+L", "Lasso: remove"],
-    ["brush", "B", "Brush"],
-    ["eraser", "E", "Eraser"],
-    ["polygon", "P", "Polygon"],
-    ["grow", "G", "Grow from a point"],
-    ["disc", "D", "Disc"],
-    ["ignore", "I", "Ignore here: cannot be decided"],
-    ["smaller", "[", "Smaller"],
-    ["larger", "]", "Larger"],
-    ["", "Alt", "Held: remove instead of add (or the right button)"],
-    ["", "Shift", "Held with a brush: a straight line"],
-    ["", "Esc", "Give up what is being drawn"],
-  ]],
-  ["Look", [
-    ["hide", "H", "Hide the mask"],
-    ["flicker", "M", "Flicker between picture and mask"],
-    ["colour", "K", "Another colour of the mask"],
-    ["one", "1", "One to one"],
-    ["fit", "0", "Whole picture"],
-    ["zoomIn", "+", "Zoom in (or the wheel, at the pointer)"],
-    ["zoomOut", "-", "Zoom out"],
-    ["", "Space + drag", "Move the picture (or the middle button)"],
-    ["", "Arrows", "Move the picture"],
-  ]],
-  ["Other", [
-    ["undo", "Z", "Undo"],
-    ["redo", "Shift+Z", "Redo"],
-    ["tag1", "Shift+1…4", "Tags for damage you cannot mark"],
-    ["theme", "T", "Light or dark"],
-    ["help", "?", "These keys"],
-  ]],
-  ["Review", [
-    ["", "1…9", "Choose a mask"],
-    ["", "Enter", "Accept the chosen mask"],
-    ["", "J, N, O", "Merge: majority, union, overlap"],
-    ["", "E", "Edit the chosen mask"],
-    ["", "C, U", "Clean, unusable"],
-    ["", "X", "Nobody was right: ask one more person"],
-  ]],
+  [
+    "Picture",
+    [
+      ["submit", "Enter", "Submit what is marked, next picture"],
+      ["clean", "C", "Clean: nothing is damaged, next picture"],
+      ["skip", "S", "Skip, with a reason"],
+      ["unusable", "U", "Unusable as a picture"],
+      ["back", "Backspace", "Back to the previous picture"],
+      ["guidelines", "F", "Guidelines"],
+    ],
+  ],
+  [
+    "Proposal",
+    [
+      ["nextPart", "Tab", "Next part (Shift: the one before)"],
+      ["togglePart", "Space", "Accept or refuse that part"],
+      ["acceptAll", "A", "Accept every part"],
+      ["refuseAll", "R", "Refuse every part"],
+      ["lower", ",", "Lower threshold: more is marked"],
+      ["higher", ".", "Higher threshold: less is marked"],
+      ["reset", "X", "Back to the proposal as it came"],
+    ],
+  ],
+  [
+    "Tools",
+    [
+      ["select", "V", "Accept or refuse parts by a click"],
+      ["lasso", "L", "Lasso: add"],
+      ["unlasso", "Shift+L", "Lasso: remove"],
+      ["brush", "B", "Brush"],
+      ["eraser", "E", "Eraser"],
+      ["polygon", "P", "Polygon"],
+      ["grow", "G", "Grow from a point"],
+      ["disc", "D", "Disc"],
+      ["ignore", "I", "Ignore here: cannot be decided"],
+      ["smaller", "[", "Smaller"],
+      ["larger", "]", "Larger"],
+      ["", "Alt", "Held: remove instead of add (or the right button)"],
+      ["", "Shift", "Held with a brush: a straight line"],
+      ["", "Esc", "Give up what is being drawn"],
+    ],
+  ],
+  [
+    "Look",
+    [
+      ["hide", "H", "Hide the mask"],
+      ["flicker", "M", "Flicker between picture and mask"],
+      ["colour", "K", "Another colour of the mask"],
+      ["one", "1", "One to one"],
+      ["fit", "0", "Whole picture"],
+      ["zoomIn", "+", "Zoom in (or the wheel, at the pointer)"],
+      ["zoomOut", "-", "Zoom out"],
+      ["", "Space + drag", "Move the picture (or the middle button)"],
+      ["", "Arrows", "Move the picture"],
+    ],
+  ],
+  [
+    "Other",
+    [
+      ["undo", "Z", "Undo"],
+      ["redo", "Shift+Z", "Redo"],
+      ["tag1", "Shift+1…4", "Tags for damage you cannot mark"],
+      ["theme", "T", "Light or dark"],
+      ["help", "?", "These keys"],
+    ],
+  ],
+  [
+    "Review",
+    [
+      ["", "1…9", "Choose a mask"],
+      ["", "Enter", "Accept the chosen mask"],
+      ["", "J, N, O", "Merge: majority, union, overlap"],
+      ["", "E", "Edit the chosen mask"],
+      ["", "C, U", "Clean, unusable"],
+      ["", "X", "Nobody was right: ask one more person"],
+    ],
+  ],
 ];
 
 const ARROWS = { ArrowLeft: [64, 0], ArrowRight: [-64, 0], ArrowUp: [0, 64], ArrowDown: [0, -64] };
 const NAMED = { "+": "zoomIn", "=": "zoomIn", "-": "zoomOut", "{": "smaller", "}": "larger", "?": "help" };
-const byKey = new Map(KEYS.flatMap(([, keys]) => keys.filter(([action]) => action).map(([action, key]) => [key.toLowerCase(), action])));
+const byKey = new Map(
+  KEYS.flatMap(([, keys]) => keys.filter(([action]) => action).map(([action, key]) => [key.toLowerCase(), action])),
+);
 
 /** The action that a key event asks for, as [name, argument], or null. */
 export function actionOf(event) {
-  const { key, shiftKey } = event, command = event.ctrlKey || event.metaKey;
+  const { key, shiftKey } = event,
+    command = event.ctrlKey || event.metaKey;
   if (command) {
     const letter = key.toLowerCase();
     if (letter === "z") return [shiftKey ? "redo" : "undo"];

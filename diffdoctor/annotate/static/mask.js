@@ -31,32 +31,47 @@ export class Mask {
   }
 
   /** `listener(box)` after each change of what is shown inside the box. */
-  onChange(listener) { this.listeners.push(listener); }
+  onChange(listener) {
+    this.listeners.push(listener);
+  }
 
   partAt(x, y) {
     if (!this.map || x < 0 || y < 0 || x >= this.width || y >= this.height) return null;
     return this.parts[this.labels[Math.floor(y) * this.width + Math.floor(x)] - 1] ?? null;
   }
 
-  isKept(part) { return !this.layers.refused[part.peak]; }
+  isKept(part) {
+    return !this.layers.refused[part.peak];
+  }
 
-  get accepted() { return this.parts.filter((part) => this.isKept(part)).length; }
+  get accepted() {
+    return this.parts.filter((part) => this.isKept(part)).length;
+  }
 
-  get ignored() { return this.layers.ignore.includes(1); }
+  get ignored() {
+    return this.layers.ignore.includes(1);
+  }
 
   /** The mask as it is sent: {0, 255}, rows from the top. */
-  bytes() { return this.mask.slice(); }
+  bytes() {
+    return this.mask.slice();
+  }
 
-  ignoreBytes() { return this.layerBytes("ignore"); }
+  ignoreBytes() {
+    return this.layerBytes("ignore");
+  }
 
   /** A layer as bytes: 0, `positive` where it is 1, `negative` where it is -1. */
   layerBytes(name, positive = 255, negative = 0) {
-    const plane = this.layers[name], bytes = new Uint8Array(plane.length);
+    const plane = this.layers[name],
+      bytes = new Uint8Array(plane.length);
     for (let i = 0; i < plane.length; i++) if (plane[i]) bytes[i] = plane[i] > 0 ? positive : negative;
     return bytes;
   }
 
-  isEmpty(name) { return !this.layers[name].includes(1) && !this.layers[name].includes(-1); }
+  isEmpty(name) {
+    return !this.layers[name].includes(1) && !this.layers[name].includes(-1);
+  }
 
   // Edits. Between begin() and end() shapes are painted on one layer; the whole is one step of the history.
 
@@ -86,7 +101,8 @@ export class Mask {
     const { layer, box } = this.edit ?? {};
     this.edit = null;
     if (!box) return false;
-    const before = cut(this.stash, this.width, box), after = cut(this.layers[layer], this.width, box);
+    const before = cut(this.stash, this.width, box),
+      after = cut(this.layers[layer], this.width, box);
     if (before.every((value, index) => value === after[index])) return false;
     if (kind === "drawn") this.strokes++;
     this.#push({ kind, patches: [{ layer, box, runs: encodeRuns(before) }] });
@@ -116,7 +132,10 @@ export class Mask {
     for (const part of parts) {
       if (!keep && !this.isKept(part)) continue;
       const inside = cut(this.labels, this.width, part.box);
-      this.paint({ ...part.box, inside: Uint8Array.from(inside, (label) => (label === part.label ? 1 : 0)) }, keep ? 0 : 1);
+      this.paint(
+        { ...part.box, inside: Uint8Array.from(inside, (label) => (label === part.label ? 1 : 0)) },
+        keep ? 0 : 1,
+      );
     }
     return this.end("decided");
   }
@@ -136,10 +155,21 @@ export class Mask {
 
   /** What a click at a pixel means: a marked spot is taken away, drawn or proposed, another one's part is accepted. One step. */
   toggle(x, y) {
-    const index = y * this.width + x, marked = this.mask[index] > 0, part = this.partAt(x, y), { forced } = this.layers;
-    const sign = marked ? 1 : -1, steps = this.undos.length;
-    let changed = forced[index] === sign && this.draw("forced", flood(x, y, this.width, this.height, (i) => forced[i] === sign), 0);
-    if (part && (this.isKept(part) === marked || this.layers.refused[index])) changed = this.decide([part], !marked) || changed;
+    const index = y * this.width + x,
+      marked = this.mask[index] > 0,
+      part = this.partAt(x, y),
+      { forced } = this.layers;
+    const sign = marked ? 1 : -1,
+      steps = this.undos.length;
+    let changed =
+      forced[index] === sign &&
+      this.draw(
+        "forced",
+        flood(x, y, this.width, this.height, (i) => forced[i] === sign),
+        0,
+      );
+    if (part && (this.isKept(part) === marked || this.layers.refused[index]))
+      changed = this.decide([part], !marked) || changed;
     if (this.undos.length === steps + 2) this.undos.at(-2).patches.push(...this.undos.pop().patches);
     return changed;
   }
@@ -147,7 +177,8 @@ export class Mask {
   /** Makes `bytes` the mask by drawing, in one step. */
   replace(bytes) {
     const forced = new Int8Array(bytes.length);
-    for (let i = 0; i < forced.length; i++) if (Boolean(bytes[i]) !== Boolean(this.#base(i))) forced[i] = bytes[i] ? 1 : -1;
+    for (let i = 0; i < forced.length; i++)
+      if (Boolean(bytes[i]) !== Boolean(this.#base(i))) forced[i] = bytes[i] ? 1 : -1;
     return this.adopt({ ...this.layers, forced }, this.threshold);
   }
 
@@ -155,7 +186,8 @@ export class Mask {
   adopt(planes, threshold) {
     const entry = { kind: "adopted", patches: [], threshold: this.threshold };
     for (const name of LAYERS) {
-      const plane = this.layers[name], next = planes[name] ?? new Int8Array(plane.length);
+      const plane = this.layers[name],
+        next = planes[name] ?? new Int8Array(plane.length);
       let i = 0;
       while (i < plane.length && plane[i] === next[i]) i++;
       if (i === plane.length) continue;
@@ -171,31 +203,54 @@ export class Mask {
     return true;
   }
 
-  get canUndo() { return this.undos.length > 0; }
+  get canUndo() {
+    return this.undos.length > 0;
+  }
 
-  get canRedo() { return this.redos.length > 0; }
+  get canRedo() {
+    return this.redos.length > 0;
+  }
 
-  undo() { return this.#step(this.undos, this.redos); }
+  undo() {
+    return this.#step(this.undos, this.redos);
+  }
 
-  redo() { return this.#step(this.redos, this.undos); }
+  redo() {
+    return this.#step(this.redos, this.undos);
+  }
 
   /** Everything that a reload needs; `restore` takes it. Structured-cloneable, a few KB for drawings by hand. */
   save() {
     for (const name of LAYERS) this.runs[name] ??= encodeRuns(this.layers[name]);
     const layers = { ...this.runs };
-    return { width: this.width, height: this.height, threshold: this.threshold, strokes: this.strokes, layers,
-      undos: this.undos.slice(), redos: this.redos.slice() };
+    return {
+      width: this.width,
+      height: this.height,
+      threshold: this.threshold,
+      strokes: this.strokes,
+      layers,
+      undos: this.undos.slice(),
+      redos: this.redos.slice(),
+    };
   }
 
   restore(saved) {
     if (saved.width !== this.width || saved.height !== this.height) throw new Error("a draft of another size");
     for (const name of LAYERS) this.layers[name].set(decodeRuns(saved.layers[name], this.mask.length));
-    Object.assign(this, { threshold: saved.threshold, strokes: saved.strokes, undos: saved.undos ?? [], redos: saved.redos ?? [], runs: {} });
+    Object.assign(this, {
+      threshold: saved.threshold,
+      strokes: saved.strokes,
+      undos: saved.undos ?? [],
+      redos: saved.redos ?? [],
+      runs: {},
+    });
     this.#label();
     this.#changed(this.whole);
   }
 
-  #base(i) { return this.map && this.keep[this.labels[i]] && !this.layers.refused[i]; }
+  #base(i) {
+    return this.map && this.keep[this.labels[i]] && !this.layers.refused[i];
+  }
 
   #label() {
     this.parts = this.map ? labelParts(this.map, this.width, this.height, this.threshold, this.labels) : [];
@@ -203,8 +258,9 @@ export class Mask {
   }
 
   #compose(box, tell = true) {
-    const { mask, labels, width } = this, { refused, forced } = this.layers;
-    const keep = this.keep = new Uint8Array(this.parts.length + 1);
+    const { mask, labels, width } = this,
+      { refused, forced } = this.layers;
+    const keep = (this.keep = new Uint8Array(this.parts.length + 1));
     for (const part of this.parts) keep[part.label] = refused[part.peak] ? 0 : 1;
     let change = 0;
     for (let y = box.y; y < box.y + box.height; y++) {
@@ -212,19 +268,25 @@ export class Mask {
         const force = forced[i];
         // Without a map `labels` is empty, and what is not there is no part.
         const value = force ? (force > 0 ? 255 : 0) : keep[labels[i]] && !refused[i] ? 255 : 0;
-        if (value !== mask[i]) { mask[i] = value; change += value ? 1 : -1; }
+        if (value !== mask[i]) {
+          mask[i] = value;
+          change += value ? 1 : -1;
+        }
       }
     }
     this.marked += change;
     if (tell) this.#changed(box);
   }
 
-  #changed(box) { for (const listener of this.listeners) listener(box); }
+  #changed(box) {
+    for (const listener of this.listeners) listener(box);
+  }
 
   #push(entry) {
     this.redos = [];
     this.undos.push(entry);
-    let bytes = 0, first = this.undos.length;
+    let bytes = 0,
+      first = this.undos.length;
     while (first > 0 && (bytes += bytesOf(this.undos[first - 1])) <= MAX_HISTORY_BYTES) first--;
     if (first) this.undos.splice(0, first);
     this.#changed(null);
@@ -254,4 +316,6 @@ export class Mask {
   }
 }
 
-function bytesOf(entry) { return entry.patches.reduce((sum, { runs }) => sum + runs.byteLength, 64); }
+function bytesOf(entry) {
+  return entry.patches.reduce((sum, { runs }) => sum + runs.byteLength, 64);
+}

@@ -4,7 +4,10 @@ const rgba = (red, green, blue, alpha) => ((alpha << 24) | (blue << 16) | (green
 
 export const COLOURS = { rose: [255, 45, 120], cyan: [0, 215, 235], lime: [150, 235, 20] };
 const TRUTH = [60, 200, 110];
-const DARK = rgba(0, 0, 0, 100), FAINT = rgba(235, 235, 235, 190), GLOW = rgba(235, 235, 235, 60), HATCH = rgba(255, 190, 40, 215);
+const DARK = rgba(0, 0, 0, 100),
+  FAINT = rgba(235, 235, 235, 190),
+  GLOW = rgba(235, 235, 235, 60),
+  HATCH = rgba(255, 190, 40, 215);
 
 export class Overlay {
   /** `model` has width, height and mask; a `Mask` shows its refused parts and what is ignored as well. */
@@ -18,44 +21,67 @@ export class Overlay {
     this.thickness = 1;
   }
 
-  get whole() { return { x: 0, y: 0, width: this.model.width, height: this.model.height }; }
+  get whole() {
+    return { x: 0, y: 0, width: this.model.width, height: this.model.height };
+  }
 
   /** The columns of each row from `top` to `low` between which there is anything to see: [first, one past the last] a row. */
   #extents(top, low) {
-    const { width, mask, parts = [], layers } = this.model, extents = new Int32Array(2 * (low - top));
+    const { width, mask, parts = [], layers } = this.model,
+      extents = new Int32Array(2 * (low - top));
     for (let k = 0; k < extents.length; k += 2) extents[k] = width;
     const widen = (row, first, end) => {
       const k = 2 * (row - top);
       if (first < extents[k]) extents[k] = first;
       if (end > extents[k + 1]) extents[k + 1] = end;
     };
-    for (const [plane, value] of [[mask, 255], [layers?.ignore, 1], [layers?.ignore, 255], [this.truth, 255]]) {
+    for (const [plane, value] of [
+      [mask, 255],
+      [layers?.ignore, 1],
+      [layers?.ignore, 255],
+      [this.truth, 255],
+    ]) {
       if (!plane) continue;
       for (let row = top; row < low; row++) {
-        const values = plane.subarray(row * width, (row + 1) * width), first = values.indexOf(value);
+        const values = plane.subarray(row * width, (row + 1) * width),
+          first = values.indexOf(value);
         if (first >= 0) widen(row, first, values.lastIndexOf(value) + 1);
       }
     }
     for (const { box } of parts) {
-      for (let row = Math.max(top, box.y), end = Math.min(low, box.y + box.height); row < end; row++) widen(row, box.x, box.x + box.width);
+      for (let row = Math.max(top, box.y), end = Math.min(low, box.y + box.height); row < end; row++)
+        widen(row, box.x, box.x + box.width);
     }
     return extents;
   }
 
   /** Redraws the box, with a margin for the outlines; returns what was redrawn. */
   render(box = this.whole) {
-    const { width, height, mask, labels, layers } = this.model, r = this.thickness;
-    const x0 = Math.max(0, box.x - r), y0 = Math.max(0, box.y - r);
-    const x1 = Math.min(width, box.x + box.width + r), y1 = Math.min(height, box.y + box.height + r);
+    const { width, height, mask, labels, layers } = this.model,
+      r = this.thickness;
+    const x0 = Math.max(0, box.x - r),
+      y0 = Math.max(0, box.y - r);
+    const x1 = Math.min(width, box.x + box.width + r),
+      y1 = Math.min(height, box.y + box.height + r);
     if (x1 <= x0 || y1 <= y0) return box;
-    const image = new ImageData(x1 - x0, y1 - y0), out = new Uint32Array(image.data.buffer);
+    const image = new ImageData(x1 - x0, y1 - y0),
+      out = new Uint32Array(image.data.buffer);
     const [red, green, blue] = COLOURS[this.colour] ?? COLOURS.rose;
-    const fill = rgba(red, green, blue, 84), line = rgba(red, green, blue, 255), strong = rgba(red, green, blue, 150);
-    const truthLine = rgba(...TRUTH, 255), truthFill = rgba(...TRUTH, 70);
-    const { truth, focus } = this, parts = labels?.length ? labels : null, ignore = layers?.ignore, forced = layers?.forced;
-    const top = Math.max(0, y0 - r), low = Math.min(height, y1 + r), extents = this.#extents(top, low);
+    const fill = rgba(red, green, blue, 84),
+      line = rgba(red, green, blue, 255),
+      strong = rgba(red, green, blue, 150);
+    const truthLine = rgba(...TRUTH, 255),
+      truthFill = rgba(...TRUTH, 70);
+    const { truth, focus } = this,
+      parts = labels?.length ? labels : null,
+      ignore = layers?.ignore,
+      forced = layers?.forced;
+    const top = Math.max(0, y0 - r),
+      low = Math.min(height, y1 + r),
+      extents = this.#extents(top, low);
     for (let y = y0; y < y1; y++) {
-      let first = width, end = 0;
+      let first = width,
+        end = 0;
       for (const row of [y - r, y, y + r]) {
         if (row < top || row >= low) continue;
         first = Math.min(first, extents[2 * (row - top)]);
@@ -63,23 +89,34 @@ export class Overlay {
       }
       first = Math.max(x0, first - r);
       end = Math.min(x1, end + r);
-      const up = y >= r ? -r * width : 0, down = y + r < height ? r * width : 0;
+      const up = y >= r ? -r * width : 0,
+        down = y + r < height ? r * width : 0;
       for (let x = first, k = (y - y0) * (x1 - x0) + first - x0; x < end; x++, k++) {
-        const i = y * width + x, left = x >= r ? -r : 0, right = x + r < width ? r : 0;
-        const on = mask[i], edge = on !== mask[i + left] || on !== mask[i + right] || on !== mask[i + up] || on !== mask[i + down];
+        const i = y * width + x,
+          left = x >= r ? -r : 0,
+          right = x + r < width ? r : 0;
+        const on = mask[i],
+          edge = on !== mask[i + left] || on !== mask[i + right] || on !== mask[i + up] || on !== mask[i + down];
         let colour = 0;
         if (on) colour = edge ? line : parts && focus && parts[i] === focus ? strong : fill;
         else if (edge) colour = DARK;
-        else if (parts && parts[i] && !(forced && forced[i])) { // refused: a dashed outline
+        else if (parts && parts[i] && !(forced && forced[i])) {
+          // refused: a dashed outline
           const label = parts[i];
-          const border = label !== parts[i + left] || label !== parts[i + right] || label !== parts[i + up] || label !== parts[i + down];
+          const border =
+            label !== parts[i + left] ||
+            label !== parts[i + right] ||
+            label !== parts[i + up] ||
+            label !== parts[i + down];
           if (border) colour = ((x + y) / (3 * r)) & 1 ? FAINT : DARK;
           else if (label === focus) colour = GLOW;
         }
         if (ignore && ignore[i] !== 0 && (x + y) % (8 * r) < 2 * r) colour = HATCH;
         if (truth) {
-          const is = truth[i], rim = is !== truth[i + left] || is !== truth[i + right] || is !== truth[i + up] || is !== truth[i + down];
-          if (is && rim) colour = truthLine; else if (is && !on) colour = truthFill;
+          const is = truth[i],
+            rim = is !== truth[i + left] || is !== truth[i + right] || is !== truth[i + up] || is !== truth[i + down];
+          if (is && rim) colour = truthLine;
+          else if (is && !on) colour = truthFill;
         }
         out[k] = colour;
       }

@@ -11,7 +11,8 @@ export function make(tag, properties = {}, ...children) {
 }
 
 export function icon(name) {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg"), use = document.createElementNS("http://www.w3.org/2000/svg", "use");
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg"),
+    use = document.createElementNS("http://www.w3.org/2000/svg", "use");
   use.setAttribute("href", `/static/icons.svg#${name}`);
   svg.setAttribute("aria-hidden", "true");
   svg.append(use);
@@ -20,7 +21,13 @@ export function icon(name) {
 
 function buttons(actions) {
   return actions.map(({ text, key, primary, act }) =>
-    make("button", { type: "button", className: primary ? "primary" : "", onclick: act }, text, key ? make("kbd", { textContent: key }) : null));
+    make(
+      "button",
+      { type: "button", className: primary ? "primary" : "", onclick: act },
+      text,
+      key ? make("kbd", { textContent: key }) : null,
+    ),
+  );
 }
 
 /** Covers the page: the end of the queue, an error, a pause. */
@@ -33,7 +40,9 @@ export function message(title, text, actions = [], extra = null) {
   row.querySelector("input, button")?.focus();
 }
 
-export function noMessage() { $("message").hidden = true; }
+export function noMessage() {
+  $("message").hidden = true;
+}
 
 const banners = new Map();
 
@@ -41,7 +50,8 @@ const banners = new Map();
 export function banner(kind, text, actions = []) {
   banners.delete(kind);
   if (text) banners.set(kind, { text, actions });
-  const last = [...banners.values()].at(-1), element = $("banner");
+  const last = [...banners.values()].at(-1),
+    element = $("banner");
   element.hidden = !last;
   if (!last) return;
   element.querySelector("span").textContent = last.text;
@@ -53,25 +63,60 @@ export function toast(text, ms = 2600) {
   $("toast").textContent = text;
   $("toast").hidden = false;
   clearTimeout(fading);
-  fading = setTimeout(() => { $("toast").hidden = true; }, ms);
+  fading = setTimeout(() => {
+    $("toast").hidden = true;
+  }, ms);
 }
 
 export function setUpDialogs() {
   for (const dialog of document.querySelectorAll("dialog")) {
-    dialog.addEventListener("click", (event) => { if (event.target === dialog || event.target.closest("[data-close]")) dialog.close(); });
+    dialog.addEventListener("click", (event) => {
+      if (event.target === dialog || event.target.closest("[data-close]")) dialog.close();
+    });
     dialog.addEventListener("close", () => $("stage").focus());
   }
-  $("keys").replaceChildren(...KEYS.map(([group, keys]) => make("section", {}, make("h2", { textContent: group }),
-    make("dl", {}, ...keys.flatMap(([, key, text]) => [make("dt", {}, make("kbd", { textContent: key })), make("dd", { textContent: text })])))));
+  $("keys").replaceChildren(
+    ...KEYS.map(([group, keys]) =>
+      make(
+        "section",
+        {},
+        make("h2", { textContent: group }),
+        make(
+          "dl",
+          {},
+          ...keys.flatMap(([, key, text]) => [
+            make("dt", {}, make("kbd", { textContent: key })),
+            make("dd", { textContent: text }),
+          ]),
+        ),
+      ),
+    ),
+  );
 }
 
 /** Asks for one of `reasons`; its number chooses it, Enter the first. */
 export function askReason(reasons, chosen) {
   const dialog = $("reasons");
-  const choose = (reason) => { dialog.close(); chosen(reason); };
-  $("reason-list").replaceChildren(...reasons.map((reason, index) =>
-    make("button", { type: "button", onclick: () => choose(reason) }, reason, make("kbd", { textContent: String(index + 1) }))));
-  dialog.onkeydown = (event) => { if (reasons[Number(event.key) - 1]) { event.preventDefault(); choose(reasons[Number(event.key) - 1]); } };
+  const choose = (reason) => {
+    dialog.close();
+    chosen(reason);
+  };
+  $("reason-list").replaceChildren(
+    ...reasons.map((reason, index) =>
+      make(
+        "button",
+        { type: "button", onclick: () => choose(reason) },
+        reason,
+        make("kbd", { textContent: String(index + 1) }),
+      ),
+    ),
+  );
+  dialog.onkeydown = (event) => {
+    if (reasons[Number(event.key) - 1]) {
+      event.preventDefault();
+      choose(reasons[Number(event.key) - 1]);
+    }
+  };
   dialog.showModal();
   $("reason-list").firstChild.focus();
 }
@@ -79,14 +124,28 @@ export function askReason(reasons, chosen) {
 /** Headings, lists, quotes, code, bold and emphasis of Markdown, as elements; anything else, HTML too, is text. */
 export function markdown(text) {
   const blocks = [];
-  let open = null, fence = null; // the paragraph or list that the next line may go on
-  const add = (block) => { blocks.push(block); return block; };
+  let open = null,
+    fence = null; // the paragraph or list that the next line may go on
+  const add = (block) => {
+    blocks.push(block);
+    return block;
+  };
   for (const line of text.split(/\r?\n/)) {
-    if (/^```/.test(line)) { fence = fence ? null : add(make("pre")); open = null; continue; }
-    if (fence) { fence.append(`${line}\n`); continue; }
-    const heading = /^(#{1,4})\s+(.*)/.exec(line), item = /^\s*(?:([-*+])|\d+[.)])\s+(.*)/.exec(line);
-    if (heading) { add(make(`h${Math.min(3, heading[1].length)}`, {}, ...inline(heading[2]))); open = null; }
-    else if (item) {
+    if (/^```/.test(line)) {
+      fence = fence ? null : add(make("pre"));
+      open = null;
+      continue;
+    }
+    if (fence) {
+      fence.append(`${line}\n`);
+      continue;
+    }
+    const heading = /^(#{1,4})\s+(.*)/.exec(line),
+      item = /^\s*(?:([-*+])|\d+[.)])\s+(.*)/.exec(line);
+    if (heading) {
+      add(make(`h${Math.min(3, heading[1].length)}`, {}, ...inline(heading[2])));
+      open = null;
+    } else if (item) {
       const tag = item[1] ? "ul" : "ol";
       if (open?.localName !== tag) open = add(make(tag));
       open.append(make("li", {}, ...inline(item[2])));
@@ -98,19 +157,38 @@ export function markdown(text) {
 }
 
 function inline(text) {
-  return text.split(/(\*\*[^*]+\*\*|`[^`]+`|\*[^*\s][^*]*\*)/).filter(Boolean).map((piece) => {
-    if (/^\*\*.+\*\*$/.test(piece)) return make("strong", { textContent: piece.slice(2, -2) });
-    if (/^`.+`$/.test(piece)) return make("code", { textContent: piece.slice(1, -1) });
-    if (/^\*.+\*$/.test(piece)) return make("em", { textContent: piece.slice(1, -1) });
-    return piece;
-  });
+  return text
+    .split(/(\*\*[^*]+\*\*|`[^`]+`|\*[^*\s][^*]*\*)/)
+    .filter(Boolean)
+    .map((piece) => {
+      if (/^\*\*.+\*\*$/.test(piece)) return make("strong", { textContent: piece.slice(2, -2) });
+      if (/^`.+`$/.test(piece)) return make("code", { textContent: piece.slice(1, -1) });
+      if (/^\*.+\*$/.test(piece)) return make("em", { textContent: piece.slice(1, -1) });
+      return piece;
+    });
 }
 
 const STEPS = [
-  ["stage", "The picture", "Damage that the detector suspects is already marked. Accept the proposal with Enter, or mend it first."],
-  ["proposal", "The proposal", "Click a part with the lasso or the pointer to refuse it, once more to accept it. The slider marks more or less; what you drew stays."],
-  ["toolbar", "Drawing", "Circle missed damage roughly with the lasso: no need to be exact. Hold Alt to remove. The wheel zooms at the pointer, Space and drag moves."],
-  ["submit", "Deciding", "Enter submits what is marked and goes on, C says that nothing is damaged. Backspace goes back to the last picture. Press ? for all keys."],
+  [
+    "stage",
+    "The picture",
+    "Damage that the detector suspects is already marked. Accept the proposal with Enter, or mend it first.",
+  ],
+  [
+    "proposal",
+    "The proposal",
+    "Click a part with the lasso or the pointer to refuse it, once more to accept it. The slider marks more or less; what you drew stays.",
+  ],
+  [
+    "toolbar",
+    "Drawing",
+    "Circle missed damage roughly with the lasso: no need to be exact. Hold Alt to remove. The wheel zooms at the pointer, Space and drag moves.",
+  ],
+  [
+    "submit",
+    "Deciding",
+    "Enter submits what is marked and goes on, C says that nothing is damaged. Backspace goes back to the last picture. Press ? for all keys.",
+  ],
 ];
 
 /** The short tour; `done` is called at its end. */
@@ -133,14 +211,23 @@ export function tour(done) {
     $("tour-next").focus();
     return undefined;
   };
-  $("tour-next").onclick = () => { step++; show(); };
-  $("tour-skip").onclick = () => { step = STEPS.length; show(); };
+  $("tour-next").onclick = () => {
+    step++;
+    show();
+  };
+  $("tour-skip").onclick = () => {
+    step = STEPS.length;
+    show();
+  };
   show();
 }
 
 export function setUpTheme() {
-  const key = "diffdoctor-annotate-theme", dark = matchMedia("(prefers-color-scheme: dark)");
-  const apply = () => { document.documentElement.dataset.theme = localStorage.getItem(key) ?? (dark.matches ? "dark" : "light"); };
+  const key = "diffdoctor-annotate-theme",
+    dark = matchMedia("(prefers-color-scheme: dark)");
+  const apply = () => {
+    document.documentElement.dataset.theme = localStorage.getItem(key) ?? (dark.matches ? "dark" : "light");
+  };
   dark.addEventListener("change", apply);
   apply();
   return () => {

@@ -1,25 +1,57 @@
 // What the pointer does. Each tool paints shapes on a layer of the mask; Alt or the right button turns adding into removing.
 
+import { Cursor, drawGuide } from "./guides.js";
 import { capsule, flood, polygon } from "./raster.js";
 
 export const TOOLS = {
-  select: { key: "V", name: "Select", hint: "Click a marked part to refuse it, again to accept it. Tab and Space do the same." },
-  lasso: { key: "L", name: "Lasso", hint: "Drag roughly around damage; the outline closes itself. Hold Alt to remove." },
+  select: {
+    key: "V",
+    name: "Select",
+    hint: "Click a marked part to refuse it, again to accept it. Tab and Space do the same.",
+  },
+  lasso: {
+    key: "L",
+    name: "Lasso",
+    hint: "Drag roughly around damage; the outline closes itself. Hold Alt to remove.",
+  },
   unlasso: { key: "⇧L", name: "Lasso off", hint: "Drag around what is not damage to remove it. Hold Alt to add." },
   brush: { key: "B", name: "Brush", hint: "Paint. [ and ] change the size, Shift draws a straight line, Alt erases." },
-  eraser: { key: "E", name: "Eraser", hint: "Erase. [ and ] change the size, Shift draws a straight line, Alt paints." },
-  polygon: { key: "P", name: "Polygon", hint: "Click corners. Enter or the first corner closes, Backspace takes one back, Esc gives up." },
+  eraser: {
+    key: "E",
+    name: "Eraser",
+    hint: "Erase. [ and ] change the size, Shift draws a straight line, Alt paints.",
+  },
+  polygon: {
+    key: "P",
+    name: "Polygon",
+    hint: "Click corners. Enter or the first corner closes, Backspace takes one back, Esc gives up.",
+  },
   grow: { key: "G", name: "Grow", hint: "Press on damage and drag sideways: alike pixels join. Alt removes them." },
   disc: { key: "D", name: "Disc", hint: "Click to mark a disc. [ and ] change its size." },
-  ignore: { key: "I", name: "Ignore", hint: "Drag around what you cannot decide: it will not count. Alt takes it back." },
+  ignore: {
+    key: "I",
+    name: "Ignore",
+    hint: "Drag around what you cannot decide: it will not count. Alt takes it back.",
+  },
 };
 
-const CLOSE_PX = 10, CLICK_PX = 4;
+const CLOSE_PX = 10,
+  CLICK_PX = 4;
 
 export class Tools {
   /** `view` is where, `host` is told: onTool(), onEdit() after each finished step, onHover(part). */
   constructor(view, cursor, host) {
-    Object.assign(this, { view, cursor, host, model: null, tool: "lasso", enabled: false, spaced: false, gesture: null, corners: [] });
+    Object.assign(this, {
+      view,
+      cursor: new Cursor(cursor),
+      host,
+      model: null,
+      tool: "lasso",
+      enabled: false,
+      spaced: false,
+      gesture: null,
+      corners: [],
+    });
     this.sizes = { brush: 24, eraser: 24, disc: 0 }; // radius in image pixels; the disc's is set by the picture
     this.tolerance = 24;
     this.fingers = new Map();
@@ -29,7 +61,10 @@ export class Tools {
     stage.addEventListener("pointerup", (event) => this.#up(event));
     stage.addEventListener("pointercancel", (event) => this.#lost(event));
     stage.addEventListener("lostpointercapture", (event) => this.#lost(event));
-    stage.addEventListener("pointerleave", () => { this.cursor.hidden = true; this.#hover(null); });
+    stage.addEventListener("pointerleave", () => {
+      this.cursor.hide();
+      this.#hover(null);
+    });
     stage.addEventListener("dblclick", () => this.finish());
     stage.addEventListener("contextmenu", (event) => event.preventDefault());
     stage.addEventListener("wheel", (event) => this.#wheel(event), { passive: false });
@@ -40,7 +75,8 @@ export class Tools {
     Object.assign(this, { model, pixels, corners: [], gesture: null, colours: null, last: null });
     // A small part of what one sees, whatever the picture's size; RichHF's points grew to a twentieth of the height.
     const base = Math.max(2, Math.round(Math.min(model.width, model.height) / 40));
-    if (this.opened !== base) this.sizes = { brush: base, eraser: base, disc: Math.max(2, Math.round(model.height / 20)) };
+    if (this.opened !== base)
+      this.sizes = { brush: base, eraser: base, disc: Math.max(2, Math.round(model.height / 20)) };
     this.opened = base;
     this.#guide();
   }
@@ -56,9 +92,13 @@ export class Tools {
     this.host.onTool(tool);
   }
 
-  get sized() { return this.tool in this.sizes ? this.tool : "brush"; }
+  get sized() {
+    return this.tool in this.sizes ? this.tool : "brush";
+  }
 
-  get size() { return this.sizes[this.sized]; }
+  get size() {
+    return this.sizes[this.sized];
+  }
 
   resize(radius) {
     const value = Math.max(0.5, Math.min(400, radius));
@@ -76,7 +116,8 @@ export class Tools {
   /** The key [ or ]: a fifth less or more, at least half a pixel. */
   scaleSize(sign) {
     if (this.tool === "grow") this.tolerate(this.tolerance + 4 * sign);
-    else this.resize(sign > 0 ? Math.max(this.size + 0.5, this.size * 1.2) : Math.min(this.size - 0.5, this.size / 1.2));
+    else
+      this.resize(sign > 0 ? Math.max(this.size + 0.5, this.size * 1.2) : Math.min(this.size - 0.5, this.size / 1.2));
   }
 
   /** Closes an open polygon; false where there is none. */
@@ -84,7 +125,8 @@ export class Tools {
     if (!this.corners.length) return false;
     const corners = this.corners.splice(0);
     const value = this.removing ? -1 : 1;
-    if (this.enabled && corners.length > 2) this.#draw("forced", polygon(corners, this.model.width, this.model.height), value);
+    if (this.enabled && corners.length > 2)
+      this.#draw("forced", polygon(corners, this.model.width, this.model.height), value);
     this.#guide();
     return true;
   }
@@ -107,7 +149,9 @@ export class Tools {
     return was;
   }
 
-  #layer() { return this.tool === "ignore" ? "ignore" : "forced"; }
+  #layer() {
+    return this.tool === "ignore" ? "ignore" : "forced";
+  }
 
   #value(removing) {
     const takes = removing !== (this.tool === "eraser" || this.tool === "unlasso");
@@ -119,14 +163,32 @@ export class Tools {
     this.view.element.focus({ preventScroll: true });
     if (event.pointerType === "touch") {
       this.fingers.set(event.pointerId, event);
-      if (this.fingers.size === 2) { this.abandon(); this.gesture = { kind: "pinch" }; return; }
+      if (this.fingers.size === 2) {
+        this.abandon();
+        this.gesture = { kind: "pinch" };
+        return;
+      }
     }
     if (this.gesture) return;
     this.view.element.setPointerCapture(event.pointerId);
-    if (event.button === 1 || this.spaced) { this.gesture = { kind: "pan", x: event.clientX, y: event.clientY, id: event.pointerId }; this.spacedUsed = true; return; }
+    if (event.button === 1 || this.spaced) {
+      this.gesture = { kind: "pan", x: event.clientX, y: event.clientY, id: event.pointerId };
+      this.spacedUsed = true;
+      return;
+    }
     if (!this.enabled || event.button > 2) return;
-    const at = this.view.toImage(event), removing = event.altKey !== (event.button === 2);
-    const gesture = { kind: this.tool, id: event.pointerId, x: event.clientX, y: event.clientY, at, removing, value: this.#value(removing), path: [at] };
+    const at = this.view.toImage(event),
+      removing = event.altKey !== (event.button === 2);
+    const gesture = {
+      kind: this.tool,
+      id: event.pointerId,
+      x: event.clientX,
+      y: event.clientY,
+      at,
+      removing,
+      value: this.#value(removing),
+      path: [at],
+    };
     const { width, height } = this.model;
     if (this.tool === "brush" || this.tool === "eraser") {
       gesture.painting = true;
@@ -168,7 +230,8 @@ export class Tools {
       Object.assign(gesture, { x: event.clientX, y: event.clientY });
       return;
     }
-    const events = event.getCoalescedEvents?.() ?? [], points = (events.length ? events : [event]).map((one) => this.view.toImage(one));
+    const events = event.getCoalescedEvents?.() ?? [],
+      points = (events.length ? events : [event]).map((one) => this.view.toImage(one));
     if (gesture.kind === "brush" || gesture.kind === "eraser") {
       for (const point of points) {
         this.model.paint(capsule(this.last, point, this.size, this.model.width, this.model.height), gesture.value);
@@ -176,7 +239,10 @@ export class Tools {
       }
     } else if (gesture.kind === "grow") {
       const tolerance = Math.round(Math.max(0, Math.min(255, this.tolerance + (event.clientX - gesture.x) / 3)));
-      if (tolerance !== gesture.tolerance) { gesture.tolerance = tolerance; this.#growSoon(gesture); }
+      if (tolerance !== gesture.tolerance) {
+        gesture.tolerance = tolerance;
+        this.#growSoon(gesture);
+      }
     } else {
       gesture.path.push(...points);
       this.#guide();
@@ -188,7 +254,8 @@ export class Tools {
     const { gesture } = this;
     if (!gesture || (gesture.kind !== "pinch" && gesture.id !== event.pointerId)) return;
     this.gesture = null;
-    const still = Math.hypot(event.clientX - gesture.x, event.clientY - gesture.y) < CLICK_PX && gesture.path?.length < 8;
+    const still =
+      Math.hypot(event.clientX - gesture.x, event.clientY - gesture.y) < CLICK_PX && gesture.path?.length < 8;
     if (gesture.kind === "select") {
       if (still) this.#toggle(gesture.at);
     } else if (gesture.kind === "lasso" || gesture.kind === "unlasso" || gesture.kind === "ignore") {
@@ -218,7 +285,10 @@ export class Tools {
     const { left, top } = this.view.element.getBoundingClientRect();
     const step = event.deltaY * (event.deltaMode === 1 ? 16 : event.deltaMode === 2 ? 400 : 1);
     const point = { x: event.clientX - left, y: event.clientY - top };
-    this.view.zoomTo(this.view.scale * Math.exp(-Math.max(-240, Math.min(240, step)) * (event.ctrlKey ? 0.01 : 0.0016)), point);
+    this.view.zoomTo(
+      this.view.scale * Math.exp(-Math.max(-240, Math.min(240, step)) * (event.ctrlKey ? 0.01 : 0.0016)),
+      point,
+    );
   }
 
   #pinch(event) {
@@ -228,7 +298,9 @@ export class Tools {
     if (after.length !== 2) return;
     const apart = ([a, b]) => Math.hypot(a.clientX - b.clientX, a.clientY - b.clientY);
     const middle = ([a, b]) => ({ x: (a.clientX + b.clientX) / 2, y: (a.clientY + b.clientY) / 2 });
-    const { left, top } = this.view.element.getBoundingClientRect(), to = middle(after), from = middle(before);
+    const { left, top } = this.view.element.getBoundingClientRect(),
+      to = middle(after),
+      from = middle(before);
     this.view.pan(to.x - from.x, to.y - from.y);
     this.view.zoomTo(this.view.scale * (apart(after) / Math.max(1, apart(before))), { x: to.x - left, y: to.y - top });
   }
@@ -238,7 +310,9 @@ export class Tools {
   }
 
   #toggle(point) {
-    const { model } = this, x = Math.floor(point.x), y = Math.floor(point.y);
+    const { model } = this,
+      x = Math.floor(point.x),
+      y = Math.floor(point.y);
     if (x >= 0 && y >= 0 && x < model.width && y < model.height && model.toggle(x, y)) this.host.onEdit();
   }
 
@@ -248,7 +322,8 @@ export class Tools {
 
   #corner(event, at, removing) {
     if (this.corners.length > 2) {
-      const first = this.view.toScreen(this.corners[0]), here = this.view.toScreen(at);
+      const first = this.view.toScreen(this.corners[0]),
+        here = this.view.toScreen(at);
       if (Math.hypot(first.x - here.x, first.y - here.y) < CLOSE_PX) return void this.finish();
     }
     if (!this.corners.length) this.removing = removing;
@@ -258,17 +333,28 @@ export class Tools {
   }
 
   #growSoon(gesture) {
-    this.growing ??= requestAnimationFrame(() => { this.growing = null; if (this.gesture === gesture) this.#grow(gesture); });
+    this.growing ??= requestAnimationFrame(() => {
+      this.growing = null;
+      if (this.gesture === gesture) this.#grow(gesture);
+    });
   }
 
   /** Pixels joined to the seed whose colour differs in no channel, nor half the map's value, by more than the tolerance. */
   #grow(gesture) {
-    const { model } = this, { width, height, map } = model, x = Math.floor(gesture.at.x), y = Math.floor(gesture.at.y);
+    const { model } = this,
+      { width, height, map } = model,
+      x = Math.floor(gesture.at.x),
+      y = Math.floor(gesture.at.y);
     if (gesture.grown === gesture.tolerance || x < 0 || y < 0 || x >= width || y >= height) return;
     gesture.grown = gesture.tolerance;
-    const rgb = this.colours ??= this.pixels(), seed = 4 * (y * width + x), near = gesture.tolerance;
-    const joins = (i) => Math.abs(rgb[4 * i] - rgb[seed]) <= near && Math.abs(rgb[4 * i + 1] - rgb[seed + 1]) <= near
-      && Math.abs(rgb[4 * i + 2] - rgb[seed + 2]) <= near && (!map || Math.abs(map[i] - map[seed / 4]) <= 2 * near);
+    const rgb = (this.colours ??= this.pixels()),
+      seed = 4 * (y * width + x),
+      near = gesture.tolerance;
+    const joins = (i) =>
+      Math.abs(rgb[4 * i] - rgb[seed]) <= near &&
+      Math.abs(rgb[4 * i + 1] - rgb[seed + 1]) <= near &&
+      Math.abs(rgb[4 * i + 2] - rgb[seed + 2]) <= near &&
+      (!map || Math.abs(map[i] - map[seed / 4]) <= 2 * near);
     model.cancel();
     model.begin("forced");
     model.paint(flood(x, y, width, height, joins), gesture.value);
@@ -282,48 +368,20 @@ export class Tools {
 
   #showCursor(event) {
     const shown = this.enabled && this.tool in this.sizes && !this.spaced;
-    if (event || !shown) this.cursor.hidden = !shown;
-    if (!shown) return;
-    const radius = Math.max(2, (this.size * this.view.scale) / this.view.ratio);
-    const style = this.cursor.style;
-    style.width = style.height = `${2 * radius}px`;
-    if (event) {
-      const { left, top } = this.view.element.getBoundingClientRect();
-      this.where = { x: event.clientX - left, y: event.clientY - top };
-    }
-    if (this.where) style.transform = `translate(${this.where.x - radius}px, ${this.where.y - radius}px)`;
+    this.cursor.show(this.view, shown ? this.size : null, event);
   }
 
-  /** Draws the lasso's path or the polygon's corners, in screen space. */
+  /** Draws the lasso's path or the polygon's corners. */
   #guide() {
     this.#showCursor();
-    const { pen, guides, ratio } = this.view, { gesture, corners } = this;
-    pen.clearRect(0, 0, guides.width, guides.height);
-    const path = corners.length ? corners : gesture && !gesture.painting && gesture.path?.length > 1 ? gesture.path : null;
-    if (!path) return;
-    const points = path.map((point) => this.view.toScreen(point));
-    if (corners.length && this.pointer) points.push(this.view.toScreen(this.pointer));
-    pen.save();
-    pen.scale(ratio, ratio);
-    pen.lineJoin = "round";
-    const outline = new Path2D();
-    points.forEach(({ x, y }, index) => (index ? outline.lineTo(x, y) : outline.moveTo(x, y)));
-    const removing = corners.length ? this.removing : gesture.value < 1;
-    const hue = this.tool === "ignore" ? "255, 190, 40" : removing ? "255, 255, 255" : "255, 45, 120";
-    pen.fillStyle = `rgba(${hue}, 0.18)`;
-    pen.fill(outline);
-    pen.lineWidth = 3.5; pen.strokeStyle = "rgba(0, 0, 0, 0.55)"; pen.stroke(outline);
-    pen.lineWidth = 1.75; pen.strokeStyle = `rgb(${hue})`;
-    if (removing) pen.setLineDash([5, 4]);
-    pen.stroke(outline);
-    pen.setLineDash([]);
-    corners.forEach((corner, index) => {
-      const { x, y } = this.view.toScreen(corner);
-      pen.beginPath(); pen.arc(x, y, index ? 3 : 5, 0, 7);
-      pen.fillStyle = index ? "#fff" : `rgb(${hue})`; pen.fill();
-      pen.lineWidth = 1; pen.strokeStyle = "rgba(0, 0, 0, 0.7)"; pen.stroke();
-    });
-    pen.restore();
+    const { gesture, corners } = this;
+    const path = corners.length
+      ? [...corners, ...(this.pointer ? [this.pointer] : [])]
+      : gesture && !gesture.painting
+        ? gesture.path
+        : null;
+    const removing = corners.length ? this.removing : gesture?.value < 1;
+    drawGuide(this.view, path ?? [], corners, this.tool === "ignore" ? "ignore" : removing ? "remove" : "add");
   }
 
   /** The picture's pixels as they are on the screen, for `grow`. */
@@ -333,4 +391,3 @@ export class Tools {
     return context.getImageData(0, 0, picture.width, picture.height).data;
   }
 }
-

@@ -3,7 +3,8 @@
 
 import { union } from "./raster.js";
 
-const MAX_SCALE = 64, MARGIN = 24;
+const MAX_SCALE = 64,
+  MARGIN = 24;
 
 export class View {
   /** Fills `element` with a canvas for the picture and one for the guides of the tools. */
@@ -14,7 +15,9 @@ export class View {
     this.guides.className = "guides";
     this.context = this.canvas.getContext("2d", { alpha: false });
     this.pen = this.guides.getContext("2d");
-    this.scale = 1; this.x = 0; this.y = 0; // device pixels of the image's corner
+    this.scale = 1;
+    this.x = 0;
+    this.y = 0; // device pixels of the image's corner
     this.picture = null;
     this.overlays = [];
     this.masked = true;
@@ -25,23 +28,36 @@ export class View {
     this.resize();
   }
 
-  onMove(listener) { this.listeners.push(listener); }
+  onMove(listener) {
+    this.listeners.push(listener);
+  }
 
   open(picture, overlays) {
     Object.assign(this, { picture, overlays, width: picture.width, height: picture.height });
     this.fit();
   }
 
-  close() { this.picture = null; this.overlays = []; this.redraw(); }
+  close() {
+    this.picture = null;
+    this.overlays = [];
+    this.redraw();
+  }
 
   resize() {
-    const ratio = devicePixelRatio || 1, { clientWidth, clientHeight } = this.element;
+    const ratio = devicePixelRatio || 1,
+      { clientWidth, clientHeight } = this.element;
     this.ratio = ratio;
-    const width = Math.max(1, Math.round(clientWidth * ratio)), height = Math.max(1, Math.round(clientHeight * ratio));
+    const width = Math.max(1, Math.round(clientWidth * ratio)),
+      height = Math.max(1, Math.round(clientHeight * ratio));
     if (this.canvas.width === width && this.canvas.height === height) return;
-    const dx = (width - this.canvas.width) / 2, dy = (height - this.canvas.height) / 2;
-    for (const canvas of [this.canvas, this.guides]) { canvas.width = width; canvas.height = height; }
-    if (this.fitted) this.fit(); else this.#moved({ x: this.x + dx, y: this.y + dy });
+    const dx = (width - this.canvas.width) / 2,
+      dy = (height - this.canvas.height) / 2;
+    for (const canvas of [this.canvas, this.guides]) {
+      canvas.width = width;
+      canvas.height = height;
+    }
+    if (this.fitted) this.fit();
+    else this.#moved({ x: this.x + dx, y: this.y + dy });
   }
 
   get least() {
@@ -52,7 +68,11 @@ export class View {
   fit() {
     if (!this.picture) return this.redraw();
     const scale = Math.max(0.01, this.least);
-    this.#moved({ scale, x: (this.canvas.width - this.width * scale) / 2, y: (this.canvas.height - this.height * scale) / 2 });
+    this.#moved({
+      scale,
+      x: (this.canvas.width - this.width * scale) / 2,
+      y: (this.canvas.height - this.height * scale) / 2,
+    });
     this.fitted = true;
   }
 
@@ -60,29 +80,39 @@ export class View {
   zoomTo(scale, point = { x: this.element.clientWidth / 2, y: this.element.clientHeight / 2 }) {
     if (!this.picture) return;
     scale = Math.min(MAX_SCALE, Math.max(Math.min(this.least, 1) / 2, scale));
-    const px = point.x * this.ratio, py = point.y * this.ratio, factor = scale / this.scale;
+    const px = point.x * this.ratio,
+      py = point.y * this.ratio,
+      factor = scale / this.scale;
     this.#moved({ scale, x: px - (px - this.x) * factor, y: py - (py - this.y) * factor });
   }
 
-  pan(dx, dy) { this.#moved({ x: this.x + dx * this.ratio, y: this.y + dy * this.ratio }); }
+  pan(dx, dy) {
+    this.#moved({ x: this.x + dx * this.ratio, y: this.y + dy * this.ratio });
+  }
 
   /** Shows the image box in the middle, as large as fits, at most `most` pixels a pixel. */
   show(box, most = 8) {
-    const scale = Math.min(most, 0.5 * this.canvas.width / box.width, 0.5 * this.canvas.height / box.height);
+    const scale = Math.min(most, (0.5 * this.canvas.width) / box.width, (0.5 * this.canvas.height) / box.height);
     this.#moved({ scale: Math.max(scale, this.least), x: 0, y: 0 });
-    this.#moved({ x: this.canvas.width / 2 - (box.x + box.width / 2) * this.scale,
-      y: this.canvas.height / 2 - (box.y + box.height / 2) * this.scale });
+    this.#moved({
+      x: this.canvas.width / 2 - (box.x + box.width / 2) * this.scale,
+      y: this.canvas.height / 2 - (box.y + box.height / 2) * this.scale,
+    });
   }
 
   sees(box) {
-    const a = this.toScreen({ x: box.x, y: box.y }), b = this.toScreen({ x: box.x + box.width, y: box.y + box.height });
+    const a = this.toScreen({ x: box.x, y: box.y }),
+      b = this.toScreen({ x: box.x + box.width, y: box.y + box.height });
     return a.x >= 0 && a.y >= 0 && b.x <= this.element.clientWidth && b.y <= this.element.clientHeight;
   }
 
   /** Image coordinates of a pointer event. */
   toImage(event) {
     const { left, top } = this.element.getBoundingClientRect();
-    return { x: ((event.clientX - left) * this.ratio - this.x) / this.scale, y: ((event.clientY - top) * this.ratio - this.y) / this.scale };
+    return {
+      x: ((event.clientX - left) * this.ratio - this.x) / this.scale,
+      y: ((event.clientY - top) * this.ratio - this.y) / this.scale,
+    };
   }
 
   /** CSS pixels in the element of an image point. */
@@ -92,26 +122,43 @@ export class View {
 
   /** The same place as another view's, for pictures side by side. */
   follow(other) {
-    const middle = { x: (other.canvas.width / 2 - other.x) / other.scale, y: (other.canvas.height / 2 - other.y) / other.scale };
+    const middle = {
+      x: (other.canvas.width / 2 - other.x) / other.scale,
+      y: (other.canvas.height / 2 - other.y) / other.scale,
+    };
     const scale = this.least * (other.scale / other.least);
-    Object.assign(this, { scale, x: this.canvas.width / 2 - middle.x * scale, y: this.canvas.height / 2 - middle.y * scale, fitted: false });
+    Object.assign(this, {
+      scale,
+      x: this.canvas.width / 2 - middle.x * scale,
+      y: this.canvas.height / 2 - middle.y * scale,
+      fitted: false,
+    });
     this.redraw();
   }
 
   #moved(change) {
     Object.assign(this, change, { fitted: false });
-    if (this.picture) { // a corner of the picture always stays in sight
+    if (this.picture) {
+      // a corner of the picture always stays in sight
       const keep = 48 * this.ratio;
       this.x = Math.min(this.canvas.width - keep, Math.max(keep - this.width * this.scale, this.x));
       this.y = Math.min(this.canvas.height - keep, Math.max(keep - this.height * this.scale, this.y));
       const thickness = Math.min(6, Math.max(1, Math.round((1.6 * this.ratio) / this.scale)));
-      for (const overlay of this.overlays) if (overlay.thickness !== thickness) { overlay.thickness = thickness; overlay.render(); }
+      for (const overlay of this.overlays)
+        if (overlay.thickness !== thickness) {
+          overlay.thickness = thickness;
+          overlay.render();
+        }
     }
     this.redraw();
     for (const listener of this.listeners) listener(this);
   }
 
-  redraw() { this.dirty = null; this.everything = true; this.#ask(); }
+  redraw() {
+    this.dirty = null;
+    this.everything = true;
+    this.#ask();
+  }
 
   /** Renders the overlays' box anew, and draws it in the next frame. */
   update(box) {
@@ -120,13 +167,20 @@ export class View {
     this.#ask();
   }
 
-  #ask() { this.frame ??= requestAnimationFrame(() => { this.frame = null; this.#draw(); }); }
+  #ask() {
+    this.frame ??= requestAnimationFrame(() => {
+      this.frame = null;
+      this.#draw();
+    });
+  }
 
   #draw() {
-    const begin = performance.now(), { context, canvas, scale } = this;
+    const begin = performance.now(),
+      { context, canvas, scale } = this;
     context.save();
     if (!this.everything && this.dirty) {
-      const x = Math.floor(this.x + this.dirty.x * scale) - 2, y = Math.floor(this.y + this.dirty.y * scale) - 2;
+      const x = Math.floor(this.x + this.dirty.x * scale) - 2,
+        y = Math.floor(this.y + this.dirty.y * scale) - 2;
       context.beginPath();
       context.rect(x, y, Math.ceil(this.dirty.width * scale) + 4, Math.ceil(this.dirty.height * scale) + 4);
       context.clip();
@@ -141,7 +195,8 @@ export class View {
       if (this.masked) for (const overlay of this.overlays) context.drawImage(overlay.canvas, ...place);
     }
     context.restore();
-    this.everything = false; this.dirty = null;
+    this.everything = false;
+    this.dirty = null;
     this.frames.push(performance.now() - begin);
     if (this.frames.length > 600) this.frames.shift();
   }
