@@ -72,7 +72,7 @@ def test_a_second_tab_only_looks_until_it_takes_over(rater):
     someone.click(200, 30)
     drawn = someone.mask()
     second = someone.visit(someone.page.context)
-    assert "open in another tab" in second.banner()
+    assert "drawing in another tab" in second.banner()
     assert np.array_equal(second.mask(), drawn)
     second.click(20, 20)
     second.press("c")
@@ -83,14 +83,15 @@ def test_a_second_tab_only_looks_until_it_takes_over(rater):
     second.press("d")
     second.click(20, 20)
     assert not np.array_equal(second.mask(), drawn)
-    assert "open in another tab" in someone.banner()
+    assert "drawing in another tab" in someone.banner()
     someone.click(40, 160)
     assert np.array_equal(someone.mask(), drawn)
     second.press("Enter")
     second.ready(2)
-    second.page.close()  # then the first one has the next picture to itself
+    assert "drawing in another tab" in someone.banner()  # the tab that draws goes on to the next picture
+    second.page.close()
     someone.ready(2)
-    someone.page.wait_for_selector("#banner", state="hidden")
+    someone.page.wait_for_selector("#stage:not(.locked)")
     someone.press("c")
     assert someone.ready("none")
     assert [row["verdict"] for row in answers(someone.project)] == ["damaged", "clean"]

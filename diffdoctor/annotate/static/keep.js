@@ -1,5 +1,5 @@
 // Nothing drawn is lost: each step goes to IndexedDB at once and to the server's draft a second later, again and again
-// while there is no connection. One tab at a time may draw on a task.
+// while there is no connection. One tab at a time may draw.
 
 import * as api from "./api.js";
 
@@ -96,7 +96,7 @@ export class Keeper {
     return `${this.account}/${this.task.task}`;
   }
 
-  /** Takes the task's lock and brings back the newest draft; `extra()` gives what else is to be kept. Returns that, or {}. */
+  /** Takes a task and brings back the newest draft; `extra()` gives what else is to be kept. Returns that, or {}. */
   async open(task, stamp, model, extra, steal = false) {
     Object.assign(this, {
       task,
@@ -147,11 +147,11 @@ export class Keeper {
     this.model.strokes = remote.state.strokes ?? 0;
   }
 
-  /** Web Locks: true when this tab has the task. Else host.onFree() is told once the tab that has it lets go. */
+  /** Web Locks: true when this tab is the one that draws. Else host.onFree() is told once the other lets go. */
   #lock(steal) {
+    if (!navigator.locks || this.drawing) return true; // no locks: plain http on another host
     this.unlock?.();
-    if (!navigator.locks) return true; // plain http on another host
-    const name = `diffdoctor-annotate/${this.key}`,
+    const name = `diffdoctor-annotate/${this.account}`,
       leave = new AbortController();
     const hold = () => new Promise((release) => leave.signal.addEventListener("abort", release));
     const wait = () =>
@@ -160,18 +160,22 @@ export class Keeper {
           if (!leave.signal.aborted) this.host.onFree();
         })
         .catch(() => {});
-    this.unlock = () => leave.abort();
+    this.unlock = () => {
+      this.drawing = false;
+      leave.abort();
+    };
     return new Promise((resolve) => {
       navigator.locks
         .request(name, steal ? { steal } : { ifAvailable: true }, (lock) => {
-          resolve(Boolean(lock));
+          this.drawing = Boolean(lock);
+          resolve(this.drawing);
           if (lock) return hold();
           wait();
           return undefined;
         })
         .catch(() => {
-          // another tab took it over
           if (leave.signal.aborted) return;
+          this.drawing = false; // another tab took over
           clearTimeout(this.timer);
           this.dirty = false;
           this.host.onWritable(false);
@@ -268,10 +272,9 @@ export class Keeper {
     await this.touch();
   }
 
-  /** Lets the task go, with its draft. */
+  /** Lets the task go, with its draft, and another tab draw. */
   leave() {
-    clearTimeout(this.timer);
-    this.task = null;
+    this.#forget();
     this.unlock?.();
     this.unlock = null;
   }
@@ -279,7 +282,12 @@ export class Keeper {
   /** The task was submitted or given back: its draft is not wanted any more. */
   async close() {
     const { key } = this;
-    this.leave();
+    this.#forget();
     await this.store.delete(key).catch(() => {});
+  }
+
+  #forget() {
+    clearTimeout(this.timer);
+    this.task = null;
   }
 }
