@@ -277,6 +277,15 @@ def test_what_is_no_project_is_refused(tmp_path):
         Project(other.folder)
 
 
+def test_a_disk_without_write_ahead_logs_is_refused(tmp_path, monkeypatch):
+    make_project(tmp_path, 1)
+    connect = sqlite3.connect
+    # a database in memory cannot have one either
+    monkeypatch.setattr(sqlite3, "connect", lambda path, **options: connect(":memory:", **options))
+    with pytest.raises(UserError, match="a local disk"):
+        Store(tmp_path / "project")
+
+
 def test_a_picture_that_was_replaced_is_not_shown(tmp_path):
     project = make_project(tmp_path, 1)
     assert project.picture(1).shape == (48, 64, 3)

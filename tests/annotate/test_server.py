@@ -463,3 +463,41 @@ def test_one_server_a_project_and_none_for_other_machines_unasked(tmp_path):
     assert AnnotateServeConfig(str(project.folder), host="0.0.0.0", allow_remote=True)
     with pytest.raises(UserError, match="certificate, key"):
         AnnotateServeConfig(str(project.folder), certificate="x")
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_serving_other_machines_without_encryption_is_warned_of(tmp_path, monkeypatch, capsys, encrypted):
+    from diffdoctor.annotate import command
+    from diffdoctor.annotate.config import AnnotateServeConfig
+
+    given = {}
+
+    class Server:
+        def run(self, sockets):
+            given["port"] = sockets[0].getsockname()[1]
+
+    def make_server(app, **options):
+        given.update(options, hosts=app.hosts, origins=app.origins)
+        return Server()
+
+    monkeypatch.setattr("diffdoctor.annotate.serve.make_server", make_server)
+    files = {"certificate": "cert.pem", "key": "key.pem"} if encrypted else {}
+    project = make_project(tmp_path, 1)
+    config = AnnotateServeConfig(
+        str(project.folder), "0.0.0.0", 0, allow_remote=True, names=["labels.example"], **files
+    )
+    assert command.run_annotate_serve(config) == 0
+    said, port = capsys.readouterr(), given["port"]
+    assert ("can be read on the way" in said.err) != encrypted
+    scheme = "https" if encrypted else "http"
+    assert said.out.startswith(f"{scheme}://labels.example:{port}/#token=")
+    assert f"{scheme}://labels.example:{port}" in given["origins"] and f"127.0.0.1:{port}" in given["hosts"]
+    assert {"certificate": given["certificate"], "key": given["key"]} == {"certificate": None, "key": None} | files
+
+
+def test_nothing_that_had_holes_is_used():
+    # Starlette's CVE-2026-48710 and -54282 (request.url), -54283 and CVE-2024-47874 (form), the Range of FileResponse
+    for path in (ROOT / "diffdoctor" / "annotate").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for name in (".url.", "request.url", ".form(", "FileResponse", "StaticFiles", "set_cookie", "TrustedHost"):
+            assert name not in text.replace("`request.url`", ""), (path.name, name)
