@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ class _Bits:
 def region(mask: np.ndarray, score: float | None = None) -> dict[str, Any]:
     """A mask (H, W) uint8 of 0 and 255 as a result of the brush."""
     result = {
-        "id": uuid.uuid5(uuid.NAMESPACE_OID, mask.tobytes().hex()[:4096] + str(mask.shape)).hex[:10],
+        "id": hashlib.sha256(mask.tobytes()).hexdigest()[:10],
         "type": "brushlabels",
         "from_name": FROM_NAME,
         "to_name": TO_NAME,

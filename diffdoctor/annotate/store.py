@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import secrets
 import sqlite3
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ from diffdoctor.runs.errors import UserError, expected
 
 DATABASE = "annotate.db"
 _NO_CHAIN = b"\0" * 32
+# Writers of one process take turns at these, by the database's path. SQLite's own writers wait by trying again, and of
+# eight that write without a pause one was left out for 30 seconds.
+_turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
 
 class Store:
@@ -66,7 +71,7 @@ class Store:
 
     def _connected(self) -> sqlite3.Connection:
         try:
-            connection = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+            connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
             connection.row_factory = sqlite3.Row
             mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
             connection.execute("PRAGMA synchronous = FULL")
@@ -87,13 +92,14 @@ class Store:
     def writing(self) -> Iterator[sqlite3.Connection]:
         """A transaction that no other writer interleaves; undone where the block raises."""
         connection = self.connection
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield connection
-        except BaseException:
-            connection.execute("ROLLBACK")
-            raise
-        connection.execute("COMMIT")
+        with _turns[os.path.realpath(self.path)]:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
 
     def one(self, sql: str, *values: Any) -> sqlite3.Row | None:
         """The first row of a query; None: there is none."""
