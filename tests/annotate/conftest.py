@@ -1,3 +1,3 @@
 """The browser of the annotation page's tests."""
 
-from support.browser import browser, rater  # noqa: F401
+from support.browser import browser, computer, rater  # noqa: F401

@@ -148,7 +148,7 @@ def test_masks_arrive_bit_for_bit(rater, tmp_path):
         assert mask.shape == (height, width)
         assert hashlib.sha256(mask.tobytes()).hexdigest() == own
         assert 0 < share < 1
-        someone.page.wait_for_selector(f"body[data-ready]:not([data-ready='{task}'])", timeout=30_000)
+        someone.until(f"body[data-ready]:not([data-ready='{task}'])")
     assert someone.ready() == "none"
 
 
@@ -157,7 +157,7 @@ def noise(height, width):
     rng = np.random.default_rng(0)
     side = max(1, min(height, width) // 24)
     coarse = rng.integers(0, 256, (-(-height // side), -(-width // side)), np.uint8)
-    ragged = rng.integers(0, 8, 4096, np.uint8)
+    ragged = rng.integers(0, 8, 509, np.uint8)  # a prime: no two rows alike
     return np.kron(coarse & 0xF8, np.ones((side, side), np.uint8))[:height, :width] | np.resize(ragged, (height, width))
 
 
@@ -278,13 +278,13 @@ def test_the_last_picture_can_be_corrected(rater):
 def test_training_shows_the_truth_afterwards(rater):
     someone = rater(tasks=2, kind="training", truth=lambda seed: spot(seed, **SIZE))
     someone.press("Tab", "Tab", "Space", "Enter")
-    someone.page.wait_for_selector("body[data-feedback=hit]")
+    someone.until("body[data-feedback=hit]")
     assert "Overlap 100 %" in someone.page.inner_text("#notice")
     assert someone.js("app.editor.overlay.truth.length") == SIZE["height"] * SIZE["width"]
     someone.press("Enter")
     someone.ready(2)
     someone.press("c")
-    someone.page.wait_for_selector("body[data-feedback=miss]")
+    someone.until("body[data-feedback=miss]")
     assert "Not quite" in someone.page.inner_text("#notice")
 
 

@@ -91,7 +91,7 @@ def test_a_second_tab_only_looks_until_it_takes_over(rater):
     assert "drawing in another tab" in someone.banner()  # the tab that draws goes on to the next picture
     second.page.close()
     someone.ready(2)
-    someone.page.wait_for_selector("#stage:not(.locked)")
+    someone.until("#stage:not(.locked)")
     someone.press("c")
     assert someone.ready("none")
     assert [row["verdict"] for row in answers(someone.project)] == ["damaged", "clean"]
@@ -108,7 +108,7 @@ def test_offline_and_back(rater):
     drawn = someone.mask()
     context.set_offline(False)
     someone.saved()
-    someone.page.wait_for_selector("#banner", state="hidden")
+    someone.until("#banner[hidden]")
     assert someone.project.store.one("SELECT version FROM draft")["version"] >= 1
     context.set_offline(True)
     someone.press("Enter")
@@ -145,8 +145,8 @@ def test_an_unknown_token_is_asked_for(rater):
     someone = rater()
     someone.page.evaluate("sessionStorage.setItem('diffdoctor-annotate-token', 'wrong')")
     someone.page.reload()
-    someone.page.wait_for_selector("#message input")
+    someone.until("#message input")
     someone.page.fill("#message input", someone.project.store.add_person("bo", "annotator"))
     someone.press("Enter")
-    someone.page.wait_for_selector("body[data-ready]:not([data-ready=error])")
+    someone.until("body[data-ready]:not([data-ready=error])")
     assert someone.js("app.me.name") == "bo"

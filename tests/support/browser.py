@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ TOUR_SEEN = "localStorage.setItem('diffdoctor-annotate-tour', 'done')"
 
 
 needs_chromium = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")]
+VIEWPORT = {"width": 1100, "height": 700}
+FLAGS = ["--no-sandbox", "--disable-gpu", "--process-per-site"]
 SIZE = {"height": 192, "width": 256}
 
 
@@ -36,9 +39,17 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield started
         started.close()
+
+
+@pytest.fixture(scope="module")
+def computer(browser):
+    """What one person's browser keeps. A module's tests share it: each has an origin of its own, its server's port."""
+    context = browser.new_context(viewport=VIEWPORT)
+    yield context
+    context.close()
 
 
 class Rater:
@@ -67,16 +78,21 @@ class Rater:
         if message.type == "error" and "Failed to load resource" not in message.text:
             self.problems.append(message.text)
 
+    def until(self, selector: str, seconds: float = 30) -> None:
+        """Waits for an element. Asks now and then; playwright's own waiting draws the page sixty times a second."""
+        end = time.monotonic() + seconds
+        while not self.page.evaluate("(selector) => document.querySelector(selector) !== null", selector):
+            assert time.monotonic() < end, f"no {selector} after {seconds} s"
+            self.page.wait_for_timeout(40)
+
     def ready(self, task: int | str | None = None) -> str:
         """Waits for a picture, or for a task's; returns what the page is ready for: a task, `none` or `error`."""
-        self.page.wait_for_selector(
-            "body[data-ready]" if task is None else f"body[data-ready='{task}']", timeout=20_000
-        )
+        self.until("body[data-ready]" if task is None else f"body[data-ready='{task}']")
         return self.page.locator("body").get_attribute("data-ready")
 
     def submitted(self, task) -> str:
         """Waits until the answer for a task has arrived; the sha256 of its mask, or its verdict."""
-        self.page.wait_for_selector(f"body[data-submitted^='{task} ']", timeout=20_000)
+        self.until(f"body[data-submitted^='{task} ']")
         return self.page.locator("body").get_attribute("data-submitted").split(" ", 1)[1]
 
     def js(self, expression: str):
@@ -123,16 +139,16 @@ class Rater:
 
     def saved(self) -> None:
         """Waits until the server has the draft."""
-        self.page.wait_for_selector("#saved[data-state=saved]", timeout=20_000)
+        self.until("#saved[data-state=saved]")
 
     def banner(self) -> str:
         """What stands over the picture; waits for it."""
-        self.page.wait_for_selector("#banner:not([hidden])", timeout=20_000)
+        self.until("#banner:not([hidden])")
         return self.page.inner_text("#banner span")
 
 
 @pytest.fixture
-def rater(browser, tmp_path):
+def rater(browser, computer, tmp_path):
     """Makes a project, serves it, and opens its page: rater(tasks=…, role=…, …); `project` and `url` are attributes.
 
     After the test no page may have raised an error or refused anything for its content security policy.
@@ -148,16 +164,17 @@ def rater(browser, tmp_path):
             url = stack.enter_context(serving(project))
 
             def visit(context=None):
-                """One more tab; of another computer unless the context is given."""
+                """One more tab; on another computer unless the context is given."""
                 if context is None:
-                    context = browser.new_context(viewport={"width": 1280, "height": 800})
+                    context = browser.new_context(viewport=VIEWPORT)
                     stack.callback(context.close)
                 someone = Rater(context, url, token, guidelines=guidelines)
                 someone.project, someone.url, someone.visit = project, url, visit
                 opened.append(someone)
+                stack.callback(someone.page.close)
                 return someone
 
-            return visit()
+            return visit(computer)
 
         yield make
         assert [problem for one in opened for problem in one.problems] == []

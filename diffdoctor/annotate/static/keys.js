@@ -25,6 +25,16 @@ export const KEYS = [
     ],
   ],
   [
+    "Other",
+    [
+      ["undo", "Z", "Undo"],
+      ["redo", "Shift+Z", "Redo"],
+      ["tag1", "Shift+1…4", "Tags for damage you cannot mark"],
+      ["theme", "T", "Light or dark"],
+      ["help", "?", "These keys"],
+    ],
+  ],
+  [
     "Tools",
     [
       ["select", "V", "Accept or refuse parts by a click"],
@@ -55,16 +65,6 @@ export const KEYS = [
       ["zoomOut", "-", "Zoom out"],
       ["", "Space + drag", "Move the picture (or the middle button)"],
       ["", "Arrows", "Move the picture"],
-    ],
-  ],
-  [
-    "Other",
-    [
-      ["undo", "Z", "Undo"],
-      ["redo", "Shift+Z", "Redo"],
-      ["tag1", "Shift+1…4", "Tags for damage you cannot mark"],
-      ["theme", "T", "Light or dark"],
-      ["help", "?", "These keys"],
     ],
   ],
   [
