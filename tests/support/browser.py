@@ -163,6 +163,9 @@ def rater(browser, computer, tmp_path):
                 before(project)
             url = stack.enter_context(serving(project))
 
+            if not computer.pages:
+                computer.new_page().goto(f"{url}/static/icon.svg")  # keeps alive the process that the pages share
+
             def visit(context=None):
                 """One more tab; on another computer unless the context is given."""
                 if context is None:
