@@ -331,7 +331,7 @@ def test_budgets_at_1024(rater, capsys):
     someone.js("addEventListener('pointermove', () => { window.began = performance.now(); }, true)")
     someone.js("addEventListener('pointermove', () => (window.moves ??= []).push(performance.now() - began))")
     someone.press("b")
-    someone.drag([(100, 100), (900, 300), (200, 500), (800, 800), (300, 900)], steps=40)
+    someone.drag([(100, 100), (900, 300), (200, 500), (800, 800), (300, 900)], steps=25)
     moves, frames = someone.js("[moves, app.editor.view.frames]")
     slide = someone.js(
         "(() => { const t = performance.now(); app.editor.model.setThreshold(90); return performance.now() - t; })()"

@@ -28,7 +28,7 @@ TOUR_SEEN = "localStorage.setItem('diffdoctor-annotate-tour', 'done')"
 
 
 needs_chromium = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")]
-VIEWPORT = {"width": 1100, "height": 700}
+VIEWPORT = {"width": 860, "height": 600}
 FLAGS = ["--no-sandbox", "--disable-gpu", "--process-per-site"]
 SIZE = {"height": 192, "width": 256}
 
@@ -119,7 +119,7 @@ class Rater:
         window = np.array([self.at(*point) for point in points], float)
         return ((window - [left, top]) * ratio - [x, y]) / scale
 
-    def drag(self, points, *, steps: int = 5) -> None:
+    def drag(self, points, *, steps: int = 3) -> None:
         """Presses at the first point of the picture, moves through all, releases."""
         window = [self.at(*point) for point in points]
         self.page.mouse.move(*window[0])
