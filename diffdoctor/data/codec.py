@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -63,6 +63,8 @@ def encode_mask(mask: np.ndarray) -> bytes:
 
 # Of a picture's sides in pixels, which may be swapped: why it is not to be decoded, in words as for `reason`; or None.
 SizeCheck: TypeAlias = Callable[[int, int], "str | None"]
+# From a picture's bytes, or the path of its file, to whatever a reader makes of it; raises `UnreadablePicture`.
+PictureReader: TypeAlias = "Callable[[bytes | str | os.PathLike], Any]"
 
 
 def decode(source: bytes | str | os.PathLike, mode: str, *, check: SizeCheck | None = None) -> np.ndarray:
@@ -156,12 +158,8 @@ def picture_size(image: Image.Image) -> tuple[int, int]:
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def as_array(image: Image.Image, mode: str) -> np.ndarray:
-    """What `decode` returns, of a picture that Pillow has opened or made.
-
-    Raises:
-        UnreadablePicture: its values have no fixed scale (floats, integers beyond 16 bits).
-    """
+def turned(image: Image.Image) -> Image.Image:
+    """A picture that Pillow has opened, rotated upright by its EXIF orientation."""
     from PIL import Image
 
     # First of all: the orientation of a PNG file may stand behind its pixels.
@@ -175,9 +173,17 @@ def as_array(image: Image.Image, mode: str) -> np.ndarray:
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
     }.get(_orientation(image))
-    if turn is not None:
-        # Not ImageOps.exif_transpose, which also writes the rest of the EXIF data anew, and fails where it is odd.
-        image = image.transpose(turn)
+    # Not ImageOps.exif_transpose, which also writes the rest of the EXIF data anew, and fails where it is odd.
+    return image if turn is None else image.transpose(turn)
+
+
+def as_array(image: Image.Image, mode: str) -> np.ndarray:
+    """What `decode` returns, of a picture that Pillow has opened or made.
+
+    Raises:
+        UnreadablePicture: its values have no fixed scale (floats, integers beyond 16 bits).
+    """
+    image = turned(image)
     if image.mode[0] in "IF":
         grey = grey_levels(image, 255).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2) if mode == "RGB" else grey

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from diffdoctor.data.codec import PICTURE_TYPES, SizeCheck, UnreadablePicture, decode
+from diffdoctor.data.codec import PICTURE_TYPES, PictureReader, SizeCheck, UnreadablePicture, decode
 from diffdoctor.data.manifest import IGNORE_OFFSETS, OFFSETS, read_columns
 from diffdoctor.data.tar import IGNORE, MASK, MAX_MEMBER_BYTES, SkipCounts, read_groups
 from diffdoctor.data.text import is_unicode
@@ -68,6 +68,7 @@ def read_shards(
     split: tuple[int, int] = (0, 1),
     masks: str = "required",
     check: SizeCheck | None = None,
+    read: PictureReader | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Stream labelled pictures from shards, in order; memory holds one sample at a time.
 
@@ -78,6 +79,7 @@ def read_shards(
         split: (index, count): this reader takes every count-th shard from index on, for workers and processes.
         masks: "required", as training needs them; "optional": a picture without a mask counts as clean; "ignored".
         check: see `codec.decode`.
+        read: see `decode_sample`.
 
     Yields:
         The sample's JSON values with `picture` (H, W, 3) uint8, `mask` (H, W) float32 in [0, 1], `key`, `shard`, and
@@ -90,14 +92,18 @@ def read_shards(
     for path in shard_paths(source)[split[0] :: split[1]]:
         for key, members in read_groups(path, strict, counts):
             try:
-                sample = decode_sample(members, f"{path.name}:{key}", masks, check)
+                sample = decode_sample(members, f"{path.name}:{key}", masks, check, read)
                 yield {**sample, "key": key, "shard": path.name}
             except BrokenSample as error:
                 counts.add(error.reason, error.where, strict, error.detail)
 
 
 def decode_sample(
-    members: dict[str, bytes], where: str, masks: str = "required", check: SizeCheck | None = None
+    members: dict[str, bytes],
+    where: str,
+    masks: str = "required",
+    check: SizeCheck | None = None,
+    read: PictureReader | None = None,
 ) -> dict[str, Any]:
     """A sample's JSON values, `picture` (H, W, 3) uint8, `mask` (H, W) float32 in [0, 1], and `ignore` (H, W) bool.
 
@@ -106,13 +112,14 @@ def decode_sample(
         where: the shard and the key, for errors.
         masks: see `read_shards`; "ignored" gives neither `mask` nor `ignore`.
         check: see `codec.decode`.
+        read: reads the picture in place of `codec.decode`, with masks "ignored".
 
     Raises:
         BrokenSample: no picture, no mask, or a broken member.
     """
     name = _picture_member(members, where)
     meta = _meta(members.get("json"), where)
-    picture = _decoded(members[name], "RGB", "picture", where, check)
+    picture = _decoded(members[name], "RGB", "picture", where, check, read)
     if masks == "ignored":
         return {**meta, "picture": picture}
     if MASK not in members:
@@ -145,9 +152,16 @@ def _picture_member(members: dict[str, bytes], where: str) -> str:
     return found[0]
 
 
-def _decoded(data: bytes, mode: str, what: str, where: str, check: SizeCheck | None = None) -> np.ndarray:
+def _decoded(
+    data: bytes,
+    mode: str,
+    what: str,
+    where: str,
+    check: SizeCheck | None = None,
+    read: PictureReader | None = None,
+) -> Any:
     try:
-        return decode(data, mode, check=check)
+        return decode(data, mode, check=check) if read is None else read(data)
     except UnreadablePicture as error:
         raise BrokenSample(error.reason.replace("picture", what), where, error.detail) from None
 

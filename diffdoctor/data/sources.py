@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from diffdoctor.data.captions import caption_file, captions_of, read_caption
-from diffdoctor.data.codec import SUFFIXES, SizeCheck, UnreadablePicture, decode
+from diffdoctor.data.codec import SUFFIXES, PictureReader, SizeCheck, UnreadablePicture, decode
 from diffdoctor.data.folders import SHARD, find_files, is_map, is_read, is_shard, names_of
 from diffdoctor.data.shards import read_shards
 from diffdoctor.data.tar import SkipCounts
@@ -163,6 +163,7 @@ def read_source(
     counts: SkipCounts | None = None,
     masks: str = "optional",
     check: SizeCheck | None = None,
+    read: PictureReader | None = None,
 ) -> Iterator[dict]:
     """The pictures of a source.
 
@@ -175,6 +176,7 @@ def read_source(
         counts: filled with what was skipped.
         masks: see `shards.read_shards`.
         check: see `codec.decode`.
+        read: reads pictures in place of `codec.decode`, with masks "ignored".
 
     Yields:
         Dicts with `picture` (H, W, 3) uint8, `name`, and of a shard's sample all its other values.
@@ -182,14 +184,14 @@ def read_source(
     counts = SkipCounts() if counts is None else counts
     if source.is_shard:
         pictures, before = 0, counts.total
-        for sample in read_shards(source.path, strict=strict, counts=counts, masks=masks, check=check):
+        for sample in read_shards(source.path, strict=strict, counts=counts, masks=masks, check=check, read=read):
             pictures += 1
             yield {**sample, "name": readable(f"{source.name}/{sample['key']}")}
         if not pictures and counts.total == before:
             counts.add("a shard without pictures", readable(source.path), strict)
         return
     try:
-        picture = decode(source.path, "RGB", check=check)
+        picture = decode(source.path, "RGB", check=check) if read is None else read(source.path)
     except UnreadablePicture as error:
         counts.add(error.reason, readable(source.path), strict, error.detail)
         return

@@ -25,6 +25,8 @@ _HIDDEN = re.compile(r"\..+\.diffdoctor-(tmp|old)-[0-9a-f]{8}(\.[^.]+)?")
 _NO_FOLDER_SYNC = {
     errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM
 }  # fmt: skip
+# What is answered where a name from elsewhere is none for a file: too long, or of two one needs a folder there.
+NO_SUCH_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL}
 # What a write alone is answered.
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -302,3 +304,12 @@ def clear_leftovers(folder, name: str | None = None, *, deep: bool = False) -> N
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     clear_leftovers(entry, name, deep=True)
+
+
+def stamp(source: str | None) -> str | None:
+    """A hash of the names, sizes and times of a file or of a folder's files; None where it is neither."""
+    if source is None or not (path := Path(source)).exists():
+        return None
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    facts = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()

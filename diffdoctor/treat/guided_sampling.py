@@ -24,6 +24,7 @@ from diffdoctor.treat.families import family_of
 from diffdoctor.treat.offline import as_batch
 from diffdoctor.treat.picture_loss import StraightThroughClamp
 from diffdoctor.treat.prediction_replay import Predictor
+from diffdoctor.treat.rollout import redraw_inside
 from diffdoctor.treat.sampling import Sampling
 from diffdoctor.treat.schedulers import Sampler
 
@@ -266,16 +267,13 @@ class _Run:
         dtype = next(self.family.denoiser.parameters()).dtype
         generators = [torch.Generator().manual_seed(seed_of(self.seeds[row], count)) for row in rows.tolist()]
         noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators]).to(clean.device)
-        latents = sampler.renoised(clean, noise, first)
-        for step in range(first, len(sampler)):
+
+        def predict(latents: torch.Tensor, step: int) -> torch.Tensor:
             model_input = self.family.to_pipeline(sampler.model_input(latents, step).to(dtype))
             prediction = self.predictor.predict(step, model_input, rows)
-            prediction = self.family.from_pipeline(prediction, *self.size).float()
-            estimate = torch.lerp(clean, sampler.denoised(prediction, step, latents), region)
-            if step + 1 < len(sampler):
-                noise = torch.lerp(noise, sampler.noise_of(estimate, latents, step), region)
-                latents = sampler.renoised(estimate, noise, step + 1)
-        return estimate
+            return self.family.from_pipeline(prediction, *self.size).float()
+
+        return redraw_inside(sampler, predict, clean, region, noise, first)
 
     def _broken(self, confidence: torch.Tensor) -> torch.Tensor:
         """Indices (M,) of the pictures whose maps (B, 1, H, W) ask for another drawing."""

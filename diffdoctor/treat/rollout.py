@@ -9,6 +9,7 @@ import torch
 
 from diffdoctor.treat.families import Conditioning
 from diffdoctor.treat.sampling import Sampling
+from diffdoctor.treat.schedulers import Sampler
 
 
 @dataclass
@@ -136,6 +137,42 @@ def replay(
         if with_graph and modulate_latents is not None:
             latents = modulate_latents(latents)
     return latents
+
+
+@torch.no_grad()
+def redraw_inside(
+    sampler: Sampler,
+    predict: Callable[[torch.Tensor, int], torch.Tensor],
+    clean: torch.Tensor,
+    region: torch.Tensor,
+    noise: torch.Tensor,
+    first: int,
+) -> torch.Tensor:
+    """Sample finished latents again inside a region, from an earlier noise level on; outside they are held.
+
+    At each step the estimate of the clean latents is replaced by the given ones outside the region, and the noise by
+    the given one, as in RePaint (arXiv 2201.09865) without its resampling.
+
+    Args:
+        sampler: the steps.
+        predict: the guided prediction (B, C, h, w) for latents (B, C, h, w) before the denoiser's input is scaled, at a
+            step.
+        clean: (B, C, h, w), the latents to change, fp32.
+        region: (B, 1, h, w) in [0, 1]: 1 where they are drawn again.
+        noise: (B, C, h, w), standard normal.
+        first: the step to begin at; 0: from noise alone inside the region.
+
+    Returns:
+        (B, C, h, w).
+    """
+    latents = sampler.renoised(clean, noise, first)
+    for step in range(first, len(sampler)):
+        denoised = sampler.denoised(predict(latents, step), step, latents)
+        estimate = torch.lerp(clean, denoised, region)
+        if step + 1 < len(sampler):
+            noise = torch.lerp(noise, sampler.noise_of(estimate, latents, step), region)
+            latents = sampler.renoised(estimate, noise, step + 1)
+    return estimate
 
 
 def _drawn(latents, prediction, coefs, generators) -> torch.Tensor:

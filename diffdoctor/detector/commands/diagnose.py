@@ -1,8 +1,6 @@
 """`diffdoctor diagnose`: confidence maps, boxes and a gallery for any pictures; several processes; resumable."""
 
-import collections
 import dataclasses
-import errno
 import heapq
 import os
 from collections.abc import Iterator
@@ -11,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from diffdoctor.data.pictures import to_images
+from diffdoctor.data.source_index import Completed, SourceIndex, absolute_path, gather_counts
 from diffdoctor.data.sources import Source, find_sources, read_source
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.confidence import confidence_of
@@ -20,7 +19,7 @@ from diffdoctor.detector.predict import TOO_LARGE, describe_map, in_batches, tak
 from diffdoctor.detector.report import write_gallery
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, check_least, expected, first_line
-from diffdoctor.runs.files import atomic_path, atomic_write_bytes, atomic_write_json, file_name
+from diffdoctor.runs.files import NO_SUCH_NAME, atomic_path, atomic_write_bytes, atomic_write_json, file_name
 from diffdoctor.runs.journal import Journal, Records
 from diffdoctor.runs.progress import progress
 from diffdoctor.runs.record import METRICS, RunFolder, versions
@@ -33,7 +32,6 @@ from diffdoctor.viz.draw import map_png, overlay, png_bytes
 RECORDS = "records"
 # What the maps and overlays depend on, beside the detector's weights and the pictures.
 _IDENTITY = ("detector", "tile", "overlap", "bits", "dtype", "overlays")
-_NO_SUCH_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL}
 RESULTS = dict.fromkeys(("maps", "overlays", RECORDS, "diagnosis.jsonl", "gallery.html"))
 
 
@@ -139,69 +137,6 @@ def _units(sources: list[Source], size: int) -> list[list[Source]]:
     return groups + [[source] for source in sources if source.is_shard]
 
 
-class SourceIndex:
-    """The sources by name, with the state of their files at the start of this attempt.
-
-    Args:
-        sources: of this run.
-    """
-
-    def __init__(self, sources: list[Source]):
-        self.sources = sources
-        self.stamps = {source.name: source.stamp() for source in sources}
-        self._named = {source.name: source for source in sources}
-
-    def source(self, name: str) -> Source | None:
-        """The picture file of this name, or the shard of the picture of this name."""
-        found = self._named.get(name)
-        if found is not None and not found.is_shard:
-            return found
-        # SHARD/KEY, both perhaps with slashes; no other source's name begins with a shard's and a slash.
-        end = name.find("/")
-        while end >= 0:
-            found = self._named.get(name[:end])
-            if found is not None and found.is_shard:
-                return found
-            end = name.find("/", end + 1)
-        return None
-
-    def current_records(self, records: Records) -> Iterator[dict]:
-        """The records of pictures that are among the sources and whose files have not changed, by name.
-
-        Raises:
-            UserError: a record is of another picture of the same name.
-        """
-        for record in records:
-            source, stamp = self.source(record["name"]), record.pop("stamp", None)
-            if source is None or stamp is None:
-                continue
-            if record["path"] != _absolute(source):
-                what = f"a map {record['name']} of {record['path']}, not of {_absolute(source)}"
-                raise UserError(f"{records.folder.parent}: holds {what}; choose another output folder")
-            if stamp == self.stamps[source.name]:
-                yield record
-
-    def mark(self, shard: str, pictures: int) -> str:
-        """The text that marks a shard, in its present state, as completed with this many pictures."""
-        return f"{shard} {self.stamps[shard]} {pictures}"
-
-
-class Completed:
-    """The names of the pictures and shards that earlier attempts completed."""
-
-    def __init__(self, index: SourceIndex, journal: Journal):
-        records = journal.read()
-        self.names = {record["name"] for record in index.current_records(records)}
-        counts = collections.Counter(index.source(name).name for name in self.names)
-        shards = [source.name for source in index.sources if source.is_shard]
-        self.shards = {shard for shard in shards if index.mark(shard, counts[shard]) in records.shards}
-
-
-def _absolute(source: Source) -> str:
-    """The absolute path of the source's file."""
-    return os.path.abspath(source.path)
-
-
 def _diagnose_units(
     detector, config: DiagnoseConfig, index: SourceIndex, completed: Completed, journal: Journal, state
 ) -> SkipCounts:
@@ -228,7 +163,7 @@ def _diagnose_units(
             # A shard of which something was skipped is read again by the next attempt, which counts that again.
             if shard and counts.total == before:
                 journal.append([{"shard": index.mark(shard, pictures)}])
-    return _gather_counts(counts, state)
+    return gather_counts(counts, state)
 
 
 def _batches(
@@ -240,7 +175,7 @@ def _batches(
         return None if takes(detector, height, width, config.tile) else TOO_LARGE
 
     samples = (
-        sample | {"path": _absolute(source), "stamp": stamps[source.name]}
+        sample | {"path": absolute_path(source), "stamp": stamps[source.name]}
         for source in unit
         for sample in read_source(source, strict=config.strict, counts=counts, masks="ignored", check=check)
     )
@@ -264,7 +199,7 @@ def _diagnose_batch(
                 atomic_write_bytes(output / "overlays" / file, png_bytes(reddened))
         except OSError as error:
             # Of two names from elsewhere, one may be a file where the other needs a folder.
-            if error.errno not in _NO_SUCH_NAME:
+            if error.errno not in NO_SUCH_NAME:
                 raise
             counts.add("a name that no file can have here", name, config.strict, error.strerror or "")
             continue
@@ -294,18 +229,6 @@ def _confidences(
 def _maps(detector: Detector, batch: list[dict], config: DiagnoseConfig) -> np.ndarray:
     images = to_images([sample["picture"] for sample in batch], device_of(detector))
     return confidence_of(detector, images, tile=config.tile, overlap=config.overlap)[:, 0].cpu().numpy()
-
-
-def _gather_counts(counts: SkipCounts, state) -> SkipCounts:
-    parts = [(counts.reasons, counts.examples)]
-    if state.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        parts = gather_object(parts)
-    total = SkipCounts()
-    for reasons, examples in parts:
-        total.join(SkipCounts(reasons, examples))
-    return total
 
 
 def _finish(index: SourceIndex, config: DiagnoseConfig, records: Records, skipped: SkipCounts) -> dict:

@@ -24,7 +24,7 @@ from diffdoctor.evaluate.model.report import doubts, print_measures, write_repor
 from diffdoctor.evaluate.model.store import EvaluationFolder
 from diffdoctor.evaluate.model.summary import summarise, summarise_groups
 from diffdoctor.runs.errors import UserError, expected
-from diffdoctor.runs.files import atomic_write_json
+from diffdoctor.runs.files import atomic_write_json, stamp
 from diffdoctor.runs.progress import progress, quiet_loaders
 from diffdoctor.runs.record import METRICS, versions
 from diffdoctor.runs.strict_json import nan_to_none
@@ -167,13 +167,13 @@ class Evaluation:
         """All that the measures depend on beside the pictures, by name."""
         config, files = self.config, {}
         for name, units in (("real", self.real), ("damaged", self.damaged)):
-            files[name] = [[str(s.path), pipelines.stamp(str(s.path))] for unit in units for s in unit.sources]
+            files[name] = [[str(s.path), stamp(str(s.path))] for unit in units for s in unit.sources]
         return {
             "judge": weights_digest(self.measurer.judge),
             "detector": weights_digest(self.measurer.detector),
-            "features": [getattr(self.measurer.features, "name", ""), pipelines.stamp(config.features)],
-            "clip": [config.clip, pipelines.stamp(config.clip)],
-            "classifier": [config.classifier, pipelines.stamp(config.classifier), self.plan.class_indices],
+            "features": [getattr(self.measurer.features, "name", ""), stamp(config.features)],
+            "clip": [config.clip, stamp(config.clip)],
+            "classifier": [config.classifier, stamp(config.classifier), self.plan.class_indices],
             "seed": config.seed,
             **files,
         }

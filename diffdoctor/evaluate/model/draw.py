@@ -7,13 +7,13 @@ import hashlib
 import inspect
 import logging
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from diffdoctor.evaluate.model.config import EvaluateModelConfig
 from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.runs.files import stamp
 from diffdoctor.runs.progress import progress as show_progress
 from diffdoctor.treat.loading import load_pipeline, replace_scheduler
 
@@ -214,12 +214,3 @@ def picture_identity(config: EvaluateModelConfig, prompts: list[str], detector_d
         "dtype": config.dtype,
         "picture_type": config.picture_type,
     }
-
-
-def stamp(source: str | None) -> str | None:
-    """A hash of the names, sizes and times of a file or of a folder's files; None where it is neither."""
-    if source is None or not (path := Path(source)).exists():
-        return None
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    facts = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
