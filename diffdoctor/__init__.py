@@ -30,12 +30,14 @@ if TYPE_CHECKING:  # what an editor sees
     from diffdoctor import detector as detector
     from diffdoctor import evaluate as evaluate
     from diffdoctor import maps as maps
+    from diffdoctor import repairs as repairs
     from diffdoctor import treat as treat
     from diffdoctor.ops import *  # noqa: F403
+    from diffdoctor.repairs.repairer import repair as repair
     from diffdoctor.treat.guided_sampling import guide as guide
 
-_LAZY = {"guide": "diffdoctor.treat.guided_sampling"}
-_STAGES = ("demo", "detector", "evaluate", "maps", "treat")
+_LAZY = {"guide": "diffdoctor.treat.guided_sampling", "repair": "diffdoctor.repairs.repairer"}
+_STAGES = ("demo", "detector", "evaluate", "maps", "repairs", "treat")
 
 _public = _ops.public()
 globals().update(_public)

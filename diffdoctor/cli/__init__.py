@@ -80,6 +80,13 @@ COMMANDS = {
         "diffdoctor.detector.commands.diagnose:run_diagnose",
         ("pictures",),
     ),
+    "repair": Command(
+        "redraw what a detector flags in finished pictures, and keep what is then better",
+        "diffdoctor.repairs.config:RepairConfig",
+        "diffdoctor.repairs.command:run_repair",
+        ("pictures",),
+        ("pipeline", "detector", "output"),
+    ),
     "serve-detector": Command(
         "let other programs ask a detector over HTTP: maps, regions, rewards",
         "diffdoctor.detector.commands.serve:ServeDetectorConfig",

@@ -22,7 +22,7 @@ class RepairOptions:
         method: inpaint: diffusers' inpainting pipeline for the model; resume: noise and resumed sampling, for pipelines
             that `treat` serves; auto: inpaint where there is such a pipeline, else resume.
         strength: share of the sampling that the first try does again, in (0, 1].
-        last_strength: of the last try; those between rise evenly. What a weak redrawing cannot mend was decided earlier.
+        last_strength: of the last try; those between rise evenly: what a weak one cannot mend was decided earlier.
         tries: seeds for each region at most; the best that is better is kept, and none after one without an artifact.
         threshold: confidence from which a pixel is flagged, in (0, 1].
         grow: pixels around flagged ones that are redrawn with them; null: a 64th of the picture's shorter side.

@@ -43,7 +43,7 @@ class Picture:
         mode: Pillow's, one of `MODES`.
         palette: (N, 3) uint8 colours; None without a palette.
         fixed: (H, W) bool, the pixels that are wholly transparent, which are never changed; None: there are none.
-        key: the one transparent colour of a picture without alpha, which no changed pixel may have; None: there is none.
+        key: the one transparent colour of a picture without alpha, which no changed pixel may get; None: none.
         texts: of a PNG file, by keyword.
         save_options: of Pillow's `save`: metadata, ICC profile, resolution.
     """
@@ -184,11 +184,9 @@ def _refuse_other_depths(image: Image.Image, data: bytes) -> None:
     elif image.format == "TIFF":
         bits = image.tag_v2.get(_TIFF_BITS, (8,))
         depth = max(bits) if isinstance(bits, tuple) else bits
-    if image.mode == "P" or depth == 8 or (depth == 16 and image.mode == "I;16"):
-        return
-    raise UnreadablePicture(
-        _DEEP_COLOUR if depth > 8 and image.mode not in ("I;16", "I;16B") else f"{depth} bits a pixel"
-    )
+    grey16 = image.mode in ("I;16", "I;16B")
+    if not (image.mode == "P" or depth == (16 if grey16 else 8)):
+        raise UnreadablePicture(_DEEP_COLOUR if depth > 8 and not grey16 else f"a picture of {depth} bits a pixel")
 
 
 def _picture(image: Image.Image, data: bytes) -> Picture:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Sequence
@@ -83,6 +84,11 @@ class ResumeRedrawer:
     def _new_sampler(self, size: tuple[int, int]) -> Sampler:
         scheduler, family = self.family.pipeline.scheduler, self.family
         return Sampler(scheduler, device=self.device, timestep_options=family.timestep_options(self.steps, *size))
+
+    @property
+    def pipeline(self):
+        """The pipeline."""
+        return self.family.pipeline
 
     @property
     def device(self) -> torch.device:
@@ -235,18 +241,15 @@ def inpainting_pipeline(pipeline):
 
 def _inpainting_class(kind: type) -> type | None:
     import diffusers
-    from diffusers import AutoPipelineForInpainting
 
-    try:
-        # what AutoPipelineForInpainting knows, without making it
+    found = None
+    # what AutoPipelineForInpainting knows, without making it
+    with contextlib.suppress(ImportError, ValueError):
         from diffusers.pipelines.auto_pipeline import AUTO_INPAINT_PIPELINES_MAPPING, _get_task_class
 
         found = _get_task_class(AUTO_INPAINT_PIPELINES_MAPPING, kind.__name__)
-        return found if _inpaints(found) else None
-    except (ImportError, ValueError):
-        del AutoPipelineForInpainting
-    # those that it does not know yet, such as FLUX.2's
-    found = getattr(diffusers, kind.__name__.replace("Pipeline", "InpaintPipeline"), None)
+    if found is None:  # one that it does not know yet, such as FLUX.2's
+        found = getattr(diffusers, kind.__name__.replace("Pipeline", "InpaintPipeline"), None)
     return found if isinstance(found, type) and _inpaints(found) else None
 
 

@@ -93,11 +93,34 @@ class Report:
             boxes: (x, y, width, height) to be drawn over the picture, in pixels of a picture of `size`.
             size: (height, width) that the boxes refer to.
         """
-        subtype = "jpeg" if data.startswith(b"\xff\xd8") else "png"
-        source = f"data:image/{subtype};base64," + base64.b64encode(data).decode("ascii")
-        item = {"source": source, "caption": caption, "alt": alt or caption, "pixels": pixels, "link": link}
+        item = {"source": _data_url(data), "caption": caption, "alt": alt or caption, "pixels": pixels, "link": link}
         item |= {"links": links or {}, "boxes": list(boxes), "size": size}
         self._parts.append(("image", item))
+
+    def slider(
+        self,
+        before: bytes,
+        after: bytes,
+        caption: str = "",
+        *,
+        pixels: bool = True,
+        link: str | None = None,
+        boxes: Sequence[Sequence[float]] = (),
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        """Add two pictures of one size, one over the other, with a line between them that can be moved.
+
+        Args:
+            before: the bytes of a PNG or JPEG file, shown left of the line.
+            after: likewise, right of it.
+            caption: text below; a link to `link` is added.
+            pixels: keep enlarged pixels sharp.
+            link: URL of the picture after.
+            boxes: see `image`.
+            size: see `image`.
+        """
+        item = {"before": _data_url(before), "after": _data_url(after), "caption": caption, "pixels": pixels}
+        self._parts.append(("slider", item | {"link": link, "boxes": list(boxes), "size": size}))
 
     def figure(self, figure: Figure, caption: str = "") -> None:
         """Add a matplotlib figure as a picture."""
@@ -115,6 +138,11 @@ class Report:
     def _cell(cell: object) -> dict[str, object]:
         text, style = cell if isinstance(cell, tuple) else (cell, "")
         return {"text": text, "style": style}
+
+
+def _data_url(data: bytes) -> str:
+    subtype = "jpeg" if data.startswith(b"\xff\xd8") else "png"
+    return f"data:image/{subtype};base64," + base64.b64encode(data).decode("ascii")
 
 
 def figure_png(figure: Figure, dpi: int = 110) -> bytes:
