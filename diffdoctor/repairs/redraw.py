@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -175,16 +176,20 @@ class InpaintRedrawer:
             options["negative_prompt"] = [options["negative_prompt"]] * len(jobs)
         if "strength" in self.parameters:
             options["strength"] = jobs[0].strength
-        result = self.pipeline(
-            prompt=[job.prompt for job in jobs],
-            image=pictures,
-            mask_image=masks,
-            height=pictures.shape[2],
-            width=pictures.shape[3],
-            generator=picture_generators([job.seed for job in jobs]),
-            output_type="pt",
-            **options,
-        )
+        try:
+            result = self.pipeline(
+                prompt=[job.prompt for job in jobs],
+                image=pictures,
+                mask_image=masks,
+                height=pictures.shape[2],
+                width=pictures.shape[3],
+                generator=picture_generators([job.seed for job in jobs]),
+                output_type="pt",
+                **options,
+            )
+        except ValueError as error:
+            # Raised by the pipeline itself, most often for weights or a size that it cannot redraw.
+            raise UserError(f"{type(self.pipeline).__name__}: {first_line(error)}") from error
         flags = getattr(result, "nsfw_content_detected", None) or [False] * len(jobs)
         images = result.images
         if tuple(images.shape[2:]) != tuple(pictures.shape[2:]):
@@ -233,8 +238,12 @@ def inpainting_pipeline(pipeline):
     kind = _inpainting_class(type(pipeline))
     if kind is None:
         return None
+    modules, settings = kind._get_signature_keys(kind)
+    parts = {name: part for name, part in pipeline.components.items() if name in modules}
+    given = {name: value for name, value in pipeline.config.items() if name in settings}
     try:
-        return kind.from_pipe(pipeline)
+        # not from_pipe, which would convert the weights to fp32
+        return kind(**parts, **given)
     except Exception as error:  # each pipeline's constructor raises its own
         raise UserError(f"{kind.__name__}: cannot be made of this pipeline ({first_line(error)})") from error
 
@@ -262,8 +271,8 @@ def _size_of(pipeline, options: RepairOptions) -> tuple[tuple[int, int], int]:
     """(height, width) of a pipeline's pictures by default or as the options say, and what they are multiples of."""
     scale = getattr(pipeline, "vae_scale_factor", 8)
     denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    # transformers take latents in patches of two
-    multiple = scale if getattr(pipeline, "unet", None) is not None else 2 * scale
+    # transformers take latents in patches of two; pipelines with U-Nets refuse what is no multiple of 8
+    multiple = math.lcm(8, scale if getattr(pipeline, "unet", None) is not None else 2 * scale)
     side = getattr(pipeline, "default_sample_size", None) or getattr(denoiser.config, "sample_size", None) or 128
     sides = (side, side) if isinstance(side, int) else tuple(side)
     height, width = (given or own * scale for given, own in zip((options.height, options.width), sides, strict=True))

@@ -89,7 +89,8 @@ def feathered(mask: np.ndarray, feather: int) -> np.ndarray:
     if mask.all():
         return np.ones(mask.shape, np.float32)
     depth = ndimage.distance_transform_edt(np.pad(mask, 1, mode="edge"))[1:-1, 1:-1]
-    share = np.clip(depth / (feather + 1), 0, 1)
+    # a flagged pixel is deeper than `grow`, by less than a pixel in the corners: with feather <= grow it is replaced
+    share = np.where(depth > feather, 1, depth / (feather + 1))
     return (share * share * (3 - 2 * share)).astype(np.float32)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from diffdoctor.data.pictures import to_images
@@ -175,7 +176,10 @@ class Repairer:
         options = self.options
         tiles = {} if options.tile is None else {"tile": options.tile, "overlap": options.overlap}
         images = to_images([request.picture for request in requests], device_of(self.detector))
-        return list(confidence_of(self.detector, images, **tiles)[:, 0].float().cpu().numpy())
+        maps = confidence_of(self.detector, images, **tiles).float()
+        if maps.shape[2:] != images.shape[2:]:  # of a module of one's own
+            maps = F.interpolate(maps, images.shape[2:], mode="bilinear", align_corners=False)
+        return list(maps[:, 0].cpu().numpy())
 
     def _repair(self, job: Job) -> Steps:
         options, picture = self.options, job.picture
