@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-PACKAGES = ("diffdoctor.treat", "diffdoctor.detector", "diffdoctor.evaluate.model")
+PACKAGES = ("diffdoctor.treat", "diffdoctor.detector", "diffdoctor.evaluate.model", "diffdoctor.repairs")
 
 
 @pytest.mark.parametrize("name", PACKAGES)

@@ -17,7 +17,12 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    for page, module in (("operations", "diffdoctor"), ("treat", "diffdoctor.treat"), ("maps", "diffdoctor.maps")):
+    for page, module in (
+        ("operations", "diffdoctor"),
+        ("treat", "diffdoctor.treat"),
+        ("maps", "diffdoctor.maps"),
+        ("repairs", "diffdoctor.repairs"),
+    ):
         text = (tmp_path / "reference" / f"{page}.html").read_text(encoding="utf-8")
         package = importlib.import_module(module)
         for name in package.__all__:

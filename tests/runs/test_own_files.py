@@ -10,9 +10,11 @@ from diffdoctor.cli import main
 from diffdoctor.detector import ConvDetector
 from diffdoctor.runs.files import leftovers
 from support.pictures import tree, write_pictures
+from support.tiny_pipelines import tiny_pipeline
 
 pytest.importorskip("PIL")
 pytest.importorskip("pyarrow")
+pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 pytest.importorskip("pycocotools")
@@ -34,12 +36,17 @@ def files(tmp_path_factory):
     write_pictures(folder / "pictures", 4)
     torch.manual_seed(0)
     ConvDetector((8, 16)).save_pretrained(folder / "detector")
+    tiny_pipeline("sd").save_pretrained(folder / "pipeline")
     assert main(["inject", str(folder / "pictures"), "--output", str(folder / "set"), "--kinds", '["tint"]']) == 0
     return folder
 
 
 COMMANDS = {
     "diagnose": ("diagnose", "{}/pictures", "--detector", "{}/detector", "--gallery", "0"),
+    "repair": (
+        *("repair", "{}/pictures", "--pipeline", "{}/pipeline", "--detector", "{}/detector", "--threshold", "1"),
+        *("--method", "resume", "--gallery", "0"),
+    ),
     "train-detector": (
         *("train-detector", "{}/set", "--architecture", "conv", "--min_side", "16", "--validation_share", "0"),
         *("--training.steps", "1", "--training.batch_size", "2", "--training.size", "16"),

@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("user_script.py")
-PACKAGES = ("diffdoctor", "diffdoctor.detector", "diffdoctor.treat", "diffdoctor.evaluate.model", "diffdoctor.maps")
+PACKAGES = (
+    "diffdoctor",
+    "diffdoctor.detector",
+    "diffdoctor.treat",
+    "diffdoctor.evaluate.model",
+    "diffdoctor.maps",
+    "diffdoctor.repairs",
+)
 
 
 def test_the_script_uses_every_public_name():

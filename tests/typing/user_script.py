@@ -50,6 +50,7 @@ from diffdoctor.evaluate.model import (
     draw_pictures,
     sample_pictures,
 )
+from diffdoctor.repairs import RegionOutcome, Repaired, RepairOptions, Try, repair
 from diffdoctor.treat import (
     Conditioning,
     Family,
@@ -250,6 +251,15 @@ def guided(pipeline: Any, detector: Detector) -> list[float]:
     with guide(pipeline, detector, rewinds=3):
         pipeline("a handwritten two")
     return again.final_area
+
+
+def repaired(pictures: list[np.ndarray], pipeline: Any, detector: Detector) -> list[str]:
+    options = RepairOptions(tries=2, method="resume")
+    results: list[Repaired] = diffdoctor.repair(pictures, pipeline, detector, options, prompts="a handwritten seven")
+    repair(["photo.png"], pipeline, lambda images: images.mean(1, keepdim=True))[0].save("mended.png")
+    regions: list[RegionOutcome] = [region for result in results for region in result.regions if not region.kept]
+    tries: list[Try] = [attempt for region in regions for attempt in region.tries]
+    return [attempt.why_not for attempt in tries]
 
 
 def evaluate(pipeline: Any, treated: Any, detector: Detector, judge: Detector, real: torch.Tensor) -> Comparison:

@@ -15,6 +15,7 @@ PAGES = {
     "operations": ("Operations", "`import diffdoctor`", "diffdoctor"),
     "detector": ("Detector", "`from diffdoctor.detector import ...`", "diffdoctor.detector"),
     "treat": ("Treatment", "`from diffdoctor.treat import ...`", "diffdoctor.treat"),
+    "repairs": ("Repair", "`from diffdoctor.repairs import ...`", "diffdoctor.repairs"),
     "maps": ("Maps", "`from diffdoctor.maps import ...`", "diffdoctor.maps"),
 }
 
