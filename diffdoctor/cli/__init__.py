@@ -85,7 +85,6 @@ COMMANDS = {
         "diffdoctor.repairs.config:RepairConfig",
         "diffdoctor.repairs.command:run_repair",
         ("pictures",),
-        ("pipeline", "detector", "output"),
     ),
     "serve-detector": Command(
         "let other programs ask a detector over HTTP: maps, regions, rewards",

@@ -39,6 +39,15 @@ GROUPS = {
         ),
         "records": ("checkpoint_every", "log_with", "sample_every", "sample_pictures", "strict"),
     },
+    "repair": {
+        "what is read and written": ("pipeline", "detector", "output", "lora", "scheduler", "dtype", "gallery"),
+        "what is redrawn": ("threshold", "grow", "feather", "context", "regions", "min_area", "max_area"),
+        "how it is redrawn": (
+            *("method", "prompt", "negative_prompt", "strength", "last_strength", "tries", "sampling_steps"),
+            *("guidance_scale", "max_sequence_length", "height", "width", "seed"),
+        ),
+        "the detector, memory and speed": ("tile", "overlap", "batch_size", "device", "strict"),
+    },
     "evaluate model": {
         "the treatment that is evaluated": ("treatment", "pipeline", "lora", "treated", "guide", "guide_options"),
         "the detectors": ("detector", "judge"),
@@ -100,8 +109,11 @@ def _described(config_class: type) -> dict[str, str]:
     """What the dataclass's docstring says of each option."""
     import docstring_parser
 
-    parsed = docstring_parser.parse(config_class.__doc__ or "")
-    return {param.arg_name: " ".join((param.description or "").split()) for param in parsed.params}
+    found: dict[str, str] = {}
+    for each in reversed(config_class.__mro__):  # the options of a class that it extends, too
+        parsed = docstring_parser.parse(each.__doc__ or "")
+        found |= {param.arg_name: " ".join((param.description or "").split()) for param in parsed.params}
+    return found
 
 
 def _group(parser: Any, groups: Mapping[str, Sequence[str]]) -> None:

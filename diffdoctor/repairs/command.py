@@ -25,7 +25,7 @@ from diffdoctor.repairs.redraw import open_redrawer
 from diffdoctor.repairs.repairer import Job, Repaired, Repairer, key_of
 from diffdoctor.repairs.report import summarise, thumbnail, write_page
 from diffdoctor.runs import strict_json
-from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.files import NO_SUCH_NAME, atomic_path, atomic_write_bytes, atomic_write_json, file_name, stamp
 from diffdoctor.runs.journal import Journal, Records
 from diffdoctor.runs.progress import progress, quiet_loaders
@@ -54,9 +54,6 @@ def run_repair(config: RepairConfig) -> dict:
     Raises:
         UserError: an option or a file does not fit or cannot be read.
     """
-    for name in ("pipeline", "detector", "output"):
-        if getattr(config, name) is None:
-            raise UserError(expected(f"--{name}", "a value", "none"))
     state = process_state()
     left_out = SkipCounts()
     sources = find_sources(config.pictures, left_out)

@@ -109,9 +109,9 @@ class RepairFiles:
     """
 
     pictures: list[str]
-    pipeline: str | None = None
-    detector: str | None = None
-    output: str | None = None
+    pipeline: str
+    detector: str
+    output: str
     lora: str | None = None
     scheduler: str | None = None
     dtype: str = "fp32"

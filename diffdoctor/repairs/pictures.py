@@ -144,7 +144,8 @@ def read_picture(source: bytes | str | os.PathLike) -> Picture:
             frames, CMYK, more than 8 bits a colour, floats.
     """
     with open_picture(source) as image:
-        if getattr(image, "n_frames", 1) > 1:
+        # phones put a preview or a map of depth behind their photographs
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise UnreadablePicture("a picture of several frames or pages")
         if image.mode in _REFUSED:
             raise UnreadablePicture(_REFUSED[image.mode])

@@ -146,7 +146,8 @@ class InpaintRedrawer:
     def __init__(self, pipeline, options: RepairOptions):
         self.pipeline = pipeline
         pipeline.set_progress_bar_config(disable=True)
-        self.parameters = set(inspect.signature(type(pipeline).__call__).parameters)
+        parameters = inspect.signature(type(pipeline).__call__).parameters
+        self.parameters = set(parameters)
         given = {
             "num_inference_steps": options.sampling_steps,
             "guidance_scale": options.guidance_scale,
@@ -156,6 +157,7 @@ class InpaintRedrawer:
         self.options = {name: value for name, value in given.items() if value is not None}
         if unknown := sorted(set(self.options) - self.parameters):
             raise UserError(f"{unknown[0]}: {type(pipeline).__name__} does not take this option")
+        self.steps = options.sampling_steps or parameters["num_inference_steps"].default
         self.size, self.multiple = _size_of(pipeline, options)
 
     def to(self, device: torch.device) -> None:
@@ -175,7 +177,8 @@ class InpaintRedrawer:
         if isinstance(options.get("negative_prompt"), str):
             options["negative_prompt"] = [options["negative_prompt"]] * len(jobs)
         if "strength" in self.parameters:
-            options["strength"] = jobs[0].strength
+            # one step at least, which these pipelines round down
+            options["strength"] = min(1.0, max(jobs[0].strength, 1.001 / self.steps))
         try:
             result = self.pipeline(
                 prompt=[job.prompt for job in jobs],
@@ -273,7 +276,8 @@ def _size_of(pipeline, options: RepairOptions) -> tuple[tuple[int, int], int]:
     denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     # transformers take latents in patches of two; pipelines with U-Nets refuse what is no multiple of 8
     multiple = math.lcm(8, scale if getattr(pipeline, "unet", None) is not None else 2 * scale)
-    side = getattr(pipeline, "default_sample_size", None) or getattr(denoiser.config, "sample_size", None) or 128
+    config = getattr(denoiser, "config", None)
+    side = getattr(pipeline, "default_sample_size", None) or getattr(config, "sample_size", None) or 128
     sides = (side, side) if isinstance(side, int) else tuple(side)
     height, width = (given or own * scale for given, own in zip((options.height, options.width), sides, strict=True))
     if height % multiple or width % multiple:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from diffdoctor.data.codec import UnreadablePicture
 from diffdoctor.data.pictures import to_images
 from diffdoctor.detector.confidence import confidence_of
 from diffdoctor.detector.external import as_detector
@@ -23,7 +25,7 @@ from diffdoctor.repairs.metadata import prompt_of
 from diffdoctor.repairs.pictures import Picture, as_picture
 from diffdoctor.repairs.redraw import Redraw, Redrawer, Redrawn, open_redrawer
 from diffdoctor.repairs.regions import Region, crop_around, feathered, find_regions
-from diffdoctor.runs.errors import expected
+from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_write_bytes
 from diffdoctor.runs.progress import progress as show_progress
 from diffdoctor.training.devices import device_of
@@ -333,7 +335,7 @@ def repair(
     options = RepairOptions() if options is None else options
     if isinstance(pictures, (str, bytes)) or not isinstance(pictures, (Sequence, np.ndarray)):
         raise TypeError(expected("pictures", "a list of pictures", type(pictures).__name__))
-    opened = [as_picture(picture) for picture in pictures]
+    opened = [_opened(number, picture) for number, picture in enumerate(pictures)]
     given = [prompts] * len(opened) if prompts is None or isinstance(prompts, str) else list(prompts)
     if len(given) != len(opened):
         raise ValueError(expected("prompts", f"one per picture ({len(opened)})", len(given)))
@@ -355,6 +357,14 @@ def repair(
             results += repairer(jobs[start : start + options.batch_size])
             bar.update(len(results) - start)
     return results
+
+
+def _opened(number: int, picture: Any) -> Picture:
+    try:
+        return as_picture(picture)
+    except UnreadablePicture as error:
+        where = f" ({picture})" if isinstance(picture, (str, os.PathLike)) else ""
+        raise UserError(f"pictures[{number}]{where}: {error}") from error
 
 
 def key_of(name: str) -> int:

@@ -150,6 +150,12 @@ def test_a_picture_depends_on_its_seed_and_neither_on_its_fellows_nor_on_its_typ
     assert (np.asarray(one.image) == one.pixels).all()
 
 
+def test_a_weak_redrawing_of_few_steps_is_one_step():
+    for method in ("inpaint", "resume"):
+        (result,) = repaired([blocks()], method=method, sampling_steps=2, strength=0.1, last_strength=0.1, tries=1)
+        assert result.regions[0].tries[0].score is not None
+
+
 def test_the_prompt_is_a_pictures_own_unless_it_is_given():
     texts = [
         options(prompt=prompt).prompt_for(own) for prompt in (None, "a cat", "[PROMPT], sharp") for own in ("x", None)
@@ -166,6 +172,8 @@ def test_the_prompt_is_a_pictures_own_unless_it_is_given():
         ({}, {"tries": 0}, "tries: expected >= 1, got 0"),
         ({}, {"height": 20}, "height, width: expected multiples of 8 pixels, got 20 x 16"),
         ({}, {"max_sequence_length": 9}, "max_sequence_length: StableDiffusionInpaintPipeline does not take"),
+        ({"pictures": [Image.new("CMYK", (8, 8))]}, {}, r"pictures\[0\]: a CMYK picture"),
+        ({"pictures": ["nowhere.png"]}, {}, r"pictures\[0\] \(nowhere.png\): a file that cannot be read"),
         ({"pictures": "a.png"}, {}, "pictures: expected a list of pictures, got str"),
         ({"prompts": ["a", "b"]}, {}, r"prompts: expected one per picture \(1\), got 2"),
         ({"prompts": [3]}, {}, "prompts: expected texts, got int"),

@@ -39,4 +39,9 @@ def inpainter(name):
         pipeline = tiny_pipeline("flux")  # FLUX.1 Fill: latents, masked latents and the mask's pixels as channels
         config = {**pipeline.transformer.config, "in_channels": 16 + 16 + 4 * pipeline.vae_scale_factor**2}
         transformer = type(pipeline.transformer).from_config({**config, "out_channels": 16})
-        return FluxFillPipeline(**{**pipeline.components, "transformer": transformer})
+        parts = {
+            name: part
+            for name, part in pipeline.components.items()
+            if name not in ("image_encoder", "feature_extractor")
+        }
+        return FluxFillPipeline(**{**parts, "transformer": transformer})
