@@ -38,6 +38,7 @@ def inpainter(name):
             return pipeline
         pipeline = tiny_pipeline("flux")  # FLUX.1 Fill: latents, masked latents and the mask's pixels as channels
         config = {**pipeline.transformer.config, "in_channels": 16 + 16 + 4 * pipeline.vae_scale_factor**2}
+        config.pop("_use_default_values", None)  # among which out_channels stands
         transformer = type(pipeline.transformer).from_config({**config, "out_channels": 16})
         parts = {
             name: part
