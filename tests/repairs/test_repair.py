@@ -16,7 +16,7 @@ from diffdoctor.runs.errors import UserError
 from support.repairs import PROMPT, QUICK, blocks, bright, inpainter
 from support.tiny_pipelines import FAMILIES, tiny_pipeline
 
-LONG_TEXTS = ("sd3", "flux", "flux-fill")
+LONG_TEXTS = ("sd3", "flux", "flux-fill", "flux2")
 
 
 def options(name="sd", **changes):
@@ -30,7 +30,10 @@ def repaired(pictures, pipeline=None, detector=bright, name="sd", **changes):
 
 @pytest.mark.parametrize(
     ("method", "name"),
-    [*(("inpaint", name) for name in ("sd", "sdxl", "sd3", "flux", "flux-fill")), *(("resume", n) for n in FAMILIES)],
+    [
+        *(("inpaint", name) for name in ("sd", "sdxl", "sd3", "flux", "flux-fill", "flux2")),
+        *(("resume", n) for n in FAMILIES),
+    ],
 )
 def test_bright_blocks_go_and_nothing_else_changes(method, name):
     pipeline = inpainter(name) if method == "inpaint" else tiny_pipeline(name)

@@ -26,7 +26,7 @@ def inpainter(name):
     """A tiny pipeline that inpaints, or of which diffusers makes one."""
     from diffusers import FluxFillPipeline, SD3Transformer2DModel
 
-    if name in ("sd", "sdxl", "flux"):
+    if name in ("sd", "sdxl", "flux", "flux2"):
         return tiny_pipeline(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
