@@ -100,6 +100,10 @@ def _first_error(output):
 class BuildNative(build_ext):
     """Configures and builds CMakeLists.txt once, with as much as DIFFDOCTOR_BUILD and the machine allow."""
 
+    def run(self):
+        self._into_checkout = self.editable_mode or self.inplace  # setuptools clears `inplace` while it builds
+        super().run()
+
     def build_extension(self, ext):
         mode = requested()
         info = {"requested": mode, "built": [], "left_out": {}}
@@ -112,7 +116,7 @@ class BuildNative(build_ext):
                 raise BuildError(f"the native module did not build: {error}") from None
             info["left_out"]["cpu"] = info["left_out"]["cuda"] = f"the native module did not build: {error}"
         write_info(pathlib.Path(self.get_ext_fullpath(ext.name)).parent, info)
-        if self.editable_mode or self.inplace:
+        if self._into_checkout:
             # setuptools copies the module back into the checkout, and nothing else.
             write_info(ROOT / "diffdoctor", info)
         for name, reason in info["left_out"].items():
