@@ -343,6 +343,7 @@ def _cpu_cases():
 def _cuda_cases():
     for dtype in (BF16, FP32, FP16):
         yield _pair_case("pixel-2048", (6, 3, 2048, 2048), dtype, "none", "large", "acceptance")
+    yield _pair_case("pixel-2048-many", (24, 3, 2048, 2048), BF16, "none", "large", "acceptance")
     yield _pair_case("pixel-2048-map", (6, 3, 2048, 2048), BF16, "grid", "large", "acceptance")
     yield _pair_case("decoded-1024", (22, 3, 1024, 1024), BF16, "grid", "large")
     yield _flow_case("wan-720p-batch", (14, 16, 21, 90, 160), BF16, "grid", "large")

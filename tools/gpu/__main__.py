@@ -99,7 +99,7 @@ def part_tests(context: Context) -> dict:
     for words, parts in (("not triton", max(1, jobs // 3)), ("triton", max(1, jobs - jobs // 3))):
         commands += [[*command, "-k", words, "--shard", f"{k}/{parts}"] for k in range(parts)]
     threads = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
-    return _tested(context.run_all(commands, 170, **threads), [path.name for path in files])
+    return _tested(context.run_all(commands, 200, **threads), [path.name for path in files])
 
 
 def _tested(answers: list[tuple[str, str | None]], files: list[str]) -> dict:
@@ -221,7 +221,8 @@ def part_ncu(context: Context) -> dict:
     metrics = (
         "gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,dram__bytes.sum,"
         "sm__throughput.avg.pct_of_peak_sustained_elapsed,launch__registers_per_thread,"
-        "sm__warps_active.avg.pct_of_peak_sustained_active"
+        "sm__warps_active.avg.pct_of_peak_sustained_active,smsp__inst_executed.sum,"
+        "smsp__issue_active.avg.pct_of_peak_sustained_active,launch__waves_per_multiprocessor"
     )
     found = {}
     for backend in ("cuda", "triton"):
