@@ -48,3 +48,13 @@ def test_launches_compile_without_spills_and_with_wide_accesses(arch):
     if not few:
         assert by_call["policy-sample"] == ["policy_loss_kernel"] * 2
         assert by_call["artifact-max-bf16"] == ["artifact_loss_kernel", "artifact_peak_kernel", "artifact_scale_kernel"]
+
+
+def test_launches_past_the_binder_hand_over_what_it_does_and_hold_no_tensor():
+    if not (TOOLS / "ptxas").exists():
+        pytest.skip("this Triton comes without ptxas")
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, PROGRAMS / "triton_direct.py"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(done.stdout) == {"launches": 5, "kept": False}

@@ -50,6 +50,8 @@ def record(arch: int) -> list:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from diffdoctor.backends.triton import launch as triton_launch
+
     driver.set_active(NamedTarget(arch))
     launches, run = [], JITFunction.run
 
@@ -59,6 +61,7 @@ def record(arch: int) -> list:
         return kernel
 
     JITFunction.run = compile_only
+    triton_launch._direct = False
     return launches
 
 

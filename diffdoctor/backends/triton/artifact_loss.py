@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffdoctor.backends.triton.launch import INTERPRETS, SCALE_BLOCK, counters, need_memory, on_device
+from diffdoctor.backends.triton.launch import SCALE, SCALE_BLOCK, counters, launch, need_memory, on_device, specialised
 from diffdoctor.backends.triton_tiles import ACC, LAUNCH
 from diffdoctor.kernels import artifact_loss as artifact
 from diffdoctor.lowering.artifact_loss import ARTIFACT_METHODS, ArtifactProblem
@@ -20,18 +20,34 @@ def artifact_loss(problem: ArtifactProblem) -> None:
     acc = problem.loss.dtype
     gathers = problem.unit_grad is not None
     n_tiles = -(-h * w // artifact.BLOCK)
+    key = (
+        logits.shape, logits.stride(), logits.dtype, logits.device, problem.size, problem.threshold, problem.method,
+        problem.reduction, gathers,
+    )  # fmt: skip
+    kept = _kept.get(key)
+    if kept is None:
+        if len(_kept) >= 1024:
+            _kept.clear()
+        first = artifact_arguments(problem, gathers and problem.method != "max")
+        first |= {"METHOD": ARTIFACT_METHODS[problem.method], "REDUCTION": REDUCTIONS[problem.reduction]}
+        second = {"n_tiles": n_tiles, **artifact_arguments(problem, True)}
+        kept = _kept[key] = ({"batch": batch, "n_tiles": n_tiles, **first}, second, {})
+    first, second, launches = kept
     with on_device(logits):
         partial = torch.empty(batch * (2 * n_tiles + 1), dtype=acc, device=logits.device)
-        artifact.artifact_loss_kernel[(batch * n_tiles,)](
-            logits, problem.unit_grad, problem.factor, problem.loss, partial,
-            counters(logits.device, batch + 1, problem.keeps_workspace),
-            batch, n_tiles, **artifact_arguments(problem, gathers and problem.method != "max"),
-            METHOD=ARTIFACT_METHODS[problem.method], REDUCTION=REDUCTIONS[problem.reduction],
-        )  # fmt: skip
+        tensors = {
+            "logits_ptr": logits, "unit_grad_ptr": problem.unit_grad, "factor_ptr": problem.factor,
+            "loss_ptr": problem.loss, "partial_ptr": partial,
+            "counter_ptr": counters(logits.device, batch + 1, problem.keeps_workspace),
+        }  # fmt: skip
+        launch(artifact.artifact_loss_kernel, batch * n_tiles, launches, (), tensors, {}, first)
         if gathers and problem.method == "max":
-            artifact.artifact_peak_kernel[(batch * n_tiles,)](
-                logits, problem.unit_grad, partial[2 * batch * n_tiles :], n_tiles, **artifact_arguments(problem, True)
-            )
+            tensors = {"logits_ptr": logits, "unit_grad_ptr": problem.unit_grad}
+            tensors["peak_ptr"] = partial[2 * batch * n_tiles :]
+            launch(artifact.artifact_peak_kernel, batch * n_tiles, launches, (), tensors, {}, second)
+
+
+_kept: dict[tuple, tuple[dict, dict, dict]] = {}  # by all that a launch depends on beside its addresses
 
 
 def artifact_arguments(problem: ArtifactProblem, gathers: bool) -> dict:
@@ -62,7 +78,12 @@ def artifact_loss_backward(unit_grad: Tensor, factor: Tensor, grad_output: Tenso
     batch, h, w = unit_grad.shape
     n_tiles = -(-h * w // SCALE_BLOCK)
     with on_device(unit_grad):
-        artifact.artifact_scale_kernel[(batch * n_tiles,)](
-            unit_grad, factor, grad_output, out, h * w, n_tiles, grad_output.stride(0) if grad_output.ndim else 0,
-            BLOCK=SCALE_BLOCK, ROUND_BF16=INTERPRETS, **LAUNCH,
+        numbers = {"n": h * w, "n_tiles": n_tiles, "g_stride": grad_output.stride(0) if grad_output.ndim else 0}
+        launch(
+            artifact.artifact_scale_kernel, batch * n_tiles, _scale_launches,
+            (out.device, out.dtype, unit_grad.dtype, grad_output.dtype, specialised(h * w)),
+            {"unit_grad_ptr": unit_grad, "factor_ptr": factor, "g_ptr": grad_output, "out_ptr": out}, numbers, SCALE,
         )  # fmt: skip
+
+
+_scale_launches: dict = {}

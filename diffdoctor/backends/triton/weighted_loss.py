@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from diffdoctor.backends.triton.launch import INTERPRETS, SCALE_BLOCK, counters, need_memory, on_device
-from diffdoctor.backends.triton_tiles import LAUNCH, loss_arguments, make_box, mean_arguments
+from diffdoctor.backends.triton.launch import (
+    INTERPRETS,
+    SCALE,
+    SCALE_BLOCK,
+    SCALE_PROGRAMS,
+    counters,
+    launch,
+    need_memory,
+    on_device,
+    specialised,
+)
+from diffdoctor.backends.triton_tiles import loss_arguments, make_box, mean_arguments
 from diffdoctor.kernels import weighted_loss as weighted
 from diffdoctor.lowering.plan import MAX_TERMS, SUMS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, PerSample, Plan, Problem
 
@@ -62,15 +74,36 @@ def weighted_loss(problem: Problem) -> None:
         pointers, tensor_bits, batched_bits = pack_per_sample(entries, partial)
         values = [1.0 if entry is None else entry.value for entry in entries]
         zeros = counters(device, plan.batch + 1, problem.keeps_workspace) if reduces else None
-        weighted.weighted_loss_kernel[(plan.batch * shared["programs"],)](
-            problem.pred, problem.grad, *_three(problem.terms), problem.weighting, problem.confidence, problem.mask,
-            problem.loss if problem.outputs & WRITE_LOSS else None, problem.sums, partial, zeros, pointers,
-            tensor_bits=tensor_bits, batched_bits=batched_bits, pred_scale=values[0], coef0=values[1], coef1=values[2],
-            huber_c=values[3], weight=values[4], z=values[5], grad_output=values[6], coef2=values[7],
-            artifact_coef0=values[8], artifact_coef1=values[9], artifact_coef2=values[10],
-            LOSS=bool(problem.outputs & WRITE_LOSS), GRAD=bool(problem.outputs & WRITE_GRAD),
-            SUMS=bool(problem.outputs & WRITE_SUMS), ROUND_BF16=INTERPRETS, **shared,
+        tensors = {
+            "pred_ptr": problem.pred, "grad_ptr": problem.grad, **dict(zip(_TERMS, _three(problem.terms), strict=True)),
+            "weighting_ptr": problem.weighting, "confidence_ptr": problem.confidence, "mask_ptr": problem.mask,
+            "loss_ptr": problem.loss if problem.outputs & WRITE_LOSS else None, "sums_ptr": problem.sums,
+            "partial_ptr": partial, "counter_ptr": zeros, "number_ptrs": pointers,
+        }  # fmt: skip
+        numbers = {
+            "tensor_bits": tensor_bits, "batched_bits": batched_bits, **dict(zip(_NUMBERS, values, strict=True)),
+            **_written(problem.outputs),
+        }  # fmt: skip
+        launch(
+            weighted.weighted_loss_kernel, plan.batch * shared["programs"], plan.cache, (device, problem.outputs),
+            tensors, numbers, shared,
         )  # fmt: skip
+
+
+_TERMS = ("term0_ptr", "term1_ptr", "term2_ptr")
+_NUMBERS = (
+    "pred_scale", "coef0", "coef1", "huber_c", "weight", "z", "grad_output", "coef2", "artifact_coef0",
+    "artifact_coef1", "artifact_coef2",
+)  # fmt: skip
+
+
+@cache
+def _written(outputs: int) -> dict[str, bool]:
+    """The kernel's constants that say what is written."""
+    return {
+        "LOSS": bool(outputs & WRITE_LOSS), "GRAD": bool(outputs & WRITE_GRAD), "SUMS": bool(outputs & WRITE_SUMS),
+        "ROUND_BF16": INTERPRETS,
+    }  # fmt: skip
 
 
 def _three(entries: tuple) -> tuple:
@@ -101,11 +134,18 @@ def weight_mean(problem: Problem, out: Tensor) -> None:
     with on_device(problem.pred):
         programs = shared["programs"]
         partial = torch.empty(plan.batch * (programs + 1), dtype=plan.acc_dtype, device=device)
-        weighted.weight_mean_kernel[(plan.batch * programs,)](
-            problem.confidence, problem.mask, out, partial,
-            counters(device, plan.batch + 1, problem.keeps_workspace),
-            PER_SAMPLE=out.shape[0] == plan.batch, **shared,
+        tensors = {
+            "confidence_ptr": problem.confidence, "mask_ptr": problem.mask, "out_ptr": out, "partial_ptr": partial,
+            "counter_ptr": counters(device, plan.batch + 1, problem.keeps_workspace),
+        }  # fmt: skip
+        per_sample = out.shape[0] == plan.batch
+        launch(
+            weighted.weight_mean_kernel, plan.batch * programs, plan.cache, (device, per_sample), tensors,
+            {"PER_SAMPLE": per_sample}, shared,
         )  # fmt: skip
+
+
+_scale_launches: dict = {}
 
 
 def scale_gradient(grad: Tensor, grad_output: Tensor, out: Tensor, batch: int, count: int) -> None:
@@ -113,9 +153,15 @@ def scale_gradient(grad: Tensor, grad_output: Tensor, out: Tensor, batch: int, c
     need_memory(gradient=grad, gradient_of_the_loss=grad_output)
     with on_device(grad):
         blocks = -(-count // SCALE_BLOCK)
-        steps = -(-blocks // max(1, 8192 // batch))
+        steps = -(-blocks // max(1, SCALE_PROGRAMS // batch))
         programs = -(-blocks // steps)
-        weighted.scale_gradient_kernel[(batch * programs,)](
-            grad, out, grad_output, count, programs, steps, grad_output.stride(0) if grad_output.ndim else 0,
-            IN_PLACE=out.data_ptr() == grad.data_ptr(), BLOCK=SCALE_BLOCK, ROUND_BF16=INTERPRETS, **LAUNCH,
+        in_place = out.data_ptr() == grad.data_ptr()
+        numbers = {
+            "count": count, "programs": programs, "steps": steps,
+            "g_stride": grad_output.stride(0) if grad_output.ndim else 0, "IN_PLACE": in_place,
+        }  # fmt: skip
+        launch(
+            weighted.scale_gradient_kernel, batch * programs, _scale_launches,
+            (grad.device, grad.dtype, out.dtype, grad_output.dtype, in_place, specialised(count)),
+            {"grad_ptr": grad, "out_ptr": out, "g_ptr": grad_output}, numbers, SCALE,
         )  # fmt: skip
