@@ -17,6 +17,7 @@ enum ArtifactMethod : int32_t { kThreshold = 0, kMethodMean = 1, kMethodSum = 2,
 //   loss                    () or (B), accumulation type
 //   unit_grad               (B, h, w) contiguous, accumulation type: the un-normalised sum's gradient, or null
 //   factor                  (B), accumulation type: gradient of the result = g_b * factor[b] * unit_grad[b]
+//   maxima                  (B), accumulation type: scratch of one call, kMethodMax with a gradient on a GPU; else null
 #define DD_ARTIFACT_LOSS_PARAMS(X) \
   X(const void*, logits)           \
   X(int64_t, batch_stride)         \
@@ -33,7 +34,8 @@ enum ArtifactMethod : int32_t { kThreshold = 0, kMethodMean = 1, kMethodSum = 2,
   X(int32_t, reduction)            \
   X(void*, loss)                   \
   X(void*, unit_grad)              \
-  X(void*, factor)
+  X(void*, factor)                 \
+  X(void*, maxima)
 
 struct ArtifactLossParams {
   DD_ARTIFACT_LOSS_PARAMS(DD_FIELD)

@@ -142,9 +142,9 @@ __device__ __forceinline__ Tally<acc_t> visit_window(const ArtifactLossParams& p
   return tally;
 }
 
+// A picture's loss.
 template <typename acc_t>
-__device__ __forceinline__ void emit_picture(const ArtifactLossParams& p, int64_t b, const Tally<double>& tally,
-                                             acc_t* maxima, double& total) {
+__device__ __forceinline__ double emit_picture(const ArtifactLossParams& p, int64_t b, const Tally<double>& tally) {
   const double pixels = static_cast<double>(p.out_h) * static_cast<double>(p.out_w);
   double factor = 1;
   if (p.method == kThreshold) factor = 1 / (tally.count + 1e-5);
@@ -152,49 +152,57 @@ __device__ __forceinline__ void emit_picture(const ArtifactLossParams& p, int64_
   const double loss = tally.value * factor;
   if (p.method == kMethodMax) {
     factor = tally.value == tally.value ? 1 / tally.count : tally.value;  // a NaN is the whole picture's gradient
-    maxima[b] = static_cast<acc_t>(tally.value);
+    if (p.maxima != nullptr) static_cast<acc_t*>(p.maxima)[b] = static_cast<acc_t>(tally.value);
   }
   if (p.reduction == kMean) factor /= static_cast<double>(p.batch);
   if (p.unit_grad != nullptr) static_cast<acc_t*>(p.factor)[b] = static_cast<acc_t>(factor);
   if (p.reduction == kSample) static_cast<acc_t*>(p.loss)[b] = static_cast<acc_t>(loss);
-  total += loss;
+  return loss;
 }
 
-// The block that comes last: a warp for each picture in turn.
+// A block's tally, in thread 0.
+template <typename T>
+__device__ __forceinline__ void merge_block(int32_t method, Tally<T>& tally) {
+  __shared__ Tally<T> shared[kWarps];
+  tally.merge_warp(method);
+  __syncthreads();  // an earlier tally has been read
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = tally;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < kWarps; ++w) tally.merge(method, shared[w]);
+}
+
+// To be called by every block of picture b once it has stored its tally.
 template <typename acc_t>
-__device__ __forceinline__ void finish(const ArtifactLossParams& p, const Grouping& g, const Tally<acc_t>* partials,
-                                       acc_t* maxima) {
-  __shared__ double totals[kWarps];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  double total = 0;
-  for (int64_t b = warp; b < p.batch; b += kWarps) {
+__device__ __forceinline__ void finish(const ArtifactLossParams& p, const Grouping& g, int64_t b, void* workspace,
+                                       const Tally<acc_t>* partials) {
+  const Counter counter(p.batch, b);
+  unsigned* done = &static_cast<WorkspaceHead*>(workspace)->blocks_done[counter.index];
+  if (!arrives_last(done, static_cast<unsigned>((counter.end - counter.begin) * g.blocks_per_sample))) return;
+  for (int64_t picture = counter.begin; picture < counter.end; ++picture) {
     Tally<double> tally = Tally<double>::none(p.method);
-    for (int64_t k = lane; k < g.blocks_per_sample; k += 32) {
-      const Tally<acc_t>* partial = partials + b * g.blocks_per_sample + k;
+    for (int64_t k = threadIdx.x; k < g.blocks_per_sample; k += kThreads) {
+      const Tally<acc_t>* partial = partials + picture * g.blocks_per_sample + k;
       tally.merge(p.method, Tally<double>{__ldcg(&partial->value), __ldcg(&partial->count)});
     }
-    tally.merge_warp(p.method);
-    if (lane == 0) emit_picture(p, b, tally, maxima, total);
+    merge_block(p.method, tally);
+    if (threadIdx.x == 0) workspace_shares(workspace)[picture] = emit_picture<acc_t>(p, picture, tally);
   }
-  if (lane == 0) totals[warp] = total;
-  __syncthreads();
-  if (threadIdx.x != 0 || p.reduction == kSample) return;
-  double sum = 0;
-  for (int w = 0; w < kWarps; ++w) sum += totals[w];
-  *static_cast<acc_t*>(p.loss) = static_cast<acc_t>(p.reduction == kMean ? sum / static_cast<double>(p.batch) : sum);
+  double total;
+  if (!sum_shares(workspace, counter, p.batch, total) || p.reduction == kSample) return;
+  *static_cast<acc_t*>(p.loss) =
+      static_cast<acc_t>(p.reduction == kMean ? total / static_cast<double>(p.batch) : total);
 }
 
-// maxima: null in the first pass; in the second, which only the largest confidence needs, what the first found. Both
-// are this one kernel, so that a pixel's confidence has the same bits in both.
+// The second pass, which only the largest confidence needs, finds in `maxima` what the first left. Both are this one
+// kernel, so that a pixel's confidence has the same bits in both.
 template <int32_t kDtype>
 __global__ void __launch_bounds__(kThreads, 2)
     artifact_loss_kernel(const __grid_constant__ ArtifactLossParams p, const __grid_constant__ Grouping g,
                          bool second_pass, void* workspace) {
   using acc_t = std::conditional_t<kDtype == kFloat64, double, float>;
-  __shared__ Tally<acc_t> shared[kWarps];
   const int64_t b = blockIdx.x / g.blocks_per_sample;
-  Tally<acc_t>* partials = workspace_body<Tally<acc_t>>(workspace);
-  acc_t* maxima = reinterpret_cast<acc_t*>(partials + p.batch * g.blocks_per_sample);
+  Tally<acc_t>* partials = workspace_body<Tally<acc_t>>(workspace, p.batch);
   const int64_t logit = (blockIdx.x - b * g.blocks_per_sample) * (kThreads / g.lanes) + threadIdx.x / g.lanes;
   const bool gather = p.unit_grad != nullptr && (second_pass || p.method != kMethodMax);
   const bool inside = logit < p.in_h * p.in_w;
@@ -203,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (inside) {
     const int64_t i = logit / p.in_w;
     tally = visit_window<kDtype, acc_t>(p, b, i, logit - i * p.in_w, threadIdx.x % g.lanes, g.lanes, gather,
-                                        second_pass ? maxima + b : nullptr, unit_grad);
+                                        second_pass ? static_cast<const acc_t*>(p.maxima) + b : nullptr, unit_grad);
   }
   if (gather) {
 #pragma unroll
@@ -214,30 +222,25 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (inside && threadIdx.x % g.lanes == 0) static_cast<acc_t*>(p.unit_grad)[b * p.in_h * p.in_w + logit] = unit_grad;
   }
   if (second_pass) return;
-  tally.merge_warp(p.method);
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = tally;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < kWarps; ++w) tally.merge(p.method, shared[w]);
-    partials[blockIdx.x] = tally;
-  }
-  if (is_last_block(workspace)) finish<acc_t>(p, g, partials, maxima);
+  merge_block(p.method, tally);
+  if (threadIdx.x == 0) partials[blockIdx.x] = tally;
+  finish<acc_t>(p, g, b, workspace, partials);
 }
 
 template <int32_t kDtype>
 const char* launch_for(const ArtifactLossParams& p, void* workspace, void* stream) {
   const Grouping g = group(p);
   const int64_t blocks = p.batch * g.blocks_per_sample;
-  const char* error = launch(artifact_loss_kernel<kDtype>, blocks, stream, p, g, false, workspace);
+  const char* error = launch<artifact_loss_kernel<kDtype>>(blocks, stream, p, g, false, workspace);
   if (error != nullptr || p.unit_grad == nullptr || p.method != kMethodMax) return error;
-  return launch(artifact_loss_kernel<kDtype>, blocks, stream, p, g, true, workspace);
+  return launch<artifact_loss_kernel<kDtype>>(blocks, stream, p, g, true, workspace);
 }
 
 }  // namespace
 
 int64_t artifact_loss_workspace(const ArtifactLossParams& p) {
   const int64_t bytes = p.dtype == kFloat64 ? 8 : 4;
-  return sizeof(WorkspaceHead) + p.batch * (2 * group(p).blocks_per_sample + 1) * bytes;
+  return workspace_bytes(p.batch, 2 * p.batch * group(p).blocks_per_sample, bytes);
 }
 
 const char* launch_artifact_loss(const ArtifactLossParams& p, void* workspace, void* stream) {

@@ -14,7 +14,6 @@ struct Sample {
   Line<acc_t> coef[kMaxTerms];
   bool selected;   // v != 0
   bool zero_grad;  // its gradient is exactly 0
-  unsigned kinds;  // bit j: strength[j] != 0
 
   __device__ __forceinline__ Sample(const WeightedLossParams& p, int64_t b) {
     pred_scale = load_per_sample<acc_t>(p.pred_scale, b);
@@ -25,15 +24,25 @@ struct Sample {
     gradient_scale = sample_gradient_scale<acc_t>(p, b);
     selected = sample_selected<acc_t>(p, b);
     zero_grad = !selected || load_per_sample<acc_t>(p.z, b) == 0;
-    kinds = 0;
-    for (int j = 0; j < kLossKinds; ++j) kinds |= p.strength[j] != 0 ? 1u << j : 0u;
+  }
+};
+
+// The losses of a mixture, worked out on the host: a comparison of doubles costs a GPU more than the loss.
+struct Mixture {
+  unsigned kinds;  // bit j: strength[j] != 0
+  float strength[kLossKinds];
+
+  explicit Mixture(const WeightedLossParams& p) : kinds(0) {
+    for (int j = 0; j < kLossKinds; ++j) {
+      strength[j] = static_cast<float>(p.strength[j]);
+      kinds |= p.strength[j] != 0 ? 1u << j : 0u;
+    }
   }
 };
 
 template <typename acc_t, int N, typename Loss>
-__device__ __forceinline__ void add_losses(double strength, const acc_t (&d)[N], acc_t (&loss)[N], acc_t (&slope)[N],
+__device__ __forceinline__ void add_losses(acc_t s, const acc_t (&d)[N], acc_t (&loss)[N], acc_t (&slope)[N],
                                            Loss one) {
-  const acc_t s = static_cast<acc_t>(strength);
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     acc_t l, g;
@@ -44,18 +53,19 @@ __device__ __forceinline__ void add_losses(double strength, const acc_t (&d)[N],
 }
 
 template <typename acc_t, int N>
-__device__ __forceinline__ void eval_losses(const WeightedLossParams& p, const Sample<acc_t>& sample,
-                                            const acc_t (&d)[N], acc_t (&loss)[N], acc_t (&slope)[N]) {
+__device__ __forceinline__ void eval_losses(const WeightedLossParams& p, const Mixture& mixture,
+                                            const Sample<acc_t>& sample, const acc_t (&d)[N], acc_t (&loss)[N],
+                                            acc_t (&slope)[N]) {
 #pragma unroll
   for (int j = 0; j < N; ++j) loss[j] = slope[j] = 0;
   const acc_t c = sample.huber_c;
   const auto add = [&](auto tag) {
-    if ((sample.kinds >> tag.kind & 1u) == 0) return;
-    add_losses(p.strength[tag.kind], d, loss, slope,
-               [tag, c](acc_t x, acc_t& l, acc_t& g) { element_loss(tag, x, c, l, g); });
+    if ((mixture.kinds >> tag.kind & 1u) == 0) return;
+    const acc_t strength = sizeof(acc_t) == 8 ? acc_t(p.strength[tag.kind]) : acc_t(mixture.strength[tag.kind]);
+    add_losses(strength, d, loss, slope, [tag, c](acc_t x, acc_t& l, acc_t& g) { element_loss(tag, x, c, l, g); });
   };
   add(LossTag<kL2>());
-  if (sample.kinds <= 1u << kL2) return;
+  if (mixture.kinds <= 1u << kL2) return;
   for_each_loss([&](auto tag) {
     if (tag.kind != kL2) add(tag);
   });

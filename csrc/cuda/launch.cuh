@@ -4,23 +4,48 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <vector>
 
 namespace diffdoctor::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
-template <typename... Parameters, typename... Arguments>
-const char* launch(void (*kernel)(Parameters...), int64_t blocks, void* stream, const Arguments&... arguments) {
+// What makes the driver load a kernel, for each that is launched anywhere: device_problem() calls them all.
+using Loader = cudaError_t (*)();
+inline std::vector<Loader>& loaders() {
+  static std::vector<Loader> all;
+  return all;
+}
+
+template <auto kKernel>
+struct Loaded {
+  static cudaError_t load() {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, kKernel);
+  }
+  static inline const bool listed = (loaders().push_back(&load), true);
+};
+
+constexpr int64_t kMostRows = 65535;  // of blocks
+
+template <auto kKernel, typename... Arguments>
+const char* launch_rows(int64_t blocks, int64_t rows, void* stream, const Arguments&... arguments) {
+  static_cast<void>(Loaded<kKernel>::listed);
   if (blocks > INT32_MAX) return "the grid would need more than 2^31 - 1 blocks";
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(rows));
   config.blockDim = dim3(kThreads);
   config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kKernel, arguments...);
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // else the next, unrelated check would report this error again
   return cudaGetErrorString(error);
+}
+
+template <auto kKernel, typename... Arguments>
+const char* launch(int64_t blocks, void* stream, const Arguments&... arguments) {
+  return launch_rows<kKernel>(blocks, 1, stream, arguments...);
 }
 
 }  // namespace diffdoctor::cuda

@@ -128,10 +128,11 @@ __device__ __forceinline__ void store_block_max(acc_t value, acc_t* partials) {
 }
 
 template <typename acc_t>
-__device__ __forceinline__ void finish(const PolicyLossParams& p, const Blocks& t, const acc_t* partials) {
+__device__ __forceinline__ void finish(const PolicyLossParams& p, const Blocks& t, int64_t sample, void* workspace,
+                                       const acc_t* partials) {
   const bool sums_wanted = (p.outputs & kWriteSums) != 0;
   const double pixels = static_cast<double>(t.pixels);
-  const auto emit = [&](int64_t b, const double (&sums)[kColumns], double& total) {
+  const auto emit = [&](int64_t b, const double (&sums)[kColumns]) {
     if (sums_wanted) {
       acc_t* out = static_cast<acc_t*>(p.sums) + b * kPolicySums;
       constexpr int kColumn[kAdded] = {-1, kPolicyCounted, kPolicyRatio, kPolicyClipped, kPolicyKl, kPolicyNonfinite};
@@ -146,10 +147,11 @@ __device__ __forceinline__ void finish(const PolicyLossParams& p, const Blocks& 
     }
     const double share = p.reduction == kSum ? sums[kLoss] : sums[kLoss] / pixels;
     if (p.reduction == kSample && (p.outputs & kWriteLoss)) static_cast<acc_t*>(p.loss)[b] = static_cast<acc_t>(share);
-    total += share;
+    return share;
   };
-  const double total = reduce_samples<kColumns>(partials, kColumns, p.grid.batch, t.per_sample, emit);
-  if (threadIdx.x == 0 && (p.outputs & kWriteLoss) && p.reduction != kSample) {
+  double total;
+  if (!reduce_samples<kColumns>(workspace, partials, kColumns, p.grid.batch, sample, t.per_sample, total, emit)) return;
+  if ((p.outputs & kWriteLoss) && p.reduction != kSample) {
     *static_cast<acc_t*>(p.loss) =
         static_cast<acc_t>(p.reduction == kMean ? total / static_cast<double>(p.grid.batch) : total);
   }
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     policy_loss_kernel(const __grid_constant__ PolicyLossParams p, const __grid_constant__ Blocks t, int32_t stage,
                        void* workspace) {
   using acc_t = std::conditional_t<kDtype == kFloat64, double, float>;
-  acc_t* partials = workspace_body<acc_t>(workspace);
+  acc_t* partials = workspace_body<acc_t>(workspace, p.grid.batch);
   double* all_moments = reinterpret_cast<double*>(partials + 2 * ((p.grid.batch * t.per_sample * kColumns + 1) / 2));
   const int64_t b = blockIdx.x / t.per_sample, channels = p.grid.size[p.channel_dim];
   const int64_t first = ((blockIdx.x - b * t.per_sample) * kThreads + threadIdx.x) * N;
@@ -210,13 +212,14 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (advantage[j] > 0) moments[kMomentPositive] += k[j] * advantage[j];
       if (advantage[j] < 0) moments[kMomentNegative] += k[j] * advantage[j];
     }
-    store_block_sums<kPolicyMoments>(moments, partials, kPolicyMoments, 0);
-    if (!is_last_block(workspace)) return;
-    const auto emit = [&](int64_t index, const double (&sums)[kPolicyMoments], double&) {
+    store_block_sums<kPolicyMoments>(moments, partials, kPolicyMoments, 0, blockIdx.x);
+    const auto emit = [&](int64_t index, const double (&sums)[kPolicyMoments]) {
 #pragma unroll
       for (int c = 0; c < kPolicyMoments; ++c) all_moments[index * kPolicyMoments + c] = sums[c];
+      return 0.0;
     };
-    reduce_samples<kPolicyMoments>(partials, kPolicyMoments, p.grid.batch, t.per_sample, emit);
+    double unused;
+    reduce_samples<kPolicyMoments>(workspace, partials, kPolicyMoments, p.grid.batch, b, t.per_sample, unused, emit);
     return;
   }
   SampleRatio<acc_t> sample{};
@@ -261,9 +264,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   if (!(p.outputs & (kWriteLoss | kWriteSums))) return;
-  store_block_sums<kAdded>(sums, partials, kColumns, 0);
+  store_block_sums<kAdded>(sums, partials, kColumns, 0, blockIdx.x);
   store_block_max(largest, partials);
-  if (is_last_block(workspace)) finish<acc_t>(p, t, partials);
+  finish<acc_t>(p, t, b, workspace, partials);
 }
 
 // Whether N pixels lie side by side in every operand, N elements from an aligned address.
@@ -282,7 +285,7 @@ const char* launch_stages(const PolicyLossParams& p, void* workspace, void* stre
   const Blocks t = blocks_of(p, N);
   const int64_t blocks = p.grid.batch * t.per_sample;
   const auto run = [&](int32_t stage) {
-    return launch(policy_loss_kernel<kDtype, N>, blocks, stream, p, t, stage, workspace);
+    return launch<policy_loss_kernel<kDtype, N>>(blocks, stream, p, t, stage, workspace);
   };
   if (p.outputs & kWriteLogProb) return run(kLogProbs);
   if (p.level == kPixelLevel) return run(kPixels);
@@ -301,7 +304,7 @@ const char* launch_for(const PolicyLossParams& p, void* workspace, void* stream)
 
 int64_t policy_loss_workspace(const PolicyLossParams& p) {
   const int64_t bytes = p.grid.dtype == kFloat64 ? 8 : 4, blocks = p.grid.batch * blocks_of(p, 1).per_sample;
-  return sizeof(WorkspaceHead) + (blocks * kColumns + 1) * bytes + p.grid.batch * kPolicyMoments * 8;
+  return workspace_bytes(p.grid.batch, blocks * kColumns + 1, bytes) + p.grid.batch * kPolicyMoments * 8;
 }
 
 const char* launch_policy_loss(const PolicyLossParams& p, void* workspace, void* stream) {

@@ -38,30 +38,30 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t o = s / t.inner;
     sum[0] += position_of<acc_t, false>(p, t.narrow != 0, b, o * t.free * t.inner + (s - o * t.inner)).omega;
   }
-  acc_t* partials = workspace_body<acc_t>(workspace);
-  store_block_sums<1>(sum, partials, 1, 0);
-  if (!is_last_block(workspace)) return;
+  acc_t* partials = workspace_body<acc_t>(workspace, p.batch);
+  store_block_sums<1>(sum, partials, 1, 0, blockIdx.x);
   const double divisor = static_cast<double>(t.count);
-  const auto emit = [&](int64_t sample, const double (&sums)[1], double& total) {
+  const auto emit = [&](int64_t sample, const double (&sums)[1]) {
     const double mean = sums[0] / divisor;
     if (per_sample) out[sample] = static_cast<acc_t>(mean);
-    total += mean;
+    return mean;
   };
-  const double total = reduce_samples<1>(partials, 1, p.batch, t.blocks_per_sample, emit);
-  if (threadIdx.x == 0 && !per_sample) out[0] = static_cast<acc_t>(total / static_cast<double>(p.batch));
+  double total;
+  if (!reduce_samples<1>(workspace, partials, 1, p.batch, b, t.blocks_per_sample, total, emit) || per_sample) return;
+  out[0] = static_cast<acc_t>(total / static_cast<double>(p.batch));
 }
 
 template <typename acc_t>
 const char* launch_for(const WeightedLossParams& p, void* out, bool per_sample, void* workspace, void* stream) {
   const Positions t = positions_of(p);
-  return launch(weight_mean_kernel<acc_t>, p.batch * t.blocks_per_sample, stream, p, t, static_cast<acc_t*>(out),
-                per_sample, workspace);
+  return launch<weight_mean_kernel<acc_t>>(p.batch * t.blocks_per_sample, stream, p, t, static_cast<acc_t*>(out),
+                                           per_sample, workspace);
 }
 
 }  // namespace
 
 int64_t weight_mean_workspace(const WeightedLossParams& p) {
-  return sizeof(WorkspaceHead) + p.batch * positions_of(p).blocks_per_sample * (p.dtype == kFloat64 ? 8 : 4);
+  return workspace_bytes(p.batch, p.batch * positions_of(p).blocks_per_sample, p.dtype == kFloat64 ? 8 : 4);
 }
 
 const char* launch_weight_mean(const WeightedLossParams& p, void* out, bool per_sample, void* workspace, void* stream) {

@@ -10,9 +10,6 @@ namespace diffdoctor::cuda {
 int64_t weighted_loss_workspace(const WeightedLossParams& p);
 const char* launch_weighted_loss(const WeightedLossParams& p, void* workspace, void* stream);
 
-// The same for three terms, and for coefficients that change with u; launch_weighted_loss calls it.
-const char* launch_any_terms(const WeightedLossParams& p, void* workspace, void* stream);
-
 // out: (B) or (1) of the accumulation type: mean of omega over the sample's or the batch's elements.
 int64_t weight_mean_workspace(const WeightedLossParams& p);
 const char* launch_weight_mean(const WeightedLossParams& p, void* out, bool per_sample, void* workspace, void* stream);

@@ -152,9 +152,11 @@ class ArtifactArguments(NamedTuple):
     loss: int
     unit_grad: int
     factor: int
+    maxima: int
 
 
-def artifact_arguments(problem: ArtifactProblem) -> ArtifactArguments:
+def artifact_arguments(problem: ArtifactProblem, maxima: Tensor | None = None) -> ArtifactArguments:
+    """`maxima`: (B,) like the factor, for the two passes that "max" with a gradient takes on a GPU."""
     logits = problem.logits
     return ArtifactArguments(
         logits.data_ptr(),
@@ -168,6 +170,7 @@ def artifact_arguments(problem: ArtifactProblem) -> ArtifactArguments:
         problem.loss.data_ptr(),
         _pointer(problem.unit_grad),
         _pointer(problem.factor) if problem.unit_grad is not None else 0,
+        _pointer(maxima),
     )
 
 

@@ -40,7 +40,7 @@ def cuda(shim, monkeypatch):
     monkeypatch.setattr(cuda_device, "_workspaces", {})
     yield _cuda
     # Every launch leaves the workspace's head as it found it.
-    assert all(not workspace[:16].any() for workspace in cuda_device._workspaces.values())
+    assert all(not workspace[:4096].any() for workspace in cuda_device._workspaces.values())
 
 
 @pytest.fixture
@@ -75,6 +75,54 @@ def test_tiled_samples_equal_the_reference(cuda, case):
     inputs = cases.build(case)
     # In fp64: PyTorch's fp32 sum over an expanded dim is off by 1e-4 at 17,000 elements.
     cases.check(solve(cuda, inputs), cases.expected(inputs, upcast=True))
+
+
+@pytest.mark.parametrize("case", case_lists.fast_cases(), ids=lambda case: case.id)
+def test_the_fast_kernels_equal_the_reference_whatever_their_tiles(cuda, shim, case):
+    inputs = cases.build(case)
+    want = cases.expected(inputs, upcast=True)
+    plan = native_plan(cases.lower(inputs, WRITE_LOSS, weight_mean=cuda.weight_mean).plan, shim)
+    assert shim.l2_serves(plan, WRITE_LOSS | WRITE_GRAD)
+    assert not shim.l2_serves(plan, WRITE_LOSS | WRITE_SUMS)
+    for tiles in (170, 1):  # a vector for each thread, as many as there ever are
+        before = shim.set_tiles_per_vector(tiles)
+        try:
+            answers = []
+            for seed in (1, 2):
+                shim.seed(seed)
+                answers.append(solve(cuda, inputs, WRITE_LOSS | WRITE_GRAD))
+                cases.check(answers[-1], want)
+            assert torch.equal(answers[0].grad, answers[1].grad)
+            assert torch.equal(answers[0].loss, answers[1].loss)
+            for outputs in (WRITE_LOSS, WRITE_GRAD):
+                cases.check(solve(cuda, inputs, outputs), want)
+        finally:
+            shim.set_tiles_per_vector(before)
+
+
+def test_what_is_left_out_reaches_nothing_in_the_fast_kernels(cuda, shim):
+    """NaN under a weight of 0 and under a modulation of 0, an infinite factor of the gradient elsewhere."""
+    case = cases.Case("", shape=(1, 2, 16, 32), confidence=((1, 16, 32), F32), options={"clean_weight": 0.0})
+    inputs = cases.build(case)
+    clean = (inputs["confidence"] == 0).expand(1, 2, 16, 32).reshape(1, 2, 16, 32)
+    inputs["model_pred"][clean] = float("nan")
+    problem = solve(cuda, inputs, WRITE_LOSS | WRITE_GRAD)
+    assert torch.isfinite(problem.loss)
+    assert not problem.grad[clean].any()
+    assert problem.grad[~clean].all()
+    inputs |= {"clean_weight": 1.0, "artifact_weight": 1.0, "clean_grad": 0.0, "artifact_grad": 1.0}
+    problem = solve(cuda, inputs, WRITE_LOSS | WRITE_GRAD)
+    assert problem.loss.isnan()
+    assert not problem.grad[clean].any()
+
+
+def test_every_byte_of_a_map_is_its_level(cuda):
+    inputs = cases.build(cases.Case("", shape=(1, 1, 1, 256), confidence=((1, 1, 256), torch.uint8)))
+    inputs["confidence"].copy_(torch.arange(256).view(1, 1, 256))
+    inputs |= {"model_pred": torch.ones(1, 1, 1, 256), "target": torch.zeros(1, 1, 1, 256), "clean_weight": 0.0,
+               "artifact_weight": 1.0, "reduction": "sum"}  # fmt: skip
+    problem = solve(cuda, inputs, WRITE_GRAD)
+    assert torch.equal(problem.grad.flatten(), problem.grad.max() * (torch.arange(256, dtype=F32) / 255))
 
 
 @pytest.mark.parametrize("place", [cases.shifted, cases.spaced])
@@ -249,6 +297,12 @@ def test_the_loops_of_the_cpu_have_the_losses_that_cuda_has(shim, c):
             assert in_loop == pytest.approx(defined, rel=7e-7 if kind == "log_cosh" else 0, abs=0), (kind, d)
     for kind, (defined, in_loop) in shim.element_losses(float("nan"), c).items():
         assert all(value != value for value in (defined[0], in_loop[0])), kind
+
+
+def test_every_kernel_is_loaded_at_the_first_use(shim):
+    # weighted_loss: 25 fast ones, 8 general ones; weight_mean 2, policy_loss 8, artifact_loss 4, scale_gradient 12.
+    assert shim.kernels() == 25 + 8 + 2 + 8 + 4 + 12
+    assert shim.cuda_problem() is None
 
 
 def test_offsets_beyond_two_to_the_thirty_one(cuda, shim):

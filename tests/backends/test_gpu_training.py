@@ -17,13 +17,13 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 class Step:
     """A training loop's loss on latents, with everything that could tempt a backend into a synchronisation."""
 
-    def __init__(self, backend, dtype=BF16, device="cuda", **options):
+    def __init__(self, backend, dtype=BF16, device="cuda", method="threshold", **options):
         g = torch.Generator(device).manual_seed(3)
 
         def normal(*shape):
             return torch.randn(*shape, generator=g, device=device)
 
-        self.backend = backend
+        self.backend, self.method = backend, method
         self.pred = normal(2, 16, 64, 64).to(dtype).requires_grad_()
         self.latents, self.noise = normal(2, 16, 64, 64), normal(2, 16, 64, 64)
         self.levels, self.weighting = normal(2).sigmoid(), normal(2).exp()
@@ -37,7 +37,8 @@ class Step:
         loss = diffdoctor.weighted_loss(self.pred, target, self.confidence, backend=self.backend, **self.options)
         if self.options.get("return_stats"):
             loss, self.stats = loss
-        return loss.sum() + diffdoctor.artifact_loss(self.logits, size=(128, 128), backend=self.backend)
+        size = {"size": (128, 128), "method": self.method}
+        return loss.sum() + diffdoctor.artifact_loss(self.logits, **size, backend=self.backend)
 
     def run(self):
         self.pred.grad = self.logits.grad = None
@@ -226,8 +227,9 @@ def test_streams_do_not_share_a_workspace(gpu_backend):
         assert_equal(answer, want)
 
 
-def test_threads_on_one_stream(gpu_backend):
-    steps = [Step(gpu_backend) for _ in range(4)]
+@pytest.mark.parametrize("method", ["threshold", "max"])
+def test_threads_on_one_stream(gpu_backend, method):
+    steps = [Step(gpu_backend, method=method) for _ in range(4)]
     want = steps[0].run()
     torch.cuda.synchronize()
     got, failures = [], []

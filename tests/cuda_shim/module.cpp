@@ -2,10 +2,14 @@
 // the host's. The last functions are for the tests alone.
 #include <pybind11/pybind11.h>
 
+#include <utility>
+
 #include "bind/registry.h"
 #include "bind/weighted_loss.h"
 #include "common/losses.h"
 #include "cpu/vector_math.h"
+#include "cuda/l2.h"
+#include "cuda/launch.cuh"
 #include "cuda/spatial.cuh"
 #include "cuda/tiling.h"
 #include "cuda_runtime.h"
@@ -57,5 +61,13 @@ PYBIND11_MODULE(_cuda_shim, m) {
 #undef DD_ADD
     return by_kind;
   });
+  // Whether the fast kernels serve a plan; how many vectors a thread takes where there are `tiles` for each of them.
+  m.def("l2_serves", [](const WeightedLossPlan& plan, int outputs) {
+    WeightedLossParams p = plan.params;
+    p.outputs = outputs;
+    return cuda::l2_serves(p) && !(outputs & kWriteSums);
+  });
+  m.def("set_tiles_per_vector", [](int64_t tiles) { return std::exchange(cuda::tiles_per_vector, tiles); });
+  m.def("kernels", [] { return cuda::loaders().size(); });
   m.def("seed", [](uint64_t seed) { cuda_shim::shuffle_state = 2 * seed + 1; });
 }

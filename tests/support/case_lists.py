@@ -189,5 +189,34 @@ def tiled_cases() -> list[Case]:
     ]  # fmt: skip
 
 
+def fast_cases() -> list[Case]:
+    """Calls that csrc/cuda/l2.cu serves: every dtype, number of terms and kind of map, at sizes with tiles of several
+    columns and rows, the last of them not full."""
+    run, maps = (2, 5, 24, 37 * 8), ((2, 24, 37 * 8), F32)
+    u8, b16 = ((1, 24, 37 * 8), torch.uint8), ((2, 24, 37 * 8), BF16)
+    weights = {"weighting": ((2, 1, 24, 37 * 8), F32)}
+    return [
+        Case("fast-f32", shape=run),
+        Case("fast-bf16-two", shape=run, dtype=BF16, target_dtype=BF16, target="velocity", weighting=((2,), F32)),
+        Case("fast-f16-three", shape=run, dtype=F16, target_dtype=F16, target="three_terms"),
+        Case("fast-bf16-f32-tiny", shape=(3, 1, 2, 8), dtype=BF16, normalizer="tensor"),
+        Case("fast-sample-left-out", shape=(3, 2, 24, 64), weighting=((3,), F32), options={"reduction": "sample"}),
+        Case("fast-map-f32", shape=run, confidence=maps, options={"clean_weight": 0.0, "threshold": 0.3}),
+        Case("fast-map-bf16", shape=run, dtype=BF16, target_dtype=BF16, confidence=u8, pred_view="chunk"),
+        Case("fast-map-f16", shape=run, dtype=F16, target_dtype=F16, confidence=u8, mask=b16, **weights),
+        Case("fast-map-bf16-f32-bool", shape=run, dtype=BF16, mask=((2, 24, 37 * 8), torch.bool), **weights,
+             options={"reduction": "sum"}),
+        Case("fast-map-f16-f32-modulated", shape=run, dtype=F16, confidence=((2, 24, 37 * 8), F16),
+             options={"artifact_weight": 0.5, "artifact_grad": 1.5, "clean_grad": 0.0}),
+        Case("fast-map-bf16-two", shape=(2, 3, 7, 16, 40), dtype=BF16, target_dtype=BF16, target="preconditioned",
+             confidence=((2, 1, 1, 16, 40), F32), options={"normalize": "sample"}),
+        Case("fast-map-f32-three", shape=run, target="three_terms", mask=maps),
+        *(Case(f"fast-{name}-{_name(dtype)}-{_name(other)}", shape=run, dtype=dtype, target_dtype=other, target=name,
+               confidence=maps, mask=b16 if dtype == F16 else None)
+          for name, dtype, other in (("contrastive", F32, F32), ("contrastive_flow", BF16, BF16),
+                                     ("contrastive_flow", F16, F16), ("contrastive", BF16, BF16))),
+    ]  # fmt: skip
+
+
 def _name(dtype: torch.dtype) -> str:
     return {F32: "f32", BF16: "bf16", F16: "f16", F64: "f64"}[dtype]

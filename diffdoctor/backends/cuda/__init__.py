@@ -21,7 +21,12 @@ def unavailable() -> str | None:
     if torch.version.hip is not None:
         return "torch is built for ROCm"
     torch.cuda.init()
-    problem = module.cuda_problem()
-    if problem is None:
-        return None
-    return f"the compiled kernels cannot run on {torch.cuda.get_device_name()}: {problem}"
+    current = torch.cuda.current_device()
+    kinds = {torch.cuda.get_device_capability(device): device for device in range(torch.cuda.device_count())}
+    kinds[torch.cuda.get_device_capability(current)] = current
+    for device in kinds.values():  # one of each kind: a context costs memory
+        with torch.cuda.device(device):
+            problem = module.cuda_problem()
+        if problem is not None:
+            return f"the compiled kernels cannot run on {torch.cuda.get_device_name(device)}: {problem}"
+    return None

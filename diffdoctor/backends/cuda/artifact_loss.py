@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from diffdoctor.backends.cuda import device
@@ -12,7 +13,10 @@ from diffdoctor.lowering.artifact_loss import ArtifactProblem
 def artifact_loss(problem: ArtifactProblem) -> None:
     """Fill loss, and unit_grad and factor where they are wanted."""
     where = problem.logits.device
-    description = artifact_arguments(problem)
+    # Of the call: another thread's launch may come between its two passes, and shares the workspace.
+    two_passes = problem.method == "max" and problem.unit_grad is not None
+    maxima = torch.empty_like(problem.factor) if two_passes else None
+    description = artifact_arguments(problem, maxima)
     with device.guard(where):
         stream = device.raw_stream(where)
         size = device.native.artifact_loss_cuda_workspace(description)

@@ -12,15 +12,20 @@ from diffdoctor.backends import native as _loader
 native = _loader.load()
 _nothing = contextlib.nullcontext()
 _MIN_WORKSPACE = 1 << 16
+_ready: set[torch.device] = set()  # devices on which the kernels have been loaded
 # Per device and stream: launches on one stream never overlap, so they may share partial sums and the block counter.
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def guard(device: torch.device):
     """A context in which `device` is current; tensors of the host are met in tests of the kernels alone."""
-    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+    if device.type != "cuda":
         return _nothing
-    return torch.cuda.device(device)
+    if device not in _ready:
+        with torch.cuda.device(device):
+            native.cuda_problem()  # loads every kernel: later that might be under a capture
+        _ready.add(device)
+    return _nothing if torch.cuda.current_device() == device.index else torch.cuda.device(device)
 
 
 def raw_stream(device: torch.device) -> int:
