@@ -75,19 +75,28 @@ def _width(modifiers: str) -> int:
     return 32
 
 
-def describe(cubin: bytes) -> dict[str, dict]:
-    """{function: {"registers", "stack", "shared", "local" (bytes), "instructions", "kinds", "access"}} of a cubin.
-
-    Raises RuntimeError where cuobjdump is missing or fails.
-    """
+def _dumped(cubin: bytes) -> tuple[str, dict[str, str]]:
     tool = find_tool("cuobjdump")
     if tool is None:
         raise RuntimeError("cuobjdump was found neither on PATH, nor in /usr/local/cuda, nor in triton")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _run(tool, "-res-usage", file.name)
-        code = listing(_run(tool, "-sass", file.name))
+        return _run(tool, "-res-usage", file.name), listing(_run(tool, "-sass", file.name))
+
+
+def listings(cubin: bytes) -> tuple[dict[str, str], dict[str, int]]:
+    """({function: its lines}, {function: registers}) of a cubin; raises as `describe` does."""
+    usage, code = _dumped(cubin)
+    return code, {name: int(registers) for name, registers, *_ in _USAGE.findall(usage)}
+
+
+def describe(cubin: bytes) -> dict[str, dict]:
+    """{function: {"registers", "stack", "shared", "local" (bytes), "instructions", "kinds", "access"}} of a cubin.
+
+    Raises RuntimeError where cuobjdump is missing or fails.
+    """
+    usage, code = _dumped(cubin)
     found = {}
     for name, registers, stack, shared, local in _USAGE.findall(usage):
         found[name] = {

@@ -5,6 +5,7 @@ of csrc/cuda; launches per call. Every part that cannot be had is named with its
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import re
@@ -16,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks.ops.machine import ROOT
 from benchmarks.ops.table import aligned
-from tools.gpu import sass
+from tools.gpu import budget, sass
 
 ARCHITECTURES = (80, 90, 100)
 _PTXAS = re.compile(
@@ -56,14 +57,27 @@ def nvcc_rows(arch: int, source: pathlib.Path, nvcc: str) -> list[dict]:
             raise RuntimeError((errors or done.stderr.splitlines() or ["nvcc failed"])[0])
         spilled = {found["name"]: found for found in _PTXAS.finditer(done.stderr)}
         described = sass.describe(cubin.read_bytes())
+        counted = _counted(arch, source, cubin.read_bytes())
     rows = []
     for name, row in described.items():
         told = spilled.get(name)
         spills = None if told is None else int(told["stores"]) + int(told["loads"])
         rows.append(
             {"backend": "cuda", "arch": arch, "file": source.name, "kernel": readable(name), "spills": spills, **row}
+            | counted.get(name, {})
         )
     return rows
+
+
+def _counted(arch: int, source: pathlib.Path, cubin: bytes) -> dict[str, dict]:
+    """{kernel: its cases' counts and what may not stand in its main loop} of the fast kernels."""
+    if source.name != budget.SOURCE.name:
+        return {}
+    by_kernel = budget.of_cubin(cubin)
+    found = {name: {"forbidden": budget.forbidden(listing), "cases": {}} for name, listing, _ in by_kernel.values()}
+    for row in budget.counts(arch, by_kernel):
+        found[by_kernel[row.case.kernel][0]]["cases"][row.case.name] = dataclasses.asdict(row)
+    return found
 
 
 def readable(mangled: str) -> str:
@@ -147,6 +161,9 @@ def text(rows: list[dict], missing: list[str]) -> str:
             for row in cuda
         ]  # fmt: skip
         parts.append(aligned(cells, left=2))
+        counts = [budget.Count.of(count) for row in cuda for count in row.get("cases", {}).values()]
+        if counts:
+            parts.append(budget.text(counts))
     if missing:
         parts.append("Not to be had:\n  " + "\n  ".join(missing))
     return "\n\n".join(parts)

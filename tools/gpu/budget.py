@@ -1,0 +1,320 @@
+"""Warp instructions that the kernels of csrc/cuda/l2.cu spend on 8 elements, counted in machine code: what they may
+spend is a table here, and a test holds it. `python -m tools.gpu.budget --arch 90 ...` prints counts and predictions.
+
+A count is that of a warp along the path that a case takes, loss and gradient included: the cheapest way through the
+kernel's basic blocks that makes the case's loads, stores and multiply-adds. What stands around the main loop is spread
+over the vectors of a thread, at full size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+
+from benchmarks.ops.machine import ROOT
+from benchmarks.ops.table import aligned
+from tools.gpu import sass
+
+SOURCE = ROOT / "csrc" / "cuda" / "l2.cu"
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+THREADS = 256
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
+_CONFIG = re.compile(r"l2_kernelI.*?ConfigILi(\d)ELi(\d)ELb(\d)ELb(\d)ELb(\d)E")
+_TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A benchmark case that the fast kernels serve.
+
+    Args:
+        name: of the case, with its dtype.
+        kernel: (dtype of model_pred, of the terms, more than one term, maps, coefficients that change with u).
+        visits: vectors that a thread computes on between two looks at the maps, at full size.
+        steps: such looks, or 1.
+        bytes: least bytes that 8 elements move.
+        terms: that are subtracted.
+        budget: instructions for 8 elements, at most.
+        passes: over the inputs; fp16 takes two, and each is counted as if it gave loss and gradient.
+    """
+
+    name: str
+    kernel: tuple[int, int, int, int, int]
+    visits: int
+    steps: int
+    bytes: float
+    budget: int
+    terms: int = 1
+    passes: int = 1
+
+
+CASES = (
+    Case("pixel-2048 bf16", (1, 1, 0, 0, 0), 14, 1, 48, 90),
+    Case("pixel-2048 fp32", (0, 0, 0, 0, 0), 14, 1, 96, 110),
+    Case("pixel-2048 fp16", (2, 2, 0, 0, 0), 14, 1, 80, 190, passes=2),
+    Case("pixel-2048-map bf16", (1, 1, 0, 1, 0), 3, 5, 58.7, 150),
+    Case("wan-720p-batch bf16", (1, 1, 1, 1, 0), 14, 1, 64, 200, terms=2),
+    Case("bf16 against fp32, with a map", (1, 0, 0, 1, 0), 3, 5, 74.7, 150),
+    Case("contrastive bf16", (1, 1, 1, 1, 1), 2, 1, 66, 300, terms=2),
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a prediction takes of a GPU: multiprocessors, clock in Hz, measured copy speed in bytes per second."""
+
+    name: str
+    arch: int
+    processors: int
+    clock: float
+    copy: float
+
+
+CARDS = (
+    Card("A100-80", 80, 108, 1.41e9, 1.75e12),
+    Card("RTX 3090", 86, 82, 1.70e9, 0.86e12),
+    Card("RTX 4090", 89, 128, 2.52e9, 0.93e12),
+    Card("H100", 90, 132, 1.98e9, 3.0e12),
+    Card("H200", 90, 132, 1.98e9, 4.3e12),
+    Card("B200", 100, 148, 1.97e9, 6.8e12),
+)
+# A kernel of one kind of block keeps about so much of its issue slots busy before it, and not memory, is the limit; and
+# so much of a copy's speed is left by the ends of its blocks. Both are assumptions of the prediction.
+ISSUE_LIMIT, END_SHARE = 0.6, 0.95
+
+
+@dataclass(frozen=True)
+class Count:
+    """What a case costs on an architecture, per 8 elements."""
+
+    case: Case
+    arch: int
+    loop: float
+    around: float
+    registers: int
+    loads_under_way: int  # bytes of a multiprocessor
+
+    @classmethod
+    def of(cls, fields: dict) -> Count:
+        """From `dataclasses.asdict`, which may have been JSON since."""
+        name = fields["case"]["name"]
+        return cls(**fields | {"case": next(case for case in CASES if case.name == name)})
+
+    @property
+    def instructions(self) -> float:
+        return self.loop + self.around
+
+    def issue_load(self, card: Card) -> float:
+        """The share of all issue slots that is filled at a copy's speed."""
+        return self.instructions / 32 * card.copy / self.case.bytes / (card.processors * 4 * card.clock)
+
+    def predicted_share(self, card: Card) -> float:
+        return END_SHARE * min(1.0, ISSUE_LIMIT / self.issue_load(card))
+
+
+class Code:
+    """A kernel's machine code as a graph of basic blocks."""
+
+    def __init__(self, listing: str):
+        self.at = [int(address, 16) for address, _ in _INSTRUCTION.findall(listing)]
+        self.text = [text for _, text in _INSTRUCTION.findall(listing)]
+        index = {address: i for i, address in enumerate(self.at)}
+        leaders, jumps = {0}, {}
+        for i, text in enumerate(self.text):
+            name = self.opcode(i)
+            if name.split(".")[0] in ("BRA", "EXIT", "RET", "BRX", "JMP"):
+                leaders.add(i + 1)
+            if name.startswith("BRX"):
+                raise ValueError("a jump table: the count does not follow it")
+            # A call under a condition is a jump too far for a branch; one without is the slow way of a division.
+            if (name.startswith("BRA") and "DIV" not in name) or (name.startswith("CALL.REL") and text.startswith("@")):
+                jumps[i] = index[int(_TARGET.search(text).group(1), 16)]
+                leaders |= {jumps[i], i + 1}
+        starts = sorted(i for i in leaders if i < len(self.text))
+        self.blocks = dict(zip(starts, [*starts[1:], len(self.text)], strict=True))
+        self.next = {start: self._successors(end - 1, jumps) for start, end in self.blocks.items()}
+
+    def opcode(self, i: int) -> str:
+        return re.sub(r"^@!?U?P\w+\s+", "", self.text[i]).split()[0]
+
+    def _successors(self, last: int, jumps) -> list[int]:
+        name, conditional = (
+            self.opcode(last),
+            self.text[last].startswith("@") or re.search(r"\bBRA\S* !?U?P\d", self.text[last]),
+        )
+        following = [last + 1] if last + 1 < len(self.text) else []
+        if last in jumps:
+            return [jumps[last], *(following if conditional else [])]
+        if name.split(".")[0] in ("EXIT", "RET"):
+            return following if conditional else []
+        return following
+
+    def cost(self, block: int) -> int:
+        return sum(self.opcode(i) != "NOP" for i in range(block, self.blocks[block]))
+
+    def count(self, block: int, prefix: str, width: str = "") -> int:
+        return sum(
+            self.opcode(i).startswith(prefix) and width in self.opcode(i) for i in range(block, self.blocks[block])
+        )
+
+    @cached_property
+    def main_loop(self) -> tuple[int, set[int]]:
+        """(head, blocks) of the smallest loop that loads and stores 16 bytes at a time."""
+        found = []
+        for tail, successors in self.next.items():
+            for head in successors:
+                if head > tail:
+                    continue
+                body = self._loop(head, tail)
+                if sum(self.count(b, "LDG", "128") for b in body) and sum(self.count(b, "STG", "128") for b in body):
+                    found.append((sum(map(self.cost, body)), head, body))
+        _, head, body = min(found, key=lambda entry: entry[0])
+        return head, body
+
+    def _loop(self, head: int, tail: int) -> set[int]:
+        """The natural loop of a back edge: what reaches `tail` without passing `head`."""
+        before: dict[int, list[int]] = {}
+        for block, successors in self.next.items():
+            for successor in successors:
+                before.setdefault(successor, []).append(block)
+        body, todo = {head}, [tail]
+        while todo:
+            block = todo.pop()
+            if block not in body:
+                body.add(block)
+                todo += before.get(block, [])
+        return body
+
+    def done(self, block: int) -> tuple[int, int, int]:
+        """16-byte loads and stores, and multiply-adds, of a block."""
+        adds = self.count(block, "FFMA") + self.count(block, "FFMA2")
+        return self.count(block, "LDG", "128"), self.count(block, "STG", "128"), adds
+
+    def shortest(self, starts, goal, need=(0, 0, 0), within=None) -> int:
+        """Instructions of the cheapest way from `starts` to a block that is a goal, with so many loads, stores and
+        multiply-adds (`done`) on the way; within some blocks, or all."""
+        queue = [(0, block, (0, 0, 0)) for block in starts]
+        seen = set()
+        while queue:
+            cost, block, made = heapq.heappop(queue)
+            if (block, made) in seen:
+                continue
+            seen.add((block, made))
+            if goal(block) and cost > 0:
+                if made == need:
+                    return cost
+                continue
+            made = tuple(min(most, a + b) for most, a, b in zip(need, made, self.done(block), strict=True))
+            for onward in self.next[block]:
+                if within is None or onward in within:
+                    heapq.heappush(queue, (cost + self.cost(block), onward, made))
+        raise ValueError("no such way through the code")
+
+
+def count(case: Case, arch: int, listing: str, registers: int) -> Count:
+    """What the case costs, from the machine code of its kernel."""
+    code = Code(listing)
+    head, body = code.main_loop
+    width = 4 if case.kernel[0] == 0 else 8
+    loads = 1 + case.terms * (1 if case.kernel[1] or width == 4 else 2)  # of a vector
+    stores = sum(code.count(b, "STG", "128") for b in body)
+    need = (stores * loads, stores, stores * width * (case.terms + 1))
+    loop = code.shortest([head], lambda b: b == head, need, body)
+    first = min(stores, case.visits) * loads + (width // 4 if case.kernel[3] else 0), 0, 0
+    exits = {b for block in body for b in code.next[block] if b not in body}
+    around = code.shortest([0], lambda b: b == head, first)
+    around += code.shortest(exits, lambda b: code.count(b, "ATOM") > 0, within=set(code.blocks) - {head})
+    if case.steps > 1:
+        around += (case.steps - 1) * code.shortest(exits, lambda b: b == head, first)
+    per_8 = 8 // width * case.passes
+    blocks = 65536 // (THREADS * -(-registers // 8) * 8)
+    under_way = blocks * THREADS * 16 * stores * loads
+    return Count(case, arch, per_8 * loop / stores, per_8 * around / (case.visits * case.steps), registers, under_way)
+
+
+def kernels(arch: int, nvcc: str, source: pathlib.Path = SOURCE) -> dict[tuple, tuple[str, str, int]]:
+    """{Config's arguments: (name, listing, registers)} of the fast kernels, compiled for `arch`."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = pathlib.Path(folder) / "kernels.cubin"
+        done = subprocess.run(
+            [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-cubin", "-I", str(ROOT / "csrc"), str(source), "-o",
+             str(cubin)],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(done.stderr[-400:])
+        return of_cubin(cubin.read_bytes())
+
+
+def of_cubin(cubin: bytes) -> dict[tuple, tuple[str, str, int]]:
+    listings, registers = sass.listings(cubin)
+    return {
+        tuple(map(int, found.groups())): (name, listing, registers[name])
+        for name, listing in listings.items()
+        if (found := _CONFIG.search(name))
+    }
+
+
+def counts(arch: int, found: dict[tuple, tuple[str, str, int]]) -> list[Count]:
+    return [count(case, arch, *found[case.kernel][1:]) for case in CASES]
+
+
+def forbidden(listing: str) -> list[str]:
+    """What may not stand in a main loop: double precision, divisions and conversions of integers, local memory."""
+    code = Code(listing)
+    names = r"^(D(ADD|MUL|FMA|SETP|MNMX)|F2F\.|F2I|I2F(?!P)|MUFU|LDL|STL|CALL)"
+    return [
+        code.text[i] for b in code.main_loop[1] for i in range(b, code.blocks[b]) if re.match(names, code.opcode(i))
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from tools.gpu.static_report import find_nvcc
+
+    command = argparse.ArgumentParser(prog="python -m tools.gpu.budget", description=__doc__)
+    command.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
+    command.add_argument("--markdown", action="store_true")
+    options = command.parse_args(arguments)
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("nvcc was found neither on PATH nor in /usr/local/cuda", file=sys.stderr)
+        return 1
+    rows = [row for arch in options.arch for row in counts(arch, kernels(arch, nvcc))]
+    print(text(rows, options.markdown))
+    return int(any(row.instructions > row.case.budget for row in rows))
+
+
+def text(rows: list[Count], markdown: bool = False) -> str:
+    """Counts by architecture, and the predictions that follow from them."""
+    architectures = sorted({row.arch for row in rows})
+    by = {(row.case, row.arch): row for row in rows}
+    cases = [case for case in CASES if (case, architectures[0]) in by]
+    cells = [("instructions per 8 elements", "budget", *(f"sm_{arch}" for arch in architectures), "registers")]
+    for case in cases:
+        here = [by[case, arch] for arch in architectures]
+        figures = (f"{row.loop:.0f} + {row.around:.0f}" for row in here)
+        cells.append((case.name, str(case.budget), *figures, str(max(row.registers for row in here))))
+    cards = [card for card in CARDS if card.arch in architectures]
+    predicted = [
+        ("PREDICTED, not measured: issue slots filled at a copy's speed → share of a copy", *(c.name for c in cards))
+    ]
+    for case in cases:
+        here = [(by[case, card.arch], card) for card in cards]
+        predicted.append((case.name, *(f"{r.issue_load(c):.0%} → {r.predicted_share(c):.0%}" for r, c in here)))
+    if not markdown:
+        return f"{aligned(cells, left=1)}\n\n{aligned(predicted, left=1)}"
+    return "\n\n".join(
+        "\n".join("| " + " | ".join(row) + " |" for row in (table[0], ["---"] * len(table[0]), *table[1:]))
+        for table in (cells, predicted)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
