@@ -126,17 +126,17 @@ __device__ __forceinline__ bool reduce_samples(void* workspace, const acc_t* par
   const Counter counter(batch, b);
   unsigned* done = &static_cast<WorkspaceHead*>(workspace)->blocks_done[counter.index];
   if (!arrives_last(done, static_cast<unsigned>((counter.end - counter.begin) * per_sample))) return false;
+  __shared__ double sums[kColumns];  // thread 0's; in registers the loop below would have to be written out
   for (int64_t sample = counter.begin; sample < counter.end; ++sample) {
-    double sums[kColumns];
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      sums[c] = 0;
-      if (c >= columns) continue;
+#pragma unroll 1
+    for (int c = 0; c < columns; ++c) {
       const acc_t* column = partials + sample * per_sample * columns + c;
+      double sum = 0;
       for (int64_t k = threadIdx.x; k < per_sample; k += kThreads) {
-        sums[c] += static_cast<double>(__ldcg(column + k * columns));
+        sum += static_cast<double>(__ldcg(column + k * columns));
       }
-      sums[c] = block_sum(sums[c]);
+      sum = block_sum(sum);
+      if (threadIdx.x == 0) sums[c] = sum;
     }
     if (threadIdx.x == 0) workspace_shares(workspace)[sample] = emit(sample, sums);
   }

@@ -36,7 +36,7 @@ def compiled(arch: int, sources) -> list[dict]:
         return folder / name
 
     version = subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout
-    key = digest(version, *names, *native_sources(ROOT / "csrc"))
+    key = digest(version, *names, *native_sources(ROOT / "csrc"), *sorted((ROOT / "tools" / "gpu").glob("*.py")))
     return json.loads(kept(name, key, build).read_text())
 
 

@@ -269,7 +269,7 @@ def counts(arch: int, found: dict[tuple, tuple[str, str, int]]) -> list[Count]:
 def forbidden(listing: str) -> list[str]:
     """What may not stand in a main loop: double precision, divisions and conversions of integers, local memory."""
     code = Code(listing)
-    names = r"^(D(ADD|MUL|FMA|SETP|MNMX)|F2F\.|F2I|I2F(?!P)|MUFU|LDL|STL|CALL)"
+    names = r"^(D(ADD|MUL|FMA|SETP|MNMX)|F2F\.|F2I|I2F(?!P)|MUFU|LDL|STL|CALL(?!\.REL))"
     return [
         code.text[i] for b in code.main_loop[1] for i in range(b, code.blocks[b]) if re.match(names, code.opcode(i))
     ]
