@@ -19,6 +19,7 @@ from diffdoctor.annotate.project import Project, read_place
 from diffdoctor.annotate.select import STRATEGIES, Candidate, Caps, composition, new_generators, ranked
 from diffdoctor.data.codec import UnreadablePicture
 from diffdoctor.data.tar import SkipCounts
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.progress import progress
 from diffdoctor.runs.summary import print_summary
@@ -238,7 +239,7 @@ class Adder:
 
 
 def _place_text(candidate: Candidate) -> str:
-    return json.dumps(place_of(candidate.path, candidate.key))
+    return strict_json.dumps(place_of(candidate.path, candidate.key))
 
 
 def tiles_of(task: NewTask, side: int = MAX_SIDE) -> list[NewTask]:

@@ -6,7 +6,6 @@ All is decided by the ASGI scope's own path and headers: an address put together
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import deque
@@ -14,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from diffdoctor.annotate.store import Store
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import first_line
 
 Scope = dict[str, Any]
@@ -148,7 +148,7 @@ class Guard:
 
 
 async def _refuse(send: Callable, status: int, reason: str) -> None:
-    body = json.dumps({"error": reason}).encode()
+    body = strict_json.dumps({"error": reason}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))

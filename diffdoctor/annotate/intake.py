@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from diffdoctor.annotate.project import picture_uid
 from diffdoctor.annotate.store import Store
+from diffdoctor.runs import strict_json
 
 
 @dataclass
@@ -58,7 +58,7 @@ def add_task(store: Store, task: NewTask, round: int) -> int | None:
     row = store.one("SELECT id FROM picture WHERE uid = ?", uid)
     if row is None:
         texts = [str(task.meta.get(name) or "") for name in ("category", "generator", "prompt")]
-        values = (uid, json.dumps(task.place), *task.picture.shape[:2], *texts, picture_hash(task.picture))
+        values = (uid, strict_json.dumps(task.place), *task.picture.shape[:2], *texts, picture_hash(task.picture))
         picture = store.connection.execute(
             "INSERT INTO picture(uid, place, height, width, category, generator, prompt, phash) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",

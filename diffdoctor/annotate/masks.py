@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 
 MAX_BODY = 8 * 2**20
@@ -81,7 +82,7 @@ class Inflater:
 
 def envelope(fields: Mapping[str, Any], planes: Mapping[str, np.ndarray]) -> bytes:
     """JSON values and planes (H, W) uint8 as one body: the length of the JSON, the JSON, the planes in its order."""
-    head = json.dumps({**fields, "planes": list(planes)}, allow_nan=False).encode()
+    head = strict_json.dumps({**fields, "planes": list(planes)}).encode()
     pixels = [np.ascontiguousarray(plane, np.uint8).tobytes() for plane in planes.values()]
     return b"".join([struct.pack("<I", len(head)), head, *pixels])
 

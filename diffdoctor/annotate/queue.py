@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import secrets
 import sqlite3
 import time
@@ -19,6 +18,7 @@ from diffdoctor.annotate.answers import conflict_of, insert_logged, newest_answe
 from diffdoctor.annotate.masks import digest
 from diffdoctor.annotate.project import Project
 from diffdoctor.annotate.schema import KNOWN_KINDS
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 
 _KNOWN = ", ".join(repr(kind) for kind in KNOWN_KINDS)
@@ -316,7 +316,7 @@ class Queue:
             "verdict": answer.verdict,
             "mask": None if answer.mask is None else self.store.put_mask(answer.mask),
             "ignore": None if answer.ignore is None else self.store.put_mask(answer.ignore),
-            "tags": json.dumps(answer.tags),
+            "tags": strict_json.dumps(answer.tags),
             "threshold": answer.threshold,
             "accepted": answer.accepted,
             "refused": answer.refused,
@@ -356,7 +356,7 @@ class Queue:
                 ("accepted", "refused", "drawn", "active_ms", "late"), 0
             )
             values |= {"task": task, "annotator": me, "version": self.newest_version(task, me) + 1, "at": now}
-            values |= {"verdict": "skipped", "tags": json.dumps([reason]), "wall_ms": wall, "guidelines": ""}
+            values |= {"verdict": "skipped", "tags": strict_json.dumps([reason]), "wall_ms": wall, "guidelines": ""}
             insert_logged(self.store, "annotation", "annotate", me, values)
             connection.execute("DELETE FROM lease WHERE task = ? AND annotator = ?", (task, me))
             connection.execute("DELETE FROM draft WHERE task = ? AND annotator = ?", (task, me))

@@ -19,6 +19,7 @@ import numpy as np
 
 from diffdoctor.annotate import masks
 from diffdoctor.annotate.schema import OLDEST_SQLITE, ROLES, SCHEMA, VERSION
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 
 DATABASE = "annotate.db"
@@ -125,7 +126,7 @@ class Store:
     def log(self, kind: str, *, actor: int | None = None, task: int | None = None, **detail: Any) -> None:
         """Add an event to the chain. Inside `writing`."""
         last = self.one("SELECT chain FROM event ORDER BY id DESC LIMIT 1")
-        row = (time.time(), actor, task, kind, json.dumps(detail, sort_keys=True))
+        row = (time.time(), actor, task, kind, strict_json.dumps(detail, sort_keys=True))
         chain = _link(last[0] if last else _NO_CHAIN, row)
         self.connection.execute(
             "INSERT INTO event(at, actor, task, kind, detail, chain) VALUES (?, ?, ?, ?, ?, ?)", (*row, chain)
@@ -214,8 +215,8 @@ def token_hash(token: str) -> str:
 
 def row_digest(row: sqlite3.Row) -> str:
     """A hash of a row's values."""
-    return hashlib.sha256(json.dumps(dict(row), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(strict_json.dumps(dict(row), sort_keys=True).encode()).hexdigest()
 
 
 def _link(before: bytes, row: tuple) -> bytes:
-    return hashlib.sha256(before + json.dumps(row).encode()).digest()
+    return hashlib.sha256(before + strict_json.dumps(row).encode()).digest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
 import sys
@@ -16,6 +15,7 @@ import torch
 
 from diffdoctor.detector.confidence import confidence_of
 from diffdoctor.detector.external import as_detector
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.checkpoints import Checkpoints
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.progress import progress as show_progress
@@ -182,7 +182,7 @@ class Treatment:
         """Makes stores of encoded prompts and pairs, in the output folder for this very treatment to find again."""
         folder = None
         if self.output_dir is not None:
-            identity = self.processes.from_main(lambda: json.dumps(self.folder.identity, sort_keys=True))
+            identity = self.processes.from_main(lambda: strict_json.dumps(self.folder.identity, sort_keys=True))
             folder = self.output_dir / ENCODED / hashlib.sha256(identity.encode()).hexdigest()[:16]
         limit, part = self.config.embedding_cache * 2**30, self.processes.on_this_machine
         return lambda name: RowStore(name, limit, folder, part)

@@ -59,7 +59,9 @@ def folder(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)  # dozens of attempts, one after another
-@pytest.mark.parametrize("command", ["inject", "diagnose", "evaluate", "train", "train_resampled"])
+@pytest.mark.parametrize(
+    "command", ["inject", "diagnose", "evaluate", "train", pytest.param("train_resampled", marks=pytest.mark.study)]
+)
 def test_killed_at_random_moments_a_run_ends_in_the_same_bits(program, folder, command):
     said = program.run(command, folder, 0, output=folder / "said")
     report = json.loads(said.splitlines()[-1])

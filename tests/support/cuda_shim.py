@@ -84,7 +84,9 @@ def build_race(*flags: str) -> pathlib.Path:
     """A program that launches the kernels from several threads; the first of the flags is given to the linker too."""
 
     def build(folder: pathlib.Path) -> pathlib.Path:
-        objects = compile_objects(folder, (*SOURCES, SHIM / "race.cpp"), *flags)
+        # race.cpp has no policy loss, which would be a third of the compiler's work
+        launched = [source for source in SOURCES if source.name != "policy_loss.cu"]
+        objects = compile_objects(folder, (*launched, SHIM / "race.cpp"), *flags)
         run(compiler(), *flags[:1], "-pthread", *objects, "-o", folder / "race")
         return folder / "race"
 
