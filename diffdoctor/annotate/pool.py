@@ -18,7 +18,7 @@ from diffdoctor.annotate.select import Candidate
 from diffdoctor.data.captions import caption_file, read_caption
 from diffdoctor.data.codec import PICTURE_TYPES, UnreadablePicture, decode
 from diffdoctor.data.sources import find_sources
-from diffdoctor.data.tar import MASK, SkipCounts
+from diffdoctor.data.tar import IGNORE, MASK, SkipCounts
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import file_name, reading
 from diffdoctor.runs.record import RUN, read_json
@@ -170,7 +170,7 @@ def place_of(path: str, key: str = "") -> dict[str, Any]:
         return {"file": path}
     members = _members(path).get(key, {})
     for extension in (*PICTURE_TYPES, *members):
-        if extension in members and extension not in ("json", MASK, "ignore.png"):
+        if extension in members and extension not in ("json", MASK, IGNORE):
             offset, size = members[extension]
             return {"file": path, "offset": offset, "size": size, "key": key}
     raise UserError(expected(path, f"a picture {key}", "none"))

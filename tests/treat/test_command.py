@@ -126,7 +126,10 @@ def test_help_names_every_option(capsys):
         ({"pipeline": "/nowhere"}, "--pipeline /nowhere: no such folder"),
         ({"pipeline": "{files}/empty"}, "holds no diffusers pipeline"),
         ({"pipeline": "{files}/broken"}, "cannot be loaded"),
-        ({"pipeline": "{files}/other"}, "DDPMPipeline cannot be treated yet: served are Flux2KleinPipeline, FluxPipeline"),
+        (
+            {"pipeline": "{files}/other"},
+            "DDPMPipeline cannot be treated yet: served are Flux2KleinPipeline, FluxPipeline",
+        ),
         ({"detector": "/nowhere"}, "/nowhere"),
         ({"detector": "{files}/empty"}, "empty"),
         ({"monitor": "{files}/copy"}, "monitor: expected a detector with other weights"),

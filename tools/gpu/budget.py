@@ -276,13 +276,11 @@ def forbidden(listing: str) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from tools.gpu.static_report import find_nvcc
-
     command = argparse.ArgumentParser(prog="python -m tools.gpu.budget", description=__doc__)
     command.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
     command.add_argument("--markdown", action="store_true")
     options = command.parse_args(arguments)
-    nvcc = find_nvcc()
+    nvcc = sass.find_nvcc()
     if nvcc is None:
         print("nvcc was found neither on PATH nor in /usr/local/cuda", file=sys.stderr)
         return 1

@@ -15,7 +15,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks.ops.machine import ROOT
-from tools.gpu.static_report import find_nvcc
+from tools.gpu.sass import find_nvcc
 
 
 def pybind11_include() -> str:

@@ -36,6 +36,11 @@ def find_tool(name: str) -> str | None:
     return shutil.which(str(pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name))
 
 
+def find_nvcc() -> str | None:
+    """nvcc, from PATH or from /usr/local/cuda."""
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
 def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from benchmarks.ops.machine import ROOT
 from benchmarks.ops.table import aligned
 from tools.gpu import budget, sass
+from tools.gpu.sass import find_nvcc
 
 ARCHITECTURES = (80, 90, 100)
 _PTXAS = re.compile(
@@ -37,10 +38,6 @@ def triton_rows(arch: int) -> list[dict]:
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["it ended without a word"])[-1])
     return json.loads(done.stdout)
-
-
-def find_nvcc() -> str | None:
-    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 def nvcc_rows(arch: int, source: pathlib.Path, nvcc: str) -> list[dict]:

