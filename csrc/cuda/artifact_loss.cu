@@ -244,16 +244,7 @@ int64_t artifact_loss_workspace(const ArtifactLossParams& p) {
 }
 
 const char* launch_artifact_loss(const ArtifactLossParams& p, void* workspace, void* stream) {
-  switch (p.dtype) {
-    case kFloat32:
-      return launch_for<kFloat32>(p, workspace, stream);
-    case kBFloat16:
-      return launch_for<kBFloat16>(p, workspace, stream);
-    case kFloat16:
-      return launch_for<kFloat16>(p, workspace, stream);
-    default:
-      return launch_for<kFloat64>(p, workspace, stream);
-  }
+  return for_dtype(p.dtype, [&](auto dtype) { return launch_for<dtype>(p, workspace, stream); });
 }
 
 }  // namespace diffdoctor::cuda

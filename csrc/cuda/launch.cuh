@@ -4,7 +4,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 #include <vector>
+
+#include "common/types.h"
 
 namespace diffdoctor::cuda {
 
@@ -46,6 +49,21 @@ const char* launch_rows(int64_t blocks, int64_t rows, void* stream, const Argume
 template <auto kKernel, typename... Arguments>
 const char* launch(int64_t blocks, void* stream, const Arguments&... arguments) {
   return launch_rows<kKernel>(blocks, 1, stream, arguments...);
+}
+
+// body(the dtype as a constant), for what is compiled once for each dtype of a prediction.
+template <typename body_t>
+const char* for_dtype(int32_t dtype, const body_t& body) {
+  switch (dtype) {
+    case kFloat32:
+      return body(std::integral_constant<int32_t, kFloat32>{});
+    case kBFloat16:
+      return body(std::integral_constant<int32_t, kBFloat16>{});
+    case kFloat16:
+      return body(std::integral_constant<int32_t, kFloat16>{});
+    default:
+      return body(std::integral_constant<int32_t, kFloat64>{});
+  }
 }
 
 }  // namespace diffdoctor::cuda

@@ -308,16 +308,7 @@ int64_t policy_loss_workspace(const PolicyLossParams& p) {
 }
 
 const char* launch_policy_loss(const PolicyLossParams& p, void* workspace, void* stream) {
-  switch (p.grid.dtype) {
-    case kFloat32:
-      return launch_for<kFloat32>(p, workspace, stream);
-    case kBFloat16:
-      return launch_for<kBFloat16>(p, workspace, stream);
-    case kFloat16:
-      return launch_for<kFloat16>(p, workspace, stream);
-    default:
-      return launch_for<kFloat64>(p, workspace, stream);
-  }
+  return for_dtype(p.grid.dtype, [&](auto dtype) { return launch_for<dtype>(p, workspace, stream); });
 }
 
 }  // namespace diffdoctor::cuda

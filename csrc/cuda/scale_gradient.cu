@@ -78,31 +78,16 @@ const char* launch_for(Scaling s, int64_t batch, void* stream) {
 const char* launch_scale_gradient(const void* grad, void* out, int32_t dtype, int64_t batch, int64_t count,
                                   const void* g, int64_t g_stride, void* stream) {
   const Scaling s{grad, out, count, 0, 0, nullptr, g, g_stride};
-  switch (dtype) {
-    case kFloat32:
-      return launch_for<kFloat32, kFloat32>(s, batch, stream);
-    case kBFloat16:
-      return launch_for<kBFloat16, kBFloat16>(s, batch, stream);
-    case kFloat16:
-      return launch_for<kFloat16, kFloat16>(s, batch, stream);
-    default:
-      return launch_for<kFloat64, kFloat64>(s, batch, stream);
-  }
+  return for_dtype(dtype, [&](auto out_dtype) { return launch_for<out_dtype, out_dtype>(s, batch, stream); });
 }
 
 const char* launch_artifact_loss_backward(const void* unit_grad, const void* factor, const void* g, int64_t g_stride,
                                           void* out, int32_t dtype, int64_t batch, int64_t count, void* stream) {
   const Scaling s{unit_grad, out, count, 0, 0, factor, g, g_stride};
-  switch (dtype) {
-    case kFloat32:
-      return launch_for<kFloat32, kFloat32>(s, batch, stream);
-    case kBFloat16:
-      return launch_for<kFloat32, kBFloat16>(s, batch, stream);
-    case kFloat16:
-      return launch_for<kFloat32, kFloat16>(s, batch, stream);
-    default:
-      return launch_for<kFloat64, kFloat64>(s, batch, stream);
-  }
+  return for_dtype(dtype, [&](auto out_dtype) {
+    constexpr int32_t kInDtype = out_dtype == kFloat64 ? kFloat64 : kFloat32;
+    return launch_for<kInDtype, out_dtype>(s, batch, stream);
+  });
 }
 
 }  // namespace diffdoctor::cuda

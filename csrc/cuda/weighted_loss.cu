@@ -358,16 +358,7 @@ int64_t weighted_loss_workspace(const WeightedLossParams& p) {
 
 const char* launch_weighted_loss(const WeightedLossParams& p, void* workspace, void* stream) {
   if (l2_serves_call(p)) return launch_l2(p, workspace, stream);
-  switch (p.dtype) {
-    case kFloat32:
-      return launch_for<kFloat32>(p, workspace, stream);
-    case kBFloat16:
-      return launch_for<kBFloat16>(p, workspace, stream);
-    case kFloat16:
-      return launch_for<kFloat16>(p, workspace, stream);
-    default:
-      return launch_for<kFloat64>(p, workspace, stream);
-  }
+  return for_dtype(p.dtype, [&](auto dtype) { return launch_for<dtype>(p, workspace, stream); });
 }
 
 }  // namespace diffdoctor::cuda
