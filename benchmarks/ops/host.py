@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 
 import diffdoctor
+from benchmarks.ops.named_target import NamedTarget
 from benchmarks.ops.timing import percentile
 from diffdoctor.backends import native
 from diffdoctor.ops import OPS
@@ -34,8 +35,6 @@ def stub_triton(record=None) -> None:
     Holds for the whole process.
     """
     from triton.runtime import driver
-
-    from tools.gpu.static_triton import NamedTarget
 
     class Stub(NamedTarget):
         utils = types.SimpleNamespace(

@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 
 from benchmarks.ops.implementations import Call, Implementation, backend_module
+from benchmarks.ops.named_target import NamedTarget
 from benchmarks.ops.registry import Case, cases, dtype_name, least_bytes
 from diffdoctor.ops import OPS
 from tools.gpu import sass
@@ -22,27 +23,6 @@ NAMES = (
     "pixel-2048/bf16", "latents/fp32", "latents/fp16", "sd15/bf16", "sdxl-min-snr/bf16", "flux-tokens-map/bf16",
     "wan-720p/bf16", "onetrainer/bf16", "detector-512/fp32", "modulate-flux/bf16",
 )  # fmt: skip
-
-
-class NamedTarget:
-    """Enough of a Triton driver to compile for compute capability `arch` (80, 90, 100) on any machine."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
 
 
 def record(arch: int) -> list:
