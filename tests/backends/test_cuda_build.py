@@ -40,10 +40,10 @@ def compiled(arch: int, sources) -> list[dict]:
     return json.loads(kept(name, key, build).read_text())
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.study), 90])
 def test_kernels_neither_spill_nor_move_less_than_they_could(arch):
-    # These two cost as much to compile as all the rest: once is enough.
-    sources = [source for source in SOURCES if arch == 90 or source not in (GENERIC, POLICY)]
+    # These two cost as much to compile as all the rest: `-m study` compiles the policy's.
+    sources = [source for source in SOURCES if source not in (GENERIC, POLICY) or (arch == 90 and source == GENERIC)]
     rows = compiled(arch, sources)
     assert {row["file"] for row in rows} == {source.name for source in sources}
     spilling = [row["kernel"] for row in rows if row["spills"] != 0 or row["stack"] or row["local"]]
@@ -80,6 +80,12 @@ def test_kernels_neither_spill_nor_move_less_than_they_could(arch):
         assert count.instructions <= count.case.budget, count
         # Little's law at 4.3 TB/s, 750 ns and 132 multiprocessors: 24 KB, the gradient's third of them not read.
         assert count.loads_under_way >= 16384, count
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_policy_kernel_does_not_spill(arch):
+    assert not [row["kernel"] for row in compiled(arch, [POLICY]) if row["spills"] or row["stack"] or row["local"]]
 
 
 @pytest.mark.study

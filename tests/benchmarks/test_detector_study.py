@@ -119,7 +119,7 @@ def test_a_finished_part_is_found_again_and_one_of_other_settings_refused(tmp_pa
         made(1, ["warp"])
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_a_toy_run_writes_its_report_and_does_nothing_the_second_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pictures, "TRAINING_PIECES", 5)
     monkeypatch.setattr(pictures, "TEST_PIECES", 2)

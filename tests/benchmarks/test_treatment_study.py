@@ -44,6 +44,7 @@ def finished(tmp_path_factory):
     return output, arguments, stamps
 
 
+@pytest.mark.study
 def test_every_method_is_measured_on_both_pipelines(finished):
     record = json.loads((finished[0] / "treatment.json").read_text())
     rows = {(row["pipeline"], row["method"]): row for row in record["rows"]}
@@ -60,6 +61,7 @@ def test_every_method_is_measured_on_both_pipelines(finished):
     assert len(table.strip().splitlines()) == 2 + len(rows)
 
 
+@pytest.mark.study
 def test_the_last_part_was_made_by_the_command_and_no_other_twice(finished):
     output, _, stamps = finished
     methods = ("nft-alone", "guide")
@@ -70,6 +72,7 @@ def test_the_last_part_was_made_by_the_command_and_no_other_twice(finished):
     assert "flux-guide" not in {path.parent.name for path in stamps}
 
 
+@pytest.mark.study
 def test_the_lora_of_a_part_can_be_loaded(finished):
     from diffusers import DiffusionPipeline
 
@@ -88,6 +91,7 @@ def test_pairs_of_damaged_regions():
     assert not changed[masks == 0].any()
 
 
+@pytest.mark.study
 def test_region_dpo_prefers_the_clean_pictures(finished, tmp_path):
     from diffusers import DiffusionPipeline
 
@@ -99,6 +103,7 @@ def test_region_dpo_prefers_the_clean_pictures(finished, tmp_path):
     assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
 
 
+@pytest.mark.study
 def test_the_page_gets_the_table(finished, tmp_path):
     page = (finished[0] / "page.md").read_text()
     table = (finished[0] / "treatment.md").read_text()
@@ -110,6 +115,7 @@ def test_the_page_gets_the_table(finished, tmp_path):
             put_into(path, "table")
 
 
+@pytest.mark.study
 def test_other_settings_in_the_same_folder_are_refused(finished, capsys):
     assert main([*finished[1], "--seed", "3"]) == 2
     assert "another seed" in capsys.readouterr().err
