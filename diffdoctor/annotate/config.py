@@ -25,7 +25,8 @@ class AnnotateAddConfig:
         gold: folders of shards with exact masks, as `diffdoctor inject` makes them, for tasks of known truth.
         budget: tasks to add; those that teach a new rater come on top.
         round: of labelling.
-        strategy: paper (abnormal categories first, then what the detector is undecided about), uncertainty, or random.
+        strategy: paper (abnormal categories first, then what the detector is undecided about), uncertainty, random, or
+            mixed (the most uncertain and random ones in turn).
         audit_share: of the budget, drawn evenly from the whole pool, for unbiased figures.
         gold_share: of the budget, tasks of known truth that raters cannot tell from others.
         new_share: of the budget, pictures that look clean to the detector, of generators not labelled before.

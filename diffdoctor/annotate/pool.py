@@ -99,7 +99,8 @@ def find_candidates(pool: list[str], diagnosis: Diagnosis | None, counts: SkipCo
             continue
         seen.add(record["path"])
         texts = {key: str(record.get(key) or "") for key in ("category", "generator", "prompt")}
-        numbers = {"mean": record["mean"], "uncertainty": record.get("uncertainty", 0.0), "flagged": record["flagged"]}
+        numbers = {"mean": record["mean"], "flagged": record["flagged"]}
+        numbers |= {key: record.get(key, 0.0) for key in ("uncertainty", "disagreement")}
         key = _key_of(name, record["path"]) if source.is_shard else ""
         found.append(Candidate(name, record["path"], key, **texts, **numbers))
     for path in sorted(set(paths) - seen):

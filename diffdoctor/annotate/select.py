@@ -10,7 +10,7 @@ import numpy as np
 
 from diffdoctor.detector.balance import category_statistics
 
-STRATEGIES = ("paper", "uncertainty", "random")
+STRATEGIES = ("paper", "uncertainty", "random", "mixed")
 # z beyond which an abnormal category gets no further share.
 _MOST_Z = 6.0
 # Pictures of a category whose maps are read, as a multiple of how many are wanted of it.
@@ -29,6 +29,7 @@ class Candidate:
         mean: mean confidence of the detector, in [0, 1].
         uncertainty: see `measures.pixels.uncertainty`.
         flagged: by the detector.
+        disagreement: of its map with that of the mirrored picture, see `diagnose --mirrored`; 0: not known.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Candidate:
     mean: float = 0.0
     uncertainty: float = 0.0
     flagged: bool = False
+    disagreement: float = 0.0
 
 
 # Of a candidate: further measures of how much its label would tell, by the maps; higher is more.
@@ -63,10 +65,10 @@ def ranked(
 
     Args:
         candidates: of the pool.
-        strategy: "random"; "uncertainty": the most undecided first; "paper": categories that the detector flags too
-            often or too rarely get more of the count, by their z among the categories' mean confidences
-            (`balance.category_statistics`), and within each the mean rank of uncertainty and the further measures
-            decides.
+        strategy: "random"; "uncertainty": the most undecided first; "mixed": the most undecided and random ones in
+            turn; "paper": categories that the detector flags too often or too rarely get more of the count, by their z
+            among the categories' mean confidences (`balance.category_statistics`), and within each the mean rank of
+            uncertainty, of disagreement where it is known, and of the further measures decides.
         count: how many are wanted.
         rng: of all draws.
         measure: further measures, taken of the most undecided pictures of each category alone; None: none.
@@ -77,8 +79,11 @@ def ranked(
     shuffled = [candidates[index] for index in rng.permutation(len(candidates))]
     if strategy == "random":
         return shuffled
+    undecided = sorted(shuffled, key=lambda each: -each.uncertainty)
     if strategy == "uncertainty":
-        return sorted(shuffled, key=lambda each: -each.uncertainty)
+        return undecided
+    if strategy == "mixed":
+        return list(dict.fromkeys(each for pair in zip(undecided, shuffled, strict=True) for each in pair))
     groups = defaultdict(list)
     for each in shuffled:
         groups[each.category].append(each)
@@ -116,14 +121,14 @@ def shares(count: int, weights: dict[str, float], available: dict[str, int]) -> 
 
 def _by_ranks(group: list[Candidate], quota: int, measure: Measure | None) -> list[Candidate]:
     group = sorted(group, key=lambda each: -each.uncertainty)
-    if measure is None:
-        return group
     top, rest = group[: _LOOKED_AT * quota], group[_LOOKED_AT * quota :]
     if not top:
         return rest
     from scipy.stats import rankdata
 
-    values = np.array([[each.uncertainty, *measure(each)] for each in top])
+    values = np.array([[each.uncertainty, *(() if measure is None else measure(each))] for each in top])
+    if any(each.disagreement for each in top):
+        values = np.column_stack([values, [each.disagreement for each in top]])
     ranks = rankdata(-values, axis=0).mean(axis=1)
     return [top[index] for index in np.argsort(ranks, kind="stable")] + rest
 

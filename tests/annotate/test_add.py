@@ -1,5 +1,6 @@
 """What a round asks about: the budget's parts, the strategies, the caps, and that it can be stopped and resumed."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -145,6 +146,11 @@ def test_abnormal_categories_get_more_of_the_budget():
     # further measures decide among the undecided
     last = ranked(pool, "paper", 60, np.random.default_rng(0), lambda each: [float(each.name == "200")] * 9)
     assert next(each.name for each in last if each.category == "c") == "200"
+    # so does what the mirrored picture says, where that is known
+    odd = [dataclasses.replace(each, uncertainty=0.5, disagreement=float(each.name == "200")) for each in pool]
+    assert (
+        next(each.name for each in ranked(odd, "paper", 60, np.random.default_rng(0)) if each.category == "c") == "200"
+    )
 
 
 def test_uncertainty_and_random():
@@ -153,6 +159,11 @@ def test_uncertainty_and_random():
     assert [each.uncertainty for each in order] == sorted(range(50), reverse=True)
     drawn = [tuple(each.name for each in ranked(pool, "random", 10, np.random.default_rng(seed))) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
+    mixed = ranked(pool, "mixed", 10, np.random.default_rng(0))
+    assert {*mixed} == {*pool} and len(mixed) == 50
+    assert {each.uncertainty for each in mixed[:20]} >= {*range(42, 50)} and {each.name for each in mixed[:6]} >= {
+        *drawn[0][:3]
+    }
 
 
 def test_shares_are_whole_and_within_what_there_is():

@@ -177,15 +177,20 @@ def test_diagnose_writes_maps_records_and_a_gallery(pictures, tmp_path, detector
     import torch
 
     output = tmp_path / "out"
-    metrics = run_diagnose(DiagnoseConfig([str(pictures)], str(detector), str(output), batch_size=3, bits=bits))
+    config = DiagnoseConfig([str(pictures)], str(detector), str(output), batch_size=3, bits=bits, mirrored=bits == 8)
+    metrics = run_diagnose(config)
     assert metrics["pictures"] == 8
     model = load_detector(detector)
     records = [json.loads(line) for line in (output / "diagnosis.jsonl").read_text().splitlines()]
     assert [record["name"] for record in records] == [source.name for source in find_sources([pictures])]
     for record in records:
         picture = np.asarray(Image.open(pictures / f"{record['name']}.png"))
+        image = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255
         with torch.no_grad():
-            expected = model.confidence(torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255)[0, 0]
+            expected = model.confidence(image)[0, 0]
+            mirrored = model.confidence(image.flip(-1)).flip(-1)[0, 0]
+        difference = (expected - mirrored).abs().mean().item()
+        assert record.get("disagreement") == (pytest.approx(difference, abs=1e-5) if bits == 8 else None)
         stored = np.asarray(Image.open(output / "maps" / f"{record['name']}.png"))
         assert stored.dtype == (np.uint8 if bits == 8 else np.uint16)
         assert np.abs(stored / (2**bits - 1) - expected.numpy()).max() < 0.51 / (2**bits - 1) + 2e-5
