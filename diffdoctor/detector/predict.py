@@ -84,6 +84,7 @@ class Diagnosed:
         kinds: N names of what was done to the picture, see `damage.injection.Injected`; "" where it is not known.
         indices: (N,) the pictures' indices in the data.
         skipped: {reason: count} of the pictures that were skipped.
+        ignore: (N, H, W) bool, where it is not decided what is broken; None: nowhere.
     """
 
     confidence: np.ndarray
@@ -93,6 +94,7 @@ class Diagnosed:
     kinds: list[str]
     indices: np.ndarray | None = None
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    ignore: np.ndarray | None = None
 
 
 def batches(
@@ -207,7 +209,21 @@ def diagnosed_batches(
         images = to_images(pictures, device)
         confidence = confidence_of(detector, images)[:, 0].float().cpu().numpy()
         names = ([str(s.get(name) or "") for s in batch] for name in ("category", "generator", "kind"))
-        yield Diagnosed(confidence, np.stack(masks), *names, np.array([s["index"] for s in batch]))
+        indices, ignore = np.array([s["index"] for s in batch]), _undecided(batch, masks, size)
+        yield Diagnosed(confidence, np.stack(masks), *names, indices, ignore=ignore)
+
+
+def _undecided(batch: list[dict], masks: Sequence[np.ndarray], size: int | None) -> np.ndarray | None:
+    """Where it is not decided what is broken, of the size of the masks; None: nowhere."""
+    if all(sample.get("ignore") is None for sample in batch):
+        return None
+    planes = [
+        np.zeros(mask.shape, np.float32)
+        if sample.get("ignore") is None
+        else resize_pair(sample["picture"], as_mask(sample["ignore"]), size)[1]
+        for sample, mask in zip(batch, masks, strict=True)
+    ]
+    return np.stack(planes) > 0
 
 
 def diagnose_data(
@@ -240,6 +256,10 @@ def diagnose_data(
         return Diagnosed(empty, empty, [], [], [], np.array([], int), counts.reasons)
     if len({part.confidence.shape[1:] for part in parts}) != 1:
         raise ValueError(expected("data", "pictures of one size, or size= to resize them", "several sizes or none"))
+    undecided = None
+    if any(part.ignore is not None for part in parts):
+        planes = [np.zeros(part.masks.shape, bool) if part.ignore is None else part.ignore for part in parts]
+        undecided = np.concatenate(planes)
     return Diagnosed(
         np.concatenate([part.confidence for part in parts]),
         np.concatenate([part.masks for part in parts]),
@@ -248,4 +268,5 @@ def diagnose_data(
         [name for part in parts for name in part.kinds],
         np.concatenate([part.indices for part in parts]),
         counts.reasons,
+        undecided,
     )

@@ -27,7 +27,7 @@ def quick_measures(
         iou, map50, false_positive_rate and hit_rate; NaN where the set has no picture of the kind a measure is about.
     """
     parts = diagnosed_batches(detector, data, size=size, strict=strict)
-    parts = [PictureStatistics.of(part.confidence, part.masks) for part in parts]
+    parts = [PictureStatistics.of(part.confidence, part.masks, part.ignore) for part in parts]
     names = ("iou", "map50", "false_positive_rate", "hit_rate")
     if not parts:
         return dict.fromkeys(names, math.nan)

@@ -88,7 +88,8 @@ class Matches:
     """Which components of N pictures were found, for the average precision of any resampling of the set.
 
     Attributes:
-        scores: (K,) of the detector's components, picture by picture, the most confident first.
+        scores: (K,) of the detector's components, picture by picture, the most confident first, without those that lie
+            where it is not decided what is broken.
         hits: (K,) bool, whether a component matches one of the truth.
         lengths: (N,) number of the detector's components in each picture.
         truths: (N,) number of the truth's components in each picture.
@@ -137,14 +138,21 @@ class Matches:
         return float(np.append(precision, 0.0)[np.minimum(index, found.size)].mean())
 
 
-def match_components(confidence: np.ndarray | torch.Tensor, mask: np.ndarray | torch.Tensor) -> Matches:
+def match_components(
+    confidence: np.ndarray | torch.Tensor, mask: np.ndarray | torch.Tensor, ignore: np.ndarray | None = None
+) -> Matches:
     """COCO matching at IoU >= 0.5, by pycocotools, of the components of confidence maps with those of masks.
 
-    One class, at most 100 components a picture.
+    One class, at most 100 components a picture. Where it is not decided what is broken is a crowd: a component that
+    matches none of the truth, and of whose pixels at least half lie there, is neither right nor wrong.
 
     Args:
         confidence: (N, H, W) or (N, 1, H, W) in [0, 1], the detector's maps.
         mask: the truth, same shape; its components are found in the same way.
+        ignore: (N, H, W) bool, where it is not decided; None: nowhere.
+
+    Raises:
+        ValueError: shapes or values are not as described.
     """
     try:
         from pycocotools.coco import COCO
@@ -152,11 +160,16 @@ def match_components(confidence: np.ndarray | torch.Tensor, mask: np.ndarray | t
     except ImportError:
         raise missing_extra("pycocotools", "stages") from None
     confidence, mask = maps_pair(confidence, mask)
+    if ignore is not None and (np.shape(ignore) != mask.shape or np.asarray(ignore).dtype != bool):
+        got = f"{np.shape(ignore)} {np.asarray(ignore).dtype}"
+        raise ValueError(expected("ignore", f"{mask.shape} bool", got))
     images, truths, found = [], [], []
     for index, (prediction, truth) in enumerate(zip(confidence, mask, strict=True), start=1):
         images.append({"id": index, "height": truth.shape[0], "width": truth.shape[1]})
         for component in components(truth):
             truths.append({**_annotation(index, component), "id": len(truths) + 1, "iscrowd": 0})
+        if ignore is not None and ignore[index - 1].any():
+            truths.append({**_annotation(index, _whole(ignore[index - 1])), "id": len(truths) + 1, "iscrowd": 1})
         for component in components(prediction)[:100]:
             found.append({**_annotation(index, component), "id": len(found) + 1, "score": component.score})
     with contextlib.redirect_stdout(io.StringIO()):
@@ -175,11 +188,19 @@ def match_components(confidence: np.ndarray | torch.Tensor, mask: np.ndarray | t
     scores, hits, truths = [np.zeros(0)], [np.zeros(0, bool)], []
     # An entry is None where a picture has no component at all.
     for entry in evaluation.evalImgs:
-        scores.append(np.asarray(entry["dtScores"] if entry else (), float))
-        hits.append(np.asarray(entry["dtMatches"])[0] > 0 if entry else np.zeros(0, bool))
-        truths.append(len(entry["gtIds"]) if entry else 0)
+        decided = ~np.asarray(entry["dtIgnore"], bool)[0] if entry else np.zeros(0, bool)
+        scores.append(np.asarray(entry["dtScores"] if entry else (), float)[decided])
+        hits.append(np.asarray(entry["dtMatches"])[0][decided] > 0 if entry else decided)
+        truths.append(int(np.sum(np.asarray(entry["gtIgnore"]) == 0)) if entry else 0)
     lengths = np.array([len(s) for s in scores[1:]], np.int64)
     return Matches(np.concatenate(scores), np.concatenate(hits), lengths, np.array(truths, np.int64))
+
+
+def _whole(mask: np.ndarray) -> Component:
+    """Everything in a mask (H, W) bool that is not empty, as one component."""
+    (top, left), (bottom, right) = np.argwhere(mask).min(axis=0), np.argwhere(mask).max(axis=0)
+    box = (int(left), int(top), int(right - left) + 1, int(bottom - top) + 1)
+    return Component(mask, box, int(mask.sum()), 1.0)
 
 
 def _annotation(image_id: int, component: Component) -> dict:
@@ -192,12 +213,15 @@ def _annotation(image_id: int, component: Component) -> dict:
     }
 
 
-def mean_average_precision(confidence: np.ndarray | torch.Tensor, mask: np.ndarray | torch.Tensor) -> float:
+def mean_average_precision(
+    confidence: np.ndarray | torch.Tensor, mask: np.ndarray | torch.Tensor, ignore: np.ndarray | None = None
+) -> float:
     """mAP@0.5 of the confidence maps' components against the masks'; NaN without damage.
 
     Args:
         confidence: (N, H, W) or (N, 1, H, W) in [0, 1], the detector's maps.
         mask: the truth, of the same shape.
+        ignore: see `match_components`.
     """
-    matches = match_components(confidence, mask)
+    matches = match_components(confidence, mask, ignore)
     return matches.average_precision(np.arange(len(matches.truths)))

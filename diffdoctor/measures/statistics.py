@@ -51,12 +51,13 @@ class PictureStatistics:
         self.columns, self.matches = columns, matches
 
     @classmethod
-    def of(cls, confidence: np.ndarray, mask: np.ndarray) -> PictureStatistics:
+    def of(cls, confidence: np.ndarray, mask: np.ndarray, ignore: np.ndarray | None = None) -> PictureStatistics:
         """The statistics of confidence maps against masks.
 
         Args:
             confidence: (N, H, W) or (N, 1, H, W) in [0, 1] (or uint8).
             mask: the truth, of the same shape.
+            ignore: (N, H, W) bool, where it is not decided, which mAP alone heeds; None: nowhere.
 
         Raises:
             ValueError: they differ in shape, or a value is outside [0, 1].
@@ -67,10 +68,11 @@ class PictureStatistics:
             raise AssertionError("unreachable: such maps are refused")
         if not confidence.size:
             raise ValueError(expected("confidence", "at least one picture", "none"))
-        return cls.joined([cls._of(confidence[part], mask[part]) for part in slices(confidence)])
+        parts = [(part, None if ignore is None else ignore[part]) for part in slices(confidence)]
+        return cls.joined([cls._of(confidence[part], mask[part], undecided) for part, undecided in parts])
 
     @classmethod
-    def _of(cls, confidence: np.ndarray, mask: np.ndarray) -> PictureStatistics:
+    def _of(cls, confidence: np.ndarray, mask: np.ndarray, ignore: np.ndarray | None) -> PictureStatistics:
         true = mask >= 0.5
         columns = {
             "counts": picture_counts(confidence, mask),
@@ -83,7 +85,7 @@ class PictureStatistics:
             "missed": (true & (confidence < 0.5)).mean(axis=(1, 2)),
             "levels": _levels(confidence, true),
         }
-        return cls(columns, match_components(confidence, mask))
+        return cls(columns, match_components(confidence, mask, ignore))
 
     @classmethod
     def joined(cls, parts: Sequence[PictureStatistics]) -> PictureStatistics:

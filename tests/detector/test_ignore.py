@@ -10,6 +10,7 @@ from diffdoctor.data.shards import ShardData, read_shards
 from diffdoctor.detector.config import AugmentConfig
 from diffdoctor.detector.losses import detector_loss
 from diffdoctor.detector.samples import training_pair
+from diffdoctor.evaluate.detector.measure import evaluate_detector
 
 NOTHING = AugmentConfig(inject_share=0, benign_share=0, shrink_share=0, flip_share=0, shift=0, blur=0)
 
@@ -79,6 +80,29 @@ def test_they_follow_a_resize():
     sample = labelled()[0]
     _, mask = training_pair(sample, 32, NOTHING, np.random.default_rng(0))
     assert (mask[0, 21:, 17:] < 0).all() and (mask[0, :18] >= 0).all() and mask.max() == 1
+
+
+@pytest.mark.parametrize("size", [None, 48])
+def test_what_is_found_there_does_not_count(size):
+    class Marks(torch.nn.Module):
+        def confidence(self, images):
+            found = torch.zeros(images.shape[0], 1, *images.shape[2:])
+            scale = images.shape[2] // 24
+            found[..., 2 * scale : 8 * scale, 2 * scale : 9 * scale] = 0.8
+            found[..., 10 * scale : 16 * scale, 14 * scale :] = 0.9
+            return found
+
+    samples = labelled()
+    for sample in samples:  # square, since `size` is
+        for name in {"picture", "mask", "ignore"} & {*sample}:
+            sample[name] = np.concatenate([sample[name], np.zeros_like(sample[name][:8])])
+    measured = evaluate_detector(Marks(), samples, size=size, bootstrap=0)["overall"]
+    # of the second one nothing is undecided, and one of three counted is wrong, the most confident
+    assert measured["map50"] == pytest.approx(2 / 3, abs=0.01)
+    del samples[0]["ignore"]
+    assert evaluate_detector(Marks(), samples, size=size, bootstrap=0)["overall"]["map50"] == pytest.approx(
+        0.5, abs=0.01
+    )
 
 
 def test_they_are_crowds_in_coco(tmp_path):

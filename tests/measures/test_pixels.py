@@ -196,6 +196,29 @@ def test_what_is_found_on_clean_pictures_lowers_map50():
     assert mean_average_precision(maps, masks) == pytest.approx(0.5, abs=0.01)
 
 
+def test_what_is_found_where_nothing_is_decided_is_neither_right_nor_wrong():
+    masks, maps, ignore = np.zeros((3, 32, 32)), np.zeros((3, 32, 32)), np.zeros((3, 32, 32), bool)
+    masks[:, 2:10, 2:10], maps[:2, 2:10, 2:10] = 1, 0.8  # two of three are found
+    maps[0, 20:28, 20:28], maps[2, 20:28, 20:28] = 0.9, 0.95  # and two things that nobody marked
+    assert mean_average_precision(maps, masks, ignore) == mean_average_precision(maps, masks)
+    ignore[0, 24:28, 20:28] = True  # half of the first one's pixels
+    matches = match_components(maps, masks, ignore)
+    assert matches.scores == pytest.approx([0.8, 0.8, 0.95]) and matches.hits.tolist() == [True, True, False]
+    assert matches.truths.tolist() == [1, 1, 1] and matches.lengths.tolist() == [1, 1, 1]
+    half = ignore.copy()
+    half[0, 24, 20] = False
+    assert len(match_components(maps, masks, half).scores) == 4
+    # what matches the truth is right, wherever it lies
+    ignore[:2, 2:10, 2:10] = True
+    assert match_components(maps, masks, ignore).hits.tolist() == [True, True, False]
+    ignore[2] = True
+    maps[2, 2:10, 2:10] = 0.7
+    assert mean_average_precision(maps, masks, ignore) == pytest.approx(1)
+    assert math.isnan(mean_average_precision(maps[:1], masks[:1] * 0, ignore[:1]))
+    with pytest.raises(ValueError, match=r"ignore: expected \(3, 32, 32\) bool, got \(3, 32, 32\) float64"):
+        match_components(maps, masks, masks)
+
+
 def test_no_damage_at_all_has_no_map50():
     assert math.isnan(mean_average_precision(np.ones((2, 16, 16)), np.zeros((2, 16, 16))))
 

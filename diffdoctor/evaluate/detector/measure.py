@@ -81,7 +81,7 @@ def measure(found: Diagnosed, *, bootstrap: int = 1000, seed: int = 0) -> dict[s
         bootstrap: number of resamples of the set; 0 gives no intervals.
         seed: of the resampling.
     """
-    statistics = PictureStatistics.of(found.confidence, found.masks)
+    statistics = PictureStatistics.of(found.confidence, found.masks, found.ignore)
 
     def auprc(column, name, chosen):
         return average_precision(found.confidence[chosen], found.masks[chosen])

@@ -101,7 +101,7 @@ def evaluate_in_parts(
         UserError: the folder holds parts of another identity, or other files; or pictures differ in size.
     """
     data, length = JoinedData(sets), _BATCHES * batch_size
-    identity = identity | {"data": data.fingerprint(), "batch_size": batch_size, "size": size, "format": 4}
+    identity = identity | {"data": data.fingerprint(), "batch_size": batch_size, "size": size, "format": 5}
     run = _parts_folder(folder, identity)
     refuse_foreign(folder, _NAMES)
     run.check()
@@ -138,7 +138,8 @@ def _write(units: Units, name: str, batches: Iterator, counts: SkipCounts) -> No
         for batch in batches:
             for part in slices(batch.confidence):
                 confidence, masks = batch.confidence[part], batch.masks[part]
-                statistics.append(PictureStatistics.of(confidence, masks))
+                undecided = None if batch.ignore is None else batch.ignore[part]
+                statistics.append(PictureStatistics.of(confidence, masks, undecided))
                 curves.add(confidence, masks)
                 chunks.add(confidence, masks, batch.categories[part], batch.generators[part])
             names["categories"] += batch.categories
