@@ -20,6 +20,9 @@ from diffdoctor.treat.rollout import picture_generators, redraw_inside
 from diffdoctor.treat.sampling import Guidance, Sampling
 from diffdoctor.treat.schedulers import Sampler
 
+# As of diffusers 0.42 it asks its transformer's configuration for an entry that no Chroma has.
+_BROKEN = ("ChromaInpaintPipeline",)
+
 
 @dataclass(frozen=True)
 class Redraw:
@@ -76,7 +79,7 @@ class ResumeRedrawer:
         defaults = inspect.signature(type(pipeline).__call__).parameters
         self.steps = options.sampling_steps or defaults["num_inference_steps"].default
         scale = options.guidance_scale
-        self.guidance = Guidance(defaults["guidance_scale"].default if scale is None else scale)
+        self.guidance = Guidance(defaults[self.family.guidance_argument].default if scale is None else scale)
         self.size = self.family.picture_size(options.height, options.width)
         self.multiple = self.family.size_multiple()
         self._sampler = functools.lru_cache(maxsize=32)(self._new_sampler)
@@ -127,7 +130,7 @@ class ResumeRedrawer:
             distinct, guidance_scale=self.guidance.scale, height=size[0], width=size[1], device=self.device
         )
         rows = {prompt: row for row, prompt in enumerate(distinct)}
-        return encoded.rows(torch.tensor([rows[prompt] for prompt in prompts]))
+        return encoded.rows(torch.tensor([rows[prompt] for prompt in prompts])).trimmed()
 
 
 class InpaintRedrawer:
@@ -148,9 +151,11 @@ class InpaintRedrawer:
         pipeline.set_progress_bar_config(disable=True)
         parameters = inspect.signature(type(pipeline).__call__).parameters
         self.parameters = set(parameters)
+        # what Qwen-Image's call takes under this name is for distilled models
+        guidance = "true_cfg_scale" if type(pipeline).__name__.startswith("QwenImage") else "guidance_scale"
         given = {
             "num_inference_steps": options.sampling_steps,
-            "guidance_scale": options.guidance_scale,
+            guidance: options.guidance_scale,
             "negative_prompt": options.negative_prompt,
             "max_sequence_length": options.max_sequence_length,
         }
@@ -262,6 +267,8 @@ def _inpainting_class(kind: type) -> type | None:
         found = _get_task_class(AUTO_INPAINT_PIPELINES_MAPPING, kind.__name__)
     if found is None:  # one that it does not know yet, such as FLUX.2's
         found = getattr(diffusers, kind.__name__.replace("Pipeline", "InpaintPipeline"), None)
+    if getattr(found, "__name__", None) in _BROKEN:
+        return None
     return found if isinstance(found, type) and _inpaints(found) else None
 
 

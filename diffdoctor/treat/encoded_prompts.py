@@ -50,7 +50,7 @@ class EncodedPrompts:
         found = self.store.take(index)
         positive = {name.removeprefix("+"): value.to(self.device) for name, value in found.items() if name[0] == "+"}
         negative = {name.removeprefix("-"): value.to(self.device) for name, value in found.items() if name[0] == "-"}
-        return Conditioning(positive, negative or None)
+        return Conditioning(positive, negative or None).trimmed()
 
 
 def _flat(conditioning: Conditioning) -> dict[str, torch.Tensor]:

@@ -152,7 +152,7 @@ def guide(
     scheduler = pipeline.scheduler
     sampler = Sampler.around(scheduler)
     size = family.picture_size(height, width)
-    predictor = Predictor(family.denoiser) if rewinds else None
+    predictor = Predictor(family) if rewinds else None
     sampling = Sampling(family, sampler, detector=detector)
     if clean is not None:
         options.rewind_confidence = clean_confidence(sampling, clean, size, rewind_area)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.treat.families import Family
 
 _SAMPLE_NAMES = ("hidden_states", "sample")
-# Positions of tokens, which hold for every picture of the batch.
-_SHARED_NAMES = ("img_ids", "txt_ids")
+# Positions of tokens and sizes, which hold for every picture of the batch.
+_SHARED_NAMES = ("img_ids", "txt_ids", "position_ids", "img_shapes")
 
 
 @dataclass
@@ -31,14 +32,15 @@ class _Step:
 class Predictor:
     """Watches a denoiser inside a pipeline's own loop, and repeats the prediction of a step that was watched.
 
-    Classifier-free guidance is recognised by its two predictions, whether they came from one call or from two: the
-    prediction that the scheduler receives is read as a + w (b - a), and w is kept per picture.
+    Classifier-free guidance is recognised by its two predictions, whether they came from one call or from two: how the
+    scheduler's prediction is made of them is read off per picture, by the family's `weight_of`.
 
     Args:
-        denoiser: the module to watch; a hook stands on it until `close`.
+        family: of the pipeline; a hook stands on its denoiser until `close`.
     """
 
-    def __init__(self, denoiser: torch.nn.Module):
+    def __init__(self, family: Family):
+        self._family, denoiser = family, family.denoiser
         self._denoiser = denoiser
         self._steps: dict[int, _Step] = {}
         self._seen: list[tuple] = []
@@ -57,7 +59,10 @@ class Predictor:
 
     def _watch(self, module, args, kwargs, output):
         if self._watching:
-            self._seen.append((args, dict(kwargs), _tensor_of(output)))
+            self._seen.append((args, dict(kwargs), self._prediction(output)))
+
+    def _prediction(self, output) -> torch.Tensor:
+        return self._family.from_denoiser(output[0] if isinstance(output, tuple) else output.sample)
 
     def keep(self, step: int, prediction: torch.Tensor) -> None:
         """Store how the prediction that the scheduler receives at this step was made.
@@ -67,7 +72,7 @@ class Predictor:
             prediction: as the pipeline's loop holds it, (B, ...).
 
         Raises:
-            UserError: when it was not made of one or two passes of the denoiser.
+            UserError: when it was not made of one or two passes of the denoiser, or not of these two alone.
         """
         seen, self._seen = self._seen, []
         batch = len(prediction)
@@ -80,7 +85,14 @@ class Predictor:
         if len(outputs) not in (1, 2):
             what = f"a prediction made of 1 or 2 passes of {type(self._denoiser).__name__}"
             raise UserError(expected("guide", what, f"{len(outputs)}; rewinds=0 does without repeating it"))
-        self._steps[step] = _Step(batch, calls, _weight(*outputs, prediction) if len(outputs) == 2 else None)
+        weight = None
+        if len(outputs) == 2:
+            weight = self._family.weight_of(*outputs, prediction)
+            again = self._family.recombine(*(output.float() for output in outputs), weight)
+            if _is_another(again, prediction):
+                what = f"{type(self._family.pipeline).__name__}'s predictions, guided in the plain way"
+                raise UserError(expected("guide", what, "rescaled ones; rewinds=0 does without repeating them"))
+        self._steps[step] = _Step(batch, calls, weight)
 
     @torch.no_grad()
     def predict(self, step: int, model_input: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -99,38 +111,34 @@ class Predictor:
             for call in stored.calls:
                 index = torch.cat([rows + part * stored.batch for part in range(call.parts)])
                 count = stored.batch * call.parts
-                args, kwargs = _at_rows(call.args, index, count), _at_rows(call.kwargs, index, count)
-                inputs = torch.cat([model_input] * call.parts)
+                args, kwargs = self._at_rows(call.args, index, count), self._at_rows(call.kwargs, index, count)
+                inputs = self._family.to_denoiser(torch.cat([model_input] * call.parts))
                 if call.name is None:
                     output = self._denoiser(inputs, *args, **kwargs)
                 else:
                     output = self._denoiser(*args, **{call.name: inputs}, **kwargs)
-                outputs += _tensor_of(output).chunk(call.parts)
+                outputs += self._prediction(output).chunk(call.parts)
         finally:
             self._watching = True
         if stored.weight is None:
             return outputs[0]
-        first, second = outputs
-        return first + stored.weight[rows.to(first.device)].to(first.dtype) * (second - first)
+        return self._family.recombine(*outputs, stored.weight[rows.to(outputs[0].device)].to(outputs[0].dtype))
+
+    def _at_rows(self, value, index: torch.Tensor, count: int):
+        if isinstance(value, torch.Tensor):
+            batched = value.ndim > 0 and len(value) == count
+            return value.index_select(0, index.to(value.device)) if batched else value
+        if isinstance(value, dict):
+            return {k: v if k in _SHARED_NAMES else self._at_rows(v, index, count) for k, v in value.items()}
+        if self._family.denoiser_takes_lists and isinstance(value, list) and len(value) == count:
+            return [value[row] for row in index.tolist()]
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._at_rows(entry, index, count) for entry in value)
+        return value
 
 
-def _at_rows(value, index: torch.Tensor, count: int):
-    if isinstance(value, torch.Tensor):
-        batched = value.ndim > 0 and len(value) == count
-        return value.index_select(0, index.to(value.device)) if batched else value
-    if isinstance(value, dict):
-        return {k: v if k in _SHARED_NAMES else _at_rows(v, index, count) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_at_rows(entry, index, count) for entry in value)
-    return value
-
-
-def _weight(first, second, prediction) -> torch.Tensor:
-    """The w (B, 1, ...) of prediction = first + w (second - first), by least squares."""
-    along = (second - first).flatten(1).float()
-    weight = ((prediction - first).flatten(1).float() * along).sum(1) / along.square().sum(1).clamp_min(1e-30)
-    return weight.view(-1, *(1,) * (prediction.ndim - 1))
-
-
-def _tensor_of(output) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output.sample
+def _is_another(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether two predictions differ by more than rounding."""
+    far = 1e-3 if wanted.dtype in (torch.float32, torch.float64) else 0.05
+    difference, size = ((x.float().flatten(1)).norm(dim=1) for x in (found - wanted, wanted))
+    return bool((difference > far * size).any())

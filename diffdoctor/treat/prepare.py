@@ -52,7 +52,9 @@ def memory_options(family: Family, config: TreatConfig) -> Iterator[None]:
     try:
         if config.gradient_checkpointing:
             for module in (denoiser, vae):
-                if not getattr(module, "is_gradient_checkpointing", False):
+                if not module._supports_gradient_checkpointing:
+                    undo.append(_recompute(module.decoder))
+                elif not module.is_gradient_checkpointing:
                     module.enable_gradient_checkpointing()
                     undo.append(module.disable_gradient_checkpointing)
         if config.vae_slicing or config.vae_tiling:
@@ -70,33 +72,59 @@ def memory_options(family: Family, config: TreatConfig) -> Iterator[None]:
 
 def _save_memory_in_vae(vae, config: TreatConfig):
     names = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size")
-    if not all(hasattr(vae, name) for name in names):
+    video_names = (
+        "use_slicing", "use_tiling", "spatial_compression_ratio", "tile_sample_min_height", "tile_sample_min_width",
+        "tile_sample_stride_height", "tile_sample_stride_width",
+    )  # fmt: skip
+    if takes_videos := all(hasattr(vae, name) for name in video_names):
+        names = video_names
+    elif not all(hasattr(vae, name) for name in names):
         option = "vae_tiling" if config.vae_tiling else "vae_slicing"
         raise UserError(expected(option, "a VAE with slices and tiles such as AutoencoderKL", type(vae).__name__))
     before = {name: getattr(vae, name) for name in names}
-    forward = vae.decoder.forward
+    undo_recomputing = None
     vae.use_slicing = vae.use_slicing or config.vae_slicing
     if config.vae_tiling:
-        scale = vae.tile_sample_min_size // vae.tile_latent_min_size
+        scale = vae.spatial_compression_ratio if takes_videos else vae.tile_sample_min_size // vae.tile_latent_min_size
         if config.vae_tiling % (4 * scale):
             what = f"a multiple of {4 * scale} pixels, for tiles that overlap by a quarter"
             raise UserError(expected("vae_tiling", what, config.vae_tiling))
         vae.use_tiling = True
-        vae.tile_sample_min_size, vae.tile_latent_min_size = config.vae_tiling, config.vae_tiling // scale
-
-        def recomputed(latents, *args, **kwargs):
-            if torch.is_grad_enabled() and latents.requires_grad:
-                return checkpoint(forward, latents, *args, use_reentrant=False, **kwargs)
-            return forward(latents, *args, **kwargs)
-
-        vae.decoder.forward = recomputed
+        if takes_videos:
+            vae.tile_sample_min_height = vae.tile_sample_min_width = config.vae_tiling
+            vae.tile_sample_stride_height = vae.tile_sample_stride_width = config.vae_tiling * 3 // 4
+        else:
+            vae.tile_sample_min_size, vae.tile_latent_min_size = config.vae_tiling, config.vae_tiling // scale
+        undo_recomputing = _recompute(vae.decoder)
 
     def undo():
-        vae.decoder.__dict__.pop("forward", None)
+        if undo_recomputing is not None:
+            undo_recomputing()
         for name, value in before.items():
             setattr(vae, name, value)
 
     return undo
+
+
+def _recompute(decoder):
+    """Make a decoder keep no activations for backward; gives what undoes it."""
+    if "forward" in vars(decoder):
+        return lambda: None
+    forward = decoder.forward
+
+    def recomputed(latents, *args, **kwargs):
+        if not (torch.is_grad_enabled() and latents.requires_grad):
+            return forward(latents, *args, **kwargs)
+        # decoders of videos write into these lists; a single frame finds them as they were, also when it is recomputed
+        lists = {name: list(value) for name, value in kwargs.items() if isinstance(value, list)}
+
+        def call(latents):
+            return forward(latents, *args, **{**kwargs, **{name: list(value) for name, value in lists.items()}})
+
+        return checkpoint(call, latents, use_reentrant=False)
+
+    decoder.forward = recomputed
+    return lambda: decoder.__dict__.pop("forward", None)
 
 
 def _set_attention_backend(denoiser, name: str):

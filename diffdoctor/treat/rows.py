@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from diffdoctor.runs.files import atomic_path
+from diffdoctor.treat.families.conditioning import padded
 
 Rows = dict[str, torch.Tensor]
 
@@ -18,7 +19,7 @@ class RowStore:
     """Named tensors of N rows each, added some rows at a time and then taken by number.
 
     Once they take more than `limit` bytes they are written to files, one for each addition, and what is taken is read
-    from there. What an interrupted run wrote is not made again.
+    from there. What an interrupted run wrote is not made again. Rows of unequal length come with zeros behind them.
 
     Args:
         name: of the files, such as "prompts".
@@ -69,7 +70,8 @@ class RowStore:
         """The rows (M, ...) at index (M,), by name: on the device where they were made, or the CPU if in files."""
         if self._kept is not None:
             if not self._whole:
-                self._whole = {name: torch.cat([rows[name] for rows in self._kept]) for name in self._kept[0]}
+                names = self._kept[0]
+                self._whole = {name: torch.cat(padded([rows[name] for rows in self._kept], dim=1)) for name in names}
                 self._kept = [self._whole]
             return {name: value.index_select(0, index.to(value.device)) for name, value in self._whole.items()}
         numbers = index.tolist()
@@ -84,7 +86,7 @@ class RowStore:
                 values = found.setdefault(name, [None] * len(numbers))
                 for place, row in zip(places, value, strict=True):
                     values[place] = row
-        return {name: torch.stack(values) for name, values in found.items()}
+        return {name: torch.stack(padded(values, dim=0)) for name, values in found.items()}
 
     def _to_files(self) -> None:
         if self._folder is None:

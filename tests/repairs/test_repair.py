@@ -14,9 +14,9 @@ from diffdoctor.repairs.redraw import InpaintRedrawer, ResumeRedrawer, _inpainti
 from diffdoctor.repairs.repairer import ELSEWHERE, NOT_BEST, NOT_BETTER
 from diffdoctor.runs.errors import UserError
 from support.repairs import PROMPT, QUICK, blocks, bright, inpainter
-from support.tiny_pipelines import FAMILIES, tiny_pipeline
+from support.tiny_pipelines import CALL_OPTIONS, FAMILIES, tiny_pipeline
 
-LONG_TEXTS = ("sd3", "flux", "flux-fill", "flux2")
+LONG_TEXTS = (*CALL_OPTIONS, "flux-fill")
 
 
 def options(name="sd", **changes):
@@ -31,7 +31,7 @@ def repaired(pictures, pipeline=None, detector=bright, name="sd", **changes):
 @pytest.mark.parametrize(
     ("method", "name"),
     [
-        *(("inpaint", name) for name in ("sd", "sdxl", "sd3", "flux", "flux-fill", "flux2")),
+        *(("inpaint", name) for name in ("sd", "sdxl", "sd3", "flux", "flux-fill", "flux2", "qwen_image", "z_image")),
         *(("resume", n) for n in FAMILIES),
     ],
 )
@@ -62,13 +62,13 @@ def test_diffusers_inpainting_pipelines_are_found_by_the_models_class():
         "Flux2KleinPipeline": "Flux2KleinInpaintPipeline",
         "ZImagePipeline": "ZImageInpaintPipeline",
         "QwenImagePipeline": "QwenImageInpaintPipeline",
-        "ChromaPipeline": "ChromaInpaintPipeline",
     }
     there = {one: other for one, other in pairs.items() if hasattr(diffusers, one) and hasattr(diffusers, other)}
     assert len(there) >= 4
     for one, other in there.items():
         assert _inpainting_class(getattr(diffusers, one)).__name__ == other
     assert _inpainting_class(diffusers.PixArtAlphaPipeline) is None
+    assert _inpainting_class(diffusers.ChromaPipeline) is None
 
 
 def test_auto_inpaints_where_it_can_and_keeps_the_weights_dtype():

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from support.tiny_pipelines import _vae, tiny_pipeline
+from support.tiny_pipelines import autoencoder, tiny_pipeline
 
 PROMPT = "a photo of a red square"
 QUICK = {"sampling_steps": 3, "tries": 2, "height": 16, "width": 16, "batch_size": 2}
@@ -26,14 +26,15 @@ def inpainter(name):
     """A tiny pipeline that inpaints, or of which diffusers makes one."""
     from diffusers import FluxFillPipeline, SD3Transformer2DModel
 
-    if name in ("sd", "sdxl", "flux", "flux2"):
+    if name in ("sd", "sdxl", "flux", "flux2", "qwen_image", "z_image", "chroma"):
         return tiny_pipeline(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if name == "sd3":  # whose inpainting pipeline insists on 16 channels
             pipeline = tiny_pipeline("sd3")
             config = {**pipeline.transformer.config, "in_channels": 16, "out_channels": 16}
-            vae = _vae(16, scaling_factor=0.7, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
+            without = {"use_quant_conv": False, "use_post_quant_conv": False}
+            vae = autoencoder(16, scaling_factor=0.7, shift_factor=0.06, **without)
             pipeline.register_modules(transformer=SD3Transformer2DModel.from_config(config), vae=vae)
             return pipeline
         pipeline = tiny_pipeline("flux")  # FLUX.1 Fill: latents, masked latents and the mask's pixels as channels

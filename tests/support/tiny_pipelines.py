@@ -1,4 +1,4 @@
-"""Random pipelines of five families, small enough to train on a CPU within a test; built offline, saved as a folder.
+"""Random pipelines of every family, small enough to train on a CPU within a test; built offline, saved as a folder.
 
 Pictures are 16 to 64 pixels wide, latents half of that. Nothing here is trained.
 """
@@ -8,9 +8,17 @@ import torch
 from diffdoctor.demo.pipeline import build_tokenizer
 
 PROMPTS = ("a photo of a red square", "a photo of a green circle", "a photo of a blue triangle")
-FAMILIES = ("sd", "sdxl", "sd3", "flux", "flux2")
+NEW_FAMILIES = ("z_image", "qwen_image", "krea2", "chroma", "flux2_dev")
+FAMILIES = ("sd", "sdxl", "sd3", "flux", "flux2", *NEW_FAMILIES)
 # of a pipeline's call
-CALL_OPTIONS = {name: {"max_sequence_length": 32} for name in ("sd3", "flux", "flux2")}
+CALL_OPTIONS = {name: {"max_sequence_length": 32} for name in FAMILIES if name not in ("sd", "sdxl")}
+
+
+def call_options(name, scale, prompts=PROMPTS):
+    """Options of a pipeline's call at a guidance scale, such that it does what its family does."""
+    if name == "qwen_image":
+        return {**CALL_OPTIONS[name], "true_cfg_scale": scale, "negative_prompt": [" "] * len(prompts)}
+    return {**CALL_OPTIONS.get(name, {}), "guidance_scale": scale}
 
 
 def t5_tokenizer(texts=PROMPTS, max_length=32):
@@ -50,7 +58,7 @@ def _clip(tokenizer, hidden_size=32, projection=False):
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
-def _t5(tokenizer, hidden_size=32):
+def t5_encoder(tokenizer, hidden_size=32):
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
@@ -59,7 +67,7 @@ def _t5(tokenizer, hidden_size=32):
     return T5EncoderModel(config).eval()
 
 
-def _vae(latent_channels=4, **config):
+def autoencoder(latent_channels=4, **config):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -107,7 +115,7 @@ def _sd(prediction_type):
 
     tokenizer = build_tokenizer(PROMPTS, max_length=77)
     return StableDiffusionPipeline(
-        vae=_vae(scaling_factor=0.5),
+        vae=autoencoder(scaling_factor=0.5),
         text_encoder=_clip(tokenizer),
         tokenizer=tokenizer,
         unet=_unet(),
@@ -123,7 +131,7 @@ def _sdxl(prediction_type):
 
     tokenizer = build_tokenizer(PROMPTS, max_length=77)
     return StableDiffusionXLPipeline(
-        vae=_vae(scaling_factor=0.5),
+        vae=autoencoder(scaling_factor=0.5),
         text_encoder=_clip(tokenizer),
         text_encoder_2=_clip(tokenizer, projection=True),
         tokenizer=tokenizer,
@@ -140,7 +148,7 @@ def _sdxl(prediction_type):
     )
 
 
-def _flow_scheduler(**config):
+def flow_scheduler(**config):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(**config)
@@ -164,13 +172,13 @@ def _sd3(prediction_type):
             pooled_projection_dim=64,
             pos_embed_max_size=32,
         ),
-        scheduler=_flow_scheduler(shift=3.0),
-        vae=_vae(scaling_factor=0.7, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        scheduler=flow_scheduler(shift=3.0),
+        vae=autoencoder(scaling_factor=0.7, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=_clip(tokenizer, projection=True),
         tokenizer=tokenizer,
         text_encoder_2=_clip(tokenizer, projection=True),
         tokenizer_2=build_tokenizer(PROMPTS, max_length=77),
-        text_encoder_3=_t5(t5, 64),
+        text_encoder_3=t5_encoder(t5, 64),
         tokenizer_3=t5,
     )
 
@@ -180,11 +188,11 @@ def _flux(prediction_type):
 
     tokenizer, t5 = build_tokenizer(PROMPTS, max_length=77), t5_tokenizer()
     return FluxPipeline(
-        scheduler=_flow_scheduler(shift=3.0, use_dynamic_shifting=False),
-        vae=_vae(scaling_factor=0.7, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        scheduler=flow_scheduler(shift=3.0, use_dynamic_shifting=False),
+        vae=autoencoder(scaling_factor=0.7, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=_clip(tokenizer),
         tokenizer=tokenizer,
-        text_encoder_2=_t5(t5),
+        text_encoder_2=t5_encoder(t5),
         tokenizer_2=t5,
         transformer=FluxTransformer2DModel(
             patch_size=1,
@@ -227,11 +235,10 @@ def qwen_tokenizer(texts=PROMPTS, max_length=64):
     return tokenizer
 
 
-def _flux2(prediction_type):
-    from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def flux2_parts(guidance_embeds):
+    """What the pipelines of FLUX.2 share."""
+    from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 
-    tokenizer = qwen_tokenizer()
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -242,35 +249,45 @@ def _flux2(prediction_type):
     ).eval()
     vae.bn.running_mean.copy_(0.2 * torch.randn(16))
     vae.bn.running_var.copy_(0.5 + torch.rand(16))
+    transformer = Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+    scheduler = flow_scheduler(shift=3.0, use_dynamic_shifting=True)
+    return {"scheduler": scheduler, "vae": vae, "transformer": transformer}
+
+
+def _flux2(prediction_type):
+    from diffusers import Flux2KleinPipeline
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = qwen_tokenizer()
     text = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1,
         num_hidden_layers=27, head_dim=8, max_position_embeddings=64, initializer_range=0.2,
     )  # fmt: skip
-    return Flux2KleinPipeline(
-        scheduler=_flow_scheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=vae,
-        text_encoder=Qwen3ForCausalLM(text).eval(),
-        tokenizer=tokenizer,
-        transformer=Flux2Transformer2DModel(
-            patch_size=1,
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=48,
-            timestep_guidance_channels=16,
-            axes_dims_rope=(4, 4, 4, 4),
-            guidance_embeds=False,
-        ),
-    )
+    encoder = Qwen3ForCausalLM(text).eval()
+    return Flux2KleinPipeline(text_encoder=encoder, tokenizer=tokenizer, **flux2_parts(guidance_embeds=False))
 
 
 def tiny_pipeline(family, *, prediction_type="epsilon", seed=0):
     """A random pipeline of one of `FAMILIES`; prediction_type is for the UNet ones. The global random state is kept."""
-    build = {"sd": _sd, "sdxl": _sdxl, "sd3": _sd3, "flux": _flux, "flux2": _flux2}[family]
+    known = {"sd": _sd, "sdxl": _sdxl, "sd3": _sd3, "flux": _flux, "flux2": _flux2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline = build(prediction_type)
+        if family in known:
+            pipeline = known[family](prediction_type)
+        else:
+            from support import tiny_families
+
+            pipeline = getattr(tiny_families, family)()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -16,13 +16,7 @@ from diffdoctor.treat.lora import (
 )
 from support.tiny_pipelines import CALL_OPTIONS, FAMILIES, PROMPTS, tiny_pipeline
 
-GROUPS = {
-    "sd": ("attention", "convolution"),
-    "sdxl": ("attention", "convolution"),
-    "sd3": ("attention", "feed_forward"),
-    "flux": ("attention", "feed_forward"),
-    "flux2": ("attention", "feed_forward"),
-}
+GROUPS = {name: ("attention", "convolution" if name in ("sd", "sdxl") else "feed_forward") for name in FAMILIES}
 
 
 def draw(pipeline, family):

@@ -100,7 +100,9 @@ def lora_gradient(name, size=16, **options):
             sampling, rollout, confidence, config,
             total=2, generator=torch.Generator(), seeds=(1, 2), old=average, initial=average,
         )  # fmt: skip
-    return torch.cat([parameter.grad.flatten() for parameter in parameters]), family
+    # None: of a text's last layer, which nothing reads
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    return torch.cat([gradient.flatten() for gradient in gradients]), family
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -115,7 +117,7 @@ def test_checkpointing_and_slicing_change_no_gradient(name):
     assert not family.vae.use_slicing
 
 
-@pytest.mark.parametrize("name", ["sd", "flux"])
+@pytest.mark.parametrize("name", ["sd", "flux", "qwen_image"])
 def test_tiles_are_recomputed_with_the_gradient_of_tiles_kept(name, monkeypatch):
     calls = []
 
@@ -130,7 +132,7 @@ def test_tiles_are_recomputed_with_the_gradient_of_tiles_kept(name, monkeypatch)
     monkeypatch.setattr("diffdoctor.treat.prepare.checkpoint", counting)
     kept_whole, _ = lora_gradient(name, size=32, vae_tiling=16)
     assert len(calls) == 9
-    assert calls[0] == (8, 8)
+    assert calls[0][-2:] == (8, 8)
     torch.testing.assert_close(tiled, kept_whole, atol=1e-6 * float(tiled.abs().max()), rtol=1e-4)
 
 

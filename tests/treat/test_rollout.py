@@ -9,7 +9,7 @@ from diffdoctor.treat.families import Family, family_of, register_family
 from diffdoctor.treat.rollout import initial_latents, picture_generators, replay, roll_out
 from diffdoctor.treat.sampling import Guidance, Sampling
 from diffdoctor.treat.schedulers import Sampler
-from support.tiny_pipelines import CALL_OPTIONS, FAMILIES, PROMPTS, tiny_pipeline
+from support.tiny_pipelines import FAMILIES, PROMPTS, call_options, tiny_pipeline
 
 SEEDS = (11, 12, 13)
 SCHEDULERS = {
@@ -21,11 +21,17 @@ SCHEDULERS = {
         "DPMSolverMultistepScheduler",
     ),
     "sdxl": ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler"),
-    "sd3": ("FlowMatchEulerDiscreteScheduler",),
-    "flux": ("FlowMatchEulerDiscreteScheduler",),
-    "flux2": ("FlowMatchEulerDiscreteScheduler",),
 }
-CASES = [(family, scheduler, scale) for family in FAMILIES for scheduler in SCHEDULERS[family] for scale in (1.0, 5.0)]
+CASES = [
+    *(
+        (family, scheduler, scale)
+        for family in FAMILIES
+        for scheduler in SCHEDULERS.get(family, ("FlowMatchEulerDiscreteScheduler",))
+        for scale in (1.0, 5.0)
+    ),
+    # these count guidance from 0
+    *((family, "FlowMatchEulerDiscreteScheduler", 0.0) for family in ("z_image", "krea2")),
+]
 
 
 def prepared(name, scheduler, scale, steps=4, dtype=torch.float32, prediction_type="epsilon"):
@@ -51,10 +57,10 @@ def test_roll_out_draws_what_the_pipeline_draws(name, scheduler, scale):
     family = sampling.family
     rollout = roll_out(sampling, conditioning, latents, generators, chunk=2)
     ours = family.decode(rollout.final).clamp(0, 1)
-    options = CALL_OPTIONS.get(name, {})
+    options = call_options(name, scale)
     family.pipeline.set_progress_bar_config(disable=True)
     theirs = family.pipeline(
-        prompt=list(PROMPTS), height=16, width=16, num_inference_steps=4, guidance_scale=scale, output_type="pt",
+        prompt=list(PROMPTS), height=16, width=16, num_inference_steps=4, output_type="pt",
         generator=picture_generators(SEEDS), **options,
     ).images  # fmt: skip
     assert (theirs - theirs[:1]).abs().max() > 1e-3

@@ -5,6 +5,7 @@ import torch
 
 from diffdoctor.runs.errors import UserError
 from diffdoctor.treat import treat
+from diffdoctor.treat.encoded_prompts import EncodedPrompts
 from diffdoctor.treat.families import Conditioning, family_of
 from diffdoctor.treat.rows import RowStore
 from support.tiny_pipelines import PROMPTS, tiny_pipeline
@@ -136,8 +137,6 @@ def test_pairs_are_read_one_at_a_time():
 
 
 def test_conditioning_is_what_the_family_encodes():
-    from diffdoctor.treat.encoded_prompts import EncodedPrompts
-
     family, cpu = family_of(tiny_pipeline("sdxl")), torch.device("cpu")
     options = {"guidance_scale": 3.0, "height": 16, "width": 16}
     store = RowStore("prompts", 0)
@@ -148,3 +147,26 @@ def test_conditioning_is_what_the_family_encodes():
     for theirs, ours in ((expected.positive, found.positive), (expected.negative, found.negative)):
         assert theirs.keys() == ours.keys()
         assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("limit", [0, 1e9])
+@pytest.mark.parametrize("name", ["z_image", "qwen_image", "krea2"])
+def test_prompts_of_unequal_length_meet(name, limit):
+    family, cpu = family_of(tiny_pipeline(name)), torch.device("cpu")
+    family.max_sequence_length = 32
+    prompts = ["a red square", "a photo of a red square and a photo of a blue triangle", "a", "blue"]
+    options = {"guidance_scale": 3.0, "height": 16, "width": 16}
+    encoded = EncodedPrompts(family, prompts, RowStore("prompts", limit), batch_size=2, device=cpu, **options)
+    index = torch.tensor([2, 1, 0])
+    together = encoded.rows(index)
+    text = "cap_feats" if name == "z_image" else "encoder_hidden_states"
+    assert not together.positive[text + "_mask"].all()
+    latents, time = torch.randn(3, *family.latent_shape(16, 16)), torch.full((), 500.0)
+    for scale in (0.0, 3.0):
+        found = family.predict(latents, time, together, scale)
+        for row, number in enumerate(index.tolist()):
+            alone = encoded.rows(torch.tensor([number]))
+            assert text + "_mask" not in alone.positive
+            wanted = family.predict(latents[row : row + 1], time, alone, scale)
+            torch.testing.assert_close(found[row : row + 1], wanted, atol=1e-5, rtol=1e-4)
+    assert (found[:1] - family.predict(latents[:1], time, encoded.rows(index[1:2]), 3.0)).abs().max() > 1e-4

@@ -35,6 +35,8 @@ class Family:
     """Names of the diffusers classes that this family serves."""
     denoiser_name = "unet"
     """The pipeline's component that LoRA is added to."""
+    guidance_argument = "guidance_scale"
+    """The name under which the pipeline's call takes the guidance scale."""
     embedded_guidance = False
     """Whether guidance_scale is an input of the denoiser rather than a second, negative prediction."""
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -44,6 +46,8 @@ class Family:
     """Group name -> ends of module names."""
     takes_negative_prompt = False
     """Whether `encode_prompts` encodes `negative_prompt` where a negative prediction is used."""
+    denoiser_takes_lists = False
+    """Whether the denoiser's batched inputs and its output are lists of one entry a picture."""
     text_encoder_names: tuple[str, ...] = ("text_encoder", "text_encoder_2", "text_encoder_3")
     """The pipeline's components that encode prompts; those that a pipeline lacks are left out."""
 
@@ -81,6 +85,28 @@ class Family:
     def combine(self, positive: torch.Tensor, negative: torch.Tensor, guidance_scale: float) -> torch.Tensor:
         """The guided prediction (B, C, h, w) of a positive and a negative one; differentiable."""
         return negative + guidance_scale * (positive - negative)
+
+    def recombine(self, first: torch.Tensor, second: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """What the pipeline's own loop makes of its two predictions, in the order in which it makes them.
+
+        Args:
+            first: (B, ...), as the loop holds predictions.
+            second: as first.
+            weight: (B, 1, ...), from `weight_of`.
+        """
+        return first + weight * (second - first)
+
+    def weight_of(self, first: torch.Tensor, second: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+        """The weight (B, 1, ...) with which `recombine` gives this prediction (B, ...), by least squares; fp32."""
+        return least_squares(prediction - first, second - first)
+
+    def to_denoiser(self, latents: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """Latents (B, ...) of the pipeline's own loop as its denoiser takes them."""
+        return latents
+
+    def from_denoiser(self, output: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+        """The denoiser's output as the pipeline's own loop goes on with it, (B, ...)."""
+        return output
 
     def encode_prompts(
         self, prompts: Sequence[str], *, guidance_scale: float, height: int, width: int, device: torch.device
@@ -212,23 +238,36 @@ class Family:
         """Pictures (B, 3, H, W), black at 0 and white at 1, not clamped, of latents (B, C, h, w); differentiable."""
         scale, shift = self.latent_affine()
         dtype = next(self.vae.parameters()).dtype
-        decoded = self.vae.decode((latents / scale + shift).to(dtype), return_dict=False)[0]
-        return decoded / 2 + 0.5
+        return self.vae_decode((latents / scale + shift).to(dtype)) / 2 + 0.5
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1]: the posterior's mode."""
         scale, shift = self.latent_affine()
         dtype = next(self.vae.parameters()).dtype
-        encoded = self.vae.encode((pictures * 2 - 1).to(dtype)).latent_dist.mode()
-        return (encoded - shift) * scale
+        return (self.vae_encode((pictures * 2 - 1).to(dtype)) - shift) * scale
+
+    def vae_decode(self, encoded: torch.Tensor) -> torch.Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] of what the autoencoder encodes, (B, C, h, w)."""
+        return self.vae.decode(encoded, return_dict=False)[0]
+
+    def vae_encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """The inverse of `vae_decode`: the posterior's mode."""
+        return self.vae.encode(pictures).latent_dist.mode()
 
 
-def dynamic_shift(config, tokens: int, *, max_shift: float) -> float:
+def least_squares(value: torch.Tensor, along: torch.Tensor) -> torch.Tensor:
+    """The w (B, 1, ...) for which w * along is nearest to value, both (B, ...)."""
+    value, along = value.flatten(1).float(), along.float()
+    weight = (value * along.flatten(1)).sum(1) / along.flatten(1).square().sum(1).clamp_min(1e-30)
+    return weight.view(-1, *(1,) * (along.ndim - 1))
+
+
+def dynamic_shift(config, tokens: int, *, max_shift: float, max_tokens: int = 4096) -> float:
     """The shift parameter mu of flow matching schedulers, linear in the number of picture tokens.
 
     The constants are diffusers' own (`calculate_shift` of its pipelines) where the scheduler's config has none.
     """
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", max_tokens)
     base, top = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
     return base + (tokens - low) * (top - base) / (high - low)

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 
 from diffdoctor.ops.layout import Packed
-from diffdoctor.treat.families.base import TRANSFORMER_TARGETS, dynamic_shift
+from diffdoctor.treat.families.base import TRANSFORMER_TARGETS
 from diffdoctor.treat.families.conditioning import Conditioning
-from diffdoctor.treat.families.packed import PATCH, PackedFamily
+from diffdoctor.treat.families.packed import PATCH, PackedFamily, grid_ids
 from diffdoctor.treat.families.registry import register_family
 
 
@@ -18,7 +18,6 @@ class FluxFamily(PackedFamily):
     """Serves `FluxPipeline`. Latents are unpacked everywhere but inside `denoise`."""
 
     pipeline_classes = ("FluxPipeline",)
-    token_side = PATCH
     embedded_guidance = True
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": TRANSFORMER_TARGETS["attention"],
@@ -42,25 +41,11 @@ class FluxFamily(PackedFamily):
             hidden_states=layout.pack(latents),
             timestep=timesteps.to(latents.dtype) / 1000,
             txt_ids=latents.new_zeros(inputs["encoder_hidden_states"].shape[1], 3),
-            img_ids=_grid_ids(layout.height // PATCH, layout.width // PATCH, latents),
+            img_ids=grid_ids(layout.height // PATCH, layout.width // PATCH, latents),
             return_dict=False,
             **inputs,
         )[0]
         return layout.unpack(tokens)
 
-    def latent_shape(self, height, width):
-        scale = self.pipeline.vae_scale_factor
-        return self.denoiser.config.in_channels // PATCH**2, height // scale, width // scale
-
-    def shift(self, tokens, steps):
-        return dynamic_shift(self.pipeline.scheduler.config, tokens, max_shift=1.15)
-
     def latent_affine(self):
         return float(self.vae.config.scaling_factor), float(self.vae.config.shift_factor or 0.0)
-
-
-def _grid_ids(height: int, width: int, like: torch.Tensor) -> torch.Tensor:
-    ids = like.new_zeros(height, width, 3)
-    ids[..., 1] = torch.arange(height, device=like.device)[:, None]
-    ids[..., 2] = torch.arange(width, device=like.device)[None, :]
-    return ids.view(height * width, 3)

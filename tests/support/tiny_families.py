@@ -1,0 +1,153 @@
+"""Random pipelines of the newer families, made of configurations alone; see tiny_pipelines.py."""
+
+import torch
+
+from support.tiny_pipelines import autoencoder, flow_scheduler, flux2_parts, qwen_tokenizer, t5_encoder, t5_tokenizer
+
+_TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "initializer_range": 0.2,
+}
+_VISION = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 16}
+
+
+def _frame_autoencoder():
+    """An autoencoder of videos with four channels, halving a picture's sides once."""
+    from diffusers import AutoencoderKLQwenImage
+
+    vae = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.3, 0.7],
+    ).eval()  # fmt: skip
+    _enlarge(vae.decoder.conv_out, 4)
+    return vae
+
+
+@torch.no_grad()
+def _enlarge(layer, factor):
+    """Make a layer's output larger: what was never trained gives pictures and predictions with little in them."""
+    layer.weight.mul_(factor)
+
+
+def _length(tokenizer, text):
+    """In tokens: the pipelines know it of their own tokenizer alone."""
+    return len(tokenizer(text).input_ids)
+
+
+def qwen_image():
+    from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    tokenizer = qwen_tokenizer(max_length=256)
+    text = {
+        **_TEXT, "vocab_size": len(tokenizer), "num_hidden_layers": 1, "max_position_embeddings": 256,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    pipeline = QwenImagePipeline(
+        scheduler=flow_scheduler(use_dynamic_shifting=True),
+        vae=_frame_autoencoder(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config=_VISION)
+        ).eval(),
+        tokenizer=tokenizer,
+        transformer=QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=16, axes_dims_rope=(4, 6, 6),
+        ),
+    )  # fmt: skip
+    pipeline.prompt_template_encode_start_idx = _length(tokenizer, pipeline.prompt_template_encode.split("{}")[0])
+    for layer in (pipeline.transformer.txt_in, pipeline.transformer.proj_out):
+        _enlarge(layer, 6)
+    return pipeline
+
+
+def krea2():
+    from diffusers import Krea2Pipeline, Krea2Transformer2DModel
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    tokenizer = qwen_tokenizer(max_length=256)
+    text = {
+        **_TEXT, "vocab_size": len(tokenizer), "num_hidden_layers": 2, "max_position_embeddings": 256,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2], "mrope_interleaved": True},
+    }  # fmt: skip
+    vision = {**_VISION, "deepstack_visual_indexes": [0]}
+    pipeline = Krea2Pipeline(
+        scheduler=flow_scheduler(use_dynamic_shifting=True),
+        vae=_frame_autoencoder(),
+        text_encoder=Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval(),
+        tokenizer=tokenizer,
+        transformer=Krea2Transformer2DModel(
+            in_channels=16, num_layers=1, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1,
+            intermediate_size=32, timestep_embed_dim=16, text_hidden_dim=16, num_text_layers=2,
+            text_num_attention_heads=2, text_num_key_value_heads=1, text_intermediate_size=16,
+            num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 6, 6),
+        ),
+        text_encoder_select_layers=(1, 2),
+    )  # fmt: skip
+    pipeline.prompt_template_encode_start_idx = _length(tokenizer, pipeline.prompt_template_encode_prefix)
+    for layer in (pipeline.transformer.txt_in.linear_2, pipeline.transformer.final_layer.linear):
+        _enlarge(layer, 6)
+    return pipeline
+
+
+def z_image():
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    tokenizer = qwen_tokenizer()
+    text = Qwen3Config(**_TEXT, vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=64)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[4, 6, 6], axes_lens=[256, 64, 64],
+    )  # fmt: skip
+    _enlarge(transformer.all_final_layer["2-1"].linear, 3)
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)
+    return ZImagePipeline(
+        scheduler=flow_scheduler(shift=3.0, use_dynamic_shifting=False),
+        vae=autoencoder(scaling_factor=0.7, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=Qwen3Model(text).eval(),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def chroma():
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel
+
+    tokenizer = t5_tokenizer()
+    return ChromaPipeline(
+        scheduler=flow_scheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=autoencoder(scaling_factor=0.7, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=t5_encoder(tokenizer, 32),
+        tokenizer=tokenizer,
+        transformer=ChromaTransformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=32, axes_dims_rope=(4, 6, 6), approximator_num_channels=16,
+            approximator_hidden_dim=32, approximator_layers=1,
+        ),
+    )  # fmt: skip
+
+
+def flux2_dev():
+    from diffusers import Flux2Pipeline
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    # a tokenizer alone: the real one is a processor of pictures too, and needs torchvision
+    tokenizer = qwen_tokenizer(max_length=512)
+    words = "{% for part in message.content %}{{ part.text }}{% endfor %}"
+    tokenizer.chat_template = "{% for message in messages|reverse %}" + words + "\n{% endfor %}"
+    text = {
+        **_TEXT, "model_type": "mistral", "vocab_size": len(tokenizer), "num_hidden_layers": 30,
+        "max_position_embeddings": 512,
+    }  # fmt: skip
+    vision = {
+        "model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4,
+        "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
+    }  # fmt: skip
+    encoder = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)).eval()
+    return Flux2Pipeline(text_encoder=encoder, tokenizer=tokenizer, **flux2_parts(guidance_embeds=True))
