@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from diffdoctor.annotate.config import AnnotateAddConfig
-from diffdoctor.annotate.intake import NewTask, add_task, picture_hash
+from diffdoctor.annotate.intake import NewTask, add_task
 from diffdoctor.annotate.masks import MAX_SIDE
 from diffdoctor.annotate.pool import Diagnosis, Measures, find_candidates, place_of
 from diffdoctor.annotate.project import Project, read_place
 from diffdoctor.annotate.select import STRATEGIES, Candidate, Caps, composition, new_generators, ranked
 from diffdoctor.data.codec import UnreadablePicture
+from diffdoctor.data.identity import picture_hash
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected

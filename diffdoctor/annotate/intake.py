@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from diffdoctor.annotate.project import picture_uid
 from diffdoctor.annotate.store import Store
+from diffdoctor.data.identity import picture_hash, picture_uid
 from diffdoctor.runs import strict_json
 
 
@@ -84,21 +84,3 @@ def add_task(store: Store, task: NewTask, round: int) -> int | None:
     names = ", ".join(values)
     marks = ", ".join("?" * len(values))
     return store.connection.execute(f"INSERT INTO task({names}) VALUES ({marks})", tuple(values.values())).lastrowid
-
-
-def picture_hash(picture: np.ndarray) -> int:
-    """A perceptual hash of 64 bits, signed: of near-duplicates it differs in a few bits.
-
-    A bit for each of the 8 x 8 lowest frequencies (cosine transform of the grey picture at 32 x 32) that lies above
-    their median; source: the common "pHash".
-
-    Args:
-        picture: (H, W, 3) uint8.
-    """
-    from PIL import Image
-    from scipy.fft import dctn
-
-    small = np.asarray(Image.fromarray(picture).convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float64)
-    low = dctn(small, norm="ortho")[:8, :8].ravel()
-    bits = np.packbits(low > np.median(low[1:]))
-    return int.from_bytes(bits.tobytes(), "big", signed=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from diffdoctor.annotate.store import Store
 from diffdoctor.data.codec import UnreadablePicture, decode
+from diffdoctor.data.identity import picture_uid
 from diffdoctor.data.text import read_text
 from diffdoctor.measures.pixels import FLAG_CONFIDENCE
 from diffdoctor.runs.errors import UserError, check_least, expected, missing_extra
@@ -148,9 +149,3 @@ def read_place(place: dict) -> np.ndarray:
         x0, y0, x1, y1 = place["crop"]
         picture = np.ascontiguousarray(picture[y0:y1, x0:x1])
     return picture
-
-
-def picture_uid(picture: np.ndarray) -> str:
-    """A picture's identity: sha256 of its size and pixels."""
-    head = f"{picture.shape[0]}x{picture.shape[1]}:".encode()
-    return hashlib.sha256(head + np.ascontiguousarray(picture).tobytes()).hexdigest()

@@ -23,6 +23,7 @@ from diffdoctor.cli.options import (
     options_of,
     refuse_nulls,
     with_home,
+    with_kinds,
     with_lists,
     with_switches,
 )
@@ -79,6 +80,7 @@ COMMANDS = {
         "diffdoctor.detector.commands.diagnose:DiagnoseConfig",
         "diffdoctor.detector.commands.diagnose:run_diagnose",
         ("pictures",),
+        ("detector", "output"),
     ),
     "repair": Command(
         "redraw what a detector flags in finished pictures, and keep what is then better",
@@ -229,7 +231,7 @@ def _run(name: str, command: Command, argv: list[str]) -> int:
     config_class = _load(command.config)
     options = options_of(config_class)
     refuse_nulls(argv, options)
-    argv = with_switches(argv, options, has_positional=bool(command.positional))
+    argv = with_switches(with_kinds(argv, options), options, has_positional=bool(command.positional))
     values = _parsed(name, command, config_class, options, argv)
     if values is None:
         return 0

@@ -103,6 +103,10 @@ def _check(node: Any, options: Options, name: str, prefix: str) -> bool:
             continue
         if value.tag == "tag:yaml.org,2002:null":
             check_value(f"{name}: {option}", kind, None)
+        elif dataclasses.is_dataclass(kind) and f"{option}.kind" in options:
+            word = yaml.ScalarNode("tag:yaml.org,2002:str", "kind")
+            node.value[index] = key, yaml.MappingNode("tag:yaml.org,2002:map", [(word, value)], flow_style=True)
+            changed = True
         elif list_kind(kind) == "str":
             word = yaml.ScalarNode("tag:yaml.org,2002:str", value.value, style='"')
             node.value[index] = key, yaml.SequenceNode("tag:yaml.org,2002:seq", [word], flow_style=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,10 +100,17 @@ def command_parser(
     described = _described(config_class)
     for each in positional:
         several = list_kind(options[each]) is not None
-        parser.add_argument(each, type=str, nargs="+" if several else None, help=described.get(each))
+        # One that may be left out has an empty list as its default.
+        count = ("+" if _must_be_given(config_class, each) else "*") if several else None
+        parser.add_argument(each, type=str, nargs=count, help=described.get(each))
     parser.add_class_arguments(config_class, skip=set(positional))
     _group(parser, GROUPS.get(name, {}))
     return parser
+
+
+def _must_be_given(config_class: type, option: str) -> bool:
+    (field,) = (field for field in dataclasses.fields(config_class) if field.name == option)
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _described(config_class: type) -> dict[str, str]:

@@ -132,6 +132,17 @@ def with_switches(argv: Sequence[str], options: Options, *, has_positional: bool
     return result
 
 
+def with_kinds(argv: Sequence[str], options: Options) -> list[str]:
+    """The words with `--engine ray` as the parser wants it, `--engine.kind ray`, for options that have a kind."""
+    kinds = {f"--{name.removesuffix('.kind')}" for name in options if name.endswith(".kind")}
+    result = list(argv)
+    for index, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name in kinds and not (value if equals else "".join(argv[index + 1 : index + 2])).startswith(("{", "--")):
+            result[index] = f"{name}.kind{equals}{value}"
+    return result
+
+
 def with_lists(argv: Sequence[str], options: Options) -> list[str]:
     """The words with `--real a b` as the parser wants it, `--real ["a", "b"]`, for list and tuple options."""
     result, rest = [], list(argv)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from diffdoctor.data.codec import WRITTEN_TYPES, encode_mask, encode_picture
-from diffdoctor.data.manifest import MANIFEST, ManifestWriter
+from diffdoctor.data.manifest import MANIFEST, PICTURE_FILE, ManifestWriter
 from diffdoctor.data.tar import IGNORE, MASK
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
@@ -24,7 +24,7 @@ from diffdoctor.runs.record import CONFIG, METRICS, RUN, RunFolder
 # What `inject` puts beside the shards.
 RECORDS = (SHEET := "contact_sheet.png", RUN, CONFIG, METRICS)
 LABELS = ("real", "injected", "human", "pseudo")
-_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*")
+_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]{0,79}")
 
 
 def write_shards(
@@ -96,6 +96,11 @@ def check_options(shard_size: int, picture_type: str) -> None:
         raise ValueError(expected("picture_type", f"one of {', '.join(WRITTEN_TYPES)}", repr(picture_type)))
 
 
+def is_key(value: Any) -> bool:
+    """Whether it can be the key of a written sample: up to 80 letters, digits, _ and -."""
+    return isinstance(value, str) and _KEY.fullmatch(value) is not None
+
+
 def in_shards(samples: Iterable, shard_size: int, first: int = 0) -> Iterator[tuple[int, Iterator]]:
     """Split samples into shards.
 
@@ -134,12 +139,14 @@ class ShardFile:
         self.name, self.picture_type = name, picture_type
         self.tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
-    def add(self, sample: dict[str, Any], index: int) -> dict[str, Any]:
+    def add(self, sample: dict[str, Any], index: int, picture_at: tuple[str, int, int] | None = None) -> dict[str, Any]:
         """Write a sample.
 
         Args:
             sample: see `write_shards`.
             index: of the sample in the set, which is its key where it has none.
+            picture_at: file, offset and size in bytes of the picture, which is not written: this is a label set's
+                shard, and the file a path from its folder.
 
         Returns:
             Its row of the manifest.
@@ -150,7 +157,7 @@ class ShardFile:
         picture, mask, ignore, meta = _checked(sample, index)
         key = meta["key"]
         byte_ranges = {
-            "picture": self._member(f"{key}.{self.picture_type}", encode_picture(picture, self.picture_type)),
+            "picture": self._picture(key, picture) if picture_at is None else picture_at[1:],
             "mask": self._member(f"{key}.{MASK}", encode_mask(mask)),
             **({} if ignore is None else {"ignore": self._member(f"{key}.{IGNORE}", encode_mask(ignore))}),
             "json": self._member(f"{key}.json", strict_json.dumps(meta).encode()),
@@ -164,7 +171,11 @@ class ShardFile:
             "mask_max": float(mask.max()) / 255.0,
             **{f"{name}_offset": offset for name, (offset, _) in byte_ranges.items()},
             **{f"{name}_size": size for name, (_, size) in byte_ranges.items()},
+            **({} if picture_at is None else {PICTURE_FILE: picture_at[0]}),
         }
+
+    def _picture(self, key: str, picture: np.ndarray) -> tuple[int, int]:
+        return self._member(f"{key}.{self.picture_type}", encode_picture(picture, self.picture_type))
 
     def _member(self, name: str, data: bytes) -> tuple[int, int]:
         info = tarfile.TarInfo(name)
@@ -194,7 +205,7 @@ class _UniqueKeys:
         self.old, self.recent = np.empty(0, np.uint64), set()
 
     def add(self, key: str) -> None:
-        code = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+        code = key_hash(key)
         index = int(np.searchsorted(self.old, np.uint64(code)))
         if code in self.recent or (index < len(self.old) and int(self.old[index]) == code):
             raise ValueError(expected("key", "a unique name", f"{key!r} twice"))
@@ -202,6 +213,11 @@ class _UniqueKeys:
         if len(self.recent) >= self.RECENT:
             self.old = np.sort(np.concatenate([self.old, np.fromiter(self.recent, np.uint64)]))
             self.recent.clear()
+
+
+def key_hash(key: str) -> int:
+    """A hash of 64 bits of a sample's key."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
 def _checked(sample: dict[str, Any], index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, dict]:
@@ -227,7 +243,7 @@ def _checked(sample: dict[str, Any], index: int) -> tuple[np.ndarray, np.ndarray
         ignore = ignore * np.uint8(255) if ignore.any() else None
     meta = {k: v for k, v in sample.items() if k not in ("picture", "mask", "ignore")}
     meta.setdefault("key", f"{index:09d}")
-    if not isinstance(meta["key"], str) or not _KEY.fullmatch(meta["key"]) or len(meta["key"]) > 80:
+    if not is_key(meta["key"]):
         raise ValueError(expected("key", "up to 80 letters, digits, _ and -", repr(meta["key"])))
     for name in ("prompt", "category", "generator"):
         meta[name] = str(meta.get(name) or "")

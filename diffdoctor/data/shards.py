@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from diffdoctor.data.codec import PICTURE_TYPES, PictureReader, SizeCheck, UnreadablePicture, decode
-from diffdoctor.data.manifest import IGNORE_OFFSETS, OFFSETS, read_columns
-from diffdoctor.data.tar import IGNORE, MASK, MAX_MEMBER_BYTES, SkipCounts, read_groups
+from diffdoctor.data.codec import PICTURE_TYPES, SUFFIXES, PictureReader, SizeCheck, UnreadablePicture, decode
+from diffdoctor.data.manifest import IGNORE_OFFSETS, MANIFEST, OFFSETS, PICTURE_FILE, read_columns
+from diffdoctor.data.tar import IGNORE, MASK, MAX_MEMBER_BYTES, SkipCounts, group_ranges, read_groups
 from diffdoctor.data.text import is_unicode
 from diffdoctor.runs.errors import UserError, expected, first_line
 
@@ -139,7 +139,7 @@ def decode_sample(
     return sample
 
 
-def _picture_member(members: dict[str, bytes], where: str) -> str:
+def _picture_member(members: Collection[str], where: str) -> str:
     """The name of the member that is the sample's picture, such as "jpg", or "input.jpg" in others' shards."""
     for name in PICTURE_TYPES:
         if name in members:
@@ -199,6 +199,7 @@ class ShardData:
 
     Args:
         folder: what `shard_writer.write_shards` wrote.
+        manifest: path of the manifest from the folder, where it is that of a part of the set.
 
     Attributes:
         keys: (N,) names of the samples.
@@ -210,15 +211,17 @@ class ShardData:
         sizes: (N, 2) height and width in pixels.
         byte_ranges: (N, 6) int64, offset and size in bytes of picture, mask and JSON in their shard.
         ignore_ranges: (N, 2) int64, the same of what says where a picture is not decided; size 0: there is none.
+        picture_files: (N,) of a label set, paths from its folder of the files in which the pictures' ranges lie; "" for
+            a picture that lies with its mask.
 
     Raises:
         UserError: no manifest, or one that does not match the shards.
         BrokenSample: at `data[i]`, a picture that does not lie where the manifest has it, or is broken.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, manifest: str = MANIFEST):
         self.folder = Path(folder)
-        rows = read_columns(folder, (*_KEPT, *OFFSETS, *IGNORE_OFFSETS))
+        rows = read_columns(folder, (*_KEPT, *OFFSETS, *IGNORE_OFFSETS, PICTURE_FILE), manifest)
         self.keys, self.categories, self.generators = rows["key"], rows["category"], rows["generator"]
         self.labels, self.shards, self.mask_max = rows["label"], rows["shard"], rows["mask_max"]
         self.sizes = np.stack([rows["height"], rows["width"]], axis=1)
@@ -227,6 +230,10 @@ class ShardData:
         for shard in sorted(set(self.shards)):
             if PurePosixPath(shard).name != shard or not (self.folder / shard).is_file():
                 raise UserError(f"{self.folder}: the manifest names the shard {shard!r}, which is not there")
+        self.picture_files = rows[PICTURE_FILE]
+        for name in sorted(set(self.picture_files) - {""}):
+            if PurePosixPath(name).suffix.lower() not in (".tar", *SUFFIXES) or not (self.folder / name).is_file():
+                raise UserError(f"{self.folder}: the pictures of this label set are not there ({name})")
         for ranges in (self.byte_ranges, self.ignore_ranges):
             if (ranges < 0).any() or (ranges[:, 1::2] > MAX_MEMBER_BYTES).any():
                 raise UserError(f"{self.folder}: the manifest holds impossible offsets or sizes")
@@ -241,22 +248,46 @@ class ShardData:
             block = slice(begin, begin + _BLOCK)
             for column in (self.keys[block], self.shards[block].astype(str), self.byte_ranges[block]):
                 digest.update(np.ascontiguousarray(column).tobytes())
+            if any(self.picture_files[block]):
+                digest.update("\n".join(self.picture_files[block]).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         members = []
         key, where = str(self.keys[index]), f"{self.folder / self.shards[index]}:{self.keys[index]}"
         try:
-            with open(self.folder / self.shards[index], "rb") as file:
-                for offset, size in [*self.byte_ranges[index].reshape(3, 2), self.ignore_ranges[index]]:
-                    file.seek(int(offset))
-                    members.append(file.read(int(size)))
+            ranges = [*self.byte_ranges[index].reshape(3, 2), self.ignore_ranges[index]]
+            if self.picture_files[index]:
+                members += _pieces(self.folder / self.picture_files[index], ranges[:1])
+                ranges = ranges[1:]
+            members += _pieces(self.folder / self.shards[index], ranges)
         except OSError as error:
             raise BrokenSample(f"cannot be read ({error.strerror})", where) from error
         named = dict(zip(("png", MASK, "json", IGNORE), members, strict=True))
         if not named[IGNORE]:
             del named[IGNORE]
         return {**decode_sample(named, where), "key": key}
+
+
+def _pieces(path: Path, ranges: Iterable[Sequence[int]]) -> list[bytes]:
+    """What lies at (offset, size) in a file, of each of the ranges."""
+    pieces = []
+    with open(path, "rb") as file:
+        for offset, size in ranges:
+            file.seek(int(offset))
+            pieces.append(file.read(int(size)))
+    return pieces
+
+
+def picture_ranges(path: Path) -> dict[str, tuple[int, int]]:
+    """Where the pictures of a shard lie, (offset, size) in bytes by key; without those that `read_shards` skips."""
+    ranges: dict[str, tuple[int, int]] = {}
+    for key, members in group_ranges(path):
+        try:
+            ranges[key] = members[_picture_member(members, key)]
+        except BrokenSample:
+            continue
+    return ranges
 
 
 def require_uniform_size(sets: Sequence[ShardData], option: str) -> None:

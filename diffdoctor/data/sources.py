@@ -11,12 +11,16 @@ from pathlib import Path
 
 from diffdoctor.data.captions import caption_file, captions_of, read_caption
 from diffdoctor.data.codec import SUFFIXES, PictureReader, SizeCheck, UnreadablePicture, decode
+from diffdoctor.data.columns import ParquetColumns
 from diffdoctor.data.folders import SHARD, find_files, is_map, is_read, is_shard, names_of
 from diffdoctor.data.shards import read_shards
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.data.text import readable
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.record import kind_of_run
+
+# Runs whose output folder is one of pictures; None: no run's.
+_SETS = (None, "inject", "sample")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +69,15 @@ def find_sources(paths: Sequence[str | Path], counts: SkipCounts | None = None) 
 
     Raises:
         UserError: a path that does not exist or holds neither pictures nor shards, except for files among several
-            paths, which a shell's pattern may have named; an output folder of another command than `inject`; two
-            pictures of one name.
+            paths, which a shell's pattern may have named; an output folder of another command than `inject` and
+            `sample`; two pictures of one name.
     """
     counts = SkipCounts() if counts is None else counts
     found: list[Source] = []
     for given in paths:
         path, left_out = Path(given), SkipCounts()
         if path.is_dir():
-            if (kind := kind_of_run(path)) not in (None, "inject"):
+            if (kind := kind_of_run(path)) not in _SETS:
                 got = f"an output folder of {kind}; give the folder in it that is meant"
                 raise UserError(expected(given, "a folder of pictures", got))
             inside = _in_folder(path, left_out)
@@ -90,6 +94,33 @@ def find_sources(paths: Sequence[str | Path], counts: SkipCounts | None = None) 
         found += inside
     if not found:
         raise UserError(expected("pictures", f"files named {', '.join(SUFFIXES)} or {SHARD}", f"{len(paths)} others"))
+    return _once(found)
+
+
+def listed_sources(file: str | Path) -> list[Source]:
+    """The picture files and shards that a Parquet file lists, in its order, without looking through folders.
+
+    Args:
+        file: with a column `path` (from the file's folder, where it is not absolute), and perhaps `name` (as results
+            call it; else the path as it stands), `category` and `prompt`.
+
+    Raises:
+        UserError: the file cannot be read or has no such column, a path is none of a picture or shard, or two have one
+            name.
+    """
+    with ParquetColumns(file) as table:
+        if "path" not in table.names:
+            raise UserError(expected(file, "a column `path`", ", ".join(table.names) or "none"))
+        columns = {name: [None] * table.rows for name in ("path", "name", "category", "prompt")}
+        columns |= {name: table.texts(name, longest=2**15).tolist() for name in columns if name in table.names}
+    found = []
+    for number, (path, name, category, prompt) in enumerate(zip(*columns.values(), strict=True), start=1):
+        if path is None or not is_read(Path(path)):
+            what = f"a path ending in {', '.join(SUFFIXES)} or {SHARD}"
+            raise UserError(expected(f"{file}: row {number}", what, path))
+        found.append(Source(Path(file).parent / path, name or path, category or "", prompt))
+    if not found:
+        raise UserError(expected(file, "at least one picture", "none"))
     return _once(found)
 
 
@@ -149,7 +180,7 @@ def _matching(pattern: str, counts: SkipCounts) -> list[Source]:
     for folder in folders:
         if set(folder.parents) & set(folders):
             continue
-        if (kind := kind_of_run(folder)) not in (None, "inject"):
+        if (kind := kind_of_run(folder)) not in _SETS:
             counts.add(f"an output folder of {kind}", readable(folder))
             continue
         found += _in_folder(folder, counts)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffdoctor.data.manifest import is_label_set
 from diffdoctor.data.shards import BrokenSample, decode_sample, shard_paths
 from diffdoctor.data.tar import SkipCounts, read_groups
 from diffdoctor.runs.errors import UserError, expected
@@ -57,6 +58,10 @@ class ShardStream(torch.utils.data.IterableDataset):
         if not 0 <= process[0] < process[1]:
             raise ValueError(expected("process", "(index, count) with 0 <= index < count", process))
         self.paths = shard_paths(source)
+        for folder in sorted({path.parent for path in self.paths}):
+            if is_label_set(folder):
+                what = "shards that hold their pictures"
+                raise UserError(expected(folder, what, "a label set, whose pictures are elsewhere"))
         self.buffer, self.resampled, self.seed, self.epoch = buffer, resampled, seed, epoch
         self.process, self.strict, self.counts = process, strict, SkipCounts()
 

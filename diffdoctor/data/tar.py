@@ -9,13 +9,15 @@ import dataclasses
 import posixpath
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from diffdoctor.data.codec import PICTURE_TYPES
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.summary import skipped_in_words
+
+Taken = TypeVar("Taken")
 
 MASK = "mask.png"
 IGNORE = "ignore.png"
@@ -93,6 +95,25 @@ def read_groups(
     Yields:
         (key, {extension: bytes}).
     """
+    return _each_group(path, strict, counts, start, _contents)
+
+
+def group_ranges(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Where the members of the samples lie that `read_groups` gives: (key, {extension: (offset, size) in bytes})."""
+    return _each_group(path, False, SkipCounts(), 0.0, lambda _, info: (info.offset_data, info.size))
+
+
+def _contents(file: BinaryIO, info: tarfile.TarInfo) -> bytes:
+    file.seek(info.offset_data)
+    data = file.read(info.size)
+    if len(data) != info.size:
+        raise tarfile.ReadError("unexpected end of data")
+    return data
+
+
+def _each_group(
+    path: Path, strict: bool, counts: SkipCounts, start: float, take: Callable[[BinaryIO, tarfile.TarInfo], Taken]
+) -> Iterator[tuple[str, dict[str, Taken]]]:
     try:
         first, seen = int(start * path.stat().st_size), set()
     except OSError as error:
@@ -103,7 +124,7 @@ def read_groups(
         counted_in = (strict, counts) if end is None else (False, SkipCounts())
         try:
             with open(path, "rb", buffering=2**18) as file:
-                for key, members in _groups(file, path.name, begin, end, *counted_in):
+                for key, members in _groups(file, path.name, begin, end, take, *counted_in):
                     if key in seen:
                         counts.add("a key twice", f"{path.name}:{key}", strict)
                         continue
@@ -117,11 +138,11 @@ def read_groups(
             counted_in[1].add(reason, path.name, counted_in[0], str(error) or type(error).__name__)
 
 
-def _groups(file: BinaryIO, name: str, begin: int, end: int | None, strict: bool, counts: SkipCounts):
+def _groups(file: BinaryIO, name: str, begin: int, end: int | None, take, strict: bool, counts: SkipCounts):
     """The groups whose first member starts at byte `begin` or later, and before `end`."""
     ended = _has_end_mark(file)
     file.seek(0)
-    current, members, wanted = None, {}, False
+    current, members, wanted, size = None, {}, False, 0
     with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
         while (info := tar.next()) is not None:
             # The list that tarfile keeps of its members would grow with the shard.
@@ -132,7 +153,7 @@ def _groups(file: BinaryIO, name: str, begin: int, end: int | None, strict: bool
             fault, key, extension = _named(info)
             if not fault and key == current and extension in members:
                 fault = "a member twice"
-            if not fault and key == current and info.size + sum(map(len, members.values())) > MAX_MEMBER_BYTES:
+            if not fault and key == current and info.size + size > MAX_MEMBER_BYTES:
                 fault = _too_large()
             if fault:
                 counts.add(fault, f"{name}:{info.name[:80]!r}", strict)
@@ -142,13 +163,11 @@ def _groups(file: BinaryIO, name: str, begin: int, end: int | None, strict: bool
                     yield current, members
                 if end is not None and info.offset >= end:
                     return
-                current, members, wanted = key, {}, info.offset >= begin
+                current, members, wanted, size = key, {}, info.offset >= begin, 0
             if not wanted or not is_wanted(extension):
                 continue
-            file.seek(info.offset_data)
-            members[extension] = file.read(info.size)
-            if len(members[extension]) != info.size:
-                raise tarfile.ReadError("unexpected end of data")
+            members[extension] = take(file, info)
+            size += info.size
         # tarfile takes a missing end mark, or a header that it cannot read, for the end.
         file.seek(tar.offset)
         if not ended or file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

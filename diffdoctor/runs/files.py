@@ -31,7 +31,8 @@ NO_SUCH_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, e
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk, where the system has such a step."""
     # A rename is durable only once the folder that holds the name has reached the disk.
     # Windows cannot open a folder, and needs no such step.
     if os.name == "nt":
@@ -112,7 +113,7 @@ def atomic_path(path) -> Iterator[Path]:
             yield temporary
             _finish_file(temporary, mode)
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -144,6 +145,34 @@ def atomic_write_bytes(path, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def create_exclusively(path, data: bytes) -> bool:
+    """Write `data` to `path`, whole or not at all, unless it is there: of several processes, one succeeds.
+
+    Returns:
+        Whether this process did.
+
+    Raises:
+        OSError: the file system has no hard links, among other reasons.
+    """
+    path = Path(path)
+    temporary = _hidden(path, _WRITING, path.suffix)
+    try:
+        with open(temporary, "xb") as file, _naming(path):
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            # A network's file system may have linked it, lost the answer and asked again.
+            if os.stat(temporary).st_nlink != 2:
+                return False
+        sync_folder(path.parent)
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def atomic_write_text(path, text: str) -> None:
@@ -206,15 +235,15 @@ def replace_dir(new, path) -> None:
         if file.is_file():
             _finish_file(file, mode)
         elif file.is_dir():
-            _sync_folder(file)
-    _sync_folder(new)
+            sync_folder(file)
+    sync_folder(new)
     old = None
     if path.exists():
         old = _hidden(path, _REPLACED)
         old.mkdir()
         os.replace(path, old / path.name)
     os.replace(new, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 

@@ -69,7 +69,7 @@ def _begin(ended, start: Callable[..., Any], *arguments) -> None:
     _ended = ended
     # Control-C reaches the whole group; it is the parent that ends, and its workers with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     start(*arguments)
 
 
@@ -77,7 +77,12 @@ def _do(function: Callable[[Job], Result], job: Job) -> Result | None:
     return None if _ended.is_set() else function(job)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """In a process that `multiprocessing` started: end at once when its parent has ended, however that was."""
     # A worker holds both ends of its queue and would wait for the jobs of a dead parent for ever.
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)

@@ -21,3 +21,15 @@ def device_of(module: torch.nn.Module) -> torch.device:
     """Where a network's parameters are, or its buffers if it has none; the CPU for one without tensors."""
     tensors = (*module.parameters(), *module.buffers())
     return tensors[0].device if tensors else torch.device("cpu")
+
+
+def open_device_at(name: str | None, number: int) -> torch.device:
+    """The device of the number-th worker of this machine: the one of this name, or for None, accelerators in turn.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if name is None and torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        return torch.device(kind.type, number % torch.accelerator.device_count())
+    return open_device(name, "cpu")

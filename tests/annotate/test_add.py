@@ -9,11 +9,12 @@ import pytest
 
 from diffdoctor.annotate.add import run_annotate_add, tiles_of
 from diffdoctor.annotate.config import AnnotateAddConfig
-from diffdoctor.annotate.intake import NewTask, picture_hash
+from diffdoctor.annotate.intake import NewTask
 from diffdoctor.annotate.project import Project
 from diffdoctor.annotate.queue import Queue
 from diffdoctor.annotate.select import Candidate, Caps, composition, ranked, shares
 from diffdoctor.data.codec import encode_picture
+from diffdoctor.data.identity import picture_hash
 from diffdoctor.data.shard_writer import write_shards
 from diffdoctor.detector.predict import describe_map
 from diffdoctor.runs.errors import UserError

@@ -201,7 +201,7 @@ def test_pictures_that_are_not_given_any_more_do_not_count(tmp_path, detector):
 
 
 def test_a_shard_that_was_replaced_is_diagnosed_again(tmp_path, detector, monkeypatch):
-    from diffdoctor.detector.commands import diagnose as diagnosing
+    from diffdoctor.detector.commands import diagnose_batches
 
     options = {"damaged": 0, "shard_size": 3}
     for name, count in (("set", 7), ("other", 5)):
@@ -209,7 +209,7 @@ def test_a_shard_that_was_replaced_is_diagnosed_again(tmp_path, detector, monkey
         run_inject(InjectConfig([str(tmp_path / f"{name}-pictures")], str(tmp_path / name), **options))
     diagnosed(tmp_path / "set", detector, tmp_path / "out")
     read = []
-    monkeypatch.setattr(diagnosing, "read_source", lambda source, **_: read.append(source.name) or [])
+    monkeypatch.setattr(diagnose_batches, "read_source", lambda source, **_: read.append(source.name) or [])
     assert diagnosed(tmp_path / "set", detector, tmp_path / "out")[0]["pictures"] == 7
     assert read == []
     monkeypatch.undo()

@@ -85,6 +85,13 @@ def diagnose(folder):
     run_diagnose(DiagnoseConfig(places, str(folder / "detector"), "out", batch_size=3, gallery=5))
 
 
+def label(folder):
+    # Units of three files, and of shards.
+    places = [str(folder / "pictures"), str(folder / "data")]
+    options = {"batch_size": 2, "gallery": 2, "write": "shards", "shard_size": 3}
+    run_diagnose(DiagnoseConfig(places, str(folder / "detector"), "out", **options))
+
+
 def train(folder, resampled=False):
     training = DetectorTrainingConfig(
         steps=7,
@@ -123,11 +130,12 @@ def evaluate(folder):
 COMMANDS = {
     "inject": inject,
     "diagnose": diagnose,
+    "label": label,
     "evaluate": evaluate,
     "train": train,
     "train_resampled": train_resampled,
 }
-SHARED = ("diagnose", "evaluate")
+SHARED = ("diagnose", "label", "evaluate")
 
 
 class Killer:
@@ -156,7 +164,7 @@ class Killer:
             self.tick(event, path)
 
     def tick(self, kind, path):
-        form = re.sub(r"-[0-9a-f]{8}\b|\d+", "#", os.path.relpath(path, self.work))
+        form = re.sub(r"[-.][0-9a-f]{8}\b|\d+", "#", os.path.relpath(path, self.work))
         self.kinds.append(f"{kind} {form}")
         if len(self.kinds) == self.at:
             os.killpg(0, signal.SIGKILL)
@@ -226,12 +234,18 @@ def scalars(folder):
 
 
 def contents(work):
-    """{file: bytes} of all that a run leaves but the records of its attempts; the curves as they would be shown."""
+    """{file: bytes} of all that a run leaves but the records of its attempts; the curves as they would be shown.
+
+    Of a unit's commit what counts: which files it has, and what they came to.
+    """
     found = {}
     for path in sorted(work.rglob("*")):
         name = path.relative_to(work).as_posix()
         if path.is_dir():
             found[f"{name}/"] = None
+        elif name.startswith("out/commits/"):
+            commit = json.loads(path.read_text())
+            found[name] = [commit[each] for each in ("unit", "files", "records", "skipped", "sums")]
         elif not name.startswith(("out/records/part-", "out/logs/")):
             found[name] = path.read_bytes()
     if (work / "out" / "logs").is_dir():
@@ -278,7 +292,7 @@ def chain(command, folder, work, kinds, seconds, how, processes, chance):
             return kills
 
 
-def main(command, folder, seed):
+def main(command, folder, seed, brief=False):
     torch.set_num_threads(1)
     folder, chance = Path(folder), random.Random(seed)
     started = time.monotonic()
@@ -288,12 +302,14 @@ def main(command, folder, seed):
     points = kill_points(kinds, chance)
     report = {"operations": len(kinds), "files": len(expected), "points": len(points), "kills": [], "processes": []}
     # each costs two attempts; the last operations always
-    for point in {*sorted(points)[-4:], *points[:KILLED]}:
+    for point in {*sorted(points)[-4:], *points[: 0 if brief else KILLED]}:
         work = folder / f"point-{point}"
         assert attempt(command, folder, work, at=point, chance=chance) is None, f"operation {point} never came"
         assert attempt(command, folder, work) is not None
         compare(work, expected)
-    chains = [("operation", 1), ("time", 1)] + [("operation", 2)] * (command in SHARED)
+    chains = [("operation", 2)] * (command in SHARED)
+    if not brief:
+        chains = [("operation", 1), ("time", 1), *chains]
     for number, (how, processes) in enumerate(chains):
         work = folder / f"chain-{number}"
         report["kills"].append(chain(command, folder, work, kinds, seconds, how, processes, chance))

@@ -1,0 +1,67 @@
+"""The pictures of a diagnosis in batches, and their maps, whatever becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from diffdoctor.data.pictures import to_images
+from diffdoctor.data.source_index import absolute_path
+from diffdoctor.data.sources import Source, read_source
+from diffdoctor.data.tar import SkipCounts
+from diffdoctor.detector.commands.diagnose_config import DiagnoseConfig
+from diffdoctor.detector.confidence import confidence_of
+from diffdoctor.detector.models.base import Detector
+from diffdoctor.detector.predict import TOO_LARGE, in_batches, takes
+from diffdoctor.runs.errors import first_line
+from diffdoctor.training.devices import device_of
+
+
+def diagnosis_batches(
+    unit: list[Source], config: DiagnoseConfig, detector: Detector, counts: SkipCounts, stamps: dict
+) -> Iterator[list[dict]]:
+    """The pictures of a unit that the detector takes, in batches of one size."""
+
+    def check(height: int, width: int) -> str | None:
+        return None if takes(detector, height, width, config.tile) else TOO_LARGE
+
+    samples = (
+        sample | {"path": absolute_path(source), "stamp": stamps[source.name]}
+        for source in unit
+        for sample in read_source(source, strict=config.strict, counts=counts, masks="ignored", check=check)
+    )
+    return in_batches(samples, config.batch_size)
+
+
+def confidences(
+    detector: Detector, batch: list[dict], config: DiagnoseConfig, counts: SkipCounts
+) -> Iterator[tuple[dict, np.ndarray, dict]]:
+    """The samples with their maps (H, W), and {"disagreement": of the mirrored one's} if that is asked for.
+
+    Where a batch fails, its pictures are diagnosed one by one, and those that fail counted.
+    """
+    try:
+        maps, disagreements = _maps(detector, batch, config)
+    except (MemoryError, RuntimeError) as error:
+        if len(batch) == 1:
+            reason = "a picture on which the detector failed"
+            counts.add(reason, batch[0]["name"], config.strict, first_line(error))
+            return
+        maps = None
+    if maps is None:
+        for sample in batch:
+            yield from confidences(detector, [sample], config, counts)
+        return
+    yield from zip(batch, maps, disagreements, strict=True)
+
+
+def _maps(detector: Detector, batch: list[dict], config: DiagnoseConfig) -> tuple[np.ndarray, list[dict]]:
+    images = to_images([sample["picture"] for sample in batch], device_of(detector))
+    options = {"tile": config.tile, "overlap": config.overlap}
+    maps = confidence_of(detector, images, **options)[:, 0]
+    if not config.mirrored:
+        return maps.cpu().numpy(), [{}] * len(batch)
+    mirrored = confidence_of(detector, images.flip(-1), **options)[:, 0].flip(-1)
+    means = (maps - mirrored).abs().float().mean(dim=(1, 2)).tolist()
+    return maps.cpu().numpy(), [{"disagreement": mean} for mean in means]

@@ -1,0 +1,83 @@
+"""What `diffdoctor diagnose` makes of its records: diagnosis.jsonl, metrics.json and the gallery."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from diffdoctor.data.tar import SkipCounts
+from diffdoctor.detector.commands.diagnose_config import DiagnoseConfig
+from diffdoctor.detector.report import write_gallery
+from diffdoctor.runs import strict_json
+from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.files import atomic_path, atomic_write_json
+from diffdoctor.runs.record import METRICS, versions
+from diffdoctor.runs.summary import print_summary
+
+
+def write_diagnosis(
+    config: DiagnoseConfig,
+    records: Callable[[], Iterator[dict]],
+    skipped: SkipCounts,
+    *,
+    draw: Callable[[list[dict]], None] = lambda worst: None,
+    more: dict | None = None,
+) -> dict:
+    """Write the results of a diagnosis.
+
+    Args:
+        config: the command's options.
+        records: gives the record of every picture, in order; called twice.
+        skipped: what was left out.
+        draw: called with the records of the gallery's pictures, to write their maps and overlays where they are not
+            there yet.
+        more: further values of metrics.json.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        UserError: there is no record.
+    """
+    output, pictures, flagged, confidence = Path(config.output), 0, 0, 0.0
+    with atomic_path(output / "diagnosis.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as lines:
+        for record in records():
+            lines.write(strict_json.dumps(record) + "\n")
+            pictures, flagged = pictures + 1, flagged + record["flagged"]
+            confidence += record["mean"]
+    metrics = {
+        "pictures": pictures,
+        "flagged": flagged,
+        "artifact_rate": flagged / pictures if pictures else None,
+        "mean_confidence": confidence / pictures if pictures else None,
+        "skipped": dict(sorted(skipped.reasons.items())),
+        "skipped_examples": dict(sorted(skipped.examples.items())),
+        **(more or {}),
+        "versions": versions(),
+    }
+    if config.gallery:
+        worst = heapq.nsmallest(config.gallery, records(), key=_worst_first)
+        draw(worst)
+        folders = ("overlays", "maps") if config.overlays else ("maps",)
+        write_gallery(output, worst, metrics, folders, _settings(config))
+    atomic_write_json(output / METRICS, metrics)
+    page = output / ("gallery.html" if config.gallery else "diagnosis.jsonl")
+    print_summary(f"{flagged} of {pictures} pictures are flagged: {page}", metrics["skipped"], skipped.examples)
+    if not pictures:
+        raise UserError(f"{output}: no picture could be diagnosed (left out: {skipped.sentence()})")
+    return metrics
+
+
+def _settings(config: DiagnoseConfig) -> dict:
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("output", "engine")}
+    settings["pictures"] = [os.path.abspath(path) for path in config.pictures]
+    if os.path.exists(config.detector):
+        settings["detector"] = os.path.abspath(config.detector)
+    return settings
+
+
+def _worst_first(record: dict) -> tuple:
+    return -record["flagged_share"], -record["max"], record["name"]

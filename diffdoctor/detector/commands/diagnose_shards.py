@@ -1,0 +1,195 @@
+"""`diffdoctor diagnose --write shards`: a label set, made in units that any engine does."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffdoctor.data.manifest import MANIFEST, MORE
+from diffdoctor.data.shard_writer import is_key
+from diffdoctor.data.shards import ShardData, picture_ranges
+from diffdoctor.data.sources import Source
+from diffdoctor.data.tar import SkipCounts
+from diffdoctor.detector.commands.diagnose_batches import confidences, diagnosis_batches
+from diffdoctor.detector.commands.diagnose_config import DiagnoseConfig
+from diffdoctor.detector.commands.diagnose_results import write_diagnosis
+from diffdoctor.detector.models.load import open_detector
+from diffdoctor.detector.predict import describe_map
+from diffdoctor.engine import commits as engine_commits
+from diffdoctor.engine.commits import Attempt
+from diffdoctor.engine.running import run, settle
+from diffdoctor.engine.sets import PARTS, SHARDS, UnitFiles, assemble
+from diffdoctor.engine.units import Place, Plan, Unit, Worker, unit_name
+from diffdoctor.runs import strict_json
+from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.files import atomic_write_bytes, file_name
+from diffdoctor.runs.record import RunFolder
+from diffdoctor.training.devices import open_device_at
+from diffdoctor.training.weights import weights_digest
+from diffdoctor.viz.draw import map_png, overlay, png_bytes
+
+RESULTS_OF_SHARDS = (MANIFEST, SHARDS, PARTS, *engine_commits.RESULTS)
+# What a label set depends on, beside the detector's weights and the pictures.
+_IDENTITY = ("write", "detector", "batch_size", "tile", "overlap", "dtype", "round")
+_KNOWN = ("category", "generator", "prompt")
+
+
+def diagnose_shards(
+    config: DiagnoseConfig, results: dict[str, None], sources: list[Source], left_out: SkipCounts, state
+) -> dict:
+    """Make a label set of the sources; returns what metrics.json holds, nothing on other than the main process."""
+    weights, plan = weights_digest(open_detector(config.detector)), _plan(sources, config.shard_size)
+    identity = {name: getattr(config, name) for name in _IDENTITY} | {"weights": weights, "plan": plan.digest()}
+    if config.mirrored:
+        identity["mirrored"] = True
+    with RunFolder(config.output, "diagnose", identity, results, main=state.is_main_process) as folder:
+        folder.check()
+        if state.num_processes > 1:
+            state.wait_for_everyone()  # all have looked at the folder before one changes it
+        if state.is_main_process:
+            folder.begin(config)
+        spec = LabelWorkerSpec(config, weights)
+        report = run(plan, spec, folder.path, config.engine, state=state, desc="diagnose")
+        if not state.is_main_process:
+            return {}
+        found = assemble(folder.path, settle(plan, folder.path, report), MORE)
+        found.skipped.join(left_out)
+        made = [unit.id for unit in plan if unit.id not in report.failed]
+        more = {"units": report.units, "failed_units": report.failed, "round": config.round}
+        records = _Records(folder.path, made)
+        return write_diagnosis(config, records, found.skipped, draw=records.draw_into(config), more=more)
+
+
+def _plan(sources: list[Source], size: int) -> Plan:
+    files = [source for source in sources if not source.is_shard]
+    groups = [files[first : first + size] for first in range(0, len(files), size)]
+    groups += [[source] for source in sources if source.is_shard]
+    # Keys of a set with a manifest are unique in the set; elsewhere, only within a shard.
+    has_manifest = {folder: (folder / MANIFEST).is_file() for folder in {s.path.parent for s in sources if s.is_shard}}
+    units, first = [], 0
+    for number, group in enumerate(groups):
+        details = {
+            "names": [source.name for source in group],
+            "categories": [source.category for source in group],
+            "captions": [source.caption for source in group],
+            "keys": group[0].is_shard and has_manifest[group[0].path.parent],
+        }
+        count = 0 if group[0].is_shard else len(group)
+        paths = tuple(os.path.abspath(source.path) for source in group)
+        stamp = " ".join(source.stamp() for source in group)
+        units.append(Unit(unit_name(number), paths, first, count, stamp, details))
+        first += count
+    return Plan(units)
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelWorkerSpec:
+    """How a worker is made that labels the pictures of a unit.
+
+    Attributes:
+        config: the command's options.
+        weights: digest of the detector with which the run began.
+    """
+
+    config: DiagnoseConfig
+    weights: str
+
+    def build(self, place: Place) -> Worker:
+        """Load the detector.
+
+        Raises:
+            UserError: it is not there, or not the one with which the run began.
+        """
+        detector = open_detector(self.config.detector)
+        if weights_digest(detector) != self.weights:
+            raise UserError(f"detector {self.config.detector}: other weights than those with which this run began")
+        detector.to(open_device_at(self.config.device, place.number))
+        detector.to(torch.bfloat16 if self.config.dtype == "bf16" else torch.float32)
+        return _LabelWorker(self.config, detector)
+
+
+class _LabelWorker:
+    def __init__(self, config: DiagnoseConfig, detector):
+        self.config, self.detector = config, detector
+
+    def __call__(self, unit: Unit, attempt: Attempt) -> dict[str, Any]:
+        counts, place, seen = SkipCounts(), 0, set()
+        sources = _sources(unit)
+        stamps = dict.fromkeys((source.name for source in sources), "")
+        ranges = picture_ranges(sources[0].path) if sources[0].is_shard else None
+        lines = attempt.path(f"{PARTS}/{unit.id}.jsonl.gz")
+        # No name and no time in the header: the same records make the same bytes.
+        with (
+            open(lines, "wb") as raw,
+            gzip.GzipFile("", "wb", 1, raw, mtime=0) as records,
+            UnitFiles(unit, attempt, more=MORE) as files,
+        ):
+            for batch in diagnosis_batches(sources, self.config, self.detector, counts, stamps):
+                for sample, confidence, disagreement in confidences(self.detector, batch, self.config, counts):
+                    key = f"{unit.id}_{place:06d}"
+                    if unit.details["keys"] and is_key(sample["key"]) and sample["key"] not in seen:
+                        key = sample["key"]
+                    seen.add(key)
+                    found = describe_map(sample["name"], confidence) | disagreement
+                    known = {name: sample[name] for name in _KNOWN if sample.get(name)}
+                    label = {name: value for name, value in found.items() if name != "components"}
+                    label |= {"key": key, "label": "pseudo", "round": self.config.round, **known}
+                    at = self._picture_at(sample, ranges)
+                    shown = {"area": found["flagged_share"], "flagged": found["flagged"]}
+                    files.add({"picture": sample["picture"], "mask": confidence, **label}, at, **shown)
+                    line = found | {"path": sample["path"], **known, "key": key, "unit": unit.id}
+                    records.write(strict_json.dumps(line).encode() + b"\n")
+                    place += 1
+        return files.result(counts)
+
+    def _picture_at(self, sample: dict, ranges: dict[str, tuple[int, int]] | None) -> tuple[str, int, int]:
+        path = sample["path"]
+        offset, size = (0, os.path.getsize(path)) if ranges is None else ranges[sample["key"]]
+        return _relative(path, self.config.output), offset, size
+
+
+def _relative(path: str, folder: str) -> str:
+    """A path from a folder, with slashes: sets that move together find each other."""
+    try:
+        return Path(os.path.relpath(path, os.path.abspath(folder))).as_posix()
+    except ValueError:  # another drive
+        return Path(path).as_posix()
+
+
+def _sources(unit: Unit) -> list[Source]:
+    columns = (unit.details[name] for name in ("names", "categories", "captions"))
+    return [Source(Path(path), *values) for path, *values in zip(unit.inputs, *columns, strict=True)]
+
+
+class _Records:
+    """The records of a label set's pictures, unit by unit; calling it gives them from the beginning."""
+
+    def __init__(self, output: Path, units: list[str]):
+        self.output, self.units = output, units
+
+    def __call__(self) -> Iterator[dict]:
+        for unit in self.units:
+            with gzip.open(self.output / PARTS / f"{unit}.jsonl.gz", "rt", encoding="utf-8") as lines:
+                yield from map(json.loads, lines)
+
+    def draw_into(self, config: DiagnoseConfig):
+        """What writes the maps and overlays of some records' pictures, from the label set."""
+
+        def draw(worst: list[dict]) -> None:
+            for record in worst:
+                part = ShardData(self.output, f"{PARTS}/{record['unit']}.parquet")
+                sample = part[int((part.keys == record["key"]).argmax())]
+                file = file_name(record["name"], ".png")
+                atomic_write_bytes(self.output / "maps" / file, map_png(sample["mask"], config.bits))
+                if config.overlays:
+                    reddened = overlay(sample["picture"], sample["mask"])
+                    atomic_write_bytes(self.output / "overlays" / file, png_bytes(reddened))
+
+        return draw

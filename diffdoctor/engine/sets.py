@@ -1,0 +1,198 @@
+"""A set of shards made in units: a shard and its rows of the manifest each, put together when all are committed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffdoctor.data.columns import ParquetColumns
+from diffdoctor.data.identity import picture_hash, picture_uid
+from diffdoctor.data.manifest import MANIFEST, ManifestWriter
+from diffdoctor.data.shard_writer import ShardFile, key_hash, shard_name
+from diffdoctor.data.tar import SkipCounts
+from diffdoctor.engine.commits import Attempt
+from diffdoctor.engine.units import Unit
+from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.runs.files import atomic_path
+
+PARTS, SHARDS = "parts", "shard-*.tar"
+# Of the histogram of broken areas.
+AREAS = 20
+_KEY_LENGTH = 80
+
+
+class SetSums:
+    """Sums over pictures, by category, generator and label; those of all units add up to the set's.
+
+    Attributes:
+        groups: {(category, generator, label): sums}, which are `pictures`, `mean_confidence` (the sum of the maps'
+            means), `flagged`, `areas` (pictures by share of broken pixels, in 20 equal steps) and `sizes`
+            ({"HxW": pictures}).
+    """
+
+    def __init__(self):
+        self.groups: dict[tuple[str, str, str], dict[str, Any]] = {}
+
+    def add(self, row: dict[str, Any], area: float = 0.0, flagged: bool = False) -> None:
+        """Count a picture.
+
+        Args:
+            row: of the manifest.
+            area: share of its pixels that are broken, in [0, 1].
+            flagged: whether it is flagged.
+        """
+        group = self._group(row["category"], row["generator"], row["label"])
+        group["pictures"] += 1
+        group["mean_confidence"] += row["mask_mean"]
+        group["flagged"] += bool(flagged)
+        group["areas"][min(int(area * AREAS), AREAS - 1)] += 1
+        size = f"{row['height']}x{row['width']}"
+        group["sizes"][size] = group["sizes"].get(size, 0) + 1
+
+    def join(self, entries: Iterable[dict[str, Any]]) -> None:
+        """Add what `entries` gave of other pictures."""
+        for entry in entries:
+            group = self._group(entry["category"], entry["generator"], entry["label"])
+            for name in ("pictures", "mean_confidence", "flagged"):
+                group[name] += entry[name]
+            group["areas"] = [a + b for a, b in zip(group["areas"], entry["areas"], strict=True)]
+            for size, count in entry["sizes"].items():
+                group["sizes"][size] = group["sizes"].get(size, 0) + count
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The sums as JSON values, in the order of the groups."""
+        named = (dict(zip(("category", "generator", "label"), key, strict=True)) for key in sorted(self.groups))
+        return [names | self.groups[tuple(names.values())] for names in named]
+
+    def total(self, name: str) -> float:
+        """One of the sums over all groups."""
+        return sum(group[name] for group in self.groups.values())
+
+    def _group(self, category: str, generator: str, label: str) -> dict[str, Any]:
+        empty = {"pictures": 0, "mean_confidence": 0.0, "flagged": 0, "areas": [0] * AREAS, "sizes": {}}
+        return self.groups.setdefault((category, generator, label), empty)
+
+
+class UnitFiles:
+    """The shard of a unit and its rows of the manifest, being written by a worker; a context.
+
+    Args:
+        unit: the unit.
+        attempt: at it.
+        picture_type: see `shard_writer.write_shards`.
+        more: which of `manifest.MORE` the set has.
+    """
+
+    def __init__(self, unit: Unit, attempt: Attempt, picture_type: str = "png", more: tuple[str, ...] = ()):
+        name = shard_name(int(unit.id))
+        self.shard = ShardFile(attempt.path(name), name, picture_type)
+        self.rows = ManifestWriter(attempt.path(f"{PARTS}/{unit.id}.parquet"), more=more)
+        self.records, self.sums = 0, SetSums()
+
+    def add(
+        self,
+        sample: dict[str, Any],
+        picture_at: tuple[str, int, int] | None = None,
+        *,
+        area: float = 0.0,
+        flagged: bool = False,
+    ) -> None:
+        """Write a sample.
+
+        Args:
+            sample: with a `key`, see `shard_writer.write_shards`.
+            picture_at: see `ShardFile.add`.
+            area: see `SetSums.add`.
+            flagged: likewise.
+        """
+        identity = {"uid": picture_uid(sample["picture"]), "phash": picture_hash(sample["picture"])}
+        row = self.shard.add(sample, self.records, picture_at) | identity
+        self.rows.add(row)
+        self.sums.add(row, area, flagged)
+        self.records += 1
+
+    def result(self, counts: SkipCounts | None = None) -> dict[str, Any]:
+        """What the worker returns, when the context is closed."""
+        counts = SkipCounts() if counts is None else counts
+        skipped = {"reasons": counts.reasons, "examples": counts.examples}
+        return {"records": self.records, "skipped": skipped, "sums": self.sums.entries()}
+
+    def __enter__(self) -> UnitFiles:
+        return self
+
+    def __exit__(self, *_) -> None:
+        try:
+            self.shard.__exit__()
+        finally:
+            self.rows.close()
+
+
+class Assembled:
+    """What all units of a set came to.
+
+    Attributes:
+        records: pictures.
+        skipped: what was left out.
+        sums: over the pictures.
+    """
+
+    def __init__(self):
+        self.records, self.skipped, self.sums = 0, SkipCounts(), SetSums()
+
+
+def assemble(output: Path, commits: Iterable[dict[str, Any]], more: tuple[str, ...] = ()) -> Assembled:
+    """Write the manifest of a set whose units are committed, after checking that it is whole.
+
+    Args:
+        output: folder of the set.
+        commits: of its units in order, see `running.settle`.
+        more: see `UnitFiles`.
+
+    Raises:
+        UserError: a unit has another number of rows than of pictures, or two pictures have one key.
+    """
+    found, hashes = Assembled(), []
+    with atomic_path(output / MANIFEST) as temporary:
+        manifest = ManifestWriter(temporary, more=more)
+        try:
+            for commit in commits:
+                part = output / PARTS / f"{commit['unit']}.parquet"
+                rows = manifest.add_part(part)
+                if rows != commit["records"]:
+                    raise UserError(expected(part, f"{commit['records']} rows, as its commit says", rows))
+                found.records += rows
+                skipped = commit["skipped"]
+                found.skipped.join(SkipCounts(skipped.get("reasons", {}), skipped.get("examples", {})))
+                found.sums.join(commit["sums"])
+                hashes.append(np.fromiter(map(key_hash, _keys(part)), np.uint64, rows))
+        finally:
+            manifest.close()
+        if found.sums.total("pictures") != found.records:
+            raise UserError(expected(output, f"sums over {found.records} pictures", found.sums.total("pictures")))
+        _refuse_repeated(output, hashes)
+    return found
+
+
+def _keys(part: Path) -> list[str]:
+    with ParquetColumns(part) as table:
+        return table.texts("key", longest=_KEY_LENGTH).tolist()
+
+
+def _refuse_repeated(output: Path, hashes: list[np.ndarray]) -> None:
+    """Refuse a key that two pictures have; of equal hashes, the keys themselves are compared."""
+    ordered = np.sort(np.concatenate([*hashes, np.empty(0, np.uint64)]))
+    repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    seen: set[str] = set()
+    for key in _keys_of_hashes(output, repeated):
+        if key in seen:
+            raise UserError(expected(output, "a key of its own for every picture", f"{key!r} twice"))
+        seen.add(key)
+
+
+def _keys_of_hashes(output: Path, wanted: set[int]) -> Iterator[str]:
+    if wanted:
+        for part in sorted((output / PARTS).glob("*.parquet")):
+            yield from (key for key in _keys(part) if key_hash(key) in wanted)
