@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -16,9 +17,11 @@ logger = logging.getLogger(__name__)
 
 _DISCRETE = ("DDIMScheduler", "DDPMScheduler")
 _SIGMA = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
-_FLOW = ("FlowMatchEulerDiscreteScheduler",)
+_FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 _DPM = ("DPMSolverMultistepScheduler",)
-_SUPPORTED = (*_DISCRETE, *_SIGMA, *_FLOW, *_DPM)
+# solvers of several steps, of flow matching too where `use_flow_sigmas` says so
+_MULTISTEP = (*_DPM, "UniPCMultistepScheduler")
+_SUPPORTED = (*_DISCRETE, *_SIGMA, *_FLOW, *_MULTISTEP)
 _STOCHASTIC = ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
 _NEAREST = {
     "PNDMScheduler": "DDIMScheduler",
@@ -26,16 +29,18 @@ _NEAREST = {
     "HeunDiscreteScheduler": "EulerDiscreteScheduler",
     "KDPM2DiscreteScheduler": "EulerDiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler": "EulerAncestralDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler": "FlowMatchEulerDiscreteScheduler",
     "LCMScheduler": "DDIMScheduler",
     "TCDScheduler": "DDIMScheduler",
     "DPMSolverSinglestepScheduler": "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler": "DPMSolverMultistepScheduler",
     "DEISMultistepScheduler": "DPMSolverMultistepScheduler",
     "DPMSolverSDEScheduler": "DPMSolverMultistepScheduler",
 }
 # What changes from step to step; everything else is fixed by set_timesteps.
-_STATE = ("_step_index", "model_outputs", "lower_order_nums")
+_STATE = (
+    "_step_index", "model_outputs", "lower_order_nums",
+    "timestep_list", "last_sample", "this_order",  # UniPC
+    "prev_derivative", "dt", "sample",  # Heun
+)  # fmt: skip
 
 
 class Sampler:
@@ -45,7 +50,8 @@ class Sampler:
     zero the gradient where they clip.
 
     Args:
-        scheduler: DDIM (eta 0), DDPM, Euler, Euler ancestral, FlowMatchEuler or DPM++ 2M.
+        scheduler: DDIM (eta 0), DDPM, Euler, Euler ancestral, FlowMatchEuler, FlowMatchHeun, DPM++ 2M or UniPC, these
+            two with `use_flow_sigmas` too.
         device: where the timesteps live.
         timestep_options: of `set_timesteps`, from `Family.timestep_options`.
 
@@ -65,6 +71,7 @@ class Sampler:
         except ValueError as error:
             raise UserError(f"sampling_steps: {self.kind} does not take them ({first_line(error)})") from error
         self.stochastic = self.kind in _STOCHASTIC
+        self._mu = timestep_options.get("mu")
         self._fresh = self.state()
 
     @classmethod
@@ -92,7 +99,7 @@ class Sampler:
     @property
     def is_flow(self) -> bool:
         """Whether the scheduler is one of flow matching."""
-        return self.kind in _FLOW
+        return _is_flow(self.scheduler)
 
     @property
     def initial_scale(self) -> float:
@@ -107,8 +114,7 @@ class Sampler:
     def restore(self, state: dict | None, index: torch.Tensor | None = None) -> None:
         """Load a stored state (None: before the first step), for the pictures at index (M,) alone where given."""
         for name, value in (self._fresh if state is None else state).items():
-            if isinstance(value, list):
-                value = [v if v is None or index is None else v[index] for v in value]
+            value = [_rows(v, index) for v in value] if isinstance(value, list) else _rows(value, index)
             setattr(self.scheduler, name, value)
 
     def scale_input(self, latents: torch.Tensor, step: int) -> torch.Tensor:
@@ -179,12 +185,17 @@ class Sampler:
         """(a, b, sigma) of every step: next latents drawn from N(a latents + b prediction, sigma^2).
 
         In the window the step is Flow-GRPO's (flow matching) or DDIM's with noise, elsewhere the same without noise:
-        the scheduler's own for flow matching, DDIM and Euler, and first order for DPM++.
+        the scheduler's own for flow matching, DDIM and Euler, and first order for DPM++ and UniPC.
 
         Args:
             eta: how much noise a step of the window adds.
             window: steps, the last one not among them.
+
+        Raises:
+            UserError: the scheduler predicts twice for a step, as Heun's does.
         """
+        if "Heun" in self.kind:
+            raise UserError(expected("scheduler", "one that predicts once for a step, for a policy", self.kind))
         rates = [eta if step in window else 0.0 for step in range(len(self))]
         if self.is_flow:
             found = [flow_sde_coefs(self.scheduler.sigmas.cpu(), step, rate) for step, rate in enumerate(rates)]
@@ -263,7 +274,13 @@ class Sampler:
     def _shifted(self, uniform: torch.Tensor) -> torch.Tensor:
         # reads the shift off the sampler's own first sigma ratio, which holds the dynamic shift too
         config = self.scheduler.config
-        shift = self._flow_shift if config.get("use_dynamic_shifting") else float(config.shift)
+        if self.kind in _MULTISTEP:
+            exponential = config.get("time_shift_type", "exponential") == "exponential"
+            shift = float(config.flow_shift)
+            if config.get("use_dynamic_shifting"):
+                shift = math.exp(self._mu) if exponential else self._mu
+        else:
+            shift = self._flow_shift if config.get("use_dynamic_shifting") else float(config.shift)
         return shift * uniform / (1 + (shift - 1) * uniform)
 
     @property
@@ -294,7 +311,22 @@ def _check_supported(scheduler) -> None:
     if str(config.get("variance_type")).startswith("learned"):
         what = "a variance_type that is fixed, since the denoiser's prediction is read without a variance"
         raise UserError(expected(kind, what, repr(config.variance_type)))
-    is_dpm = kind in _DPM
-    if is_dpm and (config.algorithm_type != "dpmsolver++" or config.solver_order > 2 or config.get("use_flow_sigmas")):
-        what = "algorithm_type 'dpmsolver++' of order 1 or 2 without use_flow_sigmas"
+    if kind in _DPM and (config.algorithm_type != "dpmsolver++" or config.solver_order > 2):
+        what = "algorithm_type 'dpmsolver++' of order 1 or 2"
         raise UserError(expected(kind, what, f"{config.algorithm_type!r} of order {config.solver_order}"))
+    if kind in _MULTISTEP and (config.prediction_type == "flow_prediction") != bool(config.get("use_flow_sigmas")):
+        what = "prediction_type 'flow_prediction' with use_flow_sigmas, and only with it"
+        raise UserError(expected(kind, what, f"{config.prediction_type!r}, use_flow_sigmas {config.use_flow_sigmas}"))
+    if config.get("solver_p") is not None:
+        raise UserError(expected(kind, "solver_p None, since another scheduler's state is not kept", "one"))
+
+
+def _is_flow(scheduler) -> bool:
+    kind = type(scheduler).__name__
+    return kind in _FLOW or (kind in _MULTISTEP and bool(scheduler.config.get("use_flow_sigmas")))
+
+
+def _rows(value, index: torch.Tensor | None):
+    """The rows at index (M,) of a tensor that has rows; anything else as it is."""
+    has_rows = isinstance(value, torch.Tensor) and value.ndim > 0
+    return value[index] if has_rows and index is not None else value

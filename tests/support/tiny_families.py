@@ -151,3 +151,46 @@ def flux2_dev():
     }  # fmt: skip
     encoder = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)).eval()
     return Flux2Pipeline(text_encoder=encoder, tokenizer=tokenizer, **flux2_parts(guidance_embeds=True))
+
+
+def sana():
+    from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
+    from tokenizers.processors import TemplateProcessing
+    from transformers import Gemma2Config, Gemma2Model
+
+    # the instruction before every prompt is long
+    tokenizer = qwen_tokenizer(max_length=2048)
+    # as Gemma's does, so that no text is without a token
+    begin = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", begin)]
+    )
+    text = Gemma2Config(
+        **_TEXT, vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=2048,
+        query_pre_attn_scalar=8, sliding_window=512,
+    )  # fmt: skip
+    vae = AutoencoderDC(
+        latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock",) * 2,
+        decoder_block_types=("ResBlock",) * 2, encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1), decoder_layers_per_block=[1, 1], encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()), upsample_block_type="interpolate", downsample_block_type="stride_conv",
+        decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.6,
+    ).eval()  # fmt: skip
+    _enlarge(vae.decoder.conv_out, 4)
+    transformer = SanaTransformer2DModel(
+        patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16,
+        sample_size=16,
+    )  # fmt: skip
+    for layer in (transformer.caption_projection.linear_2, transformer.proj_out):
+        _enlarge(layer, 6)
+    pipeline = SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=Gemma2Model(text).eval(),
+        vae=vae,
+        transformer=transformer,
+        scheduler=flow_scheduler(shift=3.0),
+    )
+    # it insists on multiples of 32 pixels, which its own autoencoder needs and this one does not
+    pipeline.check_inputs = lambda *args: None
+    return pipeline

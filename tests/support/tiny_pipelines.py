@@ -8,7 +8,7 @@ import torch
 from diffdoctor.demo.pipeline import build_tokenizer
 
 PROMPTS = ("a photo of a red square", "a photo of a green circle", "a photo of a blue triangle")
-NEW_FAMILIES = ("z_image", "qwen_image", "krea2", "chroma", "flux2_dev")
+NEW_FAMILIES = ("z_image", "qwen_image", "krea2", "chroma", "flux2_dev", "sana")
 FAMILIES = ("sd", "sdxl", "sd3", "flux", "flux2", *NEW_FAMILIES)
 # of a pipeline's call
 CALL_OPTIONS = {name: {"max_sequence_length": 32} for name in FAMILIES if name not in ("sd", "sdxl")}
@@ -18,7 +18,8 @@ def call_options(name, scale, prompts=PROMPTS):
     """Options of a pipeline's call at a guidance scale, such that it does what its family does."""
     if name == "qwen_image":
         return {**CALL_OPTIONS[name], "true_cfg_scale": scale, "negative_prompt": [" "] * len(prompts)}
-    return {**CALL_OPTIONS.get(name, {}), "guidance_scale": scale}
+    exact = {"use_resolution_binning": False} if name == "sana" else {}
+    return {**CALL_OPTIONS.get(name, {}), **exact, "guidance_scale": scale}
 
 
 def t5_tokenizer(texts=PROMPTS, max_length=32):

@@ -55,7 +55,13 @@ def test_every_family(name, scale):
 
 @pytest.mark.parametrize(
     "scheduler",
-    ["DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"],
+    [
+        "DDPMScheduler",
+        "EulerDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+    ],
 )
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_no_strength_changes_nothing_with_any_scheduler(scheduler, prediction_type):

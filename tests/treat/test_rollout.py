@@ -19,9 +19,20 @@ SCHEDULERS = {
         "EulerDiscreteScheduler",
         "EulerAncestralDiscreteScheduler",
         "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
     ),
     "sdxl": ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler"),
+    "sd3": (
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+    ),
+    "qwen_image": ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"),
+    "flux2": ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"),
+    "sana": ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"),
 }
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 CASES = [
     *(
         (family, scheduler, scale)
@@ -38,6 +49,8 @@ def prepared(name, scheduler, scale, steps=4, dtype=torch.float32, prediction_ty
     """Of a tiny pipeline with this scheduler: its sampling, conditioning, first latents and generators."""
     pipeline = tiny_pipeline(name, prediction_type=prediction_type) if name == "sd" else tiny_pipeline(name)
     changes = {"clip_sample": False} if scheduler in ("DDIMScheduler", "DDPMScheduler") else {}
+    if name not in ("sd", "sdxl") and "Multistep" in scheduler:
+        changes = FLOW
     pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config, **changes)
     pipeline.to(dtype)
     family = family_of(pipeline)
@@ -77,11 +90,11 @@ def test_replay_of_some_pictures_repeats_the_roll_out(name, scheduler, scale):
         torch.testing.assert_close(again.detach(), rollout.final[index], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS["sd"])
-def test_replay_gradient_is_that_of_finite_differences(scheduler):
-    sampling, conditioning, latents, generators = prepared("sd", scheduler, 1.0, dtype=torch.float64)
+@pytest.mark.parametrize(("name", "scheduler"), [(name, s) for name in ("sd", "sd3") for s in SCHEDULERS[name]])
+def test_replay_gradient_is_that_of_finite_differences(name, scheduler):
+    sampling, conditioning, latents, generators = prepared(name, scheduler, 1.0, dtype=torch.float64)
     denoiser = sampling.family.denoiser
-    weight = denoiser.conv_out.weight
+    weight = (denoiser.conv_out if name == "sd" else denoiser.proj_out).weight
     denoiser.requires_grad_(False)
     weight.requires_grad_(True)
     index = torch.tensor([1])
@@ -105,7 +118,10 @@ def test_replay_gradient_is_that_of_finite_differences(scheduler):
     torch.testing.assert_close((gradient * direction).sum(), expected, rtol=2e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize(
+    "scheduler",
+    ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"],
+)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_denoised_inverts_renoised(scheduler, prediction_type):
     sampler = prepared("sd", scheduler, 1.0, prediction_type=prediction_type)[0].sampler

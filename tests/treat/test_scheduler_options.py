@@ -21,8 +21,11 @@ SERVED = {
     "EulerDiscreteScheduler": "sd",
     "EulerAncestralDiscreteScheduler": "sd",
     "DPMSolverMultistepScheduler": "sd",
+    "UniPCMultistepScheduler": "sd",
     "FlowMatchEulerDiscreteScheduler": "sd3",
+    "FlowMatchHeunDiscreteScheduler": "sd3",
 }
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 # The values of options that are words or numbers of a list; switches are found by their defaults.
 CHOICES = {
     "prediction_type": ("sample", "v_prediction"),
@@ -33,7 +36,7 @@ CHOICES = {
     "final_sigmas_type": ("zero", "sigma_min"),
     "timestep_type": ("discrete", "continuous"),
     "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"),
-    "solver_type": ("midpoint", "heun"),
+    "solver_type": ("midpoint", "heun", "bh1", "bh2"),
     "solver_order": (1, 2, 3),
     "time_shift_type": ("exponential", "linear"),
     "shift_terminal": (0.1,),
@@ -58,6 +61,11 @@ def options_of(kind):
 
 
 CASES = [(kind, name, value) for kind in SERVED for name, value in options_of(kind)]
+CASES += [
+    (kind, FLOW, options)
+    for kind in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+    for options in ({}, {"use_dynamic_shifting": True}, {"use_karras_sigmas": True}, {"solver_order": 1})
+]
 
 
 made = functools.cache(tiny_pipeline)
@@ -70,7 +78,7 @@ def own_scheduler(name):
 
 def distances(kind, options):
     """How far a roll-out is from the pipeline's own pictures, and a replay from the roll-out, of each one's size."""
-    name = SERVED[kind]
+    name = "sd3" if options.get("use_flow_sigmas") else SERVED[kind]
     pipeline = made(name)
     own = own_scheduler(name)
     if kind in ("DDIMScheduler", "DDPMScheduler"):
@@ -104,7 +112,7 @@ def distances(kind, options):
 
 @pytest.mark.parametrize(("kind", "name", "value"), CASES, ids=lambda value: str(value).removesuffix("Scheduler"))
 def test_a_rollout_draws_what_the_pipeline_draws_and_is_repeated_or_is_refused(kind, name, value):
-    options = {**WITH.get(name, {}), name: value}
+    options = {**FLOW, **value} if name is FLOW else {**WITH.get(name, {}), name: value}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -7,6 +7,7 @@ from diffdoctor.treat.families import (  # noqa: F401
     flux2,
     krea2,
     qwen_image,
+    sana,
     sdxl,
     stable_diffusion,
     stable_diffusion_3,

@@ -20,6 +20,7 @@ class ChromaFamily(FluxFamily):
 
     pipeline_classes = ("ChromaPipeline",)
     embedded_guidance = False
+    leaves_flow_sigmas = False
     takes_negative_prompt = True
 
     @torch.no_grad()

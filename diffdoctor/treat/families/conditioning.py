@@ -86,6 +86,7 @@ def _trimmed(inputs: Inputs) -> Inputs:
     inputs = dict(inputs)
     for name in [name for name in inputs if name.endswith(_MASK)]:
         real = inputs[name].any(0)
+        real[:1] = True  # of a text without a token
         for which in (name, name.removesuffix(_MASK)):
             inputs[which] = inputs[which][:, real]
         if inputs[name].all():

@@ -19,6 +19,7 @@ class FluxFamily(PackedFamily):
 
     pipeline_classes = ("FluxPipeline",)
     embedded_guidance = True
+    leaves_flow_sigmas = True
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": TRANSFORMER_TARGETS["attention"],
         "feed_forward": (*TRANSFORMER_TARGETS["feed_forward"], "proj_mlp", "proj_out"),

@@ -22,6 +22,7 @@ class _Flux2Family(PackedFamily):
     """
 
     token_side = 1
+    leaves_flow_sigmas = True
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         # attention and feed-forward of a single-stream block are one matrix on the way in and one on the way out
         "attention": (*TRANSFORMER_TARGETS["attention"], "attn.to_qkv_mlp_proj", "attn.to_out"),

@@ -18,6 +18,8 @@ class PackedFamily(Family):
     denoiser_name = "transformer"
     token_side: int = PATCH
     """Of the latents (B, C, h, w), a side of one token."""
+    leaves_flow_sigmas = False
+    """Whether the pipeline's call leaves the noise levels to a scheduler that has `use_flow_sigmas`."""
 
     def shift(self, tokens: int, steps: int) -> float:
         """The schedule's shift parameter mu, of a picture of this many tokens."""
@@ -44,7 +46,7 @@ class PackedFamily(Family):
     def timestep_options(self, steps, height, width):
         _, h, w = self.latent_shape(height, width)
         options = {"mu": self.shift((h // self.token_side) * (w // self.token_side), steps)}
-        if self.pipeline.scheduler.config.get("use_flow_sigmas"):
+        if self.leaves_flow_sigmas and self.pipeline.scheduler.config.get("use_flow_sigmas"):
             return {**options, "num_inference_steps": steps}
         return {**options, "sigmas": np.linspace(1.0, 1 / steps, steps)}
 
