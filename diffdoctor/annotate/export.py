@@ -64,8 +64,13 @@ def _some(labels: Iterator[Any]) -> Iterator[Any]:
 
 def _samples(project: Project, config: AnnotateExportConfig, counts: SkipCounts) -> Iterator[dict[str, Any]]:
     for label in _some(_labels(project, config, counts)):
-        planes = {"picture": project.picture(label.picture), "mask": label.mask, "ignore": label.ignore}
-        yield {"key": label.key, **planes, "label": "human", **label.values}
+        yield sample_of(project, label)
+
+
+def sample_of(project: Project, label: Label) -> dict[str, Any]:
+    """A label as a sample of shards, see `data.shard_writer.write_shards`."""
+    planes = {"picture": project.picture(label.picture), "mask": label.mask, "ignore": label.ignore}
+    return {"key": label.key, **planes, "label": "human", **label.values}
 
 
 def _write_shards(project: Project, config: AnnotateExportConfig, counts: SkipCounts) -> int:

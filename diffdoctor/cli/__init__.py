@@ -42,6 +42,7 @@ class Command:
         run: "module:function" that takes the dataclass; an int that it returns is the exit code.
         positional: the options that are given without a name.
         required: options with a default that must be given all the same.
+        file: what a word before all options is called, the YAML file of `--config`; "": there is none.
     """
 
     summary: str
@@ -49,6 +50,7 @@ class Command:
     run: str
     positional: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
+    file: str = ""
 
 
 COMMANDS = {
@@ -134,6 +136,18 @@ COMMANDS = {
         "diffdoctor.annotate.config:AnnotateImportConfig",
         "diffdoctor.annotate.imports:run_annotate_import",
         ("project", "source"),
+    ),
+    "round run": Command(
+        "diagnose, have pictures labelled, train, measure and decide, round by round",
+        "diffdoctor.rounds.config:RoundConfig",
+        "diffdoctor.rounds.command:run_round",
+        file="ROUND.yaml",
+    ),
+    "round status": Command(
+        "show how far the rounds are, and what each detector gained",
+        "diffdoctor.rounds.config:RoundConfig",
+        "diffdoctor.rounds.command:run_round_status",
+        file="ROUND.yaml",
     ),
     "evaluate detector": Command(
         "measure a detector on labelled shards",
@@ -230,6 +244,8 @@ def _load(path):
 def _run(name: str, command: Command, argv: list[str]) -> int:
     config_class = _load(command.config)
     options = options_of(config_class)
+    if command.file and argv and not argv[0].startswith("-"):
+        argv = ["--config", *argv]
     refuse_nulls(argv, options)
     argv = with_switches(with_kinds(argv, options), options, has_positional=bool(command.positional))
     values = _parsed(name, command, config_class, options, argv)
@@ -261,7 +277,13 @@ def _parsed(
             raise missing_extra("jsonargparse", "stages") from None
         return _switches_alone(name, command, options, argv)
     parser = command_parser(
-        name, command.summary, config_class, options, positional=command.positional, required=command.required
+        name,
+        command.summary,
+        config_class,
+        options,
+        positional=command.positional,
+        required=command.required,
+        file=command.file,
     )
     try:
         parsed = parser.parse_args(with_lists(argv, options))

@@ -10,6 +10,17 @@ from diffdoctor.cli.config_file import read_config
 from diffdoctor.cli.options import Options, list_kind
 from diffdoctor.runs.errors import UserError
 
+_ROUND = {
+    "what is read and written": ("pool", "detector", "output", "test", "data"),
+    "what is asked": (
+        *("budget", "strategy", "gold", "audit_share", "gold_share", "new_share", "double_share", "blind_share"),
+        *("per_prompt", "generator_share", "per_look", "look_distance"),
+    ),
+    "who answers": ("annotator", "merge", "truth", "raters"),
+    "what is learnt": ("precision", "most_pseudo", "human_share", "pseudo_share", "architecture"),
+    "when to stop": ("rounds", "patience", "bootstrap"),
+    "the detector, memory and speed": ("mirrored", "tile", "batch_size", "device", "seed"),
+}
 # The groups of a command that has many options, by title; what is named in none stays where it is.
 GROUPS = {
     "treat": {
@@ -49,6 +60,8 @@ GROUPS = {
         ),
         "the detector, memory and speed": ("tile", "overlap", "batch_size", "device", "strict"),
     },
+    "round run": _ROUND,
+    "round status": _ROUND,
     "evaluate model": {
         "the treatment that is evaluated": ("treatment", "pipeline", "lora", "treated", "guide", "guide_options"),
         "the detectors": ("detector", "judge"),
@@ -69,6 +82,7 @@ def command_parser(
     *,
     positional: Sequence[str] = (),
     required: Sequence[str] = (),
+    file: str = "",
 ):
     """The parser of a command.
 
@@ -79,6 +93,7 @@ def command_parser(
         options: name and type of each.
         positional: the options that are given without a name.
         required: options with a default that must be given all the same.
+        file: see `cli.Command`.
     """
     from jsonargparse import ActionConfigFile, ArgumentParser
 
@@ -95,8 +110,9 @@ def command_parser(
                 action.required |= action.dest in required
             return super().format_help()
 
-    parser = Parser(prog=f"diffdoctor {name}", description=summary, default_env=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file that holds any of these options")
+    parser = Parser(prog=" ".join(["diffdoctor", name, file]).rstrip(), description=summary, default_env=False)
+    also = f"; {file} is the same" if file else ""
+    parser.add_argument("--config", action=ActionConfigFile, help=f"a YAML file that holds any of these options{also}")
     described = _described(config_class)
     for each in positional:
         several = list_kind(options[each]) is not None

@@ -314,3 +314,24 @@ def test_sizes_below_one_are_refused_by_name(option):
 def test_no_pictures_are_refused():
     with pytest.raises(ValueError, match="confidence: expected at least one picture"):
         evaluate_maps(np.zeros((0, 4, 4)), np.zeros((0, 4, 4)))
+
+
+def test_two_detectors_are_compared_on_the_same_pictures():
+    rng = np.random.default_rng(5)
+    masks = np.zeros((40, 16, 16), np.float32)
+    masks[:20, 3:9, 3:9] = 1
+    worse = np.clip(masks * rng.uniform(0.3, 0.8, (40, 1, 1)) + 0.02, 0, 1)
+    better = np.clip(masks * 0.9 + 0.02, 0, 1)
+    statistics = [PictureStatistics.of(each, masks) for each in (worse, better)]
+    found = paired_differences(*statistics, bootstrap=200)
+    for name in ("map50", "hit_rate", "false_positive_rate"):
+        values = [each.measures(np.arange(40))[name] for each in statistics]
+        assert [found[name]["before"], found[name]["after"]] == pytest.approx(values)
+        assert found[name]["difference"] == pytest.approx(values[1] - values[0])
+    low, high = found["map50"]["difference_interval"]
+    assert 0 < low < found["map50"]["difference"] < high and (found["pictures"], found["damaged"]) == (40, 20)
+    # what both have in common does not widen the interval
+    same = paired_differences(statistics[0], statistics[0], bootstrap=50)
+    assert same["map50"]["difference_interval"] == same["hit_rate"]["difference_interval"] == [0, 0]
+    clean = [PictureStatistics.of(each[20:], masks[20:]) for each in (worse, better)]
+    assert np.isnan(paired_differences(*clean, bootstrap=50)["map50"]["difference"])

@@ -51,6 +51,9 @@ COMMANDS = {
         *("train-detector", "{}/set", "--architecture", "conv", "--min_side", "16", "--validation_share", "0"),
         *("--training.steps", "1", "--training.batch_size", "2", "--training.size", "16"),
     ),
+    "round run": (
+        *("round", "run", "--pool", "{}/pictures", "--detector", "{}/detector", "--test", "{}/set", "--budget", "2"),
+    ),
     "evaluate detector": ("evaluate", "detector", "{}/set", "--detector", "{}/detector", "--bootstrap", "0"),
 }
 

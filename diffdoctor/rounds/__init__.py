@@ -1,0 +1,1 @@
+"""Rounds of labelling and training: `diffdoctor round`."""
