@@ -38,10 +38,9 @@ class Ledger:
         """Add an entry; it is on the disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                # Behind a line that was cut short, this one would be lost too.
-                file.write(b"" if file.read(1) == b"\n" else b"\n")
+            file.seek(0)
+            # A line that was cut short makes way.
+            file.truncate(file.read().rfind(b"\n") + 1)
             file.write(strict_json.dumps(entry).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())

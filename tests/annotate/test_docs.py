@@ -66,4 +66,4 @@ def test_every_option_on_the_page_is_one():
     for kind in vars(config).values():
         if dataclasses.is_dataclass(kind):
             known |= {field.name for field in dataclasses.fields(kind)}
-    assert {*re.findall(r"--(\w+)", page)} <= known | {"detector", "output"}
+    assert {*re.findall(r"--(\w+)", page)} <= known | {"detector", "output", "mirrored"}

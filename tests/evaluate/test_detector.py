@@ -19,12 +19,14 @@ from diffdoctor.detector.samples import JoinedData
 from diffdoctor.evaluate.detector import parts as detector_parts
 from diffdoctor.evaluate.detector import sorted_pixels
 from diffdoctor.evaluate.detector.command import EvaluateDetectorConfig, run_evaluate_detector
+from diffdoctor.evaluate.detector.compare import paired_differences
 from diffdoctor.evaluate.detector.measure import evaluate_maps, measure
 from diffdoctor.evaluate.detector.sorted_pixels import SortedChunk
 from diffdoctor.measures import curves as detector_pixels
 from diffdoctor.measures import statistics as detector_statistics
 from diffdoctor.measures.curves import average_precision_of_chunks, encode, pixel_curves
 from diffdoctor.measures.pixels import average_precision_of
+from diffdoctor.measures.statistics import PictureStatistics
 from diffdoctor.runs.errors import UserError
 
 pytest.importorskip("pyarrow")

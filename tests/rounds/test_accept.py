@@ -79,7 +79,9 @@ def test_accepted_maps_are_labels_of_pictures_nobody_was_asked_about(world):
     clean = {each["category"] for each in samples if not each["mask"].any()}
     assert damaged == {"boxes"} and clean == {"boxes", "discs"}
     for uid, sample in zip(uids, samples, strict=True):
-        assert ((sample["mask"] > 0) == truths[uid]).all() and sample["ignore"][0].all() and not sample["ignore"][1:].any()
+        assert (
+            ((sample["mask"] > 0) == truths[uid]).all() and sample["ignore"][0].all() and not sample["ignore"][1:].any()
+        )
         assert (sample["label"], sample["round"], sample["key"]) == ("pseudo", 3, f"p03-{uid[:16]}")
     few = list(pseudo_labels(project, diagnosis, candidates, measured, most=5, **options))
     assert [each["key"] for each in few] == [each["key"] for each in samples[:5]]

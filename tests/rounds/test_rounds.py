@@ -1,6 +1,8 @@
 """Rounds of labelling and training: a simulated one, people over HTTP, kills, and what is refused."""
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -186,6 +188,16 @@ def test_a_stage_that_was_begun_otherwise_is_refused(simulated, world, tmp_path)
 def test_options_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         RoundConfig(["pool"], "detector", "out", **({"test": ["t"]} | changes))
+
+
+def test_the_file_on_the_page_is_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "rounds.md").read_text(encoding="utf-8")
+    (tmp_path / "round.yaml").write_text(re.search(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[1])
+    for words in (["round.yaml"], ["round.yaml", "--rounds", "2"]):
+        assert main(["round", "status", *words]) == 2
+        assert "runs/rounds: expected the output folder of `diffdoctor round run`" in capsys.readouterr().err
+    assert {*re.findall(r"--(\w+)", page)} - {"help"} <= {field.name for field in dataclasses.fields(RoundConfig)}
 
 
 def test_what_is_no_round_is_one_line(world, tmp_path, capsys):
