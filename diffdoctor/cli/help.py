@@ -69,7 +69,9 @@ GROUPS = {
             *("prompts", "pictures", "seed", "sampling_steps", "guidance_scale", "negative_prompt", "height", "width"),
             *("max_sequence_length", "scheduler", "dtype", "batch_size", "picture_type"),
         ),
-        "measures beside the detectors' rates": ("real", "damaged", "features", "clip", "classifier"),
+        "measures beside the detectors' rates": (
+            *("real", "damaged", "features", "clip", "preference", "preference_processor", "classifier"),
+        ),
     },
 }
 

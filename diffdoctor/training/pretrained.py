@@ -129,6 +129,30 @@ def load_from_transformers(option: str, source: str, model_class: str, processor
     return model.eval(), processor
 
 
+def load_processor(option: str, source: str) -> Any:
+    """A processor of transformers alone, for a model whose own files have none.
+
+    Args:
+        option: the command line's name for it, for messages.
+        source: a folder, from which alone everything is read, or a hub id.
+
+    Raises:
+        UserError: there is none, or it brings code of its own, which is never run.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise missing_extra("transformers", "stages") from None
+    is_local = Path(os.path.expanduser(source)).is_dir()
+    if not is_local and not is_hub_id(source):
+        raise UserError(expected(f"{option} {source}", "a folder or a hub id such as owner/name", "neither"))
+    origin = os.path.expanduser(source) if is_local else source
+    try:
+        return transformers.AutoProcessor.from_pretrained(origin, trust_remote_code=False, local_files_only=is_local)
+    except Exception as error:  # the hub client and each processor's class raise their own
+        raise UserError(f"{option} {source}: cannot be loaded ({first_line(error)}); expected a processor") from error
+
+
 def _check_settings(settings: Any, key: str = "") -> None:
     """Refuse a model's config.json that starts other programs' code or asks for a network without bounds."""
     if isinstance(settings, dict):

@@ -12,7 +12,7 @@ from diffdoctor.data.prompts import Prompt, read_prompt_file
 from diffdoctor.detector import ConvDetector, write_shards
 from diffdoctor.evaluate.model import networks
 from diffdoctor.evaluate.model.measure import count_real, damage_pictures, read_unit, real_units
-from diffdoctor.evaluate.model.networks import Classifier, Clip, load_features
+from diffdoctor.evaluate.model.networks import Classifier, Clip, Preference, load_features
 from diffdoctor.evaluate.model.store import EvaluationFolder, FeatureFiles, MeasureFiles
 from diffdoctor.evaluate.model.summary import PictureMeasures, summarise, summarise_groups
 from diffdoctor.measures.features import frechet_distance, frechet_distance_of_blocks, within_class_variance
@@ -50,6 +50,24 @@ class TestNetworks:
             expected = model(**inputs).logits_per_image.diagonal() / model.logit_scale.exp() * 100
         torch.testing.assert_close(scores, expected.clamp_min(0), atol=1e-4, rtol=1e-5)
         assert scores.std() > 0
+
+    def test_preference_is_the_models_own_logit(self, clip_folder, tmp_path):
+        from transformers import CLIPModel, CLIPProcessor
+
+        # as PickScore's repository: a model without a processor
+        CLIPModel.from_pretrained(clip_folder).save_pretrained(tmp_path / "model")
+        preference, pictures = Preference(str(tmp_path / "model"), str(clip_folder)), random_pictures(4, 32)
+        prompts = [PROMPTS[i % 2] for i in range(4)]
+        inputs = CLIPProcessor.from_pretrained(clip_folder)(
+            text=prompts, images=list(pictures), return_tensors="pt", padding=True
+        )
+        with torch.no_grad():
+            expected = preference.model(**inputs).logits_per_image.diagonal()
+        torch.testing.assert_close(preference.scores(pictures, prompts), expected, atol=1e-5, rtol=1e-5)
+        with pytest.raises(UserError, match=r"--preference .* cannot be loaded"):
+            Preference(str(tmp_path / "model"))
+        with pytest.raises(UserError, match="--preference_processor nowhere: expected a folder or a hub id"):
+            Preference(str(tmp_path / "model"), "nowhere")
 
     def test_prompts_beyond_clips_limit_are_cut(self, clip_folder):
         long = " ".join(["square"] * 200)
@@ -339,6 +357,11 @@ class TestSummary:
         assert metrics["variance"]["after"] < 1e-6 < metrics["variance"]["before"]
         assert metrics["fid"]["before"] == pytest.approx(0.03, abs=1e-4)
         assert metrics["fid"]["after"] > metrics["fid"]["before"]
+        assert metrics["recall"]["after"] < 0.5 < metrics["recall"]["before"]
+        assert metrics["kid"]["difference_interval"][1] > 0
+        fewer = summarise(before, after, labels, real=PictureMeasures(features=features[:4]), fid=False)
+        assert "fid" not in fewer
+        assert set(fewer["mmd"]) >= {"before", "after", "difference", "before_interval"}
 
     def test_prompts_drawn_once_have_no_variance(self):
         side = self.measures([0.0, 0.0], features=torch.randn(2, 3))

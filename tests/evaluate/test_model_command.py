@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -60,7 +61,7 @@ def test_the_figures_are_those_of_the_same_pictures_in_memory(files, evaluated, 
 def test_what_is_written(evaluated):
     output, metrics = evaluated
     assert sorted(path.name for path in output.iterdir()) == [
-        "config.yaml", "measures", "metrics.json", "pictures", "report.html", "run.json",
+        "config.yaml", "measures", "metrics.json", "pictures", "pictures.parquet", "report.html", "run.json",
     ]  # fmt: skip
     assert set(metrics["per_category"]) == {"square", "circle", "triangle"}
     assert sum(group["pictures"] for group in metrics["per_category"].values()) == COUNT
@@ -68,10 +69,32 @@ def test_what_is_written(evaluated):
     assert {"real", "damaged"} <= set(metrics["artifact_rate"]["judge"])
     assert metrics["versions"]["torch"] == torch.__version__.partition("+")[0] or metrics["versions"]["torch"]
     assert yaml.safe_load((output / "config.yaml").read_text())["guidance_scale"] == 1.0
+    table = pyarrow.parquet.read_table(output / "pictures.parquet").to_pylist()
+    assert [(row["side"], row["index"]) for row in table] == [(s, i) for s in ("before", "after") for i in range(COUNT)]
+    assert all((output / row["file"]).is_file() and row["prompt"] in PROMPTS for row in table)
+    flagged = sum(row["flagged"] for row in table if row["side"] == "after") / COUNT
+    assert flagged == metrics["artifact_rate"]["judge"]["after"]
+    assert {row["seed"] for row in table} == set(range(COUNT))
     page = (output / "report.html").read_text()
     assert page.count("<img") >= 1 + 2 + 2
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "a photo of a red square [square]; seed 0" in page or "seed 1" in page
+
+
+def test_few_pictures_have_a_distance_and_no_fid(files, evaluated, tmp_path, capsys):
+    shutil.copytree(evaluated[0], tmp_path / "run")
+    metrics = evaluate(files, tmp_path / "run", features="pixels")
+    assert "fid" not in metrics
+    assert metrics["no_fid"].startswith("no FID: 192 features (thumbnails of 8 x 8 pixels) need more than 9 real pict")
+    assert metrics["no_fid"] in capsys.readouterr().err
+    for name in ("kid", "mmd"):
+        low, high = metrics[name]["after_interval"]
+        assert low < metrics[name]["after"] < high
+        assert metrics[name]["ceiling"] is not None
+    assert 0 <= metrics["precision"]["after"] <= 1
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "unbiased, 0 for the same distribution" in page
+    assert metrics["no_fid"] in page
 
 
 def test_an_interrupted_run_goes_on_to_the_same_figures(files, evaluated, tmp_path, monkeypatch, capsys):

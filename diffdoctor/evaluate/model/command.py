@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from diffdoctor.data.columns import pyarrow_modules
 from diffdoctor.data.pictures import as_batch
 from diffdoctor.data.prompts import Prompt, read_prompt_file
 from diffdoctor.data.tar import SkipCounts
@@ -19,10 +20,11 @@ from diffdoctor.detector.models.load import open_detector
 from diffdoctor.evaluate.model import draw as pipelines
 from diffdoctor.evaluate.model import measure as measuring
 from diffdoctor.evaluate.model.config import EvaluateModelConfig, completed, read_settings
-from diffdoctor.evaluate.model.networks import Classifier, Clip, load_features
+from diffdoctor.evaluate.model.networks import Classifier, Clip, Preference, load_features
 from diffdoctor.evaluate.model.report import doubts, print_measures, write_report
 from diffdoctor.evaluate.model.store import EvaluationFolder
-from diffdoctor.evaluate.model.summary import summarise, summarise_groups
+from diffdoctor.evaluate.model.summary import NEIGHBOURS, summarise, summarise_groups
+from diffdoctor.evaluate.model.table import write_table
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_write_json, stamp
 from diffdoctor.runs.progress import progress, quiet_loaders
@@ -88,6 +90,7 @@ class Evaluation:
 
     def __init__(self, config: EvaluateModelConfig):
         quiet_loaders()
+        pyarrow_modules()
         self.config = config
         prompts = read_prompt_file(config.prompts)
         self.measurer = _networks(config)
@@ -95,7 +98,7 @@ class Evaluation:
         self.not_read = SkipCounts()
         self.real = measuring.real_units(config.real, self.not_read) if config.real else []
         self.damaged = measuring.real_units(config.damaged, self.not_read) if config.damaged else []
-        self._refuse_too_few(measuring.count_real(self.real), "real pictures")
+        self._too_few_for_fid(measuring.count_real(self.real))
         identity = pipelines.picture_identity(
             config, [prompt.text for prompt in prompts], weights_digest(self.measurer.detector)
         )
@@ -106,16 +109,28 @@ class Evaluation:
         self.pipeline = self._checked_pipeline()
         self.device = open_device(config.device, self.state.device)
 
-    def _refuse_too_few(self, count: int | None, what: str) -> None:
-        """Refuse FID of sets that are too small for a covariance of full rank."""
-        if not self.real or self.measurer.features is None or count is None:
-            return
-        size = self.measurer.features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape[1]
-        for number, name in ((count, what), (self.config.pictures, "generated pictures")):
-            if number <= size:
-                what = f"more than {size} {name} for a distance of {size} features ({self.measurer.features.name})"
-                advice = "give more, --features with fewer (pixels has 192), or no --real"
-                raise UserError(expected("--real", what, f"{number}: {advice}"))
+    def _too_few_for_fid(self, real_count: int | None) -> str:
+        """Why there is no FID: the sets are too small for a covariance of full rank; empty: nothing is against it.
+
+        Args:
+            real_count: of real pictures; None: not known yet.
+
+        Raises:
+            UserError: too few for any comparison with real pictures.
+        """
+        features = self.measurer.features
+        if not self.real or features is None:
+            return ""
+        counts = {"real pictures": real_count, "generated pictures": self.config.pictures}
+        counts = {name: count for name, count in counts.items() if count is not None}
+        for name, count in counts.items():
+            if count <= NEIGHBOURS:
+                raise UserError(expected("--real", f"more than {NEIGHBOURS} {name} for a comparison", count))
+        size = features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape[1]
+        few = [f"{count:,} {name}" for name, count in counts.items() if count <= size]
+        if not few:
+            return ""
+        return f"no FID: {size} features ({features.name}) need more than {' and '.join(few)}; KID and MMD do not"
 
     def _checked_pipeline(self):
         """The untreated pipeline, after trying that it can be treated as the options say."""
@@ -173,6 +188,7 @@ class Evaluation:
             "detector": weights_digest(self.measurer.detector),
             "features": [getattr(self.measurer.features, "name", ""), stamp(config.features)],
             "clip": [config.clip, stamp(config.clip)],
+            "preference": [config.preference, stamp(config.preference), config.preference_processor],
             "classifier": [config.classifier, stamp(config.classifier), self.plan.class_indices],
             "seed": config.seed,
             **files,
@@ -286,10 +302,15 @@ class Evaluation:
         if self.real and real is None:
             left_out = f" (left out: {skipped_in_words(skipped, {})})" if skipped else ""
             raise UserError(expected("--real", "clean pictures that can be read", f"none{left_out}"))
-        self._refuse_too_few(None if real is None else len(real.judge), "real pictures")
+        no_fid = self._too_few_for_fid(None if real is None else len(real.judge))
+        if no_fid:
+            print(f"notice: {no_fid}", file=sys.stderr)
         count = self.config.pictures
         class_ids = self.plan.class_ids(count)
-        metrics = summarise(before, after, class_ids, real=real, damaged=damaged, seed=self.config.seed)
+        options = {"fid": not no_fid, "seed": self.config.seed}
+        metrics = summarise(before, after, class_ids, real=real, damaged=damaged, **options)
+        if no_fid:
+            metrics["no_fid"] = no_fid
         categories = [self.plan.prompt(index).category for index in range(count)]
         if any(categories):
             metrics["per_category"] = summarise_groups(before, after, categories)
@@ -300,6 +321,7 @@ class Evaluation:
         metrics |= {"skipped": dict(sorted(skipped.items())), "versions": versions()}
         metrics = nan_to_none(metrics)
         metrics["doubts"] = doubts(metrics)
+        write_table(self.folder.path, self.plan.prompt, self.config.seed, before, after, self.config.picture_type)
         write_report(self.config, self.folder, self.measurer.judge, self.plan.prompt, metrics, before, after)
         # Last: its presence says that the evaluation is complete.
         atomic_write_json(self.folder.path / METRICS, metrics)
@@ -324,7 +346,8 @@ def _networks(config: EvaluateModelConfig) -> measuring.Measurer:
     if features is not None and features.note and config.features == "auto":
         print(f"notice: {features.note}", file=sys.stderr)
     classifier = Classifier(config.classifier) if config.classifier else None
-    return measuring.Measurer(judge, detector, features, clip, classifier)
+    preference = Preference(config.preference, config.preference_processor) if config.preference else None
+    return measuring.Measurer(judge, detector, features, clip, preference, classifier)
 
 
 def _class_indices(classifier: Classifier | None, prompts: list[Prompt]) -> list[int] | None:

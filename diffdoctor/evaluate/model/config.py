@@ -53,21 +53,25 @@ class EvaluateModelConfig:
         max_sequence_length: of T5 prompts (SD3, FLUX), in tokens; null: the treatment's, else the pipeline's own.
         scheduler: class of a diffusers scheduler in place of the pipeline's own; null: the treatment's, else its own.
         dtype: fp32, bf16 or fp16: what the pipelines are loaded in; detectors and measures are in fp32.
-        real: files, folders, patterns or shards of real clean pictures, FID's reference; damaged ones in labelled
-            shards are left out. None: no FID.
+        real: files, folders, patterns or shards of real clean pictures, with which the generated ones are compared
+            (FID, KID, MMD, precision, recall); damaged ones in labelled shards are left out. None: no such comparison.
         damaged: the same of damaged pictures, FID's ceiling; none: the real ones are damaged as by `inject`.
-        features: feature network of FID and variance: auto, inception (or inception-64, -192, -768), clip, pixels,
-            none, a folder or hub id of a vision model of transformers, or a TorchScript file from pictures
-            (B, 3, H, W) in [0, 1] to features (B, D). auto: inception where its weights are on this machine, else clip
-            where --clip is given, else pixels.
+        features: feature network of these measures and of the variance: auto, inception (or inception-64, -192, -768),
+            clip, pixels, none, a folder or hub id of a vision model of transformers such as facebook/dinov2-base, or a
+            TorchScript file from pictures (B, 3, H, W) in [0, 1] to features (B, D). auto: inception where its weights
+            are on this machine, else clip where --clip is given, else pixels.
         clip: folder or hub id of a CLIP model of transformers, for the prompts' CLIP score; null: none.
+        preference: folder or hub id of a CLIP model of transformers that was tuned on people's choices, such as
+            yuvalkirstain/PickScore_v1, for the preference score; null: none.
+        preference_processor: the same of its processor, where the model's own files have none, such as
+            laion/CLIP-ViT-H-14-laion2B-s32B-b79K for PickScore; null: the model's own.
         classifier: folder or hub id of an image classification model of transformers, or a TorchScript file
             from pictures to logits, that must find the prompts' labels; null: none.
         batch_size: pictures that are generated, and measured, at a time.
         picture_type: of the generated pictures' files: png or webp, both exact.
         examples: pictures shown of each kind in the report.
-        output: the folder to make: report.html, metrics.json, config.yaml, pictures, measures. The same command
-            resumes after an interruption; with more pictures it generates those that are missing.
+        output: the folder to make: report.html, metrics.json, pictures.parquet, config.yaml, pictures, measures. The
+            same command resumes after an interruption; with more pictures it generates those that are missing.
         overwrite: replace pictures in the output folder that were generated with other options.
         strict: stop at the first broken real picture instead of skipping and counting it, and end with exit code 3
             where the judge or the detector is blind.
@@ -97,6 +101,8 @@ class EvaluateModelConfig:
     damaged: list[str] = dataclasses.field(default_factory=list)
     features: str = "auto"
     clip: str | None = None
+    preference: str | None = None
+    preference_processor: str | None = None
     classifier: str | None = None
     batch_size: int = 16
     picture_type: str = "png"
@@ -135,6 +141,8 @@ def completed(config: EvaluateModelConfig) -> EvaluateModelConfig:
     if not (config.lora or config.treated or config.guide):
         options = "--treatment, --lora, --treated, --guide"
         raise UserError(expected(options, "one of them, the treatment to be evaluated", "none"))
+    if config.preference_processor and not config.preference:
+        raise UserError(expected("--preference_processor", "--preference with it", "none"))
     if config.guide_options and not config.guide:
         raise UserError(expected("--guide_options", "--guide true with it", "--guide false"))
     return config

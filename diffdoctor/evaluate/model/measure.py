@@ -14,7 +14,7 @@ from diffdoctor.data.sources import Source, find_sources, read_source
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.damage.injection import MIN_SIDE, NoVisibleDamage, inject
 from diffdoctor.detector.predict import diagnose_pictures
-from diffdoctor.evaluate.model.networks import Classifier, Clip, FeatureNetwork, extract_features
+from diffdoctor.evaluate.model.networks import Classifier, Clip, FeatureNetwork, Preference, extract_features
 from diffdoctor.evaluate.model.summary import PictureMeasures, summarise
 from diffdoctor.measures.pixels import flagged_share
 from diffdoctor.runs.errors import UserError, expected
@@ -33,6 +33,7 @@ class Measurer:
         detector: the detector that steered it.
         features: for FID and variance; None: neither.
         clip: for the CLIP score; None: none.
+        preference: for the preference score; None: none.
         classifier: for the accuracy; None: none.
     """
 
@@ -40,11 +41,12 @@ class Measurer:
     detector: torch.nn.Module
     features: FeatureNetwork | None = None
     clip: Clip | None = None
+    preference: Preference | None = None
     classifier: Classifier | None = None
 
     def to(self, device: torch.device) -> Measurer:
         """Move all networks."""
-        for network in (self.judge, self.detector, self.features, self.clip, self.classifier):
+        for network in (self.judge, self.detector, self.features, self.clip, self.preference, self.classifier):
             if network is not None:
                 network.to(device)
         return self
@@ -56,7 +58,7 @@ class Measurer:
 
         Args:
             pictures: uint8 (B, 3, H, W) on the CPU.
-            prompts: B, from which they were generated; none: no CLIP score.
+            prompts: B, from which they were generated; none: no CLIP and no preference score.
             class_indices: (B,) index of the logit that the classifier should find largest; None: no classification.
 
         Returns:
@@ -72,6 +74,8 @@ class Measurer:
             values["features"] = self.features(pictures).numpy()
         if self.clip is not None and len(prompts):
             values["clip_score"] = self.clip.scores(pictures, list(prompts)).numpy()
+        if self.preference is not None and len(prompts):
+            values["preference"] = self.preference.scores(pictures, list(prompts)).numpy()
         if self.classifier is not None and class_indices is not None:
             values["right"] = self.classifier.right(pictures, class_indices).numpy()
         return values

@@ -14,7 +14,7 @@ import torch
 
 from diffdoctor.data.pictures import to_images
 from diffdoctor.runs.errors import UserError, expected, first_line
-from diffdoctor.training.pretrained import load_from_transformers, load_script
+from diffdoctor.training.pretrained import load_from_transformers, load_processor, load_script
 
 INCEPTION_SIZES = (64, 192, 768, 2048)
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -55,17 +55,23 @@ class Clip:
 
     Args:
         source: a folder or a hub id.
+        processor: the same of its processor, where the model's own files have none.
 
     Raises:
         UserError: there is no such model.
     """
 
-    def __init__(self, source: str):
-        self.source = source
-        self.model, self.processor = load_from_transformers("--clip", source, "AutoModel", "AutoProcessor")
+    option = "--clip"
+
+    def __init__(self, source: str, processor: str | None = None):
+        self.source, option = source, self.option
+        own = None if processor else "AutoProcessor"
+        self.model, self.processor = load_from_transformers(option, source, "AutoModel", own)
+        if processor:
+            self.processor = load_processor(f"{option}_processor", processor)
         if not (hasattr(self.model, "get_image_features") and hasattr(self.model, "get_text_features")):
             what = "a model of pictures and texts such as CLIP"
-            raise UserError(expected(f"--clip {source}", what, type(self.model).__name__))
+            raise UserError(expected(f"{option} {source}", what, type(self.model).__name__))
 
     def to(self, device: torch.device) -> Clip:
         """Move the model."""
@@ -105,11 +111,39 @@ class Clip:
         Returns:
             (B,) float32 on the CPU.
         """
+        return (100 * self.cosines(pictures, prompts)).clamp_min(0).cpu()
+
+    def cosines(self, pictures: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """The cosine (B,) of each picture, uint8 (B, 3, H, W), and its prompt."""
         # Each text is embedded once, however many pictures it has.
         texts = sorted(set(prompts))
         embeddings = self.prompts(texts)[[texts.index(prompt) for prompt in prompts]]
-        cosine = torch.nn.functional.cosine_similarity(self.pictures(pictures), embeddings)
-        return (100 * cosine).clamp_min(0).cpu()
+        return torch.nn.functional.cosine_similarity(self.pictures(pictures), embeddings)
+
+
+class Preference(Clip):
+    """How much people would like a picture of a prompt, by a CLIP model that was tuned on their choices: PickScore.
+
+    Source: Y. Kirstain et al., Pick-a-Pic, arXiv 2305.01569. Other such models have other scales; differences count.
+    """
+
+    option = "--preference"
+
+    @torch.no_grad()
+    def scores(self, pictures: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """The model's own logit scale times the cosine of each picture and its prompt.
+
+        Args:
+            pictures: uint8 (B, 3, H, W) on the model's device.
+            prompts: B.
+
+        Returns:
+            (B,) float32 on the CPU. Of two pictures of a prompt, the first is preferred with a probability of
+            sigmoid(difference).
+        """
+        scale = getattr(self.model, "logit_scale", None)
+        scale = 100.0 if scale is None else scale.float().exp()
+        return (scale * self.cosines(pictures, prompts)).cpu()
 
 
 class Classifier:

@@ -140,6 +140,13 @@ def measure_rows(metrics: dict) -> list[list]:
         ceiling = f", clean against damaged {_plain(fid['ceiling'])}" if "ceiling" in fid else ""
         note = f"{metrics['features']['name']}; two halves of the real pictures {_plain(fid['floor'])}{ceiling}"
         rows.append(["FID", _number(fid["before"]), _number(fid["after"]), note])
+    elif "no_fid" in metrics:
+        rows.append(["FID", _number(None), _number(None), metrics["no_fid"]])
+    for name, form in (("kid", _plain), ("mmd", _plain), ("precision", _share), ("recall", _share)):
+        if name in metrics:
+            title = name if name in ("precision", "recall") else name.upper()
+            values = [(form(metrics[name][when]), "number") for when in ("before", "after")]
+            rows.append([title, *values, _of_few_note(metrics[name], name)])
     if "variance" in metrics:
         variance = metrics["variance"]
         note = f"{metrics['features']['name']}; a collapsed model has little"
@@ -148,6 +155,7 @@ def measure_rows(metrics: dict) -> list[list]:
         rows.append(["within-class variance", _number(variance["before"]), _number(variance["after"]), note])
     for key, title, form, note in (
         ("clip_score", "CLIP score", _number, "similarity of picture and prompt"),
+        ("preference", "preference score", _number, "how much people would like it, by a model"),
         ("accuracy", "accuracy", _percent, "share in which the classifier finds the prompt's label"),
     ):
         if key in metrics:
@@ -171,6 +179,16 @@ def _rate_note(rate: dict, name: str) -> str:
     if "damaged" in rate:
         parts.append(f"{rate['damaged']:.1%} of the damaged ones")
     return ", ".join(parts)
+
+
+def _of_few_note(values: dict, name: str) -> str:
+    if name in ("precision", "recall"):
+        low, high = values["after_interval"]
+        of = {"precision": "generated pictures near real ones", "recall": "real pictures near generated ones"}[name]
+        return f"share of {of}; after, 95 % interval {low:.1%} to {high:.1%}"
+    low, high = values["difference_interval"]
+    note = f"unbiased, 0 for the same distribution; difference {values['difference']:+.3g} ({low:+.3g} to {high:+.3g})"
+    return f"{note}, clean against damaged {_plain(values['ceiling'])}" if "ceiling" in values else note
 
 
 def _category_table(groups: dict) -> tuple[list, list]:
@@ -250,6 +268,10 @@ def _rate(rate: dict, when: str, what: str = "95 % interval ") -> str:
 
 def _percent(value: float | None) -> tuple[str, str]:
     return ("–" if value is None else f"{100 * value:.2f} %"), "number"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
 
 
 def _number(value: float | None) -> tuple[str, str]:

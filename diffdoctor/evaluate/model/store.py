@@ -4,6 +4,7 @@ output/
   run.json                              what the pictures depend on
   pictures/before/00000000.png …        by index; a picture's prompt and seed are functions of its index
   measures/run.json                     what the measures depend on beside the pictures
+  pictures.parquet                      every score of every picture
   measures/before/00000000-00000128.npz and .features.npy, likewise after, real, damaged
 """
 
@@ -28,6 +29,8 @@ from diffdoctor.runs.record import RunFolder
 from diffdoctor.runs.units import Units
 
 PICTURES, MEASURES = "pictures", "measures"
+# Every score of every picture.
+TABLE = "pictures.parquet"
 SIDES = ("before", "after", "real", "damaged")
 # What a unit's file holds beside one entry per picture.
 _ABOUT_UNIT = ("has_features", "skipped")
@@ -195,7 +198,7 @@ class EvaluationFolder(RunFolder):
 
     def __init__(self, output: Path, identity: dict, picture_type: str = "png", *, main: bool = True):
         advice = "choose another folder or give --overwrite true"
-        results = dict.fromkeys((PICTURES, MEASURES))
+        results = dict.fromkeys((PICTURES, MEASURES, TABLE))
         super().__init__(output, "evaluate model", identity, results, exclusive=True, advice=advice, main=main)
         self.picture_type = picture_type
 

@@ -10,8 +10,15 @@ import numpy as np
 import torch
 
 from diffdoctor.measures.features import FeatureRows, blocks, frechet_distance_of_blocks, within_class_variance
+from diffdoctor.measures.kernel_distance import cubic, gaussian, kernel_distance, kernel_distances
+from diffdoctor.measures.manifold import Manifold
 from diffdoctor.measures.pixels import is_flagged
 from diffdoctor.measures.rates import paired_bootstrap, paired_mean, wilson_interval
+
+# Rows that are compared each with each; of larger sets so many are drawn.
+MOST_ROWS = 10_000
+# Neighbours of the manifolds of precision and recall.
+NEIGHBOURS = 3
 
 
 @dataclass
@@ -23,6 +30,7 @@ class PictureMeasures:
         detector: (N,) float32, the share that the detector flags.
         features: (N, D), a tensor, or rows on the disk that are read when they are indexed.
         clip_score: (N,), 100 times the cosine between picture and prompt, at least 0.
+        preference: (N,), how much people would like the picture of its prompt, on the scale of a model.
         right: (N,) bool, whether a classifier finds the prompt's label.
     """
 
@@ -30,6 +38,7 @@ class PictureMeasures:
     detector: torch.Tensor | None = None
     features: FeatureRows | None = None
     clip_score: torch.Tensor | None = None
+    preference: torch.Tensor | None = None
     right: torch.Tensor | None = None
 
 
@@ -58,6 +67,7 @@ def summarise(
     *,
     real: PictureMeasures | None = None,
     damaged: PictureMeasures | None = None,
+    fid: bool = True,
     seed: int = 0,
 ) -> dict[str, Any]:
     """The measures of a treatment.
@@ -69,11 +79,13 @@ def summarise(
         real: real clean pictures, FID's reference, whose floor is the distance of two random halves; the flagged ones
             among them are the detectors' false alarms. None: no FID.
         damaged: the real pictures with damage, FID's ceiling; the flagged ones among them are the detectors' hits.
-        seed: of the split of `real` into halves, and of the resampling.
+        fid: whether there are enough pictures for FID, more than features.
+        seed: of the split of `real` into halves, of the resampling, and of the rows drawn of more than 10,000.
 
     Returns:
         Nested numbers under the names of docs/evaluate.md: `artifact_rate`, `flagged_area`, `pictures`, and those of
-        `fid`, `variance`, `clip_score` and `accuracy` whose inputs were measured.
+        `fid`, `kid`, `mmd`, `precision`, `recall`, `variance`, `clip_score`, `preference` and `accuracy` whose inputs
+        were measured.
     """
     flags = {
         name: (is_flagged(getattr(before, name)), is_flagged(getattr(after, name))) for name in ("judge", "detector")
@@ -92,7 +104,10 @@ def summarise(
     }
     metrics["pictures"] = len(labels)
     if real is not None and real.features is not None:
-        metrics["fid"] = _distances(before, after, real, damaged, seed)
+        if fid:
+            metrics["fid"] = _distances(before, after, real, damaged, seed)
+        if min(len(real.features), len(before.features)) > NEIGHBOURS:
+            metrics |= _of_few(before, after, real, damaged, seed)
     if before.features is not None:
         repeated = bool((labels.unique(return_counts=True)[1] > 1).any())
         metrics["variance"] = {
@@ -100,8 +115,9 @@ def summarise(
             for name, side in (("before", before), ("after", after))
         }
     clean = ~flags["judge"][0]
-    if before.clip_score is not None:
-        metrics["clip_score"] = _clip_scores(before.clip_score, after.clip_score, clean, seed)
+    for name in ("clip_score", "preference"):
+        if getattr(before, name) is not None:
+            metrics[name] = _scores(getattr(before, name), getattr(after, name), clean, seed)
     if before.right is not None:
         metrics["accuracy"] = _accuracy(before.right, after.right, clean)
     return metrics
@@ -124,7 +140,7 @@ def summarise_groups(before: PictureMeasures, after: PictureMeasures, groups: li
         chosen = torch.from_numpy(names == group)
 
         def select(measures, chosen=chosen):
-            fields = ("judge", "detector", "clip_score", "right")
+            fields = ("judge", "detector", "clip_score", "preference", "right")
             values = {name: getattr(measures, name) for name in fields}
             return PictureMeasures(**{k: None if v is None else v[chosen] for k, v in values.items()})
 
@@ -152,7 +168,38 @@ def _distances(
     return result
 
 
-def _clip_scores(before: torch.Tensor, after: torch.Tensor, clean: torch.Tensor, seed: int) -> dict:
+def _of_few(
+    before: PictureMeasures, after: PictureMeasures, real: PictureMeasures, damaged: PictureMeasures | None, seed: int
+) -> dict[str, dict]:
+    """The measures against the real pictures that a few hundred suffice for."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(count):
+        return torch.randperm(count, generator=generator)[:MOST_ROWS].sort().values
+
+    pairs = drawn(len(before.features))
+    reference, one, other = real.features[drawn(len(real.features))], before.features[pairs], after.features[pairs]
+    broken = None
+    if damaged is not None and damaged.features is not None and len(damaged.features) > NEIGHBOURS:
+        broken = damaged.features[drawn(len(damaged.features))]
+    result: dict[str, dict] = {}
+    for name, kernel in (("kid", cubic), ("mmd", gaussian)):
+        result[name] = kernel_distances(reference, one, other, kernel)
+        if broken is not None:
+            result[name]["ceiling"] = kernel_distance(reference, broken, kernel)[0]
+    manifold = Manifold(reference, NEIGHBOURS)
+    result |= {"precision": {}, "recall": {}}
+    for when, features in (("before", one), ("after", other)):
+        for name, inside in (
+            ("precision", manifold.contains(features)),
+            ("recall", Manifold(features, NEIGHBOURS).contains(reference)),
+        ):
+            result[name][when] = float(inside.double().mean())
+            result[name][f"{when}_interval"] = list(wilson_interval(int(inside.sum()), len(inside)))
+    return result
+
+
+def _scores(before: torch.Tensor, after: torch.Tensor, clean: torch.Tensor, seed: int) -> dict:
     result = paired_mean(before.numpy(), after.numpy(), seed=seed)
     if clean.any():
         of_clean = paired_mean(before[clean].numpy(), after[clean].numpy(), seed=seed)

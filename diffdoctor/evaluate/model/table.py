@@ -1,0 +1,65 @@
+"""Every score of every generated picture, as one Parquet file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffdoctor.data.columns import pyarrow_modules
+from diffdoctor.evaluate.model.store import PICTURES, TABLE, PictureFiles
+from diffdoctor.evaluate.model.summary import PictureMeasures
+from diffdoctor.measures.pixels import is_flagged
+from diffdoctor.runs.files import atomic_path
+
+if TYPE_CHECKING:
+    from diffdoctor.data.prompts import Prompt
+
+_SCORES = ("judge", "detector", "clip_score", "preference", "right")
+
+
+def write_table(
+    folder: Path,
+    prompt: Callable[[int], Prompt],
+    seed: int,
+    before: PictureMeasures,
+    after: PictureMeasures,
+    picture_type: str = "png",
+) -> Path:
+    """Write pictures.parquet: a row for each generated picture, two for each index.
+
+    Columns: `index`, `side` (before or after), `file` (below the evaluation's folder), `prompt`, `category`, `label`,
+    `seed`, `flagged` (by the judge), and of `judge`, `detector`, `clip_score`, `preference` and `right` those that were
+    measured, as in `PictureMeasures`.
+
+    Args:
+        folder: of the evaluation.
+        prompt: callable from a picture's index to its prompt.
+        seed: of the first picture.
+        before: measures of the pictures before the treatment.
+        after: measures of the same pictures after it.
+        picture_type: of their files.
+    """
+    pa, parquet = pyarrow_modules()
+    tables = []
+    for side, measures in (("before", before), ("after", after)):
+        indices = range(len(measures.judge))
+        files = PictureFiles(folder / PICTURES / side, picture_type)
+        prompts = [prompt(index) for index in indices]
+        columns = {
+            "index": list(indices),
+            "side": pa.array([side] * len(indices)),
+            "file": [files.path(index).relative_to(folder).as_posix() for index in indices],
+            "prompt": pa.array([p.text for p in prompts], pa.string()),
+            "category": pa.array([p.category for p in prompts], pa.string()),
+            "label": pa.array([p.label for p in prompts], pa.string()),
+            "seed": [seed + index for index in indices],
+            "flagged": is_flagged(measures.judge).numpy(),
+        }
+        scores = {name: getattr(measures, name) for name in _SCORES}
+        columns |= {name: values.numpy() for name, values in scores.items() if values is not None}
+        tables.append(pa.table(columns))
+    path = folder / TABLE
+    with atomic_path(path) as temporary:
+        parquet.write_table(pa.concat_tables(tables), temporary)
+    return path
