@@ -23,8 +23,11 @@ pytest.importorskip("PIL")
 pytest.importorskip("pyarrow")
 from PIL import Image
 
+from diffdoctor.data.prompts import Prompt
 from diffdoctor.detector import ConvDetector, DetectorTrainingConfig, load_detector
 from diffdoctor.detector.damage import registry as damage
+from diffdoctor.evaluate.model.summary import PictureMeasures
+from diffdoctor.evaluate.model.table import write_table
 from diffdoctor.maps import attach_map, detach_map, find_map, write_map
 from diffdoctor.treat.families import registry as families
 from support.tiny_pipelines import tiny_pipeline
@@ -81,6 +84,10 @@ def folder(tmp_path_factory):
     shutil.copytree(root / "runs" / "my-detector", root / "detector")
     shutil.move(root / "detector", root / "runs" / "my-detector" / "detector")
     tiny_pipeline("sd").save_pretrained(root / "runs" / "my-pipeline")
+    shares = torch.linspace(0, 1, 3)
+    measures = PictureMeasures(judge=shares, detector=shares)
+    (root / "runs" / "evaluation").mkdir()
+    write_table(root / "runs" / "evaluation", lambda index: Prompt(f"picture {index}"), 0, measures, measures)
     return root
 
 
