@@ -71,6 +71,12 @@ COMMANDS = {
         "diffdoctor.detector.commands.inject:run_inject",
         ("pictures",),
     ),
+    "sample": Command(
+        "draw a set of pictures from prompts and seeds",
+        "diffdoctor.treat.sample:SampleConfig",
+        "diffdoctor.treat.sample:run_sample",
+        required=("pipeline", "prompts", "output"),
+    ),
     "train-detector": Command(
         "train a detector on labelled shards",
         "diffdoctor.detector.commands.train:TrainDetectorConfig",

@@ -139,7 +139,14 @@ class ShardFile:
         self.name, self.picture_type = name, picture_type
         self.tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
-    def add(self, sample: dict[str, Any], index: int, picture_at: tuple[str, int, int] | None = None) -> dict[str, Any]:
+    def add(
+        self,
+        sample: dict[str, Any],
+        index: int,
+        picture_at: tuple[str, int, int] | None = None,
+        *,
+        labelled: bool = True,
+    ) -> dict[str, Any]:
         """Write a sample.
 
         Args:
@@ -147,6 +154,7 @@ class ShardFile:
             index: of the sample in the set, which is its key where it has none.
             picture_at: file, offset and size in bytes of the picture, which is not written: this is a label set's
                 shard, and the file a path from its folder.
+            labelled: whether it is known what is broken; else no mask and no label are written.
 
         Returns:
             Its row of the manifest.
@@ -155,10 +163,12 @@ class ShardFile:
             ValueError: the sample is not as described.
         """
         picture, mask, ignore, meta = _checked(sample, index)
+        if not labelled:
+            meta["label"] = ""
         key = meta["key"]
         byte_ranges = {
             "picture": self._picture(key, picture) if picture_at is None else picture_at[1:],
-            "mask": self._member(f"{key}.{MASK}", encode_mask(mask)),
+            "mask": self._member(f"{key}.{MASK}", encode_mask(mask)) if labelled else (0, 0),
             **({} if ignore is None else {"ignore": self._member(f"{key}.{IGNORE}", encode_mask(ignore))}),
             "json": self._member(f"{key}.json", strict_json.dumps(meta).encode()),
         }

@@ -264,9 +264,9 @@ class ShardData:
         except OSError as error:
             raise BrokenSample(f"cannot be read ({error.strerror})", where) from error
         named = dict(zip(("png", MASK, "json", IGNORE), members, strict=True))
-        if not named[IGNORE]:
-            del named[IGNORE]
-        return {**decode_sample(named, where), "key": key}
+        # A mask that is not there is for `decode_sample` to judge.
+        present = {name: data for name, data in named.items() if data or name not in (MASK, IGNORE)}
+        return {**decode_sample(present, where), "key": key}
 
 
 def _pieces(path: Path, ranges: Iterable[Sequence[int]]) -> list[bytes]:

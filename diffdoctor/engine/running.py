@@ -72,20 +72,32 @@ def run(
     if several:
         state.wait_for_everyone()  # the last time: from here on, one of them may be dead
     missing = commits.missing(plan)
-    with progress(len(plan), desc=desc, unit="unit", enabled=main) as bar:
+    try:
+        deaths = _work(plan, spec, commits, missing, options, state if several else None, desc, main)
+    except BaseException:
+        if main and not commits.done():
+            # Nothing is there yet that other options could be mixed with.
+            (output / PLAN).unlink(missing_ok=True)
+        raise
+    report = _report(plan, commits, deaths, time.monotonic() - clock, started)
+    if report.failed and len(report.failed) == report.units:
+        first, reason = next(iter(report.failed.items()))
+        raise UserError(f"{output}: no unit could be done; {first}: {reason}")
+    return report
+
+
+def _work(plan, spec, commits, missing, options, state, desc, show) -> int:
+    """Do the missing units by the engine of the options; returns how many workers died."""
+    with progress(len(plan), desc=desc, unit="unit", enabled=show) as bar:
         bar.update(len(plan) - len(missing))
         tally = Tally(commits, missing, options.retries, bar)
-        if several:
+        if state is not None:
             from diffdoctor.engine import ranks
 
             ranks.run(plan, tally, spec, state.process_index, state.num_processes)
         elif missing:
             _ENGINES[options.kind](tally, spec, options)
-    report = _report(plan, commits, tally.deaths, time.monotonic() - clock, started)
-    if report.failed and len(report.failed) == report.units:
-        first, reason = next(iter(report.failed.items()))
-        raise UserError(f"{output}: no unit could be done; {first}: {reason}")
-    return report
+    return tally.deaths
 
 
 def _report(plan: Plan, commits: Commits, deaths: int, seconds: float, started: float) -> Report:

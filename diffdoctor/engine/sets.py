@@ -97,6 +97,7 @@ class UnitFiles:
         sample: dict[str, Any],
         picture_at: tuple[str, int, int] | None = None,
         *,
+        labelled: bool = True,
         area: float = 0.0,
         flagged: bool = False,
     ) -> None:
@@ -105,11 +106,12 @@ class UnitFiles:
         Args:
             sample: with a `key`, see `shard_writer.write_shards`.
             picture_at: see `ShardFile.add`.
+            labelled: likewise.
             area: see `SetSums.add`.
             flagged: likewise.
         """
         identity = {"uid": picture_uid(sample["picture"]), "phash": picture_hash(sample["picture"])}
-        row = self.shard.add(sample, self.records, picture_at) | identity
+        row = self.shard.add(sample, self.records, picture_at, labelled=labelled) | identity
         self.rows.add(row)
         self.sums.add(row, area, flagged)
         self.records += 1

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from diffdoctor.evaluate.model.config import EvaluateModelConfig, completed
-from diffdoctor.evaluate.model.draw import call_options
 from diffdoctor.runs.errors import UserError
+from diffdoctor.treat.text_to_image import call_options
 
 
 class TestOptionsOfATreatment:

@@ -37,12 +37,17 @@ def files(tmp_path_factory):
     torch.manual_seed(0)
     ConvDetector((8, 16)).save_pretrained(folder / "detector")
     tiny_pipeline("sd").save_pretrained(folder / "pipeline")
+    (folder / "prompts.txt").write_text("a cat")
     assert main(["inject", str(folder / "pictures"), "--output", str(folder / "set"), "--kinds", '["tint"]']) == 0
     return folder
 
 
 COMMANDS = {
     "diagnose": ("diagnose", "{}/pictures", "--detector", "{}/detector", "--gallery", "0"),
+    "diagnose --write": (
+        *("diagnose", "{}/pictures", "--detector", "{}/detector", "--gallery", "0", "--write", "shards"),
+    ),
+    "sample": ("sample", "--pipeline", "{}/pipeline", "--prompts", "{}/prompts.txt", "--sampling_steps", "1"),
     "repair": (
         *("repair", "{}/pictures", "--pipeline", "{}/pipeline", "--detector", "{}/detector", "--threshold", "1"),
         *("--method", "resume", "--gallery", "0"),

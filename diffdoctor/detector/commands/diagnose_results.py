@@ -65,7 +65,9 @@ def write_diagnosis(
         write_gallery(output, worst, metrics, folders, _settings(config))
     atomic_write_json(output / METRICS, metrics)
     page = output / ("gallery.html" if config.gallery else "diagnosis.jsonl")
-    print_summary(f"{flagged} of {pictures} pictures are flagged: {page}", metrics["skipped"], skipped.examples)
+    failed = f"; {len(metrics['failed_units'])} units were given up" if metrics.get("failed_units") else ""
+    line = f"{flagged} of {pictures} pictures are flagged: {page}{failed}"
+    print_summary(line, metrics["skipped"], metrics["skipped_examples"])
     if not pictures:
         raise UserError(f"{output}: no picture could be diagnosed (left out: {skipped.sentence()})")
     return metrics

@@ -9,11 +9,11 @@ from diffdoctor.lazy import lazy_names
 
 if TYPE_CHECKING:  # what an editor sees; tests/packaging/test_lazy_names.py holds it equal to the table below
     from diffdoctor.detector.predict import diagnose_pictures as diagnose_pictures
-    from diffdoctor.evaluate.model.draw import draw_pictures as draw_pictures
-    from diffdoctor.evaluate.model.draw import sample_pictures as sample_pictures
     from diffdoctor.evaluate.model.measure import Comparison as Comparison
     from diffdoctor.evaluate.model.measure import compare_pictures as compare_pictures
     from diffdoctor.evaluate.model.summary import artifact_rates as artifact_rates
+    from diffdoctor.treat.text_to_image import draw_pictures as draw_pictures
+    from diffdoctor.treat.text_to_image import sample_pictures as sample_pictures
 
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
@@ -22,7 +22,7 @@ __all__, __getattr__, __dir__ = lazy_names(
         "compare_pictures": "diffdoctor.evaluate.model.measure",
         "Comparison": "diffdoctor.evaluate.model.measure",
         "diagnose_pictures": "diffdoctor.detector.predict",
-        "draw_pictures": "diffdoctor.evaluate.model.draw",
-        "sample_pictures": "diffdoctor.evaluate.model.draw",
+        "draw_pictures": "diffdoctor.treat.text_to_image",
+        "sample_pictures": "diffdoctor.treat.text_to_image",
     },
 )

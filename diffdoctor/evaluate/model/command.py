@@ -36,6 +36,7 @@ from diffdoctor.training.processes import process_state
 from diffdoctor.training.weights import same_weights, weights_digest
 from diffdoctor.treat.loading import load_lora
 from diffdoctor.treat.prompts import check_prompts
+from diffdoctor.treat.text_to_image import call_options, draw_pictures, open_pipeline
 
 SIDES = ("before", "after")
 
@@ -137,8 +138,8 @@ class Evaluation:
         config = self.config
         if config.treated:
             # Checked only, and loaded again when it is needed: two pipelines at a time may not fit into memory.
-            pipelines.open_pipeline("treated", config.treated, config)
-        pipeline = pipelines.open_pipeline("pipeline", config.pipeline, config)
+            open_pipeline("treated", config.treated, config)
+        pipeline = open_pipeline("pipeline", config.pipeline, config)
         texts = [prompt.text for prompt in self.plan.prompts]
         check_prompts(pipeline, texts, max_sequence_length=config.max_sequence_length)
         if config.lora:
@@ -211,9 +212,7 @@ class Evaluation:
         prompts = [self.plan.prompt(index).text for index in missing]
         seeds = [config.seed + index for index in missing]
         indices = iter(missing)
-        batches = pipelines.draw_pictures(
-            pipeline, prompts, seeds, batch_size=config.batch_size, **pipelines.call_options(config)
-        )
+        batches = draw_pictures(pipeline, prompts, seeds, batch_size=config.batch_size, **call_options(config))
         with (
             pipelines.guided(pipeline, detector, options),
             progress(len(mine), desc=side, unit="picture", enabled=self.state.is_main_process) as bar,
@@ -235,7 +234,7 @@ class Evaluation:
         """The pipeline of a side; "after" must come last, since it changes the loaded pipeline."""
         if side == "after" and self.config.treated:
             self.pipeline = None
-            self.pipeline = pipelines.open_pipeline("treated", self.config.treated, self.config)
+            self.pipeline = open_pipeline("treated", self.config.treated, self.config)
         elif side == "after" and self.config.lora:
             load_lora(self.pipeline, self.config.lora)
         return self.pipeline
@@ -317,7 +316,7 @@ class Evaluation:
         features = self.measurer.features
         metrics["features"] = {"name": getattr(features, "name", "none"), "note": getattr(features, "note", "")}
         metrics["real_pictures"] = 0 if real is None else len(real.judge)
-        metrics["sampling"] = {**pipelines.call_options(self.config), "scheduler": self.config.scheduler}
+        metrics["sampling"] = {**call_options(self.config), "scheduler": self.config.scheduler}
         metrics |= {"skipped": dict(sorted(skipped.items())), "versions": versions()}
         metrics = nan_to_none(metrics)
         metrics["doubts"] = doubts(metrics)
