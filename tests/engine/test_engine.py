@@ -18,7 +18,7 @@ from diffdoctor.engine.units import Plan, Unit
 from diffdoctor.runs import files
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.progress import progress
-from support.engine import Spec, plan_of
+from support.engine import Spec, check, plan_of
 from support.launch import environment
 from support.pictures import tree
 
@@ -29,16 +29,6 @@ def finish(plan, output, **options):
     """The report of a run and its commits."""
     report = run(plan, Spec(str(output)), output, EngineConfig(**options))
     return report, list(settle(plan, output, report))
-
-
-def check(plan, output, report, commits, failed=()):
-    """Every unit that is not given up counts once, and nothing else lies there."""
-    done = [unit.id for unit in plan if unit.id not in failed]
-    assert [commit["unit"] for commit in commits] == done
-    assert (report.units, report.done, sorted(report.failed)) == (len(plan), len(done), sorted(failed))
-    assert {path.name for path in output.glob("made-*")} == {f"made-{unit}.txt" for unit in done}
-    assert not list((output / ".attempts").iterdir())
-    assert sum(commit["records"] for commit in commits) == 3 * len(done)
 
 
 def test_a_plan_is_read_back_and_told_from_another(tmp_path):

@@ -46,3 +46,13 @@ class Spec:
         """How often a unit was tried."""
         file = Path(self.folder) / "tried"
         return file.read_text().split().count(unit) if file.exists() else 0
+
+
+def check(plan, output, report, commits, failed=()):
+    """Every unit that is not given up counts once, and nothing else lies there."""
+    done = [unit.id for unit in plan if unit.id not in failed]
+    assert [commit["unit"] for commit in commits] == done
+    assert (report.units, report.done, sorted(report.failed)) == (len(plan), len(done), sorted(failed))
+    assert {path.name for path in output.glob("made-*")} == {f"made-{unit}.txt" for unit in done}
+    assert not list((output / ".attempts").iterdir())
+    assert sum(commit["records"] for commit in commits) == 3 * len(done)
