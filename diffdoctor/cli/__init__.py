@@ -155,6 +155,30 @@ COMMANDS = {
         "diffdoctor.rounds.command:run_round_status",
         file="ROUND.yaml",
     ),
+    "set check": Command(
+        "check that sets of shards are what their manifests and commits say",
+        "diffdoctor.sets.config:SetCheckConfig",
+        "diffdoctor.sets.check:run_set_check",
+        ("sets",),
+    ),
+    "set stats": Command(
+        "count what sets of shards hold: categories, labels, areas; a page of their quality",
+        "diffdoctor.sets.config:SetStatsConfig",
+        "diffdoctor.sets.stats:run_set_stats",
+        ("sets",),
+    ),
+    "set dedup": Command(
+        "find pictures that sets hold twice or nearly, and test pictures among them",
+        "diffdoctor.sets.config:SetDedupConfig",
+        "diffdoctor.sets.dedup:run_set_dedup",
+        ("sets",),
+    ),
+    "set join": Command(
+        "make one set of several: pictures with the labels of label sets, without duplicates",
+        "diffdoctor.sets.config:SetJoinConfig",
+        "diffdoctor.sets.join:run_set_join",
+        ("sets",),
+    ),
     "evaluate detector": Command(
         "measure a detector on labelled shards",
         "diffdoctor.evaluate.detector.command:EvaluateDetectorConfig",

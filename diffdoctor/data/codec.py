@@ -221,3 +221,18 @@ def _orientation(image: Image.Image) -> int:
     except Exception:
         return 1
     return value if isinstance(value, int) else 1
+
+
+def suffix_of(data: bytes) -> str:
+    """What the file of a picture that `decode` takes is called behind the dot, by its content.
+
+    Raises:
+        UnreadablePicture: it is none.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return {"JPEG": "jpg", "TIFF": "tif"}.get(image.format or "", (image.format or "").lower())
+    except Exception as error:  # decoders raise their own
+        raise UnreadablePicture(BROKEN, first_line(error)) from error

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from diffdoctor.data.codec import WRITTEN_TYPES, encode_mask, encode_picture
+from diffdoctor.data.codec import WRITTEN_TYPES, decode, encode_mask, encode_picture, suffix_of
 from diffdoctor.data.manifest import MANIFEST, PICTURE_FILE, ManifestWriter
 from diffdoctor.data.tar import IGNORE, MASK
 from diffdoctor.runs import strict_json
@@ -172,8 +172,36 @@ class ShardFile:
             **({} if ignore is None else {"ignore": self._member(f"{key}.{IGNORE}", encode_mask(ignore))}),
             "json": self._member(f"{key}.json", strict_json.dumps(meta).encode()),
         }
+        row = self._row(meta, picture, mask, byte_ranges)
+        return row if picture_at is None else {**row, PICTURE_FILE: picture_at[0]}
+
+    def copy(self, values: dict[str, Any], members: dict[str, bytes]) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+        """Write a sample of another set as its bytes are.
+
+        Args:
+            values: its JSON values, with a `key`.
+            members: see `ShardData.members`.
+
+        Returns:
+            Its row of the manifest, its picture (H, W, 3) uint8 and its mask (H, W) uint8, zeros where it has none.
+
+        Raises:
+            ValueError: a member is broken.
+        """
+        picture = decode(members["png"], "RGB")
+        mask = decode(members[MASK], "L") if MASK in members else np.zeros(picture.shape[:2], np.uint8)
+        kinds = {"mask": MASK, "ignore": IGNORE}
+        ranges = {"picture": self._member(f"{values['key']}.{suffix_of(members['png'])}", members["png"])}
+        for name, kind in kinds.items():
+            ranges[name] = self._member(f"{values['key']}.{kind}", members[kind]) if kind in members else (0, 0)
+        ranges["json"] = self._member(f"{values['key']}.json", strict_json.dumps(values).encode())
+        return self._row(values, picture, mask, ranges), picture, mask
+
+    def _row(self, meta, picture, mask, byte_ranges) -> dict[str, Any]:
         return {
-            **{name: meta[name] for name in ("key", "label", "category", "generator", "prompt", "round")},
+            "key": meta["key"],
+            **{name: str(meta.get(name) or "") for name in ("label", "category", "generator", "prompt")},
+            "round": int(meta.get("round") or 0),
             "shard": self.name,
             "height": picture.shape[0],
             "width": picture.shape[1],
@@ -181,7 +209,6 @@ class ShardFile:
             "mask_max": float(mask.max()) / 255.0,
             **{f"{name}_offset": offset for name, (offset, _) in byte_ranges.items()},
             **{f"{name}_size": size for name, (_, size) in byte_ranges.items()},
-            **({} if picture_at is None else {PICTURE_FILE: picture_at[0]}),
         }
 
     def _picture(self, key: str, picture: np.ndarray) -> tuple[int, int]:

@@ -253,20 +253,37 @@ class ShardData:
         return digest.hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        members = []
-        key, where = str(self.keys[index]), f"{self.folder / self.shards[index]}:{self.keys[index]}"
+        return {**decode_sample(self.members(index), self._where(index)), "key": str(self.keys[index])}
+
+    def picture(self, index: int) -> np.ndarray:
+        """A picture (H, W, 3) uint8 alone.
+
+        Raises:
+            BrokenSample: it is not there, or broken.
+        """
+        return decode_sample(self.members(index), self._where(index), masks="ignored")["picture"]
+
+    def members(self, index: int) -> dict[str, bytes]:
+        """A sample's bytes, {extension: bytes}: the picture, of whatever type, as "png", mask.png, json, ignore.png.
+
+        Raises:
+            BrokenSample: a file cannot be read.
+        """
+        ranges = [*self.byte_ranges[index].reshape(3, 2), self.ignore_ranges[index]]
+        pieces = []
         try:
-            ranges = [*self.byte_ranges[index].reshape(3, 2), self.ignore_ranges[index]]
             if self.picture_files[index]:
-                members += _pieces(self.folder / self.picture_files[index], ranges[:1])
+                pieces += _pieces(self.folder / self.picture_files[index], ranges[:1])
                 ranges = ranges[1:]
-            members += _pieces(self.folder / self.shards[index], ranges)
+            pieces += _pieces(self.folder / self.shards[index], ranges)
         except OSError as error:
-            raise BrokenSample(f"cannot be read ({error.strerror})", where) from error
-        named = dict(zip(("png", MASK, "json", IGNORE), members, strict=True))
+            raise BrokenSample(f"cannot be read ({error.strerror})", self._where(index)) from error
+        named = zip(("png", MASK, "json", IGNORE), pieces, strict=True)
         # A mask that is not there is for `decode_sample` to judge.
-        present = {name: data for name, data in named.items() if data or name not in (MASK, IGNORE)}
-        return {**decode_sample(present, where), "key": key}
+        return {name: data for name, data in named if data or name not in (MASK, IGNORE)}
+
+    def _where(self, index: int) -> str:
+        return f"{self.folder / self.shards[index]}:{self.keys[index]}"
 
 
 def _pieces(path: Path, ranges: Iterable[Sequence[int]]) -> list[bytes]:

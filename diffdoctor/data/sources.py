@@ -20,7 +20,7 @@ from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.record import kind_of_run
 
 # Runs whose output folder is one of pictures; None: no run's.
-_SETS = (None, "inject", "sample")
+_SETS = (None, "inject", "sample", "set join")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +69,8 @@ def find_sources(paths: Sequence[str | Path], counts: SkipCounts | None = None) 
 
     Raises:
         UserError: a path that does not exist or holds neither pictures nor shards, except for files among several
-            paths, which a shell's pattern may have named; an output folder of another command than `inject` and
-            `sample`; two pictures of one name.
+            paths, which a shell's pattern may have named; an output folder of another command than `inject`,
+            `sample` and `set join`; two pictures of one name.
     """
     counts = SkipCounts() if counts is None else counts
     found: list[Source] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -59,17 +59,30 @@ def category_statistics(
         got = f"{len(means)} and {len(flags)}"
         raise ValueError(expected("mean_confidence, flagged", f"{len(names)} entries", got))
     unique = sorted(set(names))
-    category_means = np.array([means[names == name].mean() for name in unique])
+    chosen = [names == name for name in unique]
+    sums = ((int(rows.sum()), float(means[rows].sum()), int(flags[rows].sum())) for rows in chosen)
+    return statistics_of_sums(dict(zip(unique, sums, strict=True)), limit=limit)
+
+
+def statistics_of_sums(sums: Mapping[str, tuple[int, float, int]], *, limit: float = 3.0) -> list[CategoryStatistics]:
+    """`category_statistics` from sums over the categories' pictures.
+
+    Args:
+        sums: {category: (pictures, sum of the maps' means, flagged pictures)}.
+        limit: see `category_statistics`.
+    """
+    unique = list(sums)
+    category_means = np.array([mean / count for count, mean, _ in sums.values()])
     median = np.median(category_means) if len(category_means) else 0.0
     spread = np.median(np.abs(category_means - median)) if len(category_means) else 0.0
     deviation = max(1.4826 * float(spread), 1e-3)
     result = []
     for name, mean in zip(unique, category_means, strict=True):
-        chosen = names == name
+        count, _, flagged = sums[name]
         z = float((mean - median) / deviation)
         abnormal = len(unique) > 2 and abs(z) >= limit
         verdict = ("over-flagged" if z > 0 else "under-flagged") if abnormal else ""
-        result.append(CategoryStatistics(name, int(chosen.sum()), float(mean), float(flags[chosen].mean()), z, verdict))
+        result.append(CategoryStatistics(name, count, float(mean), flagged / count, z, verdict))
     return sorted(result, key=lambda s: -s.mean_confidence)
 
 

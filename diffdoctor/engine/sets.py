@@ -15,6 +15,7 @@ from diffdoctor.data.shard_writer import ShardFile, key_hash, shard_name
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.engine.commits import Attempt
 from diffdoctor.engine.units import Unit
+from diffdoctor.measures.pixels import is_flagged
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_path
 
@@ -110,9 +111,24 @@ class UnitFiles:
             area: see `SetSums.add`.
             flagged: likewise.
         """
-        identity = {"uid": picture_uid(sample["picture"]), "phash": picture_hash(sample["picture"])}
-        row = self.shard.add(sample, self.records, picture_at, labelled=labelled) | identity
-        self.rows.add(row)
+        row = self.shard.add(sample, self.records, picture_at, labelled=labelled)
+        self._count(row, sample["picture"], area, flagged)
+
+    def copy(self, values: dict[str, Any], members: dict[str, bytes], *, labelled: bool = True) -> None:
+        """Write a sample of another set as it is, see `ShardFile.copy`.
+
+        Raises:
+            UserError: a member is broken.
+        """
+        try:
+            row, picture, mask = self.shard.copy(values, members)
+        except ValueError as error:
+            raise UserError(f"{values['key']}: {error}") from error
+        area = float((mask >= 128).mean())
+        self._count(row, picture, area, labelled and bool(is_flagged(area)))
+
+    def _count(self, row: dict[str, Any], picture: np.ndarray, area: float, flagged: bool) -> None:
+        self.rows.add(row | {"uid": picture_uid(picture), "phash": picture_hash(picture)})
         self.sums.add(row, area, flagged)
         self.records += 1
 

@@ -48,6 +48,9 @@ COMMANDS = {
         *("diagnose", "{}/pictures", "--detector", "{}/detector", "--gallery", "0", "--write", "shards"),
     ),
     "sample": ("sample", "--pipeline", "{}/pipeline", "--prompts", "{}/prompts.txt", "--sampling_steps", "1"),
+    "set stats": ("set", "stats", "{}/set"),
+    "set dedup": ("set", "dedup", "{}/set", "--distance", "null"),
+    "set join": ("set", "join", "{}/set"),
     "repair": (
         *("repair", "{}/pictures", "--pipeline", "{}/pipeline", "--detector", "{}/detector", "--threshold", "1"),
         *("--method", "resume", "--gallery", "0"),
