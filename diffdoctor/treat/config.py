@@ -86,7 +86,7 @@ class TreatConfig:
         checkpoint_every: steps between checkpoints in the output folder; 0: only when interrupted or done.
         micro_batch_size: pictures and pairs that a process works on at a time; None: all of its share. Smaller ones
             need less memory and change the result by rounding alone.
-        gradient_checkpointing: recompute the denoiser's and the VAE's activations in backward.
+        gradient_checkpointing: recompute the denoiser's, the VAE's and the detector's activations in backward.
         vae_slicing: decode, diagnose and run backward through the VAE picture by picture.
         vae_tiling: decode in tiles of this many pixels a side, recomputed one by one in backward; 0: whole pictures.
         encode_batch_size: prompts that are encoded at a time.

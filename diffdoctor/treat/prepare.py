@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from diffdoctor.detector.models.base import Detector
 from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family
@@ -45,18 +47,27 @@ def restore_text_encoders(family: Family, device: torch.device) -> None:
 
 
 @contextmanager
-def memory_options(family: Family, config: TreatConfig) -> Iterator[None]:
-    """Inside, denoiser and VAE save memory and compute as the options ask; afterwards they are as before."""
+def memory_options(family: Family, config: TreatConfig, detector: torch.nn.Module | None = None) -> Iterator[None]:
+    """Inside, denoiser, VAE and detector save memory and compute as the options ask; afterwards they are as before.
+
+    Args:
+        family: of the pipeline.
+        config: of the treatment.
+        detector: the one with a gradient; None: there is none.
+    """
     denoiser, vae = family.denoiser, family.vae
     undo = []
     try:
         if config.gradient_checkpointing:
             for module in (denoiser, vae):
                 if not module._supports_gradient_checkpointing:
-                    undo.append(_recompute(module.decoder))
+                    undo.append(recompute(module.decoder))
                 elif not module.is_gradient_checkpointing:
                     module.enable_gradient_checkpointing()
                     undo.append(module.disable_gradient_checkpointing)
+            if detector is not None:
+                parts = detector.recomputable() if isinstance(detector, Detector) else [detector]
+                undo += [recompute(part) for part in parts]
         if config.vae_slicing or config.vae_tiling:
             undo.append(_save_memory_in_vae(vae, config))
         if config.attention_backend is not None:
@@ -95,7 +106,7 @@ def _save_memory_in_vae(vae, config: TreatConfig):
             vae.tile_sample_stride_height = vae.tile_sample_stride_width = config.vae_tiling * 3 // 4
         else:
             vae.tile_sample_min_size, vae.tile_latent_min_size = config.vae_tiling, config.vae_tiling // scale
-        undo_recomputing = _recompute(vae.decoder)
+        undo_recomputing = recompute(vae.decoder)
 
     def undo():
         if undo_recomputing is not None:
@@ -106,25 +117,26 @@ def _save_memory_in_vae(vae, config: TreatConfig):
     return undo
 
 
-def _recompute(decoder):
-    """Make a decoder keep no activations for backward; gives what undoes it."""
-    if "forward" in vars(decoder):
+def recompute(module: torch.nn.Module) -> Callable[[], None]:
+    """Make a module keep its inputs alone for backward, and nothing that it computes; gives what undoes it."""
+    if "forward" in vars(module):
         return lambda: None
-    forward = decoder.forward
+    forward = module.forward
 
-    def recomputed(latents, *args, **kwargs):
-        if not (torch.is_grad_enabled() and latents.requires_grad):
-            return forward(latents, *args, **kwargs)
+    def recomputed(*args, **kwargs):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+            return forward(*args, **kwargs)
         # decoders of videos write into these lists; a single frame finds them as they were, also when it is recomputed
         lists = {name: list(value) for name, value in kwargs.items() if isinstance(value, list)}
 
-        def call(latents):
-            return forward(latents, *args, **{**kwargs, **{name: list(value) for name, value in lists.items()}})
+        def call(*args):
+            return forward(*args, **{**kwargs, **{name: list(value) for name, value in lists.items()}})
 
-        return checkpoint(call, latents, use_reentrant=False)
+        return checkpoint(call, *args, use_reentrant=False)
 
-    decoder.forward = recomputed
-    return lambda: decoder.__dict__.pop("forward", None)
+    module.forward = recomputed
+    return lambda: module.__dict__.pop("forward", None)
 
 
 def _set_attention_backend(denoiser, name: str):

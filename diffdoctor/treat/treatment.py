@@ -211,7 +211,7 @@ class Treatment:
             Why it ended before the last step, or None.
         """
         family, progress = self.sampling.family, progress and self.processes.is_main
-        with memory_options(family, self.config):
+        with memory_options(family, self.config, self.sampling.detector if self.method.needs_gradient else None):
             try:
                 self._prepare(progress)
                 if self.folder is not None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from benchmarks.studies.treat_memory import real
+from benchmarks.studies.treat_memory.counting import Kept
 from benchmarks.studies.treat_memory.demo import Step
-from diffdoctor.detector import ConvDetector
+from diffdoctor.detector import ArtifactDetector, ConvDetector
 from diffdoctor.runs.errors import UserError
 from diffdoctor.training.ema import RunningAverage
 from diffdoctor.treat import TreatConfig
@@ -21,6 +22,7 @@ from diffdoctor.treat.sampling import Guidance, Sampling
 from diffdoctor.treat.schedulers import Sampler
 from diffdoctor.treat.terms import artifact_term
 from support.tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
+from support.treatment import BrightDetector
 
 
 def kept(*args, **options):
@@ -66,6 +68,28 @@ def test_shapes_alone_are_counted():
     assert step["operations"] > 1e9
 
 
+@pytest.mark.parametrize("detector", [ArtifactDetector.tiny(), ConvDetector((8, 8)), BrightDetector()])
+def test_a_detector_is_recomputed_with_the_same_gradient(detector):
+    detector = detector.eval().requires_grad_(False)
+    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    config = TreatConfig(gradient_checkpointing=True)
+
+    def kept_and_gradient():
+        kept = Kept([detector])
+        with kept.hooks():
+            loss = detector(pictures).square().mean()
+        held = sum(kept.now.values())
+        return held, torch.autograd.grad(loss, pictures)[0]
+
+    plain, expected = kept_and_gradient()
+    with memory_options(family_of(tiny_pipeline("sd")), config, detector):
+        less, gradient = kept_and_gradient()
+    assert torch.equal(gradient, expected)
+    if not isinstance(detector, BrightDetector):  # which has next to nothing to keep
+        assert less < 0.6 * plain
+    assert not any("forward" in vars(module) for module in detector.modules())
+
+
 def test_options_keep_less():
     plain, sliced = kept(), kept(vae_slicing=True)
     assert sliced["vae"] + sliced["detector"] < 0.2 * (plain["vae"] + plain["detector"])
@@ -94,7 +118,7 @@ def lora_gradient(name, size=16, **options):
     keep = METHODS["draft_k"].checkpointed_steps(config, 2, torch.Generator())
     confidence = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))
     average = RunningAverage(parameters, 0)
-    with memory_options(family, config):
+    with memory_options(family, config, detector):
         rollout = roll_out(sampling, conditioning, latents, generators, keep=keep)
         artifact_term(
             sampling, rollout, confidence, config,
@@ -102,6 +126,7 @@ def lora_gradient(name, size=16, **options):
         )  # fmt: skip
     # None: of a text's last layer, which nothing reads
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    family.detector = detector
     return torch.cat([gradient.flatten() for gradient in gradients]), family
 
 
@@ -115,6 +140,7 @@ def test_checkpointing_and_slicing_change_no_gradient(name):
     assert not family.denoiser.is_gradient_checkpointing
     assert not family.vae.is_gradient_checkpointing
     assert not family.vae.use_slicing
+    assert not any("forward" in vars(module) for module in (family.vae.decoder, *family.detector.modules()))
 
 
 @pytest.mark.parametrize("name", ["sd", "flux", "qwen_image"])

@@ -73,7 +73,7 @@ class Step:
 
     def measured(self) -> dict:
         """{"kept": bytes by place, "peak": bytes}."""
-        with memory_options(self.family, self.config):
+        with memory_options(self.family, self.config, self.detector):
             kept = Kept((self.family.denoiser, self.family.vae, self.detector))
             with _booked(kept, self.family, self.detector), kept.hooks():
                 self.run()
@@ -84,7 +84,7 @@ class Step:
     def gradient(self) -> torch.Tensor:
         for parameter in self.parameters:
             parameter.grad = None
-        with memory_options(self.family, self.config):
+        with memory_options(self.family, self.config, self.detector):
             self.run()
         return torch.cat([parameter.grad.flatten() for parameter in self.parameters])
 
@@ -117,7 +117,7 @@ def demo_table(repeats: int) -> list[dict]:
     seconds = {name: [] for name in steps}
     for repeat in range(repeats + 1 if repeats else 0):
         for name, step in steps.items():
-            with memory_options(step.family, step.config):
+            with memory_options(step.family, step.config, step.detector):
                 started = time.perf_counter()
                 step.draw()
                 step.run()

@@ -15,6 +15,7 @@ from diffdoctor.detector import ArtifactDetector
 from diffdoctor.ops.policy_loss import policy_loss
 from diffdoctor.ops.target import Target
 from diffdoctor.ops.weighted_loss import weighted_loss
+from diffdoctor.treat.prepare import recompute
 
 
 @contextlib.contextmanager
@@ -94,6 +95,7 @@ def real_rows(name: str) -> list[dict]:
         "+ denoiser checkpointed": (grad_steps, "kl", True, False),
         "+ denoiser and VAE checkpointed": (grad_steps, "kl", True, True),
         "+ both, VAE in tiles of 256": (grad_steps, "tiles", True, True),
+        "+ the same, detector checkpointed": (grad_steps, "tiles", True, True, True),
         "+ both, a quarter of the tiles alone": (grad_steps, "flagged", True, True),
         "+ denoiser checkpointed, a tiny VAE": (grad_steps, "tiny", True, False),
         "leap, denoiser and VAE checkpointed": (2, "kl", True, True),
@@ -109,7 +111,9 @@ def real_rows(name: str) -> list[dict]:
     return rows
 
 
-def real_step(build, dtype, count, decoder, denoiser_checkpointed, vae_checkpointed) -> dict:
+def real_step(
+    build, dtype, count, decoder, denoiser_checkpointed, vae_checkpointed, detector_checkpointed=False
+) -> dict:
     """count denoiser passes, decoder (fp32) and detector (SegFormer-b5, fp32) of one picture, with their backward.
 
     Where the decoder is "nft" or "grpo" it is a step of that method, which has none: for nft a pass for the old
@@ -135,6 +139,9 @@ def real_step(build, dtype, count, decoder, denoiser_checkpointed, vae_checkpoin
             denoiser.enable_gradient_checkpointing()
         if vae_checkpointed:
             vae.enable_gradient_checkpointing()
+        if detector_checkpointed:
+            for part in detector.recomputable():
+                recompute(part)
         if decoder in ("tiles", "flagged"):
             _in_tiles(vae, 256, flagged=0.25 if decoder == "flagged" else 1.0)
         kept = Kept((denoiser, vae, detector))

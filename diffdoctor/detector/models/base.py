@@ -58,6 +58,10 @@ class Detector(nn.Module):
         """
         raise NotImplementedError
 
+    def recomputable(self) -> list[nn.Module]:
+        """The modules whose activations a treatment may compute again in backward instead of keeping them."""
+        return [self]
+
     def config_dict(self) -> dict:
         """The options from which `from_config` builds this network again, as JSON values."""
         raise NotImplementedError

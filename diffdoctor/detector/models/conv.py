@@ -93,6 +93,10 @@ class ConvDetector(Detector):
             h = self.up[index](torch.cat([F.interpolate(h, scale_factor=2.0, mode="nearest"), scales[index]], dim=1))
         return self.head(h)
 
+    def recomputable(self) -> list[nn.Module]:
+        """See `Detector.recomputable`."""
+        return [*self.down, *self.up]
+
     def config_dict(self) -> dict:
         """See `Detector.config_dict`."""
         return {"channels": list(self.channels), "patch": self.patch}

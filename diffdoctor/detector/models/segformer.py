@@ -233,6 +233,14 @@ class ArtifactDetector(Detector):
             outputs.append(pixel_values)
         return self.segformer.decode_head(outputs)
 
+    def recomputable(self) -> list[nn.Module]:
+        """See `Detector.recomputable`."""
+        stages = getattr(self.segformer.segformer, "stages", None)
+        if stages is None:  # transformers 4
+            return [self]
+        blocks = [part for stage in stages for part in (stage.patch_embeddings, *stage.blocks)]
+        return [*blocks, self.segformer.decode_head]
+
     def config_dict(self) -> dict:
         """See `Detector.config_dict`."""
         config = self.segformer.config.to_diff_dict()
