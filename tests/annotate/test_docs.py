@@ -5,6 +5,7 @@ import re
 import shlex
 
 import numpy as np
+import pytest
 
 from diffdoctor.annotate import config
 from diffdoctor.annotate.fit import fit
@@ -34,7 +35,7 @@ def test_the_pages_commands_run(tmp_path, monkeypatch, capsys):
     write_shards(known, tmp_path / "data" / "test")
     ConvDetector((8, 8)).save_pretrained(tmp_path / "runs" / "detector" / "detector")
     page = (ROOT / "docs" / "annotate.md").read_text(encoding="utf-8")
-    commands = [(kind, block) for kind, block in BLOCK.findall(page)]
+    commands = [(kind, block) for kind, block in BLOCK.findall(page) if "skimage" not in block]
     order = [commands[0], commands[2], commands[1]]  # people label before they are counted
     assert [kind for kind, _ in order] == ["bash", "python", "bash"] and len(commands) == 3
     for kind, block in order:
@@ -67,3 +68,14 @@ def test_every_option_on_the_page_is_one():
         if dataclasses.is_dataclass(kind):
             known |= {field.name for field in dataclasses.fields(kind)}
     assert {*re.findall(r"--(\w+)", page)} <= known | {"detector", "output", "mirrored"}
+
+
+def test_the_program_for_a_click_marks_what_is_around_it():
+    pytest.importorskip("skimage")
+    page = (ROOT / "docs" / "annotate.md").read_text(encoding="utf-8")
+    (block,) = [block for kind, block in BLOCK.findall(page) if "skimage" in block]
+    names = {}
+    exec(compile(block, "annotate.md", "exec"), names)
+    shown, (y, x) = picture(3), np.argwhere(spot(3) > 0)[20].tolist()
+    marked = names["superpixel"](shown, x, y)
+    assert marked.shape == shown.shape[:2] and marked[y, x] and 0 < marked.sum() < 0.1 * marked.size

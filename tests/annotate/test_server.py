@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from diffdoctor.annotate import masks
+from diffdoctor.annotate.command import _assist
 from diffdoctor.annotate.guard import HEADERS, WRONG_TOKENS, Guard
 from diffdoctor.data.codec import decode
+from diffdoctor.runs.errors import UserError
 from support.annotation import Client, make_project, picture, proposal, serving, spot
 from support.paths import ROOT
 
@@ -503,3 +505,28 @@ def test_nothing_that_had_holes_is_used():
         text = path.read_text(encoding="utf-8")
         for name in (".url.", "request.url", ".form(", "FileResponse", "StaticFiles", "set_cookie", "TrustedHost"):
             assert name not in text.replace("`request.url`", ""), (path.name, name)
+
+
+def test_a_program_of_ones_own_marks_a_point(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def near(picture, x, y):\n    return abs(picture.astype(int) - picture[y, x]).max(-1) <= 12\n")
+    project = make_project(tmp_path, 1)
+    with serving(project, _assist(f"{file}:near")) as url:
+        client = Client(url, project.store.add_person("ann", "annotator"))
+        assert client.json("GET", "/api/me")[1]["assist"] is True
+        assert client.json("POST", "/api/tasks/1/assist", {"x": 1, "y": 1})[0] in (403, 404)  # not theirs yet
+        fresh(client)
+        y, x = np.argwhere(spot(0))[0].tolist()
+        body = json.dumps({"x": x, "y": y}).encode()
+        status, _, plane = client.call("POST", "/api/tasks/1/assist", body, {"Content-Type": "application/json"})
+        found = np.frombuffer(plane, np.uint8).reshape(48, 64)
+        assert status == 200 and set(np.unique(found)) <= {0, 255} and (found[spot(0) > 0] == 255).all()
+        assert client.json("POST", "/api/tasks/1/assist", {"x": 64, "y": 0})[0] == 400
+    with serving(project) as url:
+        client = Client(url, project.store.add_person("ann", "annotator"))
+        assert client.json("GET", "/api/me")[1]["assist"] is False
+        status, answer = client.json("POST", "/api/tasks/1/assist", {"x": 1, "y": 1})
+        assert (status, answer["error"]) == (404, "assistance is off")
+    for source, words in ((str(file), "no such file"), (f"{file}:far", "expected the name of a function")):
+        with pytest.raises(UserError, match=words):
+            _assist(source)

@@ -64,11 +64,11 @@ def make_project(folder: Path, tasks: int = 3, *, height: int = 48, width: int =
 
 
 @contextlib.contextmanager
-def serving(project: Project):
-    """The address of a server of the project, which runs in a thread of this process."""
+def serving(project: Project, assist=None):
+    """The address of a server of the project, which runs in a thread of this process; `assist`: see `build_app`."""
     from diffdoctor.annotate.serve import running
 
-    with running(project) as url:
+    with running(project, assist=assist) as url:
         yield url
 
 

@@ -156,12 +156,12 @@ def rater(browser, computer, tmp_path):
     with contextlib.ExitStack() as stack:
         opened = []
 
-        def make(tasks=1, role="annotator", before=None, guidelines=False, **values):
+        def make(tasks=1, role="annotator", before=None, guidelines=False, assist=None, **values):
             project = make_project(tmp_path, tasks, **{**SIZE, **values})
             token = project.store.add_person("anna", role)
             if before:
                 before(project)
-            url = stack.enter_context(serving(project))
+            url = stack.enter_context(serving(project, assist))
 
             if not computer.pages:
                 computer.new_page().goto(f"{url}/static/icon.svg")  # keeps alive the process that the pages share

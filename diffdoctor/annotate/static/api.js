@@ -52,8 +52,8 @@ async function request(method, path, { json, body, headers = {} } = {}) {
 const json = async (...args) => (await request(...args)).json();
 
 /** A raw plane; null for 204. */
-async function plane(path, length) {
-  const response = await request("GET", path);
+async function plane(path, length, method = "GET", options = {}) {
+  const response = await request(method, path, options);
   if (response.status === 204) return null;
   const bytes = new Uint8Array(await response.arrayBuffer());
   if (bytes.length !== length) throw new Error(`${path}: expected ${length} bytes, got ${bytes.length}`);
@@ -94,6 +94,7 @@ export async function picture(task) {
 export const proposal = (task, length) => plane(`/api/tasks/${task}/proposal`, length);
 export const mine = (task) => json("GET", `/api/tasks/${task}/mine`);
 export const truth = (task, length) => plane(`/api/tasks/${task}/truth`, length);
+export const assist = (task, x, y, length) => plane(`/api/tasks/${task}/assist`, length, "POST", { json: { x, y } });
 export const release = (task, fence, reason) => json("POST", `/api/tasks/${task}/release`, { json: { fence, reason } });
 
 /** The draft on the server, {version, state, planes}, or null. */

@@ -14,7 +14,7 @@ const SEEN = "diffdoctor-annotate-guidelines";
 class App extends Session {
   constructor() {
     super();
-    this.editor = new Editor({ onEdit: () => this.edited() });
+    this.editor = new Editor({ onEdit: () => this.edited(), onAssist: (x, y) => this.assist(x, y) });
     this.review = new Review(this);
     this.theme = setUpTheme();
     setUpDialogs();
@@ -78,6 +78,7 @@ class App extends Session {
     });
     $("guidelines-text").replaceChildren(...markdown(this.guidelines.text));
     $("modes").hidden = this.me.role === "annotator";
+    this.editor.offerAssist(this.me.assist);
     this.showCounts();
     await this.next();
     if (!localStorage.getItem("diffdoctor-annotate-tour")) tour(() => this.offerGuidelines());

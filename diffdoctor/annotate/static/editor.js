@@ -12,11 +12,11 @@ export const TAGS = [
   ["text", "Garbled text"],
   ["whole-picture", "All over"],
 ];
-const GROUPS = [["select"], ["lasso", "unlasso", "brush", "eraser", "polygon", "grow", "disc"], ["ignore"]];
+const GROUPS = [["select"], ["lasso", "unlasso", "brush", "eraser", "polygon", "grow", "disc", "assist"], ["ignore"]];
 const FLICKER_MS = 450;
 
 export class Editor {
-  /** `host.onEdit()` is told after each finished step. */
+  /** `host.onEdit()` is told after each finished step; `host.onAssist(x, y)` gives a plane, or null. */
   constructor(host) {
     this.host = host;
     this.view = new View($("stage"));
@@ -24,6 +24,7 @@ export class Editor {
       onTool: () => this.#showTool(),
       onEdit: () => this.#edited(),
       onHover: (part) => this.#focus(part),
+      onAssist: (x, y) => host.onAssist(x, y),
     });
     this.tags = new Set();
     this.colour = localStorage.getItem("diffdoctor-annotate-colour") ?? "rose";
@@ -31,7 +32,13 @@ export class Editor {
       $("zoom").textContent = this.model ? `${Math.round(this.view.scale * 100)} %` : "";
     });
     this.#setUp();
+    this.offerAssist(false);
     this.tools.use("lasso");
+  }
+
+  /** Shows the tool that asks a program, where the server has one. */
+  offerAssist(on) {
+    $("tool-assist").hidden = $("tool-assist").disabled = !on;
   }
 
   #setUp() {

@@ -45,6 +45,7 @@ export const KEYS = [
       ["polygon", "P", "Polygon"],
       ["grow", "G", "Grow from a point"],
       ["disc", "D", "Disc"],
+      ["assist", "Q", "A program marks what is clicked on, where there is one"],
       ["ignore", "I", "Ignore here: cannot be decided"],
       ["smaller", "[", "Smaller"],
       ["larger", "]", "Larger"],

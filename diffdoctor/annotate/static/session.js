@@ -97,6 +97,17 @@ export class Session {
       this.keeper.renew();
   }
 
+  /** The plane that the server's program gives for a point; null, and its reason is shown, where there is none. */
+  async assist(x, y) {
+    const task = this.review.editing ? this.review.task : this.current?.task;
+    try {
+      return task ? await api.assist(task.task, x, y, task.width * task.height) : null;
+    } catch (error) {
+      toast(error.message, 5000);
+      return null;
+    }
+  }
+
   resolve(mine) {
     banner("conflict", null);
     return this.keeper.resolve(mine).catch((error) => this.failed(error, () => this.resolve(mine)));

@@ -28,6 +28,7 @@ export const TOOLS = {
   },
   grow: { key: "G", name: "Grow", hint: "Press on damage and drag sideways: alike pixels join. Alt removes them." },
   disc: { key: "D", name: "Disc", hint: "Click to mark a disc. [ and ] change its size." },
+  assist: { key: "Q", name: "Assist", hint: "Click on damage: a program marks what belongs to it. Alt removes that." },
   ignore: {
     key: "I",
     name: "Ignore",
@@ -39,7 +40,10 @@ const CLOSE_PX = 10,
   CLICK_PX = 4;
 
 export class Tools {
-  /** `view` is where, `host` is told: onTool(), onEdit() after each finished step, onHover(part). */
+  /**
+   * `view` is where, `host` is told: onTool(), onEdit() after each finished step, onHover(part); onAssist(x, y) gives a
+   * plane, or null.
+   */
   constructor(view, cursor, host) {
     Object.assign(this, {
       view,
@@ -258,6 +262,8 @@ export class Tools {
       Math.hypot(event.clientX - gesture.x, event.clientY - gesture.y) < CLICK_PX && gesture.path?.length < 8;
     if (gesture.kind === "select") {
       if (still) this.#toggle(gesture.at);
+    } else if (gesture.kind === "assist") {
+      if (still) this.#assist(gesture);
     } else if (gesture.kind === "lasso" || gesture.kind === "unlasso" || gesture.kind === "ignore") {
       // A click with the lasso on a part of the proposal means the part; the pointer need not go to another tool first.
       if (!still) this.#draw(this.#layer(), polygon(gesture.path, this.model.width, this.model.height), gesture.value);
@@ -314,6 +320,18 @@ export class Tools {
       x = Math.floor(point.x),
       y = Math.floor(point.y);
     if (x >= 0 && y >= 0 && x < model.width && y < model.height && model.toggle(x, y)) this.host.onEdit();
+  }
+
+  /** Draws what a program gives for a point, unless the picture is another one by then, or something is being drawn. */
+  async #assist({ at, value }) {
+    const { model } = this,
+      { width, height } = model,
+      x = Math.floor(at.x),
+      y = Math.floor(at.y);
+    if (x < 0 || y < 0 || x >= width || y >= height) return;
+    const inside = await this.host.onAssist(x, y);
+    if (inside && this.model === model && this.enabled && !this.gesture)
+      this.#draw("forced", { x: 0, y: 0, width, height, inside }, value);
   }
 
   decide(part, keep) {
