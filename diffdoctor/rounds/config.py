@@ -106,7 +106,7 @@ class RoundConfig:
     device: str | None = None
 
     def __post_init__(self):
-        check_least(self, rounds=1, patience=1, raters=1, most_pseudo=0, batch_size=1, bootstrap=100, seed=0)
+        check_least(self, rounds=1, patience=1, raters=1, most_pseudo=0, batch_size=1, bootstrap=40, seed=0)
         AnnotateAddConfig("labels", self.pool, "diagnosis", **{name: getattr(self, name) for name in ADD})
         if self.annotator not in (PEOPLE, SIMULATED):
             raise UserError(expected("annotator", f"{PEOPLE} or {SIMULATED}", repr(self.annotator)))

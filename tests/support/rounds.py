@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,12 @@ TRAINING = {
 }
 
 
+all_digits = cache(clean_digits)
+
+
 def digits(count, kinds, first=0, share=0.5):
     """Samples of digits from `first` on, so many of them damaged in one of these ways; none without a category."""
-    pictures, numbers = clean_digits()
+    pictures, numbers = all_digits()
     rng = np.random.default_rng([7, first])
     for index in range(first, first + count):
         picture, mask = pictures[index], np.zeros(pictures.shape[1:3], np.float32)
@@ -75,7 +79,7 @@ def options(world: Path, output: Path, **changes) -> dict:
         "budget": 100,
         "double_share": 0.1,
         "training": {**TRAINING, "checkpoint_every": 15},
-        "bootstrap": 100,
+        "bootstrap": 40,
         **changes,
     }
 
