@@ -9,7 +9,16 @@ import signal
 import sys
 from pathlib import Path
 
-# All before the first fork: a child begins with them imported and nothing computed.
+# All before the first fork, also what is imported when it is used: a child begins with nothing computed.
+import accelerate  # noqa: F401
+import jsonargparse  # noqa: F401
+import matplotlib.figure  # noqa: F401
+import pyarrow.parquet  # noqa: F401
+import scipy.stats  # noqa: F401
+import sklearn.metrics  # noqa: F401
+import torch._dynamo  # noqa: F401
+from pycocotools import cocoeval  # noqa: F401
+
 from diffdoctor.annotate.queue import Queue
 from diffdoctor.cli import main
 from diffdoctor.rounds import command  # noqa: F401
