@@ -111,7 +111,7 @@ def _categories(report: Report, rounds: Rounds) -> None:
     if selected.get("categories"):
         report.heading("Categories that need new pictures")
         where = Round(rounds, number).path(PROMPTS)
-        report.text(f"Draw more of them: their {selected['prompts_wanted']:,} prompts are in {where}.")
+        report.text(f"Their {selected['prompts_wanted']:,} prompts, for `diffdoctor sample --prompts`: {where}.")
         rows = [
             (e["category"] or "(none)", (e["pictures"], "number"), (f"{e['z']:+.1f}", "number"), (e["verdict"], "bad"))
             for e in selected["categories"]

@@ -24,13 +24,14 @@ from diffdoctor.evaluate.detector.compare import compare_detectors
 from diffdoctor.rounds.accept import audit_labels, precisions, pseudo_labels
 from diffdoctor.rounds.config import ADD, SIMULATED
 from diffdoctor.rounds.state import DETECTOR, LABELS, STAGES, Round, Waits
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.files import atomic_dir, atomic_write_text, clear_leftovers, delete_dir
 from diffdoctor.runs.strict_json import nan_to_none
 from diffdoctor.training.devices import open_device
 from diffdoctor.training.processes import process_state
 
-PROMPTS = "prompts-wanted.txt"
+PROMPTS = "prompts-wanted.jsonl"
 
 
 def diagnose(this: Round) -> dict[str, Any]:
@@ -62,8 +63,10 @@ def select(this: Round) -> dict[str, Any]:
         [each["flagged"] for each in records],
     )
     abnormal = {each.category: each for each in statistics if each.verdict}
-    prompts = {each["prompt"] for each in records if each.get("prompt") and str(each.get("category") or "") in abnormal}
-    atomic_write_text(this.path(PROMPTS), "".join(f"{' '.join(prompt.split())}\n" for prompt in sorted(prompts)))
+    known = {(str(each.get("prompt") or ""), str(each.get("category") or "")) for each in records}
+    prompts = sorted((prompt, category) for prompt, category in known if prompt and category in abnormal)
+    lines = [strict_json.dumps({"prompt": prompt, "category": category}) + "\n" for prompt, category in prompts]
+    atomic_write_text(this.path(PROMPTS), "".join(lines))
     words = [f"{each.category or '(none)'} {each.verdict}" for each in abnormal.values()]
     line = ", ".join(f"{count:,} {kind}" for kind, count in tasks.items()) + (f"; {', '.join(words)}" if words else "")
     categories = [dataclasses.asdict(each) for each in abnormal.values()]

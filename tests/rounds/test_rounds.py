@@ -69,6 +69,9 @@ def test_a_simulated_round_makes_a_better_detector(simulated, world, capsys):
     assert len(human) == found[1, "export"]["human"] == 85 and len(audit) == 15 and not human & audit
     places = [json.loads(row[0]) for row in Project(output / "labels").store.all("SELECT place FROM picture")]
     assert {"key" in place for place in places} == {True, False}
+    wanted = [json.loads(line) for line in (output / "round-01" / "prompts-wanted.jsonl").read_text().splitlines()]
+    abnormal = {each["category"] for each in found[1, "select"]["categories"]}
+    assert len(wanted) == found[1, "select"]["prompts_wanted"] and {each["category"] for each in wanted} == abnormal
     labels = Project(output / "labels").store.all("SELECT active_ms FROM annotation")
     assert len(labels) == found[1, "annotate"]["labels"] and found[1, "annotate"]["seconds"] > 4 * len(labels)
     # the same again does nothing
@@ -200,7 +203,7 @@ def test_the_file_on_the_page_is_one(tmp_path, monkeypatch, capsys):
     for words in (["round.yaml"], ["round.yaml", "--rounds", "2"]):
         assert main(["round", "status", *words]) == 2
         assert "runs/rounds: expected the output folder of `diffdoctor round run`" in capsys.readouterr().err
-    assert {*re.findall(r"--(\w+)", page)} - {"help"} <= {field.name for field in dataclasses.fields(RoundConfig)}
+    assert {*re.findall(r"--(\w+)", page)} - {"help", "prompts"} <= {field.name for field in dataclasses.fields(RoundConfig)}
 
 
 def test_what_is_no_round_is_one_line(world, tmp_path, capsys):

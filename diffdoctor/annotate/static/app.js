@@ -3,11 +3,10 @@
 import * as api from "./api.js";
 import { Editor } from "./editor.js";
 import { Keeper } from "./keep.js";
-import { actionOf } from "./keys.js";
+import { TOOLS, actionOf } from "./keys.js";
 import { $, banner, markdown, setUpDialogs, setUpTheme, toast, tour } from "./panels.js";
 import { Review } from "./review.js";
 import { Session } from "./session.js";
-import { TOOLS } from "./tools.js";
 
 const SEEN = "diffdoctor-annotate-guidelines";
 

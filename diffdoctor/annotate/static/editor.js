@@ -1,9 +1,10 @@
 // The editor: a picture, its mask, the tools and the panel beside it. It knows nothing of tasks, drafts or the server.
 
 import { COLOURS, Overlay } from "./overlay.js";
+import { TOOLS } from "./keys.js";
 import { Mask } from "./mask.js";
 import { $, icon, make, toast } from "./panels.js";
-import { TOOLS, Tools } from "./tools.js";
+import { Tools } from "./tools.js";
 import { View } from "./view.js";
 
 export const TAGS = [

@@ -1,40 +1,8 @@
 // What the pointer does. Each tool paints shapes on a layer of the mask; Alt or the right button turns adding into removing.
 
 import { Cursor, drawGuide } from "./guides.js";
+import { TOOLS } from "./keys.js";
 import { capsule, flood, polygon } from "./raster.js";
-
-export const TOOLS = {
-  select: {
-    key: "V",
-    name: "Select",
-    hint: "Click a marked part to refuse it, again to accept it. Tab and Space do the same.",
-  },
-  lasso: {
-    key: "L",
-    name: "Lasso",
-    hint: "Drag roughly around damage; the outline closes itself. Hold Alt to remove.",
-  },
-  unlasso: { key: "⇧L", name: "Lasso off", hint: "Drag around what is not damage to remove it. Hold Alt to add." },
-  brush: { key: "B", name: "Brush", hint: "Paint. [ and ] change the size, Shift draws a straight line, Alt erases." },
-  eraser: {
-    key: "E",
-    name: "Eraser",
-    hint: "Erase. [ and ] change the size, Shift draws a straight line, Alt paints.",
-  },
-  polygon: {
-    key: "P",
-    name: "Polygon",
-    hint: "Click corners. Enter or the first corner closes, Backspace takes one back, Esc gives up.",
-  },
-  grow: { key: "G", name: "Grow", hint: "Press on damage and drag sideways: alike pixels join. Alt removes them." },
-  disc: { key: "D", name: "Disc", hint: "Click to mark a disc. [ and ] change its size." },
-  assist: { key: "Q", name: "Assist", hint: "Click on damage: a program marks what belongs to it. Alt removes that." },
-  ignore: {
-    key: "I",
-    name: "Ignore",
-    hint: "Drag around what you cannot decide: it will not count. Alt takes it back.",
-  },
-};
 
 const CLOSE_PX = 10,
   CLICK_PX = 4;
