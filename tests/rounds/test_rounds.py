@@ -203,7 +203,9 @@ def test_the_file_on_the_page_is_one(tmp_path, monkeypatch, capsys):
     for words in (["round.yaml"], ["round.yaml", "--rounds", "2"]):
         assert main(["round", "status", *words]) == 2
         assert "runs/rounds: expected the output folder of `diffdoctor round run`" in capsys.readouterr().err
-    assert {*re.findall(r"--(\w+)", page)} - {"help", "prompts"} <= {field.name for field in dataclasses.fields(RoundConfig)}
+    assert {*re.findall(r"--(\w+)", page)} - {"help", "prompts"} <= {
+        field.name for field in dataclasses.fields(RoundConfig)
+    }
 
 
 def test_what_is_no_round_is_one_line(world, tmp_path, capsys):
