@@ -109,13 +109,14 @@ def sampling_weights(data: DetectorData, *, strength: float = 1.0, damaged_share
     if not 0 < damaged_share < 1:
         raise ValueError(expected("damaged_share", "a share in (0, 1)", damaged_share))
     categories, damaged = labels_of(data)
-    keys = list(zip(categories, damaged, strict=True))
-    size = {key: keys.count(key) for key in set(keys)}
-    share = {}
-    for name, is_damaged in size:
+    keys: dict[tuple[str, bool], int] = {}
+    pairs = zip(categories, damaged, strict=True)
+    groups = np.fromiter((keys.setdefault(pair, len(keys)) for pair in pairs), np.int64, len(categories))
+    shares = np.empty(len(keys))
+    for (name, is_damaged), group in keys.items():
         own = damaged_share if is_damaged else 1 - damaged_share
-        share[name, is_damaged] = own if (name, not is_damaged) in size else 1.0
-    weights = np.array([share[key] / size[key] for key in keys]) ** strength
+        shares[group] = own if (name, not is_damaged) in keys else 1.0
+    weights = (shares / np.bincount(groups))[groups] ** strength
     return weights / weights.sum()
 
 

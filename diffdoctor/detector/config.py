@@ -91,6 +91,8 @@ class DetectorTrainingConfig:
         balance: sample categories evenly, and damaged and clean pictures evenly within each, where the data has
             categories.
         damaged_share: with `balance`, the share of damaged pictures within each category.
+        order: "shuffled" draws from all pictures alike; "blocks" from blocks of 64 neighbouring shards, in random order
+            within a block and among them: a set of any size is read shard by shard, and `balance` holds in each step.
         seed: of the samples and the noise.
         workers: processes that prepare samples; 0: the training process does.
         checkpoint_every: steps between checkpoints, where there is an output folder; 0: only when interrupted.
@@ -120,6 +122,7 @@ class DetectorTrainingConfig:
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     balance: bool = False
     damaged_share: float = 0.5
+    order: str = "shuffled"
     seed: int = 0
     workers: int = 0
     checkpoint_every: int = 0
@@ -131,6 +134,8 @@ class DetectorTrainingConfig:
     def __post_init__(self):
         check_least(self, steps=1, batch_size=1, accumulate=1)
         check_least(self, warmup_steps=0, weight_decay=0, max_grad_norm=0, mse=0, bce=0, dice=0, seed=0, workers=0)
+        if self.order not in ("shuffled", "blocks"):
+            raise ValueError(expected("order", "shuffled or blocks", repr(self.order)))
         if not self.mse + self.bce + self.dice > 0:
             raise ValueError(expected("mse, bce, dice", "at least one weight > 0", "none"))
         if not self.learning_rate > 0:

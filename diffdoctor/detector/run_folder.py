@@ -45,6 +45,9 @@ def identity_of(
         identity |= dataclasses.asdict(detector.preprocess_config) | {"network": detector.config_dict()}
     # Neither `strict` nor, without a stream, the number of workers changes the result.
     del identity["strict"]
+    # as it was before there was another order
+    if identity["order"] == "shuffled":
+        del identity["order"]
     if isinstance(data, ShardStream):
         identity |= {"shards": len(data.paths), "buffer": data.buffer, "processes": processes}
     else:

@@ -20,6 +20,8 @@ from diffdoctor.runs.errors import UserError, expected
 if TYPE_CHECKING:
     import torch
 
+    from diffdoctor.detector.block_plan import WeightedBlocks
+
 # In a training mask, of a pixel that has no say in the loss.
 NOT_DECIDED = -1.0
 
@@ -115,6 +117,23 @@ class JoinedData:
         joined_index = int(self.chosen[index])
         number = int(np.searchsorted(self.ends, joined_index, side="right"))
         return self.sets[number][joined_index - int(self.ends[number - 1] if number else 0)]
+
+    @property
+    def shard_numbers(self) -> np.ndarray:
+        """(N,) a number for each picture, the same for those that follow one another in a shard.
+
+        Raises:
+            UserError: a set does not lie in shards.
+        """
+        parts, start = [], 0
+        for each in self.sets:
+            if not hasattr(each, "shards"):
+                raise UserError(expected("order", "shuffled for a set that does not lie in shards", "blocks"))
+            names = np.asarray(each.shards, object)
+            changes = np.concatenate([[1], names[1:] != names[:-1]]) if len(names) else np.zeros(0)
+            parts.append(start + np.cumsum(changes, dtype=np.int64))
+            start += len(names)
+        return np.concatenate(parts)[self.chosen]
 
     @property
     def numbers(self) -> np.ndarray:
@@ -220,6 +239,7 @@ class StepSamples:
         config: augmentation.
         weights: (N,) sampling weights, as `balance.sampling_weights` gives them; None: shuffled passes over the data.
         size: side in pixels that every picture is resized to (squares); None: pictures keep their size and must agree.
+        blocks: the order of the pictures, in place of `weights` and of shuffled passes.
 
     Raises:
         ValueError: no pictures, or weights that cannot be sampled from.
@@ -233,11 +253,12 @@ class StepSamples:
         config: AugmentConfig,
         weights: np.ndarray | None = None,
         size: int | None = None,
+        blocks: WeightedBlocks | None = None,
     ):
         if not len(data):
             raise ValueError(expected("data", "at least one picture", "none"))
         self.data, self.batch_size, self.seed, self.config, self.size = data, batch_size, seed, config, size
-        self.cumulative = None
+        self.cumulative, self.blocks = None, blocks
         if weights is not None:
             weights = np.asarray(weights, np.float64)
             if (
@@ -253,6 +274,8 @@ class StepSamples:
 
     def index_of(self, step: int, slot: int) -> int:
         """Index in the data of the picture in this slot of this step."""
+        if self.blocks is not None:
+            return self.blocks.row(step * self.batch_size + slot)
         if self.cumulative is not None:
             draw = np.random.default_rng([self.seed, 1, step, slot]).uniform()
             return int(min(np.searchsorted(self.cumulative, draw, side="right"), len(self.data) - 1))

@@ -16,12 +16,13 @@ from torch import nn
 
 from diffdoctor.data.pictures import to_images
 from diffdoctor.data.stream import ShardStream
+from diffdoctor.detector.block_plan import WeightedBlocks
 from diffdoctor.detector.config import DetectorTrainingConfig
 from diffdoctor.detector.loading import PlannedSamples, ResampledSamples, StepPlan, collate
 from diffdoctor.detector.losses import detector_loss
 from diffdoctor.detector.models.load import new_detector
 from diffdoctor.detector.run_folder import identity_of, training_folder
-from diffdoctor.detector.samples import DetectorData
+from diffdoctor.detector.samples import DetectorData, JoinedData
 from diffdoctor.detector.validate import quick_measures
 from diffdoctor.runs.checkpoints import Checkpoints
 from diffdoctor.runs.errors import UserError, expected, missing_extra
@@ -182,15 +183,19 @@ class TrainingRun:
         self.history: list[dict] = []
         self.validations: list[dict] = []
         self.broken: dict[str, str] = {}
-        self.data, self.weights = data, None
+        self.data, self.weights, self.blocks = data, None, None
         if isinstance(data, ShardStream):
-            if not data.resampled or config.balance:
-                got = "balance=True" if data.resampled else "a stream that is not resampled"
-                raise UserError(expected("data", "a resampled stream, with balance=False", got))
+            if not data.resampled or config.balance or config.order != "shuffled":
+                got = "balance=True" if config.balance else f"order={config.order!r}"
+                got = got if data.resampled else "a stream that is not resampled"
+                raise UserError(expected("data", "a resampled stream, with balance=False and order='shuffled'", got))
         else:
             from diffdoctor.detector.balance import training_weights
 
             self.weights = training_weights(data, balance=config.balance, damaged_share=config.damaged_share)
+            if config.order == "blocks":
+                shards = (data if isinstance(data, JoinedData) else JoinedData([data])).shard_numbers
+                self.blocks, self.weights = WeightedBlocks(shards, self.weights, config.seed), None
         self.output_dir = self.folder = self.checkpoints = self.writer = None
 
     def open(self, output_dir: Path, identity: dict) -> None:
@@ -272,6 +277,7 @@ class TrainingRun:
                 config=config.augment,
                 weights=self.weights,
                 size=config.size,
+                blocks=self.blocks,
             )
             loader = torch.utils.data.DataLoader(samples, batch_sampler=plan, collate_fn=collate, **options)
         micro_batches = []

@@ -177,6 +177,8 @@ def _stream(config: TrainDetectorConfig, validation: JoinedData | None) -> Shard
         raise UserError(expected("validation", what, "none"))
     if config.training.balance:
         raise UserError(expected("balance", "false with resampled, which does not count the categories", "true"))
+    if config.training.order != "shuffled":
+        raise UserError(expected("order", "shuffled with resampled, which has an order of its own", "blocks"))
     if config.shuffle_buffer < 1:
         raise UserError(expected("shuffle_buffer", ">= 1 pictures", config.shuffle_buffer))
     options = {"buffer": config.shuffle_buffer, "seed": config.training.seed, "strict": config.training.strict}
