@@ -7,6 +7,7 @@ libraries' transforms. docs/trainers.md shows both in real trainers.
 
 from diffdoctor.maps.check import MapReport, MapWarning, check_maps
 from diffdoctor.maps.dataset import MapDataset, StepBatches, collate
+from diffdoctor.maps.derived import edit_map, map_stamp
 from diffdoctor.maps.files import (
     Record,
     ShardRecords,
@@ -33,7 +34,9 @@ __all__ = [
     "check_maps",
     "collate",
     "detach_map",
+    "edit_map",
     "find_map",
+    "map_stamp",
     "read_folder",
     "read_map",
     "read_picture",

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 
 from diffdoctor.data.codec import UnreadablePicture, open_picture, picture_size
 from diffdoctor.maps.check import check_maps
-from diffdoctor.maps.files import PictureLike, Record, read_picture
+from diffdoctor.maps.files import MapLike, PictureLike, Record, read_map, read_picture
 from diffdoctor.maps.geometry import PairedTransform
 from diffdoctor.runs.errors import UserError, expected
 
@@ -32,6 +32,8 @@ class MapDataset(Dataset):
         transform: resizes, crops and flips each pair.
         seed: of crops and flips.
         missing: how a picture without a map is treated: "zeros" (clean everywhere) or "error".
+        invert: maps say what is sound, as a segmenter's of a background may: 1 - map is used. A picture without a map
+            stays clean.
         check: check up to 256 maps, evenly spaced, and emit a `MapWarning` for each probable mistake.
 
     Raises:
@@ -45,13 +47,14 @@ class MapDataset(Dataset):
         *,
         seed: int = 0,
         missing: str = "zeros",
+        invert: bool = False,
         check: bool = True,
     ):
         if not len(records):
             raise ValueError(expected("records", "at least one", "none"))
         if missing not in ("zeros", "error"):
             raise ValueError(expected("missing", "'zeros' or 'error'", repr(missing)))
-        self.records, self.transform, self.seed = records, transform, seed
+        self.records, self.transform, self.seed, self.invert = records, transform, seed, invert
         # Shared with the workers, also with those that live on and do not see what happens to this object.
         self._first_epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._asked = torch.zeros(len(records), dtype=torch.int32).share_memory_()
@@ -61,7 +64,7 @@ class MapDataset(Dataset):
                     raise ValueError(expected("records", "a map for every picture", f"none for {_name(record)}"))
         if check:
             step = max(1, -(-len(self.records) // _CHECKED))
-            check_maps(self.records[index].confidence for index in range(0, len(records), step)).warn()
+            check_maps(self._map_of(self.records[index]) for index in range(0, len(records), step)).warn()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -76,8 +79,12 @@ class MapDataset(Dataset):
             epoch = int(self._first_epoch + self._asked[index])
             self._asked[index] += 1
         rng = np.random.default_rng([self.seed, epoch, index])
-        sample = self.transform(record.picture, record.confidence, rng)
+        sample = self.transform(record.picture, self._map_of(record), rng)
         return {**sample, "caption": record.caption}
+
+    def _map_of(self, record: Record) -> MapLike | None:
+        inverted = self.invert and record.confidence is not None
+        return 1 - read_map(record.confidence) if inverted else record.confidence
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch of the next item of each index, where a sampler asks for indices alone; workers see it too.

@@ -20,7 +20,9 @@ from diffdoctor.maps import (
     ShardRecords,
     StepBatches,
     collate,
+    edit_map,
     find_map,
+    map_stamp,
     read_folder,
     read_map,
     write_map,
@@ -323,3 +325,44 @@ def test_loader_with_workers_equals_the_loader_without():
     assert batch["has_map"].dtype == torch.bool
     assert batch["confidence"].shape == (2, 1, *batch["pixel_values"].shape[2:])
     assert batch["crop_top_left"].shape == (2, 2)
+
+
+def test_an_edit_is_found_where_it_is(tmp_path):
+    before = np.random.default_rng(0).integers(0, 200, (40, 60, 3)).astype(np.uint8)
+    after = before.copy()
+    after[10:20, 30:45, 1] += 51  # 0.2: fully
+    after[30, 5, 0] += 10  # below the floor
+    after[30, 50, 2] += 31  # 0.1216: in the middle of 0.04 .. 0.2
+    found = edit_map(before, Image.fromarray(after), spread=0)
+    expected = np.zeros((40, 60), np.float32)
+    expected[10:20, 30:45], expected[30, 50] = 1, (31 / 255 - 0.04) / 0.16
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    wider = edit_map(before, after)
+    assert wider[8:22, 28:47].min() == 1
+    assert wider[7].max() == wider[22].max() == 0
+    write_map(tmp_path / "map.png", found)
+    with pytest.raises(ValueError, match=r"after: expected a picture of 40 x 60, got \(40, 59\)"):
+        edit_map(before, after[:, 1:])
+    with pytest.raises(ValueError, match=r"floor, full: expected 0 <= floor < full <= 1, got 0.3, 0.2"):
+        edit_map(before, after, floor=0.3)
+
+
+def test_a_stamp_is_that_of_the_values(tmp_path):
+    levels = np.random.default_rng(0).integers(0, 256, (6, 9)).astype(np.uint8)
+    write_map(tmp_path / "map.png", levels / np.float32(255))
+    stamps = {map_stamp(each) for each in (levels, levels / np.float32(255), tmp_path / "map.png")}
+    assert len(stamps) == 1
+    other = levels.copy()
+    other[0, 0] ^= 1
+    assert len(stamps | {map_stamp(other), map_stamp(levels.reshape(9, 6)), map_stamp(None)}) == 4
+
+
+def test_maps_that_say_what_is_sound(tmp_path):
+    picture, level = marked_pair(32, 32, 4, 4, 8, 8)
+    sound = 1 - level if level.dtype != np.uint8 else 255 - level
+    records = [Record(picture, sound), Record(picture)]
+    inverted = MapDataset(records, PairedTransform(32), invert=True)
+    plain = MapDataset([Record(picture, level), Record(picture)], PairedTransform(32))
+    for one, other in zip((inverted[(0, i)] for i in range(2)), (plain[(0, i)] for i in range(2)), strict=True):
+        torch.testing.assert_close(one["confidence"], other["confidence"], atol=1e-6, rtol=0)
+    assert not inverted[(0, 1)]["confidence"].any()

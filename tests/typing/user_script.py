@@ -291,6 +291,7 @@ def one_picture(path: str) -> tuple[torch.Tensor, torch.Tensor]:
     print(placement)
     if confidence is not None:
         maps.write_map("copy.mask.png", confidence)
+        print(maps.map_stamp(confidence), maps.edit_map(path, picture, floor=0.05, spread=1).shape)
     try:
         four_bands = maps.attach_map(picture, confidence)
     except maps.MapWarning:
