@@ -1,0 +1,54 @@
+"""The study of what a label is worth: its figures from known points, and a small one that is stopped and resumed."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.studies import label_efficiency as study
+
+
+def points(*rows):
+    return [dict(zip(("labels", "seconds", "map50"), row, strict=True), damaged=0) for row in rows]
+
+
+def test_minutes_are_between_points_and_not_beyond_them():
+    line = points((0, 0, 0.2), (20, 300, 0.4), (40, 900, 0.6))
+    assert study.at_minutes(line, 5) == pytest.approx(0.4) and study.at_minutes(line, 10) == pytest.approx(0.5)
+    assert study.at_minutes(line, 15) == pytest.approx(0.6) and study.at_minutes(line, 16) is None
+
+
+def test_the_table_has_means_with_their_errors():
+    arms = {
+        f"noisy-{name}-{seed}": {
+            "rater": "noisy", "strategy": name, "seed": seed,
+            "points": points((0, 0, 0.2), (160, 1200 + 600 * seed, 0.6 + 0.1 * seed)),
+        }
+        for name in ("random", "paper") for seed in (0, 1)
+    }  # fmt: skip
+    lines = study.table(arms).splitlines()
+    assert len(lines) == 4 and lines[2].startswith("| noisy | paper | – | – | – | 0.65 ± 0.05 | – |")
+    # after 20 minutes one seed has 0.6 and the other two thirds of the way to 0.7; after 30 there is one alone
+    assert "| 0.57 ± 0.03 | – | 0 | 25 |" in lines[2]
+    for seed in (0, 1):
+        arms[f"noisy-paper-{seed}"]["points"][1]["map50"] += 0.1
+    assert study.against_random(arms).splitlines()[2:] == [
+        "| noisy | paper | +0.02 ± 0.00 | +0.04 ± 0.01 | +0.08 ± 0.02 | – |"
+    ]
+
+
+def test_a_small_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    for name, value in {"KNOWN_CLEAN": 20, "POOL": 40, "TEST": 20}.items():
+        monkeypatch.setattr(study, name, value)
+    monkeypatch.setattr(study, "BUDGETS", dict.fromkeys(study.STRATEGIES, (4, 8)))
+    words = ["--output", str(tmp_path / "out"), "--seeds", "0", "--raters", "noisy"]
+    words += ["--settings", '{"first_steps": 2, "steps": 2, "batch_size": 4}']
+    assert study.main([*words, "--strategies", "mixed"]) == 0
+    first = (tmp_path / "out" / "arms" / "noisy-mixed-0.json").read_bytes()
+    assert study.main([*words, "--strategies", "mixed", "paper"]) == 0
+    assert (tmp_path / "out" / "arms" / "noisy-mixed-0.json").read_bytes() == first
+    arm = json.loads((tmp_path / "out" / "arms" / "noisy-paper-0.json").read_text())["points"]
+    assert [each["labels"] for each in arm] == [0, 4, 8] and np.all(np.diff([each["seconds"] for each in arm]) >= 16)
+    assert (tmp_path / "out" / "labels.png").stat().st_size > 0 and "| noisy | mixed |" in capsys.readouterr().out
+    assert study.main([*words[:-1], '{"first_steps": 3}']) == 2
+    assert "another batch_size" in capsys.readouterr().err
