@@ -55,7 +55,7 @@ def _run(this: Round, stage: str) -> None:
     inputs = {name: values[name] for name in entry.inputs}
     if this.rounds.entry(this.number, stage) is None:
         print(f"round {this.number}: {stage}", file=sys.stderr, flush=True)
-        this.rounds.run(this.number, stage, inputs, lambda: entry.run(this))
+        this.rounds.run(this.number, stage, inputs, lambda: entry.run(this), lambda: entry.is_bound(this))
 
 
 def run_round_status(config: RoundConfig) -> int:

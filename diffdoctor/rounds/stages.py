@@ -73,6 +73,13 @@ def select(this: Round) -> dict[str, Any]:
     return {"tasks": tasks, "categories": categories, "prompts_wanted": len(prompts), "line": line}
 
 
+def has_tasks(this: Round) -> bool:
+    """Whether tasks of the round were drawn."""
+    if not (this.rounds.output / LABELS).is_dir():
+        return False
+    return this.project.store.one("SELECT 1 FROM task WHERE round = ?", this.number) is not None
+
+
 def annotate(this: Round) -> dict[str, Any]:
     """People's answers, or simulated ones."""
     config = this.config
@@ -226,10 +233,13 @@ class Stage:
     Attributes:
         run: does it and returns what it leaves.
         inputs: the options on which it depends.
+        is_bound: whether it left something that holds for these alone, and does not see it itself; other commands'
+            output folders refuse other options, and what is written as a whole is written anew.
     """
 
     run: Callable[[Round], dict[str, Any]]
     inputs: tuple[str, ...] = ()
+    is_bound: Callable[[Round], bool] = lambda this: False
 
 
 STAGE = dict(
@@ -237,7 +247,7 @@ STAGE = dict(
         STAGES,
         (
             Stage(diagnose, ("pool", "tile", "mirrored")),
-            Stage(select, ("pool", *ADD, "seed")),
+            Stage(select, ("pool", *ADD, "seed"), has_tasks),
             Stage(annotate),
             Stage(export, ("merge",)),
             Stage(accept, ("pool", "merge", "precision", "most_pseudo", "seed")),

@@ -66,7 +66,14 @@ class Rounds:
         is_stuck = len(last) == self.config.patience and not any(each["adopted"] for each in last)
         return None if len(decided) >= self.config.rounds or is_stuck else len(decided) + 1
 
-    def run(self, number: int, stage: str, inputs: dict[str, Any], make: Callable[[], dict[str, Any]]) -> None:
+    def run(
+        self,
+        number: int,
+        stage: str,
+        inputs: dict[str, Any],
+        make: Callable[[], dict[str, Any]],
+        is_bound: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Do a round's stage, unless it is done.
 
         Args:
@@ -75,22 +82,21 @@ class Rounds:
             inputs: the options on which it depends.
             make: does it, going on with what it began before a kill, and returns its outputs, `line` (in words) among
                 them.
+            is_bound: whether what it left when it was begun holds for those inputs alone, and `make` does not see that.
 
         Raises:
             Waits: of `make`.
-            UserError: the stage was begun with other inputs; or of `make`.
+            UserError: the stage is bound to other inputs; or of `make`.
         """
         if self.entry(number, stage) is not None:
             return
         inputs, begun = as_json(inputs), self.entry(number, stage, BEGUN)
-        if begun is None:
-            begun = {"round": number, "stage": stage, "state": BEGUN, "inputs": inputs, "at": _now()}
-            self.ledger.append(begun)
-        elif other := differences(begun["inputs"], inputs):
-            advice = "put that back, or choose another output folder"
-            raise UserError(
-                f"{self.output}: {stage} of round {number} was begun with another {', '.join(other)}; {advice}"
-            )
+        other = [] if begun is None else differences(begun["inputs"], inputs)
+        if other and is_bound():
+            what = f"{stage} of round {number} was begun with another {', '.join(other)}"
+            raise UserError(f"{self.output}: {what}; put that back, or choose another output folder")
+        if other or begun is None:
+            self.ledger.append({"round": number, "stage": stage, "state": BEGUN, "inputs": inputs, "at": _now()})
         started = time.perf_counter()
         outputs = make()
         seconds = time.perf_counter() - started

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from diffdoctor.annotate.project import Project, picture_uid
+from diffdoctor.annotate.simulated import Annotator
 from diffdoctor.cli import main
 from diffdoctor.data.shards import ShardData
 from diffdoctor.detector import load_detector
 from diffdoctor.rounds.config import RoundConfig
-from diffdoctor.rounds.state import STAGES, Rounds
+from diffdoctor.rounds.state import BEGUN, STAGES, Rounds
 from diffdoctor.runs.errors import UserError
 from support.annotation import Client, serving
 from support.paths import ROOT
@@ -121,7 +122,7 @@ def test_people_do_their_part_and_no_better_detector_leaves_the_old_one(world, t
     wanted = Project(tmp_path / "loop" / "labels").store.one("SELECT sum(needed) FROM task")[0]
     assert wanted > 12
     assert f"0 of {wanted} labels are there; run `diffdoctor annotate serve {tmp_path / 'loop' / 'labels'}`" in said
-    label_over_http(Project(tmp_path / "loop" / "labels"), differ=True)
+    label_over_http(Project(tmp_path / "loop" / "labels"))
     assert main(["round", "run", str(file)]) == 0
     waiting = capsys.readouterr().err
     assert f"{wanted} of {wanted} labels are there, " in waiting and "conflicts wait for a reviewer" in waiting
@@ -139,14 +140,14 @@ def test_people_do_their_part_and_no_better_detector_leaves_the_old_one(world, t
     assert Project(tmp_path / "loop" / "labels").store.verify() == []
 
 
-def label_over_http(project, differ):
+def label_over_http(project):
     """Two people answer every open task by the page's requests; where both are asked, they do not agree."""
     tokens = [project.store.add_person(name, "annotator") for name in ("ann", "ben")]
     with serving(project) as url:
         for number, client in enumerate([Client(url, token) for token in tokens]):
             while (task := client.json("POST", "/api/next")[1])["task"] is not None:
                 mask = np.zeros((task["height"], task["width"]), np.uint8)
-                mask[2:6, 2 + 8 * number * differ : 8 + 8 * number * differ] = 255
+                mask[2:6, 2 + 8 * number : 8 + 8 * number] = 255
                 assert client.submit(task, mask, active_ms=2000, wall_ms=2000)[0] == 200
 
 
@@ -171,7 +172,10 @@ def test_a_stage_that_was_begun_otherwise_is_refused(simulated, world, tmp_path)
     with pytest.raises(UserError, match="not now"):
         rounds.run(1, "select", {"budget": 10}, fails)
     with pytest.raises(UserError, match=r"select of round 1 was begun with another budget \(expected 10, got 20\)"):
-        rounds.run(1, "select", {"budget": 20}, fails)
+        rounds.run(1, "select", {"budget": 20}, fails, lambda: True)
+    with pytest.raises(UserError, match="not now"):
+        rounds.run(1, "select", {"budget": 20}, fails)  # of which there is nothing yet
+    assert rounds.entry(1, "select", BEGUN)["inputs"] == {"budget": 20}
     rounds.run(1, "select", {"budget": 10}, lambda: {"line": "done"})
     rounds.run(1, "select", {"budget": 20}, fails)  # what is done is done
 
@@ -224,3 +228,26 @@ def test_what_is_no_round_is_one_line(world, tmp_path, capsys):
     values = options(world, tmp_path / "loop", detector=f"{detector}:zero")
     assert main(["round", "run", str(write_yaml(file, **values))]) == 2
     assert "architecture: expected one to train" in capsys.readouterr().err
+
+
+def test_tasks_that_were_drawn_hold_for_their_options_alone(world, tmp_path, capsys):
+    values = options(world, tmp_path / "loop", pool=[str(world / "pool" / "shards")], budget=4, audit_share=0.25)
+    file = write_yaml(tmp_path / "round.yaml", **values | {"gold": [str(tmp_path / "none")]})
+    assert main(["round", "run", str(file)]) == 2 and "none" in capsys.readouterr().err
+    append = Rounds(RoundConfig(**values | {"rater": Annotator()})).ledger.append
+    write_yaml(file, **values | {"annotator": "people"})
+    assert main(["round", "run", str(file)]) == 0  # nothing was drawn with that gold set
+    drawn = [e for e in ledger(tmp_path / "loop") if (e["stage"], e["state"]) == ("select", "done")]
+    assert len(drawn) == 1
+    # as if it had been killed before it was done
+    lines = [
+        e
+        for e in ledger(tmp_path / "loop")
+        if (e["stage"], e["state"]) not in {("select", "done"), ("annotate", "begun")}
+    ]
+    (tmp_path / "loop" / "ledger.jsonl").unlink()
+    for line in lines:
+        append(line)
+    assert main(["round", "run", str(file), "--budget", "5"]) == 2
+    assert "select of round 1 was begun with another budget (expected 4, got 5)" in capsys.readouterr().err
+    assert main(["round", "run", str(file)]) == 0
