@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from diffdoctor.annotate.project import Project, picture_uid
-from diffdoctor.annotate.simulated import Annotator
 from diffdoctor.cli import main
 from diffdoctor.data.shards import ShardData
 from diffdoctor.detector import load_detector
 from diffdoctor.rounds.config import RoundConfig
 from diffdoctor.rounds.state import BEGUN, STAGES, Rounds
 from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.ledger import Ledger
 from support.annotation import Client, serving
 from support.paths import ROOT
 from support.rounds import make_world, options, write_yaml
@@ -234,20 +234,16 @@ def test_tasks_that_were_drawn_hold_for_their_options_alone(world, tmp_path, cap
     values = options(world, tmp_path / "loop", pool=[str(world / "pool" / "shards")], budget=4, audit_share=0.25)
     file = write_yaml(tmp_path / "round.yaml", **values | {"gold": [str(tmp_path / "none")]})
     assert main(["round", "run", str(file)]) == 2 and "none" in capsys.readouterr().err
-    append = Rounds(RoundConfig(**values | {"rater": Annotator()})).ledger.append
     write_yaml(file, **values | {"annotator": "people"})
     assert main(["round", "run", str(file)]) == 0  # nothing was drawn with that gold set
     drawn = [e for e in ledger(tmp_path / "loop") if (e["stage"], e["state"]) == ("select", "done")]
     assert len(drawn) == 1
     # as if it had been killed before it was done
-    lines = [
-        e
-        for e in ledger(tmp_path / "loop")
-        if (e["stage"], e["state"]) not in {("select", "done"), ("annotate", "begun")}
-    ]
+    later = {("select", "done"), ("annotate", "begun")}
+    lines = [entry for entry in ledger(tmp_path / "loop") if (entry["stage"], entry["state"]) not in later]
     (tmp_path / "loop" / "ledger.jsonl").unlink()
     for line in lines:
-        append(line)
+        Ledger(tmp_path / "loop" / "ledger.jsonl").append(line)
     assert main(["round", "run", str(file), "--budget", "5"]) == 2
     assert "select of round 1 was begun with another budget (expected 4, got 5)" in capsys.readouterr().err
     assert main(["round", "run", str(file)]) == 0
