@@ -160,7 +160,8 @@ class Commits:
 
     def _commit(self, attempt: Attempt, result: dict[str, Any]) -> bool:
         files = [{"name": name, **_described(path)} for name, path in attempt.files.items()]
-        sync_folder(self.output / ATTEMPTS)
+        if files:
+            sync_folder(self.output / ATTEMPTS)
         commit = {"unit": attempt.unit, "attempt": attempt.token, "files": files, **result}
         text = strict_json.dumps(commit) + "\n"
         return create_exclusively(self.output / COMMITS / f"{attempt.unit}.json", text.encode())

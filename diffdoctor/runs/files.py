@@ -150,6 +150,8 @@ def atomic_write_bytes(path, data: bytes) -> None:
 def create_exclusively(path, data: bytes) -> bool:
     """Write `data` to `path`, whole or not at all, unless it is there: of several processes, one succeeds.
 
+    What is written is on the disk when its name is; the name may be lost where the power fails at once.
+
     Returns:
         Whether this process did.
 
@@ -167,9 +169,7 @@ def create_exclusively(path, data: bytes) -> bool:
             os.link(temporary, path)
         except FileExistsError:
             # A network's file system may have linked it, lost the answer and asked again.
-            if os.stat(temporary).st_nlink != 2:
-                return False
-        sync_folder(path.parent)
+            return os.stat(temporary).st_nlink == 2
         return True
     finally:
         temporary.unlink(missing_ok=True)

@@ -15,7 +15,6 @@ from diffdoctor.engine.options import EngineConfig
 from diffdoctor.engine.running import run, settle
 from diffdoctor.engine.tally import Tally
 from diffdoctor.engine.units import Plan, Unit
-from diffdoctor.runs import files
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.progress import progress
 from support.engine import Spec, check, plan_of
@@ -60,8 +59,13 @@ def test_of_two_attempts_one_counts_and_the_other_leaves_nothing(tmp_path):
 def test_an_interruption_right_after_the_commit_keeps_its_files(tmp_path, monkeypatch):
     commits = Commits(tmp_path)
     commits.begin()
-    monkeypatch.setattr(files, "sync_folder", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
-    monkeypatch.setattr("diffdoctor.engine.commits.sync_folder", lambda folder: None)
+    link = os.link
+
+    def interrupted(*names):
+        link(*names)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "link", interrupted)
     with pytest.raises(KeyboardInterrupt):
         commits.attempt(plan_of(1).units[0], Spec(str(tmp_path)))
     monkeypatch.undo()
