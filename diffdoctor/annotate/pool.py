@@ -19,6 +19,7 @@ from diffdoctor.data.captions import caption_file, read_caption
 from diffdoctor.data.codec import PICTURE_TYPES, UnreadablePicture, decode
 from diffdoctor.data.sources import find_sources
 from diffdoctor.data.tar import IGNORE, MASK, SkipCounts
+from diffdoctor.engine.sets import read_sample
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import file_name, reading
 from diffdoctor.runs.record import RUN, read_json
@@ -64,9 +65,11 @@ class Diagnosis:
         return self._names.get(path, [])
 
     def map(self, name: str) -> np.ndarray | None:
-        """The map (H, W) uint8 of a picture; None where there is none."""
-        path = self.folder / "maps" / file_name(name, ".png")
+        """The map (H, W) uint8 of a picture, from its file or the label set; None where there is none."""
+        path, record = self.folder / "maps" / file_name(name, ".png"), self.records.get(name, {})
         try:
+            if not path.is_file() and "unit" in record:
+                return np.rint(read_sample(self.folder, record["unit"], record["key"])["mask"] * 255).astype(np.uint8)
             return decode(path, "L") if path.is_file() else None
         except UnreadablePicture as error:
             raise UserError(f"{path}: {error}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import faulthandler
 import multiprocessing
 import os
@@ -17,12 +16,11 @@ from pathlib import Path
 
 from diffdoctor.engine.commits import Commits
 from diffdoctor.engine.options import EngineConfig
-from diffdoctor.engine.tally import Tally
+from diffdoctor.engine.tally import Tally, ends_run
 from diffdoctor.engine.units import Place, Unit, WorkerSpec
 from diffdoctor.runs.errors import UserError, first_line
 from diffdoctor.runs.workers import end_with_parent
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _LOG_LINES = 20
 
 
@@ -188,7 +186,7 @@ def _serve(connection: Connection, log: str, output: Path, spec: WorkerSpec, pla
         try:
             commits.attempt(unit, worker, f"worker {place.number}")
         except Exception as error:
-            if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in _FULL):
+            if ends_run(error):
                 connection.send(("stop", str(error)))
                 return
             # What raised it may have broken more than the unit: this process is not used again.

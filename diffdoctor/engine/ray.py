@@ -16,7 +16,7 @@ from typing import Any
 
 from diffdoctor.engine.commits import Commits
 from diffdoctor.engine.options import EngineConfig
-from diffdoctor.engine.tally import Tally
+from diffdoctor.engine.tally import Tally, ends_run
 from diffdoctor.engine.units import Place, Unit, WorkerSpec
 from diffdoctor.runs.errors import UserError, first_line, missing_extra
 
@@ -197,7 +197,7 @@ class _Actor:
         try:
             Commits(Path(self.output)).attempt(unit, self.worker, f"actor {self.number}")
         except Exception as error:
-            if isinstance(error, UserError):
+            if ends_run(error):
                 return "stop", str(error)
             traceback.print_exc()
             return "raised", f"{type(error).__name__}: {first_line(error)}"

@@ -12,6 +12,7 @@ from diffdoctor.data.columns import ParquetColumns
 from diffdoctor.data.identity import picture_hash, picture_uid
 from diffdoctor.data.manifest import MANIFEST, ManifestWriter
 from diffdoctor.data.shard_writer import ShardFile, key_hash, shard_name
+from diffdoctor.data.shards import ShardData
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.engine.commits import Attempt
 from diffdoctor.engine.units import Unit
@@ -192,6 +193,19 @@ def assemble(output: Path, commits: Iterable[dict[str, Any]], more: tuple[str, .
             raise UserError(expected(output, f"sums over {found.records} pictures", found.sums.total("pictures")))
         _refuse_repeated(output, hashes)
     return found
+
+
+def read_sample(output: Path, unit: str, key: str) -> dict[str, Any]:
+    """A sample of a set that was made in units, by its unit and key: memory holds the unit's rows alone.
+
+    Raises:
+        UserError: the unit has no such sample, or it cannot be read.
+    """
+    part = ShardData(output, f"{PARTS}/{unit}.parquet")
+    found = np.flatnonzero(part.keys == key)
+    if not len(found):
+        raise UserError(expected(f"{output}: {key}", f"a sample of the unit {unit}", "none"))
+    return part[int(found[0])]
 
 
 def _keys(part: Path) -> list[str]:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import collections
+import errno
 from collections.abc import Iterable
 
 from diffdoctor.engine.commits import Commits
 from diffdoctor.engine.units import Unit
 from diffdoctor.runs.errors import UserError
 
+# What no other worker could do better: no room on the disk, none that may be written to.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # Workers that died in a row before they were ready: something is wrong with all of them.
 _UNFIT = 3
+
+
+def ends_run(error: BaseException) -> bool:
+    """Whether an error in a unit is none of the unit's: bad input, or a disk that is full."""
+    return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in _FULL)
 
 
 class Tally:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffdoctor.annotate.pool import Diagnosis
 from diffdoctor.cli import main
 from diffdoctor.data.codec import decode
 from diffdoctor.data.shards import ShardData, read_shards
@@ -55,7 +56,7 @@ def test_a_label_set_has_the_detectors_maps_and_the_pictures_as_they_are(files, 
     data = ShardData(labels)
     records = {r["key"]: r for r in map(json.loads, (labels / "diagnosis.jsonl").read_text().splitlines())}
     assert len(data) == len(records) == 5 + 10 + 4
-    theirs = ShardData(files / "set")
+    theirs, proposals = ShardData(files / "set"), Diagnosis(labels)
     sources = {f"set/{key}": theirs[index]["picture"] for index, key in enumerate(theirs.keys)}
     detector = ConvDetector.from_pretrained(files / "detector")
     for index, key in enumerate(data.keys):
@@ -72,6 +73,7 @@ def test_a_label_set_has_the_detectors_maps_and_the_pictures_as_they_are(files, 
         assert np.abs(sample["mask"] - confidence).max() <= 0.51 / 255
         assert (sample["label"], sample["round"], sample["name"]) == ("pseudo", 2, record["name"])
         assert record["mean"] == sample["mean"]
+        assert np.array_equal(proposals.map(record["name"]), np.rint(sample["mask"] * 255))
     assert {sample["category"] for sample in map(data.__getitem__, range(5))} == {"cats", "dogs"}
     # The masks alone are here.
     with tarfile.open(labels / "shard-000000.tar") as shard:

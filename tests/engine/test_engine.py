@@ -196,6 +196,8 @@ def test_units_that_hang_or_raise_are_given_up_with_their_last_words(tmp_path):
     assert report.failed["000003"] == "RuntimeError: an odd unit, 2 times"
     said = json.loads((tmp_path / "failed" / "000003.json").read_text())
     assert "Traceback" in said["log"]
+    with pytest.raises(UserError, match="No space left on device"):
+        finish(plan_of(3, full=[1]), tmp_path / "full", kind="processes", actors=1)
     with pytest.raises(UserError, match="no unit could be done; 000000: RuntimeError"):
         finish(plan_of(1, raises=[0]), tmp_path / "none", kind="processes", actors=1, retries=1)
 

@@ -1,6 +1,7 @@
 """A worker that says in a file what it did, and misbehaves where it is told to."""
 
 import dataclasses
+import errno
 import os
 import signal
 import time
@@ -39,6 +40,8 @@ class Spec:
             raise RuntimeError("an odd unit")
         if fault == "refuses":
             raise UserError("this cannot be done")
+        if fault == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
         time.sleep(3600 if fault == "hangs" else self.seconds)
         return {"records": unit.count}
 

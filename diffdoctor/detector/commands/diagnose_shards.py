@@ -14,7 +14,7 @@ import torch
 
 from diffdoctor.data.manifest import MANIFEST, MORE
 from diffdoctor.data.shard_writer import is_key
-from diffdoctor.data.shards import ShardData, picture_ranges
+from diffdoctor.data.shards import picture_ranges
 from diffdoctor.data.sources import Source
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.commands.diagnose_batches import confidences, diagnosis_batches
@@ -25,7 +25,7 @@ from diffdoctor.detector.predict import describe_map
 from diffdoctor.engine import commits as engine_commits
 from diffdoctor.engine.commits import Attempt
 from diffdoctor.engine.running import run, settle
-from diffdoctor.engine.sets import PARTS, SHARDS, UnitFiles, assemble
+from diffdoctor.engine.sets import PARTS, SHARDS, UnitFiles, assemble, read_sample
 from diffdoctor.engine.units import Place, Plan, Unit, Worker, unit_name
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError
@@ -184,8 +184,7 @@ class _Records:
 
         def draw(worst: list[dict]) -> None:
             for record in worst:
-                part = ShardData(self.output, f"{PARTS}/{record['unit']}.parquet")
-                sample = part[int((part.keys == record["key"]).argmax())]
+                sample = read_sample(self.output, record["unit"], record["key"])
                 file = file_name(record["name"], ".png")
                 atomic_write_bytes(self.output / "maps" / file, map_png(sample["mask"], config.bits))
                 if config.overlays:
