@@ -122,6 +122,9 @@ def command_parser(
         count = ("+" if _must_be_given(config_class, each) else "*") if several else None
         parser.add_argument(each, type=str, nargs=count, help=described.get(each))
     parser.add_class_arguments(config_class, skip=set(positional))
+    for action in parser._actions:
+        if f"{action.dest}.kind" in options:
+            action.metavar, action.help = "KIND", f"short for --{action.dest}.kind"
     _group(parser, GROUPS.get(name, {}))
     return parser
 

@@ -133,13 +133,18 @@ def with_switches(argv: Sequence[str], options: Options, *, has_positional: bool
 
 
 def with_kinds(argv: Sequence[str], options: Options) -> list[str]:
-    """The words with `--engine ray` as the parser wants it, `--engine.kind ray`, for options that have a kind."""
-    kinds = {f"--{name.removesuffix('.kind')}" for name in options if name.endswith(".kind")}
+    """The words with `--engine ray --address HOST` as the parser wants them: `--engine.kind ray --engine.address HOST`.
+
+    So for every option that has a `kind`, and for the engine's address.
+    """
+    kinds = [name.removesuffix(".kind") for name in options if name.endswith(".kind")]
+    long = {f"--{name}": f"--{name}.kind" for name in kinds}
+    long |= dict.fromkeys(["--address"] if "engine.address" in options else (), "--engine.address")
     result = list(argv)
     for index, word in enumerate(argv):
         name, equals, value = word.partition("=")
-        if name in kinds and not (value if equals else "".join(argv[index + 1 : index + 2])).startswith(("{", "--")):
-            result[index] = f"{name}.kind{equals}{value}"
+        if name in long and not (value if equals else "".join(argv[index + 1 : index + 2])).startswith(("{", "--")):
+            result[index] = f"{long[name]}{equals}{value}"
     return result
 
 

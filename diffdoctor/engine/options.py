@@ -15,9 +15,9 @@ class EngineConfig:
 
     Attributes:
         kind: none: in this process; ranks: in the processes that `accelerate launch` or torchrun started, or in this
-            one; processes: in processes of its own on this machine; ray: on a Ray cluster. `--engine ray` is short
-            for `--engine.kind ray`.
+            one; processes: in processes of its own on this machine; ray: on a Ray cluster.
         address: of the Ray cluster, such as HOST:6379; auto: the one of this machine; local: start one here, for a try.
+            `--address` is short for it.
         actors: worker processes; null: one for each accelerator, or two without (processes), as many as find room
             (ray).
         gpus: GPUs that Ray reserves for a worker, a part of one allowed; null: 1 where the cluster has any, else 0.

@@ -82,7 +82,7 @@ class SetJoinConfig:
         prefix: begin each key with the number of its set, 00_ and so on, for sets whose keys are not of one kind.
         without: output folder of `set dedup`, whose superfluous pictures are left out.
         shard_size: pictures in a shard, which is a unit of work.
-        engine: where the work is done, see `EngineConfig`.
+        engine: where the work is done.
     """
 
     sets: list[str]

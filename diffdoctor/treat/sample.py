@@ -59,7 +59,7 @@ class SampleConfig:
         picture_type: png (exact), webp (lossless) or jpg (quality 95).
         strict: stop at a prompt that is longer than the pipeline's limit instead of cutting it.
         device: such as cpu or cuda:1; null: the fastest there is, for several workers one each.
-        engine: where the work is done, see `EngineConfig`.
+        engine: where the work is done.
     """
 
     pipeline: str | None = None

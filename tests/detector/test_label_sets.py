@@ -138,5 +138,11 @@ def test_a_list_of_files_stands_for_looking_through_folders(files, tmp_path, cap
     parquet.write_table(pa.table({"path": ["a.txt"]}), tmp_path / "list.parquet")
     assert label(files, tmp_path / "other", "--files", str(tmp_path / "list.parquet"), pictures=()) == 2
     assert "list.parquet: row 1: expected a path ending in .png" in capsys.readouterr().err
-    assert label(files, tmp_path / "other", "--engine", "processes", "--write", "maps") == 2
-    assert "write: expected shards with --engine processes, got maps" in capsys.readouterr().err
+    for options, message in (
+        (("--engine", "processes", "--write", "maps"), "write: expected shards with --engine processes, got maps"),
+        (("--engine=none", "--address", "here:1"), "engine.address: expected none without --engine ray, got here:1"),
+        (("--config", str(tmp_path / "o.yaml")), "engine: expected one of none, ranks, processes, ray, got 'nowhere'"),
+    ):
+        (tmp_path / "o.yaml").write_text("engine: nowhere")
+        assert label(files, tmp_path / "other", *options) == 2
+        assert message in capsys.readouterr().err

@@ -36,7 +36,7 @@ class DiagnoseConfig:
         dtype: of the detector, fp32 or bf16.
         device: such as cpu or cuda:1; null: the fastest there is.
         strict: stop at the first broken picture instead of skipping and counting it.
-        engine: where the work is done, see `EngineConfig`; processes and ray need `write` shards.
+        engine: where the work is done; processes and ray need `write` shards.
     """
 
     pictures: list[str] = dataclasses.field(default_factory=list)
