@@ -64,7 +64,7 @@ def folder(tmp_path):
     [
         *((command, False) for command in ("inject", "diagnose", "evaluate", "train")),
         ("label", True),
-        *(pytest.param(command, False, marks=pytest.mark.study) for command in ("label", "train_resampled")),
+        *(pytest.param(command, False, marks=pytest.mark.study) for command in ("label", "join", "train_resampled")),
     ],
 )
 def test_killed_at_random_moments_a_run_ends_in_the_same_bits(program, folder, command, brief):
@@ -73,4 +73,4 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(program, folder, c
     assert report["operations"] > 30
     assert report["points"] >= 20
     assert sum(report["kills"]) >= (1 if brief else 2)
-    assert report["processes"][-1] == (2 if command in ("diagnose", "label", "evaluate") else 1)
+    assert report["processes"][-1] == (2 if command in ("diagnose", "label", "join", "evaluate") else 1)

@@ -31,6 +31,8 @@ from diffdoctor.detector.config import AugmentConfig
 from diffdoctor.detector.models.conv import ConvDetector
 from diffdoctor.detector.train import DetectorTrainingConfig
 from diffdoctor.evaluate.detector.command import EvaluateDetectorConfig, run_evaluate_detector
+from diffdoctor.sets.config import SetJoinConfig
+from diffdoctor.sets.join import run_set_join
 from support.curves import events_of
 from support.launch import free_port
 
@@ -92,6 +94,10 @@ def label(folder):
     run_diagnose(DiagnoseConfig(places, str(folder / "detector"), "out", **options))
 
 
+def join(folder):
+    run_set_join(SetJoinConfig([str(folder / "data"), str(folder / "validation")], "out", shard_size=3))
+
+
 def train(folder, resampled=False):
     training = DetectorTrainingConfig(
         steps=7,
@@ -131,11 +137,12 @@ COMMANDS = {
     "inject": inject,
     "diagnose": diagnose,
     "label": label,
+    "join": join,
     "evaluate": evaluate,
     "train": train,
     "train_resampled": train_resampled,
 }
-SHARED = ("diagnose", "label", "evaluate")
+SHARED = ("diagnose", "label", "join", "evaluate")
 
 
 class Killer:
