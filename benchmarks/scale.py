@@ -5,6 +5,8 @@
 - `unit`: 2,000 units in which nothing is done, so that what is left is the engine's: milliseconds a unit;
 - `workers`: units of 128 pictures under a small detector on one thread each, by one and by two workers in turns:
   pictures a second between the first commits and the last, so that start-up does not count;
+- `rows`: units of 1,000 rows without pictures, `--pictures` rows in all: what the end of a run takes, which puts a
+  manifest together and looks for keys that come twice;
 - `set`: `--pictures` pictures of 32x32 written in units of 1,000, then labelled (`diagnose --write shards`) and read
   back, with the resident memory of all processes in the first tenth and in the last.
 
@@ -23,15 +25,17 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.studies.shards import Memory
+from diffdoctor.data.manifest import OFFSETS, ManifestWriter
 from diffdoctor.data.shards import ShardData
 from diffdoctor.engine.options import EngineConfig
 from diffdoctor.engine.running import run, settle
-from diffdoctor.engine.sets import UnitFiles, assemble
+from diffdoctor.engine.sets import PARTS, SetSums, UnitFiles, assemble
 from diffdoctor.engine.units import Plan, Unit, unit_name
 from diffdoctor.runs.files import atomic_write_json
 
 SIDE, SHARD, BATCH = 32, 1000, 32
 MORE = ("uid", "phash")
+PARTS_OF_RUN = ["unit", "workers", "rows", "set"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +86,26 @@ class Writing:
                     category = f"category-{number % 200}"
                     files.add({"picture": picture, "mask": mask, "key": f"{number:09d}", "category": category})
             return files.result()
+
+        return work
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A worker that writes the manifest's rows of pictures that are not there."""
+
+    def build(self, place):
+        def work(unit, attempt):
+            sums, writer = SetSums(), ManifestWriter(attempt.path(f"{PARTS}/{unit.id}.parquet"), more=MORE)
+            texts = {"shard": f"shard-{unit.id}.tar", "label": "pseudo", "generator": "", "prompt": "a prompt"}
+            numbers = {"round": 0, "height": 1024, "width": 1024, "mask_mean": 0.1, "mask_max": 1.0, "phash": 0}
+            for number in range(unit.first, unit.first + unit.count):
+                category, uid = f"category-{number % 200}", f"{number:064x}"
+                row = {"key": f"{number:09d}", "category": category, "uid": uid, **texts, **numbers}
+                writer.add(row | dict.fromkeys(OFFSETS, number))
+                sums.add(row)
+            writer.close()
+            return {"records": unit.count, "skipped": {}, "sums": sums.entries()}
 
         return work
 
@@ -160,6 +184,23 @@ def set_of(folder: Path, pictures: int, options: dict) -> dict:
     return results
 
 
+def rows_of(folder: Path, pictures: int, options: dict) -> dict:
+    """Put a manifest together; seconds, and memory before and at most."""
+    import psutil
+
+    plan, here = plan_of(-(-pictures // SHARD), SHARD), psutil.Process()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    report = run(plan, Rows(), folder, EngineConfig(**options), desc="rows")
+    before, memory, started = here.memory_info().rss, Memory(), time.perf_counter()
+    memory.done = 1
+    found = assemble(folder, settle(plan, folder, report), MORE)
+    seconds = time.perf_counter() - started
+    assert found.records == len(plan) * SHARD
+    peak = memory.summary(found.records)["peak_mib"]
+    return {"rows": found.records, "seconds": seconds, "mib_before": before / 2**20, "mib_peak": peak}
+
+
 def _follow(memory: Memory, commits: Path) -> None:
     """Let the memory's samples say how much is done, by the commits that are there."""
     import threading
@@ -177,7 +218,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Run the parts; returns what results.json holds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/scale"))
-    parser.add_argument("--parts", nargs="+", default=["unit", "workers", "set"], choices=["unit", "workers", "set"])
+    parser.add_argument("--parts", nargs="+", default=PARTS_OF_RUN, choices=PARTS_OF_RUN)
     parser.add_argument("--engine", default="processes", choices=["none", "processes", "ray"])
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--pictures", type=int, default=1_000_000)
@@ -192,6 +233,8 @@ def main(argv: list[str] | None = None) -> dict:
         results["unit"] = unit_cost(work / "unit", options, given.units)
     if "workers" in given.parts and given.engine != "none":
         results["workers"] = worker_gain(work / "workers", options, given.turns, max(4, given.units // 25))
+    if "rows" in given.parts:
+        results["rows"] = rows_of(work / "rows", given.pictures, options)
     if "set" in given.parts:
         results["set"] = set_of(work / "set", given.pictures, options)
     shutil.rmtree(work, ignore_errors=True)
