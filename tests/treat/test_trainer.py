@@ -17,7 +17,6 @@ from diffdoctor.treat.schedulers import Sampler
 from support.tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
 from support.treatment import BrightDetector, gradient_norms, pairs, random_detector, run, small
 
-
 # A U-Net, embedded guidance and guidance by token meet every method; the others one with a gradient and one without.
 THOROUGH = ("sd", "flux", "qwen_image")
 
