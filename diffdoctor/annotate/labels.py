@@ -24,7 +24,8 @@ class Label:
         picture: its id.
         mask: (H, W) float32 in [0, 1], soft where raters differ.
         ignore: (H, W) bool, where nobody decided; None: nowhere.
-        values: category, generator, prompt, round, kind, raters, seconds, merge, tags.
+        values: category, generator, prompt, round, task_kind (`kind` is that of damage), raters, seconds, merge,
+            tags.
     """
 
     key: str
@@ -93,7 +94,7 @@ def _label(project: Project, row, merge: str) -> Label | str:
     share = np.divide(marked, count, out=np.zeros(shape), where=count > 0).astype(np.float32)
     mask = (share > 0.5).astype(np.float32) if how == "majority" else share
     tags = sorted({tag for each in answers for tag in json.loads(each["tags"])})
-    values = {name: row[name] for name in ("category", "generator", "prompt", "round", "kind")}
+    values = {name: row[name] for name in ("category", "generator", "prompt", "round")} | {"task_kind": row["kind"]}
     values |= {"raters": len(answers), "seconds": sum(each["active_ms"] for each in answers) / 1000}
     values |= {"merge": how, "tags": tags}
     ignore = count == 0

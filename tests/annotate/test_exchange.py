@@ -124,7 +124,7 @@ def test_shards_hold_what_people_said(project, tmp_path, capsys):
     assert samples[0]["ignore"][:4].all() and not samples[0]["ignore"][4:].any()
     assert [each["merge"] for each in samples] == ["single", "single", "mean", "reviewed"]
     assert [each["raters"] for each in samples] == [1, 1, 2, 2] and samples[2]["seconds"] == 10
-    assert samples[0]["prompt"] == "a sign, number 0" and samples[0]["kind"] == "audit"
+    assert samples[0]["prompt"] == "a sign, number 0" and samples[0]["task_kind"] == "audit"
     export(project, tmp_path / "hard", merge="majority")
     hard = ShardData(tmp_path / "hard")
     np.testing.assert_array_equal(hard[2]["mask"], two == 1)

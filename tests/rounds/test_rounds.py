@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -87,9 +88,26 @@ def test_a_simulated_round_makes_a_better_detector(simulated, world, capsys):
     assert f"{measured['map50']['after']:.3f}" in page and "data:image/png" in page
 
 
+@pytest.mark.study
+def test_a_second_round_begins_where_the_first_ended(simulated, world, tmp_path):
+    file, output = tmp_path / "round.yaml", tmp_path / "loop"
+    shutil.copytree(simulated[1], output)
+    write_yaml(file, **options(world, output, rounds=2, budget=50))
+    assert main(["round", "run", str(file)]) == 0
+    found = outputs(output)
+    assert len(found) == 16 and found[2, "evaluate"]["test"]["map50"]["before"] == pytest.approx(
+        found[1, "evaluate"]["test"]["map50"]["after"]
+    )
+    events = Project(output / "labels").store.all("SELECT detail FROM event WHERE kind = 'add' ORDER BY id")
+    asked = [json.loads(row[0])["config"] for row in events]
+    assert [each["previous"] for each in asked] == [None, str(output / "round-01" / "diagnosis")]
+    assert found[2, "export"]["human"] > found[1, "export"]["human"]
+
+
 def test_killed_anywhere_a_round_ends_the_same(world, tmp_path):
     short = {"steps": 8, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0, "checkpoint_every": 2}
     values = {"pool": [str(world / "pool" / "shards")], "budget": 30, "audit_share": 0.4, "training": short, "test": []}
+    values |= {"precision": 0.01, "most_pseudo": 5}  # far less than anybody would accept
     whole, output = tmp_path / "whole", tmp_path / "killed"
     assert main(["round", "run", str(write_yaml(tmp_path / "whole.yaml", **options(world, whole, **values)))]) == 0
     file = write_yaml(tmp_path / "killed.yaml", **options(world, output, **values))
@@ -101,6 +119,10 @@ def test_killed_anywhere_a_round_ends_the_same(world, tmp_path):
     assert len(killed) == len(points) and len({*killed}) >= 3, killed
     counts = Counter((e["stage"], e["state"]) for e in ledger(output))
     assert set(counts.values()) == {1} and len(counts) == 2 * len(STAGES)
+    # the detector's own maps were trained on too
+    pseudo = outputs(output)[1, "accept"]["pseudo"]
+    assert 0 < pseudo <= 5 and pseudo == len(ShardData(output / "round-01" / "pseudo"))
+    assert outputs(output)[1, "train"]["pictures"] == outputs(output)[1, "export"]["human"] + pseudo + 160
     trained = "round-01/detector/detector"
     assert torch.equal(weights(output / trained), weights(whole / trained))
     first, second = outputs(whole), outputs(output)
