@@ -88,7 +88,8 @@ def check_negative_prompt(family: Family, prompt: str | None, guidance_scale: fl
         name = type(family.pipeline).__name__
         raise UserError(expected("negative_prompt", f"none, since {name} makes no negative prediction", repr(prompt)))
     if not family.uses_negative(guidance_scale):
-        what = f"a guidance_scale above 1 with it, since {guidance_scale} makes no negative prediction"
+        least = 0 if family.uses_negative(1.0) else 1
+        what = f"a guidance_scale above {least} with it, since {guidance_scale} makes no negative prediction"
         raise UserError(expected("negative_prompt", what, repr(prompt)))
 
 

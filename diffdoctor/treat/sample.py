@@ -26,7 +26,7 @@ from diffdoctor.training.devices import open_device_at
 from diffdoctor.training.processes import process_state
 from diffdoctor.treat.loading import DTYPES, load_lora
 from diffdoctor.treat.prompts import check_prompts
-from diffdoctor.treat.text_to_image import call_options, draw_pictures, open_pipeline
+from diffdoctor.treat.text_to_image import call_options, draw_pictures, open_pipeline, pipeline_options
 
 _RESULTS = dict.fromkeys((MANIFEST, SHARDS, PARTS, *engine_commits.RESULTS))
 _MORE = ("uid", "phash")
@@ -203,7 +203,7 @@ class _SampleWorker:
         places = [divmod(number, len(self.prompts)) for number in numbers]
         texts = [self.prompts[row].text for _, row in places]
         seeds = [self.config.seeds[0] + round for round, _ in places]
-        options = {"batch_size": self.config.batch_size, **call_options(self.config)}
+        options = {"batch_size": self.config.batch_size, **pipeline_options(self.pipeline, self.config)}
         pictures = (picture for batch in draw_pictures(self.pipeline, texts, seeds, **options) for picture in batch)
         with UnitFiles(unit, attempt, self.config.picture_type, _MORE) as files:
             try:

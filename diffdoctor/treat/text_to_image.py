@@ -12,6 +12,7 @@ import torch
 
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.progress import progress as show_progress
+from diffdoctor.treat.families.registry import find_family
 from diffdoctor.treat.loading import load_pipeline, replace_scheduler
 
 if TYPE_CHECKING:
@@ -52,12 +53,16 @@ def open_pipeline(option: str, source: str, config: DrawingConfig) -> DiffusionP
     if "prompt" not in parameters or "generator" not in parameters:
         raise UserError(expected(f"--{option} {source}", "a text-to-image pipeline", type(pipeline).__name__))
     replace_scheduler(pipeline, config.scheduler)
-    if config.negative_prompt and config.guidance_scale is not None and config.guidance_scale <= 1:
-        what = f"a guidance_scale above 1 with it, since {config.guidance_scale} makes no negative prediction"
-        raise UserError(expected("--negative_prompt", what, repr(config.negative_prompt)))
-    for name in call_options(config):
-        if name not in parameters or (name == "negative_prompt" and "true_cfg_scale" in parameters):
+    family = find_family(pipeline)
+    takes_negative = "true_cfg_scale" not in parameters if family is None else family.takes_negative_prompt
+    for name in pipeline_options(pipeline, config):
+        if name not in parameters or (name == "negative_prompt" and not takes_negative):
             raise UserError(f"--{name}: {type(pipeline).__name__} does not take this option")
+    if config.negative_prompt and config.guidance_scale is not None:
+        least = 0 if family is not None and family.uses_negative(1.0) else 1
+        if config.guidance_scale <= least:
+            what = f"a guidance_scale above {least} with it, since {config.guidance_scale} makes no negative prediction"
+            raise UserError(expected("--negative_prompt", what, repr(config.negative_prompt)))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -68,6 +73,16 @@ def call_options(config: DrawingConfig) -> dict[str, int | float | str]:
     wanted = ("sampling_steps", "guidance_scale", "negative_prompt", "height", "width", "max_sequence_length")
     values = {names.get(name, name): getattr(config, name) for name in wanted}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def pipeline_options(pipeline: DiffusionPipeline, config: DrawingConfig) -> dict[str, int | float | str | bool]:
+    """`call_options` under the names of this pipeline's call, and what it needs beside them to draw as `treat` does."""
+    options, family = call_options(config), find_family(pipeline)
+    if family is None:
+        return options
+    if "guidance_scale" in options:
+        options[family.guidance_argument] = options.pop("guidance_scale")
+    return {**family.drawing_options(config.guidance_scale), **options}
 
 
 @contextlib.contextmanager

@@ -10,8 +10,11 @@ from diffdoctor.cli import main
 from diffdoctor.data.shards import BrokenSample, ShardData, read_shards
 from diffdoctor.detector import ConvDetector
 from diffdoctor.evaluate.model import sample_pictures
+from diffdoctor.runs.errors import UserError
+from diffdoctor.treat.sample import SampleConfig
+from diffdoctor.treat.text_to_image import open_pipeline, pipeline_options
 from support.pictures import tree
-from support.tiny_pipelines import tiny_pipeline
+from support.tiny_pipelines import PROMPTS, call_options, tiny_pipeline
 
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
@@ -33,6 +36,32 @@ def sample(files, output, *options):
     words = ["sample", "--pipeline", f"{files}/pipeline", "--prompts", f"{files}/prompts.jsonl"]
     words += ["--output", str(output), "--sampling_steps", "2", "--batch_size", "1", "--shard_size", "4"]
     return main([*words, *map(str, options)])
+
+
+@pytest.mark.parametrize("scale", [0.5, 5.0])
+@pytest.mark.parametrize("name", ["z_image", "qwen_image", "sana"])
+def test_every_pipeline_is_told_the_guidance_in_its_own_words(name, scale):
+    pipeline, config = tiny_pipeline(name), SampleConfig(sampling_steps=2, height=16, width=16, guidance_scale=scale)
+    config.max_sequence_length = 32
+    options = pipeline_options(pipeline, config)
+    drawn = sample_pictures(pipeline, PROMPTS[:1], [3], progress=False, **options)
+    theirs = pipeline(
+        list(PROMPTS[:1]), height=16, width=16, num_inference_steps=2, generator=[torch.Generator().manual_seed(3)],
+        output_type="pt", **call_options(name, scale, PROMPTS[:1]),
+    ).images  # fmt: skip
+    assert torch.equal(drawn, (theirs.clamp(0, 1) * 255).round().to(torch.uint8))
+    assert ("negative_prompt" in options) == (name == "qwen_image" and scale > 1)
+
+
+@pytest.mark.parametrize(("name", "scale", "least"), [("z_image", 0.0, 0), ("qwen_image", 1.0, 1)])
+def test_a_negative_prompt_where_guidance_is_counted_from_0(tmp_path, name, scale, least):
+    tiny_pipeline(name).save_pretrained(tmp_path / name)
+    config = SampleConfig(guidance_scale=least + 0.5, negative_prompt="a blue triangle")
+    options = pipeline_options(open_pipeline("pipeline", str(tmp_path / name), config), config)
+    assert options["negative_prompt"] == "a blue triangle"
+    config.guidance_scale = scale
+    with pytest.raises(UserError, match=f"--negative_prompt: expected a guidance_scale above {least} with it"):
+        open_pipeline("pipeline", str(tmp_path / name), config)
 
 
 def test_a_set_of_prompts_and_seeds(files, tmp_path, capsys):

@@ -36,7 +36,7 @@ from diffdoctor.training.processes import process_state
 from diffdoctor.training.weights import same_weights, weights_digest
 from diffdoctor.treat.loading import load_lora
 from diffdoctor.treat.prompts import check_prompts
-from diffdoctor.treat.text_to_image import call_options, draw_pictures, open_pipeline
+from diffdoctor.treat.text_to_image import call_options, draw_pictures, open_pipeline, pipeline_options
 
 SIDES = ("before", "after")
 
@@ -212,7 +212,8 @@ class Evaluation:
         prompts = [self.plan.prompt(index).text for index in missing]
         seeds = [config.seed + index for index in missing]
         indices = iter(missing)
-        batches = draw_pictures(pipeline, prompts, seeds, batch_size=config.batch_size, **call_options(config))
+        drawing = {"batch_size": config.batch_size, **pipeline_options(pipeline, config)}
+        batches = draw_pictures(pipeline, prompts, seeds, **drawing)
         with (
             pipelines.guided(pipeline, detector, options),
             progress(len(mine), desc=side, unit="picture", enabled=self.state.is_main_process) as bar,

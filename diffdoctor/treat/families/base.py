@@ -82,6 +82,14 @@ class Family:
         """Whether a negative prediction is needed at this guidance scale."""
         return guidance_scale > 1 and not self.embedded_guidance
 
+    def drawing_options(self, guidance_scale: float | None) -> dict:
+        """Keyword arguments that the pipeline's own call needs beside the user's, to draw what a roll-out draws.
+
+        Args:
+            guidance_scale: under which it is to draw; None: its own.
+        """
+        return {}
+
     def combine(self, positive: torch.Tensor, negative: torch.Tensor, guidance_scale: float) -> torch.Tensor:
         """The guided prediction (B, C, h, w) of a positive and a negative one; differentiable."""
         return negative + guidance_scale * (positive - negative)

@@ -13,6 +13,9 @@ from diffdoctor.treat.families.frames import SingleFrame
 from diffdoctor.treat.families.packed import PATCH, PackedFamily
 from diffdoctor.treat.families.registry import register_family
 
+# The negative prompt where there is none.
+_NOTHING = " "
+
 
 @register_family
 class QwenImageFamily(SingleFrame, PackedFamily):
@@ -30,6 +33,9 @@ class QwenImageFamily(SingleFrame, PackedFamily):
         "feed_forward": ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
     }
 
+    def drawing_options(self, guidance_scale):
+        return {"negative_prompt": _NOTHING} if guidance_scale is None or self.uses_negative(guidance_scale) else {}
+
     @torch.no_grad()
     def encode_prompts(self, prompts, *, guidance_scale, height, width, device) -> Conditioning:
         def encoded(texts):
@@ -38,7 +44,7 @@ class QwenImageFamily(SingleFrame, PackedFamily):
             return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask}
 
         prompts = list(prompts)
-        told = " " if self.negative_prompt is None else self.negative_prompt
+        told = _NOTHING if self.negative_prompt is None else self.negative_prompt
         negative = encoded([told] * len(prompts)) if self.uses_negative(guidance_scale) else None
         return Conditioning(encoded(prompts), negative)
 

@@ -28,15 +28,21 @@ def register_family(family: type[Family]) -> type[Family]:
     return family
 
 
+def find_family(pipeline) -> Family | None:
+    """The family that serves a loaded pipeline, or None where none does."""
+    name = type(pipeline).__name__
+    return next((family(pipeline) for family in reversed(_FAMILIES) if name in family.pipeline_classes), None)
+
+
 def family_of(pipeline) -> Family:
     """The family that serves a loaded pipeline.
 
     Raises:
         UserError: if none serves its class.
     """
+    found = find_family(pipeline)
+    if found is not None:
+        return found
     name = type(pipeline).__name__
-    for family in reversed(_FAMILIES):
-        if name in family.pipeline_classes:
-            return family(pipeline)
     known = ", ".join(sorted(known for family in _FAMILIES for known in family.pipeline_classes))
     raise UserError(f"{name} cannot be treated yet: served are {known}; docs/treat.md shows how to add one")

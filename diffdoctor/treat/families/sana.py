@@ -24,6 +24,9 @@ class SanaFamily(Family):
         "feed_forward": ("ff.conv_inverted", "ff.conv_point"),
     }
 
+    def drawing_options(self, guidance_scale):
+        return {"use_resolution_binning": False}
+
     @torch.no_grad()
     def encode_prompts(self, prompts, *, guidance_scale, height, width, device) -> Conditioning:
         prompts = list(prompts)
