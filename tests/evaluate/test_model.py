@@ -11,8 +11,8 @@ from diffdoctor.data.pictures import cover_crop
 from diffdoctor.data.prompts import Prompt, read_prompt_file
 from diffdoctor.detector import ConvDetector, write_shards
 from diffdoctor.evaluate.model import networks
-from diffdoctor.evaluate.model.measure import count_real, damage_pictures, read_unit, real_units
-from diffdoctor.evaluate.model.networks import Classifier, Clip, Preference, load_features
+from diffdoctor.evaluate.model.measure import Measurer, count_real, damage_pictures, read_unit, real_units
+from diffdoctor.evaluate.model.networks import Classifier, Clip, FeatureNetwork, Preference, load_features
 from diffdoctor.evaluate.model.store import EvaluationFolder, FeatureFiles, MeasureFiles
 from diffdoctor.evaluate.model.summary import PictureMeasures, summarise, summarise_groups
 from diffdoctor.measures.features import frechet_distance, frechet_distance_of_blocks, within_class_variance
@@ -37,6 +37,12 @@ def clip_folder(tmp_path_factory):
 
 
 class TestNetworks:
+    def test_features_that_are_not_finite_are_refused(self):
+        features = FeatureNetwork("own", lambda pictures: pictures.flatten(1).float() / 0)
+        detector = ConvDetector((8, 8))
+        with pytest.raises(UserError, match="--features: expected a network whose features are finite"):
+            Measurer(detector, detector, features).measure(random_pictures(2))
+
     def test_clip_score_is_100_times_the_cosine(self, clip_folder):
         from transformers import CLIPModel, CLIPProcessor
 

@@ -63,6 +63,9 @@ class Measurer:
 
         Returns:
             The fields of `PictureMeasures` by name, arrays of B entries.
+
+        Raises:
+            UserError: a network gives what is not finite.
         """
         device = device_of(self.judge)
         pictures = pictures.to(device)
@@ -78,6 +81,9 @@ class Measurer:
             values["preference"] = self.preference.scores(pictures, list(prompts)).numpy()
         if self.classifier is not None and class_indices is not None:
             values["right"] = self.classifier.right(pictures, class_indices).numpy()
+        for name, option in (("features", "features"), ("clip_score", "clip"), ("preference", "preference")):
+            if name in values and not np.isfinite(values[name]).all():
+                raise UserError(expected(f"--{option}", f"a network whose {name} are finite", "NaN or infinity"))
         return values
 
 

@@ -186,6 +186,8 @@ def _of_few_note(values: dict, name: str) -> str:
         low, high = values["after_interval"]
         of = {"precision": "generated pictures near real ones", "recall": "real pictures near generated ones"}[name]
         return f"share of {of}; after, 95 % interval {low:.1%} to {high:.1%}"
+    if values["difference"] is None:
+        return "not a number: some features are not finite"
     low, high = values["difference_interval"]
     note = f"unbiased, 0 for the same distribution; difference {values['difference']:+.3g} ({low:+.3g} to {high:+.3g})"
     return f"{note}, clean against damaged {_plain(values['ceiling'])}" if "ceiling" in values else note
@@ -193,7 +195,9 @@ def _of_few_note(values: dict, name: str) -> str:
 
 def _category_table(groups: dict) -> tuple[list, list]:
     header = ["category", "pictures", "judge before", "judge after", "difference"]
-    extra = [name for name in ("clip_score", "accuracy") if all(name in group for group in groups.values())]
+    extra = [
+        name for name in ("clip_score", "preference", "accuracy") if all(name in group for group in groups.values())
+    ]
     for name in extra:
         header += [f"{name.replace('_', ' ')} before", "after"]
     rows = []
