@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from diffdoctor.runs.hub import is_hub_id, local_path, near
 
 # option -> dtype
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# The schedulers that know nothing else are called so.
+_FLOW = "FlowMatch"
 
 
 def load_pipeline(option: str, source: str, *, dtype: str = "fp32", vae: str | None = None):
@@ -52,12 +56,14 @@ def load_pipeline(option: str, source: str, *, dtype: str = "fp32", vae: str | N
 def replace_scheduler(pipeline, name: str | None) -> None:
     """Put a diffusers scheduler with the configuration of the pipeline's own in its place.
 
+    Where that is one of flow matching, a solver that can be one becomes one, with the same shift.
+
     Args:
         pipeline: that gets it.
         name: its class; None: the pipeline keeps its own.
 
     Raises:
-        UserError: if diffusers has no such class.
+        UserError: if diffusers has no such class, or of the two only one is, or can be, of flow matching.
     """
     if not name:
         return
@@ -66,7 +72,19 @@ def replace_scheduler(pipeline, name: str | None) -> None:
     scheduler = getattr(diffusers, name, None)
     if scheduler is None or not hasattr(scheduler, "from_config"):
         raise UserError(expected("--scheduler", "a diffusers scheduler such as DDIMScheduler", name))
-    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    own, changes = pipeline.scheduler, {}
+    flows, options = type(own).__name__.startswith(_FLOW), inspect.signature(scheduler.__init__).parameters
+    if flows or own.config.get("use_flow_sigmas"):
+        shift = own.config.get("shift" if flows else "flow_shift", 1.0)
+        if "use_flow_sigmas" in options:
+            changes = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+        elif name.startswith(_FLOW):
+            changes = {"shift": shift}
+        else:
+            raise UserError(expected("--scheduler", f"one of flow matching, as {type(own).__name__} is here", name))
+    elif name.startswith(_FLOW):
+        raise UserError(expected("--scheduler", f"none of flow matching, as {type(own).__name__} is not", name))
+    pipeline.scheduler = scheduler.from_config(own.config, **changes)
 
 
 def read_lora(pipeline, source: str | Path) -> dict[str, torch.Tensor]:

@@ -70,6 +70,9 @@ class Sampler:
             self.scheduler.set_timesteps(device=device, **timestep_options)
         except ValueError as error:
             raise UserError(f"sampling_steps: {self.kind} does not take them ({first_line(error)})") from error
+        except (TypeError, AssertionError) as error:
+            what = f"one that takes the noise levels of this pipeline ({', '.join(timestep_options)})"
+            raise UserError(expected("scheduler", what, self.kind)) from error
         self.stochastic = self.kind in _STOCHASTIC
         self._mu = timestep_options.get("mu")
         self._fresh = self.state()

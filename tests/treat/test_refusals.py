@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 from diffdoctor.runs.errors import UserError
 from diffdoctor.treat import TreatConfig, treat
+from diffdoctor.treat.loading import replace_scheduler
 from diffdoctor.treat.prompts import check_prompts
+from diffdoctor.treat.schedulers import Sampler
 from support.tiny_pipelines import PROMPTS, tiny_pipeline
 from support.treatment import pairs, random_detector, run, small
 
@@ -40,6 +43,27 @@ def test_a_pipeline_that_places_its_own_parts_is_refused():
 def test_what_cannot_be_treated_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         run(**options)
+
+
+@pytest.mark.parametrize("name", ["FlowMatchHeunDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_a_scheduler_that_does_not_take_the_noise_levels(name):
+    pipeline = tiny_pipeline("chroma")
+    replace_scheduler(pipeline, name)
+    with pytest.raises(UserError, match=rf"^scheduler: expected one that takes the noise levels .*, got {name}"):
+        run(pipeline)
+
+
+def test_another_scheduler_stays_one_of_flow_matching():
+    pipeline = tiny_pipeline("sd3")
+    for name in ("UniPCMultistepScheduler", "FlowMatchHeunDiscreteScheduler"):
+        replace_scheduler(pipeline, name)
+        sampler = Sampler(pipeline.scheduler, device=torch.device("cpu"), timestep_options={"num_inference_steps": 4})
+        assert sampler.is_flow
+        assert pipeline.scheduler.config.get("flow_shift", pipeline.scheduler.config.get("shift")) == 3.0
+    with pytest.raises(UserError, match="--scheduler: expected one of flow matching"):
+        replace_scheduler(pipeline, "DDIMScheduler")
+    with pytest.raises(UserError, match="--scheduler: expected none of flow matching"):
+        replace_scheduler(tiny_pipeline("sd"), "FlowMatchEulerDiscreteScheduler")
 
 
 def test_missing_offline_pairs_are_refused():
