@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from diffdoctor.engine.attempt import ATTEMPTS, Attempt, place_of
 from diffdoctor.engine.units import Plan, Unit, Worker
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected, first_line
@@ -25,37 +26,9 @@ from diffdoctor.runs.files import atomic_write_json, create_exclusively, is_left
 from diffdoctor.runs.lock import make_folder
 from diffdoctor.runs.record import read_json
 
-ATTEMPTS, COMMITS, FAILED, PLAN = ".attempts", "commits", "failed", "plan.parquet"
+COMMITS, FAILED, PLAN = "commits", "failed", "plan.parquet"
 # What an engine's run puts into its output folder, beside what its workers write.
 RESULTS = (ATTEMPTS, COMMITS, FAILED, PLAN)
-
-
-class Attempt:
-    """One attempt at a unit, and the files that it writes.
-
-    Args:
-        output: folder of the run.
-        unit: the unit's id.
-    """
-
-    def __init__(self, output: Path, unit: str):
-        self.output, self.unit, self.token = output, unit, secrets.token_hex(4)
-        self.files: dict[str, Path] = {}
-
-    def path(self, name: str) -> Path:
-        """Where to write a file of the unit.
-
-        Args:
-            name: its path below the output folder once the run is finished, such as "shard-000123.tar"; no other
-                unit's.
-        """
-        self.files[name] = _place(self.output, self.unit, self.token, name)
-        return self.files[name]
-
-    def remove(self) -> None:
-        """Delete what was written."""
-        for path in self.files.values():
-            path.unlink(missing_ok=True)
 
 
 class Commits:
@@ -178,7 +151,7 @@ class Commits:
         commit = self.read(unit)
         for file in commit["files"]:
             path = self.output / file["name"]
-            written = _place(self.output, unit, commit["attempt"], file["name"])
+            written = place_of(self.output, unit, commit["attempt"], file["name"])
             if written.is_file():
                 path.parent.mkdir(exist_ok=True)
                 os.replace(written, path)
@@ -209,10 +182,6 @@ class Commits:
                 with suppress(FileNotFoundError):
                     if entry.name.partition(".")[0] in done or entry.stat().st_mtime < before:
                         os.unlink(entry.path)
-
-
-def _place(output: Path, unit: str, token: str, name: str) -> Path:
-    return output / ATTEMPTS / f"{unit}.{token}.{Path(name).name}"
 
 
 def _described(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from diffdoctor.engine.commits import ATTEMPTS
+from diffdoctor.engine.attempt import ATTEMPTS
 from diffdoctor.engine.tally import Tally
 from diffdoctor.engine.units import Place, Plan, WorkerSpec
 

@@ -14,7 +14,7 @@ from diffdoctor.data.manifest import MANIFEST, ManifestWriter
 from diffdoctor.data.shard_writer import ShardFile, key_hash, shard_name
 from diffdoctor.data.shards import ShardData
 from diffdoctor.data.tar import SkipCounts
-from diffdoctor.engine.commits import Attempt
+from diffdoctor.engine.attempt import Attempt
 from diffdoctor.engine.units import Unit
 from diffdoctor.measures.pixels import is_flagged
 from diffdoctor.runs.errors import UserError, expected

@@ -14,7 +14,7 @@ from diffdoctor.runs import strict_json
 from diffdoctor.runs.files import atomic_path
 
 if TYPE_CHECKING:
-    from diffdoctor.engine.commits import Attempt
+    from diffdoctor.engine.attempt import Attempt
 
 
 @dataclasses.dataclass(frozen=True)

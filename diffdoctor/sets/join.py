@@ -15,7 +15,7 @@ from diffdoctor.data.shard_writer import is_key
 from diffdoctor.data.shards import ShardData
 from diffdoctor.data.tar import MASK
 from diffdoctor.engine import commits as engine_commits
-from diffdoctor.engine.commits import Attempt
+from diffdoctor.engine.attempt import Attempt
 from diffdoctor.engine.running import run, settle
 from diffdoctor.engine.sets import PARTS, SHARDS, UnitFiles, assemble
 from diffdoctor.engine.units import Place, Plan, Unit, Worker, unit_name

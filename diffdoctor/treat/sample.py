@@ -11,7 +11,7 @@ import torch
 from diffdoctor.data.manifest import MANIFEST
 from diffdoctor.data.prompts import Prompt, read_prompt_file
 from diffdoctor.engine import commits as engine_commits
-from diffdoctor.engine.commits import Attempt
+from diffdoctor.engine.attempt import Attempt
 from diffdoctor.engine.options import EngineConfig
 from diffdoctor.engine.running import run, settle
 from diffdoctor.engine.sets import PARTS, SHARDS, UnitFiles, assemble

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from diffdoctor.engine import ranks
-from diffdoctor.engine.commits import Attempt, Commits
+from diffdoctor.engine.attempt import Attempt
+from diffdoctor.engine.commits import Commits
 from diffdoctor.engine.options import EngineConfig
 from diffdoctor.engine.running import run, settle
 from diffdoctor.engine.tally import Tally

@@ -23,7 +23,7 @@ from diffdoctor.detector.commands.diagnose_results import write_diagnosis
 from diffdoctor.detector.models.load import open_detector
 from diffdoctor.detector.predict import describe_map
 from diffdoctor.engine import commits as engine_commits
-from diffdoctor.engine.commits import Attempt
+from diffdoctor.engine.attempt import Attempt
 from diffdoctor.engine.running import run, settle
 from diffdoctor.engine.sets import PARTS, SHARDS, UnitFiles, assemble, read_sample
 from diffdoctor.engine.units import Place, Plan, Unit, Worker, unit_name
