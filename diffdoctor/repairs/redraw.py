@@ -151,12 +151,15 @@ class InpaintRedrawer:
         pipeline.set_progress_bar_config(disable=True)
         parameters = inspect.signature(type(pipeline).__call__).parameters
         self.parameters = set(parameters)
-        # what Qwen-Image's call takes under this name is for distilled models
-        guidance = "true_cfg_scale" if type(pipeline).__name__.startswith("QwenImage") else "guidance_scale"
+        # Qwen-Image's call guides against a negative prompt alone; its guidance_scale is for distilled models
+        is_qwen, negative = type(pipeline).__name__.startswith("QwenImage"), options.negative_prompt
+        guidance = "true_cfg_scale" if is_qwen else "guidance_scale"
+        if is_qwen and negative is None and (options.guidance_scale is None or options.guidance_scale > 1):
+            negative = " "
         given = {
             "num_inference_steps": options.sampling_steps,
             guidance: options.guidance_scale,
-            "negative_prompt": options.negative_prompt,
+            "negative_prompt": negative,
             "max_sequence_length": options.max_sequence_length,
         }
         self.options = {name: value for name, value in given.items() if value is not None}

@@ -71,6 +71,12 @@ def test_diffusers_inpainting_pipelines_are_found_by_the_models_class():
     assert _inpainting_class(diffusers.ChromaPipeline) is None
 
 
+def test_qwen_image_is_guided_without_a_negative_prompt():
+    told = {scale: InpaintRedrawer(inpainter("qwen_image"), options("qwen_image", guidance_scale=scale)).options
+            for scale in (4.0, 1.0)}  # fmt: skip
+    assert told[4.0] == {**told[1.0], "true_cfg_scale": 4.0, "negative_prompt": " "}
+
+
 def test_auto_inpaints_where_it_can_and_keeps_the_weights_dtype():
     half = tiny_pipeline("sd").to(torch.bfloat16)
     redrawer = open_redrawer(half, options())
