@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.studies.treat_memory.demo import demo_table
+from benchmarks.studies.treat_memory.families import CASES, families_markdown, family_row
 from benchmarks.studies.treat_memory.real import REAL, real_rows
 from benchmarks.studies.treat_memory.table import BOUNDS, GROWTH, demo_markdown, judged, real_markdown
 from diffdoctor.runs.files import atomic_write_json
@@ -32,10 +33,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--networks", nargs="*", choices=tuple(REAL), default=tuple(REAL), help="of a real size (all); none: leave out"
     )
+    parser.add_argument(
+        "--families",
+        nargs="*",
+        choices=tuple(CASES),
+        default=(),
+        help="a step of nft at their own size instead",
+    )
     parser.add_argument("--output", type=Path, help="a JSON file for everything that was measured")
     options = parser.parse_args(arguments)
     if options.repeats < 0:
         parser.error(f"--repeats: at least 0 was expected, got {options.repeats}")
+    if options.families:
+        found = [family_row(name) for name in options.families]
+        print(families_markdown(found))
+        if options.output:
+            atomic_write_json(options.output, {"families": found})
+        return 0
     demo = demo_table(options.repeats)
     print(demo_markdown(demo), flush=True)
     real = [row for name in options.networks for row in real_rows(name)]

@@ -19,7 +19,8 @@ from diffdoctor.treat.prepare import recompute
 
 
 @contextlib.contextmanager
-def _made_in(dtype):
+def made_in(dtype):
+    """Inside, parameters are made in this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -31,7 +32,7 @@ def _made_in(dtype):
 def _stable_diffusion(dtype):
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    with _made_in(dtype):
+    with made_in(dtype):
         denoiser = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -53,7 +54,7 @@ def _flux(dtype):
 
     from diffdoctor.ops.layout import Packed
 
-    with _made_in(dtype):
+    with made_in(dtype):
         denoiser = FluxTransformer2DModel()
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,

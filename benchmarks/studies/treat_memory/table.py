@@ -16,17 +16,19 @@ GROWTH = 0.02
 def demo_markdown(rows: list[dict]) -> str:
     """`demo_table`'s rows as a Markdown table; shares are of the first row."""
     first = rows[0]
-    lines = _head(f"demo's pipeline, {PICTURES} pictures", "kept: denoiser", "VAE, detector", "in all", "peak", "time")
-    for row in rows:
-        denoiser, total = row["kept"]["denoiser"], sum(row["kept"].values())
-        seconds = "" if row["seconds"] is None else _share(row["seconds"], first["seconds"], f"{row['seconds']:.2f} s")
+    lines = head(f"demo's pipeline, {PICTURES} pictures", "kept: denoiser", "VAE, detector", "in all", "peak", "time")
+    for each in rows:
+        denoiser, total = each["kept"]["denoiser"], sum(each["kept"].values())
+        seconds = (
+            "" if each["seconds"] is None else _share(each["seconds"], first["seconds"], f"{each['seconds']:.2f} s")
+        )
         lines.append(
-            _row(
-                row["case"],
-                _share(denoiser, first["kept"]["denoiser"], _size(denoiser)),
-                _size(total - denoiser),
-                _share(total, sum(first["kept"].values()), _size(total)),
-                _share(row["peak"], first["peak"], _size(row["peak"])),
+            row(
+                each["case"],
+                _share(denoiser, first["kept"]["denoiser"], size(denoiser)),
+                size(total - denoiser),
+                _share(total, sum(first["kept"].values()), size(total)),
+                _share(each["peak"], first["peak"], size(each["peak"])),
                 seconds,
             )
         )
@@ -35,19 +37,19 @@ def demo_markdown(rows: list[dict]) -> str:
 
 def real_markdown(rows: list[dict]) -> str:
     """`real_rows`' rows as a Markdown table; shares are of the first row of each network."""
-    lines = _head("one picture", "kept: denoiser", "VAE", "detector", "peak", "operations")
+    lines = head("one picture", "kept: denoiser", "VAE", "detector", "peak", "operations")
     network = None
-    for row in rows:
-        if row["network"] != network:
-            network, first = row["network"], row
-            lines.append(_row(f"**{network}**", *[""] * 5))
-        kept = row["kept"]
+    for each in rows:
+        if each["network"] != network:
+            network, first = each["network"], each
+            lines.append(row(f"**{network}**", *[""] * 5))
+        kept = each["kept"]
         lines.append(
-            _row(
-                row["case"],
-                *(_size(kept[place]) for place in ("denoiser", "vae", "detector")),
-                _share(row["peak"], first["peak"], _size(row["peak"])),
-                _share(row["operations"], first["operations"], f"{row['operations'] / 1e12:.0f} T"),
+            row(
+                each["case"],
+                *(size(kept[place]) for place in ("denoiser", "vae", "detector")),
+                _share(each["peak"], first["peak"], size(each["peak"])),
+                _share(each["operations"], first["operations"], f"{each['operations'] / 1e12:.0f} T"),
             )
         )
     return "\n".join(lines)
@@ -55,9 +57,9 @@ def real_markdown(rows: list[dict]) -> str:
 
 def judged(demo: list[dict]) -> dict[str, float]:
     """draft_k's shares of full, by the names of `BOUNDS`, and how far 40 sampling steps are from 10."""
-    rows = {row["case"]: row for row in demo}
+    rows = {each["case"]: each for each in demo}
     few, everything, forty = rows["draft_k"], rows["full"], rows["draft_k, 40 sampling steps"]
-    total = {name: sum(row["kept"].values()) for name, row in rows.items()}
+    total = {name: sum(each["kept"].values()) for name, each in rows.items()}
     shares = {
         "kept in the denoiser": few["kept"]["denoiser"] / everything["kept"]["denoiser"],
         "kept in all": total["draft_k"] / total["full"],
@@ -67,15 +69,18 @@ def judged(demo: list[dict]) -> dict[str, float]:
     return shares | {"growth from 10 to 40 sampling steps": sum(forty["kept"].values()) / total["draft_k"] - 1}
 
 
-def _head(*cells: str) -> list[str]:
-    return [_row(*cells), "|---" * len(cells) + "|"]
+def head(*cells: str) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return [row(*cells), "|---" * len(cells) + "|"]
 
 
-def _row(*cells: str) -> str:
+def row(*cells: str) -> str:
+    """A line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
+    """Bytes in words."""
     return f"{count / MEBIBYTE:,.1f} MiB" if count < 1024 * MEBIBYTE else f"{count / 1024 / MEBIBYTE:,.2f} GiB"
 
 

@@ -1,0 +1,98 @@
+"""What a step of `nft` keeps for each family's denoiser at its own size: shapes alone, `--families`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+
+from benchmarks.studies.treat_memory.real import made_in, real_step
+from benchmarks.studies.treat_memory.table import head, row, size
+from diffdoctor.treat.families import Family
+from diffdoctor.treat.families.chroma import ChromaFamily
+from diffdoctor.treat.families.flux import FluxFamily
+from diffdoctor.treat.families.flux2 import Flux2Family
+from diffdoctor.treat.families.krea2 import Krea2Family
+from diffdoctor.treat.families.qwen_image import QwenImageFamily
+from diffdoctor.treat.families.sana import SanaFamily
+from diffdoctor.treat.families.z_image import ZImageFamily
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family's denoiser as diffusers configures it by default, and what it is told of one prompt at 1024 x 1024.
+
+    Attributes:
+        title: for the table.
+        family: its class.
+        denoiser: name of diffusers' class.
+        latents: (C, h, w).
+        inputs: name -> shape of each input.
+    """
+
+    title: str
+    family: type[Family]
+    denoiser: str
+    latents: tuple[int, int, int]
+    inputs: dict[str, tuple[int, ...]]
+
+
+_TEXT = "encoder_hidden_states"
+CASES = {
+    "sana": Case("SANA", SanaFamily, "SanaTransformer2DModel", (32, 32, 32), {_TEXT: (1, 300, 2304)}),
+    "z_image": Case("Z-Image", ZImageFamily, "ZImageTransformer2DModel", (16, 128, 128), {"cap_feats": (1, 512, 2560)}),
+    "chroma": Case(
+        "Chroma", ChromaFamily, "ChromaTransformer2DModel", (16, 128, 128),
+        {_TEXT: (1, 512, 4096), "text_bias": (1, 512)},
+    ),
+    "flux": Case(
+        "FLUX.1", FluxFamily, "FluxTransformer2DModel", (16, 128, 128),
+        {_TEXT: (1, 512, 4096), "pooled_projections": (1, 768)},
+    ),
+    "krea2": Case("Krea 2", Krea2Family, "Krea2Transformer2DModel", (16, 128, 128), {_TEXT: (1, 512, 12, 2560)}),
+    "qwen_image": Case(
+        "Qwen-Image", QwenImageFamily, "QwenImageTransformer2DModel", (16, 128, 128), {_TEXT: (1, 512, 3584)}
+    ),
+    "flux2": Case(
+        "FLUX.2 dev", Flux2Family, "Flux2Transformer2DModel", (128, 64, 64),
+        {_TEXT: (1, 512, 15360), "guidance": (1,)},
+    ),
+}  # fmt: skip
+
+
+def family_row(name: str) -> dict:
+    """Parameters, and what `real_step` counts of a step of `nft` whose denoiser is checkpointed, in bf16."""
+    case, count = CASES[name], []
+
+    def build(dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.Module, Callable, tuple, tuple]:
+        import diffusers
+
+        with made_in(dtype):
+            denoiser = getattr(diffusers, case.denoiser)()
+        count.append(sum(parameter.numel() for parameter in denoiser.parameters()))
+        scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
+        family = case.family(SimpleNamespace(transformer=denoiser, patch_size=2, scheduler=scheduler))
+
+        def predict(latents):
+            inputs = {name: torch.zeros(*shape, dtype=dtype) for name, shape in case.inputs.items()}
+            return family.denoise(latents, torch.full((1,), 500.0), inputs)
+
+        targets = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj")
+        return denoiser, torch.nn.Identity(), predict, case.latents, targets
+
+    found = real_step(build, torch.bfloat16, 1, "nft", True, False)
+    return {"family": case.title, "parameters": count[0], **found}
+
+
+def families_markdown(rows: list[dict]) -> str:
+    """`family_row`'s rows as a Markdown table."""
+    lines = head(
+        "one picture of 1024 x 1024", "parameters", "weights in bf16", "kept", "peak beside them", "operations"
+    )
+    for found in rows:
+        weights, kept = 2 * found["parameters"], found["kept"]["denoiser"]
+        cells = f"{found['parameters'] / 1e9:.1f} B", size(weights), size(kept), size(found["peak"])
+        lines.append(row(found["family"], *cells, f"{found['operations'] / 1e12:,.0f} T"))
+    return "\n".join(lines)
