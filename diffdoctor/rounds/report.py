@@ -79,9 +79,8 @@ def _measures(report: Report, rounds: Rounds, measured: list[tuple[int, dict[str
     for number, found in measured:
         for name in ("test", "audit"):
             if name in found:
-                values = [
-                    (_change(found[name][each]), "number") for each in ("map50", "hit_rate", "false_positive_rate")
-                ]
+                # text, which is wrapped where a page is narrow
+                values = [_change(found[name][each]) for each in ("map50", "hit_rate", "false_positive_rate")]
                 rows.append((number, name, (found[name]["pictures"], "number"), *values))
     report.table(("round", "set", "pictures", "mAP@0.5", "damaged flagged", "clean flagged"), rows)
     report.text("Before → after, and the difference with its interval of 95 % from resampling the pictures.")

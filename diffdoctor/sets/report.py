@@ -29,7 +29,9 @@ def write_quality(path: Path, sets: Sequence[OpenSet], metrics: dict[str, Any], 
         samples: pictures to show.
     """
     report = Report("Set quality")
-    report.lead(f"{metrics['pictures']:,} pictures in {len(sets)} sets, {metrics['flagged']:,} of them flagged.")
+    report.lead(
+        f"{metrics['pictures']:,} pictures in {len(sets)} set{'s'[: len(sets) > 1]}, {metrics['flagged']:,} of them flagged."
+    )
     for unit, reason in metrics["failed_units"].items():
         report.warning(f"A unit was given up: {unit}: {reason}.")
     if duplicates := metrics.get("duplicates"):
