@@ -29,9 +29,8 @@ def write_quality(path: Path, sets: Sequence[OpenSet], metrics: dict[str, Any], 
         samples: pictures to show.
     """
     report = Report("Set quality")
-    report.lead(
-        f"{metrics['pictures']:,} pictures in {len(sets)} set{'s'[: len(sets) > 1]}, {metrics['flagged']:,} of them flagged."
-    )
+    many = f"{len(sets)} set{'s' if len(sets) > 1 else ''}"
+    report.lead(f"{metrics['pictures']:,} pictures in {many}, {metrics['flagged']:,} of them flagged.")
     for unit, reason in metrics["failed_units"].items():
         report.warning(f"A unit was given up: {unit}: {reason}.")
     if duplicates := metrics.get("duplicates"):
