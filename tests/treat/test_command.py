@@ -128,7 +128,7 @@ def test_help_names_every_option(capsys):
         ({"pipeline": "{files}/broken"}, "cannot be loaded"),
         (
             {"pipeline": "{files}/other"},
-            "DDPMPipeline cannot be treated yet: served are Flux2KleinPipeline, FluxPipeline",
+            "DDPMPipeline cannot be treated yet: served are ChromaPipeline, Flux2KleinPipeline, Flux2Pipeline",
         ),
         ({"detector": "/nowhere"}, "/nowhere"),
         ({"detector": "{files}/empty"}, "empty"),
