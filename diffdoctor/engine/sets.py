@@ -14,13 +14,20 @@ from diffdoctor.data.manifest import MANIFEST, ManifestWriter
 from diffdoctor.data.shard_writer import ShardFile, key_hash, shard_name
 from diffdoctor.data.shards import ShardData
 from diffdoctor.data.tar import SkipCounts
+from diffdoctor.engine import commits as engine_commits
 from diffdoctor.engine.attempt import Attempt
-from diffdoctor.engine.units import Unit
+from diffdoctor.engine.running import Report, run, settle
+from diffdoctor.engine.units import Plan, Unit, WorkerSpec
 from diffdoctor.measures.pixels import is_flagged
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_path
+from diffdoctor.runs.record import RunFolder
 
 PARTS, SHARDS = "parts", "shard-*.tar"
+# What such a set puts into its output folder.
+RESULTS = (MANIFEST, SHARDS, PARTS, *engine_commits.RESULTS)
+# Of `manifest.MORE`, what every such set has.
+IDENTITIES = ("uid", "phash")
 # Of the histogram of broken areas.
 AREAS = 20
 _KEY_LENGTH = 80
@@ -160,6 +167,37 @@ class Assembled:
 
     def __init__(self):
         self.records, self.skipped, self.sums = 0, SkipCounts(), SetSums()
+
+
+def make_set(
+    folder: RunFolder, plan: Plan, spec: WorkerSpec, config, *, state, desc: str, more: tuple[str, ...] = IDENTITIES
+) -> tuple[Report, Assembled] | None:
+    """Make a set in the folder of a run: its units by the engine of the options, then its manifest.
+
+    Args:
+        folder: of the run, entered and not yet checked.
+        plan: what is to be done.
+        spec: how a worker is made that does it.
+        config: the command's options, with `engine`.
+        state: Accelerate's.
+        desc: name of the bar.
+        more: see `UnitFiles`.
+
+    Returns:
+        What became of the plan, and of the set; None on other than the main process.
+
+    Raises:
+        UserError: see `running.run` and `assemble`.
+    """
+    folder.check()
+    if state.num_processes > 1:
+        state.wait_for_everyone()  # all have looked at the folder before one changes it
+    if state.is_main_process:
+        folder.begin(config)
+    report = run(plan, spec, folder.path, config.engine, state=state, desc=desc)
+    if not state.is_main_process:
+        return None
+    return report, assemble(folder.path, settle(plan, folder.path, report), more)
 
 
 def assemble(output: Path, commits: Iterable[dict[str, Any]], more: tuple[str, ...] = ()) -> Assembled:

@@ -48,6 +48,12 @@ class Plan:
     def __init__(self, units: Sequence[Unit]):
         self.units = list(units)
 
+    @classmethod
+    def of_ranges(cls, total: int, size: int) -> Plan:
+        """Rows 0 ... total - 1 in units of `size`, the last of which may be smaller."""
+        starts = enumerate(range(0, total, size))
+        return cls([Unit(unit_name(number), (), first, min(size, total - first)) for number, first in starts])
+
     def __len__(self) -> int:
         return len(self.units)
 

@@ -10,15 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from diffdoctor.data.manifest import MANIFEST, MORE, read_columns
+from diffdoctor.data.manifest import read_columns
 from diffdoctor.data.shard_writer import is_key
 from diffdoctor.data.shards import ShardData
 from diffdoctor.data.tar import MASK
-from diffdoctor.engine import commits as engine_commits
 from diffdoctor.engine.attempt import Attempt
-from diffdoctor.engine.running import run, settle
-from diffdoctor.engine.sets import PARTS, SHARDS, UnitFiles, assemble
-from diffdoctor.engine.units import Place, Plan, Unit, Worker, unit_name
+from diffdoctor.engine.sets import IDENTITIES, RESULTS, UnitFiles, make_set
+from diffdoctor.engine.units import Place, Plan, Unit, Worker
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.record import METRICS, RunFolder, versions
@@ -27,9 +25,6 @@ from diffdoctor.sets.config import SetJoinConfig
 from diffdoctor.sets.dedup import superfluous
 from diffdoctor.sets.opened import open_sets
 from diffdoctor.training.processes import process_state
-
-_RESULTS = dict.fromkeys((MANIFEST, SHARDS, PARTS, *engine_commits.RESULTS))
-_MORE = tuple(name for name in MORE if name != "picture_file")
 
 
 def run_set_join(config: SetJoinConfig) -> dict:
@@ -43,20 +38,14 @@ def run_set_join(config: SetJoinConfig) -> dict:
     """
     state = process_state()
     chosen = choose(config)
-    starts = range(0, len(chosen), config.shard_size)
-    plan = Plan([Unit(unit_name(n), (), at, min(config.shard_size, len(chosen) - at)) for n, at in enumerate(starts)])
+    plan = Plan.of_ranges(len(chosen), config.shard_size)
     spec = JoinWorkerSpec(config, chosen.digest())
     identity = {"prefix": config.prefix, "chosen": spec.digest, "plan": plan.digest()}
-    with RunFolder(config.output, "set join", identity, _RESULTS, main=state.is_main_process) as folder:
-        folder.check()
-        if state.num_processes > 1:
-            state.wait_for_everyone()  # all have looked at the folder before one changes it
-        if state.is_main_process:
-            folder.begin(config)
-        report = run(plan, spec, folder.path, config.engine, state=state, desc="join")
-        if not state.is_main_process:
+    results = dict.fromkeys(RESULTS)
+    with RunFolder(config.output, "set join", identity, results, main=state.is_main_process) as folder:
+        if (made := make_set(folder, plan, spec, config, state=state, desc="join")) is None:
             return {}
-        found = assemble(folder.path, settle(plan, folder.path, report), _MORE)
+        report, found = made
         metrics = {"pictures": found.records, "labels": _labels(found.sums), "failed_units": report.failed}
         atomic_write_json(folder.path / METRICS, metrics | {"versions": versions()})
         print_summary(f"{found.records} pictures: {folder.path}")
@@ -165,7 +154,7 @@ class _JoinWorker:
         self.chosen, self.sets = chosen, sets
 
     def __call__(self, unit: Unit, attempt: Attempt) -> dict[str, Any]:
-        with UnitFiles(unit, attempt, more=_MORE) as files:
+        with UnitFiles(unit, attempt, more=IDENTITIES) as files:
             for index in range(unit.first, unit.first + unit.count):
                 self._copy(index, files)
         return files.result()

@@ -8,14 +8,11 @@ from typing import Any
 
 import torch
 
-from diffdoctor.data.manifest import MANIFEST
 from diffdoctor.data.prompts import Prompt, read_prompt_file
-from diffdoctor.engine import commits as engine_commits
 from diffdoctor.engine.attempt import Attempt
 from diffdoctor.engine.options import EngineConfig
-from diffdoctor.engine.running import run, settle
-from diffdoctor.engine.sets import PARTS, SHARDS, UnitFiles, assemble
-from diffdoctor.engine.units import Place, Plan, Unit, Worker, unit_name
+from diffdoctor.engine.sets import IDENTITIES, RESULTS, UnitFiles, make_set
+from diffdoctor.engine.units import Place, Plan, Unit, Worker
 from diffdoctor.runs.errors import UserError, check_least, expected
 from diffdoctor.runs.files import atomic_write_json, stamp
 from diffdoctor.runs.hub import local_path
@@ -28,8 +25,6 @@ from diffdoctor.treat.loading import DTYPES, load_lora
 from diffdoctor.treat.prompts import check_prompts
 from diffdoctor.treat.text_to_image import call_options, draw_pictures, open_pipeline, pipeline_options
 
-_RESULTS = dict.fromkeys((MANIFEST, SHARDS, PARTS, *engine_commits.RESULTS))
-_MORE = ("uid", "phash")
 # Of the words in a key: a prompt's number, and a seed.
 _LARGEST_SEED = 2**63 - 1
 
@@ -104,16 +99,11 @@ def run_sample(config: SampleConfig) -> dict:
     state = process_state()
     prompts = read_prompt_file(config.prompts)
     plan, spec = _plan(config, len(prompts)), SampleWorkerSpec(config, _digest(prompts))
-    with RunFolder(config.output, "sample", _identity(spec, plan), _RESULTS, main=state.is_main_process) as folder:
-        folder.check()
-        if state.num_processes > 1:
-            state.wait_for_everyone()  # all have looked at the folder before one changes it
-        if state.is_main_process:
-            folder.begin(config)
-        report = run(plan, spec, folder.path, config.engine, state=state, desc="sample")
-        if not state.is_main_process:
+    identity, results = _identity(spec, plan), dict.fromkeys(RESULTS)
+    with RunFolder(config.output, "sample", identity, results, main=state.is_main_process) as folder:
+        if (made := make_set(folder, plan, spec, config, state=state, desc="sample")) is None:
             return {}
-        found = assemble(folder.path, settle(plan, folder.path, report), _MORE)
+        report, found = made
         metrics = {
             "pictures": found.records,
             "prompts": len(prompts),
@@ -151,15 +141,7 @@ def _identity(spec: SampleWorkerSpec, plan: Plan) -> dict[str, Any]:
 
 def _plan(config: SampleConfig, prompts: int) -> Plan:
     """All prompts with the first seed, then all with the next: a shard has many prompts."""
-    total = prompts * (config.seeds[1] - config.seeds[0] + 1)
-    starts = range(0, total, config.shard_size)
-    counts = (min(config.shard_size, total - first) for first in starts)
-    return Plan(
-        [
-            Unit(unit_name(number), (), first, count)
-            for number, (first, count) in enumerate(zip(starts, counts, strict=True))
-        ]
-    )
+    return Plan.of_ranges(prompts * (config.seeds[1] - config.seeds[0] + 1), config.shard_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +187,7 @@ class _SampleWorker:
         seeds = [self.config.seeds[0] + round for round, _ in places]
         options = {"batch_size": self.config.batch_size, **pipeline_options(self.pipeline, self.config)}
         pictures = (picture for batch in draw_pictures(self.pipeline, texts, seeds, **options) for picture in batch)
-        with UnitFiles(unit, attempt, self.config.picture_type, _MORE) as files:
+        with UnitFiles(unit, attempt, self.config.picture_type, IDENTITIES) as files:
             try:
                 for picture, seed, (_, row) in zip(pictures, seeds, places, strict=True):
                     files.add(self._sample(picture, seed, row), labelled=False)

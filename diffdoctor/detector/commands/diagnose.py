@@ -9,10 +9,11 @@ from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.commands.diagnose_batches import confidences, diagnosis_batches
 from diffdoctor.detector.commands.diagnose_config import DiagnoseConfig
 from diffdoctor.detector.commands.diagnose_results import write_diagnosis
-from diffdoctor.detector.commands.diagnose_shards import RESULTS_OF_SHARDS, diagnose_shards
+from diffdoctor.detector.commands.diagnose_shards import diagnose_shards
 from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import open_detector
 from diffdoctor.detector.predict import describe_map
+from diffdoctor.engine.sets import RESULTS as SET_RESULTS
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import NO_SUCH_NAME, atomic_write_bytes, file_name
 from diffdoctor.runs.journal import Journal
@@ -26,7 +27,7 @@ from diffdoctor.viz.draw import map_png, overlay, png_bytes
 RECORDS = "records"
 # What the maps and overlays depend on, beside the detector's weights and the pictures.
 _IDENTITY = ("detector", "tile", "overlap", "bits", "dtype", "overlays")
-RESULTS = dict.fromkeys(("maps", "overlays", RECORDS, "diagnosis.jsonl", "gallery.html", *RESULTS_OF_SHARDS))
+RESULTS = dict.fromkeys(("maps", "overlays", RECORDS, "diagnosis.jsonl", "gallery.html", *SET_RESULTS))
 
 
 def run_diagnose(config: DiagnoseConfig) -> dict:

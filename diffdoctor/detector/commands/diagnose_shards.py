@@ -22,10 +22,8 @@ from diffdoctor.detector.commands.diagnose_config import DiagnoseConfig
 from diffdoctor.detector.commands.diagnose_results import write_diagnosis
 from diffdoctor.detector.models.load import open_detector
 from diffdoctor.detector.predict import describe_map
-from diffdoctor.engine import commits as engine_commits
 from diffdoctor.engine.attempt import Attempt
-from diffdoctor.engine.running import run, settle
-from diffdoctor.engine.sets import PARTS, SHARDS, UnitFiles, assemble, read_sample
+from diffdoctor.engine.sets import PARTS, UnitFiles, make_set, read_sample
 from diffdoctor.engine.units import Place, Plan, Unit, Worker, unit_name
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError
@@ -35,7 +33,6 @@ from diffdoctor.training.devices import open_device_at
 from diffdoctor.training.weights import weights_digest
 from diffdoctor.viz.draw import map_png, overlay, png_bytes
 
-RESULTS_OF_SHARDS = (MANIFEST, SHARDS, PARTS, *engine_commits.RESULTS)
 # What a label set depends on, beside the detector's weights and the pictures.
 _IDENTITY = ("write", "detector", "batch_size", "tile", "overlap", "dtype", "round")
 _KNOWN = ("category", "generator", "prompt")
@@ -50,16 +47,10 @@ def diagnose_shards(
     if config.mirrored:
         identity["mirrored"] = True
     with RunFolder(config.output, "diagnose", identity, results, main=state.is_main_process) as folder:
-        folder.check()
-        if state.num_processes > 1:
-            state.wait_for_everyone()  # all have looked at the folder before one changes it
-        if state.is_main_process:
-            folder.begin(config)
         spec = LabelWorkerSpec(config, weights)
-        report = run(plan, spec, folder.path, config.engine, state=state, desc="diagnose")
-        if not state.is_main_process:
+        if (made_set := make_set(folder, plan, spec, config, state=state, desc="diagnose", more=MORE)) is None:
             return {}
-        found = assemble(folder.path, settle(plan, folder.path, report), MORE)
+        report, found = made_set
         found.skipped.join(left_out)
         made = [unit.id for unit in plan if unit.id not in report.failed]
         more = {"units": report.units, "failed_units": report.failed, "round": config.round}
