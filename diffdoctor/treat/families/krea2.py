@@ -10,12 +10,13 @@ from diffdoctor.ops.layout import Packed
 from diffdoctor.treat.families.base import dynamic_shift
 from diffdoctor.treat.families.conditioning import Conditioning
 from diffdoctor.treat.families.frames import SingleFrame
+from diffdoctor.treat.families.guidance import GuidanceFromZero
 from diffdoctor.treat.families.packed import PackedFamily, grid_ids
 from diffdoctor.treat.families.registry import register_family
 
 
 @register_family
-class Krea2Family(SingleFrame, PackedFamily):
+class Krea2Family(GuidanceFromZero, SingleFrame, PackedFamily):
     """Serves `Krea2Pipeline`, distilled (guidance_scale 0) or not."""
 
     pipeline_classes = ("Krea2Pipeline",)
@@ -28,12 +29,6 @@ class Krea2Family(SingleFrame, PackedFamily):
     def __init__(self, pipeline):
         super().__init__(pipeline)
         self.token_side = pipeline.patch_size
-
-    def uses_negative(self, guidance_scale):
-        return guidance_scale > 0
-
-    def combine(self, positive, negative, guidance_scale):
-        return positive + guidance_scale * (positive - negative)
 
     @torch.no_grad()
     def encode_prompts(self, prompts, *, guidance_scale, height, width, device) -> Conditioning:

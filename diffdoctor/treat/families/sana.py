@@ -61,9 +61,5 @@ class SanaFamily(Family):
         # some were trained to predict a variance too, which no scheduler reads
         return output[:, : self.denoiser.config.in_channels]
 
-    def latent_shape(self, height, width):
-        scale = self.pipeline.vae_scale_factor
-        return self.denoiser.config.in_channels, height // scale, width // scale
-
     def vae_encode(self, pictures):
         return self.vae.encode(pictures).latent

@@ -10,13 +10,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from diffdoctor.treat.families.base import TRANSFORMER_TARGETS, Family, dynamic_shift
 from diffdoctor.treat.families.conditioning import Conditioning, lengths
+from diffdoctor.treat.families.guidance import GuidanceFromZero
 from diffdoctor.treat.families.registry import register_family
 
 _PATCH = 2
 
 
 @register_family
-class ZImageFamily(Family):
+class ZImageFamily(GuidanceFromZero, Family):
     """Serves `ZImagePipeline`, distilled (Turbo, guidance_scale 0) or not."""
 
     pipeline_classes = ("ZImagePipeline",)
@@ -27,12 +28,6 @@ class ZImageFamily(Family):
         "attention": TRANSFORMER_TARGETS["attention"],
         "feed_forward": ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     }
-
-    def uses_negative(self, guidance_scale):
-        return guidance_scale > 0
-
-    def combine(self, positive, negative, guidance_scale):
-        return positive + guidance_scale * (positive - negative)
 
     @torch.no_grad()
     def encode_prompts(self, prompts, *, guidance_scale, height, width, device) -> Conditioning:
@@ -57,10 +52,6 @@ class ZImageFamily(Family):
 
     def from_denoiser(self, output):
         return -torch.stack(list(output)).squeeze(2)
-
-    def latent_shape(self, height, width):
-        scale = self.pipeline.vae_scale_factor
-        return self.denoiser.config.in_channels, height // scale, width // scale
 
     def default_size(self):
         return 1024, 1024
