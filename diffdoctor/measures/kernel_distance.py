@@ -96,16 +96,21 @@ def kernel_distance(
     Raises:
         ValueError: fewer rows.
     """
-    for name, features in (("real", real), ("generated", generated)):
-        if len(features) < 3:
-            raise ValueError(expected(name, "at least 3 rows", len(features)))
-    sums = _sums(_all(real), _all(generated), kernel)
+    _check(real=real, generated=generated)
+    reference = _all(real)
+    sums = _sums(reference, _all(generated), kernel, _within(reference, kernel))
     value = sums.squared()
     return value, _interval(value, sums.without_each(), level)
 
 
 def kernel_distances(
-    real: FeatureRows, before: FeatureRows, after: FeatureRows, kernel: Kernel = cubic, *, level: float = 0.95
+    real: FeatureRows,
+    before: FeatureRows,
+    after: FeatureRows,
+    kernel: Kernel = cubic,
+    *,
+    damaged: FeatureRows | None = None,
+    level: float = 0.95,
 ) -> dict[str, float | list[float]]:
     """`kernel_distance` of the pictures before and after a treatment from the same real ones, and what changed.
 
@@ -114,24 +119,24 @@ def kernel_distances(
         before: (N, D), N at least 3.
         after: (N, D) of the same prompts and seeds, in the same order.
         kernel: as in `kernel_distance`.
+        damaged: (K, D), the real pictures with damage, K at least 3; None: none.
         level: coverage of the intervals, in (0, 1).
 
     Returns:
-        `before`, `after`, `difference` (after less before, over pairs of pictures) and their `_interval`s.
+        `before`, `after`, `difference` (after less before, over pairs of pictures) and their `_interval`s, and
+        `ceiling`, the distance of the damaged ones, where there are such.
 
     Raises:
         ValueError: fewer rows, or not as many after as before.
     """
-    for name, features in (("real", real), ("before", before)):
-        if len(features) < 3:
-            raise ValueError(expected(name, "at least 3 rows", len(features)))
+    _check(real=real, before=before, **({} if damaged is None else {"damaged": damaged}))
     if len(after) != len(before):
         raise ValueError(expected("after", f"as many rows as before, {len(before)}", len(after)))
-    reference, within = _all(real), None
+    reference = _all(real)
+    within = _within(reference, kernel)
     found, without = {}, {}
     for name, features in (("before", before), ("after", after)):
         sums = _sums(reference, _all(features), kernel, within)
-        within = sums.real
         found[name], without[name] = sums.squared(), sums.without_each()
     result = {}
     changed = tuple(one - other for one, other in zip(without["after"], without["before"], strict=True))
@@ -141,17 +146,24 @@ def kernel_distances(
         ("difference", difference, changed),
     ):
         result[name], result[f"{name}_interval"] = value, _interval(value, parts, level)
+    if damaged is not None:
+        result["ceiling"] = _sums(reference, _all(damaged), kernel, within).squared()
     return result
+
+
+def _check(**sets: FeatureRows) -> None:
+    for name, features in sets.items():
+        if len(features) < 3:
+            raise ValueError(expected(name, "at least 3 rows", len(features)))
 
 
 def _all(features: FeatureRows) -> torch.Tensor:
     return torch.cat(list(blocks(features)))
 
 
-def _sums(real: torch.Tensor, generated: torch.Tensor, kernel: Kernel, within_real=None) -> _Sums:
+def _sums(real: torch.Tensor, generated: torch.Tensor, kernel: Kernel, within_real: torch.Tensor) -> _Sums:
     across, back = _row_sums(generated, real, kernel)
-    inside = _within(real, kernel) if within_real is None else within_real
-    return _Sums(inside, _within(generated, kernel), back, across)
+    return _Sums(within_real, _within(generated, kernel), back, across)
 
 
 def _within(x: torch.Tensor, kernel: Kernel) -> torch.Tensor:

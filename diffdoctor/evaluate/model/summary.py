@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from diffdoctor.measures.features import FeatureRows, blocks, frechet_distance_of_blocks, within_class_variance
-from diffdoctor.measures.kernel_distance import cubic, gaussian, kernel_distance, kernel_distances
+from diffdoctor.measures.kernel_distance import cubic, gaussian, kernel_distances
 from diffdoctor.measures.manifold import Manifold
 from diffdoctor.measures.pixels import is_flagged
 from diffdoctor.measures.rates import paired_bootstrap, paired_mean, wilson_interval
@@ -184,9 +184,7 @@ def _of_few(
         broken = damaged.features[drawn(len(damaged.features))]
     result: dict[str, dict] = {}
     for name, kernel in (("kid", cubic), ("mmd", gaussian)):
-        result[name] = kernel_distances(reference, one, other, kernel)
-        if broken is not None:
-            result[name]["ceiling"] = kernel_distance(reference, broken, kernel)[0]
+        result[name] = kernel_distances(reference, one, other, kernel, damaged=broken)
     manifold = Manifold(reference, NEIGHBOURS)
     result |= {"precision": {}, "recall": {}}
     for when, features in (("before", one), ("after", other)):
