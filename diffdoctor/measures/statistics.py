@@ -164,12 +164,8 @@ class PictureStatistics:
                 times = np.bincount(drawn, minlength=len(chosen))
                 area = _average_precision_of_levels(times @ levels) + shift
                 draws.append(self.measures(chosen[drawn]) | {"auprc": float(np.clip(area, 0, 1))})
-            tail = (1 - level) / 2
             for name in draws[0]:
-                values = np.array([draw[name] for draw in draws])
-                values = values[~np.isnan(values)]
-                bounds = np.quantile(values, [tail, 1 - tail]).tolist() if values.size else [math.nan, math.nan]
-                result[f"{name}_interval"] = bounds
+                result[f"{name}_interval"] = percentile_interval([draw[name] for draw in draws], level)
         return result
 
     def worst(self, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -187,6 +183,13 @@ class PictureStatistics:
         for chosen, by in ((damaged, "missed"), (~damaged, "share")):
             result.append(indices[chosen][np.argsort(-self.columns[by][chosen], kind="stable")][:count])
         return result[0], result[1]
+
+
+def percentile_interval(draws: Sequence[float] | np.ndarray, level: float) -> list[float]:
+    """[low, high] that hold a share `level` of resampled values; those that are NaN are left out, and none give NaN."""
+    values = np.asarray(draws, float)
+    values, tail = values[~np.isnan(values)], (1 - level) / 2
+    return np.quantile(values, [tail, 1 - tail]).tolist() if values.size else [math.nan, math.nan]
 
 
 def _floats(maps) -> np.ndarray:

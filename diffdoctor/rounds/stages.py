@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -136,7 +137,7 @@ def accept(this: Round) -> dict[str, Any]:
     if this.path("pseudo").is_dir():
         delete_dir(this.path("pseudo"))
     first = next(samples, None)
-    pseudo = 0 if first is None else write_shards(_chain(first, samples), this.path("pseudo"))
+    pseudo = 0 if first is None else write_shards(itertools.chain([first], samples), this.path("pseudo"))
     accepted = {
         name: [each.category for each in measured if each.accepts(is_damaged, config.precision)]
         for name, is_damaged in (("damaged", True), ("clean", False))
@@ -147,11 +148,6 @@ def accept(this: Round) -> dict[str, Any]:
     )
     measures = [each.as_json() for each in measured]
     return {"pseudo": pseudo, "categories": measures, "skipped": dict(counts.reasons), "line": line}
-
-
-def _chain(first, rest):
-    yield first
-    yield from rest
 
 
 def train(this: Round) -> dict[str, Any]:

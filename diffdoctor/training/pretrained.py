@@ -110,15 +110,12 @@ def load_from_transformers(option: str, source: str, model_class: str, processor
         import transformers
     except ImportError:
         raise missing_extra("transformers", "stages") from None
-    folder = Path(os.path.expanduser(source))  # not Path's own, which raises for a user who is not there
-    if not folder.is_dir() and not is_hub_id(source):
-        what = "a file, a folder or a hub id such as owner/name"
-        raise UserError(expected(f"{option} {source}", what, f"none of these{near(source)}"))
-    origin = str(folder) if folder.is_dir() else source
-    safe = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
+    what = "a file, a folder or a hub id such as owner/name"
+    origin, is_local = _origin(option, source, what, f"none of these{near(source)}")
+    safe = {"trust_remote_code": False, "local_files_only": is_local}
     formats, has_code = FORMATS if processor_class else _MODEL, False
     try:
-        settings, _ = transformers.PretrainedConfig.get_config_dict(origin, local_files_only=folder.is_dir())
+        settings, _ = transformers.PretrainedConfig.get_config_dict(origin, local_files_only=is_local)
         has_code = "auto_map" in settings
         _check_settings(settings)
         model = getattr(transformers, model_class).from_pretrained(origin, weights_only=True, **safe)
@@ -143,14 +140,19 @@ def load_processor(option: str, source: str) -> Any:
         import transformers
     except ImportError:
         raise missing_extra("transformers", "stages") from None
-    is_local = Path(os.path.expanduser(source)).is_dir()
-    if not is_local and not is_hub_id(source):
-        raise UserError(expected(f"{option} {source}", "a folder or a hub id such as owner/name", "neither"))
-    origin = os.path.expanduser(source) if is_local else source
+    origin, is_local = _origin(option, source, "a folder or a hub id such as owner/name", "neither")
     try:
         return transformers.AutoProcessor.from_pretrained(origin, trust_remote_code=False, local_files_only=is_local)
     except Exception as error:  # the hub client and each processor's class raise their own
         raise UserError(f"{option} {source}: cannot be loaded ({first_line(error)}); expected a processor") from error
+
+
+def _origin(option: str, source: str, what: str, got: str) -> tuple[str, bool]:
+    """What transformers loads a source from, and whether it is a folder; `what` was expected where `got` came."""
+    folder = Path(os.path.expanduser(source))  # not Path's own, which raises for a user who is not there
+    if not folder.is_dir() and not is_hub_id(source):
+        raise UserError(expected(f"{option} {source}", what, got))
+    return (str(folder), True) if folder.is_dir() else (source, False)
 
 
 def _check_settings(settings: Any, key: str = "") -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from diffdoctor.detector.predict import diagnosed_batches
 from diffdoctor.detector.samples import DetectorData, JoinedData
 from diffdoctor.measures.pixels import is_flagged, mean_without_nan
-from diffdoctor.measures.statistics import PictureStatistics
+from diffdoctor.measures.statistics import PictureStatistics, percentile_interval
 from diffdoctor.runs.errors import UserError, expected
 
 
@@ -71,11 +71,8 @@ def paired_differences(
         chosen = rng.integers(count, size=count)
         draws.append(_rates(after, chosen) - _rates(before, chosen))
     result: dict[str, Any] = {"pictures": count, "damaged": int(before.columns["damaged"].sum())}
-    tail = (1 - level) / 2
     for column, name in enumerate(("map50", "hit_rate", "false_positive_rate")):
-        drawn = np.array(draws)[:, column]
-        drawn = drawn[~np.isnan(drawn)]
-        interval = np.quantile(drawn, [tail, 1 - tail]).tolist() if drawn.size else [np.nan, np.nan]
+        interval = percentile_interval([draw[column] for draw in draws], level)
         old, new = values[:, column].tolist()
         result[name] = {"before": old, "after": new, "difference": new - old, "difference_interval": interval}
     return result
