@@ -14,6 +14,18 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.fixture(scope="session")
+def commands():
+    """A warm process of `programs/commands.py`, whose forks run commands in groups."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    from support.paths import PROGRAMS
+    from support.warm import WarmProgram
+
+    with WarmProgram(PROGRAMS / "commands.py") as program:
+        yield program
+
+
 @pytest.fixture(params=["cuda", "triton"])
 def gpu_backend(request):
     """The name of each backend for CUDA tensors that can be used here."""

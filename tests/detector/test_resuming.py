@@ -1,8 +1,6 @@
 """Interruptions, kills, and the number of processes change no result of a training."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from diffdoctor.data.shard_writer import write_shards
 from diffdoctor.detector import load_detector, train_detector
 from diffdoctor.runs.errors import UserError
 from support.detector import StopAt, fresh, held_out, quick, shapes, twenty_steps, weights_of
-from support.launch import environment, launched
 
 pytest.importorskip("accelerate")
 pytest.importorskip("pycocotools")
@@ -41,56 +38,6 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, reads, kind):
     assert torch.equal(weights_of(again.detector), weights_of(whole.detector))
 
 
-# One process that has imported everything forks the runs. The first kills itself at a picture, so that one kill is sure
-# however fast the machine has become since it was timed; the others are killed at random moments.
-KILLER = """
-import os, random, signal, sys, time
-from support import detector as t
-t.torch.set_num_threads(1)
-output, config, chance, kills = sys.argv[1], t.quick(steps=16, checkpoint_every=2), random.Random(0), 0
-
-class KillAt(t.StopAt):
-    def __getitem__(self, index):
-        if self.reads == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__getitem__(index)
-
-def train(folder, reads=10**9):
-    data = KillAt(t.shapes(), reads)
-    t.train_detector(config, data, detector=t.fresh(kills), output_dir=folder, progress=False)
-
-train(output + "-imports")
-start = time.monotonic()
-train(output + "-timing")
-whole = time.monotonic() - start
-while True:
-    child = os.fork()
-    if child == 0:
-        train(output, 10**9 if kills else 30)
-        os._exit(0)
-    if kills:
-        # Longer from attempt to attempt, so that it ends although the machine becomes busier.
-        time.sleep(whole * (chance.uniform(0.1, 0.4) + 0.05 * kills))
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if os.WIFEXITED(status):
-        sys.exit(0 if os.WEXITSTATUS(status) == 0 and kills else f"{status} after {kills} kills")
-    kills += 1
-"""
-
-
-def test_kill_minus_nine_at_random_moments_changes_no_bit(tmp_path):
-    config = quick(steps=16, checkpoint_every=2)
-    whole = train_detector(config, shapes(), detector=fresh(), output_dir=tmp_path / "whole", progress=False)
-    # The first attempt's initial weights must hold for all, so its first checkpoint is made before the killing starts.
-    with pytest.raises(KeyboardInterrupt):
-        train_detector(config, StopAt(shapes(), 20), detector=fresh(), output_dir=tmp_path / "run", progress=False)
-    subprocess.run([sys.executable, "-c", KILLER, str(tmp_path / "run")], check=True, env=environment(), timeout=900)
-    assert torch.equal(weights_of(load_detector(tmp_path / "run" / "detector")), weights_of(whole.detector))
-    left = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*"))
-    assert left == ["step-00000014", "step-00000016"]
-
-
 def test_checkpoints_of_another_run_are_refused(tmp_path):
     train_detector(quick(checkpoint_every=4), shapes(), detector=fresh(), output_dir=tmp_path, progress=False)
     with pytest.raises(UserError, match=r"of a run with another learning_rate \(expected .*, got 0\.0001\); choose"):
@@ -116,24 +63,10 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 2
 
 
-PROCESSES = """
-import json, sys
-import torch
-from support import detector as t
-from accelerate import PartialState
-torch.set_num_threads(1)
-found = {kind: t.twenty_steps(kind) for kind in ("conv", "segformer")}
-if PartialState().is_main_process:
-    json.dump({"processes": PartialState().num_processes, **found}, open(sys.argv[1], "w"))
-"""
-
-
 @pytest.mark.slow
-def test_one_and_two_processes_give_the_same_losses(tmp_path):
-    script, out = tmp_path / "script.py", tmp_path / "losses.json"
-    script.write_text(PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*command, str(script), str(out)], check=True, env=environment(), timeout=900)
+def test_one_and_two_processes_give_the_same_losses(commands, tmp_path):
+    out = tmp_path / "losses.json"
+    commands.run("twenty_steps", out, output=tmp_path / "said", count=2)
     two = json.loads(out.read_text())
     assert two["processes"] == 2
     for kind in ("conv", "segformer"):
@@ -147,13 +80,14 @@ def test_one_and_two_processes_give_the_same_losses(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_in_two_processes_trains_the_same_detector(tmp_path):
+def test_the_command_in_two_processes_trains_the_same_detector(commands, tmp_path):
     data = shapes(24)
     write_shards((data[i] for i in range(24)), tmp_path / "set", shard_size=8)
     options = ["--architecture", "conv", "--training.steps", "4", "--training.batch_size", "8"]
     options += ["--training.checkpoint_every", "2", "--training.validate_every", "2", "--min_side", "16"]
     assert not main(["train-detector", str(tmp_path / "set"), "--output", str(tmp_path / "one"), *options])
-    launched("train-detector", tmp_path / "set", "--output", tmp_path / "two", *options)
+    arguments = ["train-detector", tmp_path / "set", "--output", tmp_path / "two", *options]
+    commands.run(*arguments, output=tmp_path / "said", count=2)
     one, two = (load_detector(tmp_path / name / "detector") for name in ("one", "two"))
     # Not the weights: a bias before a GroupNorm has a gradient of rounding errors alone, and AdamW enlarges it.
     images = torch.from_numpy(data.pictures[:8]).permute(0, 3, 1, 2) / 255

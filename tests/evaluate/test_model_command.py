@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 
 import numpy as np
 import pyarrow.parquet
@@ -17,7 +16,6 @@ from diffdoctor.evaluate.model import compare_pictures, networks
 from diffdoctor.evaluate.model.measure import damage_pictures
 from diffdoctor.evaluate.model.networks import Clip
 from diffdoctor.evaluate.model.store import PictureFiles
-from support.launch import run_group
 from support.model_evaluation import COUNT, Means, drawn, evaluate, flat, options, pictures_of
 from support.tiny_clip import save_tiny_clip
 from support.tiny_pipelines import PROMPTS, tiny_pipeline
@@ -136,9 +134,9 @@ def test_an_interrupted_run_goes_on_to_the_same_figures(files, evaluated, tmp_pa
     assert len(saved) == 4 + 2 * COUNT
 
 
-def test_two_processes_share_the_work(files, evaluated, tmp_path):
+def test_two_processes_share_the_work(files, evaluated, commands, tmp_path):
     output = tmp_path / "two"
-    run_group([sys.executable, "-m", "diffdoctor", *options(files, output)])
+    commands.run(*options(files, output), output=tmp_path / "said", count=2)
     metrics, one = json.loads((output / "metrics.json").read_text()), evaluated[1]
     assert (pictures_of(output, "after").int() - pictures_of(evaluated[0], "after").int()).abs().max() <= 1
     for group in ("flagged_area", "variance"):

@@ -51,14 +51,3 @@ def group_of(count):
         "ACCELERATE_USE_CPU": "true",
     }
     return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-
-
-def run_group(command, count=2, **more):
-    """Run `command` as the `count` processes of one group on the CPU; `more` is added to their environment."""
-    running = [
-        subprocess.Popen(list(map(str, command)), env=environment(**rank, **more), stderr=subprocess.PIPE, text=True)
-        for rank in group_of(count)
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=900)
-        assert process.returncode == 0, errors[-3000:]

@@ -17,7 +17,6 @@ from diffdoctor.runs.lock import locked_folder
 from diffdoctor.treat.loading import load_pipeline
 from diffdoctor.treat.lora import WEIGHTS_NAME
 from diffdoctor.treat.treatment import Treatment
-from support.launch import launched
 from support.tiny_pipelines import PROMPTS, tiny_pipeline
 
 
@@ -96,15 +95,16 @@ def test_writes_a_lora_that_loads(files, tmp_path, capsys):
     tiny_pipeline("sd").load_lora_weights(output / "lora")
 
 
-def test_two_processes_of_accelerate_launch_equal_one(files, tmp_path):
+def test_two_processes_equal_one(files, commands, tmp_path):
     options = {"steps": 2, "batch_size": 4, "replay_area": 0.0, "learning_rate": 1e-2, "log_with": "none"}
     # as `evaluate model` reads them
     options["prompts"] = tmp_path / "prompts.jsonl"
     options["prompts"].write_text("\n".join(json.dumps({"prompt": text, "category": "dots"}) for text in PROMPTS))
     assert main(arguments(files, tmp_path / "one", **options)) == 0
-    done = launched(*arguments(files, tmp_path / "two", **options))
+    said = commands.run(*arguments(files, tmp_path / "two", **options), output=tmp_path / "said", count=2)
     # the main process alone says what became of it
-    assert done.stdout.count("load_lora_weights") == 1
+    assert said.count("load_lora_weights") == 1
+    assert "load_lora_weights" not in (tmp_path / "said.1.out").read_text()
     one, two = (load_file(tmp_path / name / "lora" / WEIGHTS_NAME) for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert max(float(value.abs().max()) for name, value in one.items() if "lora_B" in name) > 1e-3
