@@ -55,10 +55,12 @@ def outputs(problem):
     return [x.clone() for x in (problem.loss, problem.grad, problem.sums) if x is not None]
 
 
-# a second large case would take 13 seconds to say what the first one says
-@pytest.mark.parametrize(
-    "case", [case for case in case_lists.all_cases() if case.id != "large-bf16"], ids=lambda case: case.id
-)
+def brief(every, slow):
+    """Parameters of a test: those of the cases whose name is in `slow`, seconds each here, under `-m study`."""
+    return [pytest.param(case, id=case.id, marks=pytest.mark.study if case.id in slow else ()) for case in every]
+
+
+@pytest.mark.parametrize("case", brief(case_lists.all_cases(), {"large", "large-bf16"}))
 def test_weighted_loss_equals_the_reference(case):
     inputs = cases.build(case)
     want = cases.expected(inputs)
@@ -93,7 +95,11 @@ def test_policy_loss_equals_the_reference(case):
     torch.testing.assert_close(problem.log_prob.double(), want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", artifact.every_case(), ids=lambda case: case.id)
+REDUCTIONS = {f"{method}-{reduction}" for method in ("max", "mean", "sum") for reduction in ("mean", "sum")}
+
+
+# The reductions differ in the last few additions alone.
+@pytest.mark.parametrize("case", brief(artifact.every_case(), {*REDUCTIONS, "larger"}))
 def test_artifact_loss_equals_the_reference(case):
     logits = artifact.build(case)
     problem = artifact.lower(case, logits)
