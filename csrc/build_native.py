@@ -115,10 +115,14 @@ class BuildNative(build_ext):
             if mode != "auto":
                 raise BuildError(f"the native module did not build: {error}") from None
             info["left_out"]["cpu"] = info["left_out"]["cuda"] = f"the native module did not build: {error}"
-        write_info(pathlib.Path(self.get_ext_fullpath(ext.name)).parent, info)
+        built = pathlib.Path(self.get_ext_fullpath(ext.name)).parent
+        write_info(built, info)
         if self._into_checkout:
             # setuptools copies the module back into the checkout, and nothing else.
             write_info(ROOT / "diffdoctor", info)
+            for library in built.glob("*diffdoctor_kernels.*"):
+                if built.resolve() != ROOT / "diffdoctor":
+                    shutil.copy2(library, ROOT / "diffdoctor" / library.name)
         for name, reason in info["left_out"].items():
             print(f"diffdoctor: {name} was left out: {reason}", file=sys.stderr)
 

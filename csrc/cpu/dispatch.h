@@ -2,6 +2,8 @@
 // with DD_CPU_ISA naming the namespace of its entry points (see CMakeLists.txt); all else in it has internal linkage.
 #pragma once
 
+#include "common/export.h"
+
 #if !defined(DD_CPU_ISA)
 #define DD_CPU_ISA generic
 #endif
@@ -12,7 +14,7 @@ namespace cpu {
 enum InstructionSet : int { kGeneric, kAvx2, kAvx512, kInstructionSets };
 
 // The best one that this machine runs; DIFFDOCTOR_CPU_ISA lowers it.
-InstructionSet instruction_set();
+DD_API InstructionSet instruction_set();
 
 // A kernel in every build, called as the one that instruction_set() names.
 template <typename signature_t>
@@ -30,19 +32,19 @@ struct Kernel<void(parameters_t...)> {
 #if defined(DD_X86_KERNELS)
 #define DD_CPU_KERNEL(NAME, ...) \
   namespace generic {            \
-  void NAME(__VA_ARGS__);        \
+  DD_API void NAME(__VA_ARGS__); \
   }                              \
   namespace avx2 {               \
-  void NAME(__VA_ARGS__);        \
+  DD_API void NAME(__VA_ARGS__); \
   }                              \
   namespace avx512 {             \
-  void NAME(__VA_ARGS__);        \
+  DD_API void NAME(__VA_ARGS__); \
   }                              \
   constexpr Kernel<void(__VA_ARGS__)> NAME = {{generic::NAME, avx2::NAME, avx512::NAME}};
 #else
 #define DD_CPU_KERNEL(NAME, ...) \
   namespace generic {            \
-  void NAME(__VA_ARGS__);        \
+  DD_API void NAME(__VA_ARGS__); \
   }                              \
   constexpr Kernel<void(__VA_ARGS__)> NAME = {{generic::NAME, nullptr, nullptr}};
 #endif

@@ -5,10 +5,12 @@
 // zero before its first use; every launch leaves them zero. It must not be shared between streams.
 #pragma once
 
+#include "common/export.h"
+
 namespace diffdoctor::cuda {
 
 // nullptr, or why kernels of this build cannot run on the current device. Loads all of them, so that none is loaded
 // when first launched: that may be under a capture.
-const char* device_problem();
+DD_API const char* device_problem();
 
 }  // namespace diffdoctor::cuda

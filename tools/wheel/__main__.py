@@ -1,12 +1,15 @@
-"""Build an sdist and from it a wheel, make the wheel installable elsewhere, and try it in fresh environments.
+"""Build an sdist and from it one wheel for several Pythons, and try it in a fresh environment of each.
 
-    python -m tools.wheel --output dist [--python python3.12 ...]
+    python -m tools.wheel --output dist [--python python3.10 python3.12 ...]
 
-On Linux auditwheel renames the wheel after the oldest glibc that it runs on. OpenMP's library is left out of it: the
-process has torch's, and two pools of threads would spin against each other. Nothing else may be linked.
+The kernels know neither torch nor Python, so that one library of them serves every version of both; beside it lies a
+small module for each Python named. DIFFDOCTOR_BUILD=cuda puts the CUDA kernels into the same library. On Linux
+auditwheel renames the wheel after the oldest glibc that it runs on. OpenMP's library is left out of it: the process has
+torch's, and two pools of threads would spin against each other. Nothing else may be linked.
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -30,6 +33,49 @@ def build(folder: Path) -> Path:
     """The wheel, built from the sdist."""
     run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
     return next(folder.glob("*.whl"))
+
+
+def with_modules(wheel: Path, pythons: list[str]) -> Path:
+    """The wheel with the module of each other Python added, under a name that pip takes for all of them."""
+    import pybind11
+
+    own = _version(sys.executable)
+    others = {version: python for python in pythons if (version := _version(python)) != own}
+    if not others:
+        return wheel
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        run(sys.executable, "-m", "wheel", "unpack", wheel, "--dest", folder)
+        (content,) = folder.iterdir()
+        package = content / "diffdoctor"
+        (kernels,) = package.glob("*diffdoctor_kernels.*")
+        built = json.loads((package / "_build_info.json").read_text())["built"]
+        for version, python in others.items():
+            build = folder / f"build-{version}"
+            run(
+                "cmake", "-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release", f"-DDIFFDOCTOR_KERNELS={kernels}",
+                f"-DPython_EXECUTABLE={_asked(python, 'sys.executable')}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                f"-DDIFFDOCTOR_CUDA={'ON' if 'cuda' in built else 'OFF'}", f"-DDIFFDOCTOR_OUTPUT_DIR={package}",
+            )  # fmt: skip
+            run("cmake", "--build", build, "--config", "Release")
+        run(sys.executable, "-m", "wheel", "pack", content, "--dest-dir", folder)
+        (whole,) = folder.glob("*.whl")
+        versions = ".".join(sorted({own, *others}, key=lambda version: int(version.removeprefix("cp3"))))
+        # no ABI is named: a module lies in it for each of these Pythons
+        run(sys.executable, "-m", "wheel", "tags", "--python-tag", versions, "--abi-tag", "none", "--remove", whole)
+        (whole,) = folder.glob("*.whl")
+        wheel.unlink()
+        return Path(shutil.copy(whole, wheel.parent))
+
+
+def _version(python: str) -> str:
+    """As in a wheel's name: cp312."""
+    return "cp{}{}".format(*_asked(python, "*sys.version_info[:2]").split())
+
+
+def _asked(python: str, what: str) -> str:
+    code = f"import sys; print({what})"
+    return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def portable(wheel: Path, output: Path) -> Path:
@@ -66,16 +112,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code 0, or 1 where the wheel is too large; what fails raises."""
     command = argparse.ArgumentParser(prog="python -m tools.wheel", description=__doc__)
     command.add_argument("--output", type=Path, default=ROOT / "dist", help="folder (dist)")
-    command.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters to try it with (this one)")
+    command.add_argument(
+        "--python", nargs="+", default=[sys.executable], help="interpreters that it is for, and tried with (this one)"
+    )
+    command.add_argument("--no-try", dest="tried", action="store_false", help="only build")
     command.add_argument("--constraints", type=Path, help="of pip, for the environments that it is tried in")
     options = command.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        wheel = portable(build(Path(folder)), options.output)
+        wheel = portable(with_modules(build(Path(folder)), options.python), options.output)
         for source in Path(folder).glob("*.tar.gz"):
             shutil.copy(source, options.output)
     size = wheel.stat().st_size
     print(f"{wheel}: {size / 2**20:.1f} MiB")
-    for python in options.python:
+    for python in options.python if options.tried else ():
         try_in_fresh_environment(wheel, python, options.constraints)
     return int(size > LARGEST)
 
