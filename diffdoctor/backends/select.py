@@ -51,13 +51,13 @@ def why_not(name: str, op: str | None = None) -> str | None:
         return None
     if name not in _reasons:
         try:
-            _reasons[name] = importlib.import_module(f"diffdoctor.backends.{name}").unavailable()
+            _reasons[name] = importlib.import_module(f"{__package__}.{name}").unavailable()
         except ImportError as error:
             _reasons[name] = str(error)
     if _reasons[name] is not None or op is None or (name, op) in _modules:
         return _reasons[name]
     try:
-        _modules[name, op] = importlib.import_module(f"diffdoctor.backends.{name}.{op}")
+        _modules[name, op] = importlib.import_module(f"{__package__}.{name}.{op}")
     except ImportError as error:
         return str(error)
     return None
@@ -138,7 +138,7 @@ def pick(name: str | None, op: str, device_type: str, served_by: str | None = No
 
 def _is_interpreted(name: str) -> bool:
     """Whether a loaded backend runs its kernels on the CPU (TRITON_INTERPRET=1), where it serves CPU tensors."""
-    return name == "triton" and importlib.import_module("diffdoctor.backends.triton.launch").INTERPRETS
+    return name == "triton" and importlib.import_module(f"{__package__}.triton.launch").INTERPRETS
 
 
 def available_backends() -> dict[str, str | None]:

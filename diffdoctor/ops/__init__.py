@@ -40,10 +40,10 @@ _HELPERS = ("layout", "policy_steps", "preference", "schedules", "stats", "targe
 
 def public() -> dict[str, object]:
     """The public names of the ops and of the helpers beside them."""
-    modules = [importlib.import_module(f"diffdoctor.ops.{name}") for name in (*OPS, *_HELPERS)]
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in (*OPS, *_HELPERS)]
     return {name: getattr(module, name) for module in modules for name in module.__all__}
 
 
 # Operators are registered before anything is traced.
 for _op in OPS:
-    importlib.import_module(f"diffdoctor.ops.library.{_op}")
+    importlib.import_module(f"{__name__}.library.{_op}")
