@@ -1,11 +1,13 @@
-"""Every block of Python on README.md and in docs/ runs, among stand-ins for what a reader has around it.
+"""Every block of Python on README.md and in docs/ runs, among stand-ins for what a reader has around it, and every
+`diffdoctor …` in a block of shell has options that the command takes.
 
-A block that cannot run says why in a comment in front of it: `<!-- not run: why -->`. The walkthrough's blocks belong
-together and run in test_walkthrough.py.
+A block of Python that cannot run says why in a comment in front of it: `<!-- not run: why -->`. The walkthrough's blocks
+belong together and run in test_walkthrough.py.
 """
 
 import json
 import re
+import shlex
 import shutil
 import textwrap
 from types import SimpleNamespace
@@ -231,3 +233,26 @@ def test_every_block_is_found():
             assert language in ("python", "bash", "yaml", "json") or not re.search(r"^(import|from) \w", code), page
     for text in QUICK:
         assert any(text in page.read_text(encoding="utf-8") for page in PAGES), text
+
+
+def command_lines():
+    """The words of every `diffdoctor …` in a block of shell."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in re.findall(r"^ *```(?:bash)?\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE):
+            for line in block.replace("\\\n", " ").split("\n"):
+                if line.strip().startswith("diffdoctor "):
+                    yield pytest.param(shlex.split(line, comments=True)[1:], id=f"{page.name}: {line.strip()[:60]}")
+
+
+@pytest.mark.parametrize("words", list(command_lines()))
+def test_the_command_takes_its_options(words, tmp_path, monkeypatch):
+    """Everything of a command but what it does."""
+    from diffdoctor import cli
+
+    load, commands = cli._load, {command.run for command in cli.COMMANDS.values()}
+    monkeypatch.setattr(cli, "_load", lambda path: (lambda config: 0) if path in commands else load(path))
+    monkeypatch.chdir(tmp_path)
+    rounds = (ROOT / "docs" / "rounds.md").read_text(encoding="utf-8")
+    (tmp_path / "round.yaml").write_text(re.search(r"^```yaml\n(.*?)^```", rounds, re.DOTALL | re.MULTILINE)[1])
+    assert cli.main(words) == 0

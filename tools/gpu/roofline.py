@@ -1,4 +1,4 @@
-"""How fast a loss can be: the bytes that any implementation moves, and those that the formula moves operator by operator.
+"""How fast a loss can be: the bytes that any implementation moves, and those that eager PyTorch moves for the formula.
 
     python -m tools.gpu.roofline [--docs docs/roofline.md]
 
