@@ -1,7 +1,7 @@
 """Every block of Python on README.md and in docs/ runs, among stand-ins for what a reader has around it, and every
 `diffdoctor …` in a block of shell has options that the command takes.
 
-A block of Python that cannot run says why in a comment in front of it: `<!-- not run: why -->`. The walkthrough's blocks
+A block of Python that cannot run says why in a comment before it: `<!-- not run: why -->`. Those of the walkthrough
 belong together and run in test_walkthrough.py.
 """
 

@@ -124,6 +124,7 @@ def test_a_wheel_from_the_sdist_holds_everything(sdist, tmp_path):
     names = {path.name for path in (tmp_path / "site" / "diffdoctor" / "kernels").glob("*.py")}
     assert names == {path.name for path in (ROOT / "kernels").glob("*.py")}
     assert (tmp_path / "site" / "diffdoctor" / "viz" / "report.html").is_file()
+    assert len(list((tmp_path / "site" / "diffdoctor").glob("*diffdoctor_kernels.*"))) == 1
     static = "diffdoctor/annotate/static"
     assert {file.name for file in (tmp_path / "site" / static).iterdir()} == set(os.listdir(ROOT / static))
     tracked = run("git", "ls-files", "diffdoctor/**.py", cwd=ROOT).stdout.split()
