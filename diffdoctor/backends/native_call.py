@@ -14,6 +14,9 @@ from diffdoctor.lowering.plan import (
     MAP_MODES,
     MAX_TERMS,
     REDUCTIONS,
+    WRITE_GRAD,
+    WRITE_LOSS,
+    WRITE_SUMS,
     MapPlan,
     OperandPlan,
     Options,
@@ -27,6 +30,7 @@ from diffdoctor.lowering.policy_loss import LEVELS, PolicyProblem
 _OPTION_FIELDS = tuple(field.name for field in fields(Options))
 _PLAN_FIELDS = tuple(field.name for field in fields(Plan) if field.name not in ("acc_dtype", "options", "cache"))
 _CODES = {**REDUCTIONS, **MAP_MODES}
+_Z = 5  # of the numbers, the divisor
 MAX_NUMBERS = 11  # of DD_WEIGHTED_LOSS_NUMBERS and DD_WEIGHTED_LOSS_MORE_NUMBERS
 
 
@@ -90,6 +94,76 @@ def call_arguments(problem: Problem) -> tuple[tuple, tuple]:
 def takes_more(problem: Problem) -> bool:
     """Whether a call has what DD_WEIGHTED_LOSS_MORE_... list: a third term, or coefficients that change with u."""
     return len(problem.terms) > 2 or problem.plan.spatial_coefs
+
+
+class FastCall:
+    """weighted_loss on the tensors of another call with the same plan and the same numbers, but for those that are
+    tensors. A backend's own has `launch` and `launch_mean`.
+
+    Args:
+        problem: of a first call.
+        native: the native module.
+    """
+
+    __slots__ = ("_count", "_dtype", "_mean", "_more", "_numbers", "_plan", "_tensor_slots")
+
+    def __init__(self, problem: Problem, native):
+        self._plan, self._numbers = native_plan(problem.plan, native), call_arguments(problem)[1]
+        self._count, self._dtype = problem.plan.batch * problem.plan.count, DTYPES[problem.plan.dtype]
+        self._mean = problem.z.data.shape[0] if problem.z_is_mean and problem.z.data is not None else 0
+        self._tensor_slots = [
+            k for k, number in enumerate(self._numbers) if type(number) is tuple and not (self._mean and k == _Z)
+        ]
+        self._more = takes_more(problem)
+
+    def __call__(
+        self,
+        pred: Tensor,
+        terms: tuple[Tensor, ...],
+        confidence: Tensor | None,
+        mask: Tensor | None,
+        weighting: Tensor | None,
+        per_sample: list[Tensor] | None,
+        loss: Tensor,
+        grad: Tensor | None,
+        sums: Tensor | None,
+    ) -> None:
+        """Fill the outputs that are given; `per_sample` are the numbers that are tensors, in the problem's order."""
+        numbers = self._numbers
+        if per_sample is not None:
+            numbers = list(numbers)
+            for k, tensor in zip(self._tensor_slots, per_sample, strict=True):
+                numbers[k] = (tensor.data_ptr(), 0 if tensor.shape[0] == 1 else tensor.stride(0))
+            numbers = tuple(numbers)
+        outputs = WRITE_LOSS if grad is None else WRITE_LOSS | WRITE_GRAD
+        if sums is not None:
+            outputs |= WRITE_SUMS
+        pointers: tuple = (
+            pred.data_ptr(),
+            0 if grad is None else grad.data_ptr(),
+            terms[0].data_ptr(),
+            terms[1].data_ptr() if len(terms) > 1 else 0,
+            0 if weighting is None else weighting.data_ptr(),
+            0 if confidence is None else confidence.data_ptr(),
+            0 if mask is None else mask.data_ptr(),
+            loss.data_ptr(),
+            0 if sums is None else sums.data_ptr(),
+        )
+        if self._more:
+            pointers += (terms[2].data_ptr() if len(terms) > 2 else 0,)
+        if self._mean:
+            z = loss.new_empty(self._mean)
+            self.launch_mean(pointers[5], pointers[6], z)
+            numbers = (*numbers[:_Z], (z.data_ptr(), 0 if self._mean == 1 else 1), *numbers[_Z + 1 :])
+        self.launch(outputs, pointers, numbers)
+
+    def launch(self, outputs: int, pointers: tuple, numbers: tuple) -> None:
+        """weighted_loss of the native module."""
+        raise NotImplementedError
+
+    def launch_mean(self, confidence: int, mask: int, out: Tensor) -> None:
+        """weight_mean of the native module, of the maps at two addresses into `out`, (B,) or (1,)."""
+        raise NotImplementedError
 
 
 def _pointer(tensor) -> int:

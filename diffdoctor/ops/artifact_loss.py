@@ -19,7 +19,7 @@ from diffdoctor.ops.autograd import (
     scaled,
 )
 from diffdoctor.ops.library import artifact_loss as registered
-from diffdoctor.ops.observed import is_observed, is_plain, unrecorded
+from diffdoctor.ops.observed import PLAIN, is_observed, is_plain, unrecorded
 from diffdoctor.reference.grid import accumulation_dtype
 from diffdoctor.runs.errors import expected
 
@@ -56,8 +56,9 @@ def artifact_loss(
         ValueError: a shape, name or number that cannot be.
         RuntimeError: the backend asked for cannot serve; torch.func transforms; a second derivative.
     """
-    height, width = unrecorded(check_arguments, logits, size, threshold, method, reduction)
-    if is_observed() or not is_plain(logits):
+    as_operator = is_observed() or type(logits) not in PLAIN
+    height, width = _checked_size(as_operator, logits, size, threshold, method, reduction)
+    if as_operator:
         return registered.artifact_loss(logits, height, width, threshold, method, reduction, backend)
     refuse_functorch("artifact_loss")
     refuse_forward_mode("artifact_loss", logits)
@@ -71,7 +72,7 @@ def artifact_loss(
     differentiable = torch.is_grad_enabled() and logits.requires_grad
     problem = lower(logits, (height, width), threshold, method, reduction, differentiable)
     if differentiable:
-        return _ArtifactLoss.apply(logits, problem, module)
+        return _keep_gradient(logits, problem, module)
     module.artifact_loss(problem)
     return problem.loss
 
@@ -89,16 +90,40 @@ class _ArtifactLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         refuse_functorch("artifact_loss", g)
-        if is_observed() or not is_plain(g, *ctx.saved_tensors):
-            unit_grad, factor = ctx.saved_tensors
+        unit_grad, factor = ctx.saved_tensors
+        if is_observed() or not is_plain(g, unit_grad, factor):
             grad = scaled(unit_grad, factor * g).to(ctx.dtype).reshape(ctx.shape)
         else:
-            unit_grad, factor = (x.contiguous() for x in ctx.saved_tensors)  # saved-tensor hooks may have changed that
+            unit_grad, factor = unit_grad.contiguous(), factor.contiguous()  # saved-tensor hooks may have changed that
             grad = torch.empty(ctx.shape, dtype=ctx.dtype, device=unit_grad.device)
             ctx.module.artifact_loss_backward(unit_grad, factor, g.resolve_neg(), grad.view(unit_grad.shape))
         if torch.is_grad_enabled():
             grad = forbid_second_derivative(grad, ctx.x(), "artifact_loss")
         return grad, None, None
+
+
+# Function.apply without what it does first for functorch, which was refused before.
+_keep_gradient = super(torch.autograd.Function, _ArtifactLoss).apply
+
+_INT = frozenset({int})
+_known_sizes: dict[tuple, tuple[int, int]] = {}  # by all that the checks of a plain tensor read
+
+
+def _checked_size(as_operator: bool, logits, size, threshold, method, reduction) -> tuple[int, int]:
+    """check_arguments, which a call like an earlier one has passed."""
+    arguments = (logits, size, threshold, method, reduction)
+    # In a key True is equal to 1 and 1 to 1.0.
+    usual = type(threshold) is float and (size is None or (type(size) is tuple and _INT.issuperset(map(type, size))))
+    if as_operator or not usual or type(method) is not str or type(reduction) is not str:
+        return unrecorded(check_arguments, *arguments)
+    key = (logits.shape, logits.dtype, logits.layout, logits.is_neg(), *arguments[1:])
+    known = _known_sizes.get(key)
+    if known is None:
+        known = check_arguments(*arguments)
+        if len(_known_sizes) >= 1024:
+            _known_sizes.clear()
+        _known_sizes[key] = known
+    return known
 
 
 def check_arguments(logits, size, threshold, method, reduction) -> tuple[int, int]:

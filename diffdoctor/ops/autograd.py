@@ -287,7 +287,10 @@ class BoundCall:
         entries = per_sample_order(
             problem.pred_scale, problem.coefs, problem.artifact_coefs, problem.huber_c, problem.weight, problem.z
         )
-        self._tensor_slots = [k for k, entry in enumerate(entries) if entry.data is not None]
+        self._tensor_slots = [
+            k for k, entry in enumerate(entries)
+            if entry.data is not None and not (entry is problem.z and problem.z_is_mean)
+        ]  # fmt: skip
         self._like_loss = torch.empty_like(problem.loss)  # empty_like of it takes half the time of empty
 
     def run(self, model_pred, target, confidence, mask, weighting, huber_c, normalizer, differentiable, return_stats):

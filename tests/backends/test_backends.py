@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import diffdoctor
+from benchmarks.ops import host
 from diffdoctor.backends import native
+from diffdoctor.backends.cuda import device as cuda_device
 from diffdoctor.backends.select import NAMES, BackendUnavailable, describe, for_device, pick, why_not
 from diffdoctor.ops import OPS
 from support.backends import HAS_CPU, needs_cpu
@@ -87,6 +89,15 @@ def test_a_plan_that_is_known_hides_nothing(monkeypatch):
     monkeypatch.setenv("DIFFDOCTOR_BACKEND", "reference")
     leaf = x.clone().requires_grad_()
     assert "SavedGradLoss" not in type(diffdoctor.weighted_loss(leaf, y).grad_fn).__name__
+
+
+@needs_cpu
+def test_a_call_on_the_cuda_backend_calls_few_functions(monkeypatch):
+    monkeypatch.setattr(cuda_device, "native", cuda_device.native)
+    host.stub_cuda()
+    with host.served_by("cuda"):
+        found = host.count()
+    assert all(found[what] <= most for what, most in host.CALLS["cuda"].items()), found
 
 
 def test_description_has_what_env_prints():

@@ -19,7 +19,7 @@ from diffdoctor.lowering.plan import LOSS_KINDS, WRITE_GRAD, WRITE_LOSS, WRITE_S
 from diffdoctor.lowering.policy_loss import WRITE_LOG_PROB
 from diffdoctor.ops import policy_call
 from diffdoctor.ops.call import plans
-from support import artifact, case_lists, cases, policy, search
+from support import artifact, case_lists, cases, later_calls, policy, search
 from support.all_formulas import FORMULAS
 from support.cuda_shim import ROOT, build_module, build_race, compiler, run
 
@@ -335,6 +335,14 @@ def test_autograd_keeps_one_gradient_and_launches_twice(public, shim):
     want = pred.detach().clone().requires_grad_()
     diffdoctor.reference.weighted_loss(want, target, confidence, artifact_weight=2.0).backward()
     torch.testing.assert_close(pred.grad, want.grad, rtol=3e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", later_calls.KINDS)
+def test_later_calls_equal_the_reference(public, shim, kind):
+    before = shim.launches()
+    later_calls.check(kind)
+    assert all(known.bound is not None for known in plans.values())
+    assert shim.launches() == before + 3 * (3 if kind in ("everything", "contrastive") else 2)
 
 
 def test_a_compiled_graph_leaves_no_workspace_behind(public, cuda):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import diffdoctor
 from diffdoctor.lowering.plan import LOSS_KINDS
-from support import case_lists, cases
+from support import case_lists, cases, later_calls
 from support.backends import BACKENDS, needs_cpu
 from support.launch import environment
 
@@ -44,6 +44,12 @@ def test_cpu_fills_every_output_as_the_reference(case, outputs):
     problem = cases.lower(inputs, outputs=outputs, weight_mean=_cpu.weight_mean)
     _cpu.weighted_loss(problem)
     cases.check(problem, cases.expected(inputs))
+
+
+@needs_cpu
+@pytest.mark.parametrize("kind", later_calls.KINDS)
+def test_later_calls_equal_the_reference(kind):
+    later_calls.check(kind)
 
 
 @needs_cpu

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffdoctor.backends import native
-from diffdoctor.backends.native_call import call_arguments, native_plan, scale_arguments, takes_more
-from diffdoctor.lowering.plan import DTYPES, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, Problem
+from diffdoctor.backends import native, native_call
+from diffdoctor.backends.native_call import call_arguments, native_plan, scale_arguments
+from diffdoctor.lowering.plan import Problem
 
 # Found in this module rather than in torch's, whose large table is in no cache after two million elements.
 _threads = torch.get_num_threads
@@ -26,63 +26,20 @@ def weighted_loss(problem: Problem) -> None:
 
 
 def bind(problem: Problem) -> FastCall | None:
-    """The problem's call with only its tensors left open; None where a call takes more than one native call."""
-    if problem.z_is_mean or problem.pred.dtype == torch.float16:  # fp16 computes its gradient in backward
-        return None
-    return FastCall(problem)
+    """The problem's call with only its tensors left open; None where backward is another call of its kind."""
+    return None if problem.pred.dtype == torch.float16 else FastCall(problem, _native)
 
 
-class FastCall:
-    """weighted_loss on the tensors of another call with the same plan and the same numbers.
+class FastCall(native_call.FastCall):
+    """A call of the native module's kernels for the CPU."""
 
-    Args:
-        problem: of a first call.
-    """
+    __slots__ = ()
 
-    __slots__ = ("_count", "_dtype", "_more", "_numbers", "_plan", "_tensor_slots")
-
-    def __init__(self, problem: Problem):
-        self._plan, self._numbers = native_plan(problem.plan, _native), call_arguments(problem)[1]
-        self._count, self._dtype = problem.plan.batch * problem.plan.count, DTYPES[problem.plan.dtype]
-        self._tensor_slots = [k for k, number in enumerate(self._numbers) if type(number) is tuple]
-        self._more = takes_more(problem)
-
-    def __call__(
-        self,
-        pred: Tensor,
-        terms: tuple[Tensor, ...],
-        confidence: Tensor | None,
-        mask: Tensor | None,
-        weighting: Tensor | None,
-        per_sample: list[Tensor] | None,
-        loss: Tensor,
-        grad: Tensor | None,
-        sums: Tensor | None,
-    ) -> None:
-        """Fill the outputs that are given; `per_sample` are the numbers that are tensors, in the problem's order."""
-        numbers = self._numbers
-        if per_sample is not None:
-            numbers = list(numbers)
-            for k, tensor in zip(self._tensor_slots, per_sample, strict=True):
-                numbers[k] = (tensor.data_ptr(), 0 if tensor.shape[0] == 1 else tensor.stride(0))
-            numbers = tuple(numbers)
-        outputs = WRITE_LOSS if grad is None else WRITE_LOSS | WRITE_GRAD
-        if sums is not None:
-            outputs |= WRITE_SUMS
-        pointers: tuple = (
-            pred.data_ptr(),
-            0 if grad is None else grad.data_ptr(),
-            terms[0].data_ptr(),
-            terms[1].data_ptr() if len(terms) > 1 else 0,
-            0 if weighting is None else weighting.data_ptr(),
-            0 if confidence is None else confidence.data_ptr(),
-            0 if mask is None else mask.data_ptr(),
-            loss.data_ptr(),
-            0 if sums is None else sums.data_ptr(),
-        )
-        if self._more:
-            pointers += (terms[2].data_ptr() if len(terms) > 2 else 0,)
+    def launch(self, outputs: int, pointers: tuple, numbers: tuple) -> None:
         launch(self._plan, outputs, pointers, numbers, _threads())
+
+    def launch_mean(self, confidence: int, mask: int, out: Tensor) -> None:
+        _native.weight_mean_cpu(self._plan, confidence, mask, out.data_ptr(), out.shape[0] > 1, _threads())
 
     def scale(self, grad: Tensor, g: Tensor, out: Tensor) -> None:
         """out = grad · g, of one number, for the call's gradient; in place nothing is written where g is 1."""

@@ -17,15 +17,11 @@ def artifact_loss(problem: ArtifactProblem) -> None:
     two_passes = problem.method == "max" and problem.unit_grad is not None
     maxima = torch.empty_like(problem.factor) if two_passes else None
     description = artifact_arguments(problem, maxima)
-    with device.guard(where):
-        stream = device.raw_stream(where)
-        size = device.native.artifact_loss_cuda_workspace(description)
-        workspace = device.workspace_for(where, stream, size, problem.keeps_workspace)
-        device.native.artifact_loss_cuda(description, device.address(workspace), stream)
+    size = device.native.artifact_loss_cuda_workspace(description)
+    device.launch(device.native.artifact_loss_cuda, (description,), where, size, problem.keeps_workspace)
 
 
 def artifact_loss_backward(unit_grad: Tensor, factor: Tensor, grad_output: Tensor, out: Tensor) -> None:
     """out = unit_grad · factor_b · g_b, in the logits' dtype."""
     arguments = artifact_backward_arguments(unit_grad, factor, grad_output, out)
-    with device.guard(unit_grad.device):
-        device.native.artifact_loss_backward_cuda(*arguments, device.raw_stream(unit_grad.device))
+    device.launch(device.native.artifact_loss_backward_cuda, arguments, unit_grad.device)

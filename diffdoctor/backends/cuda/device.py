@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,22 +10,37 @@ from torch import Tensor
 from diffdoctor.backends import native as _loader
 
 native = _loader.load()
-_nothing = contextlib.nullcontext()
 _MIN_WORKSPACE = 1 << 16
+# Without torch.cuda's check that CUDA is initialised, which a CUDA tensor has answered.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _ready: set[torch.device] = set()  # devices on which the kernels have been loaded
 # Per device and stream: launches on one stream never overlap, so they may share partial sums and the block counter.
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def guard(device: torch.device):
-    """A context in which `device` is current; tensors of the host are met in tests of the kernels alone."""
-    if device.type != "cuda":
-        return _nothing
-    if device not in _ready:
-        with torch.cuda.device(device):
-            native.cuda_problem()  # loads every kernel: later that might be under a capture
-        _ready.add(device)
-    return _nothing if torch.cuda.current_device() == device.index else torch.cuda.device(device)
+def launch(function: Callable, arguments: tuple, where: torch.device, size: int | None = None, keep: bool = True):
+    """function(*arguments, the current stream of `where`), with `where` the current device.
+
+    Args:
+        function: of the native module.
+        arguments: what it takes before a workspace and the stream.
+        where: a CUDA device; the host is met in tests of the kernels alone.
+        size: bytes of the workspace whose address it takes before the stream; None where it takes none.
+        keep: as `workspace_for` has it.
+    """
+    if where.type == "cuda":
+        if where not in _ready:
+            with torch.cuda.device(where):
+                native.cuda_problem()  # loads every kernel: later that might be under a capture
+            _ready.add(where)
+        if _current_device() != where.index:
+            with torch.cuda.device(where):
+                return launch(function, arguments, where, size, keep)
+    stream = raw_stream(where)
+    if size is None:
+        return function(*arguments, stream)
+    workspace = workspace_for(where, stream, size, keep)  # held until the launch is queued
+    return function(*arguments, address(workspace), stream)
 
 
 def raw_stream(device: torch.device) -> int:

@@ -16,7 +16,4 @@ def policy_loss(problem: PolicyProblem) -> None:
     size = plan.cache.get("cuda")
     if size is None:
         size = plan.cache["cuda"] = device.native.policy_loss_cuda_workspace(native_form, arguments)
-    with device.guard(where):
-        stream = device.raw_stream(where)
-        workspace = device.workspace_for(where, stream, size, problem.keeps_workspace)
-        device.native.policy_loss_cuda(native_form, arguments, device.address(workspace), stream)
+    device.launch(device.native.policy_loss_cuda, (native_form, arguments), where, size, problem.keeps_workspace)

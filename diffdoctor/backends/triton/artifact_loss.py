@@ -33,7 +33,7 @@ def artifact_loss(problem: ArtifactProblem) -> None:
         second = {"n_tiles": n_tiles, **artifact_arguments(problem, True)}
         kept = _kept[key] = ({"batch": batch, "n_tiles": n_tiles, **first}, second, {})
     first, second, launches = kept
-    with on_device(logits):
+    with on_device(logits.device):
         partial = torch.empty(batch * (2 * n_tiles + 1), dtype=acc, device=logits.device)
         tensors = {
             "logits_ptr": logits, "unit_grad_ptr": problem.unit_grad, "factor_ptr": problem.factor,
@@ -77,7 +77,7 @@ def artifact_loss_backward(unit_grad: Tensor, factor: Tensor, grad_output: Tenso
     need_memory(gradient=unit_grad, gradient_of_the_loss=grad_output)
     batch, h, w = unit_grad.shape
     n_tiles = -(-h * w // SCALE_BLOCK)
-    with on_device(unit_grad):
+    with on_device(unit_grad.device):
         numbers = {"n": h * w, "n_tiles": n_tiles, "g_stride": grad_output.stride(0) if grad_output.ndim else 0}
         launch(
             artifact.artifact_scale_kernel, batch * n_tiles, _scale_launches,

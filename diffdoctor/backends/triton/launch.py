@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
@@ -16,10 +18,38 @@ INTERPRETS = interprets(weighted_loss_kernel)
 SCALE_BLOCK = 2048  # elements that a program of a backward kernel scales at once
 SCALE = {"BLOCK": SCALE_BLOCK, "ROUND_BF16": INTERPRETS, **LAUNCH}
 SCALE_PROGRAMS = 1024  # at most: where nothing is to be scaled, few programs come and go
+LEAST_ADDRESS = 1 << 16  # no memory is ever mapped below
+_nothing = contextlib.nullcontext()
+# Without torch.cuda's check that CUDA is initialised, which a CUDA tensor has answered.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _direct = not INTERPRETS  # what compiles without a GPU takes every launch to the binder
 
 
-def launch(kernel, programs: int, kept: dict, key: tuple, tensors: dict, numbers: dict, fixed: dict) -> None:
+class Direct:
+    """A launch that was made, to be made again on other tensors at addresses that are multiples of 16.
+
+    Args:
+        compiled: the kernel.
+        programs: the grid.
+        others: its arguments behind the tensors.
+    """
+
+    __slots__ = ("_others", "run")
+
+    def __init__(self, compiled, programs: int, others: list):
+        self.run, self._others = compiled[(programs, 1, 1)], others
+
+    def launch(self, addresses: list[int], *tensors) -> bool:
+        """Launch on the tensors, each in its place or None; False where the code is not for such addresses."""
+        if min(addresses) < LEAST_ADDRESS or reduce(or_, addresses) & 15:
+            return False
+        self.run(*tensors, *self._others)
+        return True
+
+
+def launch(
+    kernel, programs: int, kept: dict, key: tuple, tensors: dict, numbers: dict, fixed: dict, again: bool = False
+) -> Direct | None:
     """kernel[(programs,)](**tensors, **numbers, **fixed).
 
     Triton's binder takes 45 us for the 78 arguments of weighted_loss_kernel. A launch like an earlier one goes straight
@@ -30,26 +60,37 @@ def launch(kernel, programs: int, kept: dict, key: tuple, tensors: dict, numbers
         programs: the grid.
         kept: what earlier launches with the same `fixed` left here; it lives as long as `fixed` does.
         key: what else the compiled code depends on: the device, and those of `numbers` that are constants of it.
-        tensors: by argument: a tensor, None, or a tuple of tensors. Their dtypes follow from `fixed` and `key`.
+        tensors: by argument: a tensor, None, or a tuple of tensors; the kernel's first arguments, in its order. Their
+            dtypes follow from `fixed` and `key`.
         numbers: by argument; those that are not in `key` must be floats or `do_not_specialize`.
         fixed: the other arguments, the same in every launch with this `kept`.
+        again: whether the same launch is to be made on other tensors.
+
+    Returns:
+        With `again` that launch, once the kernel is compiled for aligned addresses; else None.
     """
     if not _direct:
         kernel[(programs,)](**tensors, **numbers, **fixed)
-        return
-    key = (kernel.__name__, *key, *map(_alignment, tensors.values()))
+        return None
+    alignments = tuple(map(_alignment, tensors.values()))
+    key = (kernel.__name__, *key, *alignments)
     known = kept.get(key)
     if known is None:
-        compiled = kernel[(programs,)](**tensors, **numbers, **fixed)
-        names = kernel.arg_names
-        # The tensors' places stay empty: a kept tensor would keep its memory.
-        kept[key] = compiled, [fixed.get(name) for name in names], [names.index(name) for name in (*tensors, *numbers)]
-        return
-    compiled, arguments, places = known
-    arguments = arguments.copy()
-    for place, value in zip(places, (*tensors.values(), *numbers.values()), strict=True):
-        arguments[place] = value
-    compiled[(programs, 1, 1)](*arguments)
+        compiled, names = kernel[(programs,)](**tensors, **numbers, **fixed), kernel.arg_names
+        first = len(tensors)
+        assert tuple(names[:first]) == tuple(tensors), kernel.__name__
+        kept[key] = compiled, [fixed.get(name) for name in names[first:]], [names.index(n) - first for n in numbers]
+        return None
+    compiled, others, places = known
+    others = others.copy()
+    for place, value in zip(places, numbers.values(), strict=True):
+        others[place] = value
+    if not again or any(any(bits) if type(bits) is tuple else bits for bits in alignments):
+        compiled[(programs, 1, 1)](*tensors.values(), *others)
+        return None
+    direct = Direct(compiled, programs, others)
+    direct.run(*tensors.values(), *others)
+    return direct
 
 
 def specialised(count: int) -> int:
@@ -66,17 +107,20 @@ def _alignment(value):
     return value.data_ptr() & 15
 
 
-def on_device(tensor: Tensor):
-    """Launches go to the current device; make it the tensor's."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
+def is_current(device: torch.device) -> bool:
+    """Whether launches, which go to the current device, go to this one; the host is met in tests."""
+    return device.type != "cuda" or device.index == _current_device()
+
+
+def on_device(device: torch.device):
+    """A context in which launches go to a device."""
+    return _nothing if is_current(device) else torch.cuda.device(device)
 
 
 def need_memory(**tensors: Tensor | None) -> None:
     """Refuse a tensor at the address 0, whose memory does not hold its values; by the arguments' names."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.data_ptr() < 1 << 16:  # no memory is ever mapped there
+        if tensor is not None and tensor.data_ptr() < LEAST_ADDRESS:
             raise ValueError(expected(name, "a tensor whose memory holds its values", "address 0"))
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from diffdoctor.backends.triton.launch import INTERPRETS, counters, need_memory, on_device
-from diffdoctor.backends.triton.weighted_loss import pack_per_sample
+from diffdoctor.backends.triton.launch import INTERPRETS, counters, launch, need_memory, on_device
+from diffdoctor.backends.triton.weighted_loss import pack_per_sample, three
 from diffdoctor.backends.triton.weighted_loss import scale_gradient as scale_gradient
 from diffdoctor.backends.triton_tiles import make_channel_box, policy_arguments
 from diffdoctor.kernels import policy_loss as policy
@@ -31,22 +31,34 @@ def policy_loss(problem: PolicyProblem) -> None:
         stages = [policy.LOG_PROB.value]
     elif problem.level == "sample":
         stages = [policy.SAMPLE_MOMENTS.value, policy.SAMPLE_LEVEL.value]
-    with on_device(problem.pred):
+    with on_device(problem.pred.device):
         partial = torch.empty(plan.batch * (programs * _COLUMNS + 1), dtype=plan.acc_dtype, device=device)
         moments = partial.new_empty(plan.batch, _MOMENTS) if len(stages) > 1 else None
         entries = (problem.a, problem.b, problem.sigma, problem.old_mean, problem.grad_output)
         pointers, tensor_bits, batched_bits = pack_per_sample(entries, partial)
         values = [1.0 if entry is None else entry.value for entry in entries]
-        zeros = counters(device, plan.batch + 1, problem.keeps_workspace)
+        tensors = {
+            "pred_ptr": problem.pred, "grad_ptr": problem.grad, **dict(zip(_TERMS, three(problem.terms), strict=True)),
+            "log_prob_ptr": problem.log_prob if problem.old_log_prob is None else problem.old_log_prob,
+            "advantage_ptr": problem.advantage, "mask_ptr": problem.mask, "loss_ptr": problem.loss,
+            "sums_ptr": problem.sums, "moments_ptr": moments, "partial_ptr": partial,
+            "counter_ptr": counters(device, plan.batch + 1, problem.keeps_workspace), "number_ptrs": pointers,
+        }  # fmt: skip
+        constants = {
+            "OLD": problem.old_kind, "LOSS": bool(outputs & WRITE_LOSS), "GRAD": bool(outputs & WRITE_GRAD),
+            "SUMS": bool(outputs & WRITE_SUMS), "KL": problem.ref_pred is not None, "ROUND_BF16": INTERPRETS,
+        }  # fmt: skip
+        numbers = {
+            "tensor_bits": tensor_bits, "batched_bits": batched_bits, **dict(zip(_NUMBERS, values, strict=True)),
+            "low": 1 - problem.clip_range[0], "high": 1 + problem.clip_range[1], "most": problem.advantage_clip,
+            "kl_weight": problem.kl_weight, "reduction": REDUCTIONS[problem.reduction], **constants,
+        }  # fmt: skip
         for stage in stages:
-            policy.policy_loss_kernel[(plan.batch * programs,)](
-                problem.pred, problem.grad, *problem.terms, *(None,) * (3 - len(problem.terms)),
-                problem.log_prob if problem.old_log_prob is None else problem.old_log_prob,
-                problem.advantage, problem.mask, problem.loss, problem.sums, moments, partial, zeros, pointers,
-                tensor_bits=tensor_bits, batched_bits=batched_bits, a=values[0], b=values[1], sigma=values[2],
-                old_mean=values[3], grad_output=values[4], low=1 - problem.clip_range[0],
-                high=1 + problem.clip_range[1], most=problem.advantage_clip, kl_weight=problem.kl_weight,
-                reduction=REDUCTIONS[problem.reduction], STAGE=stage, OLD=problem.old_kind,
-                LOSS=bool(outputs & WRITE_LOSS), GRAD=bool(outputs & WRITE_GRAD), SUMS=bool(outputs & WRITE_SUMS),
-                KL=problem.ref_pred is not None, ROUND_BF16=INTERPRETS, **shared,
+            launch(
+                policy.policy_loss_kernel, plan.batch * programs, plan.cache, (device, stage, *constants.values()),
+                tensors, {**numbers, "STAGE": stage}, shared,
             )  # fmt: skip
+
+
+_TERMS = ("latents_ptr", "next_ptr", "ref_ptr")
+_NUMBERS = ("a", "b", "sigma", "old_mean", "grad_output")

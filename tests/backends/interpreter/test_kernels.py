@@ -19,7 +19,7 @@ from diffdoctor.kernels.element_loss import element_loss
 from diffdoctor.kernels.weighted_loss import count_of, decode
 from diffdoctor.lowering.plan import LOSS_KINDS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
 from diffdoctor.lowering.policy_loss import WRITE_LOG_PROB
-from support import artifact, case_lists, cases, policy, search
+from support import artifact, case_lists, cases, later_calls, policy, search
 
 
 @triton.jit
@@ -192,6 +192,10 @@ def test_a_tensor_without_memory_is_refused():
     freed.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="target: expected a tensor whose memory holds its values, got address 0"):
         diffdoctor.weighted_loss(torch.randn(1, 2, 1, 8), freed, backend="triton")
+
+
+def test_later_calls_equal_the_reference(served):
+    later_calls.check("everything")
 
 
 @pytest.mark.parametrize("zero", ["mask", "weighting", "clean_weight", "element_weighting"])
