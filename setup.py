@@ -19,6 +19,8 @@ setup(
         "diffdoctor": ["_build_info.json"],
         "diffdoctor.viz": ["*.html"],
         "diffdoctor.annotate": ["static/*"],
+        "diffdoctor.evaluate.compare": ["static/*"],
+        "diffdoctor.web": ["static/*"],
     },
     ext_modules=[Extension("diffdoctor._native", sources=[], optional=True)] if native else [],
     cmdclass={"build_ext": build_native.BuildNative, "build_py": build_native.BuildPython},

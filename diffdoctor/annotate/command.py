@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import webbrowser
 
 from diffdoctor.annotate.config import (
     AnnotateAgreementConfig,
@@ -18,6 +17,7 @@ from diffdoctor.annotate.status import status_of
 from diffdoctor.runs.errors import DoubtfulResult, UserError, expected, missing_extra
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.lock import locked_folder
+from diffdoctor.web.serve import serve_until_interrupted
 
 _DAY = 24 * 3600.0
 
@@ -29,7 +29,6 @@ def run_annotate_serve(config: AnnotateServeConfig) -> int:
         UserError: there is no project, another server has it, or the address cannot be listened at.
     """
     try:
-        from diffdoctor.annotate.serve import hosts_of, listening, make_server
         from diffdoctor.annotate.server import build_app
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "starlette":
@@ -38,23 +37,15 @@ def run_annotate_serve(config: AnnotateServeConfig) -> int:
 
     project = Project(config.project)
     assist = _assist(config.assist)
-    scheme = "http" if config.certificate is None else "https"
-    with locked_folder(project.folder), listening(config.host, config.port) as sock:
-        port = sock.getsockname()[1]
-        app = build_app(project, hosts_of(config.host, port, tuple(config.names or ())), scheme=scheme, assist=assist)
-        server = make_server(app, certificate=config.certificate, key=config.key)
-        if config.allow_remote and config.certificate is None:
-            print("warning: without --certificate, tokens and pictures can be read on the way", file=sys.stderr)
-        stop = threading.Event()
+
+    def build(hosts: list[str], scheme: str):
         threading.Thread(target=_back_up, args=(project, stop), daemon=True).start()
-        url = _url(config, scheme, port) + f"/#token={_own_token(project)}"
-        print(f"{url}\nCtrl-C ends", flush=True)
-        if config.open:
-            webbrowser.open(url)
+        return build_app(project, hosts, scheme=scheme, assist=assist)
+
+    stop = threading.Event()
+    with locked_folder(project.folder):
         try:
-            server.run(sockets=[sock])
-        except KeyboardInterrupt:
-            pass
+            serve_until_interrupted(config, build, lambda url: [f"{url}/#token={_own_token(project)}"])
         finally:
             stop.set()
     return 0
@@ -66,12 +57,6 @@ def _assist(path: str | None):
     from diffdoctor.runs.functions import function_from_file
 
     return function_from_file(path)[0]
-
-
-def _url(config: AnnotateServeConfig, scheme: str, port: int) -> str:
-    host = (config.names or [config.host])[0]
-    host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _own_token(project: Project) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 from diffdoctor.annotate.schema import ROLES
 from diffdoctor.annotate.select import STRATEGIES
 from diffdoctor.runs.errors import UserError, check_least, expected
+from diffdoctor.web.serve import check_address
 
 MERGES = ("mean", "majority", "reviewed")
 FORMATS = ("shards", "label-studio", "coco")
@@ -99,12 +100,7 @@ class AnnotateServeConfig:
     assist: str | None = None
 
     def __post_init__(self):
-        if not 0 <= self.port <= 65535:
-            raise UserError(expected("port", "a number in [0, 65535]", self.port))
-        if self.host not in ("127.0.0.1", "localhost", "::1") and not self.allow_remote:
-            raise UserError(expected("host", "this machine's loopback, or --allow_remote true", self.host))
-        if (self.certificate is None) != (self.key is None):
-            raise UserError(expected("certificate, key", "both or none", "one of them"))
+        check_address(self)
 
 
 @dataclasses.dataclass

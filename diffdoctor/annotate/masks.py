@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
 import zlib
 from collections.abc import Mapping
@@ -12,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from diffdoctor.runs import strict_json
-from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.runs.errors import expected
+from diffdoctor.web.bodies import BadBody, as_object
 
-MAX_BODY = 8 * 2**20
 MAX_HEADER = 2**18
 # Of a body's pixels: a picture of 4096 x 4096 (larger ones are cut into tasks).
 MAX_SIDE = 4096
@@ -37,47 +36,6 @@ def unpack(data: bytes, height: int, width: int, bits: int) -> np.ndarray:
     row = (width + 7) // 8 if bits == 1 else width
     values = np.frombuffer(zlib.decompress(data), np.uint8).reshape(height, row)
     return np.unpackbits(values, axis=1, count=width) * np.uint8(255) if bits == 1 else values
-
-
-class BadBody(UserError):
-    """A request's body that is not as described; its message says what is wrong."""
-
-
-class Inflater:
-    """Undoes gzip while a body arrives, up to a size.
-
-    Args:
-        most: bytes to which the body may inflate.
-    """
-
-    def __init__(self, most: int):
-        self.most, self.parts, self.size = most, [], 0
-        self._stream = zlib.decompressobj(wbits=31)
-
-    def add(self, data: bytes) -> None:
-        """Take what arrived.
-
-        Raises:
-            BadBody: it is no gzip, or inflates beyond the size.
-        """
-        try:
-            part = self._stream.decompress(data, self.most + 1 - self.size)
-        except zlib.error as error:
-            raise BadBody(expected("body", "gzip", error)) from None
-        self.size += len(part)
-        if self.size > self.most:
-            raise BadBody(expected("body", f"at most {self.most:,} bytes inflated", "more"))
-        self.parts.append(part)
-
-    def finished(self) -> bytes:
-        """The whole body.
-
-        Raises:
-            BadBody: it ends in the middle, or something stands behind its end.
-        """
-        if not self._stream.eof or self._stream.unused_data:
-            raise BadBody(expected("body", "one whole gzip stream", "a part of one, or more"))
-        return b"".join(self.parts)
 
 
 def envelope(fields: Mapping[str, Any], planes: Mapping[str, np.ndarray]) -> bytes:
@@ -124,22 +82,3 @@ def open_envelope(
         if not np.isin(plane, np.array(_VALUES[name], np.uint8)).all():
             raise BadBody(expected(name, f"bytes among {_VALUES[name]}", "others"))
     return fields, planes
-
-
-def as_object(data: bytes) -> dict[str, Any]:
-    """The JSON object in a body.
-
-    Raises:
-        BadBody: it is none, or not UTF-8.
-    """
-    try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refused)
-    except (ValueError, RecursionError) as error:
-        raise BadBody(expected("body", "JSON", str(error)[:80])) from None
-    if not isinstance(value, dict):
-        raise BadBody(expected("body", "a JSON object", type(value).__name__))
-    return value
-
-
-def _refused(name: str) -> None:
-    raise ValueError(name)

@@ -20,21 +20,9 @@ from diffdoctor.annotate.project import Project
 from diffdoctor.annotate.schema import KNOWN_KINDS
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.web.bodies import Refused
 
 _KNOWN = ", ".join(repr(kind) for kind in KNOWN_KINDS)
-
-
-class Refused(UserError):
-    """A request that cannot be served.
-
-    Attributes:
-        status: of HTTP.
-        fields: further values of the answer.
-    """
-
-    def __init__(self, status: int, message: str, **fields: Any):
-        super().__init__(message)
-        self.status, self.fields = status, fields
 
 
 @dataclass

@@ -1,49 +1,28 @@
-"""Reading requests and writing answers, within limits."""
+"""What the annotation page asks: by whom, and with which masks."""
 
 from __future__ import annotations
 
 import gzip
-import io
-import zlib
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from diffdoctor.annotate.masks import MAX_BODY, Inflater, as_object, largest_envelope, open_envelope
-from diffdoctor.annotate.queue import Refused
+from diffdoctor.annotate.masks import largest_envelope, open_envelope
 from diffdoctor.annotate.schema import ROLES
-from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.runs.errors import expected
+from diffdoctor.web import requests
+from diffdoctor.web.bodies import Refused
 
-_MAX_JSON = 2**16
 
-
-class Ask:
-    """A request whose body was read.
-
-    Attributes:
-        person: the row of who asks.
-        params: of the path.
-        query: of the address.
-        headers: of the request.
-        body: not compressed.
-    """
-
-    def __init__(self, request: Request, body: bytes):
-        self.person, self.params, self.body = request.scope["person"], request.path_params, body
-        self.query, self.headers = request.query_params, request.headers
+class Ask(requests.Ask):
+    """A request whose body was read; `person` is a row of the annotators."""
 
     @property
     def me(self) -> int:
         """The id of who asks."""
         return self.person["id"]
-
-    def json(self) -> dict[str, Any]:
-        """The body as a JSON object; an empty one is {}."""
-        return as_object(self.body) if self.body else {}
 
     def envelope(self, shape: tuple[int, int], allowed: tuple[str, ...]) -> tuple[dict, dict[str, np.ndarray]]:
         """The body as JSON values and planes."""
@@ -57,83 +36,6 @@ class Ask:
         """
         if ROLES.index(self.person["role"]) < ROLES.index(role):
             raise Refused(403, expected("role", role, self.person["role"]))
-
-
-def endpoint(answer: Callable[[Ask], Response], most: Callable[[Request], int] | None = None) -> Callable:
-    """A Starlette endpoint of a function that runs in a thread.
-
-    Args:
-        answer: from what was asked to the response.
-        most: bytes to which a gzip body may inflate; None: the body is a little JSON, or nothing.
-    """
-
-    async def serve(request: Request) -> Response:
-        try:
-            body = await _body(request, most)
-            return await run_in_threadpool(answer, Ask(request, body))
-        except Refused as error:
-            return JSONResponse({"error": str(error), **error.fields}, error.status)
-        except UserError as error:
-            return JSONResponse({"error": str(error)}, 400)
-
-    return serve
-
-
-class _Body:
-    """A request's body as far as it may go, part by part.
-
-    Args:
-        request: of which.
-        inflated: bytes to which a gzip body may inflate; None: the body is a little JSON, or nothing.
-    """
-
-    def __init__(self, request: Request, inflated: int | None):
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        self.got = kind, request.headers.get("content-encoding", "identity").lower()
-        self.wanted = ("application/json", "identity") if inflated is None else ("application/octet-stream", "gzip")
-        self.limit = _MAX_JSON if inflated is None else MAX_BODY
-        self.size, self.parts = 0, []
-        self.inflater = None if inflated is None else Inflater(inflated)
-
-    def add(self, part: bytes) -> None:
-        self.size += len(part)
-        if self.got != self.wanted:
-            names = ", ".join(self.got)
-            raise Refused(415, expected("Content-Type, Content-Encoding", ", ".join(self.wanted), names))
-        if self.size > self.limit:
-            raise Refused(413, expected("body", f"at most {self.limit:,} bytes", "more"))
-        if self.inflater is None:
-            self.parts.append(part)
-        else:
-            self.inflater.add(part)
-
-    def finished(self) -> bytes:
-        return b"".join(self.parts) if self.inflater is None else self.inflater.finished()
-
-
-async def _body(request: Request, most: Callable[[Request], int] | None) -> bytes:
-    """A request's body, not compressed; see `endpoint`.
-
-    What is refused is read on, up to a limit: a browser that is answered while it still sends reports a lost connection
-    instead of the answer.
-    """
-    fault, body, size = None, None, 0
-    try:
-        body = _Body(request, None if most is None else await run_in_threadpool(most, request))
-    except UserError as error:
-        fault = error
-    async for part in request.stream():
-        size += len(part)
-        if fault is None and part:
-            try:
-                await run_in_threadpool(body.add, part)
-            except UserError as error:
-                fault = error
-        elif size > 2 * MAX_BODY:
-            break
-    if fault is not None:
-        raise fault
-    return body.finished()
 
 
 def envelope_limit(size_of: Callable[[int], tuple[int, int]]) -> Callable[[Request], int]:
@@ -150,16 +52,3 @@ def raw(pixels: np.ndarray | bytes, headers: dict[str, str] | None = None) -> Re
     data = pixels if isinstance(pixels, bytes) else np.ascontiguousarray(pixels).tobytes()
     headers = {"Content-Encoding": "gzip", **(headers or {})}
     return Response(gzip.compress(data, 1, mtime=0), media_type="application/octet-stream", headers=headers)
-
-
-def png(picture: np.ndarray) -> bytes:
-    """A picture (H, W, 3) uint8 as PNG without metadata, fast rather than small.
-
-    Run lengths alone take a quarter less time than the lowest level (2.1 s against 2.9 s for a noisy picture of 4096 x
-    4096 on one core) and as many bytes.
-    """
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
-    return buffer.getvalue()

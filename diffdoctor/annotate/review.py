@@ -13,8 +13,8 @@ import numpy as np
 from diffdoctor.annotate.answers import conflict_of, insert_logged, marks_of, newest_answers
 from diffdoctor.annotate.overlap import iou, tolerant_iou
 from diffdoctor.annotate.project import Project
-from diffdoctor.annotate.queue import Refused
 from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.web.bodies import Refused
 
 DECISIONS = ("accept", "edit", "reject")
 

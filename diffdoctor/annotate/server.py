@@ -6,26 +6,24 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from importlib import resources
 from typing import Any
 
 import numpy as np
-from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from diffdoctor.annotate import gold, review
-from diffdoctor.annotate.guard import ASGI, Guard
 from diffdoctor.annotate.project import Project
-from diffdoctor.annotate.queue import Queue, Refused, Submission
-from diffdoctor.annotate.requests import Ask, endpoint, envelope_limit, png, raw
+from diffdoctor.annotate.queue import Queue, Submission
+from diffdoctor.annotate.requests import Ask, envelope_limit, raw
 from diffdoctor.annotate.status import status_of
 from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.web.bodies import Refused
+from diffdoctor.web.guard import ASGI
+from diffdoctor.web.page import guarded_page
+from diffdoctor.web.requests import endpoint, png
 
 Assist = Callable[[np.ndarray, int, int], np.ndarray]
-
-_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml", "png": "image/png"}
-_NOT_MODIFIED = 304
 
 
 def build_app(project: Project, hosts: Iterable[str], *, scheme: str = "http", assist: Assist | None = None) -> ASGI:
@@ -37,35 +35,9 @@ def build_app(project: Project, hosts: Iterable[str], *, scheme: str = "http", a
         scheme: http or https.
         assist: from a picture (H, W, 3) uint8 and a point (x, y) to a mask (H, W) bool; None: not offered.
     """
-    files = _static_files()
-    routes = [Route(path, _static(*file)) for path, file in files.items()]
-    routes += Endpoints(project, assist).routes()
-    app = Starlette(routes=routes)
-    app.router.redirect_slashes = False  # it would build an address from the Host header
-    return Guard(app, project.store, hosts, files, scheme=scheme)
-
-
-def _static_files() -> dict[str, tuple[bytes, str]]:
-    """{path: (bytes, media type)} of the page's files, read once: no path of a request ever names a file."""
-    found = {}
-    for file in resources.files("diffdoctor.annotate").joinpath("static").iterdir():
-        kind = _TYPES.get(file.name.rpartition(".")[2])
-        if kind is not None:
-            path = "/" if file.name == "index.html" else f"/static/{file.name}"
-            found[path] = (file.read_bytes(), kind)
-    return found
-
-
-def _static(data: bytes, kind: str) -> Callable:
-    tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
-    headers = {"ETag": tag, "Cache-Control": "no-cache"}
-
-    async def serve(request) -> Response:
-        if request.headers.get("if-none-match") == tag:
-            return Response(status_code=_NOT_MODIFIED, headers=headers)
-        return Response(data, media_type=kind, headers=headers)
-
-    return serve
+    routes = Endpoints(project, assist).routes()
+    person_of = project.store.person_of
+    return guarded_page("diffdoctor.annotate", routes, person_of, hosts, scheme=scheme, name="annotate serve")
 
 
 class Endpoints:
@@ -108,7 +80,7 @@ class Endpoints:
             ("GET", "status", self.status, None),
             ("GET", "events", self.events, None),
         ]
-        return [Route(f"/api/{path}", endpoint(ask, most), methods=[verb]) for verb, path, ask, most in table]
+        return [Route(f"/api/{path}", endpoint(ask, most, Ask), methods=[verb]) for verb, path, ask, most in table]
 
     def _task(self, task: int):
         if not task < 2**63 or (row := self.store.one(_TASK, task)) is None:

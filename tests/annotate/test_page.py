@@ -351,7 +351,7 @@ def test_no_text_is_put_in_as_markup():
     """No script parses a string as HTML or runs one; the markup has no inline script or style."""
     from importlib import resources
 
-    for file in resources.files("diffdoctor.annotate").joinpath("static").iterdir():
+    for file in (file for package in PAGES for file in resources.files(package).joinpath("static").iterdir()):
         text = file.read_text()
         assert not re.search(
             r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|DOMParser", text

@@ -143,7 +143,7 @@ def test_an_answer_whose_receipt_was_lost(rater, reloaded):
 
 def test_an_unknown_token_is_asked_for(rater):
     someone = rater()
-    someone.page.evaluate("sessionStorage.setItem('diffdoctor-annotate-token', 'wrong')")
+    someone.page.evaluate("sessionStorage.setItem('diffdoctor-token', 'wrong')")
     someone.page.reload()
     someone.until("#message input")
     someone.page.fill("#message input", someone.project.store.add_person("bo", "annotator"))

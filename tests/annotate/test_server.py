@@ -12,11 +12,11 @@ import threading
 import numpy as np
 import pytest
 
-from diffdoctor.annotate import masks
 from diffdoctor.annotate.command import _assist
-from diffdoctor.annotate.guard import HEADERS, WRONG_TOKENS, Guard
 from diffdoctor.data.codec import decode
 from diffdoctor.runs.errors import UserError
+from diffdoctor.web import bodies
+from diffdoctor.web.guard import HEADERS, WRONG_TOKENS, Guard
 from support.annotation import Client, make_project, picture, proposal, serving, spot
 from support.paths import ROOT
 
@@ -247,7 +247,7 @@ def test_guessing_tokens_ends_after_ten(tmp_path):
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    guard = Guard(app, project.store, ["127.0.0.1:1"], [], clock=lambda: now[0])
+    guard = Guard(app, project.store.person_of, ["127.0.0.1:1"], [], clock=lambda: now[0])
 
     def status(token, client="1.2.3.4"):
         sent = []
@@ -340,7 +340,7 @@ def test_a_body_ends_at_its_limit(served):
     task = fresh(clients["ann"])
     # many empty gzip blocks: 5 bytes each that inflate to nothing
     block = b"\x00\x00\x00\xff\xff"
-    endless = gzip.compress(b"", mtime=0)[:10] + block * (masks.MAX_BODY // len(block) + 1)
+    endless = gzip.compress(b"", mtime=0)[:10] + block * (bodies.MAX_BODY // len(block) + 1)
     status, _, answer = clients["ann"].call("PUT", f"/api/tasks/{task['task']}/annotation", endless, ENVELOPE)
     assert status == 413 and "at most 8,388,608 bytes" in json.loads(answer)["error"]
     status, _, answer = clients["ann"].call("POST", "/api/next", b" " * 2**17, {"Content-Type": "application/json"})
@@ -454,7 +454,6 @@ def test_killed_between_commit_and_answer_nothing_is_lost_or_twice(tmp_path):
 def test_one_server_a_project_and_none_for_other_machines_unasked(tmp_path):
     from diffdoctor.annotate.command import run_annotate_serve
     from diffdoctor.annotate.config import AnnotateServeConfig
-    from diffdoctor.runs.errors import UserError
     from diffdoctor.runs.lock import locked_folder
 
     project = make_project(tmp_path, 1)
@@ -484,7 +483,7 @@ def test_serving_other_machines_without_encryption_is_warned_of(tmp_path, monkey
         given.update(options, hosts=app.hosts, origins=app.origins)
         return Server()
 
-    monkeypatch.setattr("diffdoctor.annotate.serve.make_server", make_server)
+    monkeypatch.setattr("diffdoctor.web.serve.make_server", make_server)
     files = {"certificate": "cert.pem", "key": "key.pem"} if encrypted else {}
     project = make_project(tmp_path, 1)
     config = AnnotateServeConfig(

@@ -125,8 +125,9 @@ def test_a_wheel_from_the_sdist_holds_everything(sdist, tmp_path):
     assert names == {path.name for path in (ROOT / "kernels").glob("*.py")}
     assert (tmp_path / "site" / "diffdoctor" / "viz" / "report.html").is_file()
     assert len(list((tmp_path / "site" / "diffdoctor").glob("*diffdoctor_kernels.*"))) == 1
-    static = "diffdoctor/annotate/static"
-    assert {file.name for file in (tmp_path / "site" / static).iterdir()} == set(os.listdir(ROOT / static))
+    for package in ("annotate", "evaluate/compare", "web"):
+        static = f"diffdoctor/{package}/static"
+        assert {file.name for file in (tmp_path / "site" / static).iterdir()} == set(os.listdir(ROOT / static))
     tracked = run("git", "ls-files", "diffdoctor/**.py", cwd=ROOT).stdout.split()
     assert len(tracked) > 50
     assert not [name for name in tracked if not (tmp_path / "site" / name).is_file()]

@@ -9,8 +9,8 @@ import sys
 import threading
 
 from diffdoctor.annotate.project import Project
-from diffdoctor.annotate.serve import hosts_of, listening, make_server
 from diffdoctor.annotate.server import build_app
+from diffdoctor.web.serve import hosts_of, listening, make_server
 
 
 def serve(folder, sock, port):

@@ -66,9 +66,10 @@ def make_project(folder: Path, tasks: int = 3, *, height: int = 48, width: int =
 @contextlib.contextmanager
 def serving(project: Project, assist=None):
     """The address of a server of the project, which runs in a thread of this process; `assist`: see `build_app`."""
-    from diffdoctor.annotate.serve import running
+    from diffdoctor.annotate.server import build_app
+    from diffdoctor.web.serve import running
 
-    with running(project, assist=assist) as url:
+    with running(lambda hosts: build_app(project, hosts, assist=assist)) as url:
         yield url
 
 

@@ -3,8 +3,9 @@
 import * as api from "./api.js";
 import { Editor } from "./editor.js";
 import { Keeper } from "./keep.js";
-import { TOOLS, actionOf } from "./keys.js";
-import { $, banner, markdown, setUpDialogs, setUpTheme, toast, tour } from "./panels.js";
+import { KEYS, TOOLS, actionOf } from "./keys.js";
+import { $, setUpDialogs, setUpTheme, toast } from "./page.js";
+import { banner, markdown, tour } from "./panels.js";
 import { Review } from "./review.js";
 import { Session } from "./session.js";
 
@@ -16,7 +17,7 @@ class App extends Session {
     this.editor = new Editor({ onEdit: () => this.edited(), onAssist: (x, y) => this.assist(x, y) });
     this.review = new Review(this);
     this.theme = setUpTheme();
-    setUpDialogs();
+    setUpDialogs(KEYS, () => $("stage"));
     const click = {
       submit: "submit",
       clean: "clean",

@@ -3,7 +3,8 @@
 import { COLOURS, Overlay } from "./overlay.js";
 import { TOOLS } from "./keys.js";
 import { Mask } from "./mask.js";
-import { $, icon, make, toast } from "./panels.js";
+import { $, make, toast } from "./page.js";
+import { icon } from "./panels.js";
 import { Tools } from "./tools.js";
 import { View } from "./view.js";
 

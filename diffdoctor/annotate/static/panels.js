@@ -1,14 +1,6 @@
 // Everything around the picture that speaks: messages, banners, help, guidelines, tour. All text goes in as text.
 
-import { KEYS } from "./keys.js";
-
-export const $ = (id) => document.getElementById(id);
-
-export function make(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children.filter((child) => child !== null));
-  return element;
-}
+import { $, buttons, make } from "./page.js";
 
 export function icon(name) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg"),
@@ -17,31 +9,6 @@ export function icon(name) {
   svg.setAttribute("aria-hidden", "true");
   svg.append(use);
   return svg;
-}
-
-function buttons(actions) {
-  return actions.map(({ text, key, primary, act }) =>
-    make(
-      "button",
-      { type: "button", className: primary ? "primary" : "", onclick: act },
-      text,
-      key ? make("kbd", { textContent: key }) : null,
-    ),
-  );
-}
-
-/** Covers the page: the end of the queue, an error, a pause. */
-export function message(title, text, actions = [], extra = null) {
-  const [heading, paragraph, row] = $("message").querySelectorAll("h1, p, .actions");
-  heading.textContent = title;
-  paragraph.textContent = text;
-  row.replaceChildren(...(extra ? [extra] : []), ...buttons(actions));
-  $("message").hidden = false;
-  row.querySelector("input, button")?.focus();
-}
-
-export function noMessage() {
-  $("message").hidden = true;
 }
 
 const banners = new Map();
@@ -56,42 +23,6 @@ export function banner(kind, text, actions = []) {
   if (!last) return;
   element.querySelector("span").textContent = last.text;
   element.querySelector(".actions").replaceChildren(...buttons(last.actions));
-}
-
-let fading;
-export function toast(text, ms = 2600) {
-  $("toast").textContent = text;
-  $("toast").hidden = false;
-  clearTimeout(fading);
-  fading = setTimeout(() => {
-    $("toast").hidden = true;
-  }, ms);
-}
-
-export function setUpDialogs() {
-  for (const dialog of document.querySelectorAll("dialog")) {
-    dialog.addEventListener("click", (event) => {
-      if (event.target === dialog || event.target.closest("[data-close]")) dialog.close();
-    });
-    dialog.addEventListener("close", () => $("stage").focus());
-  }
-  $("keys").replaceChildren(
-    ...KEYS.map(([group, keys]) =>
-      make(
-        "section",
-        {},
-        make("h2", { textContent: group }),
-        make(
-          "dl",
-          {},
-          ...keys.flatMap(([, key, text]) => [
-            make("dt", {}, make("kbd", { textContent: key })),
-            make("dd", { textContent: text }),
-          ]),
-        ),
-      ),
-    ),
-  );
 }
 
 /** Asks for one of `reasons`; its number chooses it, Enter the first. */
@@ -220,19 +151,4 @@ export function tour(done) {
     show();
   };
   show();
-}
-
-export function setUpTheme() {
-  const key = "diffdoctor-annotate-theme",
-    dark = matchMedia("(prefers-color-scheme: dark)");
-  const apply = () => {
-    document.documentElement.dataset.theme = localStorage.getItem(key) ?? (dark.matches ? "dark" : "light");
-  };
-  dark.addEventListener("change", apply);
-  apply();
-  return () => {
-    localStorage.setItem(key, document.documentElement.dataset.theme === "dark" ? "light" : "dark");
-    apply();
-    dispatchEvent(new Event("resize"));
-  };
 }

@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { COLOURS, Overlay } from "./overlay.js";
-import { $, make, message, noMessage, toast } from "./panels.js";
+import { $, make, message, noMessage, toast } from "./page.js";
 import { View } from "./view.js";
 
 const MERGES = {

@@ -2,7 +2,8 @@
 
 import * as api from "./api.js";
 import { Clock } from "./clock.js";
-import { $, askReason, banner, make, message, noMessage, toast } from "./panels.js";
+import { $, make, message, noMessage, toast } from "./page.js";
+import { askReason, banner } from "./panels.js";
 
 const AGAIN_MS = 15000,
   RENEW_MS = 240000,

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
-from diffdoctor.annotate.store import Store
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import first_line
 
@@ -44,24 +43,26 @@ class Guard:
 
     Args:
         app: what it protects.
-        store: the project's, for tokens.
+        person_of: from a token to the person who has it; None: nobody.
         hosts: values of the Host header that are served, with their port.
         open_paths: paths served without a token.
         scheme: of the server's own address, http or https.
+        name: of the command, in the server's log.
         clock: seconds; for tests.
     """
 
     def __init__(
         self,
         app: ASGI,
-        store: Store,
+        person_of: Callable[[str], Any],
         hosts: Iterable[str],
         open_paths: Iterable[str],
         *,
         scheme: str = "http",
+        name: str = "serve",
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.app, self.store, self.clock = app, store, clock
+        self.app, self.person_of, self.name, self.clock = app, person_of, name, clock
         self.hosts, self.open_paths = {host.lower() for host in hosts}, set(open_paths)
         self.origins = {f"{scheme}://{host}" for host in self.hosts}
         self._wrong: dict[str, deque[float]] = {}
@@ -95,7 +96,7 @@ class Guard:
             await self.app({**scope, "person": person}, receive, sending)
         except Exception as error:
             # What failed stands in the server's log alone.
-            print(f"annotate serve: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
+            print(f"{self.name}: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
             if begun:
                 raise
             await _refuse(sending, 500, "the server failed; its log says why")
@@ -112,7 +113,7 @@ class Guard:
             return 429, "too many wrong tokens; wait a minute", None
         tokens = [value for name, value in headers if name == b"authorization"]
         kind, _, token = tokens[0].partition(" ") if len(tokens) == 1 else ("", "", "")
-        person = self.store.person_of(token.strip()) if kind.lower() == "bearer" and token.strip() else None
+        person = self.person_of(token.strip()) if kind.lower() == "bearer" and token.strip() else None
         if person is None:
             if tokens:
                 self._count(address)
