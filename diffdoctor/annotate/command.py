@@ -45,7 +45,7 @@ def run_annotate_serve(config: AnnotateServeConfig) -> int:
     stop = threading.Event()
     with locked_folder(project.folder):
         try:
-            serve_until_interrupted(config, build, lambda url: [f"{url}/#token={_own_token(project)}"])
+            serve_until_interrupted(config, build, lambda url: [f"{url}/#token={_own_token(project)}"], config.names)
         finally:
             stop.set()
     return 0

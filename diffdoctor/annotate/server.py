@@ -18,7 +18,7 @@ from diffdoctor.annotate.queue import Queue, Submission
 from diffdoctor.annotate.requests import Ask, envelope_limit, raw
 from diffdoctor.annotate.status import status_of
 from diffdoctor.runs.errors import UserError, expected
-from diffdoctor.web.bodies import Refused
+from diffdoctor.web.bodies import Refused, count_of, text_of
 from diffdoctor.web.guard import ASGI
 from diffdoctor.web.page import guarded_page
 from diffdoctor.web.requests import endpoint, png
@@ -180,7 +180,7 @@ class Endpoints:
         from diffdoctor.annotate.masks import envelope
 
         kept = {"version": int(text) + 1, "state": fields.get("state", {})}
-        fence = _text(fields, "fence")
+        fence = text_of(fields, "fence")
         return JSONResponse(self.queue.save_draft(row["id"], ask.me, int(text), fence, envelope(kept, planes)))
 
     def mine(self, ask: Ask) -> Response:
@@ -206,15 +206,15 @@ class Endpoints:
         row = self._seen(ask)
         fields, planes = ask.envelope(self._shape(row), ("mask", "ignore"))
         answer = Submission(
-            _count(fields, "version", 1),
-            _text(fields, "verdict"),
-            _text(fields, "fence"),
+            count_of(fields, "version", 1),
+            text_of(fields, "verdict"),
+            text_of(fields, "fence"),
             planes.get("mask"),
             planes["ignore"] if "ignore" in planes and planes["ignore"].any() else None,
             _tags(fields),
-            None if fields.get("threshold") is None else _count(fields, "threshold", 1, 255),
-            **{name: _count(fields, name) for name in ("accepted", "refused", "drawn", "active_ms", "wall_ms")},
-            guidelines=_text(fields, "guidelines", 64),
+            None if fields.get("threshold") is None else count_of(fields, "threshold", 1, 255),
+            **{name: count_of(fields, name) for name in ("accepted", "refused", "drawn", "active_ms", "wall_ms")},
+            guidelines=text_of(fields, "guidelines", 64),
         )
         sha = None if answer.mask is None else hashlib.sha256(answer.mask.tobytes()).hexdigest()
         return JSONResponse({**self.queue.submit(row["id"], ask.me, answer), "sha256": sha})
@@ -222,7 +222,7 @@ class Endpoints:
     def release(self, ask: Ask) -> Response:
         """Give a task back."""
         fields = ask.json()
-        self.queue.release(self._seen(ask)["id"], ask.me, _text(fields, "fence"), _text(fields, "reason", 500))
+        self.queue.release(self._seen(ask)["id"], ask.me, text_of(fields, "fence"), text_of(fields, "reason", 500))
         return JSONResponse({"released": True})
 
     def assisted(self, ask: Ask) -> Response:
@@ -230,7 +230,7 @@ class Endpoints:
         row, fields = self._seen(ask), ask.json()
         if self.assist is None:
             raise Refused(404, "assistance is off")
-        x, y = _count(fields, "x", 0, row["width"] - 1), _count(fields, "y", 0, row["height"] - 1)
+        x, y = count_of(fields, "x", 0, row["width"] - 1), count_of(fields, "y", 0, row["height"] - 1)
         mask = np.asarray(self.assist(self.project.picture(row["picture"]), x, y))
         if mask.shape != self._shape(row):
             raise UserError(expected("assist", f"a mask {self._shape(row)}", mask.shape))
@@ -272,12 +272,12 @@ class Endpoints:
             self.project,
             row["id"],
             ask.me,
-            _text(fields, "decision"),
-            annotation=None if answer is None else _count(fields, "annotation", 1),
+            text_of(fields, "decision"),
+            annotation=None if answer is None else count_of(fields, "annotation", 1),
             verdict=fields.get("verdict"),
             mask=planes.get("mask"),
             ignore=planes.get("ignore"),
-            comment=_text(fields, "comment", 2000) if "comment" in fields else "",
+            comment=text_of(fields, "comment", 2000) if "comment" in fields else "",
         )
         return JSONResponse(result)
 
@@ -324,20 +324,6 @@ class Endpoints:
 
 
 _TASK = "SELECT task.*, height, width FROM task JOIN picture ON picture.id = picture WHERE task.id = ?"
-
-
-def _text(fields: dict, name: str, most: int = 80) -> str:
-    value = fields.get(name)
-    if not isinstance(value, str) or len(value) > most:
-        raise UserError(expected(name, f"text of at most {most} characters", repr(value)[:80]))
-    return value
-
-
-def _count(fields: dict, name: str, least: int = 0, most: int = 2**40) -> int:
-    value = fields.get(name)
-    if type(value) is not int or not least <= value <= most:
-        raise UserError(expected(name, f"a whole number in {least}..{most}", repr(value)[:40]))
-    return value
 
 
 def _tags(fields: dict) -> list[str]:

@@ -191,6 +191,12 @@ COMMANDS = {
         "diffdoctor.evaluate.model.command:run_evaluate_model",
         required=("judge", "output"),
     ),
+    "evaluate compare": Command(
+        "let people choose between two pictures of each pair, blind, and measure what they prefer",
+        "diffdoctor.evaluate.compare.config:EvaluateCompareConfig",
+        "diffdoctor.evaluate.compare.command:run_evaluate_compare",
+        ("a", "b"),
+    ),
     "env": Command(
         "show versions, what was found and which backend serves what",
         "diffdoctor.environment:EnvConfig",

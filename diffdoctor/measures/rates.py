@@ -37,6 +37,46 @@ def wilson_interval(count: int, total: int, confidence: float = 0.95) -> tuple[f
     return float(interval.low), float(interval.high)
 
 
+def preference_rate(wins: int, losses: int, ties: int, confidence: float = 0.95) -> tuple[float, float, float]:
+    """How often one of two things is preferred, a tie as half: (wins + ties / 2) / pairs, with a score interval.
+
+    The rate is 1/2 + d/2 of d = P(win) - P(loss), a difference of paired proportions, whose score interval keeps its
+    coverage with few pairs and does not collapse where all pairs are alike.
+
+    Source: T. Tango, Equivalence test and confidence interval for the difference in proportions for the paired-sample
+    design, Statistics in Medicine 17 (1998).
+
+    Args:
+        wins: pairs in which it is preferred.
+        losses: pairs in which the other is.
+        ties: pairs in which neither is.
+        confidence: coverage, between 0 and 1.
+
+    Returns:
+        (rate, low, high); (0.5, 0, 1) without pairs.
+    """
+    try:
+        from scipy.optimize import brentq
+        from scipy.stats import norm
+    except ImportError:
+        raise missing_extra("scipy", "stages") from None
+    total, z = wins + losses + ties, norm.ppf((1 + confidence) / 2)
+    if total == 0:
+        return 0.5, 0.0, 1.0
+
+    def beyond(d: float, sign: int) -> float:
+        # P(loss) of the largest likelihood where the difference is d
+        b, c = -wins - losses + (2 * total - wins + losses) * d, -losses * d * (1 - d)
+        loss = (np.sqrt(max(b * b - 8 * total * c, 0.0)) - b) / (4 * total)
+        variance = max(total * (2 * loss + d * (1 - d)), 0.0)
+        return sign * (wins - losses - total * d) - z * np.sqrt(variance)
+
+    centre = (wins - losses) / total
+    low = -1.0 if losses == total else brentq(beyond, -1, centre - 1e-12, args=(1,))
+    high = 1.0 if wins == total else brentq(beyond, centre + 1e-12, 1, args=(-1,))
+    return (1 + centre) / 2, float((1 + low) / 2), float((1 + high) / 2)
+
+
 def paired_bootstrap(
     before: np.ndarray, after: np.ndarray, *, resamples: int = 4000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, float | list[float] | None]:

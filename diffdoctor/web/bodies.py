@@ -83,3 +83,27 @@ def as_object(data: bytes) -> dict[str, Any]:
 
 def _refused(name: str) -> None:
     raise ValueError(name)
+
+
+def text_of(fields: dict[str, Any], name: str, most: int = 80) -> str:
+    """A text of a request.
+
+    Raises:
+        UserError: it is none, or too long.
+    """
+    value = fields.get(name)
+    if not isinstance(value, str) or len(value) > most:
+        raise UserError(expected(name, f"text of at most {most} characters", repr(value)[:80]))
+    return value
+
+
+def count_of(fields: dict[str, Any], name: str, least: int = 0, most: int = 2**40) -> int:
+    """A whole number of a request.
+
+    Raises:
+        UserError: it is none, or out of bounds.
+    """
+    value = fields.get(name)
+    if type(value) is not int or not least <= value <= most:
+        raise UserError(expected(name, f"a whole number in {least}..{most}", repr(value)[:40]))
+    return value

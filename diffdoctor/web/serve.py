@@ -102,14 +102,18 @@ def check_address(config: Any) -> None:
 
 
 def serve_until_interrupted(
-    config: Any, build: Callable[[list[str], str], Any], links: Callable[[str], Sequence[str]]
+    config: Any,
+    build: Callable[[list[str], str], Any],
+    links: Callable[[str], Sequence[str]],
+    names: Sequence[str] | None = None,
 ) -> None:
     """Serve an application until Ctrl-C.
 
     Args:
-        config: has the options host, port, names, open, allow_remote, certificate and key.
+        config: has the options host, port, open, allow_remote, certificate and key.
         build: from the values of the Host header that are served, and http or https, to the application.
         links: from the server's address to the lines that are printed, the first of which may be opened in a browser.
+        names: further names by which browsers reach the server.
 
     Raises:
         UserError: the address cannot be listened at.
@@ -117,11 +121,11 @@ def serve_until_interrupted(
     scheme = "http" if config.certificate is None else "https"
     with listening(config.host, config.port) as sock:
         port = sock.getsockname()[1]
-        app = build(hosts_of(config.host, port, tuple(config.names or ())), scheme)
+        app = build(hosts_of(config.host, port, tuple(names or ())), scheme)
         server = make_server(app, certificate=config.certificate, key=config.key)
         if config.allow_remote and config.certificate is None:
             print("warning: without --certificate, tokens and pictures can be read on the way", file=sys.stderr)
-        lines = links(_address(config, scheme, port))
+        lines = links(_address((names or [config.host])[0], scheme, port))
         print("\n".join([*lines, "Ctrl-C ends"]), flush=True)
         if config.open:
             webbrowser.open(lines[0].split()[-1])
@@ -129,7 +133,6 @@ def serve_until_interrupted(
             server.run(sockets=[sock])
 
 
-def _address(config: Any, scheme: str, port: int) -> str:
-    host = (config.names or [config.host])[0]
+def _address(host: str, scheme: str, port: int) -> str:
     host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

@@ -296,6 +296,7 @@ def test_a_blind_task_shows_no_proposal(rater):
     assert "No proposal" in someone.page.inner_text("#chips")
 
 
+PAGES = "diffdoctor.annotate", "diffdoctor.web", "diffdoctor.evaluate.compare"
 HOSTILE = "<img src=x onerror=window.hit=1><script>window.hit=1</script>\u202e'\"&"
 
 
