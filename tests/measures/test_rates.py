@@ -1,8 +1,10 @@
+import math
+
 import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from diffdoctor.measures.rates import paired_bootstrap, wilson_interval
+from diffdoctor.measures.rates import paired_bootstrap, preference_rate, wilson_interval
 
 
 @pytest.mark.parametrize(("count", "total"), [(0, 10), (10, 10), (3, 100), (702, 2000), (1, 1)])
@@ -50,3 +52,24 @@ def test_paired_bootstrap_has_no_ratio_when_nothing_was_flagged():
 def test_paired_bootstrap_refuses_unpaired_input():
     with pytest.raises(ValueError, match=r"before, after: expected the same shape \(N,\)"):
         paired_bootstrap([True, False], [True])
+
+
+def test_preference_rate_is_wilsons_without_ties_and_covers_with_them():
+    for wins, losses in ((0, 7), (3, 4), (10, 0), (60, 40)):
+        rate, *interval = preference_rate(wins, losses, 0)
+        assert rate == pytest.approx(wins / (wins + losses))
+        assert interval == pytest.approx(wilson_interval(wins, wins + losses), abs=1e-9)
+    assert preference_rate(0, 0, 0) == (0.5, 0, 1)
+    _, low, high = preference_rate(0, 0, 50)
+    assert 0.4 < low < 0.5 < high < 0.6  # ties alone say something
+    total = 12
+    for win, loss in ((0.5, 0.2), (0.2, 0.2), (0.05, 0.1)):
+        covered = 0.0
+        for wins in range(total + 1):
+            for losses in range(total + 1 - wins):
+                ties = total - wins - losses
+                _, low, high = preference_rate(wins, losses, ties)
+                if low <= (1 + win - loss) / 2 <= high:
+                    ways = math.comb(total, wins) * math.comb(total - wins, losses)
+                    covered += ways * win**wins * loss**losses * (1 - win - loss) ** ties
+        assert 0.93 < covered < 0.99

@@ -62,6 +62,7 @@ COMMANDS = {
     "round run": (
         *("round", "run", "--pool", "{}/pictures", "--detector", "{}/detector", "--test", "{}/set", "--budget", "2"),
     ),
+    "evaluate compare": ("evaluate", "compare", "{}/pictures", "{}/pictures", "--serve", "false"),
     "evaluate detector": ("evaluate", "detector", "{}/set", "--detector", "{}/detector", "--bootstrap", "0"),
 }
 
