@@ -72,4 +72,4 @@ def test_preference_rate_is_wilsons_without_ties_and_covers_with_them():
                 if low <= (1 + win - loss) / 2 <= high:
                     ways = math.comb(total, wins) * math.comb(total - wins, losses)
                     covered += ways * win**wins * loss**losses * (1 - win - loss) ** ties
-        assert 0.93 < covered < 0.99
+        assert covered > 0.93
