@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -13,23 +15,55 @@ _ROUNDING = 1e-3
 _PROBE = 64
 
 
-def confidence_of(detector: nn.Module, images: torch.Tensor, *, name: str = "detector", **options) -> torch.Tensor:
+def confidence_of(
+    detector: nn.Module,
+    images: torch.Tensor,
+    *,
+    name: str = "detector",
+    frames_per_call: int | None = None,
+    **options,
+) -> torch.Tensor:
     """A detector's maps without a gradient, checked.
 
     Args:
         detector: a `Detector`, or a module with its `confidence`.
-        images: (B, 3, H, W), floating point, in [0, 1].
+        images: (B, 3, H, W), floating point, in [0, 1]; or videos (B, 3, T, H, W), each frame of which is a picture.
         name: what the detector is here, for the error: detector, judge or monitor.
+        frames_per_call: frames of videos that it is given at a time; None: all.
         **options: of its `confidence`.
 
     Returns:
-        (B, 1, H, W) in [0, 1].
+        (B, 1, H, W) in [0, 1]; (B, 1, T, H, W) of videos.
 
     Raises:
         UserError: see `check_confidence`.
     """
+
+    def checked(pictures):
+        return check_confidence(detector.confidence(pictures, **options), pictures, name=name)
+
     with torch.no_grad():
-        return check_confidence(detector.confidence(images, **options), images, name=name)
+        return by_frame(checked, images, frames_per_call)
+
+
+def by_frame(
+    function: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, frames_per_call: int | None = None
+) -> torch.Tensor:
+    """What a function of pictures gives of each frame of videos; of pictures it is called once.
+
+    Args:
+        function: from (N, 3, H, W) to (N, C, h, w).
+        images: pictures (B, 3, H, W), or videos (B, 3, T, H, W).
+        frames_per_call: frames of videos at a time; None: all.
+
+    Returns:
+        (B, C, h, w), of videos (B, C, T, h, w).
+    """
+    if images.ndim == 4:
+        return function(images)
+    frames = images.transpose(1, 2).flatten(0, 1)
+    found = torch.cat([function(part) for part in frames.split(frames_per_call or max(1, len(frames)))])
+    return found.unflatten(0, (images.shape[0], images.shape[2])).transpose(1, 2)
 
 
 @torch.no_grad()

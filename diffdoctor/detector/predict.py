@@ -24,25 +24,32 @@ _BATCH_PIXELS = 2**26
 
 
 def diagnose_pictures(
-    detector: nn.Module, pictures: torch.Tensor, *, batch_size: int = 250, name: str = "detector"
+    detector: nn.Module,
+    pictures: torch.Tensor,
+    *,
+    batch_size: int = 250,
+    name: str = "detector",
+    frames_per_call: int | None = None,
 ) -> torch.Tensor:
     """The confidence maps of pictures.
 
     Args:
         detector: a `Detector`, or a module with its `confidence`.
-        pictures: (N, 3, H, W) uint8.
+        pictures: (N, 3, H, W) uint8, or videos (N, 3, T, H, W).
         batch_size: pictures at a time.
         name: what the detector is here, for an error: detector or judge.
+        frames_per_call: frames of videos at a time; None: all of a batch.
 
     Returns:
-        (N, 1, H, W) float32 in [0, 1] on the CPU.
+        (N, 1, H, W) float32 in [0, 1] on the CPU, (N, 1, T, H, W) of videos.
 
     Raises:
         UserError: a map has NaN or other values that are no confidences.
     """
     device = device_of(detector)
     parts = (to_images(part, device) for part in pictures.split(batch_size))
-    return torch.cat([confidence_of(detector, part, name=name).float().cpu() for part in parts])
+    options = {"name": name, "frames_per_call": frames_per_call}
+    return torch.cat([confidence_of(detector, part, **options).float().cpu() for part in parts])
 
 
 def describe_map(name: str, confidence: np.ndarray) -> dict:

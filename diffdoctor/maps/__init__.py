@@ -18,6 +18,7 @@ from diffdoctor.maps.files import (
     write_map,
     write_metadata,
 )
+from diffdoctor.maps.frames import causal_frames
 from diffdoctor.maps.geometry import PairedTransform, Placement, aspect_buckets, attach_map, detach_map
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "StepBatches",
     "aspect_buckets",
     "attach_map",
+    "causal_frames",
     "check_maps",
     "collate",
     "detach_map",

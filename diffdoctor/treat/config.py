@@ -30,6 +30,8 @@ class TreatConfig:
         cfg_grad: both, or cond to keep the negative prediction out of the graph.
         height: of the sampled pictures, in pixels; None: the pipeline's own.
         width: as height.
+        num_frames: of the sampled videos; None: the pipeline's own, 1 where it draws pictures.
+        frames_per_call: frames of videos that the detector, which sees pictures, is given at a time; None: all.
         max_sequence_length: of prompts of the long text encoder (SD3, FLUX, FLUX.2), in tokens; None: the
             pipeline's own.
         learning_rate: peak of AdamW, after warm-up, before cosine decay.
@@ -123,6 +125,8 @@ class TreatConfig:
     cfg_grad: str = "both"
     height: int | None = None
     width: int | None = None
+    num_frames: int | None = None
+    frames_per_call: int | None = None
     max_sequence_length: int | None = None
     learning_rate: float = 5e-4
     warmup_steps: int = 5
@@ -236,6 +240,8 @@ _NOT_GIVEN = {
     "grad_steps": "a quarter of sampling_steps",
     "height": "the pipeline's own",
     "width": "the pipeline's own",
+    "num_frames": "the pipeline's own",
+    "frames_per_call": "all",
     "max_sequence_length": "the pipeline's own",
     "alpha": "the rank",
     "offline_weight": "the method's own",
@@ -250,6 +256,8 @@ _BOUNDS = {
     "grad_steps": (1, None),
     "height": (1, None),
     "width": (1, None),
+    "num_frames": (1, None),
+    "frames_per_call": (1, None),
     "max_sequence_length": (1, None),
     "offline_batch_size": (1, None),
     "micro_batch_size": (1, None),

@@ -98,9 +98,8 @@ class Drawing:
         self, rows: Sequence[int], generators: list[torch.Generator], keep: Sequence[int] = (), **options
     ) -> Rollout:
         """As `roll_out`, from the B pictures' generators, with further options of `rollout.roll_out`."""
-        family = self.sampling.family
-        dtype = next(family.denoiser.parameters()).dtype
-        latents = initial_latents(self.sampling, generators, self.height, self.width, self.processes.device, dtype)
+        family, size = self.sampling.family, (self.height, self.width)
+        latents = initial_latents(self.sampling, generators, *size, self.processes.device, family.latents_dtype)
         conditioning = self.conditioning.rows(torch.tensor(rows, dtype=torch.long))
         merge = self.config.merge_rollout and not family.is_sharded
         with merged_adapters(family) if merge else nullcontext():

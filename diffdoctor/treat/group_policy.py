@@ -76,7 +76,7 @@ class GroupPolicy:
             first = rows.stop
             # every process calls a sharded denoiser equally often: pictures that count for nothing go along
             index = torch.nonzero(counts[rows] | sampling.family.is_sharded).flatten()
-            self.parts.append(_Part(rollout, (advantages * counts.view(-1, 1, 1, 1))[rows], index))
+            self.parts.append(_Part(rollout, (advantages * _per_picture(counts, advantages))[rows], index))
         self.old_log_probs: dict[tuple[int, int], torch.Tensor] = {}
 
     def _draw(self, drawing: Drawing, step: int, numbers: Sequence[int]):
@@ -91,7 +91,7 @@ class GroupPolicy:
         return rollout, pictures, confidence, [drawing.prompts[row] for row in rows]
 
     def _judge(self, pictures, maps, prompts, reward, generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Advantages (B, 1, H, W) of this process's pictures, and which of them count (B,)."""
+        """Advantages (B, 1, H, W) of this process's pictures, those of videos with frames, and which count (B,)."""
         config, size = self.config, self.config.group_size
         if not maps:
             return torch.zeros(0, 1, 1, 1), torch.zeros(0, dtype=torch.bool)
@@ -102,15 +102,15 @@ class GroupPolicy:
         flagged = torch.zeros(len(confidence), dtype=torch.bool)
         flagged[pictures_to_replay(confidence, config)] = True
         if config.map_source == "uniform":
-            confidence = confidence.mean((2, 3), keepdim=True).expand_as(confidence)
+            confidence = confidence.mean(tuple(range(2, confidence.ndim)), keepdim=True).expand_as(confidence)
         advantage = group_advantages(-confidence.contiguous(), size, scale=None)
         counts = flagged.view(-1, size).any(1).repeat_interleave(size)
         if reward is not None:
             values = reward(torch.cat(pictures), prompts)
             whole = group_advantages(values, size).to(advantage.device)
-            advantage = advantage + config.reward_weight * whole.view(-1, 1, 1, 1)
+            advantage = advantage + config.reward_weight * _per_picture(whole, advantage)
             counts |= True
-        return advantage, counts
+        return self.sampling.family.maps_for_latents(advantage), counts
 
     def backward(self) -> float:
         """Run backward through every picture and step of the window; returns the loss.
@@ -145,6 +145,11 @@ class GroupPolicy:
                 loss.backward()
                 value += float(loss.detach())
         return value
+
+
+def _per_picture(values: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """(B,) values as they broadcast to maps (B, ...)."""
+    return values.view(-1, *(1,) * (maps.ndim - 1))
 
 
 def window_of(length: int, steps: int, generator: torch.Generator) -> range:

@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from diffdoctor.detector.confidence import check_confidence
 from diffdoctor.detector.external import as_detector, has_gradient
 from diffdoctor.measures.pixels import flagged_share
-from diffdoctor.ops.artifact_loss import artifact_loss
 from diffdoctor.ops.modulate_gradient import GradientModulator
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.training.processes import seed_of
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.offline import as_batch
-from diffdoctor.treat.picture_loss import StraightThroughClamp
+from diffdoctor.treat.picture_loss import StraightThroughClamp, loss_of_logits, resized
 from diffdoctor.treat.prediction_replay import Predictor
 from diffdoctor.treat.rollout import redraw_inside
 from diffdoctor.treat.sampling import Sampling
@@ -92,6 +91,7 @@ def guide(
     height: int | None = None,
     width: int | None = None,
     seed: int = 0,
+    frames_per_call: int | None = None,
 ) -> Iterator[GuideLog]:
     """Inside this context the pipeline's own call draws with fewer artifacts; afterwards it is as it was.
 
@@ -122,7 +122,7 @@ def guide(
             rewind_confidence; those pixels are drawn again.
         rewind_confidence: see rewind_area. It can be low where the detector is sure of what is sound. One that doubts
             everywhere has everything drawn again, and nothing held: give `clean`.
-        rewind_dilation: latent pixels by which the part drawn again grows.
+        rewind_dilation: latent pixels, and latent frames, by which the part drawn again grows.
         artifact_grad: the gradient's factor where the confidence is 1.
         clean_grad: the gradient's factor where the confidence is 0.
         threshold: confidences above it enter the loss, in [0, 1]; a picture with none is left alone.
@@ -132,6 +132,7 @@ def guide(
         width: as height.
         seed: of the fresh noise, which depends on it and on a picture's first latents alone: the same call gives the
             same pictures, in any batch.
+        frames_per_call: frames of videos that the detector, which sees pictures, is given at a time; None: all.
 
     Yields:
         A `GuideLog`.
@@ -153,7 +154,7 @@ def guide(
     sampler = Sampler.around(scheduler)
     size = family.picture_size(height, width)
     predictor = Predictor(family) if rewinds else None
-    sampling = Sampling(family, sampler, detector=detector)
+    sampling = Sampling(family, sampler, detector=detector, frames_per_call=frames_per_call)
     if clean is not None:
         options.rewind_confidence = clean_confidence(sampling, clean, size, rewind_area)
     run = _Run(sampling, size, options, predictor)
@@ -264,7 +265,7 @@ class _Run:
         """
         sampler, share = self.sampler, 1 - count / max(1, self.options.rewinds - 1)
         first = int(self.options.rewind_to * share * len(sampler))
-        dtype = next(self.family.denoiser.parameters()).dtype
+        dtype = self.family.denoiser_dtype
         generators = [torch.Generator().manual_seed(seed_of(self.seeds[row], count)) for row in rows.tolist()]
         noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators]).to(clean.device)
 
@@ -281,10 +282,12 @@ class _Run:
         return torch.nonzero((share > 0) & (share >= self.options.rewind_area)).flatten()
 
     def _region(self, confidence: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        flagged = (confidence >= self.options.rewind_confidence).float()
-        region = F.adaptive_max_pool2d(flagged, latents.shape[-2:])
-        reach = self.options.rewind_dilation
-        return F.max_pool2d(region, 2 * reach + 1, 1, reach) if reach else region
+        flagged = self.family.maps_for_latents((confidence >= self.options.rewind_confidence).float())
+        reach, pools = self.options.rewind_dilation, (F.adaptive_max_pool2d, F.max_pool2d)
+        if flagged.ndim == 5:
+            pools = (F.adaptive_max_pool3d, F.max_pool3d)
+        region = pools[0](flagged, latents.shape[2:])
+        return pools[1](region, 2 * reach + 1, 1, reach) if reach else region
 
     def _is_moved(self, step: int) -> bool:
         options = self.options
@@ -302,15 +305,14 @@ class _Run:
             modulator = GradientModulator(artifact_grad=options.artifact_grad, clean_grad=options.clean_grad)
             latents = clean.requires_grad_()
             pictures = self.family.decode(modulator(latents)).float()
-            logits = self.sampling.detector(StraightThroughClamp.apply(pictures))
+            logits = self.sampling.logits(StraightThroughClamp.apply(pictures))
             size = tuple(pictures.shape[-2:])
-            confidence = F.interpolate(logits.detach().float(), size, mode="bilinear").sigmoid()
-            confidence = check_confidence(confidence, pictures)
+            confidence = check_confidence(resized(logits.detach().float(), size).sigmoid(), pictures)
             area = area or flagged_share(confidence).tolist()
-            modulator.set(confidence)
-            loss = artifact_loss(logits, size=size, threshold=options.threshold, reduction="sum")
+            modulator.set(self.family.maps_for_latents(confidence))
+            loss = loss_of_logits(logits, size, threshold=options.threshold, reduction="sum")
             gradient = torch.autograd.grad(loss, latents)[0]
-            largest = gradient.abs().amax((1, 2, 3), keepdim=True)
+            largest = gradient.abs().amax(tuple(range(1, gradient.ndim)), keepdim=True)
             clean = latents.detach() - reach * torch.where(largest > 0, gradient / largest.clamp_min(1e-30), 0.0)
         return clean, area
 

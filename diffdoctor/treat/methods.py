@@ -34,7 +34,7 @@ class Replay:
         rollout: of B pictures.
         config: the treatment's options.
         index: (M,) the pictures to replay.
-        confidence: (M, 1, H, W), their maps.
+        confidence: (M, 1, H, W), their maps, as `Family.maps_for_latents` gives them.
         generator: of the method's own random choices, the same on every process.
         seeds: of the M pictures, for random choices that belong to a picture.
         divisor: what the sum over pictures is divided by.

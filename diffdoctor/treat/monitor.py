@@ -55,8 +55,8 @@ def measure(
     """Measure pictures.
 
     Args:
-        pictures: (B, 3, H, W) in [0, 1].
-        confidence: (B, 1, H, W), the detector's maps.
+        pictures: (B, 3, H, W) in [0, 1], or videos (B, 3, T, H, W).
+        confidence: (B, 1, H, W), the detector's maps, or (B, 1, T, H, W).
         groups: (B,) numbers; equal ones share a prompt.
         step: optimisation steps done.
         monitor_confidence: (B, 1, H, W), the second detector's maps, or None.
@@ -65,7 +65,8 @@ def measure(
     area, monitor_area = flagged_share(confidence), None
     if monitor_confidence is not None:
         monitor_area = float((monitor_confidence >= FLAG_CONFIDENCE).float().mean())
-    grey = pictures.float().mean(1, keepdim=True)
+    frames = pictures if pictures.ndim == 4 else pictures.transpose(1, 2).flatten(0, 1)
+    grey = frames.float().mean(1, keepdim=True)
     kernel = grey.new_tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).view(1, 1, 3, 3)
     return Measurement(
         step=step,
@@ -73,7 +74,7 @@ def measure(
         mean_confidence=float(confidence.float().mean()),
         flagged_rate=float(is_flagged(area).float().mean()),
         sharpness=float(F.conv2d(grey, kernel).abs().mean()),
-        diversity=_diversity(grey, groups),
+        diversity=_diversity(pictures.float().mean(1, keepdim=True), groups),
         monitor_area=monitor_area,
         quality=quality,
     )

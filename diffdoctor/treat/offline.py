@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from diffdoctor.data.pictures import to_images
-from diffdoctor.detector.confidence import confidence_of
+from diffdoctor.detector.confidence import by_frame, confidence_of
 from diffdoctor.ops.weighted_loss import weighted_loss
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.progress import progress
@@ -31,7 +31,7 @@ class OfflinePairs:
 
     Attributes:
         encoded: rows of latents (C, h, w) and of keep (1, H, W) uint8: 1 where the training picture may teach, 0 where
-            it is flagged.
+            it is flagged; (C, t, h, w) and (1, T, H, W) of videos.
         prompt_rows: (N,) the row of `prompts` of each pair's prompt.
         prompts: the distinct ones, without guidance.
         mask_rows: (N,) the row whose mask each pair has; None: its own.
@@ -69,14 +69,23 @@ class PairSource:
         self._pairs = pairs
 
     def __iter__(self) -> Iterator[Pair]:
-        found = False
+        found, frames = False, None
         for picture, prompt in self._pairs():
             found = True
-            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-                raise UserError(expected("offline", "uint8 pictures (H, W, 3)", f"{picture.dtype} {picture.shape}"))
+            if picture.dtype != np.uint8 or picture.ndim not in (3, 4) or picture.shape[-1] != 3:
+                what = "uint8 pictures (H, W, 3) or videos (T, H, W, 3)"
+                raise UserError(expected("offline", what, f"{picture.dtype} {picture.shape}"))
+            frames = picture.shape[:-3] if frames is None else frames
+            if picture.shape[:-3] != frames:
+                what = "pictures alone, or videos of one length"
+                raise UserError(expected("offline", what, f"{_in_words(frames)} and {_in_words(picture.shape[:-3])}"))
             yield picture, str(prompt)
         if not found:
             raise UserError(expected("offline", "as many pictures as prompts, and at least one", "0 and 0"))
+
+
+def _in_words(frames: tuple[int, ...]) -> str:
+    return f"a video of {frames[0]} frames" if frames else "a picture"
 
 
 def checked_pairs(offline, config: TreatConfig) -> PairSource | None:
@@ -84,7 +93,8 @@ def checked_pairs(offline, config: TreatConfig) -> PairSource | None:
 
     Args:
         offline: (pictures uint8 (N, H, W, 3), prompts), or dicts with "picture" (H, W, 3) uint8 and "prompt": a
-            sequence, or whatever can be iterated over again and again; None: there are none.
+            sequence, or whatever can be iterated over again and again; None: there are none. Videos have T frames
+            before H.
         config: says whether they are needed.
 
     Raises:
@@ -145,10 +155,13 @@ def prepare_offline(
     rows: list[int] = []
 
     def encode(part: Sequence[Pair]) -> dict[str, torch.Tensor]:
-        batch = as_batch([picture for picture, _ in part], height, width).to(device)
+        pictures = [picture for picture, _ in part]
+        if pictures[0].ndim == 4:
+            family.frame_count(len(pictures[0]))
+        batch = as_batch(pictures, height, width).to(device)
         latents = family.encode(batch).float().cpu()
         check_finite(family, latents, "encodes the offline pictures")
-        return {"latents": latents, "keep": keep_mask(sampling.detector, batch, config).to("cpu", torch.uint8)}
+        return {"latents": latents, "keep": keep_mask(sampling, batch, config).to("cpu", torch.uint8)}
 
     with progress(desc="offline pairs", unit="pair", enabled=show) as bar:
         remaining = iter(pairs)
@@ -194,26 +207,32 @@ def offline_term(sampling: Sampling, pairs: OfflinePairs, *, draws: Sequence[int
     model_input, timesteps, target = sampling.sampler.training_pair(latents.to(device), noise, uniform)
     inputs = pairs.prompts.rows(pairs.prompt_rows[index]).positive
     prediction = family.run_denoiser(model_input, timesteps, inputs)
-    loss = weighted_loss(prediction, target, mask=mask.to(device), reduction="sample")
+    mask = family.maps_for_latents(mask.to(device))
+    loss = weighted_loss(prediction, target, mask=mask, reduction="sample")
     return loss.sum() / total
 
 
-def keep_mask(detector, pictures: torch.Tensor, config: TreatConfig) -> torch.Tensor:
-    """(B, 1, H, W), 0 where pictures (B, 3, H, W) are flagged, with a rim, and 1 where they may teach."""
+def keep_mask(sampling: Sampling, pictures: torch.Tensor, config: TreatConfig) -> torch.Tensor:
+    """(B, 1, H, W), 0 where pictures (B, 3, H, W) are flagged, with a rim, 1 where they may teach; of videos too."""
     if config.map_source == "uniform":
         return torch.ones(len(pictures), 1, *pictures.shape[2:])
-    flagged = (confidence_of(detector, pictures) >= config.offline_confidence).float()
-    if config.offline_dilation:
-        flagged = F.max_pool2d(flagged, 2 * config.offline_dilation + 1, 1, config.offline_dilation)
+    maps = confidence_of(sampling.detector, pictures, frames_per_call=sampling.frames_per_call)
+    flagged, reach = (maps >= config.offline_confidence).float(), config.offline_dilation
+    if reach:
+        flagged = by_frame(lambda frames: F.max_pool2d(frames, 2 * reach + 1, 1, reach), flagged)
     return 1 - flagged
 
 
 def as_batch(pictures: Sequence[np.ndarray], height: int, width: int) -> torch.Tensor:
-    """Pictures uint8 (H, W, 3) as (B, 3, height, width) in [0, 1], resized where they are of another size."""
+    """Pictures uint8 (H, W, 3) as (B, 3, height, width) in [0, 1], resized where they are of another size.
+
+    Videos (T, H, W, 3) as (B, 3, T, height, width).
+    """
     batch = []
     for picture in pictures:
-        image = to_images([np.asarray(picture)])
+        is_video = np.ndim(picture) == 4
+        image = to_images(np.asarray(picture) if is_video else [np.asarray(picture)])
         if image.shape[2:] != (height, width):
             image = F.interpolate(image, (height, width), mode="bilinear", align_corners=False, antialias=True)
-        batch.append(image)
+        batch.append(image.transpose(0, 1)[None] if is_video else image)
     return torch.cat(batch)

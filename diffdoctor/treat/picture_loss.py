@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
+from diffdoctor.detector.confidence import by_frame
 from diffdoctor.ops.artifact_loss import artifact_loss
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.sampling import Sampling
@@ -24,16 +26,35 @@ class StraightThroughClamp(torch.autograd.Function):
         return gradient
 
 
-def picture_loss(detector, pictures: torch.Tensor, config: TreatConfig) -> torch.Tensor:
-    """The artifact loss (B,) of pictures (B, 3, H, W), not yet clamped."""
-    logits = detector(StraightThroughClamp.apply(pictures.float()))
-    return artifact_loss(
+def picture_loss(sampling: Sampling, pictures: torch.Tensor, config: TreatConfig) -> torch.Tensor:
+    """The artifact loss (B,) of pictures (B, 3, H, W), or of videos (B, 3, T, H, W), not yet clamped."""
+    logits = sampling.logits(StraightThroughClamp.apply(pictures.float()))
+    return loss_of_logits(
         logits,
-        size=tuple(pictures.shape[-2:]),
+        tuple(pictures.shape[-2:]),
         threshold=config.artifact_threshold,
         method=config.artifact_method,
         reduction="sample",
     )
+
+
+def loss_of_logits(logits: torch.Tensor, size: tuple[int, int], **options) -> torch.Tensor:
+    """`artifact_loss` of logits (B, 1, h, w); of (B, 1, T, h, w) that of all frames' pixels together.
+
+    Args:
+        logits: of pictures or videos.
+        size: (H, W) of a frame.
+        **options: of `artifact_loss`.
+    """
+    if logits.ndim == 5:
+        # frame below frame, each at its own size already: none is mixed with the next
+        logits, size = resized(logits, size).flatten(2, 3), None
+    return artifact_loss(logits, size=size, **options)
+
+
+def resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Maps (B, 1, h, w) or (B, 1, T, h, w) at another size, bilinearly, frame by frame."""
+    return by_frame(lambda frames: F.interpolate(frames, size, mode="bilinear"), maps)
 
 
 def latents_gradient(
@@ -49,7 +70,7 @@ def latents_gradient(
 
     Args:
         sampling: decodes and judges the pictures.
-        latents: (M, C, h, w), without a graph.
+        latents: (M, C, h, w), or (M, C, t, h, w) of videos, without a graph.
         config: of the loss.
         divisor: number of pictures that the sum is divided by.
         partners: (M, C, h, w) latents whose decoded pictures' gradient is taken in place of the pictures' own.
@@ -57,13 +78,13 @@ def latents_gradient(
     Returns:
         The gradient (M, C, h, w) and the loss.
     """
-    family, detector = sampling.family, sampling.detector
+    family = sampling.family
     ends = latents.requires_grad_()
     loss = 0.0
     for rows in torch.arange(len(ends)).split(1 if config.vae_slicing else len(ends)):
         pictures = family.decode(ends[rows[0] : rows[-1] + 1])
         if partners is None:
-            term = picture_loss(detector, pictures, config).sum() / divisor
+            term = picture_loss(sampling, pictures, config).sum() / divisor
             term.backward()
             loss += float(term.detach())
         else:
@@ -77,5 +98,5 @@ def _partners_gradient(sampling: Sampling, latents: torch.Tensor, config: TreatC
     with torch.no_grad():
         pictures = sampling.family.decode(latents)
     pictures = pictures.detach().float().requires_grad_()
-    value = picture_loss(sampling.detector, pictures, config).sum()
+    value = picture_loss(sampling, pictures, config).sum()
     return torch.autograd.grad(value, pictures)[0], float(value.detach())

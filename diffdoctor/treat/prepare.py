@@ -127,13 +127,19 @@ def recompute(module: torch.nn.Module) -> Callable[[], None]:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return forward(*args, **kwargs)
-        # decoders of videos write into these lists; a single frame finds them as they were, also when it is recomputed
-        lists = {name: list(value) for name, value in kwargs.items() if isinstance(value, list)}
+        # decoders of videos keep in these lists what the next frames need: a frame finds them as they were, also when
+        # it is recomputed, and the next one as this one has left them
+        lists = {name: value for name, value in kwargs.items() if isinstance(value, list)}
+        before = {name: list(value) for name, value in lists.items()}
 
         def call(*args):
-            return forward(*args, **{**kwargs, **{name: list(value) for name, value in lists.items()}})
+            after = {name: list(value) for name, value in before.items()}
+            return forward(*args, **{**kwargs, **after}), after
 
-        return checkpoint(call, *args, use_reentrant=False)
+        found, after = checkpoint(call, *args, use_reentrant=False)
+        for name, value in lists.items():
+            value[:] = after[name]
+        return found
 
     module.forward = recomputed
     return lambda: module.__dict__.pop("forward", None)

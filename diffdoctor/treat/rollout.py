@@ -17,10 +17,10 @@ class Rollout:
     """What a replay needs of the sampling of B pictures.
 
     Attributes:
-        latents: before step i, (B, C, h, w), for every stored step i; without a graph.
+        latents: before step i, (B, C, h, w), of videos (B, C, t, h, w), for every stored step i; without a graph.
         states: the scheduler's state before step i.
         generator_states: of the B pictures' generators before step i, for stochastic schedulers.
-        final: (B, C, h, w), after the last step.
+        final: as the latents, after the last step.
         conditioning: of the B prompts.
         generators: the B pictures' generators, as the roll-out left them.
     """
@@ -48,7 +48,7 @@ def picture_generators(seeds: Sequence[int]) -> list[torch.Generator]:
 def initial_latents(
     sampling: Sampling, generators: Sequence[torch.Generator], height: int, width: int, device, dtype
 ) -> torch.Tensor:
-    """First latents (B, C, h, w): what the pipeline's own call draws from the same generators."""
+    """First latents (B, C, h, w), (B, C, t, h, w) of videos: what the pipeline draws from the same generators."""
     shape = sampling.family.latent_shape(height, width)
     noise = torch.stack([torch.randn(shape, generator=generator, dtype=dtype) for generator in generators])
     return noise.to(device) * sampling.sampler.initial_scale

@@ -46,11 +46,13 @@ class SampleConfig:
         negative_prompt: what the negative prediction of classifier-free guidance is told; null: nothing.
         height: of the pictures, in pixels; null: the pipeline's own.
         width: as height.
+        num_frames: of a video, each frame of which becomes a picture of the set; null: the pipeline's own, 1 where it
+            draws pictures.
         max_sequence_length: of T5 prompts (SD3, FLUX), in tokens; null: the pipeline's own.
         scheduler: class of a diffusers scheduler in place of the pipeline's own; null: its own.
         dtype: fp32, bf16 or fp16: what the pipeline is loaded in.
         batch_size: pictures that are drawn at a time.
-        shard_size: pictures in a shard, which is a unit of work.
+        shard_size: pictures, or videos, in a shard, which is a unit of work.
         picture_type: png (exact), webp (lossless) or jpg (quality 95).
         strict: stop at a prompt that is longer than the pipeline's limit instead of cutting it.
         device: such as cpu or cuda:1; null: the fastest there is, for several workers one each.
@@ -68,6 +70,7 @@ class SampleConfig:
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
+    num_frames: int | None = None
     max_sequence_length: int | None = None
     scheduler: str | None = None
     dtype: str = "fp32"
@@ -79,7 +82,8 @@ class SampleConfig:
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
 
     def __post_init__(self):
-        check_least(self, batch_size=1, shard_size=1, sampling_steps=1, height=1, width=1, max_sequence_length=1)
+        check_least(self, batch_size=1, shard_size=1, sampling_steps=1)
+        check_least(self, height=1, width=1, num_frames=1, max_sequence_length=1)
         if not 0 <= self.seeds[0] <= self.seeds[1] <= _LARGEST_SEED:
             raise UserError(expected("seeds", "the first and the last seed, from 0", " ".join(map(str, self.seeds))))
         for name, allowed in (("dtype", tuple(DTYPES)), ("picture_type", ("png", "webp", "jpg"))):
@@ -190,7 +194,11 @@ class _SampleWorker:
         with UnitFiles(unit, attempt, self.config.picture_type, IDENTITIES) as files:
             try:
                 for picture, seed, (_, row) in zip(pictures, seeds, places, strict=True):
-                    files.add(self._sample(picture, seed, row), labelled=False)
+                    frames = [(picture, "")]
+                    if picture.ndim == 4:
+                        frames = [(frame, f"-{i:04d}") for i, frame in enumerate(picture.unbind(1))]
+                    for frame, number in frames:
+                        files.add(self._sample(frame, seed, row, number), labelled=False)
             except torch.OutOfMemoryError as error:
                 raise UserError(f"out of memory: give a smaller --batch_size than {self.config.batch_size}") from error
             except ValueError as error:
@@ -198,11 +206,11 @@ class _SampleWorker:
                 raise error if isinstance(error, UserError) else UserError(str(error)) from error
         return files.result()
 
-    def _sample(self, picture: torch.Tensor, seed: int, row: int) -> dict[str, Any]:
+    def _sample(self, picture: torch.Tensor, seed: int, row: int, frame: str) -> dict[str, Any]:
         """A sample of the set; its key begins with its prompt's number, so that a split keeps prompts together."""
         return {
             "picture": picture.permute(1, 2, 0).contiguous().numpy(),
-            "key": f"{row:06d}-{seed:06d}",
+            "key": f"{row:06d}-{seed:06d}{frame}",
             "prompt": self.prompts[row].text,
             "category": self.prompts[row].category,
             "generator": self.generator,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from diffdoctor.detector.confidence import confidence_of
+from diffdoctor.detector.confidence import by_frame, confidence_of
 from diffdoctor.treat.families import Conditioning, Family
 from diffdoctor.treat.schedulers import Sampler
 
@@ -34,12 +34,14 @@ class Sampling:
         guidance: the same for roll-out and replay.
         detector: pictures (B, 3, H, W) in [0, 1] to logits (B, 1, h, w), with `.confidence`; None where nothing is
             diagnosed.
+        frames_per_call: frames of videos that the detector is given at a time; None: all.
     """
 
     family: Family
     sampler: Sampler
     guidance: Guidance = field(default_factory=Guidance)
     detector: torch.nn.Module | None = None
+    frames_per_call: int | None = None
 
     def predict(self, latents: torch.Tensor, step: int, conditioning: Conditioning) -> torch.Tensor:
         """The guided prediction (B, C, h, w) at a step.
@@ -54,16 +56,23 @@ class Sampling:
 
     @torch.no_grad()
     def diagnose(self, latents: torch.Tensor, chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode latents (B, C, h, w) and find what is broken, without a graph.
+        """Decode latents (B, C, h, w), or (B, C, t, h, w) of videos, and find what is broken, without a graph.
 
         Args:
             latents: final latents.
             chunk: pictures per call of the VAE and the detector; None: all at once.
 
         Returns:
-            Pictures (B, 3, H, W) in [0, 1] and their confidence maps (B, 1, H, W).
+            Pictures (B, 3, H, W) in [0, 1] and their confidence maps (B, 1, H, W); videos have T frames before H.
         """
         parts = latents.split(chunk or len(latents))
         pictures = torch.cat([self.family.decode(part).float().clamp(0, 1) for part in parts])
-        confidence = torch.cat([confidence_of(self.detector, part) for part in pictures.split(chunk or len(pictures))])
-        return pictures, confidence
+        maps = [
+            confidence_of(self.detector, part, frames_per_call=self.frames_per_call)
+            for part in pictures.split(chunk or len(pictures))
+        ]
+        return pictures, torch.cat(maps)
+
+    def logits(self, pictures: torch.Tensor) -> torch.Tensor:
+        """The detector's logits (B, 1, h, w) of pictures (B, 3, H, W), (B, 1, T, h, w) of videos; differentiable."""
+        return by_frame(self.detector, pictures, self.frames_per_call)

@@ -236,20 +236,20 @@ class Sampler:
         Times are uniform over the training timesteps, for flow matching logit-normal and shifted as the sampler's are.
 
         Args:
-            latents: (B, C, h, w), clean.
-            noise: (B, C, h, w).
+            latents: (B, C, h, w) or (B, C, t, h, w), clean.
+            noise: as latents.
             uniform: (B,) in [0, 1): where in the distribution of times each picture lies.
         """
         if self.is_flow:
             logit_normal = torch.sigmoid(torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)))
             sigmas = self._shifted(logit_normal).to(latents.device, latents.dtype)
-            view = sigmas.view(-1, 1, 1, 1)
+            view = sigmas.view(-1, *(1,) * (latents.ndim - 1))
             timesteps = sigmas * self.scheduler.config.num_train_timesteps
             return (1 - view) * latents + view * noise, timesteps, Target.flow(latents, noise)
         alphas_cumprod = self.scheduler.alphas_cumprod.to(latents.device)
         timesteps = (uniform * len(alphas_cumprod)).long().to(latents.device)
         chosen = alphas_cumprod[timesteps].to(torch.float32)
-        view = chosen.to(latents.dtype).view(-1, 1, 1, 1)
+        view = chosen.to(latents.dtype).view(-1, *(1,) * (latents.ndim - 1))
         noisy = view.sqrt() * latents + (1 - view).sqrt() * noise
         kind = self.scheduler.config.prediction_type
         if kind == "epsilon":

@@ -15,7 +15,7 @@ from diffdoctor.treat.sampling import Sampling
 
 
 def pictures_to_replay(confidence: torch.Tensor, config: TreatConfig) -> torch.Tensor:
-    """Indices (M,) of the pictures whose maps (B, 1, H, W) show enough to treat."""
+    """Indices (M,) of the pictures whose maps (B, 1, H, W), of videos (B, 1, T, H, W), show enough to treat."""
     share = (confidence >= config.replay_confidence).flatten(1).float().mean(1)
     return torch.nonzero(share >= config.replay_area).flatten()
 
@@ -63,13 +63,13 @@ def artifact_term(
         shift = int(torch.randint(1, max(2, len(confidence)), (), generator=generator))
         partners, chosen = chosen, (chosen + shift) % len(confidence)
     if config.map_source == "uniform":
-        confidence = confidence.mean((2, 3), keepdim=True).expand_as(confidence)
+        confidence = confidence.mean(tuple(range(2, confidence.ndim)), keepdim=True).expand_as(confidence)
     batch = Replay(
         sampling,
         rollout,
         config,
         index=chosen,
-        confidence=confidence[chosen if partners is None else partners],
+        confidence=sampling.family.maps_for_latents(confidence[chosen if partners is None else partners]),
         generator=generator,
         seeds=[seeds[i] for i in chosen.tolist()],
         divisor=divisor,

@@ -31,6 +31,7 @@ class DrawingConfig(Protocol):
     negative_prompt: str | None
     height: int | None
     width: int | None
+    num_frames: int | None
     max_sequence_length: int | None
 
 
@@ -58,6 +59,8 @@ def open_pipeline(option: str, source: str, config: DrawingConfig) -> DiffusionP
     for name in pipeline_options(pipeline, config):
         if name not in parameters or (name == "negative_prompt" and not takes_negative):
             raise UserError(f"--{name}: {type(pipeline).__name__} does not take this option")
+    if family is not None:
+        family.frame_count(config.num_frames)
     if config.negative_prompt and config.guidance_scale is not None:
         least = 0 if family is not None and family.uses_negative(1.0) else 1
         if config.guidance_scale <= least:
@@ -70,7 +73,8 @@ def open_pipeline(option: str, source: str, config: DrawingConfig) -> DiffusionP
 def call_options(config: DrawingConfig) -> dict[str, int | float | str]:
     """The arguments of the pipeline's call; options that are not given are left to the pipeline."""
     names = {"sampling_steps": "num_inference_steps"}
-    wanted = ("sampling_steps", "guidance_scale", "negative_prompt", "height", "width", "max_sequence_length")
+    wanted = ("sampling_steps", "guidance_scale", "negative_prompt", "height", "width", "num_frames")
+    wanted = (*wanted, "max_sequence_length")
     values = {names.get(name, name): getattr(config, name) for name in wanted}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -121,7 +125,7 @@ def draw_pictures(
         **call_options: of the pipeline's call: `num_inference_steps`, `guidance_scale`, …
 
     Yields:
-        uint8 (B, 3, H, W) on the CPU.
+        uint8 (B, 3, H, W) on the CPU; (B, 3, T, H, W) of videos of more than one frame.
 
     Raises:
         ValueError: `prompts` and `seeds` differ in length.
@@ -146,7 +150,7 @@ def draw_pictures(
         with torch.no_grad(), without_safety_checker(pipeline):
             drawn = pipeline(prompt=prompts[chosen], generator=generators, output_type="pt", **options)
         _refuse_blackened(drawn)
-        images = drawn.images.float()
+        images = _pictures_of(drawn).float()
         finite = images.isfinite().flatten(1).all(dim=1)
         if not finite.all():
             seed = seeds[start + int((~finite).nonzero()[0])]
@@ -155,6 +159,14 @@ def draw_pictures(
                 "in fp32 or bf16"
             )
         yield (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def _pictures_of(drawn) -> torch.Tensor:
+    """What a pipeline's call gives, as pictures (B, 3, H, W) or videos (B, 3, T, H, W) of more than one frame."""
+    if not hasattr(drawn, "frames"):
+        return drawn.images
+    frames = drawn.frames.transpose(1, 2)
+    return frames.squeeze(2) if frames.shape[2] == 1 else frames
 
 
 def sample_pictures(
@@ -179,7 +191,7 @@ def sample_pictures(
         **call_options: of the pipeline's call: `num_inference_steps`, `guidance_scale`, …
 
     Returns:
-        uint8 (N, 3, H, W) on the CPU.
+        uint8 (N, 3, H, W) on the CPU; (N, 3, T, H, W) of videos of more than one frame.
 
     Raises:
         ValueError: `prompts` and `seeds` differ in length.

@@ -72,16 +72,24 @@ class Tracking:
 
         Args:
             step: steps done.
-            pictures: (B, 3, H, W) in [0, 1].
-            confidence: (B, 1, H, W).
+            pictures: (B, 3, H, W) in [0, 1]; of videos (B, 3, T, H, W) some frames are shown, and all in
+                samples/step-00000020.webp.
+            confidence: (B, 1, H, W), (B, 1, T, H, W) of videos.
         """
         if self.output_dir is None or not self.is_main:
             return
         from diffdoctor.viz.draw import png_bytes
+        from diffdoctor.viz.video import animation
 
-        picture = sample_sheet(pictures, confidence)
+        picture, moving = sample_sheet(pictures, confidence), None
+        if pictures.ndim == 5:
+            moving = animation(
+                [sample_sheet(*frame) for frame in zip(pictures.unbind(2), confidence.unbind(2), strict=True)]
+            )
         with writing(self.output_dir):
             atomic_write_bytes(self.output_dir / "samples" / f"step-{step:08d}.png", png_bytes(picture))
+            if moving is not None:
+                atomic_write_bytes(self.output_dir / "samples" / f"step-{step:08d}.webp", moving)
             for tracker in self.accelerator.trackers if self.accelerator else ():
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": picture[None]}, step=step, **layout)
@@ -96,18 +104,31 @@ class Tracking:
 
 
 def sample_sheet(pictures: torch.Tensor, confidence: torch.Tensor) -> np.ndarray:
-    """uint8 (H', W', 3): rows of pictures (B, 3, H, W) in [0, 1], each above a row of their diagnoses (B, 1, H, W)."""
-    from diffdoctor.viz.draw import enlarge, grid, overlay
+    """uint8 (H', W', 3): rows of pictures (B, 3, H, W) in [0, 1], each above a row of their diagnoses (B, 1, H, W).
 
-    plain = (pictures.float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    Of videos (B, 3, T, H, W) some frames side by side.
+    """
+    from diffdoctor.viz.draw import enlarge, grid, overlay
+    from diffdoctor.viz.video import film, film_indices
+
+    if is_video := pictures.ndim == 5:
+        shown = film_indices(pictures.shape[2])
+        pictures, confidence = (frames[:, :, shown] for frames in (pictures, confidence))
+    plain = (pictures.float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
     maps = confidence[:, 0].float().nan_to_num().cpu().numpy()
-    scale = max(1, -(-_LEAST_SIDE // min(plain.shape[1:3])))
-    columns = min(len(plain), 8)
+    scale = max(1, -(-_LEAST_SIDE // min(plain.shape[-3:-1])))
+    columns = min(len(plain), max(1, 8 // len(plain[0])) if is_video else 8)
+
+    def drawn(i, draw):
+        if not is_video:
+            return enlarge(draw(plain[i], maps[i]), scale)
+        return film([enlarge(draw(*frame), scale) for frame in zip(plain[i], maps[i], strict=True)])
+
     rows = []
     for start in range(0, len(plain), columns):
         part = range(start, min(start + columns, len(plain)))
-        rows.append([enlarge(plain[i], scale) for i in part])
-        rows.append([enlarge(overlay(plain[i], maps[i]), scale) for i in part])
+        rows.append([drawn(i, lambda picture, _: picture) for i in part])
+        rows.append([drawn(i, overlay) for i in part])
     return grid(rows)
 
 

@@ -121,10 +121,12 @@ class Treatment:
             limits = {"strict": config.strict, "max_sequence_length": family.max_sequence_length}
             check_prompts(pipeline, [config.negative_prompt], **limits)
         prompts = check_prompts(pipeline, prompts, strict=config.strict, max_sequence_length=family.max_sequence_length)
+        family.num_frames = family.frame_count(config.num_frames)
         size = family.picture_size(config.height, config.width)
         options = family.timestep_options(config.sampling_steps, *size)
         sampler = Sampler(pipeline.scheduler, device=self.device, timestep_options=options)
-        self.sampling = Sampling(family, sampler, Guidance(config.guidance_scale, config.cfg_grad), detector)
+        guidance = Guidance(config.guidance_scale, config.cfg_grad)
+        self.sampling = Sampling(family, sampler, guidance, detector, config.frames_per_call)
         self.drawing = Drawing(self.sampling, prompts, config, self.processes, size)
         self.offline = checked_pairs(offline, config)
         self.early_stopping = EarlyStopping(config)
@@ -388,7 +390,8 @@ class Treatment:
     def _by_monitor(self, pictures: torch.Tensor) -> torch.Tensor:
         """The monitor's maps (B, 1, H, W), on the CPU."""
         parts = (part.to(self.device) for part in pictures.split(self.drawing.chunk))
-        return torch.cat([confidence_of(self.monitor_detector, part, name="monitor").cpu() for part in parts])
+        options = {"name": "monitor", "frames_per_call": self.config.frames_per_call}
+        return torch.cat([confidence_of(self.monitor_detector, part, **options).cpu() for part in parts])
 
     def _draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first fixed pictures (count, 3, H, W) and their maps, on the CPU, drawn with the average's weights."""

@@ -194,3 +194,40 @@ def sana():
     # it insists on multiples of 32 pixels, which its own autoencoder needs and this one does not
     pipeline.check_inputs = lambda *args: None
     return pipeline
+
+
+def wan_autoencoder():
+    """An autoencoder of videos with four channels, halving a picture's sides and a video's frames once."""
+    from diffusers import AutoencoderKLWan
+
+    vae = AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True], scale_factor_temporal=2,
+        scale_factor_spatial=2, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.3, 0.7],
+    ).eval()  # fmt: skip
+    _enlarge(vae.decoder.conv_out, 4)
+    return vae
+
+
+def wan():
+    from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    tokenizer = t5_tokenizer()
+    text = UMT5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    transformer = WanTransformer3DModel(
+        in_channels=4, out_channels=4, num_layers=1, attention_head_dim=12, num_attention_heads=2, text_dim=16,
+        freq_dim=16, ffn_dim=32, rope_max_seq_len=64,
+    )  # fmt: skip
+    for layer in (transformer.condition_embedder.text_embedder.linear_2, transformer.proj_out):
+        _enlarge(layer, 6)
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(text).eval(),
+        vae=wan_autoencoder(),
+        scheduler=UniPCMultistepScheduler(**flow),
+        transformer=transformer,
+    )

@@ -8,10 +8,11 @@ import torch
 from diffdoctor.demo.pipeline import build_tokenizer
 
 PROMPTS = ("a photo of a red square", "a photo of a green circle", "a photo of a blue triangle")
-NEW_FAMILIES = ("z_image", "qwen_image", "krea2", "chroma", "flux2_dev", "sana")
+NEW_FAMILIES = ("z_image", "qwen_image", "krea2", "chroma", "flux2_dev", "sana", "wan")
 FAMILIES = ("sd", "sdxl", "sd3", "flux", "flux2", *NEW_FAMILIES)
 # of a pipeline's call
 CALL_OPTIONS = {name: {"max_sequence_length": 32} for name in FAMILIES if name not in ("sd", "sdxl")}
+CALL_OPTIONS["wan"]["num_frames"] = 1
 
 
 def call_options(name, scale, prompts=PROMPTS):
@@ -20,6 +21,13 @@ def call_options(name, scale, prompts=PROMPTS):
         return {**CALL_OPTIONS[name], "true_cfg_scale": scale, "negative_prompt": [" "] * len(prompts)}
     exact = {"use_resolution_binning": False} if name == "sana" else {}
     return {**CALL_OPTIONS.get(name, {}), **exact, "guidance_scale": scale}
+
+
+def drawn(output):
+    """The pictures (or latents) of a pipeline's call, whether it draws pictures or videos of one frame."""
+    if hasattr(output, "images"):
+        return output.images
+    return output.frames[:, 0] if output.frames.shape[2] == 3 else output.frames
 
 
 def t5_tokenizer(texts=PROMPTS, max_length=32):

@@ -10,7 +10,7 @@ from diffdoctor.runs.errors import UserError
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.prediction_replay import Predictor
 from diffdoctor.treat.schedulers import Sampler
-from support.tiny_pipelines import FAMILIES, PROMPTS, call_options, tiny_pipeline
+from support.tiny_pipelines import FAMILIES, PROMPTS, call_options, drawn, tiny_pipeline
 from support.treatment import BrightDetector
 
 
@@ -26,10 +26,10 @@ class LeftDetector(BrightDetector):
 def draw(pipeline, name, scale=1.0, pictures=(0, 1, 2), **more):
     pipeline.set_progress_bar_config(disable=True)
     options = call_options(name, scale, pictures)
-    return pipeline(
+    return drawn(pipeline(
         prompt=[PROMPTS[i] for i in pictures], height=16, width=16, num_inference_steps=4,
         generator=[torch.Generator().manual_seed(i) for i in pictures], **{"output_type": "pt", **options, **more},
-    ).images  # fmt: skip
+    ))  # fmt: skip
 
 
 def flow_or_ddim(name):

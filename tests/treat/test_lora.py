@@ -14,7 +14,7 @@ from diffdoctor.treat.lora import (
     save_lora,
     target_modules,
 )
-from support.tiny_pipelines import CALL_OPTIONS, FAMILIES, PROMPTS, tiny_pipeline
+from support.tiny_pipelines import CALL_OPTIONS, FAMILIES, PROMPTS, drawn, tiny_pipeline
 
 GROUPS = {name: ("attention", "convolution" if name in ("sd", "sdxl") else "feed_forward") for name in FAMILIES}
 
@@ -22,10 +22,10 @@ GROUPS = {name: ("attention", "convolution" if name in ("sd", "sdxl") else "feed
 def draw(pipeline, family):
     pipeline.set_progress_bar_config(disable=True)
     options = CALL_OPTIONS.get(family, {})
-    return pipeline(
+    return drawn(pipeline(
         prompt=list(PROMPTS), height=16, width=16, num_inference_steps=2, output_type="pt",
         generator=torch.Generator().manual_seed(0), **options,
-    ).images  # fmt: skip
+    ))  # fmt: skip
 
 
 def with_lora(name, rank=3, alpha=7.0):

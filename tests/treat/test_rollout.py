@@ -9,7 +9,7 @@ from diffdoctor.treat.families import Family, family_of, register_family
 from diffdoctor.treat.rollout import initial_latents, picture_generators, replay, roll_out
 from diffdoctor.treat.sampling import Guidance, Sampling
 from diffdoctor.treat.schedulers import Sampler
-from support.tiny_pipelines import FAMILIES, PROMPTS, call_options, tiny_pipeline
+from support.tiny_pipelines import FAMILIES, PROMPTS, call_options, drawn, tiny_pipeline
 
 SEEDS = (11, 12, 13)
 SCHEDULERS = {
@@ -31,6 +31,7 @@ SCHEDULERS = {
     "qwen_image": ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"),
     "flux2": ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"),
     "sana": ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"),
+    "wan": ("UniPCMultistepScheduler",),
 }
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 CASES = [
@@ -51,6 +52,8 @@ def prepared(name, scheduler, scale, steps=4, dtype=torch.float32, prediction_ty
     changes = {"clip_sample": False} if scheduler in ("DDIMScheduler", "DDPMScheduler") else {}
     if name not in ("sd", "sdxl") and "Multistep" in scheduler:
         changes = FLOW
+    elif scheduler.startswith("FlowMatch") and name == "wan":
+        changes = {"shift": 3.0}
     pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config, **changes)
     pipeline.to(dtype)
     family = family_of(pipeline)
@@ -72,10 +75,10 @@ def test_roll_out_draws_what_the_pipeline_draws(name, scheduler, scale):
     ours = family.decode(rollout.final).clamp(0, 1)
     options = call_options(name, scale)
     family.pipeline.set_progress_bar_config(disable=True)
-    theirs = family.pipeline(
+    theirs = drawn(family.pipeline(
         prompt=list(PROMPTS), height=16, width=16, num_inference_steps=4, output_type="pt",
         generator=picture_generators(SEEDS), **options,
-    ).images  # fmt: skip
+    ))  # fmt: skip
     assert (theirs - theirs[:1]).abs().max() > 1e-3
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 

@@ -168,7 +168,7 @@ class Evaluation:
         self.measurer.to(self.device)
         for side in SIDES:
             self._measure_generated(side)
-        size = tuple(self.folder.pictures("before").load([0]).shape[2:])
+        size = tuple(self.folder.pictures("before").load([0]).shape[-2:])
         self._measure_real(size)
         self.state.wait_for_everyone()
         metrics: dict = {}
@@ -347,7 +347,7 @@ def _networks(config: EvaluateModelConfig) -> measuring.Measurer:
         print(f"notice: {features.note}", file=sys.stderr)
     classifier = Classifier(config.classifier) if config.classifier else None
     preference = Preference(config.preference, config.preference_processor) if config.preference else None
-    return measuring.Measurer(judge, detector, features, clip, preference, classifier)
+    return measuring.Measurer(judge, detector, features, clip, preference, classifier, config.frames_per_call)
 
 
 def _class_indices(classifier: Classifier | None, prompts: list[Prompt]) -> list[int] | None:

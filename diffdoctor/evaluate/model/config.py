@@ -15,10 +15,12 @@ from diffdoctor.treat.loading import DTYPES
 # Options that `treat` writes into its config.yaml under the same names.
 _OF_TREATMENT = (
     *("pipeline", "detector", "prompts", "scheduler"),
-    *("sampling_steps", "guidance_scale", "negative_prompt", "height", "width", "max_sequence_length"),
+    *("sampling_steps", "guidance_scale", "negative_prompt", "height", "width", "num_frames"),
+    *("frames_per_call", "max_sequence_length"),
 )
 _SAMPLING = (
-    *("sampling_steps", "guidance_scale", "negative_prompt", "height", "width", "max_sequence_length", "scheduler"),
+    *("sampling_steps", "guidance_scale", "negative_prompt", "height", "width", "num_frames"),
+    *("max_sequence_length", "scheduler"),
 )
 
 _MAX_SETTINGS = 1 << 18  # characters
@@ -30,8 +32,8 @@ class EvaluateModelConfig:
 
     Attributes:
         treatment: folder that `diffdoctor treat` made; its LoRA is evaluated, and pipeline, detector, prompts,
-            sampling_steps, guidance_scale, negative_prompt, height, width, max_sequence_length and scheduler are those
-            of the treatment where they are not given here.
+            sampling_steps, guidance_scale, negative_prompt, height, width, num_frames, frames_per_call,
+            max_sequence_length and scheduler are those of the treatment where they are not given here.
         pipeline: folder of the untreated diffusers pipeline, or its id on the Hugging Face hub; required without
             treatment, like detector and prompts.
         lora: folder or file of a LoRA for that pipeline: the treated pipeline is the two together.
@@ -50,6 +52,9 @@ class EvaluateModelConfig:
             nothing.
         height: of the pictures, in pixels; null: the treatment's, else the pipeline's own.
         width: as height.
+        num_frames: of a video; null: the treatment's, else the pipeline's own, 1 where it draws pictures. The detectors
+            see every frame, all other measures the middle one.
+        frames_per_call: frames of videos that a detector is given at a time; null: the treatment's, else all.
         max_sequence_length: of T5 prompts (SD3, FLUX), in tokens; null: the treatment's, else the pipeline's own.
         scheduler: class of a diffusers scheduler in place of the pipeline's own; null: the treatment's, else its own.
         dtype: fp32, bf16 or fp16: what the pipelines are loaded in; detectors and measures are in fp32.
@@ -94,6 +99,8 @@ class EvaluateModelConfig:
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
+    num_frames: int | None = None
+    frames_per_call: int | None = None
     max_sequence_length: int | None = None
     scheduler: str | None = None
     dtype: str = "fp32"
@@ -114,7 +121,7 @@ class EvaluateModelConfig:
 
     def __post_init__(self):
         check_least(self, pictures=1, batch_size=1, examples=0, seed=0)
-        check_least(self, sampling_steps=1, height=1, width=1, max_sequence_length=1)
+        check_least(self, sampling_steps=1, height=1, width=1, num_frames=1, frames_per_call=1, max_sequence_length=1)
         for field in dataclasses.fields(self):
             if getattr(self, field.name) == "":
                 raise UserError(expected(f"--{field.name}", "a name or a path", "an empty one; leave it out instead"))

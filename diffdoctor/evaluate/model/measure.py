@@ -35,6 +35,7 @@ class Measurer:
         clip: for the CLIP score; None: none.
         preference: for the preference score; None: none.
         classifier: for the accuracy; None: none.
+        frames_per_call: frames of videos that a detector is given at a time; None: all.
     """
 
     judge: torch.nn.Module
@@ -43,6 +44,7 @@ class Measurer:
     clip: Clip | None = None
     preference: Preference | None = None
     classifier: Classifier | None = None
+    frames_per_call: int | None = None
 
     def to(self, device: torch.device) -> Measurer:
         """Move all networks."""
@@ -57,7 +59,8 @@ class Measurer:
         """Measure pictures.
 
         Args:
-            pictures: uint8 (B, 3, H, W) on the CPU.
+            pictures: uint8 (B, 3, H, W) on the CPU, or videos (B, 3, T, H, W): the detectors see every frame, the other
+                networks the middle one.
             prompts: B, from which they were generated; none: no CLIP and no preference score.
             class_indices: (B,) index of the logit that the classifier should find largest; None: no classification.
 
@@ -70,9 +73,13 @@ class Measurer:
         device = device_of(self.judge)
         pictures = pictures.to(device)
         values = {
-            name: flagged_share(diagnose_pictures(detector, pictures, name=name)).numpy()
+            name: flagged_share(
+                diagnose_pictures(detector, pictures, name=name, frames_per_call=self.frames_per_call)
+            ).numpy()
             for name, detector in (("judge", self.judge), ("detector", self.detector))
         }
+        if pictures.ndim == 5:
+            pictures = pictures[:, :, pictures.shape[2] // 2]
         if self.features is not None:
             values["features"] = self.features(pictures).numpy()
         if self.clip is not None and len(prompts):

@@ -14,6 +14,7 @@ from diffdoctor.measures.blindness import blindness
 from diffdoctor.measures.pixels import FLAG_CONFIDENCE, FLAG_SHARE
 from diffdoctor.viz.draw import as_hwc, enlarge, grid, jpeg_bytes, overlay, png_bytes
 from diffdoctor.viz.report import Report, new_figure
+from diffdoctor.viz.video import film, film_indices
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -246,14 +247,22 @@ def _strips(
 
 
 def _strip(folder: EvaluationFolder, judge: nn.Module, index: int) -> tuple[np.ndarray, bool]:
-    """Before, before with the judge's map, after, after with the map, side by side; whether the pictures are small."""
+    """Before, before with the judge's map, after, after with the map, side by side; whether the pictures are small.
+
+    Of videos some frames each, one of the four below the other.
+    """
     views = []
     for side in ("before", "after"):
         picture = folder.pictures(side).load([index])
-        confidence = diagnose_pictures(judge, picture, name="judge")[0, 0].numpy()
-        shown = as_hwc(picture)[0]
-        views += [_sized(shown), _sized(overlay(shown, confidence))]
-    return grid([views]), max(shown.shape[:2]) <= SMALL
+        if picture.ndim == 5:
+            picture = picture[:, :, film_indices(picture.shape[2])]
+        maps = diagnose_pictures(judge, picture, name="judge")[0, 0].numpy()
+        frames = as_hwc(picture if picture.ndim == 4 else picture[0].transpose(0, 1))
+        maps = maps.reshape(len(frames), *maps.shape[-2:])
+        views.append(film([_sized(frame) for frame in frames]))
+        views.append(film([_sized(overlay(*pair)) for pair in zip(frames, maps, strict=True)]))
+    rows = [views] if len(frames) == 1 else [[view] for view in views]
+    return grid(rows), max(frames.shape[1:3]) <= SMALL
 
 
 def _caption(prompt: Prompt, rest: str) -> str:

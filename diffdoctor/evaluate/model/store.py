@@ -3,6 +3,7 @@
 output/
   run.json                              what the pictures depend on
   pictures/before/00000000.png …        by index; a picture's prompt and seed are functions of its index
+  pictures/before/00000000-0000.png …   the frames of a video; the first, which is written last, says that all are there
   measures/run.json                     what the measures depend on beside the pictures
   pictures.parquet                      every score of every picture
   measures/before/00000000-00000128.npz and .features.npy, likewise after, real, damaged
@@ -13,6 +14,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,7 +39,7 @@ _ABOUT_UNIT = ("has_features", "skipped")
 
 
 class PictureFiles:
-    """The generated pictures before or after, one file each.
+    """The generated pictures before or after, one file each; of videos a file a frame.
 
     Args:
         folder: of the files.
@@ -49,20 +51,26 @@ class PictureFiles:
         self.units = Units(folder, f".{picture_type}")
 
     def path(self, index: int) -> Path:
-        """The file of the picture of this index."""
-        return self.units.path(f"{index:08d}")
+        """The file of the picture of this index, or of the first frame of the video."""
+        picture, frame = self.units.path(f"{index:08d}"), self.units.path(_frame_name(index, 0))
+        return frame if frame.is_file() else picture
 
     def missing(self, indices: Sequence[int]) -> list[int]:
         """Those of the indices whose picture is not there yet."""
         return [index for index in indices if not self.path(index).is_file()]
 
     def save(self, index: int, picture: torch.Tensor) -> None:
-        """Write one picture, uint8 (3, H, W), completely or not at all."""
-        with self.units.writing(f"{index:08d}") as file:
-            file.write(encode_picture(picture.permute(1, 2, 0).contiguous().numpy(), self.picture_type))
+        """Write one picture, uint8 (3, H, W), or video, (3, T, H, W), completely or not at all."""
+        frames = [(f"{index:08d}", picture)]
+        if picture.ndim == 4:
+            frames = [(_frame_name(index, number), frame) for number, frame in enumerate(picture.unbind(1))]
+        # the first frame last: its presence says that all are there
+        for name, frame in reversed(frames):
+            with self.units.writing(name) as file:
+                file.write(encode_picture(frame.permute(1, 2, 0).contiguous().numpy(), self.picture_type))
 
     def load(self, indices: Sequence[int]) -> torch.Tensor:
-        """Read the pictures of these indices, uint8 (B, 3, H, W).
+        """Read the pictures of these indices, uint8 (B, 3, H, W), or videos, (B, 3, T, H, W).
 
         Raises:
             UserError: one is broken, or they differ in size.
@@ -70,13 +78,26 @@ class PictureFiles:
         pictures = []
         for index in indices:
             path = self.path(index)
-            try:
-                pictures.append(decode(path.read_bytes(), "RGB"))
-            except ValueError as error:
-                raise UserError(f"{path}: broken ({error}); delete it, and it is generated again") from None
+            if path == self.units.path(_frame_name(index, 0)):
+                paths = (self.units.path(_frame_name(index, number)) for number in itertools.count())
+                frames = itertools.takewhile(Path.is_file, paths)
+                pictures.append(np.stack([_decoded(frame) for frame in frames]))
+            else:
+                pictures.append(_decoded(path))
             if pictures[-1].shape != pictures[0].shape:
                 raise UserError(f"{path}: not of the size of the other pictures; delete it, and it is generated again")
-        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+        return torch.from_numpy(np.stack(pictures)).movedim(-1, 1).contiguous()
+
+
+def _frame_name(index: int, frame: int) -> str:
+    return f"{index:08d}-{frame:04d}"
+
+
+def _decoded(path: Path) -> np.ndarray:
+    try:
+        return decode(path.read_bytes(), "RGB")
+    except ValueError as error:
+        raise UserError(f"{path}: broken ({error}); delete it, and it is generated again") from None
 
 
 class FeatureFiles:

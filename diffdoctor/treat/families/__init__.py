@@ -11,6 +11,7 @@ from diffdoctor.treat.families import (  # noqa: F401
     sdxl,
     stable_diffusion,
     stable_diffusion_3,
+    wan,
     z_image,
 )
 from diffdoctor.treat.families.base import Family

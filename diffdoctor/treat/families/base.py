@@ -1,11 +1,12 @@
 """What the treatment needs to know of a kind of pipeline: how to encode prompts, denoise, decode and encode.
 
-A family works on latents (B, C, h, w) throughout; one whose denoiser takes packed tokens packs and unpacks inside
-`denoise`, so that roll-out, replay and confidence maps never see the packing.
+A family works on latents (B, C, h, w) throughout, (B, C, t, h, w) where it draws videos; one whose denoiser takes
+packed tokens packs and unpacks inside `denoise`, so that roll-out, replay and confidence maps never see the packing.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -59,6 +60,8 @@ class Family:
         # whether the denoiser's weights are spread over processes, which must then call it equally often
         self.is_sharded = False
         self.max_sequence_length: int | None = None
+        # of what is drawn, from `frame_count`
+        self.num_frames = 1
         # what the negative prediction is told; None: the pipeline's own, an empty text
         self.negative_prompt: str | None = None
 
@@ -66,6 +69,16 @@ class Family:
     def denoiser(self) -> torch.nn.Module:
         """The network that predicts, and that LoRA is added to."""
         return getattr(self.pipeline, self.denoiser_name)
+
+    @property
+    def denoiser_dtype(self) -> torch.dtype:
+        """The dtype in which the denoiser takes latents."""
+        return next(self.denoiser.parameters()).dtype
+
+    @property
+    def latents_dtype(self) -> torch.dtype:
+        """The dtype in which the pipeline's own loop holds latents."""
+        return self.denoiser_dtype
 
     @property
     def vae(self) -> torch.nn.Module:
@@ -146,7 +159,7 @@ class Family:
         With `gradient_scale` S a gradient is multiplied by S on its way into the denoiser and divided by S where it
         leaves through the latents, so that the parameters' gradients alone come out S times too large.
         """
-        dtype = next(self.denoiser.parameters()).dtype
+        dtype = self.denoiser_dtype
         given = latents if self.gradient_scale is None else scale_gradient(latents, 1 / self.gradient_scale)
         inputs = in_dtype(inputs, dtype)
         autocast = nullcontext()
@@ -187,8 +200,26 @@ class Family:
             negative, positive = both.chunk(2)
         return self.combine(positive, negative, guidance_scale)
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of a picture of height x width pixels."""
+    def frame_count(self, num_frames: int | None) -> int:
+        """How many frames are drawn where so many are asked for; None: the pipeline's own number, 1 for pictures.
+
+        Raises:
+            UserError: if the pipeline does not draw so many.
+        """
+        if num_frames not in (None, 1):
+            what = f"1, since {type(self.pipeline).__name__} draws pictures"
+            raise UserError(expected("num_frames", what, num_frames))
+        return 1
+
+    def maps_for_latents(self, maps: torch.Tensor) -> torch.Tensor:
+        """Maps of pictures (B, 1, H, W) or videos (B, 1, T, H, W) as the operations on their latents take them.
+
+        The operations resample them to the latents' grid, in time as in space.
+        """
+        return maps
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """(C, h, w) of a picture of height x width pixels, (C, t, h, w) of a video of `num_frames` of them."""
         scale = self.pipeline.vae_scale_factor
         return self.vae.config.latent_channels, height // scale, width // scale
 
@@ -232,7 +263,14 @@ class Family:
 
     def sequence_options(self) -> dict:
         """Keyword arguments of `encode_prompt` that set the long text encoder's length in tokens."""
-        return {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
+        name = "max_sequence_length"
+        length = self.call_default(name) if self.max_sequence_length is None else self.max_sequence_length
+        return {} if length is None else {name: length}
+
+    def call_default(self, name: str):
+        """The default of an argument of the pipeline's own call, None where it has no such argument."""
+        found = inspect.signature(type(self.pipeline).__call__).parameters.get(name)
+        return None if found is None else found.default
 
     def negative_options(self, count: int) -> dict:
         """Keyword arguments of `encode_prompt` that give `count` prompts the negative one."""
@@ -243,15 +281,18 @@ class Family:
         return float(self.vae.config.scaling_factor), 0.0
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, 3, H, W), black at 0 and white at 1, not clamped, of latents (B, C, h, w); differentiable."""
-        scale, shift = self.latent_affine()
+        """Pictures (B, 3, H, W), black at 0 and white at 1, not clamped, of latents (B, C, h, w); differentiable.
+
+        Videos (B, 3, T, H, W) of latents (B, C, t, h, w).
+        """
+        scale, shift = _with_frames(self.latent_affine(), latents.ndim == 5)
         dtype = next(self.vae.parameters()).dtype
         return self.vae_decode((latents / scale + shift).to(dtype)) / 2 + 0.5
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1]: the posterior's mode."""
-        scale, shift = self.latent_affine()
+        """Latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1], of videos likewise: the posterior's mode."""
+        scale, shift = _with_frames(self.latent_affine(), pictures.ndim == 5)
         dtype = next(self.vae.parameters()).dtype
         return (self.vae_encode((pictures * 2 - 1).to(dtype)) - shift) * scale
 
@@ -262,6 +303,11 @@ class Family:
     def vae_encode(self, pictures: torch.Tensor) -> torch.Tensor:
         """The inverse of `vae_decode`: the posterior's mode."""
         return self.vae.encode(pictures).latent_dist.mode()
+
+
+def _with_frames(affine: tuple, takes_frames: bool) -> tuple:
+    """(scale, shift), those of them that are (1, C, 1, 1) as (1, C, 1, 1, 1) where there are frames."""
+    return tuple(v.unsqueeze(2) if takes_frames and isinstance(v, torch.Tensor) else v for v in affine)
 
 
 def least_squares(value: torch.Tensor, along: torch.Tensor) -> torch.Tensor:

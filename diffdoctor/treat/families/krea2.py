@@ -9,14 +9,14 @@ import torch
 from diffdoctor.ops.layout import Packed
 from diffdoctor.treat.families.base import dynamic_shift
 from diffdoctor.treat.families.conditioning import Conditioning
-from diffdoctor.treat.families.frames import SingleFrame
+from diffdoctor.treat.families.frames import VideoAutoencoder
 from diffdoctor.treat.families.guidance import GuidanceFromZero
 from diffdoctor.treat.families.packed import PackedFamily, grid_ids
 from diffdoctor.treat.families.registry import register_family
 
 
 @register_family
-class Krea2Family(GuidanceFromZero, SingleFrame, PackedFamily):
+class Krea2Family(GuidanceFromZero, VideoAutoencoder, PackedFamily):
     """Serves `Krea2Pipeline`, distilled (guidance_scale 0) or not."""
 
     pipeline_classes = ("Krea2Pipeline",)

@@ -9,7 +9,7 @@ import torch
 from diffdoctor.ops.layout import Packed
 from diffdoctor.treat.families.base import TRANSFORMER_TARGETS, least_squares
 from diffdoctor.treat.families.conditioning import Conditioning
-from diffdoctor.treat.families.frames import SingleFrame
+from diffdoctor.treat.families.frames import VideoAutoencoder
 from diffdoctor.treat.families.packed import PATCH, PackedFamily
 from diffdoctor.treat.families.registry import register_family
 
@@ -18,7 +18,7 @@ _NOTHING = " "
 
 
 @register_family
-class QwenImageFamily(SingleFrame, PackedFamily):
+class QwenImageFamily(VideoAutoencoder, PackedFamily):
     """Serves `QwenImagePipeline`; the guidance scale is its call's `true_cfg_scale`.
 
     Its call guides only where it is given a negative prompt. Here one of a single space, which the model was published

@@ -1,0 +1,25 @@
+"""Maps of videos, and the latents of causal autoencoders, whose first latent frame is the first frame alone."""
+
+from __future__ import annotations
+
+import torch
+
+
+def causal_frames(maps: torch.Tensor, stride: int = 4) -> torch.Tensor:
+    """A video's maps with the first frame repeated, so that each latent frame gets the frames it encodes.
+
+    The autoencoders of Wan, HunyuanVideo and CogVideoX encode T = 1 + k stride frames as 1 + k latent ones: the first
+    frame, then `stride` at a time. With stride - 1 copies of the first frame before it, the maps have stride frames for
+    every latent one, which is what `weighted_loss`, `modulate_gradient` and `policy_loss` average (area).
+
+    Args:
+        maps: (..., T, H, W).
+        stride: frames in a latent frame.
+
+    Returns:
+        (..., T + stride - 1, H, W); one frame as it is.
+    """
+    if maps.shape[-3] == 1:
+        return maps
+    first = maps[..., :1, :, :]
+    return torch.cat([first.expand(*first.shape[:-3], stride - 1, *first.shape[-2:]), maps], -3)
