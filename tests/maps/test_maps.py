@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+import diffdoctor
 from support.maps import marked_pair
 
 pytest.importorskip("PIL")
@@ -17,6 +18,7 @@ from diffdoctor.maps import (
     PairedTransform,
     aspect_buckets,
     attach_map,
+    causal_frames,
     check_maps,
     detach_map,
     read_folder,
@@ -247,3 +249,17 @@ def test_a_batch_can_be_checked_and_reported():
     assert "inverted" in str(check_maps((255 * (1 - batch)).to(torch.uint8)))
     with pytest.raises(ValueError, match=r"maps: expected \(B, 1, H, W\)"):
         check_maps(torch.zeros(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("stride", [2, 4])
+def test_a_videos_map_meets_the_frames_that_a_latent_frame_encodes(stride):
+    generator = torch.Generator().manual_seed(0)
+    latent_frames, frames = 3, 1 + 2 * stride
+    pred, target = (torch.randn(2, 4, latent_frames, 4, 6, generator=generator) for _ in range(2))
+    confidence = torch.rand(2, 1, frames, 8, 12, generator=generator)
+    # the first frame alone, then so many at a time
+    groups = [confidence[:, :, :1], *confidence[:, :, 1:].split(stride, 2)]
+    weight = torch.stack([torch.nn.functional.avg_pool2d(group.mean(2), 2) for group in groups], 2)
+    loss = diffdoctor.weighted_loss(pred, target, mask=causal_frames(confidence, stride))
+    torch.testing.assert_close(loss, (weight * (pred - target).square()).mean())
+    assert causal_frames(confidence[:, :, :1]).shape == (2, 1, 1, 8, 12)

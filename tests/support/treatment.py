@@ -13,6 +13,7 @@ SMALL = {
     "sampling_steps": 3,
     "height": 16,
     "width": 16,
+    "num_frames": 1,
     "max_sequence_length": 32,
     "rank": 2,
     "replay_area": 0.0,

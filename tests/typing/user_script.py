@@ -293,6 +293,8 @@ def one_picture(path: str) -> tuple[torch.Tensor, torch.Tensor]:
         maps.write_map("copy.mask.png", confidence)
         print(maps.map_stamp(confidence), maps.edit_map(path, picture, floor=0.05, spread=1).shape)
     try:
+        moving: torch.Tensor = maps.causal_frames(torch.zeros(1, 1, 17, 8, 8), stride=4)
+        print(moving.shape)
         four_bands = maps.attach_map(picture, confidence)
     except maps.MapWarning:
         raise

@@ -1,0 +1,239 @@
+"""Videos of Wan: drawn as the pipeline draws them, diagnosed frame by frame, treated and guided over all frames."""
+
+import json
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import diffdoctor
+from diffdoctor.cli import main
+from diffdoctor.data.shards import read_shards
+from diffdoctor.detector import ConvDetector
+from diffdoctor.detector.predict import diagnose_pictures
+from diffdoctor.evaluate.model.store import PictureFiles
+from diffdoctor.measures.pixels import flagged_share, is_flagged
+from diffdoctor.ops.artifact_loss import artifact_loss
+from diffdoctor.runs.errors import UserError
+from diffdoctor.treat import TreatConfig
+from diffdoctor.treat.families import family_of
+from diffdoctor.treat.lora import add_lora
+from diffdoctor.treat.picture_loss import picture_loss
+from diffdoctor.treat.prepare import memory_options
+from diffdoctor.treat.rollout import initial_latents, picture_generators, replay, roll_out
+from diffdoctor.treat.sampling import Guidance, Sampling
+from diffdoctor.treat.schedulers import Sampler
+from diffdoctor.treat.text_to_image import sample_pictures
+from support.model_evaluation import save_lora
+from support.tiny_pipelines import PROMPTS, call_options, tiny_pipeline
+from support.treatment import BrightDetector, random_detector, run
+
+FRAMES, SEEDS = 3, (11, 12, 13)
+CPU = torch.device("cpu")
+
+
+def with_scheduler(pipeline, scheduler):
+    changes = {"shift": 3.0} if scheduler.startswith("FlowMatch") else {}
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config, **changes)
+    return pipeline
+
+
+def prepared(pipeline, scale=1.0, steps=4, dtype=torch.float32, detector=None):
+    family = family_of(pipeline.to(dtype))
+    family.max_sequence_length, family.num_frames = 32, FRAMES
+    sampler = Sampler(pipeline.scheduler, device=CPU, timestep_options=family.timestep_options(steps, 16, 16))
+    conditioning = family.encode_prompts(PROMPTS, guidance_scale=scale, height=16, width=16, device=CPU)
+    sampling, generators = Sampling(family, sampler, Guidance(scale), detector), picture_generators(SEEDS)
+    return sampling, conditioning, initial_latents(sampling, generators, 16, 16, CPU, dtype), generators
+
+
+def draw(pipeline, scale, **more):
+    return pipeline(
+        prompt=list(PROMPTS), height=16, width=16, num_inference_steps=4, generator=picture_generators(SEEDS),
+        **{"output_type": "pt", **call_options("wan", scale), "num_frames": FRAMES, **more},
+    ).frames  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "scale"),
+    [
+        ("UniPCMultistepScheduler", 1.0),
+        ("UniPCMultistepScheduler", 5.0),
+        ("FlowMatchEulerDiscreteScheduler", 5.0),
+    ],
+)
+def test_roll_out_draws_what_the_pipeline_draws_and_is_repeated(scheduler, scale):
+    pipeline = with_scheduler(tiny_pipeline("wan"), scheduler)
+    sampling, conditioning, latents, generators = prepared(pipeline, scale)
+    assert latents.shape == (3, 4, 2, 8, 8)
+    rollout = roll_out(sampling, conditioning, latents, generators, keep=(0, 2), chunk=2)
+    theirs = draw(pipeline, scale).transpose(1, 2)
+    assert theirs.shape == (3, 3, FRAMES, 16, 16)
+    assert (theirs - theirs[:, :, :1]).abs().max() > 1e-3  # it moves
+    torch.testing.assert_close(sampling.family.decode(rollout.final).clamp(0, 1), theirs, atol=1e-5, rtol=1e-5)
+    index = torch.tensor([2, 0])
+    for first in (0, 2):
+        again = replay(sampling, rollout, index, first=first).detach()
+        torch.testing.assert_close(again, rollout.final[index], atol=2e-4, rtol=1e-4)
+
+
+def test_replay_gradient_is_that_of_finite_differences():
+    sampling, conditioning, latents, generators = prepared(tiny_pipeline("wan"), dtype=torch.float64)
+    sampling.family.denoiser.requires_grad_(False)
+    weight = sampling.family.denoiser.proj_out.weight.requires_grad_(True)
+    rollout = roll_out(sampling, conditioning, latents, generators, keep=(2,))
+    generator = torch.Generator().manual_seed(0)
+    cotangent, direction = (
+        torch.randn(shape, dtype=torch.float64, generator=generator) for shape in (latents[:1].shape, weight.shape)
+    )
+
+    def value():
+        return (replay(sampling, rollout, torch.tensor([1]), first=2) * cotangent).sum()
+
+    gradient = torch.autograd.grad(value(), weight)[0]
+    with torch.no_grad():
+        weight += 1e-3 * direction
+        above = value()
+        weight -= 2e-3 * direction
+        below = value()
+    torch.testing.assert_close((gradient * direction).sum(), (above - below) / 2e-3, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "frames_per_call"), [("threshold", 2), ("max", None)])
+def test_the_loss_is_that_of_all_frames_pixels_together(method, frames_per_call):
+    detector = random_detector()
+    sampling = Sampling(None, None, detector=detector, frames_per_call=frames_per_call)
+    videos = torch.rand(2, 3, FRAMES, 16, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    config = TreatConfig(artifact_method=method)
+    loss = picture_loss(sampling, videos, config)
+    rows = [torch.cat([torch.logit(detector.confidence(v[:, t][None]))[0] for t in range(FRAMES)], 1) for v in videos]
+    expected = artifact_loss(torch.stack(rows), method=method, reduction="sample")
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-4)
+    gradients = [torch.autograd.grad(value.sum(), videos)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-3)
+
+
+def test_memory_options_change_no_gradient_of_videos():
+    def gradient(size=16, **options):
+        pipeline = tiny_pipeline("wan")
+        parameters = add_lora(family_of(pipeline), rank=2, alpha=2.0, groups=("attention", "feed_forward"), seed=0)
+        detector = random_detector().requires_grad_(False)
+        sampling, conditioning, latents, generators = prepared(pipeline, detector=detector, steps=2)
+        latents = latents.repeat(1, 1, 1, size // 16, size // 16)
+        config, family = TreatConfig(**options), sampling.family
+        with memory_options(family, config, detector):
+            rollout = roll_out(sampling, conditioning, latents, generators, keep=(0,))
+            final = replay(sampling, rollout, torch.tensor([0, 1]), first=0)
+            pictures = family.decode(final)
+            picture_loss(sampling, pictures, config).sum().backward()
+        return torch.cat([p.grad.flatten() for p in parameters])
+
+    plain = gradient()
+    saving = gradient(gradient_checkpointing=True, vae_slicing=True)
+    torch.testing.assert_close(saving, plain, atol=1e-5 * float(plain.abs().max()), rtol=1e-4)
+    assert float(gradient(size=32, vae_tiling=16).norm()) > 0
+
+
+@pytest.mark.parametrize("method", ["draft_k", "nft", "grpo", "weighted"])
+def test_every_kind_of_method_treats_videos(method, tmp_path):
+    videos = torch.randint(0, 256, (3, FRAMES, 16, 16, 3), generator=torch.Generator().manual_seed(0))
+    result = run(
+        tiny_pipeline("wan"), random_detector(), (videos.to(torch.uint8).numpy(), list(PROMPTS)), method=method,
+        num_frames=FRAMES, frames_per_call=2, steps=1, batch_size=2, group_size=2, sampling_steps=2, vae_slicing=True,
+        guidance_scale=5.0, output_dir=tmp_path / "run" if method == "nft" else None,
+    )  # fmt: skip
+    row = result.history[0]
+    assert result.skipped == 0
+    assert row["grad_norm"] > 0
+    assert row["replayed"] == (0 if method == "weighted" else 2)
+    assert row["offline_loss"] > 0
+    if method == "nft":
+        with Image.open(tmp_path / "run" / "samples" / "step-00000000.webp") as moving:
+            assert moving.n_frames == FRAMES
+        loaded = tiny_pipeline("wan")
+        loaded.load_lora_weights(tmp_path / "run" / "lora")
+        torch.testing.assert_close(draw(loaded, 5.0), draw(result.pipeline, 5.0), atol=1e-5, rtol=1e-4)
+
+
+def test_a_pictures_pairs_teach_a_treatment_of_videos_and_lengths_do_not_mix():
+    result = run(tiny_pipeline("wan"), method="nft", num_frames=FRAMES, steps=1, batch_size=2, sampling_steps=2)
+    assert result.history[0]["offline_loss"] > 0
+    mixed = [torch.zeros(*shape, 16, 16, 3, dtype=torch.uint8).numpy() for shape in ((), (FRAMES,))]
+    with pytest.raises(UserError, match="offline: expected pictures alone, or videos of one length"):
+        run(tiny_pipeline("wan"), offline=(mixed, list(PROMPTS[:2])), method="weighted", num_frames=FRAMES)
+
+
+class LateDetector(BrightDetector):
+    """What is bright is broken, in the left half of a video's last frame alone: the frames come in order."""
+
+    def forward(self, pictures):
+        logits = super().forward(pictures)
+        left = torch.arange(logits.shape[-1]) < logits.shape[-1] // 2
+        last = torch.arange(len(logits)) % FRAMES == FRAMES - 1
+        return torch.where(left & last.view(-1, 1, 1, 1), logits, -20.0)
+
+
+def test_guide_moves_and_rewinds_videos():
+    pipeline, detector = tiny_pipeline("wan"), BrightDetector()
+    size = {"height": 16, "width": 16}
+    before = draw(pipeline, 5.0)
+
+    def score(videos):
+        return detector.confidence(videos.flatten(0, 1)).unflatten(0, (3, FRAMES)).flatten(1).mean(1)
+
+    moves = {"strength": 1.0, "start": 0.0, "stop": 1.0, "clean_grad": 1.0, "rewinds": 0}
+    with diffdoctor.guide(pipeline, detector, frames_per_call=2, **moves, **size) as log:
+        assert score(draw(pipeline, 5.0)).mean() < 0.95 * score(before).mean()
+    assert len(log.flagged_area) == 4
+    torch.testing.assert_close(draw(pipeline, 5.0), before, atol=0, rtol=0)
+    plain = draw(pipeline, 5.0, output_type="latent")
+    options = {"strength": 0.0, "rewinds": 2, "rewind_dilation": 0}
+    with diffdoctor.guide(pipeline, LateDetector(), **options, **size) as log:
+        held = draw(pipeline, 5.0, output_type="latent")
+    assert log.rewound[0] == 3
+    # the last latent frame is of the last two frames; what is before it, or right of it, is held
+    torch.testing.assert_close(held[:, :, 0], plain[:, :, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(held[..., 4:], plain[..., 4:], atol=1e-5, rtol=1e-5)
+    assert (held[:, :, 1, :, :4] - plain[:, :, 1, :, :4]).abs().max() > 0.05
+
+
+def test_numbers_of_frames_that_cannot_be_are_refused():
+    with pytest.raises(UserError, match="num_frames: expected 1 more than a multiple of 2, got 4"):
+        run(tiny_pipeline("wan"), num_frames=4)
+    with pytest.raises(UserError, match="num_frames: expected 1, since StableDiffusionPipeline draws pictures, got 5"):
+        run(num_frames=5)
+    assert family_of(tiny_pipeline("wan")).frame_count(None) == 81
+
+
+def test_sets_and_evaluations_of_videos(tmp_path):
+    tiny_pipeline("wan").save_pretrained(tmp_path / "wan")
+    save_lora("wan", tmp_path / "lora")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
+    for seed, name in enumerate(("detector", "judge")):
+        torch.manual_seed(seed)
+        ConvDetector((8, 8)).save_pretrained(tmp_path / name)
+    drawing = {"num_inference_steps": 2, "height": 16, "width": 16, "num_frames": FRAMES, "max_sequence_length": 32}
+    theirs = sample_pictures(tiny_pipeline("wan"), PROMPTS[:2], [5, 5], progress=False, **drawing)
+    assert theirs.shape == (2, 3, FRAMES, 16, 16)
+
+    def command(*words, **more):
+        options = {"pipeline": tmp_path / "wan", "prompts": tmp_path / "prompts.txt", "sampling_steps": 2, **more}
+        options |= {name: drawing[name] for name in ("height", "width", "num_frames", "max_sequence_length")}
+        assert main([*words, *(f"--{name}={value}" for name, value in options.items())]) == 0
+
+    command("sample", "--seeds", "5", "5", output=tmp_path / "set")
+    samples = list(read_shards(tmp_path / "set", masks="ignored"))
+    assert [s["key"] for s in samples] == [f"{row:06d}-000005-{i:04d}" for row in range(2) for i in range(FRAMES)]
+    assert np.array_equal(np.stack([s["picture"] for s in samples[FRAMES:]]), theirs[1].permute(1, 2, 3, 0))
+
+    networks = {name: tmp_path / name for name in ("lora", "detector", "judge")}
+    output = tmp_path / "evaluation"
+    command("evaluate", "model", **networks, output=output, pictures=2, seed=5, features="none", examples=1)
+    pictures = PictureFiles(output / "pictures" / "before").load([0, 1])
+    assert torch.equal(pictures[0], theirs[0])
+    maps = diagnose_pictures(ConvDetector.from_pretrained(tmp_path / "judge"), pictures, frames_per_call=2)
+    rate = json.loads((output / "metrics.json").read_text())["artifact_rate"]["judge"]["before"]
+    assert rate == float(is_flagged(flagged_share(maps)).float().mean())
+    assert len(list((output / "pictures" / "after").iterdir())) == 2 * FRAMES
