@@ -15,6 +15,7 @@ from diffdoctor.training.weights import same_weights
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family
 from diffdoctor.treat.methods import METHODS
+from diffdoctor.treat.sampling import Sampling
 
 
 def check_pipeline(family: Family) -> None:
@@ -93,6 +94,35 @@ def check_negative_prompt(family: Family, prompt: str | None, guidance_scale: fl
         raise UserError(expected("negative_prompt", what, repr(prompt)))
 
 
+def check_second_scale(family: Family, guidance_scale_2: float | None) -> None:
+    """Refuse a second denoiser's guidance scale where there is no second denoiser.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if guidance_scale_2 is not None and len(family.denoisers) < 2:
+        what = f"none, since {type(family.pipeline).__name__} has one denoiser here"
+        raise UserError(expected("guidance_scale_2", what, guidance_scale_2))
+
+
+def check_own_steps(sampling: Sampling, config: TreatConfig) -> None:
+    """Refuse a method that has no step to teach the denoiser that is tuned, where there are two.
+
+    Raises:
+        UserError: says which, and how many steps there would have to be.
+    """
+    own, steps = sampling.own_steps, len(sampling.sampler)
+    if len(own) == steps:
+        return
+    least = {"leap": 2, "weighted": 0, "nft": 0}.get(config.method, 1)
+    found = [step for step in own if step < steps - 1] if config.method == "grpo" else own
+    if len(found) < least:
+        what = f"so many that at least {least} are the tuned denoiser's for method {config.method}"
+        raise UserError(expected("sampling_steps", what, f"{steps}, of which {len(found)} are"))
+    if config.method == "draft_lv" and own[-1] != steps - 1:
+        raise UserError(expected("denoiser", "low with method draft_lv, which teaches the last step", config.denoiser))
+
+
 def check_finite(family: Family, values: torch.Tensor, what: str, latents: torch.Tensor | None = None) -> None:
     """Refuse a pipeline whose untreated model gives values that are not finite, and say which part does.
 
@@ -117,12 +147,15 @@ def check_finite(family: Family, values: torch.Tensor, what: str, latents: torch
     raise UserError(f"pipeline: the VAE {what} with values that are not finite in {dtype}: {advice}")
 
 
-def check_even_batches(config: TreatConfig, processes: Processes) -> None:
+def check_even_batches(family: Family, config: TreatConfig, processes: Processes) -> None:
     """With a sharded denoiser every process must have equally many pictures.
 
     Raises:
-        UserError: if a batch cannot be dealt out evenly.
+        UserError: if a batch cannot be dealt out evenly, or there are two denoisers.
     """
+    if len(family.denoisers) > 1:
+        what = "a pipeline with one denoiser, since two are not called equally often"
+        raise UserError(expected("FSDP", what, type(family.pipeline).__name__))
     for name in ("batch_size", "offline_batch_size"):
         value, unit = getattr(config, name), 1
         if name == "batch_size" and METHODS[config.method].draws_groups:

@@ -126,7 +126,8 @@ def run_treat(config: TreatCommandConfig) -> int:
         f"flagged area {first.flagged_area:.4f} -> {best.flagged_area:.4f}, "
         f"mean confidence {first.mean_confidence:.4f} -> {best.mean_confidence:.4f} (step {result.best_step})"
     )
-    print(f"pipeline.load_lora_weights({str(result.lora_dir)!r})")
+    second = ", load_into_transformer_2=True" if result.denoiser == "low" else ""
+    print(f"pipeline.load_lora_weights({str(result.lora_dir)!r}{second})")
     print_doubts(result.doubts, strict=config.strict)
     return 0
 

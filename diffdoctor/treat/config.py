@@ -27,6 +27,9 @@ class TreatConfig:
         negative_prompt: what the negative prediction of classifier-free guidance is told; None: nothing.
         leap_discount: leap: how much of the gradient passes through the second step's prediction to the first, in
             [0, 1].
+        guidance_scale_2: of a second denoiser (Wan 2.2's, at low noise); None: guidance_scale.
+        denoiser: high or low: which of two denoisers (Wan 2.2) is tuned, the one at high noise or at low; None where
+            there is one alone.
         cfg_grad: both, or cond to keep the negative prediction out of the graph.
         height: of the sampled pictures, in pixels; None: the pipeline's own.
         width: as height.
@@ -122,6 +125,8 @@ class TreatConfig:
     leap_discount: float = 0.3
     guidance_scale: float = 1.0
     negative_prompt: str | None = None
+    guidance_scale_2: float | None = None
+    denoiser: str | None = None
     cfg_grad: str = "both"
     height: int | None = None
     width: int | None = None
@@ -191,7 +196,8 @@ class TreatConfig:
         self.lora_targets = tuple(self.lora_targets)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise UserError(expected(name, f"one of {', '.join(allowed)}", repr(getattr(self, name))))
+                names = ", ".join(map(str, allowed))
+                raise UserError(expected(name, f"one of {names}", repr(getattr(self, name))))
         for field in fields(self):
             _check_bounds(field.name, field.type.removesuffix(" | None"), getattr(self, field.name))
         if self.method in ("grpo", "leap") and self.sampling_steps < 2:
@@ -226,6 +232,7 @@ def _check_bounds(name: str, kind: str, value: object) -> None:
 _CHOICES = {
     # methods.METHODS in its order; a test holds them equal
     "method": ("draft_k", "draft_lv", "drtune", "full", "grpo", "leap", "nft", "weighted"),
+    "denoiser": (None, "high", "low"),
     "cfg_grad": ("both", "cond"),
     "modulate": ("output", "latents", "none"),
     "artifact_method": ("threshold", "mean", "sum", "max"),

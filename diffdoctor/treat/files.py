@@ -73,7 +73,7 @@ def digests_of(
         quality: the function that chooses the best weights; None: there is none.
     """
     pipeline = hashlib.sha256()
-    for part in (family.denoiser, family.vae, *family.text_encoders):
+    for part in (*family.denoisers, family.vae, *family.text_encoders):
         pipeline.update(weights_digest(part).encode())
     scheduler = family.pipeline.scheduler
     # names that begin with _ are diffusers' own notes: its version, where the file lay
@@ -86,7 +86,7 @@ def digests_of(
         "pipeline": pipeline.hexdigest(),
         "scheduler": [type(scheduler).__name__, steps],
         "lora": lora,
-        "adapters": adapters_digest(family.denoiser),
+        "adapters": _adapters_digest(family),
         "detector": weights_digest(detector),
         "monitor": None if monitor is None else weights_digest(monitor),
         "reward": _function_digest(reward),
@@ -94,6 +94,11 @@ def digests_of(
         "prompts": hashlib.sha256("\n".join(prompts).encode("utf-8")).hexdigest(),
         "offline": offline.hexdigest(),
     }
+
+
+def _adapters_digest(family: Family) -> str | list[str | None] | None:
+    found = [adapters_digest(denoiser) for denoiser in family.denoisers]
+    return found if len(found) > 1 else found[0]
 
 
 def _function_digest(function: Callable | None) -> str | None:

@@ -62,7 +62,8 @@ class GroupPolicy:
     ):
         self.sampling, self.config, self.initial = sampling, config, initial
         generator = torch.Generator().manual_seed(seed_of(config.seed, Purpose.METHOD, step))
-        self.window = window_of(config.grpo_window, len(sampling.sampler), generator)
+        steps = len(sampling.sampler)
+        self.window = window_of(config.grpo_window, [s for s in sampling.own_steps if s < steps - 1], generator)
         self.coefs = sampling.sampler.policy_coefs(config.grpo_eta, self.window)
         groups, size = config.batch_size // config.group_size, config.group_size
         numbers = [group * size + i for group in processes.share(groups) for i in range(size)]
@@ -152,8 +153,11 @@ def _per_picture(values: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     return values.view(-1, *(1,) * (maps.ndim - 1))
 
 
-def window_of(length: int, steps: int, generator: torch.Generator) -> range:
-    """A random window of so many denoising steps, the last one never in it: noise drawn there stays in the picture."""
-    length = min(length, steps - 1)
-    first = int(torch.randint(0, steps - length, (), generator=generator))
+def window_of(length: int, steps: Sequence[int], generator: torch.Generator) -> range:
+    """A random window of so many of these denoising steps, which follow one another.
+
+    The last step of all is not to be among them: noise drawn there stays in the picture.
+    """
+    length = min(length, len(steps))
+    first = steps[0] + int(torch.randint(0, len(steps) - length + 1, (), generator=generator))
     return range(first, first + length)

@@ -15,6 +15,11 @@ from diffdoctor.runs.hub import is_hub_id, local_path, near
 # option -> dtype
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+# The key under which diffusers looks for adapter configurations in a safetensors header.
+METADATA_KEY = "lora_adapter_metadata"
+# Among them, of a LoRA of another component than the first denoiser: that component.
+COMPONENT = "diffdoctor.component"
+_SECOND = "transformer_2"
 # The schedulers that know nothing else are called so.
 _FLOW = "FlowMatch"
 
@@ -108,16 +113,17 @@ def read_lora(pipeline, source: str | Path) -> dict[str, torch.Tensor]:
     return state[0] if isinstance(state, tuple) else state
 
 
-def load_lora(pipeline, source: str | Path, *, adapter: str | None = None) -> None:
+def load_lora(pipeline, source: str | Path, *, adapter: str | None = None, component: str | None = None) -> None:
     """Add a LoRA to a pipeline.
 
     Args:
         pipeline: to load into.
         source: a folder, a file or a hub id.
         adapter: the adapter's name; None: diffusers chooses one.
+        component: the denoiser that it is for; None: the one that the file names, else the first.
 
     Raises:
-        UserError: there is none, or any of its matrices has no layer in the pipeline.
+        UserError: there is none, it is another component's, or any of its matrices has no layer in the pipeline.
     """
     state = read_lora(pipeline, source)
     path, options = _lora_location(source)
@@ -125,6 +131,11 @@ def load_lora(pipeline, source: str | Path, *, adapter: str | None = None) -> No
     try:
         with unicode_path(path) as place:
             named = {} if adapter is None else {"adapter_name": adapter}
+            found = _component(pipeline, str(place), options)
+            if None not in (found, component) and found != component:
+                raise UserError(f"it is one of the {found}, not of the {component}")
+            if (component or found) == _SECOND:
+                named["load_into_transformer_2"] = True
             pipeline.load_lora_weights(str(place), **options, **named)
     except Exception as error:  # diffusers, peft and safetensors raise their own
         raise UserError(f"--lora {source}: does not fit this pipeline ({first_line(error)})") from error
@@ -133,6 +144,12 @@ def load_lora(pipeline, source: str | Path, *, adapter: str | None = None) -> No
     # For matrices without a layer diffusers only warns, and generates untreated pictures.
     if wanted == 0 or found < wanted:
         raise UserError(f"--lora {source}: does not fit this pipeline: {found} of its {wanted} matrices were loaded")
+
+
+def _component(pipeline, place: str, options: dict[str, str]) -> str | None:
+    """The component that a LoRA's file says it is for, where it is not the first denoiser."""
+    found = pipeline.lora_state_dict(place, **options, return_lora_metadata=True)
+    return (found[-1] or {}).get(COMPONENT)
 
 
 def _lora_location(source: str | Path) -> tuple[str, dict[str, str]]:

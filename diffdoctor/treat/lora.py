@@ -18,12 +18,10 @@ from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_dir
 from diffdoctor.treat.adapters import activate, active_adapters, adapter_layers, check_adapters
 from diffdoctor.treat.families import Family
-from diffdoctor.treat.loading import load_lora, read_lora
+from diffdoctor.treat.loading import COMPONENT, METADATA_KEY, load_lora, read_lora
 
 ADAPTER = "diffdoctor"
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-# the key under which diffusers looks for adapter configurations in a safetensors header
-_METADATA_KEY = "lora_adapter_metadata"
 
 
 def target_modules(family: Family, groups: Sequence[str]) -> list[str]:
@@ -101,7 +99,7 @@ def start_from(family: Family, source: str | Path, *, adapter: str = ADAPTER) ->
     check_adapters(family, adapter)
     carried = active_adapters(family.denoiser)
     _freeze(family)
-    load_lora(family.pipeline, source, adapter=adapter)
+    load_lora(family.pipeline, source, adapter=adapter, component=family.denoiser_name)
     return activate(family.denoiser, carried, adapter)
 
 
@@ -124,7 +122,7 @@ def lora_digest(family: Family, source: str | Path) -> str:
 
 
 def _freeze(family: Family) -> None:
-    for module in (family.denoiser, family.vae, *family.text_encoders):
+    for module in (*family.denoisers, family.vae, *family.text_encoders):
         module.requires_grad_(False)
 
 
@@ -150,6 +148,8 @@ def save_lora(
 ) -> Path:
     """Write the adapter to `folder`, for `pipeline.load_lora_weights(folder)`; whole or not at all.
 
+    Of Wan 2.2's second transformer for `load_lora_weights(folder, load_into_transformer_2=True)`.
+
     Args:
         family: whose denoiser carries the adapter.
         folder: made when it is not there, replaced when it is.
@@ -158,16 +158,19 @@ def save_lora(
     """
     from safetensors.torch import save_file
 
-    prefix = family.denoiser_name
+    # the loader takes the first denoiser's name for the second one too
+    prefix = type(family).denoiser_name
     weights = lora_state(family, adapter) if state is None else state
     config = family.denoiser.peft_config[adapter].to_dict()
     metadata = {f"{prefix}.{name}": _as_json(value) for name, value in config.items()}
+    if family.denoiser_name != prefix:
+        metadata[COMPONENT] = family.denoiser_name
     with atomic_dir(folder) as temporary:
         save_file(
             {f"{prefix}.{name}": value for name, value in weights.items()},
             temporary / WEIGHTS_NAME,
             # one entry alone: safetensors writes several in an order that changes from call to call
-            metadata={_METADATA_KEY: strict_json.dumps(metadata, sort_keys=True)},
+            metadata={METADATA_KEY: strict_json.dumps(metadata, sort_keys=True)},
         )
     return Path(folder)
 

@@ -60,6 +60,11 @@ class Replay:
         """Sampling steps of the roll-out."""
         return len(self.sampling.sampler)
 
+    @property
+    def own(self) -> list[int]:
+        """Those of them at which the denoiser that is tuned predicts."""
+        return self.sampling.own_steps
+
     def final_latents(self, **options) -> torch.Tensor:
         """Final latents (M, C, h, w) with a graph: `rollout.replay` with its options, modulated by the maps."""
         return replay(
@@ -104,13 +109,13 @@ def graph_step_count(grad_steps: int | None, steps: int) -> int:
 
 def draft_k(batch: Replay) -> float:
     """The graph runs through the last grad_steps steps (DRaFT-K, arXiv 2309.17400)."""
-    first = batch.steps - graph_step_count(batch.config.grad_steps, batch.steps)
-    return batch.descend(batch.final_latents(first=first))
+    chosen = batch.own[-graph_step_count(batch.config.grad_steps, len(batch.own)) :]
+    return batch.descend(batch.final_latents(first=chosen[0], graph_steps=chosen))
 
 
 def full(batch: Replay) -> float:
     """The graph runs through every step."""
-    return batch.descend(batch.final_latents(first=0))
+    return batch.descend(batch.final_latents(first=batch.own[0], graph_steps=batch.own))
 
 
 def drtune(batch: Replay) -> float:
@@ -119,12 +124,12 @@ def drtune(batch: Replay) -> float:
     What reaches a step's prediction comes down the latents' linear path alone, so early steps are taught without the
     product of all later denoiser Jacobians.
     """
-    steps = batch.steps
+    steps = len(batch.own)
     count = graph_step_count(batch.config.grad_steps, steps)
     stride = steps / count
     offset = float(torch.rand((), generator=batch.generator)) * stride
-    chosen = {min(int(offset + i * stride), steps - 1) for i in range(count)}
-    return batch.descend(batch.final_latents(first=0, graph_steps=sorted(chosen), detach_input=True))
+    chosen = {batch.own[min(int(offset + i * stride), steps - 1)] for i in range(count)}
+    return batch.descend(batch.final_latents(first=batch.own[0], graph_steps=sorted(chosen), detach_input=True))
 
 
 def draft_lv(batch: Replay) -> float:
@@ -153,10 +158,10 @@ def draft_lv(batch: Replay) -> float:
     return loss
 
 
-def leap_steps(steps: int, generator: torch.Generator) -> tuple[int, int]:
+def leap_steps(steps: Sequence[int], generator: torch.Generator) -> tuple[int, int]:
     """Two of the steps, every pair equally likely, the earlier one first."""
-    first, second = sorted(torch.randperm(steps, generator=generator)[:2].tolist())
-    return first, second
+    first, second = sorted(torch.randperm(len(steps), generator=generator)[:2].tolist())
+    return steps[first], steps[second]
 
 
 def leap(batch: Replay) -> float:
@@ -216,7 +221,8 @@ def nft(batch: Replay) -> float:
             generator = torch.Generator().manual_seed(seed_of(seed, repeat))
             noise.append(torch.randn(clean.shape[1:], generator=generator, dtype=clean.dtype))
             uniform.append(torch.rand((), generator=generator))
-        pair = sampling.sampler.training_pair(clean, torch.stack(noise).to(clean.device), torch.stack(uniform))
+        noise = torch.stack(noise).to(clean.device)
+        pair = sampling.sampler.training_pair(clean, noise, torch.stack(uniform), sampling.family.trains_at)
         model_input, timesteps, target = pair
         with torch.no_grad():
             with batch.old.in_place():
@@ -242,8 +248,8 @@ class Method:
 
     Attributes:
         run: replays a batch, runs backward and returns the loss; None: the method replays nothing.
-        checkpointed_steps: from (config, sampling steps, generator of the method's random choices) to the steps before
-            which the roll-out stores its state.
+        checkpointed_steps: from (config, the steps at which the denoiser that is tuned predicts, generator of the
+            method's random choices) to the steps before which the roll-out stores its state.
         draws_groups: whether it learns from groups of pictures, in place of a replay (`group_policy`). With neither,
             the offline term is all there is.
         needs_gradient: whether a gradient passes through the detector. Without one there is nothing to learn from a
@@ -254,7 +260,7 @@ class Method:
     """
 
     run: Callable[[Replay], float] | None
-    checkpointed_steps: Callable[[TreatConfig, int, torch.Generator], tuple[int, ...]]
+    checkpointed_steps: Callable[[TreatConfig, Sequence[int], torch.Generator], tuple[int, ...]]
     draws_groups: bool = False
     needs_gradient: bool = True
     has_old: bool = False
@@ -268,21 +274,21 @@ class Method:
 
 
 METHODS = {
-    "draft_k": Method(draft_k, lambda config, steps, _: (steps - graph_step_count(config.grad_steps, steps),)),
-    "draft_lv": Method(draft_lv, lambda config, steps, _: (steps - 1,)),
-    "drtune": Method(drtune, lambda config, steps, _: (0,)),
-    "full": Method(full, lambda config, steps, _: (0,)),
+    "draft_k": Method(draft_k, lambda config, own, _: (own[-graph_step_count(config.grad_steps, len(own))],)),
+    "draft_lv": Method(draft_lv, lambda config, own, _: (own[-1],)),
+    "drtune": Method(drtune, lambda config, own, _: (own[0],)),
+    "full": Method(full, lambda config, own, _: (own[0],)),
     "grpo": Method(
         None,
-        lambda config, steps, _: (),
+        lambda config, own, _: (),
         draws_groups=True,
         needs_gradient=False,
         offline_weight=0.1,
         needs_pairs=False,
     ),
-    "leap": Method(leap, lambda config, steps, generator: leap_steps(steps, generator)),
+    "leap": Method(leap, lambda config, own, generator: leap_steps(own, generator)),
     "nft": Method(
-        nft, lambda config, steps, _: (), needs_gradient=False, has_old=True, offline_weight=0.1, needs_pairs=False
+        nft, lambda config, own, _: (), needs_gradient=False, has_old=True, offline_weight=0.1, needs_pairs=False
     ),
-    "weighted": Method(None, lambda config, steps, _: (), needs_gradient=False, offline_weight=1.0),
+    "weighted": Method(None, lambda config, own, _: (), needs_gradient=False, offline_weight=1.0),
 }

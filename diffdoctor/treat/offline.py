@@ -204,7 +204,8 @@ def offline_term(sampling: Sampling, pairs: OfflinePairs, *, draws: Sequence[int
     latents, mask = pairs.take(index)
     noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators]).to(device)
     uniform = torch.stack([torch.rand((), generator=generator) for generator in generators])
-    model_input, timesteps, target = sampling.sampler.training_pair(latents.to(device), noise, uniform)
+    pair = sampling.sampler.training_pair(latents.to(device), noise, uniform, family.trains_at)
+    model_input, timesteps, target = pair
     inputs = pairs.prompts.rows(pairs.prompt_rows[index]).positive
     prediction = family.run_denoiser(model_input, timesteps, inputs)
     mask = family.maps_for_latents(mask.to(device))

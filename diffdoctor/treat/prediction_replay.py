@@ -16,6 +16,7 @@ _SHARED_NAMES = ("img_ids", "txt_ids", "position_ids", "img_shapes")
 
 @dataclass
 class _Call:
+    module: torch.nn.Module
     args: tuple
     kwargs: dict
     name: str | None
@@ -36,20 +37,20 @@ class Predictor:
     scheduler's prediction is made of them is read off per picture, by the family's `weight_of`.
 
     Args:
-        family: of the pipeline; a hook stands on its denoiser until `close`.
+        family: of the pipeline; a hook stands on each of its denoisers until `close`.
     """
 
     def __init__(self, family: Family):
-        self._family, denoiser = family, family.denoiser
-        self._denoiser = denoiser
+        self._family = family
         self._steps: dict[int, _Step] = {}
         self._seen: list[tuple] = []
         self._watching = True
-        self._handle = denoiser.register_forward_hook(self._watch, with_kwargs=True)
+        self._handles = [d.register_forward_hook(self._watch, with_kwargs=True) for d in family.denoisers]
 
     def close(self) -> None:
         """Take the hook away and forget everything."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         self.forget()
         self._seen.clear()
 
@@ -59,7 +60,7 @@ class Predictor:
 
     def _watch(self, module, args, kwargs, output):
         if self._watching:
-            self._seen.append((args, dict(kwargs), self._prediction(output)))
+            self._seen.append((module, args, dict(kwargs), self._prediction(output)))
 
     def _prediction(self, output) -> torch.Tensor:
         return self._family.from_denoiser(output[0] if isinstance(output, tuple) else output.sample)
@@ -77,13 +78,13 @@ class Predictor:
         seen, self._seen = self._seen, []
         batch = len(prediction)
         calls, outputs = [], []
-        for args, kwargs, output in seen:
+        for module, args, kwargs, output in seen:
             name = next((name for name in _SAMPLE_NAMES if name in kwargs), None)
             args, kwargs = (args if name else args[1:]), {k: v for k, v in kwargs.items() if k != name}
-            calls.append(_Call(args, kwargs, name, max(1, len(output) // batch)))
+            calls.append(_Call(module, args, kwargs, name, max(1, len(output) // batch)))
             outputs += output.chunk(calls[-1].parts)
         if len(outputs) not in (1, 2):
-            what = f"a prediction made of 1 or 2 passes of {type(self._denoiser).__name__}"
+            what = f"a prediction made of 1 or 2 passes of {type(self._family.denoiser).__name__}"
             raise UserError(expected("guide", what, f"{len(outputs)}; rewinds=0 does without repeating it"))
         weight = None
         if len(outputs) == 2:
@@ -114,9 +115,9 @@ class Predictor:
                 args, kwargs = self._at_rows(call.args, index, count), self._at_rows(call.kwargs, index, count)
                 inputs = self._family.to_denoiser(torch.cat([model_input] * call.parts))
                 if call.name is None:
-                    output = self._denoiser(inputs, *args, **kwargs)
+                    output = call.module(inputs, *args, **kwargs)
                 else:
-                    output = self._denoiser(*args, **{call.name: inputs}, **kwargs)
+                    output = call.module(*args, **{call.name: inputs}, **kwargs)
                 outputs += self._prediction(output).chunk(call.parts)
         finally:
             self._watching = True

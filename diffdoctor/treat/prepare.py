@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,10 +16,10 @@ from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family
 
 
-def move_modules(pipeline, device: torch.device, *, without: str | None = None) -> None:
-    """Move the pipeline's networks to a device, but for the component named `without`."""
-    for name, part in pipeline.components.items():
-        if isinstance(part, torch.nn.Module) and name != without:
+def move_modules(pipeline, device: torch.device, *, without: Sequence[torch.nn.Module] = ()) -> None:
+    """Move the pipeline's networks to a device, but for those in `without`."""
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module) and not any(part is other for other in without):
             part.to(device)
 
 
@@ -55,11 +55,10 @@ def memory_options(family: Family, config: TreatConfig, detector: torch.nn.Modul
         config: of the treatment.
         detector: the one with a gradient; None: there is none.
     """
-    denoiser, vae = family.denoiser, family.vae
-    undo = []
+    vae, undo = family.vae, []
     try:
         if config.gradient_checkpointing:
-            for module in (denoiser, vae):
+            for module in (*family.denoisers, vae):
                 if not module._supports_gradient_checkpointing:
                     undo.append(recompute(module.decoder))
                 elif not module.is_gradient_checkpointing:
@@ -71,7 +70,7 @@ def memory_options(family: Family, config: TreatConfig, detector: torch.nn.Modul
         if config.vae_slicing or config.vae_tiling:
             undo.append(_save_memory_in_vae(vae, config))
         if config.attention_backend is not None:
-            undo.append(_set_attention_backend(denoiser, config.attention_backend))
+            undo += [_set_attention_backend(denoiser, config.attention_backend) for denoiser in family.denoisers]
         if config.precision != "fp32":
             family.autocast_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float16
         yield

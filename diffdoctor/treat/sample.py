@@ -43,6 +43,7 @@ class SampleConfig:
         generator: what the pictures' generator is called in the set; null: the pipeline's name.
         sampling_steps: denoising steps; null: the pipeline's own default.
         guidance_scale: null: the pipeline's own default.
+        guidance_scale_2: of a second denoiser (Wan 2.2's, at low noise); null: guidance_scale.
         negative_prompt: what the negative prediction of classifier-free guidance is told; null: nothing.
         height: of the pictures, in pixels; null: the pipeline's own.
         width: as height.
@@ -67,6 +68,7 @@ class SampleConfig:
     generator: str | None = None
     sampling_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None

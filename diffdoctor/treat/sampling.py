@@ -16,7 +16,7 @@ class Guidance:
     """Classifier-free guidance.
 
     Attributes:
-        scale: the family's guidance scale.
+        scale: the family's guidance scale; a second denoiser's is the family's own `guidance_scale_2`.
         cfg_grad: whether the negative prediction carries a gradient: "both" (it does) or "cond" (it does not).
     """
 
@@ -42,6 +42,11 @@ class Sampling:
     guidance: Guidance = field(default_factory=Guidance)
     detector: torch.nn.Module | None = None
     frames_per_call: int | None = None
+
+    @property
+    def own_steps(self) -> list[int]:
+        """The sampler's steps at which the denoiser that is tuned predicts: all, unless there are two."""
+        return [step for step, time in enumerate(self.sampler.timesteps.tolist()) if self.family.trains_at(time)]
 
     def predict(self, latents: torch.Tensor, step: int, conditioning: Conditioning) -> torch.Tensor:
         """The guided prediction (B, C, h, w) at a step.

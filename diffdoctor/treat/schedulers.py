@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -229,7 +229,11 @@ class Sampler:
         return [(table[t], table[s] if s >= 0 else final) for t, s in zip(timesteps, following, strict=True)]
 
     def training_pair(
-        self, latents: torch.Tensor, noise: torch.Tensor, uniform: torch.Tensor
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        uniform: torch.Tensor,
+        trains_at: Callable[[float], bool] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, Target]:
         """(denoiser input, timesteps (B,), target) at random times: the pipeline's own training objective.
 
@@ -239,7 +243,11 @@ class Sampler:
             latents: (B, C, h, w) or (B, C, t, h, w), clean.
             noise: as latents.
             uniform: (B,) in [0, 1): where in the distribution of times each picture lies.
+            trains_at: whether a time takes part; the distribution is then that of these times alone. They are all or
+                lie on one side of a boundary. None: all.
         """
+        if trains_at is not None:
+            uniform = self._within(uniform, trains_at)
         if self.is_flow:
             logit_normal = torch.sigmoid(torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)))
             sigmas = self._shifted(logit_normal).to(latents.device, latents.dtype)
@@ -273,6 +281,24 @@ class Sampler:
             return 1 - sigma, sigma
         alpha = (1 + sigma**2) ** -0.5
         return alpha, sigma * alpha
+
+    def _within(self, uniform: torch.Tensor, trains_at: Callable[[float], bool]) -> torch.Tensor:
+        """Places in the distribution of times, moved evenly into the part whose times take part."""
+        ends = [trains_at(self._time_at(place)) for place in (0.0, 1.0)]
+        if all(ends):
+            return uniform
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if trains_at(self._time_at(middle)) == ends[0] else (low, middle)
+        return low * uniform if ends[0] else high + (1 - high) * uniform
+
+    def _time_at(self, place: float) -> float:
+        uniform = torch.tensor([place], dtype=torch.float64)
+        if not self.is_flow:
+            return float(int(place * len(self.scheduler.alphas_cumprod)))
+        sigma = self._shifted(torch.sigmoid(torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))))
+        return float(sigma) * self.scheduler.config.num_train_timesteps
 
     def _shifted(self, uniform: torch.Tensor) -> torch.Tensor:
         # reads the shift off the sampler's own first sigma ratio, which holds the dynamic shift too

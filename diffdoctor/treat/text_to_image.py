@@ -28,6 +28,7 @@ class DrawingConfig(Protocol):
     dtype: str
     sampling_steps: int | None
     guidance_scale: float | None
+    guidance_scale_2: float | None
     negative_prompt: str | None
     height: int | None
     width: int | None
@@ -73,8 +74,8 @@ def open_pipeline(option: str, source: str, config: DrawingConfig) -> DiffusionP
 def call_options(config: DrawingConfig) -> dict[str, int | float | str]:
     """The arguments of the pipeline's call; options that are not given are left to the pipeline."""
     names = {"sampling_steps": "num_inference_steps"}
-    wanted = ("sampling_steps", "guidance_scale", "negative_prompt", "height", "width", "num_frames")
-    wanted = (*wanted, "max_sequence_length")
+    wanted = ("sampling_steps", "guidance_scale", "guidance_scale_2", "negative_prompt", "height", "width")
+    wanted = (*wanted, "num_frames", "max_sequence_length")
     values = {names.get(name, name): getattr(config, name) for name in wanted}
     return {name: value for name, value in values.items() if value is not None}
 

@@ -10,7 +10,7 @@ import torch
 
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.treat.config import TreatConfig
-from diffdoctor.treat.families import family_of
+from diffdoctor.treat.families import Family, family_of
 from diffdoctor.treat.files import writing
 from diffdoctor.treat.lora import save_lora
 from diffdoctor.treat.monitor import Measurement, doubts
@@ -32,6 +32,7 @@ class TreatResult:
         seconds: wall time, that of interrupted calls up to their last checkpoint included.
         doubts: what says that nothing was treated, a sentence each.
         lora_dir: where the LoRA was written, or None.
+        denoiser: which of two denoisers was tuned, high or low; None where there is one alone.
     """
 
     pipeline: object
@@ -43,14 +44,20 @@ class TreatResult:
     seconds: float
     doubts: list[str] = field(default_factory=list)
     lora_dir: Path | None = field(default=None)
+    denoiser: str | None = None
 
     def save_lora(self, folder: str | Path) -> Path:
         """Write the LoRA for `pipeline.load_lora_weights(folder)`."""
-        return save_lora(family_of(self.pipeline), folder)
+        return save_lora(self._family(), folder)
 
     def save_for_webui(self, path: str | Path) -> Path:
         """Write the LoRA as one .safetensors file for ComfyUI and A1111."""
-        return save_for_webui(family_of(self.pipeline), path)
+        return save_for_webui(self._family(), path)
+
+    def _family(self) -> Family:
+        family = family_of(self.pipeline)
+        family.choose_denoiser(self.denoiser)
+        return family
 
 
 def treat(
@@ -139,6 +146,7 @@ def treat(
             stopped=stopped,
             skipped=treatment.training.skipped,
             seconds=treatment.seconds,
+            denoiser=treatment.config.denoiser,
             doubts=doubts(treatment.early_stopping.measurements, treatment.history, treatment.config),
         )
         if output_dir is not None:

@@ -27,8 +27,10 @@ from diffdoctor.treat.checks import (
     check_even_batches,
     check_finite,
     check_negative_prompt,
+    check_own_steps,
     check_pipeline,
     check_reward,
+    check_second_scale,
     check_start,
 )
 from diffdoctor.treat.config import TreatConfig
@@ -101,11 +103,13 @@ class Treatment:
         self.config, self.method = config, METHODS[config.method]
         family = family_of(pipeline)
         check_pipeline(family)
+        family.choose_denoiser(config.denoiser)
         check_adapters(family, ADAPTER)
         detector = as_detector(detector)
         monitor_detector = None if monitor_detector is None else as_detector(monitor_detector)
         check_detectors(detector, monitor_detector, config)
         check_negative_prompt(family, config.negative_prompt, config.guidance_scale)
+        check_second_scale(family, config.guidance_scale_2)
         check_start(lora, config)
         check_reward(reward, config)
         self.lora, start = lora, None if lora is None else lora_digest(family, lora)
@@ -116,7 +120,7 @@ class Treatment:
         detector = self._frozen(detector)
         self.monitor_detector = None if monitor_detector is None else self._frozen(monitor_detector)
         family.max_sequence_length = config.max_sequence_length
-        family.negative_prompt = config.negative_prompt
+        family.negative_prompt, family.guidance_scale_2 = config.negative_prompt, config.guidance_scale_2
         if config.negative_prompt:
             limits = {"strict": config.strict, "max_sequence_length": family.max_sequence_length}
             check_prompts(pipeline, [config.negative_prompt], **limits)
@@ -127,6 +131,7 @@ class Treatment:
         sampler = Sampler(pipeline.scheduler, device=self.device, timestep_options=options)
         guidance = Guidance(config.guidance_scale, config.cfg_grad)
         self.sampling = Sampling(family, sampler, guidance, detector, config.frames_per_call)
+        check_own_steps(self.sampling, config)
         self.drawing = Drawing(self.sampling, prompts, config, self.processes, size)
         self.offline = checked_pairs(offline, config)
         self.early_stopping = EarlyStopping(config)
@@ -160,7 +165,7 @@ class Treatment:
         """Everything that takes time or memory: encode prompts and pairs, move the denoiser, add the LoRA."""
         config, family, device = self.config, self.sampling.family, self.device
         # the denoiser comes only when the text encoders have gone: the largest two are never there together
-        move_modules(family.pipeline, device, without=family.denoiser_name)
+        move_modules(family.pipeline, device, without=family.denoisers)
         drawing, store = self.drawing, self._row_stores()
         drawing.encode(store("prompts"), show=show)
         self.pairs = None
@@ -173,10 +178,11 @@ class Treatment:
         release_text_encoders(family, config.text_encoders)
         sharded = wants_sharding(self.processes)
         if not sharded:
-            family.denoiser.to(device)
+            for denoiser in family.denoisers:
+                denoiser.to(device)
         parameters = self._add_lora()
         if sharded:
-            check_even_batches(config, self.processes)
+            check_even_batches(family, config, self.processes)
             shard_denoiser(family, parameters, self.processes)
         self.training = LoraTraining(parameters, config, device)
 
@@ -317,7 +323,7 @@ class Treatment:
         """Backward through this process's sampled pictures; returns their loss and how many were replayed."""
         config, drawing = self.config, self.drawing
         seed = seed_of(config.seed, Purpose.METHOD, step)
-        keep = self.method.checkpointed_steps(config, len(self.sampling.sampler), torch.Generator().manual_seed(seed))
+        keep = self.method.checkpointed_steps(config, self.sampling.own_steps, torch.Generator().manual_seed(seed))
         loss, replayed = 0.0, 0
         for numbers in chunks(self.processes.share(config.batch_size), drawing.chunk):
             seeds = [seed_of(config.seed, Purpose.PICTURES, step, i) for i in numbers]

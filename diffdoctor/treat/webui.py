@@ -66,7 +66,7 @@ def webui_state(family: Family, *, adapter: str = ADAPTER) -> dict[str, torch.Te
         if is_unet:
             key = f"lora_unet_{(original_name(name, denoiser.config) if is_sdxl else name).replace('.', '_')}"
         else:
-            key = f"{family.denoiser_name}.{name}"
+            key = f"{type(family).denoiser_name}.{name}"
         ends = ("lora_down", "lora_up") if is_unet else ("lora_A", "lora_B")
         matrices = dict(zip(ends, (down, up), strict=True))
         state |= {f"{key}.{end}.weight": value.detach().cpu().contiguous().clone() for end, value in matrices.items()}

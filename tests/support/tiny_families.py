@@ -208,8 +208,25 @@ def wan_autoencoder():
     return vae
 
 
-def wan():
-    from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+def _wan_transformer():
+    from diffusers import WanTransformer3DModel
+
+    transformer = WanTransformer3DModel(
+        in_channels=4, out_channels=4, num_layers=1, attention_head_dim=12, num_attention_heads=2, text_dim=16,
+        freq_dim=16, ffn_dim=32, rope_max_seq_len=64,
+    )  # fmt: skip
+    for layer in (transformer.condition_embedder.text_embedder.linear_2, transformer.proj_out):
+        _enlarge(layer, 6)
+    return transformer
+
+
+def wan22():
+    """With two transformers, the second of which takes over after two of four steps."""
+    return wan(transformer_2=_wan_transformer(), boundary_ratio=0.8)
+
+
+def wan(**parts):
+    from diffusers import UniPCMultistepScheduler, WanPipeline
     from transformers import UMT5Config, UMT5EncoderModel
 
     tokenizer = t5_tokenizer()
@@ -217,17 +234,12 @@ def wan():
         vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0,
         tie_word_embeddings=False,
     )  # fmt: skip
-    transformer = WanTransformer3DModel(
-        in_channels=4, out_channels=4, num_layers=1, attention_head_dim=12, num_attention_heads=2, text_dim=16,
-        freq_dim=16, ffn_dim=32, rope_max_seq_len=64,
-    )  # fmt: skip
-    for layer in (transformer.condition_embedder.text_embedder.linear_2, transformer.proj_out):
-        _enlarge(layer, 6)
     flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
     return WanPipeline(
         tokenizer=tokenizer,
         text_encoder=UMT5EncoderModel(text).eval(),
         vae=wan_autoencoder(),
         scheduler=UniPCMultistepScheduler(**flow),
-        transformer=transformer,
+        transformer=_wan_transformer(),
+        **parts,
     )

@@ -115,7 +115,7 @@ def lora_gradient(name, size=16, **options):
     generators = picture_generators((1, 2))
     sampling = Sampling(family, sampler, Guidance(), detector)
     latents = initial_latents(sampling, generators, size, size, cpu, torch.float32)
-    keep = METHODS["draft_k"].checkpointed_steps(config, 2, torch.Generator())
+    keep = METHODS["draft_k"].checkpointed_steps(config, range(2), torch.Generator())
     confidence = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))
     average = RunningAverage(parameters, 0)
     with memory_options(family, config, detector):

@@ -63,7 +63,7 @@ class Bench:
         config = TreatConfig(
             method=method, grad_steps=grad_steps, guidance_scale=self.scale, replay_area=0.0, **options
         )
-        keep = METHODS[method].checkpointed_steps(config, STEPS, torch.Generator().manual_seed(seed))
+        keep = METHODS[method].checkpointed_steps(config, range(STEPS), torch.Generator().manual_seed(seed))
         sampling = self.sampling(config.cfg_grad)
         rollout = roll_out(sampling, self.conditioning, self.latents, self.generators, keep=keep)
         _, confidence = sampling.diagnose(rollout.final)
@@ -302,7 +302,7 @@ def test_the_options_know_every_method():
 
 def test_step_counts():
     def checkpointed_steps(method, grad_steps, steps):
-        return METHODS[method].checkpointed_steps(TreatConfig(grad_steps=grad_steps), steps, torch.Generator())
+        return METHODS[method].checkpointed_steps(TreatConfig(grad_steps=grad_steps), range(steps), torch.Generator())
 
     assert [graph_step_count(None, steps) for steps in (1, 4, 10, 20)] == [1, 1, 3, 5]
     assert graph_step_count(9, 4) == 4

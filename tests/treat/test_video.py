@@ -19,6 +19,7 @@ from diffdoctor.ops.artifact_loss import artifact_loss
 from diffdoctor.runs.errors import UserError
 from diffdoctor.treat import TreatConfig
 from diffdoctor.treat.families import family_of
+from diffdoctor.treat.loading import load_lora
 from diffdoctor.treat.lora import add_lora
 from diffdoctor.treat.picture_loss import picture_loss
 from diffdoctor.treat.prepare import memory_options
@@ -57,19 +58,25 @@ def draw(pipeline, scale, **more):
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "scale"),
+    ("name", "scheduler", "scale"),
     [
-        ("UniPCMultistepScheduler", 1.0),
-        ("UniPCMultistepScheduler", 5.0),
-        ("FlowMatchEulerDiscreteScheduler", 5.0),
+        ("wan", "UniPCMultistepScheduler", 1.0),
+        ("wan", "UniPCMultistepScheduler", 5.0),
+        ("wan", "FlowMatchEulerDiscreteScheduler", 5.0),
+        ("wan22", "UniPCMultistepScheduler", 5.0),
+        ("wan22-5b", "UniPCMultistepScheduler", 1.0),
     ],
 )
-def test_roll_out_draws_what_the_pipeline_draws_and_is_repeated(scheduler, scale):
-    pipeline = with_scheduler(tiny_pipeline("wan"), scheduler)
+def test_roll_out_draws_what_the_pipeline_draws_and_is_repeated(name, scheduler, scale):
+    pipeline = with_scheduler(tiny_pipeline(name.removesuffix("22-5b")), scheduler)
+    pipeline.register_to_config(expand_timesteps=name == "wan22-5b")
     sampling, conditioning, latents, generators = prepared(pipeline, scale)
+    second = {"guidance_scale_2": 2.0} if name == "wan22" else {}
+    sampling.family.guidance_scale_2 = second.get("guidance_scale_2")
+    assert sampling.own_steps == ([0, 1] if second else [0, 1, 2, 3])
     assert latents.shape == (3, 4, 2, 8, 8)
     rollout = roll_out(sampling, conditioning, latents, generators, keep=(0, 2), chunk=2)
-    theirs = draw(pipeline, scale).transpose(1, 2)
+    theirs = draw(pipeline, scale, **second).transpose(1, 2)
     assert theirs.shape == (3, 3, FRAMES, 16, 16)
     assert (theirs - theirs[:, :, :1]).abs().max() > 1e-3  # it moves
     torch.testing.assert_close(sampling.family.decode(rollout.final).clamp(0, 1), theirs, atol=1e-5, rtol=1e-5)
@@ -237,3 +244,65 @@ def test_sets_and_evaluations_of_videos(tmp_path):
     rate = json.loads((output / "metrics.json").read_text())["artifact_rate"]["judge"]["before"]
     assert rate == float(is_flagged(flagged_share(maps)).float().mean())
     assert len(list((output / "pictures" / "after").iterdir())) == 2 * FRAMES
+
+
+def own_gradient(which, method, scale=3.0):
+    """A treatment's step of one of two denoisers: which were called with a graph, at which times, and the result."""
+    pipeline, calls = tiny_pipeline("wan22"), []
+
+    def watch(module, args, kwargs, output):
+        if torch.is_grad_enabled():
+            name = "high" if module is pipeline.transformer else "low"
+            calls.extend((name, time) for time in kwargs["timestep"].tolist())
+
+    for module in (pipeline.transformer, pipeline.transformer_2):
+        module.register_forward_hook(watch, with_kwargs=True)
+    result = run(
+        pipeline, random_detector(), denoiser=which, method=method, num_frames=FRAMES, steps=1, batch_size=2,
+        group_size=2, sampling_steps=4, guidance_scale=scale, guidance_scale_2=1.5,
+    )  # fmt: skip
+    return result, calls
+
+
+@pytest.mark.parametrize(
+    ("which", "method"), [("high", "draft_k"), ("low", "draft_k"), ("high", "nft"), ("high", "grpo"), ("low", "grpo")]
+)
+def test_of_two_denoisers_one_is_taught_at_its_own_times(which, method, tmp_path):
+    result, calls = own_gradient(which, method)
+    assert result.history[0]["grad_norm"] > 0
+    # roll-outs have no graph; the other denoiser is never in one
+    assert {name for name, _ in calls} == {which}
+    assert all((time >= 800) == (which == "high") for _, time in calls)
+    pipeline = result.pipeline
+    changed = [bool(getattr(part, "peft_config", None)) for part in (pipeline.transformer, pipeline.transformer_2)]
+    assert changed == [which == "high", which == "low"]
+    if method == "draft_k":
+        result.save_lora(tmp_path / "lora")
+        theirs, ours = tiny_pipeline("wan22"), tiny_pipeline("wan22")
+        second = {"load_into_transformer_2": True} if which == "low" else {}
+        theirs.load_lora_weights(tmp_path / "lora", **second)
+        load_lora(ours, tmp_path / "lora")
+        drawn = [draw(p, 5.0, guidance_scale_2=1.5) for p in (result.pipeline, theirs, ours)]
+        for other in drawn[1:]:
+            torch.testing.assert_close(other, drawn[0], atol=1e-5, rtol=1e-4)
+        assert (drawn[0] - draw(tiny_pipeline("wan22"), 5.0, guidance_scale_2=1.5)).abs().max() > 1e-6
+
+
+def test_two_denoisers_are_guided_and_what_they_cannot_is_refused():
+    pipeline, options = tiny_pipeline("wan22"), {"height": 16, "width": 16, "strength": 0.0, "rewinds": 2}
+    before = draw(pipeline, 5.0, guidance_scale_2=1.5, output_type="latent")
+    with diffdoctor.guide(pipeline, LateDetector(), rewind_dilation=0, **options) as log:
+        held = draw(pipeline, 5.0, guidance_scale_2=1.5, output_type="latent")
+    assert log.rewound[0] == 3
+    torch.testing.assert_close(held[..., 4:], before[..., 4:], atol=1e-5, rtol=1e-5)
+    assert not any(part._forward_hooks for part in (pipeline.transformer, pipeline.transformer_2))
+    for options, message in (
+        ({}, "denoiser: expected high or low, since the pipeline has two and one is tuned at a time, got none"),
+        ({"denoiser": "high", "method": "draft_lv"}, "denoiser: expected low with method draft_lv"),
+        ({"denoiser": "low", "sampling_steps": 1}, "sampling_steps: expected so many that at least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(tiny_pipeline("wan22"), **options)
+    for options in ({"denoiser": "high"}, {"guidance_scale_2": 2.0}):
+        with pytest.raises(UserError, match=f"{next(iter(options))}: expected none, since WanPipeline"):
+            run(tiny_pipeline("wan"), **options)

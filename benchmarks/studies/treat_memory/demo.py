@@ -51,7 +51,7 @@ class Step:
         config = self.config
         generators = picture_generators(range(PICTURES))
         latents = initial_latents(self.sampling, generators, 16, 16, torch.device("cpu"), torch.float32)
-        keep = METHODS[config.method].checkpointed_steps(config, config.sampling_steps, torch.Generator())
+        keep = METHODS[config.method].checkpointed_steps(config, range(config.sampling_steps), torch.Generator())
         with merged_adapters(self.family):
             rollout = roll_out(self.sampling, self.conditioning, latents, generators, keep=keep)
         self.sampling.diagnose(rollout.final)

@@ -16,11 +16,11 @@ from diffdoctor.treat.loading import DTYPES
 _OF_TREATMENT = (
     *("pipeline", "detector", "prompts", "scheduler"),
     *("sampling_steps", "guidance_scale", "negative_prompt", "height", "width", "num_frames"),
-    *("frames_per_call", "max_sequence_length"),
+    *("guidance_scale_2", "frames_per_call", "max_sequence_length"),
 )
 _SAMPLING = (
     *("sampling_steps", "guidance_scale", "negative_prompt", "height", "width", "num_frames"),
-    *("max_sequence_length", "scheduler"),
+    *("guidance_scale_2", "max_sequence_length", "scheduler"),
 )
 
 _MAX_SETTINGS = 1 << 18  # characters
@@ -32,8 +32,8 @@ class EvaluateModelConfig:
 
     Attributes:
         treatment: folder that `diffdoctor treat` made; its LoRA is evaluated, and pipeline, detector, prompts,
-            sampling_steps, guidance_scale, negative_prompt, height, width, num_frames, frames_per_call,
-            max_sequence_length and scheduler are those of the treatment where they are not given here.
+            sampling_steps, guidance_scale, guidance_scale_2, negative_prompt, height, width, num_frames,
+            frames_per_call, max_sequence_length and scheduler are those of the treatment where they are not given here.
         pipeline: folder of the untreated diffusers pipeline, or its id on the Hugging Face hub; required without
             treatment, like detector and prompts.
         lora: folder or file of a LoRA for that pipeline: the treated pipeline is the two together.
@@ -48,6 +48,7 @@ class EvaluateModelConfig:
         seed: picture i starts from the latents of seed + i, before and after alike.
         sampling_steps: denoising steps; null: the treatment's, else the pipeline's own default.
         guidance_scale: null: the treatment's, else the pipeline's own default.
+        guidance_scale_2: of a second denoiser (Wan 2.2's, at low noise); null: the treatment's, else guidance_scale.
         negative_prompt: what the negative prediction of classifier-free guidance is told; null: the treatment's, else
             nothing.
         height: of the pictures, in pixels; null: the treatment's, else the pipeline's own.
@@ -96,6 +97,7 @@ class EvaluateModelConfig:
     seed: int = 0
     sampling_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None

@@ -64,11 +64,32 @@ class Family:
         self.num_frames = 1
         # what the negative prediction is told; None: the pipeline's own, an empty text
         self.negative_prompt: str | None = None
+        # of a second denoiser; None: that of the first
+        self.guidance_scale_2: float | None = None
 
     @property
     def denoiser(self) -> torch.nn.Module:
         """The network that predicts, and that LoRA is added to."""
         return getattr(self.pipeline, self.denoiser_name)
+
+    @property
+    def denoisers(self) -> list[torch.nn.Module]:
+        """All networks that predict; more than the denoiser where others take some of the times."""
+        return [self.denoiser]
+
+    def choose_denoiser(self, which: str | None) -> None:
+        """Say which of several networks that predict LoRA is added to: that at high or low noise; None: its own.
+
+        Raises:
+            UserError: if there is only one.
+        """
+        if which is not None:
+            what = f"none, since {type(self.pipeline).__name__} has one alone here"
+            raise UserError(expected("denoiser", what, repr(which)))
+
+    def trains_at(self, timestep: float) -> bool:
+        """Whether the denoiser that LoRA is added to predicts at this time, as the scheduler counts it."""
+        return True
 
     @property
     def denoiser_dtype(self) -> torch.dtype:
@@ -102,6 +123,10 @@ class Family:
             guidance_scale: under which it is to draw; None: its own.
         """
         return {}
+
+    def scale_at(self, timesteps: torch.Tensor, guidance_scale: float) -> float | torch.Tensor:
+        """The guidance scale at times (B,): a number, or (B, 1, 1, 1, 1) where it depends on them."""
+        return guidance_scale
 
     def combine(self, positive: torch.Tensor, negative: torch.Tensor, guidance_scale: float) -> torch.Tensor:
         """The guided prediction (B, C, h, w) of a positive and a negative one; differentiable."""
@@ -198,7 +223,7 @@ class Family:
                 torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), conditioning.both()
             )
             negative, positive = both.chunk(2)
-        return self.combine(positive, negative, guidance_scale)
+        return self.combine(positive, negative, self.scale_at(timesteps, guidance_scale))
 
     def frame_count(self, num_frames: int | None) -> int:
         """How many frames are drawn where so many are asked for; None: the pipeline's own number, 1 for pictures.
