@@ -11,6 +11,7 @@ from diffdoctor.data.codec import SUFFIXES
 from diffdoctor.data.shard_writer import SHEET
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.data.text import readable
+from diffdoctor.data.video import ANIMATION_SUFFIXES, VIDEO_SUFFIXES
 from diffdoctor.runs.record import kind_of_run
 
 MAP_ENDING = ".mask.png"  # beside a picture, as in shards
@@ -30,17 +31,21 @@ def is_shard(path: Path) -> bool:
     return path.suffix.lower() == SHARD
 
 
-def is_read(path: Path) -> bool:
-    """Whether a file is a picture or a shard, by its name."""
-    return path.suffix.lower() in SUFFIXES or is_shard(path)
+def is_read(path: Path, *, videos: bool = False) -> bool:
+    """Whether a file is a picture, a shard or, with `videos`, a video, by its name."""
+    suffixes = (*SUFFIXES, *VIDEO_SUFFIXES) if videos else SUFFIXES
+    return path.suffix.lower() in suffixes or is_shard(path)
 
 
 def is_map(path: Path) -> bool:
-    """Whether a file is the map of the picture beside it, by its name."""
-    return path.name.lower().endswith(MAP_ENDING)
+    """Whether a file is the map of the picture or video beside it, by its name."""
+    is_moving = path.suffix.lower() in (*VIDEO_SUFFIXES, *ANIMATION_SUFFIXES) and path.stem.lower().endswith(".mask")
+    return is_moving or path.name.lower().endswith(MAP_ENDING)
 
 
-def find_files(folder: Path, counts: SkipCounts, *, without: Iterable[Path] = (), deep: bool = True) -> list[Path]:
+def find_files(
+    folder: Path, counts: SkipCounts, *, without: Iterable[Path] = (), deep: bool = True, videos: bool = False
+) -> list[Path]:
     """The pictures and shards of a folder and its subfolders, sorted by their paths.
 
     Hidden files and folders are not read, nor are maps beside pictures, the contact sheet beside shards, and output
@@ -51,6 +56,7 @@ def find_files(folder: Path, counts: SkipCounts, *, without: Iterable[Path] = ()
         counts: filled with what was left out, except for what is hidden and what is no picture by its name.
         without: folders that are not looked into.
         deep: look into subfolders too.
+        videos: find videos too.
     """
     kept_out = [os.path.realpath(path) for path in without]
     seen = {os.path.realpath(folder), *kept_out}
@@ -64,7 +70,7 @@ def find_files(folder: Path, counts: SkipCounts, *, without: Iterable[Path] = ()
                     waiting.append(entry)
             elif is_map(entry):
                 continue
-            elif not is_read(entry):
+            elif not is_read(entry, videos=videos):
                 if entry.suffix.lower() in _OTHER_SUFFIXES:
                     counts.add("a file of a format that is not read", readable(entry))
             elif not os.path.isfile(entry):

@@ -45,7 +45,7 @@ def as_mask(mask: np.ndarray) -> np.ndarray:
 
 
 def shrink_to(picture: np.ndarray, longest: int | None) -> np.ndarray:
-    """A picture (H, W, 3) uint8 whose longest side is at most `longest` pixels, antialiased; None leaves it."""
+    """A picture (H, W, 3) or (H, W) uint8, of at most `longest` pixels a side, antialiased; None leaves it."""
     from PIL import Image
 
     if longest is None or max(picture.shape[:2]) <= longest:

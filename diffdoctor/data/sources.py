@@ -16,6 +16,7 @@ from diffdoctor.data.folders import SHARD, find_files, is_map, is_read, is_shard
 from diffdoctor.data.shards import read_shards
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.data.text import readable
+from diffdoctor.data.video import VIDEO_SUFFIXES, is_video
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.record import kind_of_run
 
@@ -25,19 +26,21 @@ _SETS = (None, "inject", "sample", "set join")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where pictures come from: one picture file, or one shard of many.
+    """Where pictures come from: one picture file, one video, or one shard of many pictures.
 
     Attributes:
         path: the file.
         name: in results, see `folders.names_of`.
         category: name of the folder that contains the picture; "" for one named on the command line.
         caption: from the folder's metadata; None: from the text file beside the picture, if there is one.
+        is_video: whether it is read as a video.
     """
 
     path: Path
     name: str
     category: str = ""
     caption: str | None = None
+    is_video: bool = False
 
     @property
     def is_shard(self) -> bool:
@@ -54,7 +57,9 @@ class Source:
         return " ".join(stamps)
 
 
-def find_sources(paths: Sequence[str | Path], counts: SkipCounts | None = None) -> list[Source]:
+def find_sources(
+    paths: Sequence[str | Path], counts: SkipCounts | None = None, *, videos: bool = False
+) -> list[Source]:
     """Picture files and shards that are named, lie in a named folder (at any depth) or match a pattern.
 
     A pattern that matches folders and no file names these folders; of nested ones, the outermost. A file that is named
@@ -63,6 +68,7 @@ def find_sources(paths: Sequence[str | Path], counts: SkipCounts | None = None) 
     Args:
         paths: files, folders and patterns.
         counts: filled with what was left out, see `folders.find_files`.
+        videos: find videos too; an animated GIF or WebP picture is one then, and else its first frame.
 
     Returns:
         The sources, in the order of `paths` and sorted within a folder.
@@ -80,29 +86,35 @@ def find_sources(paths: Sequence[str | Path], counts: SkipCounts | None = None) 
             if (kind := kind_of_run(path)) not in _SETS:
                 got = f"an output folder of {kind}; give the folder in it that is meant"
                 raise UserError(expected(given, "a folder of pictures", got))
-            inside = _in_folder(path, left_out)
+            inside = _in_folder(path, left_out, videos)
         elif path.is_file():
-            inside = _named([path], left_out)
+            inside = _named([path], left_out, videos)
         else:
-            inside = _matching(str(given), left_out)
+            inside = _matching(str(given), left_out, videos)
         if not inside and not (path.is_file() and len(paths) > 1):
             where = "in this folder" if path.is_dir() else "here" if path.is_file() else "in the folders that match"
             aside = f" (left out: {left_out.sentence()})" if left_out.total else ""
-            what = f"pictures ({', '.join(SUFFIXES)}) or {SHARD} shards"
+            suffixes = ", ".join((*SUFFIXES, *VIDEO_SUFFIXES) if videos else SUFFIXES)
+            what = f"pictures ({suffixes}) or {SHARD} shards"
             raise UserError(expected(given, what, f"none {where}{aside}"))
         counts.join(left_out)
         found += inside
     if not found:
         raise UserError(expected("pictures", f"files named {', '.join(SUFFIXES)} or {SHARD}", f"{len(paths)} others"))
-    return _once(found)
+    return _once(_with_videos(found) if videos else found)
 
 
-def listed_sources(file: str | Path) -> list[Source]:
+def _with_videos(found: list[Source]) -> list[Source]:
+    return [dataclasses.replace(source, is_video=is_video(source.path)) for source in found]
+
+
+def listed_sources(file: str | Path, *, videos: bool = False) -> list[Source]:
     """The picture files and shards that a Parquet file lists, in its order, without looking through folders.
 
     Args:
         file: with a column `path` (from the file's folder, where it is not absolute), and perhaps `name` (as results
             call it; else the path as it stands), `category` and `prompt`.
+        videos: as in `find_sources`.
 
     Raises:
         UserError: the file cannot be read or has no such column, a path is none of a picture or shard, or two have one
@@ -115,13 +127,13 @@ def listed_sources(file: str | Path) -> list[Source]:
         columns |= {name: table.texts(name, longest=2**15).tolist() for name in columns if name in table.names}
     found = []
     for number, (path, name, category, prompt) in enumerate(zip(*columns.values(), strict=True), start=1):
-        if path is None or not is_read(Path(path)):
+        if path is None or not is_read(Path(path), videos=videos):
             what = f"a path ending in {', '.join(SUFFIXES)} or {SHARD}"
             raise UserError(expected(f"{file}: row {number}", what, path))
         found.append(Source(Path(file).parent / path, name or path, category or "", prompt))
     if not found:
         raise UserError(expected(file, "at least one picture", "none"))
-    return _once(found)
+    return _once(_with_videos(found) if videos else found)
 
 
 def _once(found: list[Source]) -> list[Source]:
@@ -141,13 +153,13 @@ def _once(found: list[Source]) -> list[Source]:
         parts = source.name.split("/")
         for count in range(1, len(parts)):
             shard = names.get("/".join(parts[:count]))
-            if shard is not None and shard.is_shard:
+            if shard is not None and (shard.is_shard or shard.is_video):
                 raise UserError(f"{source.path}: could be taken for a picture of {shard.path}; give the folder above")
     return list(names.values())
 
 
-def _in_folder(folder: Path, counts: SkipCounts) -> list[Source]:
-    files = find_files(folder, counts)
+def _in_folder(folder: Path, counts: SkipCounts, videos: bool) -> list[Source]:
+    files = find_files(folder, counts, videos=videos)
     relative = [file.relative_to(folder) for file in files]
     captions = captions_of(folder, (path.as_posix() for path in relative), counts)
     found = []
@@ -157,25 +169,25 @@ def _in_folder(folder: Path, counts: SkipCounts) -> list[Source]:
     return found
 
 
-def _named(files: list[Path], counts: SkipCounts) -> list[Source]:
+def _named(files: list[Path], counts: SkipCounts, videos: bool) -> list[Source]:
     """Files that are named one by one or by a pattern, where `*` also matches captions and what else lies there."""
     taken = []
     for file in files:
-        if is_read(file) and not (is_map(file) and len(files) > 1):
+        if is_read(file, videos=videos) and not (is_map(file) and len(files) > 1):
             taken.append(file)
         elif file.suffix.lower() != ".txt":
             counts.add("a file that is no picture by its name", readable(file))
     return [Source(file, readable(file.stem)) for file in taken]
 
 
-def _matching(pattern: str, counts: SkipCounts) -> list[Source]:
+def _matching(pattern: str, counts: SkipCounts, videos: bool) -> list[Source]:
     matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
     files = [path for path in matches if path.is_file()]
     folders = [path for path in matches if path.is_dir()]
     if not (files or folders):
         raise UserError(expected(pattern, "an existing file or folder, or a pattern that matches one", "none"))
     if files:
-        return _named(files, counts)
+        return _named(files, counts, videos)
     found = []
     for folder in folders:
         if set(folder.parents) & set(folders):
@@ -183,7 +195,7 @@ def _matching(pattern: str, counts: SkipCounts) -> list[Source]:
         if (kind := kind_of_run(folder)) not in _SETS:
             counts.add(f"an output folder of {kind}", readable(folder))
             continue
-        found += _in_folder(folder, counts)
+        found += _in_folder(folder, counts, videos)
     return found
 
 
@@ -226,14 +238,21 @@ def read_source(
     except UnreadablePicture as error:
         counts.add(error.reason, readable(source.path), strict, error.detail)
         return
-    prompt = source.caption
-    if prompt is None:
-        prompt = _caption_beside(source.path, strict, counts)
+    prompt = caption_of(source, strict, counts)
     yield {"picture": picture, "name": source.name, "category": source.category, "prompt": prompt}
 
 
-def _caption_beside(picture: Path, strict: bool, counts: SkipCounts) -> str:
-    path = caption_file(picture)
+def caption_of(source: Source, strict: bool, counts: SkipCounts) -> str:
+    """The caption of a picture file or video; "" where there is none.
+
+    Args:
+        source: the file.
+        strict: raise `UserError` where it cannot be read instead of counting that.
+        counts: filled with what cannot be read.
+    """
+    if source.caption is not None:
+        return source.caption
+    path = caption_file(source.path)
     try:
         return "" if path is None else read_caption(path)
     except UserError as error:

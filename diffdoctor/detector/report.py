@@ -8,12 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
+from diffdoctor.data.codec import UnreadablePicture, decode
+from diffdoctor.data.pictures import shrink_to
 from diffdoctor.measures.pixels import FLAG_CONFIDENCE, FLAG_SHARE
 from diffdoctor.runs.files import file_name
 from diffdoctor.viz.draw import png_bytes
 from diffdoctor.viz.report import Report
+from diffdoctor.viz.video import film, film_indices
 
 TILE = 240  # smallest width of a picture, in pixels
+_EMBEDDED = 2**20  # bytes of an animation that the page holds itself
 
 
 def write_gallery(output: Path, records: list[dict], metrics: dict, folders: tuple[str, ...], settings: dict) -> None:
@@ -54,6 +58,9 @@ def _add_picture(report: Report, output: Path, record: dict, folders: tuple[str,
     from PIL import Image
 
     file = file_name(record["name"], ".png")
+    if "frames" in record:
+        _add_video(report, output, record, folders)
+        return
     if not (output / folders[0] / file).is_file():
         return
     with Image.open(output / folders[0] / file) as picture:
@@ -73,3 +80,31 @@ def _add_picture(report: Report, output: Path, record: dict, folders: tuple[str,
         boxes=[component["box"] for component in record["components"]],
         size=(record["height"], record["width"]),
     )
+
+
+def _add_video(report: Report, output: Path, record: dict, folders: tuple[str, ...]) -> None:
+    """Some frames side by side, with a link to the animation where there is one."""
+    name, count = record["name"], record["frames"]
+    moving, strip = (output / "overlays" / file_name(name, ending) for ending in (".webp", ".png"))
+    maps = output / "maps" / file_name(name, "")
+    try:
+        if folders[0] == "overlays":
+            shown = decode(strip, "RGB")
+        else:
+            shown = film([decode(maps / f"{number:06d}.png", "RGB") for number in film_indices(count)])
+    except UnreadablePicture:
+        return
+    links = {"animation": moving} if folders[0] == "overlays" else {}
+    urls = {text: urllib.parse.quote(path.relative_to(output).as_posix()) for text, path in links.items()}
+    if Path(record.get("path", "")).is_absolute():
+        urls = {"video": Path(record["path"]).as_uri(), **urls}
+    report.image(
+        png_bytes(shrink_to(shown, 4 * TILE)),
+        f"{name}: {count} frames, {record['flagged_share']:.1%} flagged, largest confidence {record['max']:.2f}, worst "
+        f"in frame {record['worst_frame']}",
+        pixels=max(shown.shape[:2]) < TILE,
+        link=urls.get("animation"),
+        links=urls,
+    )
+    if links and moving.is_file() and moving.stat().st_size <= _EMBEDDED:
+        report.image(moving.read_bytes(), f"{name}, moving", pixels=False, link=urls["animation"])

@@ -6,6 +6,7 @@ libraries' transforms. docs/trainers.md shows both in real trainers.
 """
 
 from diffdoctor.maps.check import MapReport, MapWarning, check_maps
+from diffdoctor.maps.clips import ClipTransform, clip_size, find_clip_map, read_clip, read_clip_map, read_clips
 from diffdoctor.maps.dataset import MapDataset, StepBatches, collate
 from diffdoctor.maps.derived import edit_map, map_stamp
 from diffdoctor.maps.files import (
@@ -22,6 +23,7 @@ from diffdoctor.maps.frames import causal_frames
 from diffdoctor.maps.geometry import PairedTransform, Placement, aspect_buckets, attach_map, detach_map
 
 __all__ = [
+    "ClipTransform",
     "MapDataset",
     "MapReport",
     "MapWarning",
@@ -34,11 +36,16 @@ __all__ = [
     "attach_map",
     "causal_frames",
     "check_maps",
+    "clip_size",
     "collate",
     "detach_map",
     "edit_map",
+    "find_clip_map",
     "find_map",
     "map_stamp",
+    "read_clip",
+    "read_clip_map",
+    "read_clips",
     "read_folder",
     "read_map",
     "read_picture",

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from diffdoctor.data.codec import UnreadablePicture, open_picture, picture_size
 from diffdoctor.maps.check import check_maps
-from diffdoctor.maps.files import MapLike, PictureLike, Record, read_map, read_picture
+from diffdoctor.maps.clips import ClipTransform, middle_map
+from diffdoctor.maps.files import MapLike, Record
 from diffdoctor.maps.geometry import PairedTransform
-from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.runs.errors import expected
 
 _CHECKED = 256  # maps that are checked when a set is opened
 
@@ -28,8 +28,8 @@ class MapDataset(Dataset):
     before each epoch for a run that resumes with the same crops, or whose loader is left before its end.
 
     Args:
-        records: `read_folder(...)`'s result, `ShardRecords(...)`, or any sequence of `Record`.
-        transform: resizes, crops and flips each pair.
+        records: `read_folder(...)`'s or `read_clips(...)`'s result, `ShardRecords(...)`, or any sequence of `Record`.
+        transform: resizes, crops and flips each pair: a `ClipTransform` for videos.
         seed: of crops and flips.
         missing: how a picture without a map is treated: "zeros" (clean everywhere) or "error".
         invert: maps say what is sound, as a segmenter's of a background may: 1 - map is used. A picture without a map
@@ -64,7 +64,7 @@ class MapDataset(Dataset):
                     raise ValueError(expected("records", "a map for every picture", f"none for {_name(record)}"))
         if check:
             step = max(1, -(-len(self.records) // _CHECKED))
-            check_maps(self._map_of(self.records[index]) for index in range(0, len(records), step)).warn()
+            check_maps(self._map_to_check(index) for index in range(0, len(records), step)).warn()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -84,7 +84,12 @@ class MapDataset(Dataset):
 
     def _map_of(self, record: Record) -> MapLike | None:
         inverted = self.invert and record.confidence is not None
-        return 1 - read_map(record.confidence) if inverted else record.confidence
+        return 1 - self.transform.read_map(record.confidence) if inverted else record.confidence
+
+    def _map_to_check(self, index: int) -> MapLike | None:
+        found = self._map_of(self.records[index])
+        is_moving = found is not None and isinstance(self.transform, ClipTransform)
+        return middle_map(self.transform.read_map(found)) if is_moving else found
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch of the next item of each index, where a sampler asks for indices alone; workers see it too.
@@ -104,7 +109,7 @@ class MapDataset(Dataset):
         """Index of the picture's bucket; of a picture file, only the header is read."""
         if len(self.transform.buckets) == 1:
             return 0
-        return self.transform.bucket(*_picture_size(self.records[index].picture))
+        return self.transform.bucket(*self.transform.size_of(self.records[index].picture))
 
 
 class StepBatches(Sampler):
@@ -196,17 +201,6 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         else:
             stacked[name] = torch.tensor(column) if isinstance(value, bool) else column
     return stacked
-
-
-def _picture_size(picture: PictureLike) -> tuple[int, int]:
-    if isinstance(picture, (str, os.PathLike)):
-        try:
-            with open_picture(picture) as image:
-                return picture_size(image)
-        except UnreadablePicture as error:
-            raise UserError(expected(picture, "a picture", error)) from error
-    image = read_picture(picture)
-    return image.height, image.width
 
 
 def _name(record: Record) -> str:

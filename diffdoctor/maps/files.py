@@ -14,7 +14,15 @@ import numpy as np
 import torch
 
 from diffdoctor.data.captions import METADATA_NAME, caption_file, captions_of, read_caption, read_metadata
-from diffdoctor.data.codec import SUFFIXES, UnreadablePicture, as_array, decode, grey_levels, open_picture
+from diffdoctor.data.codec import (
+    SUFFIXES,
+    UnreadablePicture,
+    as_array,
+    decode,
+    grey_levels,
+    open_picture,
+    picture_size,
+)
 from diffdoctor.data.folders import MAP_ENDING, find_files, is_shard, names_of
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.data.text import is_unicode
@@ -38,10 +46,10 @@ MapLike: TypeAlias = "str | os.PathLike | Image.Image | np.ndarray | torch.Tenso
 
 @dataclass(frozen=True)
 class Record:
-    """One training picture.
+    """One training picture, or one video.
 
     Attributes:
-        picture: a file, a PIL picture or a uint8 array (H, W, 3).
+        picture: a file, a PIL picture or a uint8 array (H, W, 3); of a video a file or (T, H, W, 3).
         confidence: its map: a file, an array (uint8 0..255, bool, or float in [0, 1]) of shape (H', W') in
             the picture's proportions; None where there is no map.
         caption: its prompt.
@@ -129,6 +137,22 @@ def read_picture(picture: PictureLike) -> Image.Image:
         name = "picture" if isinstance(picture, Image.Image) else os.fspath(picture)
         raise UserError(expected(name, _PICTURES, error)) from error
     return Image.fromarray(pixels)
+
+
+def size_of_picture(picture: PictureLike) -> tuple[int, int]:
+    """(height, width) in pixels of a picture; of a file only the header is read.
+
+    Raises:
+        UserError: a file that is no picture.
+    """
+    if isinstance(picture, (str, os.PathLike)):
+        try:
+            with open_picture(picture) as image:
+                return picture_size(image)
+        except UnreadablePicture as error:
+            raise UserError(expected(picture, "a picture", error)) from error
+    image = read_picture(picture)
+    return image.height, image.width
 
 
 def read_map(confidence: MapLike) -> np.ndarray:

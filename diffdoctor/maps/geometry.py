@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffdoctor.maps.files import MapLike, PictureLike, read_map, read_picture
+from diffdoctor.maps.files import MapLike, PictureLike, read_map, read_picture, size_of_picture
 from diffdoctor.runs.errors import expected
 
 if TYPE_CHECKING:
@@ -57,6 +57,51 @@ class Placement:
         )
         image = image.resize((self.size[1], self.size[0]), resample, box=box)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else image
+
+    def conditions(self, picture_size: tuple[int, int]) -> dict[str, Tensor]:
+        """What SDXL is conditioned on: `original_size`, `crop_top_left` and `target_size`, (2,) int64 each.
+
+        Args:
+            picture_size: (height, width) in pixels of the picture that `box` refers to.
+        """
+        left, top, right, bottom = self.box
+        scale = self.size[0] / (bottom - top)
+        crop_left = (picture_size[1] - right if self.flip else left) * scale
+        return {
+            "original_size": torch.tensor(picture_size),
+            "crop_top_left": torch.tensor([round(top * scale), round(crop_left)]),
+            "target_size": torch.tensor(self.size),
+        }
+
+
+def placed_picture(picture: Image.Image | np.ndarray, placement: Placement, resample: str) -> Tensor:
+    """A picture in RGB, or uint8 (H, W, 3), placed: (3, h, w) fp32 in [-1, 1].
+
+    Args:
+        picture: to place.
+        placement: of it.
+        resample: the filter's name.
+    """
+    from PIL import Image
+
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    pixels = placement.of(image, (image.height, image.width), getattr(Image.Resampling, resample.upper()))
+    return torch.from_numpy(np.asarray(pixels, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0)
+
+
+def placed_map(values: np.ndarray, placement: Placement, picture_size: tuple[int, int]) -> Tensor:
+    """A map (H, W) in [0, 1] placed as its picture, bilinearly: (1, h, w) fp32 in [0, 1].
+
+    Args:
+        values: the map, in the picture's proportions.
+        placement: of the picture.
+        picture_size: (height, width) in pixels of the picture.
+    """
+    from PIL import Image
+
+    placed = placement.of(Image.fromarray(values), picture_size, Image.Resampling.BILINEAR)
+    # Antialiasing weights sum to one only up to rounding.
+    return torch.from_numpy(np.array(placed, dtype=np.float32)[None]).clamp_(0.0, 1.0)
 
 
 def aspect_buckets(pixels: int, *, multiple: int = 64, max_aspect: float = 2.0) -> list[tuple[int, int]]:
@@ -130,6 +175,14 @@ class PairedTransform:
         distances = [abs(math.log(h / w) - aspect) for h, w in self.buckets]
         return distances.index(min(distances))
 
+    def size_of(self, picture: PictureLike) -> tuple[int, int]:
+        """(height, width) in pixels of a picture; of a file only the header is read."""
+        return size_of_picture(picture)
+
+    def read_map(self, confidence: MapLike) -> np.ndarray:
+        """A picture's map (H, W) in [0, 1]."""
+        return read_map(confidence)
+
     def place(self, height: int, width: int, rng: np.random.Generator) -> Placement:
         """Draw the placement of a picture of height x width pixels.
 
@@ -163,32 +216,22 @@ class PairedTransform:
         Raises:
             ValueError: the map is not in the picture's proportions.
         """
-        from PIL import Image
-
         image = read_picture(picture)
         rng = np.random.default_rng() if rng is None else rng
         picture_size = (image.height, image.width)
         placement = self.place(*picture_size, rng)
-        pixels = placement.of(image, picture_size, getattr(Image.Resampling, self.resample.upper()))
-        values = torch.from_numpy(np.asarray(pixels, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0)
+        values = placed_picture(image, placement, self.resample)
         if confidence is None:
             map_values = torch.zeros(1, *placement.size)
         else:
             full_map = read_map(confidence)
             check_proportions(full_map.shape, picture_size, confidence)
-            placed = placement.of(Image.fromarray(full_map), picture_size, Image.Resampling.BILINEAR)
-            # Antialiasing weights sum to one only up to rounding.
-            map_values = torch.from_numpy(np.array(placed, dtype=np.float32)[None]).clamp_(0.0, 1.0)
-        left, top, right, bottom = placement.box
-        scale = placement.size[0] / (bottom - top)
-        crop_left = (image.width - right if placement.flip else left) * scale
+            map_values = placed_map(full_map, placement, picture_size)
         return {
             "pixel_values": values.contiguous(),
             "confidence": map_values,
             "has_map": confidence is not None,
-            "original_size": torch.tensor(picture_size),
-            "crop_top_left": torch.tensor([round(top * scale), round(crop_left)]),
-            "target_size": torch.tensor(placement.size),
+            **placement.conditions(picture_size),
         }
 
 

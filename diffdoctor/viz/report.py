@@ -84,7 +84,7 @@ class Report:
         """Add a picture.
 
         Args:
-            data: the bytes of a PNG or JPEG file.
+            data: the bytes of a PNG, JPEG or WebP file, which may be animated.
             caption: text below the picture.
             alt: text in place of the picture; None: the caption.
             pixels: keep enlarged pixels sharp.
@@ -141,7 +141,7 @@ class Report:
 
 
 def _data_url(data: bytes) -> str:
-    subtype = "jpeg" if data.startswith(b"\xff\xd8") else "png"
+    subtype = "jpeg" if data.startswith(b"\xff\xd8") else "webp" if data.startswith(b"RIFF") else "png"
     return f"data:image/{subtype};base64," + base64.b64encode(data).decode("ascii")
 
 

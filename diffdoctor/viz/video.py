@@ -10,6 +10,8 @@ import numpy as np
 from diffdoctor.viz.draw import GAP
 
 FILM_FRAMES = 5
+# Of an animation, so that a long video fits into memory and onto a page.
+_LONGEST_SIDE, _MOST_FRAMES = 384, 240
 
 
 def film_indices(frames: int, count: int = FILM_FRAMES) -> list[int]:
@@ -47,3 +49,33 @@ def animation(frames: Sequence[np.ndarray], fps: float = 16.0) -> bytes:
     options = {"duration": round(1000 / fps), "loop": 0, "quality": 85, "method": 4}
     first.save(buffer, format="WEBP", save_all=True, append_images=rest, **options)
     return buffer.getvalue()
+
+
+class Thumbnails:
+    """Small frames of a video of any length, for an animation and a strip: where there are too many, every second goes.
+
+    Attributes:
+        longest: side in pixels that frames are to have at most.
+    """
+
+    longest = _LONGEST_SIDE
+
+    def __init__(self):
+        self._frames: list[np.ndarray] = []
+        self._seen, self._stride = 0, 1
+
+    def add(self, frame: np.ndarray) -> None:
+        """Take the next frame, uint8 (H, W, 3)."""
+        if self._seen % self._stride == 0:
+            self._frames.append(frame)
+        self._seen += 1
+        if len(self._frames) > _MOST_FRAMES:
+            self._frames, self._stride = self._frames[::2], 2 * self._stride
+
+    def film(self) -> np.ndarray:
+        """Some of the frames side by side."""
+        return film(self._frames)
+
+    def animation(self, fps: float) -> bytes:
+        """An animated WebP of a video of so many frames a second, as long as the video."""
+        return animation(self._frames, fps / self._stride)

@@ -34,6 +34,7 @@ from diffdoctor.maps import attach_map, detach_map, find_map, write_map
 from diffdoctor.treat.families import registry as families
 from support.tiny_pipelines import tiny_pipeline
 from support.treatment import SMALL, pairs
+from support.videos import moving_square, write_mp4
 
 PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "walkthrough.md")]
 BLOCK = re.compile(r"^(?:<!--(?P<mark>.*?)-->\n+)? *```python\n(?P<code>.*?)^ *```", re.DOTALL | re.MULTILINE)
@@ -72,6 +73,11 @@ def folder(tmp_path_factory):
     for name in ("train", "clean"):
         write_shards(iter(samples), root / "data" / name)
     Image.fromarray(picture).save(root / "photo.jpg")
+    (root / "clips").mkdir()
+    frames, moving = moving_square(frames=20, height=36, width=60)
+    write_mp4(root / "clips" / "0.mp4", frames)
+    for number, level in enumerate(moving):
+        write_map(root / "diagnosis" / "maps" / "0" / f"{number:06d}.png", level)
     for name in ("pictures", "masks"):
         (root / name).mkdir()
         Image.fromarray(picture if name == "pictures" else picture[..., 0]).save(root / name / "a.png")
@@ -175,6 +181,8 @@ def names(folder):
         "timesteps": torch.tensor([10, 500]),
         "torch": torch,
         "unet": unet,
+        "video_pred": torch.randn(2, 4, 5, 4, 6, generator=g, requires_grad=True),
+        "video_target": torch.randn(2, 4, 5, 4, 6, generator=g),
         "weighting": torch.rand(2, 1, 1, 1, generator=g),
         "world_size": 2,
         # Where a block that holds these words needs something else by one of the names.

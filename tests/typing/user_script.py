@@ -293,6 +293,13 @@ def one_picture(path: str) -> tuple[torch.Tensor, torch.Tensor]:
         maps.write_map("copy.mask.png", confidence)
         print(maps.map_stamp(confidence), maps.edit_map(path, picture, floor=0.05, spread=1).shape)
     try:
+        clips: list[maps.Record] = maps.read_clips("clips", "diagnosis/maps")
+        shape: tuple[int, int, int] = maps.clip_size("clip.mp4")
+        frames = maps.read_clip("clip.mp4", start=4, stride=2, count=5)
+        found_clip = maps.find_clip_map("clip.mp4", "diagnosis/maps")
+        if found_clip is not None:
+            print(maps.read_clip_map(found_clip, range(4, 13, 2)).shape, frames.shape, shape)
+        maps.MapDataset(clips, maps.ClipTransform((480, 832), frames=17, stride=2, flip=0.5))
         moving: torch.Tensor = maps.causal_frames(torch.zeros(1, 1, 17, 8, 8), stride=4)
         print(moving.shape)
         four_bands = maps.attach_map(picture, confidence)

@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffdoctor.data.source_index import Completed, SourceIndex, gather_counts
+from diffdoctor.data.source_index import Completed, SourceIndex, absolute_path, gather_counts
 from diffdoctor.data.sources import Source, find_sources, listed_sources
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.commands.diagnose_batches import confidences, diagnosis_batches
 from diffdoctor.detector.commands.diagnose_config import DiagnoseConfig
 from diffdoctor.detector.commands.diagnose_results import write_diagnosis
 from diffdoctor.detector.commands.diagnose_shards import diagnose_shards
+from diffdoctor.detector.commands.diagnose_videos import diagnose_video
 from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import open_detector
 from diffdoctor.detector.predict import describe_map
@@ -43,8 +44,13 @@ def run_diagnose(config: DiagnoseConfig) -> dict:
         raise UserError(expected("pictures", "files, folders, patterns or shards (or --files)", "none"))
     state = process_state()
     left_out = SkipCounts()
-    sources = find_sources(config.pictures, left_out) if config.files is None else listed_sources(config.files)
+    if config.files is None:
+        sources = find_sources(config.pictures, left_out, videos=True)
+    else:
+        sources = listed_sources(config.files, videos=True)
     if config.write == "shards":
+        if (video := next((source for source in sources if source.is_video), None)) is not None:
+            raise UserError(expected("--write", f"maps with a video such as {video.path}", "shards"))
         return diagnose_shards(config, RESULTS, sources, left_out, state)
     detector = open_detector(config.detector)
     identity = {name: getattr(config, name) for name in _IDENTITY} | {"weights": weights_digest(detector)}
@@ -81,13 +87,14 @@ def _diagnose(
 
 
 def _units(sources: list[Source], size: int) -> list[list[Source]]:
-    """Units of work for one process each: one shard, or up to `size` picture files.
+    """Units of work for one process each: one shard, one video, or up to `size` picture files.
 
     Batches, and so the last bits of the maps, depend neither on the number of processes nor on what is finished.
     """
-    files = [source for source in sources if not source.is_shard]
+    alone = [source for source in sources if source.is_shard or source.is_video]
+    files = [source for source in sources if not (source.is_shard or source.is_video)]
     groups = [files[first : first + size] for first in range(0, len(files), size)]
-    return groups + [[source] for source in sources if source.is_shard]
+    return groups + [[source] for source in alone]
 
 
 def _diagnose_units(
@@ -104,6 +111,13 @@ def _diagnose_units(
             whole = shard in completed.shards if shard else all(source.name in completed.names for source in unit)
             if whole or number % state.num_processes != state.process_index:
                 bar.update(0 if shard else len(unit))
+                continue
+            if unit[0].is_video:
+                found = diagnose_video(detector, unit[0], config, counts)
+                if found is not None:
+                    stamp = {"path": absolute_path(unit[0]), "stamp": index.stamps[unit[0].name]}
+                    journal.append([found | stamp])
+                bar.update()
                 continue
             before, pictures = counts.total, 0
             for batch in diagnosis_batches(unit, config, detector, counts, index.stamps):

@@ -42,7 +42,7 @@ def confidences(
     Where a batch fails, its pictures are diagnosed one by one, and those that fail counted.
     """
     try:
-        maps, disagreements = _maps(detector, batch, config)
+        maps, disagreements = picture_maps(detector, [sample["picture"] for sample in batch], config)
     except (MemoryError, RuntimeError) as error:
         if len(batch) == 1:
             reason = "a picture on which the detector failed"
@@ -56,12 +56,15 @@ def confidences(
     yield from zip(batch, maps, disagreements, strict=True)
 
 
-def _maps(detector: Detector, batch: list[dict], config: DiagnoseConfig) -> tuple[np.ndarray, list[dict]]:
-    images = to_images([sample["picture"] for sample in batch], device_of(detector))
+def picture_maps(
+    detector: Detector, pictures: list[np.ndarray], config: DiagnoseConfig
+) -> tuple[np.ndarray, list[dict]]:
+    """Maps (B, H, W) of pictures (H, W, 3) uint8 of one size, and {"disagreement": …} of each where asked for."""
+    images = to_images(pictures, device_of(detector))
     options = {"tile": config.tile, "overlap": config.overlap}
     maps = confidence_of(detector, images, **options)[:, 0]
     if not config.mirrored:
-        return maps.cpu().numpy(), [{}] * len(batch)
+        return maps.cpu().numpy(), [{}] * len(pictures)
     mirrored = confidence_of(detector, images.flip(-1), **options)[:, 0].flip(-1)
     means = (maps - mirrored).abs().float().mean(dim=(1, 2)).tolist()
     return maps.cpu().numpy(), [{"disagreement": mean} for mean in means]

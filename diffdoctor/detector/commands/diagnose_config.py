@@ -25,6 +25,9 @@ class DiagnoseConfig:
         write: maps (two files for each picture) or shards (a label set beside the pictures, which stay where they are).
         round: number of the round in which the labels are made, which is kept with them; with `write` shards.
         shard_size: picture files that one shard of labels is made of; a shard of pictures makes one.
+        frames_per_call: frames of a video that are diagnosed together; null: batch_size. Videos (mp4, webm, mov, mkv,
+            animated GIF and WebP) get a map for every frame, in maps/NAME/000000.png and so on, and are flagged by the
+            pixels of all frames together.
         batch_size: pictures of one size that are diagnosed together; processes take so many files at a time.
         tile: side in pixels of the tiles that larger pictures are cut into; null: pictures are diagnosed whole.
         overlap: share of a tile that it has in common with the next, in [0, 0.5].
@@ -56,6 +59,7 @@ class DiagnoseConfig:
     write: str = "maps"
     round: int = 0
     shard_size: int = 256
+    frames_per_call: int | None = None
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
 
     def __post_init__(self):
@@ -69,6 +73,6 @@ class DiagnoseConfig:
             raise UserError(expected("write", f"shards with --engine {self.engine.kind}", "maps"))
         if self.pictures and self.files is not None:
             raise UserError(expected("files", "none beside pictures", repr(self.files)))
-        check_least(self, batch_size=1, tile=16, gallery=0, round=0, shard_size=1)
+        check_least(self, batch_size=1, tile=16, gallery=0, round=0, shard_size=1, frames_per_call=1)
         if not 0 <= self.overlap <= 0.5:
             raise UserError(expected("overlap", "a share in [0, 0.5]", self.overlap))

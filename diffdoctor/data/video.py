@@ -1,0 +1,138 @@
+"""Videos as frames: mp4, webm and their kin by PyAV (extra `video`), animated GIF and WebP by Pillow.
+
+Frames are read one after another and never held as a whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from diffdoctor.data.codec import MAX_PIXELS, SizeCheck, UnreadablePicture, as_array, open_picture
+from diffdoctor.runs.errors import first_line, missing_extra
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv")
+ANIMATION_SUFFIXES = (".gif", ".webp")
+BROKEN = "a broken video"
+# What is opened, whatever the file is called: no playlists, which lead to other files and addresses.
+_DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm"
+_FPS = 10.0  # where a file says nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """An opened video.
+
+    Attributes:
+        frames: its frames, uint8 (H, W, 3), upright, to be read once.
+        fps: frames a second.
+    """
+
+    frames: Iterator[np.ndarray]
+    fps: float
+
+
+def is_video(path: str | os.PathLike) -> bool:
+    """Whether a file is a video: by its name, or a GIF or WebP picture of several frames."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in ANIMATION_SUFFIXES:
+        return suffix in VIDEO_SUFFIXES
+    try:
+        with open_picture(path) as image:
+            return getattr(image, "n_frames", 1) > 1
+    except UnreadablePicture:
+        return False
+
+
+@contextmanager
+def open_video(path: str | os.PathLike, *, check: SizeCheck | None = None) -> Iterator[Video]:
+    """A context with a video to be read.
+
+    Args:
+        path: an mp4, webm, mov or mkv file, or an animated GIF or WebP picture.
+        check: refuses videos by the size of a frame, before any is decoded; see `codec.decode`.
+
+    Raises:
+        UnreadablePicture: it cannot be read, also while its frames are.
+        UserError: PyAV is not installed.
+    """
+    opened = _by_pillow if Path(path).suffix.lower() in ANIMATION_SUFFIXES else _by_pyav
+    with opened(path, check or (lambda height, width: None)) as (frames, fps):
+        yield Video(_of_one_size(frames), fps if fps > 0 else _FPS)
+
+
+def sampled(frames: Iterator[np.ndarray], start: int = 0, stride: int = 1, count: int | None = None) -> Iterator:
+    """Every `stride`-th of the frames from `start` on, `count` of them at most; None: all."""
+    return itertools.islice(frames, start, None if count is None else start + (count - 1) * stride + 1, stride)
+
+
+@contextmanager
+def _by_pillow(path, check) -> Iterator[tuple[Iterator[np.ndarray], float]]:
+    with open_picture(path) as image:
+        _check_size(image.height, image.width, check)
+        image.load()  # a WebP file says its frames' duration when one is decoded
+        milliseconds = image.info.get("duration") or 0
+        yield _pillow_frames(image), 1000 / milliseconds if milliseconds > 0 else 0.0
+
+
+def _pillow_frames(image: Image.Image) -> Iterator[np.ndarray]:
+    for number in range(getattr(image, "n_frames", 1)):
+        image.seek(number)
+        yield as_array(image, "RGB")
+
+
+@contextmanager
+def _by_pyav(path, check) -> Iterator[tuple[Iterator[np.ndarray], float]]:
+    try:
+        import av
+    except ImportError:
+        raise missing_extra("av", "video") from None
+    try:
+        with open(path, "rb") as file, av.open(file, options={"format_whitelist": _DEMUXERS}) as container:
+            if not container.streams.video:
+                raise UnreadablePicture("a file without a video")
+            stream = container.streams.video[0]
+            _check_size(stream.height, stream.width, check)
+            stream.thread_type = "AUTO"
+            yield _pyav_frames(container, stream), float(stream.average_rate or stream.guessed_rate or 0)
+    except UnreadablePicture:
+        raise
+    except av.error.FFmpegError as error:
+        raise UnreadablePicture(BROKEN, error.strerror or first_line(error)) from error
+    except OSError as error:
+        raise UnreadablePicture("a file that cannot be read", error.strerror or str(error)) from error
+
+
+def _pyav_frames(container, stream) -> Iterator[np.ndarray]:
+    frame = None
+    for frame in container.decode(stream):
+        # the angle is counter-clockwise, in degrees
+        yield np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+    if frame is None:
+        raise UnreadablePicture("a video without frames")
+
+
+def _check_size(height: int, width: int, check: Callable[[int, int], str | None]) -> None:
+    if height * width > MAX_PIXELS:
+        raise UnreadablePicture(f"a video of more than {MAX_PIXELS:,} pixels a frame")
+    if reason := check(height, width):
+        raise UnreadablePicture(reason)
+
+
+def _of_one_size(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    shape = None
+    for frame in frames:
+        shape = shape or frame.shape
+        if frame.shape != shape:
+            raise UnreadablePicture("a video whose frames differ in size")
+        yield frame
