@@ -210,3 +210,25 @@ def test_command_line_names_every_option(name, monkeypatch, capsys):
     kind = next(value for key, value in vars(example).items() if key in ("TextToImageConfig", "FlowConfig"))
     for field in dataclasses.fields(kind):
         assert f"--{field.name}" in shown
+
+
+@pytest.mark.study
+def test_the_road_to_a_million_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    million, output = load_example("million"), tmp_path / "million"
+    arguments = ["--output", str(output), "--scale", "120", "--base_steps", "20", "--steps", "10", "--budget", "20"]
+    run, calls = million.run, []
+
+    def stopped(words):
+        calls.append(words[0])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run(words)
+
+    monkeypatch.setattr(million, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        million.main(arguments)
+    assert million.main(arguments) == 0
+    again = ["sample", "inject", "sample", "inject", "train-detector", "diagnose", "round"]
+    assert calls == ["sample", "inject", "sample", *again]
+    assert (output / "rounds" / "round-01" / "evaluation" / "metrics.json").is_file()
+    assert "| diagnose | 240 |" in capsys.readouterr().out
