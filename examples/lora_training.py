@@ -7,14 +7,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object, set_seed
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.utils.data import DataLoader
 
-from diffdoctor.maps import MapDataset, PairedTransform, StepBatches, aspect_buckets, check_maps, collate, read_folder
+from diffdoctor.maps import (
+    MapDataset,
+    PairedTransform,
+    PictureRanking,
+    StepBatches,
+    aspect_buckets,
+    check_maps,
+    collate,
+    read_folder,
+    read_picture,
+    write_ranking,
+)
 from diffdoctor.runs.files import atomic_dir, atomic_path
 
 CHECKPOINT_NAME = "checkpoint.pt"
@@ -174,19 +185,41 @@ def gather_captions(encoded, captions, device, dtype) -> dict[str, torch.Tensor]
     return {name: torch.cat([row[name] for row in rows]).to(device, dtype) for name in rows[0]}
 
 
-def save_checkpoint(config: TrainingConfig, step: int, denoiser, optimizer, schedule) -> None:
+def rank(ranking: PictureRanking, batch, stats, levels: torch.Tensor) -> None:
+    """Add a micro-batch: each picture's mean loss where it may teach, and the flagged share of its crop."""
+    shares = (batch["confidence"] >= 0.5).float().flatten(1).mean(1)
+    ranking.update(batch["name"], stats.numerator / stats.weight_sum.clamp_min(1), shares, levels)
+
+
+def gather_ranking(ranking: PictureRanking) -> PictureRanking:
+    """What all processes have seen, on the main process; the others begin anew."""
+    states, merged = gather_object([ranking.state_dict()]), PictureRanking()
+    for state in states if PartialState().is_main_process else ():
+        other = PictureRanking()
+        other.load_state_dict(state)
+        merged.merge(other)
+    return merged
+
+
+def save_ranking(config: TrainingConfig, ranking: PictureRanking) -> None:
+    """Write ranking.parquet and ranking.html: the training pictures by their loss and artifact share."""
+    write_ranking(config.output, ranking, lambda wanted: ((key, np.asarray(read_picture(key))) for key in wanted))
+
+
+def save_checkpoint(config: TrainingConfig, step: int, denoiser, optimizer, schedule, ranking: PictureRanking) -> None:
     """Write all that a resumed run needs, whole or not at all."""
     state = {
         "step": step,
         "lora": get_peft_model_state_dict(denoiser),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
+        "ranking": ranking.state_dict(),
     }
     with atomic_path(Path(config.output) / CHECKPOINT_NAME) as temporary:
         torch.save(state, temporary)
 
 
-def load_checkpoint(config: TrainingConfig, denoiser, optimizer, schedule) -> int:
+def load_checkpoint(config: TrainingConfig, denoiser, optimizer, schedule, ranking: PictureRanking) -> int:
     """Put a checkpoint's state back where it is asked for and there; returns the steps that are done."""
     path = Path(config.output) / CHECKPOINT_NAME
     if not config.resume or not path.is_file():
@@ -195,6 +228,8 @@ def load_checkpoint(config: TrainingConfig, denoiser, optimizer, schedule) -> in
     set_peft_model_state_dict(denoiser, state["lora"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
+    if PartialState().is_main_process:
+        ranking.load_state_dict(state["ranking"])
     return state["step"]
 
 

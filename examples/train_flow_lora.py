@@ -28,19 +28,23 @@ from lora_training import (
     encode_captions,
     frozen_dtype,
     gather_captions,
+    gather_ranking,
     load_checkpoint,
     log_stats,
     open_loader,
     open_pipeline,
     open_set,
+    rank,
     save_checkpoint,
     save_lora,
+    save_ranking,
     start,
     step_generator,
 )
 from tqdm.auto import tqdm
 
 import diffdoctor
+from diffdoctor.maps import PictureRanking
 
 
 @dataclass
@@ -108,7 +112,7 @@ def predict(transformer, pipeline, noisy_latents, sigmas, conditions, config: Fl
     return transformer(noisy_latents, timestep=timesteps, **conditions, return_dict=False)[0], layout
 
 
-def flow_loss(transformer, pipeline, batch, encoded, config: FlowConfig, accelerator, generator):
+def flow_loss(transformer, pipeline, batch, encoded, config: FlowConfig, accelerator, generator, ranking):
     """The weighted loss of one micro-batch, and its `LossStats`."""
     device, dtype, vae = accelerator.device, frozen_dtype(accelerator), pipeline.vae
     with torch.no_grad():
@@ -128,7 +132,7 @@ def flow_loss(transformer, pipeline, batch, encoded, config: FlowConfig, acceler
     if config.prior_pictures is not None:
         prior = diffdoctor.prior_preservation_weights(len(latents), config.prior_loss_weight, device)
         weighting = weighting * prior
-    return diffdoctor.weighted_loss(
+    loss, stats = diffdoctor.weighted_loss(
         model_pred,
         diffdoctor.Target.flow(latents, noise),
         batch["confidence"].to(device),
@@ -140,6 +144,8 @@ def flow_loss(transformer, pipeline, batch, encoded, config: FlowConfig, acceler
         layout=layout,
         return_stats=True,
     )
+    rank(ranking, batch, stats, sigmas)
+    return loss, stats
 
 
 def open_batches(data, prior, config: FlowConfig, accelerator, first_step: int):
@@ -171,7 +177,8 @@ def train(config: FlowConfig) -> list[dict[str, float]]:
 
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate)
     schedule = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=config.steps // 20)
-    first_step = load_checkpoint(config, transformer, optimizer, schedule)
+    ranking = PictureRanking()
+    first_step = load_checkpoint(config, transformer, optimizer, schedule, ranking)
     model, optimizer = accelerator.prepare(transformer, optimizer)
 
     step, history = first_step, []
@@ -180,7 +187,7 @@ def train(config: FlowConfig) -> list[dict[str, float]]:
     for micro_step, batch in enumerate(batches, start=first_step * config.accumulate):
         with accelerator.accumulate(model):
             generator = step_generator(config, accelerator, micro_step)
-            loss, stats = flow_loss(model, pipeline, batch, encoded, config, accelerator, generator)
+            loss, stats = flow_loss(model, pipeline, batch, encoded, config, accelerator, generator, ranking)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -194,14 +201,18 @@ def train(config: FlowConfig) -> list[dict[str, float]]:
         if step % config.log_every == 0 or step == config.steps:
             history.append(log_stats(loss, stats, schedule, accelerator, step))
             bar.set_postfix(loss=history[-1]["loss"], artifact_share=history[-1]["artifact_share"])
+        due = step % config.checkpoint_every == 0 or step == config.steps
+        if due:
+            ranking = gather_ranking(ranking)
         if accelerator.is_main_process:
-            if step % config.checkpoint_every == 0 or step == config.steps:
-                save_checkpoint(config, step, transformer, optimizer, schedule)
+            if due:
+                save_checkpoint(config, step, transformer, optimizer, schedule, ranking)
             if config.validation_prompt is not None and (step % config.validate_every == 0 or step == config.steps):
                 options = {"guidance_scale": config.guidance_scale, "max_sequence_length": config.max_sequence_length}
                 draw_validation(pipeline, config, accelerator, step, **options)
     if accelerator.is_main_process:
         save_lora(pipeline, transformer, config)
+        save_ranking(config, ranking)
     accelerator.end_training()
     return history
 

@@ -25,19 +25,23 @@ from lora_training import (
     encode_captions,
     frozen_dtype,
     gather_captions,
+    gather_ranking,
     load_checkpoint,
     log_stats,
     open_loader,
     open_pipeline,
     open_set,
+    rank,
     save_checkpoint,
     save_lora,
+    save_ranking,
     start,
     step_generator,
 )
 from tqdm.auto import tqdm
 
 import diffdoctor
+from diffdoctor.maps import PictureRanking
 
 
 @dataclass
@@ -61,7 +65,7 @@ def encode(pipeline, caption: str) -> dict[str, torch.Tensor]:
     return {"prompt_embeds": encoded[0]} | ({"text_embeds": encoded[2]} if len(encoded) == 4 else {})
 
 
-def denoising_loss(unet, vae, scheduler, batch, encoded, config, accelerator, generator):
+def denoising_loss(unet, vae, scheduler, batch, encoded, config, accelerator, generator, ranking):
     """The weighted loss of one micro-batch, and its `LossStats`."""
     device, dtype = accelerator.device, frozen_dtype(accelerator)
     with torch.no_grad():
@@ -93,7 +97,7 @@ def denoising_loss(unet, vae, scheduler, batch, encoded, config, accelerator, ge
         "sample": lambda: latents,
         "v_prediction": lambda: diffdoctor.Target.velocity(latents, noise, alphas_cumprod[timesteps]),
     }[prediction_type]()
-    return diffdoctor.weighted_loss(
+    loss, stats = diffdoctor.weighted_loss(
         model_pred,
         target,
         batch["confidence"].to(device),
@@ -104,6 +108,8 @@ def denoising_loss(unet, vae, scheduler, batch, encoded, config, accelerator, ge
         normalize=config.normalize,
         return_stats=True,
     )
+    rank(ranking, batch, stats, timesteps / len(scheduler))
+    return loss, stats
 
 
 def train(config: TextToImageConfig) -> list[dict[str, float]]:
@@ -117,7 +123,8 @@ def train(config: TextToImageConfig) -> list[dict[str, float]]:
 
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate)
     schedule = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=config.steps // 20)
-    first_step = load_checkpoint(config, unet, optimizer, schedule)
+    ranking = PictureRanking()
+    first_step = load_checkpoint(config, unet, optimizer, schedule, ranking)
     model, optimizer = accelerator.prepare(unet, optimizer)
     loader = open_loader(data, config, accelerator, first_step)
 
@@ -126,7 +133,8 @@ def train(config: TextToImageConfig) -> list[dict[str, float]]:
     for micro_step, batch in enumerate(loader, start=first_step * config.accumulate):
         with accelerator.accumulate(model):
             generator = step_generator(config, accelerator, micro_step)
-            loss, stats = denoising_loss(model, pipeline.vae, scheduler, batch, encoded, config, accelerator, generator)
+            parts = (model, pipeline.vae, scheduler, batch, encoded, config, accelerator, generator, ranking)
+            loss, stats = denoising_loss(*parts)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -140,13 +148,17 @@ def train(config: TextToImageConfig) -> list[dict[str, float]]:
         if step % config.log_every == 0 or step == config.steps:
             history.append(log_stats(loss, stats, schedule, accelerator, step))
             bar.set_postfix(loss=history[-1]["loss"], artifact_share=history[-1]["artifact_share"])
+        due = step % config.checkpoint_every == 0 or step == config.steps
+        if due:
+            ranking = gather_ranking(ranking)
         if accelerator.is_main_process:
-            if step % config.checkpoint_every == 0 or step == config.steps:
-                save_checkpoint(config, step, unet, optimizer, schedule)
+            if due:
+                save_checkpoint(config, step, unet, optimizer, schedule, ranking)
             if config.validation_prompt is not None and (step % config.validate_every == 0 or step == config.steps):
                 draw_validation(pipeline, config, accelerator, step)
     if accelerator.is_main_process:
         save_lora(pipeline, unet, config)
+        save_ranking(config, ranking)
     accelerator.end_training()
     return history
 

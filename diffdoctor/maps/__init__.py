@@ -21,6 +21,7 @@ from diffdoctor.maps.files import (
 )
 from diffdoctor.maps.frames import causal_frames
 from diffdoctor.maps.geometry import PairedTransform, Placement, aspect_buckets, attach_map, detach_map
+from diffdoctor.maps.ranking import PictureRanking, write_ranking
 
 __all__ = [
     "ClipTransform",
@@ -28,6 +29,7 @@ __all__ = [
     "MapReport",
     "MapWarning",
     "PairedTransform",
+    "PictureRanking",
     "Placement",
     "Record",
     "ShardRecords",
@@ -51,4 +53,5 @@ __all__ = [
     "read_picture",
     "write_map",
     "write_metadata",
+    "write_ranking",
 ]

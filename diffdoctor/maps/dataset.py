@@ -70,7 +70,11 @@ class MapDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
-        """What `PairedTransform` returns, and `caption`; `key` is an index, or (epoch, index)."""
+        """What `PairedTransform` returns, and `caption` and `name`, the file or else the index.
+
+        Args:
+            key: an index, or (epoch, index).
+        """
         if isinstance(key, tuple):
             epoch, index = key
             record = self.records[index]
@@ -80,7 +84,7 @@ class MapDataset(Dataset):
             self._asked[index] += 1
         rng = np.random.default_rng([self.seed, epoch, index])
         sample = self.transform(record.picture, self._map_of(record), rng)
-        return {**sample, "caption": record.caption}
+        return {**sample, "caption": record.caption, "name": _name(record, index)}
 
     def _map_of(self, record: Record) -> MapLike | None:
         inverted = self.invert and record.confidence is not None
@@ -192,7 +196,7 @@ class StepBatches(Sampler):
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Stack items of a `MapDataset`: tensors on a new first axis, `caption` as a list."""
+    """Stack items of a `MapDataset`: tensors on a new first axis, `caption` and `name` as lists."""
     stacked: dict[str, Any] = {}
     for name, value in samples[0].items():
         column = [sample[name] for sample in samples]
@@ -203,5 +207,6 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return stacked
 
 
-def _name(record: Record) -> str:
-    return str(record.picture) if isinstance(record.picture, (str, os.PathLike)) else "one picture"
+def _name(record: Record, index: int | None = None) -> str:
+    other = "one picture" if index is None else f"{index:06d}"
+    return str(record.picture) if isinstance(record.picture, (str, os.PathLike)) else other

@@ -134,6 +134,18 @@ class Processes:
             raise UserError(answer[1])
         return answer[0]
 
+    def gathered(self, value: object) -> list:
+        """What each process has, in their order, on the main process; on others nothing that counts.
+
+        Args:
+            value: what can be pickled.
+        """
+        if self.count == 1:
+            return [value]
+        found: list[object] = [None] * self.count
+        torch.distributed.all_gather_object(found, value)
+        return found
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:

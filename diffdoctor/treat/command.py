@@ -162,7 +162,7 @@ class OfflineFolder:
             for sample in read_source(source, counts=self._counts, masks="ignored"):
                 prompt = str(sample.get("prompt") or "")
                 read, without = read + 1, without + (not prompt.strip())
-                yield {"picture": sample["picture"], "prompt": prompt}
+                yield {"picture": sample["picture"], "prompt": prompt, "name": sample["name"]}
         if not self._is_known:
             self._is_known = True
             self._tell(read, without)

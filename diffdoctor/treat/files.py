@@ -42,6 +42,8 @@ def treatment_folder(output_dir: Path, config: TreatConfig, inputs: dict) -> Run
         "lora": [WEIGHTS_NAME],
         "lora-webui.safetensors": None,
         "treat.json": None,
+        "ranking.parquet": None,
+        "ranking.html": None,
         "samples": None,
         "checkpoints": None,
     }

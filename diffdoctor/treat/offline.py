@@ -63,10 +63,20 @@ class PairSource:
 
     Args:
         pairs: gives (picture, prompt) from the first to the last, at each call.
+        names: of the pairs, filled while they are read; None: they have none.
     """
 
-    def __init__(self, pairs: Callable[[], Iterable[Pair]]):
-        self._pairs = pairs
+    def __init__(self, pairs: Callable[[], Iterable[Pair]], names: list[str] | None = None):
+        self._pairs, self._names = pairs, names
+
+    def named(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, picture) of each pair; of a video the frame in its middle."""
+        for number, (picture, _) in enumerate(self):
+            yield self.name(number), picture if picture.ndim == 3 else picture[len(picture) // 2]
+
+    def name(self, number: int) -> str:
+        """What the pair of this number is called, once it has been read; its number where it has no name."""
+        return self._names[number] if self._names and self._names[number] else f"{number:06d}"
 
     def __iter__(self) -> Iterator[Pair]:
         found, frames = False, None
@@ -114,7 +124,15 @@ def checked_pairs(offline, config: TreatConfig) -> PairSource | None:
     if iter(offline) is offline:
         what = "pairs that can be read more than once, such as a list or a dataset"
         raise UserError(expected("offline", what, type(offline).__name__))
-    return PairSource(lambda: ((sample["picture"], sample["prompt"]) for sample in _each(offline)))
+    names: list[str] = []
+    return PairSource(lambda: _named_pairs(offline, names), names)
+
+
+def _named_pairs(samples, names: list[str]) -> Iterator[Pair]:
+    for number, sample in enumerate(_each(samples)):
+        if number == len(names):
+            names.append(str(sample.get("name") or ""))
+        yield sample["picture"], sample["prompt"]
 
 
 def _each(samples) -> Iterator[dict]:
@@ -186,7 +204,14 @@ def prepare_offline(
     return OfflinePairs(encoded, torch.tensor(rows), prompts, order)
 
 
-def offline_term(sampling: Sampling, pairs: OfflinePairs, *, draws: Sequence[int], total: int) -> torch.Tensor:
+def offline_term(
+    sampling: Sampling,
+    pairs: OfflinePairs,
+    *,
+    draws: Sequence[int],
+    total: int,
+    seen: Callable[[list[int], torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
     """The denoising loss on some of the pairs, with a graph.
 
     Each draw chooses its own pair, time and noise, so that several processes together compute what one would.
@@ -196,6 +221,8 @@ def offline_term(sampling: Sampling, pairs: OfflinePairs, *, draws: Sequence[int
         pairs: to choose from.
         draws: seeds, one per chosen pair.
         total: what the sum over the chosen pairs is divided by.
+        seen: told of the chosen pairs' numbers, and for each its loss (mean over what is not masked out), the share of
+            its picture that is masked out, and its noise level in [0, 1].
     """
     family = sampling.family
     device = next(family.denoiser.parameters()).device
@@ -208,8 +235,11 @@ def offline_term(sampling: Sampling, pairs: OfflinePairs, *, draws: Sequence[int
     model_input, timesteps, target = pair
     inputs = pairs.prompts.rows(pairs.prompt_rows[index]).positive
     prediction = family.run_denoiser(model_input, timesteps, inputs)
+    kept = mask.flatten(1).mean(1)
     mask = family.maps_for_latents(mask.to(device))
     loss = weighted_loss(prediction, target, mask=mask, reduction="sample")
+    if seen is not None:
+        seen(index.tolist(), loss.detach() / kept.clamp_min(1e-3).to(device), 1 - kept, uniform)
     return loss.sum() / total
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from diffdoctor.maps.ranking import write_ranking
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family, family_of
@@ -95,8 +96,9 @@ def treat(
             offline_weight > 0 or method is "weighted".
         monitor: a second detector, never the one that judges the result: when it finds more artifacts than before while
             `detector` finds fewer, the treatment stops.
-        output_dir: for `lora/`, `treat.json`, `config.yaml`, `samples/`, `logs/` and checkpoints. The same call resumes
-            there after an interruption; after the last step it gives the finished treatment.
+        output_dir: for `lora/`, `treat.json`, `config.yaml`, `samples/`, `logs/`, checkpoints, `ranking.parquet` and
+            `ranking.html`: the offline pictures by loss and artifact share. The same call resumes there after an
+            interruption; after the last step it gives the finished treatment.
         progress: show a bar, or plain lines where there is no terminal.
         settings: what else `config.yaml` is to hold, beside the options.
         lora: folder, file or hub id of a LoRA to begin with: it is tuned on, with its own rank, alpha and modules, and
@@ -163,6 +165,8 @@ def _write(result: TreatResult, treatment: Treatment, output_dir: Path, webui: b
             save_lora(treatment.sampling.family, output_dir / "lora")
             if webui:
                 save_for_webui(treatment.sampling.family, output_dir / WEBUI_NAME)
+            if len(treatment.ranking):
+                write_ranking(output_dir, treatment.ranking, lambda wanted: treatment.offline.named())
             atomic_write_json(output_dir / "treat.json", _summary(result, treatment.config))
         treatment.checkpoints.keep_last()
     treatment.processes.wait()

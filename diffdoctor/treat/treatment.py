@@ -15,6 +15,7 @@ import torch
 
 from diffdoctor.detector.confidence import confidence_of
 from diffdoctor.detector.external import as_detector
+from diffdoctor.maps.ranking import PictureRanking
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.checkpoints import Checkpoints
 from diffdoctor.runs.errors import UserError, expected
@@ -80,6 +81,7 @@ class Treatment:
     Attributes:
         step: steps done.
         history: a dict per step.
+        ranking: of the offline pairs that this process has seen; on the main process, after a checkpoint, of all.
         stopped: why the treatment ends before its last step, or None.
     """
 
@@ -136,6 +138,7 @@ class Treatment:
         self.offline = checked_pairs(offline, config)
         self.early_stopping = EarlyStopping(config)
         self.history: list[dict] = []
+        self.ranking = PictureRanking()
         self.step = 0
         self.stopped: str | None = None
         # before the last measurement, where more steps would not have measured there
@@ -172,7 +175,6 @@ class Treatment:
         if self.offline is not None:
             options = {"height": drawing.height, "width": drawing.width, "device": device, "chunk": drawing.chunk}
             self.pairs = prepare_offline(self.sampling, self.offline, config, store=store, show=show, **options)
-        self.offline = None
         # each has written its part of what did not fit into memory
         self.processes.wait()
         release_text_encoders(family, config.text_encoders)
@@ -353,10 +355,23 @@ class Treatment:
         value = 0.0
         for numbers in chunks(self.processes.share(total), config.micro_batch_size or total):
             draws = [seed_of(config.seed, Purpose.PAIRS, step, i) for i in numbers]
-            loss = offline_term(self.sampling, self.pairs, draws=draws, total=total)
+            loss = offline_term(self.sampling, self.pairs, draws=draws, total=total, seen=self._seen)
             (offline_weight(config) * loss).backward()
             value += float(loss.detach())
         return value
+
+    def _seen(self, index: list[int], losses: torch.Tensor, shares: torch.Tensor, levels: torch.Tensor) -> None:
+        self.ranking.update([self.offline.name(number) for number in index], losses, shares, levels)
+
+    def _gather_ranking(self) -> None:
+        """Give the main process what all have seen; the others begin anew."""
+        if self.pairs is None:
+            return
+        states, self.ranking = self.processes.gathered(self.ranking.state_dict()), PictureRanking()
+        for state in states if self.processes.is_main else ():
+            other = PictureRanking()
+            other.load_state_dict(state)
+            self.ranking.merge(other)
 
     def _look(self) -> None:
         """Draw the fixed pictures after a step where they are due: all of them to be measured, or some to be seen."""
@@ -411,6 +426,7 @@ class Treatment:
     def _checkpoint(self) -> None:
         if self.checkpoints is None:
             return
+        self._gather_ranking()
         if self.processes.is_main:
             state = {
                 "step": self.step,
@@ -420,6 +436,7 @@ class Treatment:
                 "early_stopping": self.early_stopping.state_dict(),
                 "unmeasured": self.unmeasured,
                 "history": self.history,
+                "ranking": self.ranking.state_dict(),
                 "stopped": self.stopped,
                 "seconds": self.seconds,
             }
@@ -440,6 +457,8 @@ class Treatment:
         self.stopped = found["stopped"]
         self.step, self.history, self.seconds_before = found["step"], found["history"], found["seconds"]
         self.saved = self.step
+        if self.processes.is_main and "ranking" in found:
+            self.ranking.load_state_dict(found["ranking"])
         self.training.load_state_dict(found["training"])
         self.early_stopping.load_state_dict(found["early_stopping"])
 

@@ -55,6 +55,32 @@ def entropy(letters: np.ndarray) -> float:
     return float(-(shares * np.log2(shares)).sum())
 
 
+def repair_figures(done: list, before: list[np.ndarray]) -> dict:
+    """What `repair` did.
+
+    Args:
+        done: its results.
+        before: the pictures (H, W, 3) uint8 that it was given.
+
+    Returns:
+        regions, kept and tries; changed_outside (pixels outside the masks that are not what they were), changed_share
+        (of all pixels, the masks) and seam (gradient energy along the masks' rims, over that before; None: no rims).
+    """
+    regions = [region for each in done for region in each.regions]
+    outside = [
+        int((each.pixels != picture).any(2)[~each.mask].sum()) for each, picture in zip(done, before, strict=True)
+    ]
+    seams = np.array([each.seam() for each in done if each.changed]).reshape(-1, 3)
+    return {
+        "regions": len(regions),
+        "kept": sum(region.kept for region in regions),
+        "tries": sum(len(region.tries) for region in regions),
+        "changed_outside": sum(outside),
+        "changed_share": float(np.mean([each.mask.mean() for each in done])),
+        "seam": float(seams[:, 1] @ seams[:, 2] / (seams[:, 0] @ seams[:, 2])) if len(seams) else None,
+    }
+
+
 def hacking(oracle_before: float, oracle_after: float, own_before: float, own_after: float) -> float | None:
     """The share by which a detector's rate falls over the share by which the oracle's does; 1: it tells the truth.
 

@@ -1,4 +1,4 @@
-"""What is done to an untreated pipeline: a treatment, a control, guidance, or several of them."""
+"""What is done to an untreated pipeline, or to what it drew: a treatment, a control, guidance, repair, or several."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class Recipe:
             result draws.
         guide: options of `guide`, which then draws, `clean` as a number of clean signs; None: the pipeline draws by
             itself.
+        repair: options of `RepairOptions`, by which the detector has what was drawn repaired; None: it stays as it is.
     """
 
     treat: dict | None = None
@@ -24,6 +25,11 @@ class Recipe:
     rate: float = 1e-3
     after: str | None = None
     guide: dict | None = None
+    repair: dict | None = None
+
+
+# The pictures are as small as what the detector marks on them: the whole of one is context.
+REPAIR = {"method": "resume", "context": 16.0, "grow": 2, "threshold": 0.3, "tries": 8, "batch_size": 50}
 
 
 def _rows() -> dict[str, Recipe]:
@@ -42,6 +48,8 @@ def _rows() -> dict[str, Recipe]:
         "nft, second round": Recipe(nft, after="nft"),
         "nft, then guide": Recipe(nft, guide={"clean": 200}),
         "nft, second round, then guide": Recipe(nft, after="nft", guide={"clean": 200}),
+        "repair": Recipe(repair=REPAIR),
+        "nft, then repair": Recipe(nft, repair=REPAIR),
     }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.studies.signs import calibration, pipelines, rater, world
+from benchmarks.studies.signs.measures import repair_figures
 from benchmarks.studies.signs.oracle import Reading, read_signs
 from benchmarks.studies.signs.parts import Parts, cpu_seconds, record_of
 from benchmarks.studies.signs.recipes import RECIPES, Recipe
@@ -256,8 +257,10 @@ class Study:
         """The folder of a row's pictures, for the study's seeds."""
         return self._drawn(kind, name, self.settings.pictures, SEEDS[self.settings.split] + self._offset)
 
-    def _drawn(self, kind, name, count, first) -> Path:
+    def _drawn(self, kind, name, count, first, *, repaired: bool = True) -> Path:
         recipe = self.recipes[name]
+        if repaired and recipe.repair is not None:
+            return self._repaired(kind, name, self._drawn(kind, name, count, first, repaired=False))
         needs = {"model": self._model_name(kind, name), "count": count, "first": first}
         detector = None
         if recipe.guide is not None:
@@ -286,6 +289,31 @@ class Study:
 
         return self.parts.made(f"{kind}-pictures", needs, make)
 
+    def _repaired(self, kind, name, drawn: Path) -> Path:
+        """The folder of a row's pictures after `repair`, steered by the detector, with the row's own pipeline."""
+        recipe = self.recipes[name]
+        detector, options = self.detector(kind, recipe.after), pipelines.call_options(kind)
+        options["sampling_steps"] = options.pop("num_inference_steps")
+        options |= {"seed": self.settings.seed, **recipe.repair}
+
+        def make(folder):
+            from safetensors.torch import save_file
+
+            from diffdoctor.repairs import RepairOptions, repair
+
+            pictures = _pictures(drawn)
+            arrays, prompts = list(pictures.permute(0, 2, 3, 1).numpy()), pipelines.prompts_of(len(pictures))
+            pipeline = self._pipeline(kind, name)
+            with cpu_seconds() as cost:
+                done = repair(arrays, pipeline, _detector(detector), RepairOptions(**options), prompts=prompts)
+            after = torch.from_numpy(np.stack([each.pixels for each in done])).permute(0, 3, 1, 2).contiguous()
+            save_file({"pictures": after}, folder / "pictures.safetensors")
+            seconds = record_of(drawn)["drawing_cpu_seconds"] + cost["cpu_seconds"]
+            return {"drawing_cpu_seconds": seconds, "repair": repair_figures(done, arrays)}
+
+        needs = {"pictures": drawn.name, "model": self._model_name(kind, name), "detector": detector.name}
+        return self.parts.made(f"{kind}-repaired", needs | {"options": options}, make)
+
     def pictures(self, kind: str, name: str) -> torch.Tensor:
         """A row's pictures: (N, 3, 16, 40) uint8."""
         return _pictures(self.drawn(kind, name))
@@ -307,6 +335,10 @@ class Study:
 
         needs = {"detector": detector.name, "pictures": drawn.name}
         return np.array(record_of(self.parts.made(f"{kind}-flags", needs, make))["flags"])
+
+    def repair(self, kind: str, name: str) -> dict | None:
+        """What `repair` did to a row's pictures, see `measures.repair_figures`; None: nothing."""
+        return record_of(self.drawn(kind, name)).get("repair")
 
     def drawing_seconds(self, kind: str, name: str) -> float:
         """CPU seconds that drawing a row's pictures took."""

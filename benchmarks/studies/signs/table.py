@@ -27,15 +27,29 @@ def row(study, kind: str, name: str) -> dict:
     control = next((other for other, recipe in study.recipes.items() if recipe.trained_on == name), None)
     if control is not None:
         found["against_control"] = {"name": control, **rate_of(study.reading(kind, control).broken(), after.broken())}
+    if (repaired := study.repair(kind, name)) is not None:
+        found["repair"] = repaired
     found["cpu_seconds"] = study.effort(kind, name)
     found["drawing"] = study.drawing_seconds(kind, name) / study.drawing_seconds(kind, "before")
     return found
 
 
 def markdown(rows: list[dict]) -> str:
-    """The rows as a Markdown table."""
+    """The rows as a Markdown table, and a line on each repair."""
     lines = [HEADER, ("---",) * len(HEADER), *(cells(row) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n\n".join([table, *(repair_line(row) for row in rows if "repair" in row)])
+
+
+def repair_line(row: dict) -> str:
+    """What `repair` changed, as a sentence."""
+    found = row["repair"]
+    seam = "–" if found["seam"] is None else f"{found['seam']:.2f}"
+    return (
+        f"{NAMES[row['kind']]}, {row['name']}: {found['kept']:,} of {found['regions']:,} regions kept after "
+        f"{found['tries']:,} tries; {found['changed_outside']:,} pixels changed outside the masks, which cover "
+        f"{_percent(found['changed_share'])}; gradient energy along their rims over that before: {seam}."
+    )
 
 
 def cells(row: dict) -> tuple[str, ...]:

@@ -1,0 +1,97 @@
+"""The ranking of training pictures: its figures against plain means, its file, several processes, its page."""
+
+import doctest
+
+import numpy as np
+import pytest
+import torch
+
+from diffdoctor.maps import PictureRanking, ranking, write_ranking
+from diffdoctor.maps.ranking import BINS
+from diffdoctor.runs.errors import UserError
+
+pytest.importorskip("pyarrow")
+
+
+def visits(count=400, seed=0):
+    """Keys, losses, shares and noise levels: a loss is that of its level, times its picture's own factor."""
+    rng = np.random.default_rng(seed)
+    pictures = rng.integers(0, 10, count)
+    levels = rng.uniform(0, 1, count)
+    losses = (0.02 + levels) * np.where(pictures == 7, 2.0, 1.0)
+    return [f"{p}.png" for p in pictures], losses, np.where(pictures == 3, 0.25, 0.0), levels
+
+
+def filled(keys, losses, shares, levels, batch=8):
+    found = PictureRanking()
+    for first in range(0, len(keys), batch):
+        part = slice(first, first + batch)
+        found.update(keys[part], torch.tensor(losses[part]), torch.tensor(shares[part]), torch.tensor(levels[part]))
+    return found
+
+
+def test_means_are_those_of_the_visits_and_the_odd_picture_comes_first():
+    keys, losses, shares, levels = visits()
+    found = {row["key"]: row for row in filled(keys, losses, shares, levels).rows()}
+    for key, row in found.items():
+        own = np.array(keys) == key
+        assert row["visits"] == own.sum() and row["loss"] == pytest.approx(losses[own].mean())
+        assert row["artifact_share"] == pytest.approx(shares[own].mean())
+    assert next(iter(found)) == "7.png"  # by the loss itself chance would decide
+    # by the definition, in the order of the visits
+    sums, relative = np.zeros((BINS, 2)), {key: [] for key in found}
+    for key, loss, level in zip(keys, losses, levels, strict=True):
+        sums[int(level * BINS)] += 1, loss
+        count, total = sums[int(level * BINS)]
+        relative[key].append(loss / (total / count))
+    assert {key: row["relative_loss"] for key, row in found.items()} == pytest.approx(
+        {key: np.mean(values) for key, values in relative.items()}
+    )
+
+
+def test_it_resumes_from_its_file_and_its_state_and_processes_add_up(tmp_path):
+    keys, losses, shares, levels = visits()
+    whole = filled(keys, losses, shares, levels).rows()
+    half = filled(keys[:200], losses[:200], shares[:200], levels[:200])
+    half.save(tmp_path / "half.parquet")
+    again = PictureRanking()
+    again.load_state_dict(half.state_dict())
+    for resumed in (PictureRanking.load(tmp_path / "half.parquet"), again):
+        for first in range(200, 400, 8):
+            part = slice(first, first + 8)
+            resumed.update(keys[part], losses[part], shares[part], levels[part])
+        assert resumed.rows() == whole
+    other = filled(keys[200:], losses[200:], shares[200:], levels[200:])
+    merged = {row["key"]: row for row in half.merge(other).rows()}
+    for row in whole:
+        assert merged[row["key"]]["visits"] == row["visits"]
+        assert merged[row["key"]]["loss"] == pytest.approx(row["loss"])
+    (tmp_path / "other.parquet").write_bytes(b"no table")
+    with pytest.raises(UserError, match="other"):
+        PictureRanking.load(tmp_path / "other.parquet")
+
+
+def test_what_is_not_finite_is_no_visit_and_lengths_must_agree():
+    found = PictureRanking()
+    found.update(["a", "b", "a"], [float("nan"), 1.0, 3.0])
+    assert {row["key"]: (row["visits"], row["artifact_share"]) for row in found.rows()} == {"a": (1, None), "b": (1, None)}
+    with pytest.raises(ValueError, match=r"shares: expected shape \(2,\)"):
+        found.update(["a", "b"], torch.ones(2), torch.ones(3))
+    assert doctest.testmod(ranking).failed == 0
+
+
+def test_the_page_shows_the_pictures_that_it_names(tmp_path):
+    found, asked = filled(*visits()), []
+
+    def pictures(wanted):
+        asked.append(wanted)
+        for number in range(10):
+            yield f"{number}.png", np.full((16, 24, 3), 20 * number, np.uint8)
+
+    write_ranking(tmp_path, found, pictures, shown=2)
+    page = (tmp_path / "ranking.html").read_text()
+    assert "7.png: loss" in page and "artifact share 25.0%" in page and page.count("<img") == 5
+    assert {"3.png", "7.png"} <= asked[0] and len(asked[0]) <= 5
+    assert PictureRanking.load(tmp_path / "ranking.parquet").rows() == found.rows()
+    write_ranking(tmp_path, PictureRanking())
+    assert "0 pictures were visited" in (tmp_path / "ranking.html").read_text()
