@@ -17,7 +17,7 @@ pytest.importorskip("jsonargparse")
 
 from PIL import Image
 
-from diffdoctor.maps import write_map
+from diffdoctor.maps import PictureRanking, write_map
 from support.paths import ROOT
 from support.tiny_pipelines import PROMPTS, tiny_pipeline
 
@@ -122,6 +122,9 @@ def test_example_trains_logs_draws_saves_and_resumes(family, folder, tmp_path):
     example.train(half)
     resumed = example.train(dataclasses.replace(half, steps=4, resume=True))
     assert [(line["step"], line["loss"]) for line in resumed] == [(line["step"], line["loss"]) for line in history[2:]]
+    rankings = [PictureRanking.load(tmp_path / name / "ranking.parquet").rows() for name in ("run", "half")]
+    assert rankings[0] == rankings[1] and all(row["loss"] > 0 for row in rankings[0])
+    assert "Training pictures" in (tmp_path / "half" / "ranking.html").read_text()
 
 
 def test_map_steers_the_example(folder, tmp_path):

@@ -74,7 +74,8 @@ def test_it_resumes_from_its_file_and_its_state_and_processes_add_up(tmp_path):
 def test_what_is_not_finite_is_no_visit_and_lengths_must_agree():
     found = PictureRanking()
     found.update(["a", "b", "a"], [float("nan"), 1.0, 3.0])
-    assert {row["key"]: (row["visits"], row["artifact_share"]) for row in found.rows()} == {"a": (1, None), "b": (1, None)}
+    rows = {row["key"]: (row["visits"], row["artifact_share"]) for row in found.rows()}
+    assert rows == {"a": (1, None), "b": (1, None)}
     with pytest.raises(ValueError, match=r"shares: expected shape \(2,\)"):
         found.update(["a", "b"], torch.ones(2), torch.ones(3))
     assert doctest.testmod(ranking).failed == 0

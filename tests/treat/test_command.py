@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from diffdoctor.cli import main
 from diffdoctor.detector import ConvDetector, write_shards
+from diffdoctor.maps import PictureRanking
 from diffdoctor.runs.lock import locked_folder
 from diffdoctor.treat.loading import load_pipeline
 from diffdoctor.treat.lora import WEIGHTS_NAME
@@ -89,7 +90,8 @@ def test_writes_a_lora_that_loads(files, tmp_path, capsys):
     output = tmp_path / "run"
     assert main(arguments(files, output)) == 0
     assert "load_lora_weights" in capsys.readouterr().out
-    found = ["checkpoints", "config.yaml", "logs", "lora", "run.json", "samples", "treat.json"]
+    found = ["checkpoints", "config.yaml", "logs", "lora", "ranking.html", "ranking.parquet"]
+    found += ["run.json", "samples", "treat.json"]
     assert sorted(path.name for path in output.iterdir()) == found
     assert len(json.loads((output / "treat.json").read_text())["history"]) == 1
     tiny_pipeline("sd").load_lora_weights(output / "lora")
@@ -110,6 +112,12 @@ def test_two_processes_equal_one(files, commands, tmp_path):
     assert max(float(value.abs().max()) for name, value in one.items() if "lora_B" in name) > 1e-3
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3)
+    one, two = (PictureRanking.load(tmp_path / name / "ranking.parquet").rows() for name in ("one", "two"))
+    by_key = {row["key"]: row for row in two}
+    assert len(one) == len(two) and sum(row["visits"] for row in one) == 8
+    for row in one:
+        assert by_key[row["key"]]["visits"] == row["visits"]
+        assert by_key[row["key"]]["loss"] == pytest.approx(row["loss"], rel=1e-3)
 
 
 def test_help_names_every_option(capsys):
@@ -226,7 +234,8 @@ def test_a_folder_where_another_run_is_at_work(files, tmp_path, capsys):
         assert names(output) == [".run.json.diffdoctor-tmp-abcd1234.json"]
     assert main(arguments(files, output, log_with="none", sample_pictures=0)) == 0
     state = "checkpoints/step-00000001/state.pt"
-    assert names(output) == [state, "config.yaml", f"lora/{WEIGHTS_NAME}", "run.json", "treat.json"]
+    rankings = ["ranking.html", "ranking.parquet"]
+    assert names(output) == [state, "config.yaml", f"lora/{WEIGHTS_NAME}", *rankings, "run.json", "treat.json"]
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffdoctor.detector import ConvDetector
+from diffdoctor.maps import PictureRanking
 from diffdoctor.runs.errors import UserError
 from diffdoctor.treat import train as trainer
 from diffdoctor.treat import treatment
@@ -63,6 +64,8 @@ def test_resume_gives_the_same_lora_as_an_undisturbed_run(tmp_path, monkeypatch,
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert [path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()] == ["step-00000005"]
     assert json.loads((tmp_path / "broken" / "treat.json").read_text())["best_step"] == result.best_step
+    rankings = [PictureRanking.load(tmp_path / name / "ranking.parquet").rows() for name in ("whole", "broken")]
+    assert rankings[0] == rankings[1] and sum(row["visits"] for row in rankings[0]) % 5 == 0 < len(rankings[0])
 
 
 def tuned(part):

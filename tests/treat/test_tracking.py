@@ -59,6 +59,8 @@ def test_no_tracker_and_no_samples(tmp_path):
         "checkpoints",
         "config.yaml",
         "lora",
+        "ranking.html",
+        "ranking.parquet",
         "run.json",
         "treat.json",
     ]
