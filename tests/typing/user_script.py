@@ -284,6 +284,16 @@ def training_set(folder: str) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=maps.collate)
 
 
+def rank_pictures(names: list[str], losses: torch.Tensor, pictures: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    ranking = maps.PictureRanking()
+    ranking.update(names, losses, shares=torch.zeros_like(losses), levels=[0.5] * len(names))
+    ranking.save("ranking.parquet")
+    merged: maps.PictureRanking = ranking.merge(maps.PictureRanking.load("ranking.parquet"))
+    merged.load_state_dict(ranking.state_dict())
+    maps.write_ranking("runs", merged, lambda wanted: ((name, pictures[name]) for name in wanted), shown=8)
+    return merged.rows()
+
+
 def one_picture(path: str) -> tuple[torch.Tensor, torch.Tensor]:
     picture, found = maps.read_picture(path), maps.find_map(path, "diagnosis/maps")
     confidence = None if found is None else maps.read_map(found)
