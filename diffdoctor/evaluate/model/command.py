@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 import itertools
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ from diffdoctor.evaluate.model import draw as pipelines
 from diffdoctor.evaluate.model import measure as measuring
 from diffdoctor.evaluate.model.config import EvaluateModelConfig, completed, read_settings
 from diffdoctor.evaluate.model.networks import Classifier, Clip, Preference, load_features
+from diffdoctor.evaluate.model.questions import Questioner, read_questions
 from diffdoctor.evaluate.model.report import doubts, print_measures, write_report
 from diffdoctor.evaluate.model.store import EvaluationFolder
 from diffdoctor.evaluate.model.summary import NEIGHBOURS, summarise, summarise_groups
@@ -94,7 +97,7 @@ class Evaluation:
         pyarrow_modules()
         self.config = config
         prompts = read_prompt_file(config.prompts)
-        self.measurer = _networks(config)
+        self.measurer = _networks(config, [prompt.text for prompt in prompts])
         self.plan = PromptPlan(prompts, _class_indices(self.measurer.classifier, prompts))
         self.not_read = SkipCounts()
         self.real = measuring.real_units(config.real, self.not_read) if config.real else []
@@ -190,10 +193,19 @@ class Evaluation:
             "features": [getattr(self.measurer.features, "name", ""), stamp(config.features)],
             "clip": [config.clip, stamp(config.clip)],
             "preference": [config.preference, stamp(config.preference), config.preference_processor],
+            "vqa": [config.vqa, stamp(config.vqa), self._questions()],
             "classifier": [config.classifier, stamp(config.classifier), self.plan.class_indices],
             "seed": config.seed,
             **files,
         }
+
+    def _questions(self) -> str | None:
+        """A digest of what is asked about the prompts."""
+        questioner = self.measurer.questioner
+        if questioner is None:
+            return None
+        asked = [questioner.asked(prompt.text) for prompt in self.plan.prompts]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def _mine(self, items: Sequence) -> list:
         """This process's items; which these are does not depend on what other processes have finished."""
@@ -321,7 +333,10 @@ class Evaluation:
         metrics |= {"skipped": dict(sorted(skipped.items())), "versions": versions()}
         metrics = nan_to_none(metrics)
         metrics["doubts"] = doubts(metrics)
-        write_table(self.folder.path, self.plan.prompt, self.config.seed, before, after, self.config.picture_type)
+        questioner = self.measurer.questioner
+        asked = None if questioner is None else questioner.asked
+        drawn = (self.config.seed, before, after, self.config.picture_type)
+        write_table(self.folder.path, self.plan.prompt, *drawn, asked)
         write_report(self.config, self.folder, self.measurer.judge, self.plan.prompt, metrics, before, after)
         # Last: its presence says that the evaluation is complete.
         atomic_write_json(self.folder.path / METRICS, metrics)
@@ -329,7 +344,7 @@ class Evaluation:
         return metrics
 
 
-def _networks(config: EvaluateModelConfig) -> measuring.Measurer:
+def _networks(config: EvaluateModelConfig, prompts: list[str]) -> measuring.Measurer:
     detector, judge = open_detector(config.detector), open_detector(config.judge)
     for name, network in (("--detector", detector), ("--judge", judge)):
         # The pictures are drawn before the first map is made of one.
@@ -347,7 +362,12 @@ def _networks(config: EvaluateModelConfig) -> measuring.Measurer:
         print(f"notice: {features.note}", file=sys.stderr)
     classifier = Classifier(config.classifier) if config.classifier else None
     preference = Preference(config.preference, config.preference_processor) if config.preference else None
-    return measuring.Measurer(judge, detector, features, clip, preference, classifier, config.frames_per_call)
+    questioner, most = None, 0
+    if config.vqa:
+        questioner = Questioner(config.vqa, read_questions(config.questions, prompts) if config.questions else {})
+        most = max(len(questioner.asked(prompt)) for prompt in prompts)
+    networks = (judge, detector, features, clip, preference, classifier, config.frames_per_call)
+    return measuring.Measurer(*networks, questioner, most)
 
 
 def _class_indices(classifier: Classifier | None, prompts: list[Prompt]) -> list[int] | None:

@@ -71,6 +71,10 @@ class EvaluateModelConfig:
             yuvalkirstain/PickScore_v1, for the preference score; null: none.
         preference_processor: the same of its processor, where the model's own files have none, such as
             laion/CLIP-ViT-H-14-laion2B-s32B-b79K for PickScore; null: the model's own.
+        vqa: folder or hub id of a model of transformers that takes pictures and text and gives text (such as LLaVA),
+            which is asked whether a picture shows what its prompt asks for; null: none.
+        questions: .jsonl file with `prompt` and `questions`, to each of which yes is the right answer, for vqa; null:
+            they are made of the prompt's words.
         classifier: folder or hub id of an image classification model of transformers, or a TorchScript file
             from pictures to logits, that must find the prompts' labels; null: none.
         batch_size: pictures that are generated, and measured, at a time.
@@ -112,6 +116,8 @@ class EvaluateModelConfig:
     clip: str | None = None
     preference: str | None = None
     preference_processor: str | None = None
+    vqa: str | None = None
+    questions: str | None = None
     classifier: str | None = None
     batch_size: int = 16
     picture_type: str = "png"
@@ -152,6 +158,8 @@ def completed(config: EvaluateModelConfig) -> EvaluateModelConfig:
         raise UserError(expected(options, "one of them, the treatment to be evaluated", "none"))
     if config.preference_processor and not config.preference:
         raise UserError(expected("--preference_processor", "--preference with it", "none"))
+    if config.questions and not config.vqa:
+        raise UserError(expected("--questions", "--vqa with it", "none"))
     if config.guide_options and not config.guide:
         raise UserError(expected("--guide_options", "--guide true with it", "--guide false"))
     return config

@@ -15,6 +15,7 @@ from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.damage.injection import MIN_SIDE, NoVisibleDamage, inject
 from diffdoctor.detector.predict import diagnose_pictures
 from diffdoctor.evaluate.model.networks import Classifier, Clip, FeatureNetwork, Preference, extract_features
+from diffdoctor.evaluate.model.questions import Questioner, picture_scores
 from diffdoctor.evaluate.model.summary import PictureMeasures, summarise
 from diffdoctor.measures.pixels import flagged_share
 from diffdoctor.runs.errors import UserError, expected
@@ -35,6 +36,8 @@ class Measurer:
         clip: for the CLIP score; None: none.
         preference: for the preference score; None: none.
         classifier: for the accuracy; None: none.
+        questioner: for the questions; None: none.
+        question_count: most that a prompt has.
         frames_per_call: frames of videos that a detector is given at a time; None: all.
     """
 
@@ -45,10 +48,13 @@ class Measurer:
     preference: Preference | None = None
     classifier: Classifier | None = None
     frames_per_call: int | None = None
+    questioner: Questioner | None = None
+    question_count: int = 0
 
     def to(self, device: torch.device) -> Measurer:
         """Move all networks."""
-        for network in (self.judge, self.detector, self.features, self.clip, self.preference, self.classifier):
+        texts = self.clip, self.preference, self.questioner
+        for network in (self.judge, self.detector, self.features, *texts, self.classifier):
             if network is not None:
                 network.to(device)
         return self
@@ -86,9 +92,13 @@ class Measurer:
             values["clip_score"] = self.clip.scores(pictures, list(prompts)).numpy()
         if self.preference is not None and len(prompts):
             values["preference"] = self.preference.scores(pictures, list(prompts)).numpy()
+        if self.questioner is not None and len(prompts):
+            answers = self.questioner.scores(pictures, prompts, self.question_count)
+            values |= {"answers": answers.numpy(), "vqa": picture_scores(answers).numpy()}
         if self.classifier is not None and class_indices is not None:
             values["right"] = self.classifier.right(pictures, class_indices).numpy()
-        for name, option in (("features", "features"), ("clip_score", "clip"), ("preference", "preference")):
+        for name in ("features", "clip_score", "preference", "vqa"):
+            option = "clip" if name == "clip_score" else name
             if name in values and not np.isfinite(values[name]).all():
                 raise UserError(expected(f"--{option}", f"a network whose {name} are finite", "NaN or infinity"))
         return values

@@ -157,6 +157,7 @@ def measure_rows(metrics: dict) -> list[list]:
     for key, title, form, note in (
         ("clip_score", "CLIP score", _number, "similarity of picture and prompt"),
         ("preference", "preference score", _number, "how much people would like it, by a model"),
+        ("vqa", "questions", _number, "chance of yes to whether it shows what the prompt asks for, geometric mean"),
         ("accuracy", "accuracy", _percent, "share in which the classifier finds the prompt's label"),
     ):
         if key in metrics:
@@ -196,9 +197,8 @@ def _of_few_note(values: dict, name: str) -> str:
 
 def _category_table(groups: dict) -> tuple[list, list]:
     header = ["category", "pictures", "judge before", "judge after", "difference"]
-    extra = [
-        name for name in ("clip_score", "preference", "accuracy") if all(name in group for group in groups.values())
-    ]
+    names = ("clip_score", "preference", "vqa", "accuracy")
+    extra = [name for name in names if all(name in group for group in groups.values())]
     for name in extra:
         header += [f"{name.replace('_', ' ')} before", "after"]
     rows = []

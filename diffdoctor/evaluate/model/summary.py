@@ -31,6 +31,8 @@ class PictureMeasures:
         features: (N, D), a tensor, or rows on the disk that are read when they are indexed.
         clip_score: (N,), 100 times the cosine between picture and prompt, at least 0.
         preference: (N,), how much people would like the picture of its prompt, on the scale of a model.
+        answers: (N, Q) float32, the probability of yes to each of its prompt's questions; NaN behind the last.
+        vqa: (N,) float32, their geometric mean.
         right: (N,) bool, whether a classifier finds the prompt's label.
     """
 
@@ -40,6 +42,8 @@ class PictureMeasures:
     clip_score: torch.Tensor | None = None
     preference: torch.Tensor | None = None
     right: torch.Tensor | None = None
+    answers: torch.Tensor | None = None
+    vqa: torch.Tensor | None = None
 
 
 def artifact_rates(before: torch.Tensor, after: torch.Tensor) -> dict[str, float | list[float] | None]:
@@ -84,8 +88,8 @@ def summarise(
 
     Returns:
         Nested numbers under the names of docs/evaluate.md: `artifact_rate`, `flagged_area`, `pictures`, and those of
-        `fid`, `kid`, `mmd`, `precision`, `recall`, `variance`, `clip_score`, `preference` and `accuracy` whose inputs
-        were measured.
+        `fid`, `kid`, `mmd`, `precision`, `recall`, `variance`, `clip_score`, `preference`, `vqa` and `accuracy` whose
+        inputs were measured.
     """
     flags = {
         name: (is_flagged(getattr(before, name)), is_flagged(getattr(after, name))) for name in ("judge", "detector")
@@ -115,7 +119,7 @@ def summarise(
             for name, side in (("before", before), ("after", after))
         }
     clean = ~flags["judge"][0]
-    for name in ("clip_score", "preference"):
+    for name in ("clip_score", "preference", "vqa"):
         if getattr(before, name) is not None:
             metrics[name] = _scores(getattr(before, name), getattr(after, name), clean, seed)
     if before.right is not None:
@@ -140,7 +144,7 @@ def summarise_groups(before: PictureMeasures, after: PictureMeasures, groups: li
         chosen = torch.from_numpy(names == group)
 
         def select(measures, chosen=chosen):
-            fields = ("judge", "detector", "clip_score", "preference", "right")
+            fields = ("judge", "detector", "clip_score", "preference", "vqa", "right")
             values = {name: getattr(measures, name) for name in fields}
             return PictureMeasures(**{k: None if v is None else v[chosen] for k, v in values.items()})
 

@@ -15,7 +15,7 @@ from diffdoctor.runs.files import atomic_path
 if TYPE_CHECKING:
     from diffdoctor.data.prompts import Prompt
 
-_SCORES = ("judge", "detector", "clip_score", "preference", "right")
+_SCORES = ("judge", "detector", "clip_score", "preference", "vqa", "right")
 
 
 def write_table(
@@ -25,12 +25,13 @@ def write_table(
     before: PictureMeasures,
     after: PictureMeasures,
     picture_type: str = "png",
+    questions: Callable[[str], list[str]] | None = None,
 ) -> Path:
     """Write pictures.parquet: a row for each generated picture, two for each index.
 
     Columns: `index`, `side` (before or after), `file` (below the evaluation's folder), `prompt`, `category`, `label`,
-    `seed`, `flagged` (by the judge), and of `judge`, `detector`, `clip_score`, `preference` and `right` those that were
-    measured, as in `PictureMeasures`.
+    `seed`, `flagged` (by the judge), and of `judge`, `detector`, `clip_score`, `preference`, `vqa` and `right` those
+    that were measured, as in `PictureMeasures`; where questions were asked, lists of `questions` and `answers`.
 
     Args:
         folder: of the evaluation.
@@ -39,6 +40,7 @@ def write_table(
         before: measures of the pictures before the treatment.
         after: measures of the same pictures after it.
         picture_type: of their files.
+        questions: from a prompt to what was asked about it; None: nothing was.
     """
     pa, parquet = pyarrow_modules()
     tables = []
@@ -58,6 +60,11 @@ def write_table(
         }
         scores = {name: getattr(measures, name) for name in _SCORES}
         columns |= {name: values.numpy() for name, values in scores.items() if values is not None}
+        if questions is not None and measures.answers is not None:
+            asked = [questions(p.text) for p in prompts]
+            answers = [row[: len(each)] for row, each in zip(measures.answers.tolist(), asked, strict=True)]
+            columns["questions"] = pa.array(asked, pa.list_(pa.string()))
+            columns["answers"] = pa.array(answers, pa.list_(pa.float32()))
         tables.append(pa.table(columns))
     path = folder / TABLE
     with atomic_path(path) as temporary:
