@@ -205,7 +205,7 @@ TOY = {
 
 def test_the_road_from_drawing_to_the_page(tmp_path):
     """At toy lengths: every part is made, stored, measured and shown."""
-    rows = ["nft, second round", "trained on as long as nft"]
+    rows = ["nft, second round", "trained on as long as nft", "nft, then repair"]
     command = ["--output", str(tmp_path), "--pictures", "4", "--pipelines", "sd", "--threads", "1"]
     command += ["--settings", json.dumps(TOY), "--rows", *rows]
     assert main(command) == 0
@@ -215,6 +215,9 @@ def test_the_road_from_drawing_to_the_page(tmp_path):
     assert found["nft"]["against_control"]["name"] == rows[1]
     assert found[rows[0]]["cpu_seconds"] > found["nft"]["cpu_seconds"] > 0
     assert all(row["pictures"] == 4 for row in record["rows"])
+    assert found[rows[2]]["repair"]["changed_outside"] == 0 and "repair" not in found["nft"]
+    regions = found[rows[2]]["repair"]["regions"]
+    assert f"of {regions} regions kept" in (tmp_path / "signs.md").read_text()
     assert "the 24 worst of 4 signs" in (tmp_path / "signs.html").read_text()
     # the labels of the second round are of what the treated pipeline draws, and marked as a person's
     folders = sorted(tmp_path.glob("parts/sd-labels-*/shards"))

@@ -109,8 +109,9 @@ def _needed(rows) -> set[str]:
 
 
 def _picture(path: Path, study: Study, kind: str) -> None:
-    """The worst signs before, and after the last treatment without guidance."""
-    names = [name for name, recipe in study.recipes.items() if name.startswith("nft") and recipe.guide is None]
+    """The worst signs before, and after the last treatment without guidance and repair."""
+    drawn = {name: recipe for name, recipe in study.recipes.items() if recipe.guide is None and recipe.repair is None}
+    names = [name for name in drawn if name.startswith("nft")]
     names = [name for name in names if "map_source" not in study.recipes[name].treat]
     if not names:
         return
