@@ -16,7 +16,8 @@ from typing import Any
 from diffdoctor.evaluate.compare.pairs import Pair, lot
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
-from diffdoctor.runs.files import atomic_path
+from diffdoctor.runs.files import atomic_write_json, sync_folder
+from diffdoctor.runs.record import read_json
 from diffdoctor.web.bodies import Refused
 
 ANSWERS, PEOPLE = "compare.jsonl", "people.json"
@@ -64,10 +65,13 @@ class Answers:
 
     def add(self, row: dict[str, Any]) -> None:
         """Write an answer; it is on the disk when this returns."""
+        is_new = not self.path.exists()
         with open(self.path, "ab") as file:
             file.write(strict_json.dumps(row).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        if is_new:
+            sync_folder(self.path.parent)
         self._keep(row)
 
 
@@ -188,15 +192,13 @@ class People:
 
     def __init__(self, path: Path, names: Sequence[str]):
         self.path, self.names = path, list(names)
-        self._hashes: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self._hashes = read_json(path) if path.is_file() else {}
 
     def new_tokens(self) -> dict[str, str]:
         """A new token for each rater, by name."""
         tokens = {name: secrets.token_urlsafe(32) for name in self.names}
         self._hashes |= {_hash(token): name for name, token in tokens.items()}
-        with atomic_path(self.path) as temporary:
-            temporary.touch(mode=0o600)
-            temporary.write_text(strict_json.dumps(self._hashes, indent=2) + "\n", encoding="utf-8")
+        atomic_write_json(self.path, self._hashes)
         return tokens
 
     def person_of(self, token: str) -> str | None:
