@@ -1,22 +1,13 @@
 #include <cuda_runtime.h>
 
-#include "common/weighted_loss.h"
 #include "cuda/device.h"
 #include "cuda/l2.h"
 #include "cuda/launch.cuh"
-#include "cuda/reduce.cuh"
+#include "cuda/numbers.cuh"
 #include "cuda/vector.cuh"
 
 namespace diffdoctor::cuda {
 namespace {
-
-struct Number {
-  const float* data;
-  int64_t stride;
-  float value;
-
-  __device__ __forceinline__ float of(int64_t b) const { return data ? __ldg(data + b * stride) : value; }
-};
 
 // A map or weighting, whose values along a run stand side by side.
 struct Row {
@@ -25,24 +16,14 @@ struct Row {
   int32_t dtype;
 };
 
-struct Params {
+struct Params : Numbers {
   L2Tiling t;
   const void* pred;
   void* grad;
   const void* terms[kMaxTerms];
   int64_t pred_stride, grad_stride, term_strides[kMaxTerms];  // of the batch, in vectors
-  Number pred_scale, coefs[kMaxTerms], artifact_coefs[kMaxTerms], weight, z, grad_output;
   Row confidence, mask, weighting;
-  int64_t batch;
-  int32_t scales_pred;
-  int32_t per_sample;  // some number is one for each sample; else loss_scale and gradient_scale hold all of them
-  float count, loss_scale, gradient_scale;
   float omega, slope;  // without maps
-  Line<float> weights, gradients;
-  float threshold;
-  int32_t terms_used, reduction;
-  int32_t writes_loss, writes_grad;
-  void* loss;
 };
 
 // kMore: two or three terms. kLevels: coefficients that change with u.
@@ -100,22 +81,6 @@ struct Places {
     for (int k = 0; k < C::kTerms; ++k) terms[k] += ahead * C::kTermBytes;
   }
 };
-
-// N elements from the first on, of a dtype that is known at compile time.
-template <int32_t kDtype, int N>
-__device__ __forceinline__ void unpack_all(const uint32_t* word, int first, float (&value)[N]) {
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    const int at = first + j;
-    if constexpr (kDtype == kFloat32) {
-      value[j] = bits_to_float(word[at]);
-    } else if constexpr (kDtype == kBFloat16) {
-      value[j] = bits_to_float(at % 2 ? word[at / 2] & 0xffff0000u : word[at / 2] << 16);
-    } else {
-      value[j] = float16_to_float(static_cast<uint16_t>(word[at / 2] >> (at % 2 * 16)));
-    }
-  }
-}
 
 // What the maps say of a thread's positions. Zero means left out.
 template <typename C>
@@ -192,36 +157,8 @@ __device__ __forceinline__ void make_factors(const Params& p, int64_t b, int32_t
   }
 }
 
-// What is the same for every element of a sample.
 template <typename C>
-struct Sample {
-  float pred_scale, gradient_scale;
-  bool left_out;  // its loss and its gradient are 0
-  Line<float> coefs[C::kTerms];
-
-  __device__ __forceinline__ Sample(const Params& p, int64_t b)
-      : pred_scale(p.pred_scale.value), gradient_scale(p.gradient_scale), left_out(false) {
-#pragma unroll
-    for (int k = 0; k < C::kTerms; ++k) {
-      coefs[k].clean = p.coefs[k].value;
-      coefs[k].step = p.artifact_coefs[k].value - p.coefs[k].value;
-    }
-    if (!p.per_sample) return;
-    const float v = p.weight.of(b), z = p.z.of(b);
-    left_out = v == 0 || z == 0;
-    pred_scale = p.pred_scale.of(b);
-    gradient_scale *= p.grad_output.of(b) * v * pred_scale / z;
-#pragma unroll
-    for (int k = 0; k < C::kTerms; ++k) {
-      if (k >= p.terms_used) break;
-      coefs[k].clean = p.coefs[k].of(b);
-      coefs[k].step = p.artifact_coefs[k].of(b) - coefs[k].clean;
-    }
-  }
-};
-
-template <typename C>
-__device__ __forceinline__ void compute(const Params& p, const Sample<C>& sample, const Vector<C>& x,
+__device__ __forceinline__ void compute(const Params& p, const SampleNumbers<C::kTerms>& sample, const Vector<C>& x,
                                         const Factors<C>& f, float& sum, Packed<C::kPred, C::kWidth>& packed) {
   constexpr int N = C::kStep;
 #pragma unroll
@@ -280,7 +217,7 @@ struct Stream {
       if (u < count) places.load(p, u * step(), x[u]);
   }
   __device__ __forceinline__ int64_t step() const { return C::kMaps ? apart : kThreads; }
-  __device__ __forceinline__ void run(const Sample<C>& sample, const Factors<C>& f, float& sum) {
+  __device__ __forceinline__ void run(const SampleNumbers<C::kTerms>& sample, const Factors<C>& f, float& sum) {
 #pragma unroll 1
     for (; count > 0; count -= C::kUnroll, places.advance(C::kUnroll * step())) {
 #pragma unroll
@@ -303,31 +240,13 @@ struct Stream {
 
 __device__ __forceinline__ int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
 
-template <typename C>
-__device__ __forceinline__ void finish(const Params& p, int64_t b, float sum, void* workspace) {
-  float* partials = workspace_body<float>(workspace, p.batch);
-  const float sums[1] = {sum};
-  store_block_sums<1>(sums, partials, 1, 0, b * p.t.tiles + blockIdx.x);
-  const auto emit = [&](int64_t sample, const double (&numerator)[1]) {
-    const float z = p.z.of(sample);
-    float loss = z == 0 ? 0.0f : static_cast<float>(numerator[0]) / z;
-    if (p.reduction != kSum) loss /= p.count;
-    if (p.reduction == kSample) static_cast<float*>(p.loss)[sample] = loss;
-    return static_cast<double>(loss);
-  };
-  double total;
-  if (!reduce_samples<1>(workspace, partials, 1, p.batch, b, p.t.tiles, total, emit) || p.reduction == kSample) return;
-  *static_cast<float*>(p.loss) =
-      static_cast<float>(p.reduction == kMean ? total / static_cast<double>(p.batch) : total);
-}
-
 // One block for each tile, one row of blocks for each sample.
 template <typename C>
 __global__ void __launch_bounds__(kThreads, C::kBlocks) l2_kernel(const __grid_constant__ Params p, void* workspace) {
   const L2Tiling& t = p.t;
   const unsigned b = blockIdx.y;
   const auto tile = static_cast<int32_t>(blockIdx.x);
-  const Sample<C> sample(p, b);
+  const SampleNumbers<C::kTerms> sample(p, b);
   float sum = 0;
   if constexpr (C::kMaps) {
     const int32_t columns = 1 << t.column_bits, rows = kThreads >> t.column_bits;
@@ -366,12 +285,8 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) l2_kernel(const __grid_c
     }
     sum *= p.omega;
   }
-  if (!p.writes_loss) return;
-  sum *= p.loss_scale;
-  finish<C>(p, b, p.per_sample ? sum * p.weight.of(b) : sum, workspace);
+  if (p.writes_loss) finish(p, t.tiles, b, sum, workspace);
 }
-
-bool is_narrow_float(int32_t dtype) { return dtype == kFloat32 || dtype == kBFloat16 || dtype == kFloat16; }
 
 bool is_row(bool present, int32_t dtype, const int64_t (&stride)[kMaxDims]) {
   return !present || (dtype != kFloat64 && stride[kMaxDims - 1] == 1);
@@ -388,10 +303,6 @@ bool is_aligned(const void* data, int64_t batch_stride, int32_t dtype, int64_t b
          (batch == 1 || batch_stride % width == 0);
 }
 
-Number number(const PerSample& from) {
-  return {static_cast<const float*>(from.data), from.stride, static_cast<float>(from.value)};
-}
-
 Row row(const void* data, int64_t batch_stride, int32_t dtype, bool present) {
   return {present ? data : nullptr, batch_stride, dtype};
 }
@@ -399,6 +310,7 @@ Row row(const void* data, int64_t batch_stride, int32_t dtype, bool present) {
 Params params_of(const WeightedLossParams& p) {
   const int64_t width = vector_width(p.dtype);
   Params q{};
+  static_cast<Numbers&>(q) = numbers_of(p);
   q.t = l2_tiling(p);
   q.pred = p.pred.data;
   q.grad = p.grad.data;
@@ -407,43 +319,12 @@ Params params_of(const WeightedLossParams& p) {
   for (int k = 0; k < kMaxTerms; ++k) {
     q.terms[k] = p.terms[k].data;
     q.term_strides[k] = p.terms[k].batch_stride / width;
-    q.coefs[k] = number(p.coefs[k]);
-    q.artifact_coefs[k] = number(p.artifact_coefs[k]);
   }
-  q.pred_scale = number(p.pred_scale);
-  q.weight = number(p.weight);
-  q.z = number(p.z);
-  q.grad_output = number(p.grad_output);
   q.confidence = row(p.confidence.data, p.confidence.batch_stride, p.confidence.dtype, p.confidence.mode != kAbsent);
   q.mask = row(p.mask.data, p.mask.batch_stride, p.mask.dtype, p.mask.mode != kAbsent);
   q.weighting = row(p.weighting.data, p.weighting.batch_stride, p.weighting.dtype, p.weighting.present != 0);
-  q.batch = p.batch;
-  q.count = static_cast<float>(p.count);
-  for (const PerSample* number : {&p.pred_scale, &p.weight, &p.z, &p.grad_output})
-    q.per_sample |= number->data != nullptr;
-  for (int k = 0; k < p.num_terms; ++k) {
-    q.per_sample |= p.coefs[k].data != nullptr || (p.spatial_coefs && p.artifact_coefs[k].data != nullptr);
-  }
-  // A number that leaves every sample out is found by the way that looks at each.
-  q.per_sample |= p.weight.value == 0 || p.z.value == 0;
-  double gradient = 2 * p.strength[kL2] / reduction_divisor<double>(p), loss = p.strength[kL2];
-  if (!q.per_sample) {
-    gradient *= p.grad_output.value * p.weight.value * p.pred_scale.value / p.z.value;
-    loss *= p.weight.value;
-  }
-  q.scales_pred = p.pred_scale.data != nullptr || p.pred_scale.value != 1;
-  q.loss_scale = static_cast<float>(loss);
-  q.gradient_scale = static_cast<float>(gradient);
-  q.weights = spatial_weight<float>(p);
-  q.gradients = gradient_weight<float>(p);
   q.omega = q.weights.clean;
   q.slope = q.weights.clean * q.gradients.clean;
-  q.threshold = static_cast<float>(p.threshold);
-  q.terms_used = p.num_terms;
-  q.reduction = p.reduction;
-  q.writes_loss = (p.outputs & kWriteLoss) != 0;
-  q.writes_grad = (p.outputs & kWriteGrad) != 0;
-  q.loss = p.loss;
   return q;
 }
 
@@ -472,12 +353,7 @@ const char* launch_for(const WeightedLossParams& p, void* workspace, void* strea
 }  // namespace
 
 bool l2_serves(const WeightedLossParams& p) {
-  if (!is_narrow_float(p.dtype) || !p.contiguous || p.num_terms < 1 || p.batch > kMostRows) return false;
-  for (int j = 0; j < kLossKinds; ++j)
-    if ((p.strength[j] != 0) != (j == kL2)) return false;
-  for (int k = 0; k < p.num_terms; ++k)
-    if (p.terms[k].dtype != p.terms[0].dtype) return false;
-  if (p.terms[0].dtype != kFloat32 && p.terms[0].dtype != p.dtype) return false;
+  if (!p.contiguous || !has_plain_numbers(p)) return false;
   const Tiling t = make_tiling(p, true);
   const int width = vector_width(p.dtype);
   if (t.outers_per_tile != 0 || t.outer != 1 || t.inner % width != 0 || p.count / width > INT32_MAX / 2) return false;

@@ -1,4 +1,5 @@
-// weighted_loss in one launch: the loss, its gradient and the sums behind LossStats. What l2.cu serves goes there.
+// weighted_loss in one launch: the loss, its gradient and the sums behind LossStats. What l2.cu or tokens.cu
+// serves goes there.
 #include <cuda_runtime.h>
 
 #include "cuda/device.h"
@@ -8,6 +9,7 @@
 #include "cuda/reduce.cuh"
 #include "cuda/spatial.cuh"
 #include "cuda/tiling.h"
+#include "cuda/tokens.h"
 #include "cuda/vector.cuh"
 #include "cuda/weighted_loss.h"
 
@@ -353,11 +355,13 @@ int64_t weighted_loss_workspace(const WeightedLossParams& p) {
   const int64_t columns = p.outputs & kWriteSums ? kColumns : 1;
   int64_t numbers = make_tiling(p, true).tiles * columns;
   if (l2_serves(p)) numbers = std::max<int64_t>(numbers, l2_tiling(p).tiles);
+  if (tokens_serve(p)) numbers = std::max<int64_t>(numbers, token_tiling(p).tiles);
   return workspace_bytes(p.batch, p.batch * numbers, p.dtype == kFloat64 ? 8 : 4);
 }
 
 const char* launch_weighted_loss(const WeightedLossParams& p, void* workspace, void* stream) {
   if (l2_serves_call(p)) return launch_l2(p, workspace, stream);
+  if (tokens_serve_call(p)) return launch_tokens(p, workspace, stream);
   return for_dtype(p.dtype, [&](auto dtype) { return launch_for<dtype>(p, workspace, stream); });
 }
 

@@ -100,6 +100,49 @@ def test_the_fast_kernels_equal_the_reference_whatever_their_tiles(cuda, shim, c
             shim.set_tiles_per_vector(before)
 
 
+@pytest.mark.parametrize("case", case_lists.token_cases(), ids=lambda case: case.id)
+def test_the_kernels_for_tokens_equal_the_reference(cuda, shim, case):
+    inputs = cases.build(case)
+    plan = native_plan(cases.lower(inputs, WRITE_LOSS, weight_mean=cuda.weight_mean).plan, shim)
+    assert shim.tokens_serve(plan)
+    assert not shim.l2_serves(plan, WRITE_LOSS | WRITE_GRAD)
+    want, answers = cases.expected(inputs, upcast=True), []
+    for seed, outputs in ((1, WRITE_LOSS | WRITE_GRAD), (2, WRITE_LOSS | WRITE_GRAD), (3, WRITE_LOSS), (4, WRITE_GRAD)):
+        shim.seed(seed)
+        answers.append(solve(cuda, inputs, outputs))
+        cases.check(answers[-1], want)
+    assert torch.equal(answers[0].grad, answers[1].grad)
+    assert torch.equal(answers[0].loss, answers[1].loss)
+
+
+def test_tokens_at_odd_addresses_or_in_other_orders_go_elsewhere(cuda, shim):
+    """The module ends the process where an access is not aligned."""
+    layout = diffdoctor.Packed(12, 74)
+    case = cases.Case("", shape=(2, 222, 20), dtype=BF16, target_dtype=BF16, target="image",
+                      confidence=((2, 12, 74), F32), options={"layout": layout})  # fmt: skip
+    inputs = cases.build(case)
+    want = cases.expected(inputs)
+    for name in ("model_pred", "target"):
+        cases.check(solve(cuda, inputs | {name: cases.shifted(inputs[name], 1)}, WRITE_LOSS | WRITE_GRAD), want)
+    for options in ({"layout": diffdoctor.Packed(12, 74, 2, "ph pw c")}, {"layout": layout, "loss_type": "l1"}):
+        other = cases.build(dataclasses.replace(case, options=options))
+        plan = native_plan(cases.lower(other, WRITE_LOSS, weight_mean=cuda.weight_mean).plan, shim)
+        assert not shim.tokens_serve(plan)
+
+
+def test_what_is_left_out_of_tokens_reaches_nothing(cuda):
+    layout = diffdoctor.Packed(12, 74)
+    case = cases.Case("", shape=(1, 222, 20), target="image", confidence=((1, 12, 74), F32),
+                      options={"clean_weight": 0.0, "layout": layout})  # fmt: skip
+    inputs = cases.build(case)
+    clean = layout.pack((inputs["confidence"] == 0)[:, None].expand(1, 5, 12, 74))
+    inputs["model_pred"][clean] = float("nan")
+    problem = solve(cuda, inputs, WRITE_LOSS | WRITE_GRAD)
+    assert torch.isfinite(problem.loss)
+    assert not problem.grad[clean].any()
+    assert problem.grad[~clean].all()
+
+
 def test_what_is_left_out_reaches_nothing_in_the_fast_kernels(cuda, shim):
     """NaN under a weight of 0 and under a modulation of 0, an infinite factor of the gradient elsewhere."""
     case = cases.Case("", shape=(1, 2, 16, 32), confidence=((1, 16, 32), F32), options={"clean_weight": 0.0})
@@ -300,8 +343,9 @@ def test_the_loops_of_the_cpu_have_the_losses_that_cuda_has(shim, c):
 
 
 def test_every_kernel_is_loaded_at_the_first_use(shim):
-    # weighted_loss: 25 fast ones, 8 general ones; weight_mean 2, policy_loss 8, artifact_loss 4, scale_gradient 12.
-    assert shim.kernels() == 25 + 8 + 2 + 8 + 4 + 12
+    # weighted_loss: 25 fast ones, 5 for tokens, 8 general ones; weight_mean 2, policy_loss 8, artifact_loss 4,
+    # scale_gradient 12.
+    assert shim.kernels() == 25 + 5 + 8 + 2 + 8 + 4 + 12
     assert shim.cuda_problem() is None
 
 

@@ -12,6 +12,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/spatial.cuh"
 #include "cuda/tiling.h"
+#include "cuda/tokens.h"
 #include "cuda_runtime.h"
 
 namespace py = pybind11;
@@ -67,6 +68,7 @@ PYBIND11_MODULE(_cuda_shim, m) {
     p.outputs = outputs;
     return cuda::l2_serves(p) && !(outputs & kWriteSums);
   });
+  m.def("tokens_serve", [](const WeightedLossPlan& plan) { return cuda::tokens_serve(plan.params); });
   m.def("set_tiles_per_vector", [](int64_t tiles) { return std::exchange(cuda::tiles_per_vector, tiles); });
   m.def("kernels", [] { return cuda::loaders().size(); });
   m.def("seed", [](uint64_t seed) { cuda_shim::shuffle_state = 2 * seed + 1; });

@@ -19,6 +19,11 @@ def native_sources(*folders: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in suffixes)
 
 
+def native_headers(*folders: pathlib.Path) -> list[pathlib.Path]:
+    """Those of them that others include."""
+    return [path for path in native_sources(*folders) if path.suffix in (".h", ".cuh")]
+
+
 def digest(*parts: str | pathlib.Path) -> str:
     """A short hash of texts and of files with their names."""
     found = hashlib.sha256()

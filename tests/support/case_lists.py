@@ -218,5 +218,26 @@ def fast_cases() -> list[Case]:
     ]  # fmt: skip
 
 
+def token_cases() -> list[Case]:
+    """Calls that csrc/cuda/tokens.cu serves: every dtype, number of terms and kind of map, at 222 tokens, of which the
+    last block of 64 is not full, and at 5, 8 and 16 channels."""
+    layout, shape, image = {"layout": Packed(12, 74)}, (2, 222, 20), "image"
+    same, b16 = ((2, 12, 74), F32), {"dtype": BF16, "target_dtype": BF16}
+    return [
+        Case("tokens-f32", shape=shape, target=image, options=layout, normalizer="tensor"),
+        Case("tokens-bf16-map", shape=(2, 222, 64), target=image, **b16, confidence=same, options=layout),
+        Case("tokens-f16-area", shape=shape, dtype=F16, target_dtype=F16, target=image,
+             confidence=((2, 96, 592), torch.uint8), mask=((1, 12, 74), torch.bool), options=layout),
+        Case("tokens-bf16-f32-bilinear", shape=shape, dtype=BF16, target=image, mask=((2, 6, 37), F32),
+             weighting=((2, 1, 12, 74), F32), options={**layout, "interpolation": "bilinear", "reduction": "sum"}),
+        Case("tokens-f16-f32-chunk", shape=(2, 222, 32), dtype=F16, target="velocity", target_dtype=F16,
+             confidence=same, options={**layout, "artifact_grad": 0.0, "gamma": 2.0, "threshold": 0.3}),
+        Case("tokens-contrastive", shape=shape, **b16, target="image_contrastive", confidence=same,
+             options={**layout, "normalize": "sample"}),
+        Case("tokens-sample-left-out", shape=(3, 222, 20), target="image_contrastive", confidence=((3, 12, 74), BF16),
+             weighting=((3,), F32), options={**layout, "reduction": "sample"}),
+    ]  # fmt: skip
+
+
 def _name(dtype: torch.dtype) -> str:
     return {F32: "f32", BF16: "bf16", F16: "f16", F64: "f64"}[dtype]

@@ -113,6 +113,9 @@ def build(case: Case) -> dict:
         target = first
     elif case.target == "image":  # a 4-D target read through the packing
         target = case.options["layout"].unpack(first)
+    elif case.target == "image_contrastive":  # three of them
+        terms = (case.options["layout"].unpack(x) for x in (first, second, normal(case.target_dtype, "contiguous")))
+        target = OTHER_TARGETS["contrastive_flow"](*terms, level)
     elif case.target == "velocity":
         target = Target.velocity(first, second, level)
     elif case.target == "preconditioned":

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from support.cache import digest, kept, native_sources
+from support.cache import digest, kept, native_headers, native_sources
 from support.paths import ROOT, TESTS
 
 SHIM = TESTS / "cuda_shim"
@@ -39,14 +39,20 @@ def run(*command, **options) -> str:
     return done.stdout + done.stderr
 
 
-def compile_objects(folder: pathlib.Path, sources, *flags) -> list[pathlib.Path]:
-    """One object per source, two at a time."""
+def compile_objects(sources, *flags) -> list[pathlib.Path]:
+    """One object per source, two at a time; one whose source and headers have not changed is kept."""
     cxx = compiler()
+    shared = [run(cxx, "--version"), *FLAGS, *flags, *native_headers(ROOT / "csrc", SHIM)]
 
     def one(source: pathlib.Path) -> pathlib.Path:
-        target = folder / f"{source.name}.o"
-        run(cxx, *FLAGS, *flags, f"-I{SHIM}", f"-I{ROOT / 'csrc'}", "-x", "c++", "-c", source, "-o", target)
-        return target
+        name = f"{source.name}.o"
+
+        def build(folder: pathlib.Path) -> pathlib.Path:
+            command = (cxx, *FLAGS, *flags, f"-I{SHIM}", f"-I{ROOT / 'csrc'}", "-x", "c++", "-c", source)
+            run(*command, "-o", folder / name)
+            return folder / name
+
+        return kept(name, digest(*shared, str(source.relative_to(ROOT)), source), build)
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(one, sources))
@@ -67,10 +73,14 @@ def build_module():
     name = f"_cuda_shim{sysconfig.get_config_var('EXT_SUFFIX')}"
 
     def build(folder: pathlib.Path) -> pathlib.Path:
-        objects = compile_objects(folder, SOURCES, *flags)
-        # pybind11 takes twice the time to optimise, and is not what is tested.
-        objects += compile_objects(folder, (*BINDINGS, SHIM / "module.cpp"), *flags, "-O0")
-        run(compiler(), "-shared", "-pthread", *objects, "-o", folder / name)
+        objects = compile_objects(SOURCES, *flags)
+        # In one file, since pybind11's headers are most of each; it takes twice the time to optimise, and is not what
+        # is tested.
+        together = folder / "bindings.cpp"
+        together.write_text("".join(f'#include "{path}"\n' for path in (*BINDINGS, SHIM / "module.cpp")))
+        command = (compiler(), *FLAGS, *flags, "-O0", f"-I{SHIM}", f"-I{ROOT / 'csrc'}", "-c", together)
+        run(*command, "-o", folder / "bindings.o")
+        run(compiler(), "-shared", "-pthread", *objects, folder / "bindings.o", "-o", folder / name)
         return folder / name
 
     library = kept(name, sources_key(*flags, pybind11.__version__), build)
@@ -86,7 +96,7 @@ def build_race(*flags: str) -> pathlib.Path:
     def build(folder: pathlib.Path) -> pathlib.Path:
         # race.cpp has no policy loss, which would be a third of the compiler's work
         launched = [source for source in SOURCES if source.name != "policy_loss.cu"]
-        objects = compile_objects(folder, (*launched, SHIM / "race.cpp"), *flags)
+        objects = compile_objects((*launched, SHIM / "race.cpp"), *flags)
         run(compiler(), *flags[:1], "-pthread", *objects, "-o", folder / "race")
         return folder / "race"
 

@@ -1,9 +1,10 @@
-"""Warp instructions that the kernels of csrc/cuda/l2.cu spend on 8 elements, counted in machine code: what they may
+"""Warp instructions that the fast kernels of csrc/cuda spend on 8 elements, counted in machine code: what they may
 spend is a table here, and a test holds it. `python -m tools.gpu.budget --arch 90 ...` prints counts and predictions.
 
 A count is that of a warp along the path that a case takes, loss and gradient included: the cheapest way through the
 kernel's basic blocks that makes the case's loads, stores and multiply-adds. What stands around the main loop is spread
-over the vectors of a thread, at full size.
+over the vectors of a thread, at full size. A kernel for tokens, which visits a token's channels in one round, is
+counted from its first instruction to the one that counts its block as done.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from benchmarks.ops.machine import ROOT
 from benchmarks.ops.table import aligned
 from tools.gpu import sass
 
-SOURCE = ROOT / "csrc" / "cuda" / "l2.cu"
+SOURCES = tuple(ROOT / "csrc" / "cuda" / name for name in ("l2.cu", "tokens.cu"))
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 THREADS = 256
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
-_CONFIG = re.compile(r"l2_kernelI.*?ConfigILi(\d)ELi(\d)ELb(\d)ELb(\d)ELb(\d)E")
+_CONFIG = re.compile(r"l2_kernelI.*?ConfigILi(\d)ELi(\d)ELb(\d)ELb(\d)ELb(\d)E|tokens_kernelI.*?ConfigILi(\d)ELi(\d)E")
 _TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
 
 
@@ -36,7 +37,8 @@ class Case:
 
     Args:
         name: of the case, with its dtype.
-        kernel: (dtype of model_pred, of the terms, more than one term, maps, coefficients that change with u).
+        kernel: (dtype of model_pred, of the terms, more than one term, maps, coefficients that change with u), or for
+            tokens (dtype of model_pred, of the terms).
         visits: vectors that a thread computes on between two looks at the maps, at full size.
         steps: such looks, or 1.
         bytes: least bytes that 8 elements move.
@@ -54,6 +56,11 @@ class Case:
     terms: int = 1
     passes: int = 1
 
+    @property
+    def file(self) -> str:
+        """The source of its kernel."""
+        return SOURCES[0 if len(self.kernel) == 5 else 1].name
+
 
 CASES = (
     Case("pixel-2048 bf16", (1, 1, 0, 0, 0), 14, 1, 48, 90),
@@ -63,6 +70,7 @@ CASES = (
     Case("wan-720p-batch bf16", (1, 1, 1, 1, 0), 14, 1, 64, 200, terms=2),
     Case("bf16 against fp32, with a map", (1, 0, 0, 1, 0), 3, 5, 74.7, 150),
     Case("contrastive bf16", (1, 1, 1, 1, 1), 2, 1, 66, 300, terms=2),
+    Case("flux-tokens-map bf16", (1, 1), 2, 1, 66, 350, terms=2),
 )
 
 
@@ -122,7 +130,8 @@ class Count:
 class Code:
     """A kernel's machine code as a graph of basic blocks."""
 
-    def __init__(self, listing: str):
+    def __init__(self, listing: str, width: str = "128"):
+        self.width = width  # in bits, of what its main loop loads and stores
         self.at = [int(address, 16) for address, _ in _INSTRUCTION.findall(listing)]
         self.text = [text for _, text in _INSTRUCTION.findall(listing)]
         index = {address: i for i, address in enumerate(self.at)}
@@ -131,8 +140,6 @@ class Code:
             name = self.opcode(i)
             if name.split(".")[0] in ("BRA", "EXIT", "RET", "BRX", "JMP"):
                 leaders.add(i + 1)
-            if name.startswith("BRX"):
-                raise ValueError("a jump table: the count does not follow it")
             # A call under a condition is a jump too far for a branch; one without is the slow way of a division.
             if (name.startswith("BRA") and "DIV" not in name) or (name.startswith("CALL.REL") and text.startswith("@")):
                 jumps[i] = index[int(_TARGET.search(text).group(1), 16)]
@@ -152,7 +159,7 @@ class Code:
         following = [last + 1] if last + 1 < len(self.text) else []
         if last in jumps:
             return [jumps[last], *(following if conditional else [])]
-        if name.split(".")[0] in ("EXIT", "RET"):
+        if name.split(".")[0] in ("EXIT", "RET", "BRX"):  # no case may need a jump table, which is not followed
             return following if conditional else []
         return following
 
@@ -166,14 +173,14 @@ class Code:
 
     @cached_property
     def main_loop(self) -> tuple[int, set[int]]:
-        """(head, blocks) of the smallest loop that loads and stores 16 bytes at a time."""
+        """(head, blocks) of the smallest loop that loads and stores so much at a time."""
         found = []
         for tail, successors in self.next.items():
             for head in successors:
                 if head > tail:
                     continue
                 body = self._loop(head, tail)
-                if sum(self.count(b, "LDG", "128") for b in body) and sum(self.count(b, "STG", "128") for b in body):
+                if all(sum(self.count(b, name, self.width) for b in body) for name in ("LDG", "STG")):
                     found.append((sum(map(self.cost, body)), head, body))
         _, head, body = min(found, key=lambda entry: entry[0])
         return head, body
@@ -193,9 +200,9 @@ class Code:
         return body
 
     def done(self, block: int) -> tuple[int, int, int]:
-        """16-byte loads and stores, and multiply-adds, of a block."""
+        """Wide loads and stores, and multiply-adds, of a block."""
         adds = self.count(block, "FFMA") + self.count(block, "FFMA2")
-        return self.count(block, "LDG", "128"), self.count(block, "STG", "128"), adds
+        return self.count(block, "LDG", self.width), self.count(block, "STG", self.width), adds
 
     def shortest(self, starts, goal, need=(0, 0, 0), within=None) -> int:
         """Instructions of the cheapest way from `starts` to a block that is a goal, with so many loads, stores and
@@ -204,13 +211,13 @@ class Code:
         seen = set()
         while queue:
             cost, block, made = heapq.heappop(queue)
-            if (block, made) in seen:
-                continue
-            seen.add((block, made))
             if goal(block) and cost > 0:
                 if made == need:
                     return cost
                 continue
+            if (block, made) in seen:
+                continue
+            seen.add((block, made))
             made = tuple(min(most, a + b) for most, a, b in zip(need, made, self.done(block), strict=True))
             for onward in self.next[block]:
                 if within is None or onward in within:
@@ -220,6 +227,8 @@ class Code:
 
 def count(case: Case, arch: int, listing: str, registers: int) -> Count:
     """What the case costs, from the machine code of its kernel."""
+    if len(case.kernel) == 2:
+        return _count_tokens(case, arch, listing, registers)
     code = Code(listing)
     head, body = code.main_loop
     width = 4 if case.kernel[0] == 0 else 8
@@ -239,8 +248,19 @@ def count(case: Case, arch: int, listing: str, registers: int) -> Count:
     return Count(case, arch, per_8 * loop / stores, per_8 * around / (case.visits * case.steps), registers, under_way)
 
 
-def kernels(arch: int, nvcc: str, source: pathlib.Path = SOURCE) -> dict[tuple, tuple[str, str, int]]:
-    """{Config's arguments: (name, listing, registers)} of the fast kernels, compiled for `arch`."""
+def _count_tokens(case: Case, arch: int, listing: str, registers: int) -> Count:
+    """Of a token's channels, `case.visits` times 8 elements, read and written 4 elements at a time."""
+    code, pieces = Code(listing, "64"), 2 * case.visits
+    need = (pieces, pieces, pieces * 4 * (case.terms + 1))
+    whole = code.shortest([0], lambda b: code.count(b, "ATOM") > 0, need)
+    loop = code.shortest([code.main_loop[0]], lambda b: b not in code.main_loop[1], (0, *need[1:]))
+    blocks = 65536 // (THREADS * -(-registers // 8) * 8)
+    under_way = blocks * THREADS * pieces * 8 * (1 + case.terms)
+    return Count(case, arch, loop / case.visits, (whole - loop) / case.visits, registers, under_way)
+
+
+def kernels(arch: int, nvcc: str, source: pathlib.Path) -> dict[tuple, tuple[str, str, int]]:
+    """{Config's arguments: (name, listing, registers)} of a file's fast kernels, compiled for `arch`."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = pathlib.Path(folder) / "kernels.cubin"
         done = subprocess.run(
@@ -256,19 +276,20 @@ def kernels(arch: int, nvcc: str, source: pathlib.Path = SOURCE) -> dict[tuple, 
 def of_cubin(cubin: bytes) -> dict[tuple, tuple[str, str, int]]:
     listings, registers = sass.listings(cubin)
     return {
-        tuple(map(int, found.groups())): (name, listing, registers[name])
+        tuple(int(digit) for digit in found.groups() if digit is not None): (name, listing, registers[name])
         for name, listing in listings.items()
         if (found := _CONFIG.search(name))
     }
 
 
 def counts(arch: int, found: dict[tuple, tuple[str, str, int]]) -> list[Count]:
-    return [count(case, arch, *found[case.kernel][1:]) for case in CASES]
+    """Of the cases whose kernels were found."""
+    return [count(case, arch, *found[case.kernel][1:]) for case in CASES if case.kernel in found]
 
 
-def forbidden(listing: str) -> list[str]:
-    """What may not stand in a main loop: double precision, divisions and conversions of integers, local memory."""
-    code = Code(listing)
+def forbidden(kernel: tuple, listing: str) -> list[str]:
+    """What may not stand in a kernel's main loop: doubles, divisions and conversions of integers, local memory."""
+    code = Code(listing, "64" if len(kernel) == 2 and kernel[0] else "128")
     names = r"^(D(ADD|MUL|FMA|SETP|MNMX)|F2F\.|F2I|I2F(?!P)|MUFU|LDL|STL|CALL(?!\.REL))"
     return [
         code.text[i] for b in code.main_loop[1] for i in range(b, code.blocks[b]) if re.match(names, code.opcode(i))
@@ -284,7 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     if nvcc is None:
         print("nvcc was found neither on PATH nor in /usr/local/cuda", file=sys.stderr)
         return 1
-    rows = [row for arch in options.arch for row in counts(arch, kernels(arch, nvcc))]
+    rows = [row for arch in options.arch for source in SOURCES for row in counts(arch, kernels(arch, nvcc, source))]
     print(text(rows, options.markdown))
     return int(any(row.instructions > row.case.budget for row in rows))
 

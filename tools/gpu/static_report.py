@@ -68,10 +68,13 @@ def nvcc_rows(arch: int, source: pathlib.Path, nvcc: str) -> list[dict]:
 
 def _counted(arch: int, source: pathlib.Path, cubin: bytes) -> dict[str, dict]:
     """{kernel: its cases' counts and what may not stand in its main loop} of the fast kernels."""
-    if source.name != budget.SOURCE.name:
+    if source.name not in {known.name for known in budget.SOURCES}:
         return {}
     by_kernel = budget.of_cubin(cubin)
-    found = {name: {"forbidden": budget.forbidden(listing), "cases": {}} for name, listing, _ in by_kernel.values()}
+    found = {
+        name: {"forbidden": budget.forbidden(kernel, listing), "cases": {}}
+        for kernel, (name, listing, _) in by_kernel.items()
+    }
     for row in budget.counts(arch, by_kernel):
         found[by_kernel[row.case.kernel][0]]["cases"][row.case.name] = dataclasses.asdict(row)
     return found
