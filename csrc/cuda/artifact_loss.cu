@@ -1,5 +1,6 @@
 // artifact_loss: logits up-sampled bilinearly, through a sigmoid, reduced per picture. The up-sampled map exists only
-// in registers. Each logit gathers its own gradient from the pixels it touches, so nothing is added atomically.
+// piece by piece in shared memory, where each logit gathers its own gradient from the pixels that it touches, so that
+// nothing is added atomically.
 #include <cuda_runtime.h>
 
 #include "common/resample.h"
@@ -11,18 +12,20 @@
 namespace diffdoctor::cuda {
 namespace {
 
-// The threads of a block are split into groups of `lanes`, one logit each; a group's lanes share its window's columns.
-struct Grouping {
-  int32_t lanes;  // a power of two up to 32
-  int64_t blocks_per_sample;
+// A block has a tile of logits, a thread each.
+constexpr int kSide = 16;
+// A piece of the up-sampled map in shared memory: pixels, and rows and columns at most. 68 x 68 is what a tile touches
+// where the map is four times as large.
+constexpr int kPixels = 4624, kLines = 128;
+
+struct Grid {
+  int32_t tiles_x;
+  int32_t blocks_per_sample;
 };
 
-Grouping group(const ArtifactLossParams& p) {
-  Grouping g{1, 0};
-  const int64_t window = 2 * p.out_w / p.in_w;
-  while (g.lanes < 32 && 2 * g.lanes <= window) g.lanes *= 2;
-  g.blocks_per_sample = ceil_div(p.in_h * p.in_w, kThreads / g.lanes);
-  return g;
+Grid grid_of(const ArtifactLossParams& p) {
+  const int64_t tiles_x = ceil_div(p.in_w, kSide);
+  return {static_cast<int32_t>(tiles_x), static_cast<int32_t>(tiles_x * ceil_div(p.in_h, kSide))};
 }
 
 // What a picture's pixels add up to: the sum of the counted confidences and their number; or the largest and its ties.
@@ -58,88 +61,136 @@ struct Tally {
   static __device__ __forceinline__ Tally none(int32_t method) { return {T(method == kMethodMax ? -1 : 0), 0}; }
 };
 
-// Output positions along one axis that read input position i, [begin, end), and from `own` on those whose first
-// neighbour it is: the picture is dealt out among the logits by that rule.
-template <typename acc_t>
-struct Window {
-  int64_t begin, own, end;
-
-  static __device__ __forceinline__ int64_t first_neighbour(int64_t at, int64_t in, int64_t out) {
-    int64_t first, second;
-    acc_t weight;
-    bilinear_index<acc_t>(at, in, out, first, second, weight);
-    return first;
-  }
-  // The first output position whose first neighbour is i or later. The estimate is off by one or so, from rounding.
-  static __device__ __forceinline__ int64_t reaching(int64_t i, int64_t in, int64_t out) {
-    if (i <= 0) return 0;
-    if (i >= in) return out;
-    int64_t at =
-        static_cast<int64_t>((static_cast<acc_t>(i) + acc_t(0.5)) * static_cast<acc_t>(out) / static_cast<acc_t>(in));
-    at = at < out ? at : out - 1;
-    while (at > 0 && first_neighbour(at - 1, in, out) >= i) --at;
-    while (at < out && first_neighbour(at, in, out) < i) ++at;
-    return at;
-  }
-  __device__ __forceinline__ Window(int64_t i, int64_t in, int64_t out) {
-    begin = reaching(i - 1, in, out);
-    own = reaching(i, in, out);
-    end = reaching(i + 1, in, out);
-  }
-};
-
+// Where an output position along an axis lies between input positions, as bilinear_index (common/resample.h) has it; in
+// 32 bits, and with a scale that is worked out once.
 template <typename acc_t>
 struct Axis {
-  int64_t first, second;
-  acc_t weight;
+  int32_t in, out;
+  acc_t scale;
 
-  __device__ __forceinline__ Axis(int64_t at, int64_t in, int64_t out) {
-    bilinear_index<acc_t>(at, in, out, first, second, weight);
+  __device__ __forceinline__ Axis(int64_t in_size, int64_t out_size)
+      : in(static_cast<int32_t>(in_size)),
+        out(static_cast<int32_t>(out_size)),
+        scale(static_cast<acc_t>(in) / static_cast<acc_t>(out)) {}
+  // The first neighbour of a position, and the weight of the second.
+  __device__ __forceinline__ int32_t first(int32_t at, acc_t& weight) const {
+    acc_t source = rounded_product(scale, static_cast<acc_t>(at) + acc_t(0.5)) - acc_t(0.5);
+    source = source < 0 ? acc_t(0) : source;
+    int32_t index = static_cast<int32_t>(source);
+    index = index < in - 1 ? index : in - 1;
+    weight = source - static_cast<acc_t>(index);
+    weight = weight < 0 ? acc_t(0) : (weight > 1 ? acc_t(1) : weight);
+    return index;
   }
-  // How much of input position i is in this output position.
-  __device__ __forceinline__ acc_t share_of(int64_t i) const {
-    return (first == i ? 1 - weight : acc_t(0)) + (second == i ? weight : acc_t(0));
+  // The first position whose first neighbour is i or later. The estimate is off by one or so, from rounding.
+  __device__ __forceinline__ int32_t reaching(int32_t i) const {
+    if (i <= 0) return 0;
+    if (i >= in) return out;
+    acc_t weight;
+    int32_t at = static_cast<int32_t>((static_cast<acc_t>(i) + acc_t(0.5)) / scale);
+    at = at < out ? at : out - 1;
+    while (at > 0 && first(at - 1, weight) >= i) --at;
+    while (at < out && first(at, weight) < i) ++at;
+    return at;
   }
 };
 
-template <int32_t kDtype, typename acc_t>
-__device__ __forceinline__ acc_t confidence_at(const ArtifactLossParams& p, int64_t b, const Axis<acc_t>& y,
-                                               const Axis<acc_t>& x) {
-  const int64_t top = b * p.batch_stride + y.first * p.row_stride;
-  const int64_t bottom = b * p.batch_stride + y.second * p.row_stride;
-  const int64_t left = x.first * p.col_stride, right = x.second * p.col_stride;
-  const auto logit = [&](int64_t at) { return load_element<acc_t>(p.logits, kDtype, at); };
-  // A weight of 0 selects: an infinite neighbour does not reach a map that is not enlarged.
-  const auto blend = [](acc_t low, acc_t high, acc_t weight) {
-    return weight == 0 ? low : (1 - weight) * low + weight * high;
-  };
-  const acc_t upper = blend(logit(top + left), logit(top + right), x.weight);
-  const acc_t lower = blend(logit(bottom + left), logit(bottom + right), x.weight);
-  return 1 / (1 + std::exp(-blend(upper, lower, y.weight)));
+// What a tile knows of an axis. Position q of a tile is read by pixels [edge[q], edge[q + 2]), by those before
+// edge[q + 1] as the second neighbour and by the others as the first: the picture is dealt out among the logits by
+// that.
+template <typename acc_t>
+struct Lines {
+  int32_t edge[kSide + 2];
+  int32_t begin, end;         // pixels of the piece
+  int32_t first[kLines];      // of each of them, from the tile's first position, whose own number is 1
+  acc_t weight[kLines];       // of the second neighbour
+  acc_t first_share[kLines];  // of the first neighbour, which at the end of the axis is the second one too
+
+  __device__ __forceinline__ void fill(const Axis<acc_t>& axis, int32_t start, int32_t k) {
+    acc_t w;
+    const int32_t neighbour = axis.first(begin + k, w);
+    first[k] = neighbour - start + 1;
+    weight[k] = w;
+    first_share[k] = neighbour < axis.in - 1 ? 1 - w : (1 - w) + w;
+  }
+};
+
+template <typename acc_t>
+struct Shared {
+  Lines<acc_t> rows, columns;
+  acc_t logits[kSide + 2][kSide + 2];  // the tile's, and those around it
+  acc_t slope[kPixels];                // c (1 - c) of a piece's pixels, 0 where a pixel does not count
+};
+
+// A position of weight 0 is not read: an infinite neighbour does not reach a map that is not enlarged.
+template <typename acc_t>
+__device__ __forceinline__ acc_t blend(acc_t low, acc_t high, acc_t weight) {
+  return weight == 0 ? low : (1 - weight) * low + weight * high;
 }
 
-// Goes over a logit's window. Returns its share of the tally; adds to `unit_grad` the gradient of the picture's sum.
-template <int32_t kDtype, typename acc_t>
-__device__ __forceinline__ Tally<acc_t> visit_window(const ArtifactLossParams& p, int64_t b, int64_t i, int64_t j,
-                                                     int lane, int lanes, bool gather, const acc_t* maximum,
-                                                     acc_t& unit_grad) {
-  const acc_t threshold = static_cast<acc_t>(p.threshold);
-  const Window<acc_t> rows(i, p.in_h, p.out_h), columns(j, p.in_w, p.out_w);
-  Tally<acc_t> tally = Tally<acc_t>::none(p.method);
-  for (int64_t y = gather ? rows.begin : rows.own; y < rows.end; ++y) {
-    const Axis<acc_t> vertical(y, p.in_h, p.out_h);
-    for (int64_t x = (gather ? columns.begin : columns.own) + lane; x < columns.end; x += lanes) {
-      const Axis<acc_t> horizontal(x, p.in_w, p.out_w);
-      const acc_t c = confidence_at<kDtype, acc_t>(p, b, vertical, horizontal);
-      if (y >= rows.own && x >= columns.own) tally.add(p.method, c, threshold);
-      if (!gather) continue;
-      if (p.method == kThreshold && c <= threshold) continue;  // a NaN is not passed over
-      if (p.method == kMethodMax && c != *maximum) continue;
-      const acc_t share = vertical.share_of(i) * horizontal.share_of(j);
-      if (share != 0) unit_grad += c * (1 - c) * share;
-    }
+// Pixel (y, x) of the piece.
+template <typename acc_t>
+__device__ __forceinline__ acc_t confidence_at(const Shared<acc_t>& shared, int32_t y, int32_t x) {
+  const acc_t(&upper)[kSide + 2] = shared.logits[shared.rows.first[y]];
+  const acc_t(&lower)[kSide + 2] = shared.logits[shared.rows.first[y] + 1];
+  const int32_t left = shared.columns.first[x];
+  const acc_t across = shared.columns.weight[x];
+  const acc_t logit = blend(blend(upper[left], upper[left + 1], across), blend(lower[left], lower[left + 1], across),
+                            shared.rows.weight[y]);
+  return 1 / (1 + std::exp(-logit));
+}
+
+__device__ __forceinline__ int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
+__device__ __forceinline__ int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+
+// visit(pixel of the piece, its share) for those that read position q of the tile.
+template <typename acc_t, typename Visit>
+__device__ __forceinline__ void for_each_reader(const Lines<acc_t>& lines, int32_t q, Visit visit) {
+  const int32_t own = lines.edge[q + 1];
+  for (int32_t k = larger(lines.edge[q], lines.begin); k < smaller(own, lines.end); ++k) {
+    visit(k - lines.begin, lines.weight[k - lines.begin]);
   }
-  return tally;
+  for (int32_t k = larger(own, lines.begin); k < smaller(lines.edge[q + 2], lines.end); ++k) {
+    visit(k - lines.begin, lines.first_share[k - lines.begin]);
+  }
+}
+
+// The piece's pixels: adds those that are the tile's own to the tally, and leaves the slopes.
+template <typename acc_t>
+__device__ __forceinline__ void visit_pixels(const ArtifactLossParams& p, bool gather, bool counts, acc_t threshold,
+                                             const acc_t* maximum, Shared<acc_t>& shared, Tally<acc_t>& tally) {
+  const acc_t largest = maximum != nullptr ? *maximum : acc_t(0);
+  const int32_t width = shared.columns.end - shared.columns.begin, height = shared.rows.end - shared.rows.begin;
+  const int32_t own_y = shared.rows.edge[1] - shared.rows.begin, own_x = shared.columns.edge[1] - shared.columns.begin;
+  const int32_t rows_ahead = kThreads / width, columns_ahead = kThreads - rows_ahead * width;
+  int32_t y = static_cast<int32_t>(threadIdx.x) / width, x = static_cast<int32_t>(threadIdx.x) - y * width;
+  for (int32_t k = static_cast<int32_t>(threadIdx.x); k < width * height; k += kThreads) {
+    const acc_t c = confidence_at(shared, y, x);
+    if (counts && y >= own_y && x >= own_x) tally.add(p.method, c, threshold);
+    if (gather) {
+      // A NaN is not passed over.
+      const bool passed = maximum != nullptr ? c != largest : p.method == kThreshold && c <= threshold;
+      shared.slope[k] = passed ? acc_t(0) : c * (1 - c);
+    }
+    y += rows_ahead;
+    x += columns_ahead;
+    if (x >= width) x -= width, ++y;
+  }
+}
+
+// What the piece adds to the gradient of the picture's sum at position (i, j) of the tile.
+template <typename acc_t>
+__device__ __forceinline__ acc_t gather_slopes(const Shared<acc_t>& shared, int32_t i, int32_t j) {
+  const int32_t width = shared.columns.end - shared.columns.begin;
+  acc_t sum = 0;
+  for_each_reader(shared.rows, i, [&](int32_t y, acc_t down) {
+    acc_t line = 0;
+    for_each_reader(shared.columns, j, [&](int32_t x, acc_t across) {
+      if (across != 0) line += across * shared.slope[y * width + x];
+    });
+    if (down != 0) sum += down * line;
+  });
+  return sum;
 }
 
 // A picture's loss.
@@ -174,7 +225,7 @@ __device__ __forceinline__ void merge_block(int32_t method, Tally<T>& tally) {
 
 // To be called by every block of picture b once it has stored its tally.
 template <typename acc_t>
-__device__ __forceinline__ void finish(const ArtifactLossParams& p, const Grouping& g, int64_t b, void* workspace,
+__device__ __forceinline__ void finish(const ArtifactLossParams& p, const Grid& g, int64_t b, void* workspace,
                                        const Tally<acc_t>* partials) {
   const Counter counter(p.batch, b);
   unsigned* done = &static_cast<WorkspaceHead*>(workspace)->blocks_done[counter.index];
@@ -197,39 +248,84 @@ __device__ __forceinline__ void finish(const ArtifactLossParams& p, const Groupi
 // The second pass, which only the largest confidence needs, finds in `maxima` what the first left. Both are this one
 // kernel, so that a pixel's confidence has the same bits in both.
 template <int32_t kDtype>
-__global__ void __launch_bounds__(kThreads, 2)
-    artifact_loss_kernel(const __grid_constant__ ArtifactLossParams p, const __grid_constant__ Grouping g,
-                         bool second_pass, void* workspace) {
+__global__ void __launch_bounds__(kThreads, kDtype == kFloat64 ? 1 : 4)
+    artifact_loss_kernel(const __grid_constant__ ArtifactLossParams p, const __grid_constant__ Grid g, bool second_pass,
+                         void* workspace) {
   using acc_t = std::conditional_t<kDtype == kFloat64, double, float>;
-  const int64_t b = blockIdx.x / g.blocks_per_sample;
-  Tally<acc_t>* partials = workspace_body<Tally<acc_t>>(workspace, p.batch);
-  const int64_t logit = (blockIdx.x - b * g.blocks_per_sample) * (kThreads / g.lanes) + threadIdx.x / g.lanes;
+  __shared__ Shared<acc_t> shared;
+  const int64_t b = blockIdx.x / static_cast<unsigned>(g.blocks_per_sample);
+  const int32_t tile = static_cast<int32_t>(blockIdx.x - b * g.blocks_per_sample);
+  const int32_t top = tile / g.tiles_x * kSide, left = tile % g.tiles_x * kSide;
   const bool gather = p.unit_grad != nullptr && (second_pass || p.method != kMethodMax);
-  const bool inside = logit < p.in_h * p.in_w;
+  const acc_t threshold = static_cast<acc_t>(p.threshold);
+  const acc_t* maximum = second_pass ? static_cast<const acc_t*>(p.maxima) + b : nullptr;
+  const Axis<acc_t> vertical(p.in_h, p.out_h), horizontal(p.in_w, p.out_w);
+
+  const int32_t thread = static_cast<int32_t>(threadIdx.x);
+  if (thread < 2 * (kSide + 2)) {
+    const int32_t q = thread % (kSide + 2);
+    if (thread < kSide + 2) {
+      shared.rows.edge[q] = vertical.reaching(smaller(top + q - 1, vertical.in));
+    } else {
+      shared.columns.edge[q] = horizontal.reaching(smaller(left + q - 1, horizontal.in));
+    }
+  }
+  for (int32_t k = thread; k < (kSide + 2) * (kSide + 2); k += kThreads) {
+    const int32_t i = k / (kSide + 2), j = k % (kSide + 2);
+    const int64_t y = larger(0, smaller(top + i - 1, vertical.in - 1));
+    const int64_t x = larger(0, smaller(left + j - 1, horizontal.in - 1));
+    const int64_t at = b * p.batch_stride + y * p.row_stride + x * p.col_stride;
+    shared.logits[i][j] = load_element<acc_t>(p.logits, kDtype, at);
+  }
+  __syncthreads();
+
+  // Without a gradient the tile's own pixels are enough. Pieces are cut evenly.
+  const int32_t from_y = shared.rows.edge[gather ? 0 : 1], to_y = shared.rows.edge[kSide + 1];
+  const int32_t from_x = shared.columns.edge[gather ? 0 : 1], to_x = shared.columns.edge[kSide + 1];
+  const int32_t pieces_x = (to_x - from_x + kLines - 1) / kLines;
+  const int32_t width = pieces_x == 0 ? 1 : (to_x - from_x + pieces_x - 1) / pieces_x;
+  const int32_t most = smaller(kLines, kPixels / width), pieces_y = (to_y - from_y + most - 1) / most;
+  const int32_t height = pieces_y == 0 ? 1 : (to_y - from_y + pieces_y - 1) / pieces_y;
+  const int32_t i = thread / kSide, j = thread % kSide;
   Tally<acc_t> tally = Tally<acc_t>::none(p.method);
   acc_t unit_grad = 0;
-  if (inside) {
-    const int64_t i = logit / p.in_w;
-    tally = visit_window<kDtype, acc_t>(p, b, i, logit - i * p.in_w, threadIdx.x % g.lanes, g.lanes, gather,
-                                        second_pass ? static_cast<const acc_t*>(p.maxima) + b : nullptr, unit_grad);
-  }
-  if (gather) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      const acc_t other = __shfl_xor_sync(0xffffffffu, unit_grad, offset);
-      if (offset < g.lanes) unit_grad += other;
+  for (int32_t y = from_y; y < to_y; y += height) {
+    for (int32_t x = from_x; x < to_x; x += width) {
+      if (thread == 0) {
+        shared.rows.begin = y;
+        shared.rows.end = smaller(y + height, to_y);
+        shared.columns.begin = x;
+        shared.columns.end = smaller(x + width, to_x);
+      }
+      __syncthreads();
+      const int32_t line = thread % kLines;
+      if (thread < kLines) {
+        if (line < shared.rows.end - shared.rows.begin) shared.rows.fill(vertical, top, line);
+      } else if (line < shared.columns.end - shared.columns.begin) {
+        shared.columns.fill(horizontal, left, line);
+      }
+      __syncthreads();
+      visit_pixels(p, gather, !second_pass, threshold, maximum, shared, tally);
+      __syncthreads();
+      if (gather) unit_grad += gather_slopes(shared, i, j);
+      __syncthreads();
     }
-    if (inside && threadIdx.x % g.lanes == 0) static_cast<acc_t*>(p.unit_grad)[b * p.in_h * p.in_w + logit] = unit_grad;
+  }
+  if (gather && top + i < vertical.in && left + j < horizontal.in) {
+    static_cast<acc_t*>(p.unit_grad)[(b * p.in_h + top + i) * p.in_w + left + j] = unit_grad;
   }
   if (second_pass) return;
+  Tally<acc_t>* partials = workspace_body<Tally<acc_t>>(workspace, p.batch);
   merge_block(p.method, tally);
-  if (threadIdx.x == 0) partials[blockIdx.x] = tally;
+  if (thread == 0) partials[blockIdx.x] = tally;
   finish<acc_t>(p, g, b, workspace, partials);
 }
 
 template <int32_t kDtype>
 const char* launch_for(const ArtifactLossParams& p, void* workspace, void* stream) {
-  const Grouping g = group(p);
+  for (const int64_t size : {p.in_h, p.in_w, p.out_h, p.out_w})
+    if (size > INT32_MAX - 2 * kSide) return "an axis is longer than 2^31 - 33";
+  const Grid g = grid_of(p);
   const int64_t blocks = p.batch * g.blocks_per_sample;
   const char* error = launch<artifact_loss_kernel<kDtype>>(blocks, stream, p, g, false, workspace);
   if (error != nullptr || p.unit_grad == nullptr || p.method != kMethodMax) return error;
@@ -240,7 +336,7 @@ const char* launch_for(const ArtifactLossParams& p, void* workspace, void* strea
 
 int64_t artifact_loss_workspace(const ArtifactLossParams& p) {
   const int64_t bytes = p.dtype == kFloat64 ? 8 : 4;
-  return workspace_bytes(p.batch, 2 * p.batch * group(p).blocks_per_sample, bytes);
+  return workspace_bytes(p.batch, 2 * p.batch * grid_of(p).blocks_per_sample, bytes);
 }
 
 const char* launch_artifact_loss(const ArtifactLossParams& p, void* workspace, void* stream) {

@@ -77,6 +77,9 @@ def test_kernels_neither_spill_nor_move_less_than_they_could(arch):
     # Three blocks of 256 threads on a multiprocessor; two where coefficients change with u, and for tokens.
     assert sum(row["registers"] > 80 for row in fast if row["file"] == FAST[0]) <= 4
     assert all(row["registers"] <= 128 for row in fast)
+    (logit,) = [budget.LogitCount(**row["logit"]) for row in rows if "logit" in row]
+    assert logit.instructions <= budget.LOGIT_BUDGET, logit
+    assert logit.registers <= 64, logit  # four blocks of 256 threads on a multiprocessor
     counts = [budget.Count.of(count) for row in fast for count in row["cases"].values()]
     assert len(counts) == len(budget.CASES)
     for count in counts:

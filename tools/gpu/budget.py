@@ -74,6 +74,33 @@ CASES = (
 )
 
 
+ARTIFACT_SOURCE = ROOT / "csrc" / "cuda" / "artifact_loss.cu"
+#: Instructions of a thread for a logit of detector-512 (4 x 128^2 -> 512^2, fp32, loss and gradient), at most.
+LOGIT_BUDGET = 2700
+
+
+@dataclass(frozen=True)
+class LogitCount:
+    """What artifact_loss costs on an architecture where the map is four times as large as the logits.
+
+    Args:
+        pixel: instructions for a pixel of the map, each of its branches counted.
+        row: for the eight pixels of a row that a logit gathers.
+        around: for what is left of a block, by one thread.
+    """
+
+    arch: int
+    pixel: float
+    row: int
+    around: int
+    registers: int
+
+    @property
+    def instructions(self) -> float:
+        """For a logit: a block of 16 x 16 visits 68 x 68 pixels, and each logit eight rows."""
+        return 68 * 68 / 256 * self.pixel + 8 * self.row + self.around
+
+
 @dataclass(frozen=True)
 class Card:
     """What a prediction takes of a GPU: multiprocessors, clock in Hz, measured copy speed in bytes per second."""
@@ -172,18 +199,24 @@ class Code:
         )
 
     @cached_property
+    def loops(self) -> list[tuple[int, set[int]]]:
+        """(head, blocks) of every loop."""
+        return [
+            (head, self._loop(head, tail))
+            for tail, successors in self.next.items()
+            for head in successors
+            if head <= tail
+        ]
+
+    @cached_property
     def main_loop(self) -> tuple[int, set[int]]:
         """(head, blocks) of the smallest loop that loads and stores so much at a time."""
-        found = []
-        for tail, successors in self.next.items():
-            for head in successors:
-                if head > tail:
-                    continue
-                body = self._loop(head, tail)
-                if all(sum(self.count(b, name, self.width) for b in body) for name in ("LDG", "STG")):
-                    found.append((sum(map(self.cost, body)), head, body))
-        _, head, body = min(found, key=lambda entry: entry[0])
-        return head, body
+        wide = [
+            (head, body)
+            for head, body in self.loops
+            if all(sum(self.count(b, name, self.width) for b in body) for name in ("LDG", "STG"))
+        ]
+        return min(wide, key=lambda loop: sum(map(self.cost, loop[1])))
 
     def _loop(self, head: int, tail: int) -> set[int]:
         """The natural loop of a back edge: what reaches `tail` without passing `head`."""
@@ -259,8 +292,33 @@ def _count_tokens(case: Case, arch: int, listing: str, registers: int) -> Count:
     return Count(case, arch, loop / case.visits, (whole - loop) / case.visits, registers, under_way)
 
 
+def count_logit(arch: int, cubin: bytes) -> LogitCount:
+    """What artifact_loss in fp32 costs, from the machine code of its file."""
+    listings, registers = sass.listings(cubin)
+    name = next(name for name in listings if re.search(r"artifact_loss_kernelILi0E", name))
+    code = Code(listings[name])
+
+    def total(body, opcode: str, what: str = "") -> int:
+        return sum(code.count(b, opcode, what) for b in body)
+
+    # By what only they do: an exponential and a store of a slope; loads of slopes and multiply-adds alone. The slow way
+    # of a reciprocal is no part of a pixel.
+    pixels = [body for _, body in code.loops if total(body, "MUFU", "EX2") and not total(body, "BAR")]
+    pixel = max(sum(code.cost(b) for b in body if not code.count(b, "CALL")) / total(body, "STS") for body in pixels)
+    inner = [(head, body) for head, body in code.loops if not any(total(body, name) for name in ("STS", "MUFU", "BAR"))]
+    rows = [(head, body) for head, body in inner if total(body, "FFMA") > 16 and len(body) > 1]
+    row = max(code.shortest([head], lambda b, head=head: b == head, (0, 0, 9), body) for head, body in rows)
+    around = code.shortest([0], lambda b: code.count(b, "ATOM") > 0)
+    return LogitCount(arch, pixel, row, around, registers[name])
+
+
 def kernels(arch: int, nvcc: str, source: pathlib.Path) -> dict[tuple, tuple[str, str, int]]:
     """{Config's arguments: (name, listing, registers)} of a file's fast kernels, compiled for `arch`."""
+    return of_cubin(compile_to_cubin(arch, nvcc, source))
+
+
+def compile_to_cubin(arch: int, nvcc: str, source: pathlib.Path) -> bytes:
+    """A file's machine code for `arch`. Raises RuntimeError with the end of what nvcc says."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = pathlib.Path(folder) / "kernels.cubin"
         done = subprocess.run(
@@ -270,7 +328,7 @@ def kernels(arch: int, nvcc: str, source: pathlib.Path) -> dict[tuple, tuple[str
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(done.stderr[-400:])
-        return of_cubin(cubin.read_bytes())
+        return cubin.read_bytes()
 
 
 def of_cubin(cubin: bytes) -> dict[tuple, tuple[str, str, int]]:
@@ -306,8 +364,17 @@ def main(arguments: list[str] | None = None) -> int:
         print("nvcc was found neither on PATH nor in /usr/local/cuda", file=sys.stderr)
         return 1
     rows = [row for arch in options.arch for source in SOURCES for row in counts(arch, kernels(arch, nvcc, source))]
+    logits = [count_logit(arch, compile_to_cubin(arch, nvcc, ARTIFACT_SOURCE)) for arch in options.arch]
     print(text(rows, options.markdown))
-    return int(any(row.instructions > row.case.budget for row in rows))
+    print("\n" + logit_text(logits))
+    over = any(row.instructions > row.case.budget for row in rows)
+    return int(over or any(count.instructions > LOGIT_BUDGET for count in logits))
+
+
+def logit_text(counts: list[LogitCount]) -> str:
+    """artifact_loss by architecture."""
+    figures = (f"sm_{count.arch} {count.instructions:.0f}" for count in counts)
+    return f"artifact_loss, instructions for a logit of detector-512 (budget {LOGIT_BUDGET}): " + ", ".join(figures)
 
 
 def text(rows: list[Count], markdown: bool = False) -> str:

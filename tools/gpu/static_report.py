@@ -68,6 +68,9 @@ def nvcc_rows(arch: int, source: pathlib.Path, nvcc: str) -> list[dict]:
 
 def _counted(arch: int, source: pathlib.Path, cubin: bytes) -> dict[str, dict]:
     """{kernel: its cases' counts and what may not stand in its main loop} of the fast kernels."""
+    if source.name == budget.ARTIFACT_SOURCE.name:
+        count = dataclasses.asdict(budget.count_logit(arch, cubin))
+        return {name: {"logit": count} for name in sass.listings(cubin)[0] if "artifact_loss_kernelILi0E" in name}
     if source.name not in {known.name for known in budget.SOURCES}:
         return {}
     by_kernel = budget.of_cubin(cubin)
@@ -164,6 +167,9 @@ def text(rows: list[dict], missing: list[str]) -> str:
         counts = [budget.Count.of(count) for row in cuda for count in row.get("cases", {}).values()]
         if counts:
             parts.append(budget.text(counts))
+        logits = [budget.LogitCount(**row["logit"]) for row in cuda if "logit" in row]
+        if logits:
+            parts.append(budget.logit_text(logits))
     if missing:
         parts.append("Not to be had:\n  " + "\n  ".join(missing))
     return "\n\n".join(parts)
