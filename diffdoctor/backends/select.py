@@ -5,20 +5,20 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from bisect import bisect_right
 from collections.abc import Mapping
 from types import ModuleType
 
 import torch
 
 from diffdoctor.backends import native
+from diffdoctor.backends.preferences import FIRST
 from diffdoctor.runs.errors import expected, in_our_words
 
 #: Fastest first. `reference` serves everything and comes last.
 NAMES = ("cuda", "triton", "cpu", "reference")
 
 _BY_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-#: Where another order is faster. csrc/cuda's artifact_loss spends ten times the instructions of Triton's on a logit.
-_BY_OP = {("cuda", "artifact_loss"): ("triton", "cuda")}
 _WORDS = {
     "torch": "reference", "pytorch": "reference", "eager": "reference", "native": "cpu", "cpp": "cpu", "c++": "cpu",
     "cu": "cuda", "nvidia": "cuda", **{name: name for name in NAMES},
@@ -26,7 +26,7 @@ _WORDS = {
 _SERVES = {"cpu": "CPU tensors", "triton": "CUDA tensors", "cuda": "CUDA tensors"}
 _reasons: dict[str, str | None] = {}  # by backend: why it cannot be used, None where it can
 _modules: dict[tuple[str, str], ModuleType] = {}  # by backend and op
-_chosen: dict[tuple[str, str], ModuleType | None] = {}  # by device type and op
+_chosen: dict[tuple, ModuleType | None] = {}  # by device type and op, and the step of FIRST but for the first
 _warned: set[str] = set()
 
 
@@ -91,22 +91,33 @@ def name_of(module: ModuleType) -> str:
     return module.__name__.split(".")[-2]
 
 
-def _fastest_first(device_type: str, op: str) -> tuple[str, ...]:
-    return _BY_OP.get((device_type, op)) or _BY_DEVICE.get(device_type, ())
+def _fastest_first(device_type: str, op: str, step: int) -> tuple[str, ...]:
+    """A device's backends, beginning with the one of a step of FIRST."""
+    names, steps = _BY_DEVICE.get(device_type, ()), FIRST.get((device_type, op), ())
+    return tuple(sorted(names, key=lambda name: name != steps[step][1])) if steps else names
 
 
-def for_device(device_type: str, op: str) -> ModuleType | None:
-    """The fastest usable module that serves `op` on a type of device; None means the reference."""
+def _step_of(device_type: str, op: str, elements: int) -> int:
+    steps = FIRST.get((device_type, op), ())
+    return bisect_right(steps, elements, key=lambda step: step[0]) - 1 if len(steps) > 1 else 0
+
+
+def for_device(device_type: str, op: str, elements: int = 0) -> ModuleType | None:
+    """The fastest usable module that serves `op` on a type of device at a size; None means the reference."""
+    step = _step_of(device_type, op, elements)
+    key = (device_type, op, step) if step else (device_type, op)
     try:
-        return _chosen[device_type, op]
+        return _chosen[key]
     except KeyError:
         pass
-    found = (_load(name, op) for name in _fastest_first(device_type, op))
-    module = _chosen[device_type, op] = next((module for module in found if module is not None), None)
+    found = (_load(name, op) for name in _fastest_first(device_type, op, step))
+    module = _chosen[key] = next((module for module in found if module is not None), None)
     return module
 
 
-def pick(name: str | None, op: str, device_type: str, served_by: str | None = None) -> ModuleType | None:
+def pick(
+    name: str | None, op: str, device_type: str, served_by: str | None = None, elements: int = 0
+) -> ModuleType | None:
     """The module that serves an op, or None for the reference.
 
     Args:
@@ -114,6 +125,7 @@ def pick(name: str | None, op: str, device_type: str, served_by: str | None = No
         op: the public name.
         device_type: of the tensors.
         served_by: the file of a backend that serves the op, where it is another op's.
+        elements: of the tensor that gets the gradient, by which the fastest is chosen.
 
     Raises:
         BackendUnavailable: a backend asked for by name cannot serve.
@@ -122,7 +134,7 @@ def pick(name: str | None, op: str, device_type: str, served_by: str | None = No
         return None
     file = served_by or op
     if name is None:
-        module = for_device(device_type, file)
+        module = for_device(device_type, file, elements)
         if module is None and device_type == "cuda" and op not in _warned:
             _warned.add(op)
             reasons = "; ".join(f"{n}: {why_not(n, file) or 'not usable'}" for n in _BY_DEVICE["cuda"])
@@ -146,12 +158,24 @@ def available_backends() -> dict[str, str | None]:
     return {name: why_not(name) for name in NAMES}
 
 
+def _servers(device: str, file: str) -> str:
+    """The backend that serves a device, or those that do by size: "triton, from 1048576 elements cuda"."""
+    told = ""
+    for step, (elements, _) in enumerate(FIRST.get((device, file), ((0, ""),))):
+        name = next((n for n in _fastest_first(device, file, step) if why_not(n, file) is None), "reference")
+        if step == 0:
+            told = name
+        elif name != told.split()[-1]:
+            told += f", from {elements} elements {name}"
+    return told
+
+
 def _server(device: str, op: str, file: str) -> str:
     """The backend that a call without `backend=` gets, or "nothing" with the error that it raises."""
     try:
         name = requested(None)
         if name is None:
-            return next((n for n in _fastest_first(device, file) if why_not(n, file) is None), "reference")
+            return _servers(device, file)
         pick(name, op, device, file)
     except (ValueError, BackendUnavailable) as error:
         return f"nothing: {error}"

@@ -62,7 +62,7 @@ def artifact_loss(
         return registered.artifact_loss(logits, height, width, threshold, method, reduction, backend)
     refuse_functorch("artifact_loss")
     refuse_forward_mode("artifact_loss", logits)
-    module = pick(requested(backend), "artifact_loss", logits.device.type)
+    module = pick(requested(backend), "artifact_loss", logits.device.type, elements=logits.numel())
     if logits.shape[0] == 0 or module is None:
         x = guard_reference(logits, "artifact_loss")
         if logits.shape[0] == 0:  # no picture: 0, not the NaN of an empty mean

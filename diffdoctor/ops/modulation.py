@@ -39,7 +39,7 @@ def modulated(grad: Tensor, confidence: Tensor, options: LossOptions) -> Tensor:
     if grad.numel() == 0:
         return grad
     grad = grad.resolve_neg()
-    module = pick(requested(None), "modulate_gradient", grad.device.type, "weighted_loss")
+    module = pick(requested(None), "modulate_gradient", grad.device.type, "weighted_loss", grad.numel())
     if module is None:
         probe = grad.detach().requires_grad_()
         with torch.enable_grad():

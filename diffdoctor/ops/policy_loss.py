@@ -168,7 +168,7 @@ def policy_loss(
         return registered.policy_loss(inputs, options, return_stats, backend)
     refuse_functorch("policy_loss")
     refuse_forward_mode("policy_loss", model_pred, latents, next_latents, ref_pred)
-    module = pick(requested(backend), "policy_loss", model_pred.device.type)
+    module = pick(requested(backend), "policy_loss", model_pred.device.type, elements=model_pred.numel())
     if model_pred.numel() == 0:
         return _empty(guard_reference(model_pred, "policy_loss"), reduction, return_stats)
     if module is None:

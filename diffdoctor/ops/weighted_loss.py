@@ -217,7 +217,7 @@ def weighted_loss(
 def _dispatch(inputs: Inputs, cached: CachedPlan, return_stats: bool, backend: str | None):
     """A checked call to the backend that serves it; where that has a fast path, the plan's next calls take it."""
     pred, options, plan = inputs.model_pred, cached.options, cached.plan
-    module = pick(requested(backend), "weighted_loss", pred.device.type)
+    module = pick(requested(backend), "weighted_loss", pred.device.type, elements=pred.numel())
     if plan is None:
         return _empty(pred, options.reduction, return_stats)
     if module is None:
@@ -227,7 +227,7 @@ def _dispatch(inputs: Inputs, cached: CachedPlan, return_stats: bool, backend: s
     if differentiable and pred.dtype != torch.float16:  # fp16 computes its gradient in backward
         outputs |= WRITE_GRAD
     problem = lower(inputs, options, outputs, cached)
-    if cached.bound is None and module is for_device(pred.device.type, "weighted_loss"):
+    if cached.bound is None and module is for_device(pred.device.type, "weighted_loss", pred.numel()):
         fast = module.bind(problem)
         if fast is not None:
             cached.bound, cached.backend = BoundCall(fast, problem, cached, module).run, name_of(module)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import diffdoctor
-from benchmarks.ops import host
-from diffdoctor.backends import native
+from benchmarks.ops import history, host, prefer
+from diffdoctor.backends import native, preferences, select
 from diffdoctor.backends.cuda import device as cuda_device
 from diffdoctor.backends.select import NAMES, BackendUnavailable, describe, for_device, pick, why_not
 from diffdoctor.ops import OPS
@@ -98,6 +98,47 @@ def test_a_call_on_the_cuda_backend_calls_few_functions(monkeypatch):
     with host.served_by("cuda"):
         found = host.count()
     assert all(found[what] <= most for what, most in host.CALLS["cuda"].items()), found
+
+
+def fake_rows(**times: tuple[float, float]) -> list[dict]:
+    """Rows of the history: {side of a picture: (p20 on cuda, on triton)}."""
+    return [
+        {
+            "device": "cuda", "op": "weighted_loss", "case": "sweep", "dtype": "bf16", "backend": backend,
+            "shape": [4, 4, int(side[1:]), int(side[1:])], "p20_us": us, "p50_us": us, "machine": {"gpu": "A GPU"},
+            "commit": "c0de",
+        }
+        for side, pair in times.items()
+        for backend, us in zip(("cuda", "triton"), pair, strict=True)
+    ]  # fmt: skip
+
+
+def test_the_table_of_backends_is_what_the_benchmarks_write(tmp_path, monkeypatch):
+    assert prefer.TARGET.read_text() == prefer.text(prefer.table([]), preferences.SOURCE)
+    # Where the two are within a twentieth of each other, the backend of the smaller size stays.
+    history.append(tmp_path / "rows.jsonl", fake_rows(s16=(9, 8), s64=(9, 8.8), s256=(50, 52), s512=(100, 150)))
+    assert prefer.main([str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "table.py")]) == 0
+    found = {}
+    exec((tmp_path / "table.py").read_text(), found)
+    assert found["SOURCE"] == "measured on A GPU, commit c0de"
+    assert found["FIRST"]["cuda", "weighted_loss"] == ((0, "triton"), (4 * 4 * 512 * 512, "cuda"))
+    assert found["FIRST"]["cuda", "artifact_loss"] == ((0, "cuda"),)
+
+    monkeypatch.setattr(select, "FIRST", found["FIRST"])
+    monkeypatch.setattr(select, "_chosen", {})
+    monkeypatch.setattr(select, "why_not", lambda name, op=None: None)
+    monkeypatch.setattr(select, "_load", lambda name, op: name)
+    assert [pick(None, "weighted_loss", "cuda", elements=n) for n in (1, 4194303, 4194304)] == ["triton"] * 2 + ["cuda"]
+    assert select._servers("cuda", "weighted_loss") == "triton, from 4194304 elements cuda"
+    assert select._servers("cuda", "artifact_loss") == "cuda"
+
+
+def test_rows_of_no_gpu_make_no_table(tmp_path, capsys):
+    rows = [row | {"device": "cpu"} for row in fake_rows(s16=(1, 2))]
+    history.append(tmp_path / "rows.jsonl", rows)
+    assert prefer.main([str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "table.py")]) == 1
+    assert "has no rows of cuda or triton on a GPU" in capsys.readouterr().err
+    assert not (tmp_path / "table.py").exists()
 
 
 def test_description_has_what_env_prints():

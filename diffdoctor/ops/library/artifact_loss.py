@@ -29,7 +29,7 @@ def artifact_loss(logits, height, width, threshold, method, reduction, backend):
 @torch.library.impl(library, "artifact_loss", "CompositeExplicitAutograd")
 def _artifact_impl(logits, height, width, threshold, method, reduction, backend, want_grad):
     logits = logits.detach()
-    module = pick(backend or None, "artifact_loss", logits.device.type)
+    module = pick(backend or None, "artifact_loss", logits.device.type, elements=logits.numel())
     problem = lower(logits, (height, width), threshold, method, reduction, want_grad)
     problem.keeps_workspace = False
     if logits.shape[0] == 0:
@@ -67,7 +67,7 @@ def _artifact_fake(logits, height, width, threshold, method, reduction, backend,
 @torch.library.impl(library, "artifact_loss_grad", "CompositeExplicitAutograd")
 def _artifact_grad_impl(unit_grad, factor, g, logits, backend):
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    module = pick(backend or None, "artifact_loss", logits.device.type)
+    module = pick(backend or None, "artifact_loss", logits.device.type, elements=logits.numel())
     if module is None or unit_grad.numel() == 0:
         scale = (factor * g).reshape(-1, 1, 1)
         return grad.copy_((unit_grad * scale).reshape(grad.shape))

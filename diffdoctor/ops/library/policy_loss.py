@@ -79,7 +79,7 @@ def _run(arguments, outputs: int, g: Tensor | None = None):
         tuple(clip_range), clip, kl_weight, interpolation, level, reduction, unpack_layout(layout)
     )  # fmt: skip
     pred = inputs.model_pred
-    module = pick(backend or None, "policy_loss", pred.device.type)
+    module = pick(backend or None, "policy_loss", pred.device.type, elements=pred.numel())
     if module is None or pred.numel() == 0:
         return _run_reference(inputs, options, outputs, g)
     problem = lower(inputs, options, outputs)

@@ -79,7 +79,7 @@ def _from_schema(
 def _run(inputs: Inputs, options: LossOptions, backend: str, outputs: int, g: Tensor | None = None):
     """(loss, grad, sums) of one call, whatever of it `outputs` asks for; works on no graph."""
     pred = inputs.model_pred
-    module = pick(backend or None, "weighted_loss", pred.device.type)
+    module = pick(backend or None, "weighted_loss", pred.device.type, elements=pred.numel())
     if module is None or pred.numel() == 0:
         return _run_reference(inputs, options, outputs, g)
     problem = lower(inputs, options, outputs)
