@@ -20,18 +20,20 @@ from diffdoctor.lowering.plan import LOSS_KINDS, WRITE_GRAD, WRITE_LOSS, WRITE_S
 from support import artifact as artifact_cases
 from support import cases
 from support import policy as policy_cases
-from tools.gpu import sass
+from tools.gpu import budget, sass
 from tools.gpu.static_triton import record
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 TRAIN = WRITE_LOSS | WRITE_GRAD
 
 
-def describe(cubin):
-    """Registers, bytes of stack (spills) and the number of wide global accesses, from the machine code."""
+def describe(cubin, name):
+    """Registers, bytes of stack (spills), wide global accesses and a main loop's cost, from the machine code."""
     (found,) = sass.describe(cubin).values()
     access = found["access"]
+    (listing,) = sass.listings(cubin)[0].values()
     return {
+        "loop": budget.count_loop(listing, 4 if "fp32" in name else 8) if name in budget.TRITON_BUDGETS else None,
         "registers": found["registers"],
         "stack": found["stack"],
         "local": sum(count for name, count in access.items() if name.startswith(("LDL", "STL"))),
@@ -125,7 +127,7 @@ def main():
         for kernel, _, compiled in launches:
             cubin = compiled.asm["cubin"]
             if cubin not in seen:
-                seen[cubin] = describe(cubin)
+                seen[cubin] = describe(cubin, name)
             rows.append({"call": name, "kernel": kernel, **seen[cubin]})
     print(json.dumps(rows))
 

@@ -79,6 +79,11 @@ ARTIFACT_SOURCE = ROOT / "csrc" / "cuda" / "artifact_loss.cu"
 LOGIT_BUDGET = 2700
 
 
+#: Instructions for 8 elements in the main loop of what the Triton backend launches, by the calls of
+#: tests/programs/triton_compiled.py: no map, a map with statistics, and the gradient alone.
+TRITON_BUDGETS = {"plain-bf16": 160, "map-fp32": 320, "fp16-backward": 110}
+
+
 @dataclass(frozen=True)
 class LogitCount:
     """What artifact_loss costs on an architecture where the map is four times as large as the logits.
@@ -315,6 +320,16 @@ def count_logit(arch: int, cubin: bytes) -> LogitCount:
 def kernels(arch: int, nvcc: str, source: pathlib.Path) -> dict[tuple, tuple[str, str, int]]:
     """{Config's arguments: (name, listing, registers)} of a file's fast kernels, compiled for `arch`."""
     return of_cubin(compile_to_cubin(arch, nvcc, source))
+
+
+def count_loop(listing: str, width: int) -> float | None:
+    """Instructions for 8 elements in the loop of a kernel that moves `width` elements in 16 bytes; None for no loop."""
+    code = Code(listing)
+    if not any(code.done(b)[0] and code.done(b)[1] for _, body in code.loops for b in body):
+        return None
+    head, body = code.main_loop
+    loads, stores = (sum(code.done(b)[k] for b in body) for k in (0, 1))
+    return code.shortest([head], lambda b: b == head, (loads, stores, 0), body) / stores * 8 / width
 
 
 def compile_to_cubin(arch: int, nvcc: str, source: pathlib.Path) -> bytes:
