@@ -290,6 +290,36 @@ def test_scale_gradient(cuda, dtype, count):
     assert torch.equal(out, grad)
 
 
+@pytest.mark.parametrize("blocks", [2112, 1], ids=["one-visit", "four-visits"])
+@pytest.mark.parametrize(
+    ("confidence", "mask"),
+    [(F32, None), (None, torch.uint8), (BF16, torch.bool), (torch.uint8, F16), (F64, F32)],
+    ids=["f32", "u8-mask", "bf16-bool", "u8-f16", "f64-f32"],
+)
+def test_the_mean_of_maps_in_rows(cuda, shim, confidence, mask, blocks):
+    """At 98 x 98 positions of two samples, of which the last thread's four are not all there."""
+    grid = (2, 98, 98)
+    given = {"confidence": confidence and (grid, confidence), "mask": mask and (grid, mask)}
+    options = {"clean_weight": 0.25, "threshold": 0.3, "normalize": "sample"}
+    inputs = cases.build(cases.Case("", shape=(2, 2, 98, 98), **given, options=options))
+    before = shim.set_blocks_for_visits(blocks)
+    try:
+        problem = solve(cuda, inputs, WRITE_LOSS)
+    finally:
+        shim.set_blocks_for_visits(before)
+
+    def level(name, absent):
+        values = inputs[name]
+        if values is None:
+            return torch.full(grid, absent, dtype=F64)
+        return values.double() / (255 if values.dtype == torch.uint8 else 1)
+
+    u = level("confidence", 0.0)
+    u = torch.where(u.float() >= 0.3, u, 0.0)
+    want = (level("mask", 1.0) * (0.25 + (2.0 - 0.25) * u)).mean((1, 2))
+    torch.testing.assert_close(problem.z.data.double(), want, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula.id)
 def test_one_call_equals_the_trainers_formula(public, formula):
     formula.run(backend=None)
@@ -343,9 +373,9 @@ def test_the_loops_of_the_cpu_have_the_losses_that_cuda_has(shim, c):
 
 
 def test_every_kernel_is_loaded_at_the_first_use(shim):
-    # weighted_loss: 25 fast ones, 5 for tokens, 8 general ones; weight_mean 2, policy_loss 8, artifact_loss 4,
+    # weighted_loss: 25 fast ones, 5 for tokens, 8 general ones; weight_mean 3, policy_loss 8, artifact_loss 4,
     # scale_gradient 12.
-    assert shim.kernels() == 25 + 5 + 8 + 2 + 8 + 4 + 12
+    assert shim.kernels() == 25 + 5 + 8 + 3 + 8 + 4 + 12
     assert shim.cuda_problem() is None
 
 

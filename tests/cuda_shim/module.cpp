@@ -18,6 +18,10 @@
 namespace py = pybind11;
 using namespace diffdoctor;
 
+namespace diffdoctor::cuda {
+extern int64_t blocks_for_visits;  // of weight_mean.cu
+}
+
 PYBIND11_MODULE(_cuda_shim, m) {
   py::class_<WeightedLossPlan>(m, "WeightedLossPlan", py::module_local()).def(py::init<const py::dict&>());
   define_bindings(m);
@@ -70,6 +74,7 @@ PYBIND11_MODULE(_cuda_shim, m) {
   });
   m.def("tokens_serve", [](const WeightedLossPlan& plan) { return cuda::tokens_serve(plan.params); });
   m.def("set_tiles_per_vector", [](int64_t tiles) { return std::exchange(cuda::tiles_per_vector, tiles); });
+  m.def("set_blocks_for_visits", [](int64_t blocks) { return std::exchange(cuda::blocks_for_visits, blocks); });
   m.def("kernels", [] { return cuda::loaders().size(); });
   m.def("seed", [](uint64_t seed) { cuda_shim::shuffle_state = 2 * seed + 1; });
 }
