@@ -194,7 +194,11 @@ def train_pipeline(pipeline, steps: int, seed: int = 0) -> list[float]:
         prediction = family.denoise(noisy, 1000 * sigmas, conditioning.rows(rows[index]).positive)
         return weighted_loss(prediction, Target.flow(latents[index], noise))
 
-    trained = fit(transformer, loss_of_step, steps, 2e-3, 0.99)
+    def report(step: int, loss: float) -> None:
+        if step % 100 == 99:
+            print(f"pipeline: step {step + 1} of {steps}, loss {loss:.3f}", flush=True)
+
+    trained = fit(transformer, loss_of_step, steps, 2e-3, 0.99, report)
     transformer.eval().requires_grad_(False)
     return trained.losses
 
@@ -312,7 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the study; 1 if something falls short."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("runs/video"))
-    parser.add_argument("--steps", type=int, default=1500, help="of the pipeline's training")
+    parser.add_argument("--steps", type=int, default=700, help="of the pipeline's training")
     parser.add_argument("--detector_steps", type=int, default=300)
     parser.add_argument("--treatment_steps", type=int, default=30)
     parser.add_argument("--clips", type=int, default=128, help="drawn before and after")

@@ -123,12 +123,11 @@ def test_the_loss_is_that_of_all_frames_pixels_together(method, frames_per_call)
 
 
 def test_memory_options_change_no_gradient_of_videos():
-    def gradient(size=16, **options):
+    def gradient(**options):
         pipeline = tiny_pipeline("wan")
         parameters = add_lora(family_of(pipeline), rank=2, alpha=2.0, groups=("attention", "feed_forward"), seed=0)
         detector = random_detector().requires_grad_(False)
         sampling, conditioning, latents, generators = prepared(pipeline, detector=detector, steps=2)
-        latents = latents.repeat(1, 1, 1, size // 16, size // 16)
         config, family = TreatConfig(**options), sampling.family
         with memory_options(family, config, detector):
             rollout = roll_out(sampling, conditioning, latents, generators, keep=(0,))
@@ -140,10 +139,9 @@ def test_memory_options_change_no_gradient_of_videos():
     plain = gradient()
     saving = gradient(gradient_checkpointing=True, vae_slicing=True)
     torch.testing.assert_close(saving, plain, atol=1e-5 * float(plain.abs().max()), rtol=1e-4)
-    assert float(gradient(size=32, vae_tiling=16).norm()) > 0
 
 
-@pytest.mark.parametrize("method", ["draft_k", "nft", "grpo", "weighted"])
+@pytest.mark.parametrize("method", ["draft_k", "nft", "grpo"])
 def test_every_kind_of_method_treats_videos(method, tmp_path):
     videos = torch.randint(0, 256, (3, FRAMES, 16, 16, 3), generator=torch.Generator().manual_seed(0))
     result = run(
@@ -154,7 +152,7 @@ def test_every_kind_of_method_treats_videos(method, tmp_path):
     row = result.history[0]
     assert result.skipped == 0
     assert row["grad_norm"] > 0
-    assert row["replayed"] == (0 if method == "weighted" else 2)
+    assert row["replayed"] == 2
     assert row["offline_loss"] > 0
     if method == "nft":
         with Image.open(tmp_path / "run" / "samples" / "step-00000000.webp") as moving:
@@ -265,7 +263,7 @@ def own_gradient(which, method, scale=3.0):
 
 
 @pytest.mark.parametrize(
-    ("which", "method"), [("high", "draft_k"), ("low", "draft_k"), ("high", "nft"), ("high", "grpo"), ("low", "grpo")]
+    ("which", "method"), [("high", "draft_k"), ("low", "draft_k"), ("high", "nft"), ("low", "grpo")]
 )
 def test_of_two_denoisers_one_is_taught_at_its_own_times(which, method, tmp_path):
     result, calls = own_gradient(which, method)
