@@ -133,7 +133,7 @@ def load_lora(pipeline, source: str | Path, *, adapter: str | None = None, compo
             named = {} if adapter is None else {"adapter_name": adapter}
             found = _component(pipeline, str(place), options)
             if None not in (found, component) and found != component:
-                raise UserError(f"it is one of the {found}, not of the {component}")
+                raise UserError(f"it is for {found}, not for {component}")
             if (component or found) == _SECOND:
                 named["load_into_transformer_2"] = True
             pipeline.load_lora_weights(str(place), **options, **named)
