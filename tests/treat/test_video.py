@@ -284,6 +284,9 @@ def test_of_two_denoisers_one_is_taught_at_its_own_times(which, method, tmp_path
         for other in drawn[1:]:
             torch.testing.assert_close(other, drawn[0], atol=1e-5, rtol=1e-4)
         assert (drawn[0] - draw(tiny_pipeline("wan22"), 5.0, guidance_scale_2=1.5)).abs().max() > 1e-6
+        if which == "low":
+            with pytest.raises(UserError, match="it is for transformer_2, not for transformer"):
+                load_lora(tiny_pipeline("wan22"), tmp_path / "lora", component="transformer")
 
 
 def test_two_denoisers_are_guided_and_what_they_cannot_is_refused():
