@@ -48,7 +48,7 @@ def write_report(path: Path, found: dict[str, Any], pairs: Sequence[Pair], answe
     for doubt in found["doubts"]:
         report.warning(f"{doubt[0].upper()}{doubt[1:]}.")
     report.text(
-        f"“{question}” {len(found['raters'])} raters gave {found['answers']:,} answers to {found['answered']:,} of "
+        f"“{question}” Raters: {len(found['raters'])}. Answers: {found['answers']:,}, to {found['answered']:,} of "
         f"{found['pairs']:,} pairs, in an order and on sides by lot, without knowing which picture is whose. A pair's "
         "verdict is what more of its raters chose; otherwise it is a tie. docs/evaluate.md explains each measure."
     )
@@ -68,7 +68,7 @@ def write_report(path: Path, found: dict[str, Any], pairs: Sequence[Pair], answe
     header = ["rater", a, b, "neither", "left", "median seconds"]
     report.table(header, [_rater(name, values) for name, values in found["raters"].items()])
     for title, side in ((f"{b} preferred", "b"), (f"{a} preferred", "a")):
-        _pictures(report, title, [pair for pair in pairs if _chosen(answers, pair) == side][:_EXAMPLES])
+        _pictures(report, title, (a, b), [pair for pair in pairs if _chosen(answers, pair) == side][:_EXAMPLES])
     report.write(path)
 
 
@@ -112,11 +112,11 @@ def _chosen(answers: Answers, pair: Pair) -> str | None:
     return "b" if more > 0 else "a" if more < 0 else None
 
 
-def _pictures(report: Report, title: str, pairs: Sequence[Pair]) -> None:
+def _pictures(report: Report, title: str, names: tuple[str, str], pairs: Sequence[Pair]) -> None:
     if not pairs:
         return
     report.heading(title)
-    report.text("Each strip: a, then b.")
+    report.text(f"Each strip: {names[0]}, then {names[1]}.")
     with report.tiles(2 * _LARGE):
         for pair in pairs:
             try:
