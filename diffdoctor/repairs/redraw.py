@@ -214,8 +214,8 @@ Redrawer = ResumeRedrawer | InpaintRedrawer
 def open_redrawer(pipeline, options: RepairOptions) -> Redrawer:
     """What redraws with a pipeline, by the method of the options.
 
-    With "auto" it is diffusers' inpainting pipeline for the model, where there is one, and else noise and resumed
-    sampling.
+    With "auto" it is diffusers' inpainting pipeline for the model, where there is one that takes its parts, and else
+    noise and resumed sampling.
 
     Args:
         pipeline: a loaded text-to-image or inpainting pipeline.
@@ -226,7 +226,12 @@ def open_redrawer(pipeline, options: RepairOptions) -> Redrawer:
     """
     if options.method == "resume":
         return ResumeRedrawer(pipeline, options)
-    inpainting = inpainting_pipeline(pipeline)
+    try:
+        inpainting = inpainting_pipeline(pipeline)
+    except UserError:
+        if options.method == "inpaint":
+            raise
+        inpainting = None
     if inpainting is not None:
         return InpaintRedrawer(inpainting, options)
     if options.method == "inpaint":

@@ -88,6 +88,14 @@ def test_auto_inpaints_where_it_can_and_keeps_the_weights_dtype():
     assert isinstance(open_redrawer(tiny_pipeline("sd"), options(method="resume")), ResumeRedrawer)
 
 
+def test_auto_resumes_where_diffusers_inpainting_takes_no_such_model():
+    pipeline = tiny_pipeline("sd")
+    pipeline.unet.register_to_config(sample_size=[2, 5])  # of pictures that are not square
+    assert isinstance(open_redrawer(pipeline, options()), ResumeRedrawer)
+    with pytest.raises(UserError, match="StableDiffusionInpaintPipeline: cannot be made of this pipeline"):
+        open_redrawer(pipeline, options(method="inpaint"))
+
+
 class Liar:
     """Says that whatever is not the first picture it saw is worse, or better."""
 
