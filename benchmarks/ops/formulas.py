@@ -139,10 +139,14 @@ def simpletuner_scheduled_smooth_l1(model_pred, latents, noise, timesteps, condi
     return sample_mean(loss * mask).mean()
 
 
+#: Of the official treatment: a confidence up to it does not count.
+ARTIFACT_THRESHOLD = 0.1
+
+
 def official_artifact_loss(logits, size):
-    """The published treatment's reduction: up-sample, sigmoid, mean of what exceeds 0.1 per picture."""
+    """The published treatment's reduction: up-sample, sigmoid, mean of what exceeds the threshold per picture."""
     confidence = torch.sigmoid(F.interpolate(upcast(logits), size=size, mode="bilinear", align_corners=False))
-    counted = (confidence > 0.1).to(confidence.dtype)
+    counted = (confidence > ARTIFACT_THRESHOLD).to(confidence.dtype)
     weighted = (confidence * counted).sum(dim=(1, 2, 3)) / (counted.sum(dim=(1, 2, 3)) + 1e-5)
     return weighted.mean()
 

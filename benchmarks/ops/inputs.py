@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from benchmarks.ops.formulas import POLICY_STEP
+from benchmarks.ops.formulas import ARTIFACT_THRESHOLD, POLICY_STEP
 from diffdoctor import Packed, reference
 
 
@@ -113,8 +113,20 @@ def simpletuner(case, device):
     }
 
 
-def logits(case, device):
-    return {"logits": 2.0 * normal(case.shape, case.dtype, device, 1) - 1.0}
+#: A confidence so near the threshold counts or not as it is rounded, and changes the gradient by more than a rounding.
+NEAR = 1e-6
+
+
+def logits(case, device, size):
+    """Logits that are moved where, up-sampled to `size`, a pixel's confidence is near the official threshold."""
+    found = 2.0 * normal(case.shape, case.dtype, device, 1) - 1.0
+    for _ in range(100):
+        enlarged = F.interpolate(found.double(), size=size, mode="bilinear", align_corners=False)
+        near = (torch.sigmoid(enlarged) - ARTIFACT_THRESHOLD).abs() < NEAR
+        if not near.any():
+            return {"logits": found}
+        found = torch.where(F.adaptive_max_pool2d(near.double(), found.shape[-2:]) > 0, found + 0.05, found)
+    raise RuntimeError("some pixels stay near the threshold")
 
 
 def modulation(case, device):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -263,7 +264,7 @@ def _artifact_case(name, shape, size, dtype=FP32, *tags):
         op="artifact_loss",
         shape=shape,
         dtype=dtype,
-        inputs=inputs.logits,
+        inputs=partial(inputs.logits, size=size),
         fused=_fused_artifact(size),
         formula=_artifact_formula(size),
         grad_of="logits",

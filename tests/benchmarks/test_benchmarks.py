@@ -13,6 +13,7 @@ from benchmarks.ops import (
     formulas,
     history,
     implementations,
+    inputs,
     launches,
     measure,
     memory,
@@ -80,6 +81,14 @@ def test_inputs_are_the_same_every_time():
     case = tiny("kohya/bf16")
     first, second = case.inputs(case, CPU), case.inputs(case, CPU)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_no_pixel_of_a_detectors_map_is_near_the_threshold(monkeypatch):
+    monkeypatch.setattr(inputs, "NEAR", 2e-3)  # many would be
+    case = dataclasses.replace(EVERY["detector-demo/fp32"], shape=(1, 1, 8, 8))
+    tensors = case.inputs(case, torch.device("cpu"))
+    enlarged = torch.nn.functional.interpolate(tensors["logits"], size=(64, 64), mode="bilinear")
+    assert (enlarged.sigmoid() - 0.1).abs().min() > 1.9e-3
 
 
 def test_least_bytes_of_the_bar_are_prediction_target_gradient_and_map():
