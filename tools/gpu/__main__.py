@@ -182,7 +182,7 @@ def part_benchmarks(context: Context) -> dict:
     return {"rows": len(history.read(rows))}
 
 
-def sanitize(context: Context, backend: str) -> dict:
+def sanitize(context: Context, backend: str, seconds: int) -> dict:
     """Every case at a tiny size under memcheck and racecheck; each allocation by itself, so that overruns show."""
     context.gpu()
     if shutil.which("compute-sanitizer") is None:
@@ -191,7 +191,7 @@ def sanitize(context: Context, backend: str) -> dict:
     commands = [
         ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", *PROBE, "small", backend] for tool in tools
     ]
-    answers = context.run_all(commands, 150, PYTORCH_NO_CUDA_MEMORY_CACHING="1", OMP_NUM_THREADS="1")
+    answers = context.run_all(commands, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1", OMP_NUM_THREADS="1")
     found, wrong = {}, []
     for tool, (text, reason) in zip(tools, answers, strict=True):
         summary = _matching(text, r"ERROR SUMMARY|RACECHECK SUMMARY")
@@ -204,13 +204,13 @@ def sanitize(context: Context, backend: str) -> dict:
 
 
 def part_sanitizer_cuda(context: Context) -> dict:
-    """compute-sanitizer over the CUDA backend."""
-    return sanitize(context, "cuda")
+    """compute-sanitizer over the CUDA backend, for as long as the tests beside it may take."""
+    return sanitize(context, "cuda", 200)
 
 
 def part_sanitizer_triton(context: Context) -> dict:
     """compute-sanitizer over the Triton backend: late, when its kernels are in the cache on disk."""
-    return sanitize(context, "triton")
+    return sanitize(context, "triton", 150)
 
 
 def part_ncu(context: Context) -> dict:
