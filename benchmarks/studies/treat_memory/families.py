@@ -17,25 +17,26 @@ from diffdoctor.treat.families.flux2 import Flux2Family
 from diffdoctor.treat.families.krea2 import Krea2Family
 from diffdoctor.treat.families.qwen_image import QwenImageFamily
 from diffdoctor.treat.families.sana import SanaFamily
+from diffdoctor.treat.families.wan import WanFamily
 from diffdoctor.treat.families.z_image import ZImageFamily
 
 
 @dataclass(frozen=True)
 class Case:
-    """A family's denoiser as diffusers configures it by default, and what it is told of one prompt at 1024 x 1024.
+    """A family's denoiser as diffusers configures it by default, and what it is told of one prompt.
 
     Attributes:
         title: for the table.
         family: its class.
         denoiser: name of diffusers' class.
-        latents: (C, h, w).
+        latents: (C, h, w), of a picture of 1024 x 1024, or (C, t, h, w) of a video.
         inputs: name -> shape of each input.
     """
 
     title: str
     family: type[Family]
     denoiser: str
-    latents: tuple[int, int, int]
+    latents: tuple[int, ...]
     inputs: dict[str, tuple[int, ...]]
 
 
@@ -59,6 +60,9 @@ CASES = {
         "FLUX.2 dev", Flux2Family, "Flux2Transformer2DModel", (128, 64, 64),
         {_TEXT: (1, 512, 15360), "guidance": (1,)},
     ),
+    "wan": Case(
+        "Wan, 81 frames of 480 x 832", WanFamily, "WanTransformer3DModel", (16, 21, 60, 104), {_TEXT: (1, 512, 4096)}
+    ),
 }  # fmt: skip
 
 
@@ -73,7 +77,8 @@ def family_row(name: str) -> dict:
             denoiser = getattr(diffusers, case.denoiser)()
         count.append(sum(parameter.numel() for parameter in denoiser.parameters()))
         scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
-        family = case.family(SimpleNamespace(transformer=denoiser, patch_size=2, scheduler=scheduler))
+        config = SimpleNamespace(boundary_ratio=None, expand_timesteps=False)
+        family = case.family(SimpleNamespace(transformer=denoiser, patch_size=2, scheduler=scheduler, config=config))
 
         def predict(latents):
             inputs = {name: torch.zeros(*shape, dtype=dtype) for name, shape in case.inputs.items()}
@@ -89,7 +94,12 @@ def family_row(name: str) -> dict:
 def families_markdown(rows: list[dict]) -> str:
     """`family_row`'s rows as a Markdown table."""
     lines = head(
-        "one picture of 1024 x 1024", "parameters", "weights in bf16", "kept", "peak beside them", "operations"
+        "one picture of 1024 x 1024, or as said",
+        "parameters",
+        "weights in bf16",
+        "kept",
+        "peak beside them",
+        "operations",
     )
     for found in rows:
         weights, kept = 2 * found["parameters"], found["kept"]["denoiser"]

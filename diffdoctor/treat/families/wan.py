@@ -96,6 +96,9 @@ class WanFamily(VideoAutoencoder, Family):
         )
 
     def denoise(self, latents, timesteps, inputs):
+        if self._boundary is None:
+            return self._denoise(_NAMES["high"], latents, timesteps, inputs)
+        # the host must know whom to ask
         names = [self._name_at(timestep) for timestep in timesteps.tolist()]
         if len(set(names)) == 1:
             return self._denoise(names[0], latents, timesteps, inputs)
