@@ -67,8 +67,13 @@ def open_video(path: str | os.PathLike, *, check: SizeCheck | None = None) -> It
         UserError: PyAV is not installed.
     """
     opened = _by_pillow if Path(path).suffix.lower() in ANIMATION_SUFFIXES else _by_pyav
-    with opened(path, check or (lambda height, width: None)) as (frames, fps):
-        yield Video(_of_one_size(frames), fps if fps > 0 else _FPS)
+    context = opened(path, check or (lambda height, width: None))
+    frames, fps = context.__enter__()
+    try:
+        yield Video(_checked(frames), fps if fps > 0 else _FPS)
+    finally:
+        # an error of the block is none of the file, which the context would make of it
+        context.__exit__(None, None, None)
 
 
 def sampled(frames: Iterator[np.ndarray], start: int = 0, stride: int = 1, count: int | None = None) -> Iterator:
@@ -129,9 +134,18 @@ def _check_size(height: int, width: int, check: Callable[[int, int], str | None]
         raise UnreadablePicture(reason)
 
 
-def _of_one_size(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+def _checked(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The frames; whatever a decoder raises becomes `UnreadablePicture`, as a frame of another size."""
     shape = None
-    for frame in frames:
+    while True:
+        try:
+            frame = next(frames, None)
+        except (UnreadablePicture, MemoryError):
+            raise
+        except Exception as error:  # decoders of hostile bytes raise whatever comes
+            raise UnreadablePicture(BROKEN, getattr(error, "strerror", None) or first_line(error)) from error
+        if frame is None:
+            return
         shape = shape or frame.shape
         if frame.shape != shape:
             raise UnreadablePicture("a video whose frames differ in size")

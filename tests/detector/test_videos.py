@@ -1,5 +1,6 @@
 """`diagnose` of videos: a map for every frame, one record, and what people look at."""
 
+import errno
 import json
 import sys
 
@@ -16,6 +17,7 @@ from diffdoctor.data.video import open_video
 from diffdoctor.detector import ConvDetector
 from diffdoctor.maps import find_clip_map, read_clip_map
 from diffdoctor.measures.pixels import flagged_share, is_flagged
+from diffdoctor.runs.errors import UserError
 from support.pictures import tree
 from support.videos import moving_square, write_animation, write_mp4
 
@@ -88,6 +90,16 @@ def test_what_is_no_video_is_counted_and_the_page_shows_the_rest(diagnosed):
     for name in ("overlays/a/one.webp", "overlays/two.webp", "overlays/three.webp"):
         assert name in page
     assert page.count('src="data:image/webp') == 3
+
+
+@pytest.mark.parametrize("name", ["a/one.mp4", "two.gif"])
+def test_what_fails_beside_the_video_is_not_laid_to_the_file(diagnosed, name):
+    path = diagnosed[0] / "pool" / name
+    for error in (OSError(errno.ENOSPC, "No space left on device"), RuntimeError("out of memory"), UserError("NaN")):
+        with pytest.raises(type(error)) as caught, open_video(path) as video:
+            next(video.frames)
+            raise error
+        assert caught.value is error
 
 
 def test_the_same_command_does_nothing_again_and_what_it_cannot_do_is_refused(diagnosed, capsys, monkeypatch):
