@@ -11,7 +11,7 @@ from diffdoctor.data.codec import SUFFIXES
 from diffdoctor.data.shard_writer import SHEET
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.data.text import readable
-from diffdoctor.data.video import ANIMATION_SUFFIXES, VIDEO_SUFFIXES
+from diffdoctor.data.video import ANIMATION_SUFFIXES, VIDEO_SUFFIXES, is_video
 from diffdoctor.runs.record import kind_of_run
 
 MAP_ENDING = ".mask.png"  # beside a picture, as in shards
@@ -111,18 +111,19 @@ def names_of(files: list[Path], folder: Path) -> list[str]:
     r"""What files are called in results: their paths below the folder, without suffix unless that would be ambiguous.
 
     The suffix is kept where two files differ in nothing else, and where a name would be that of another picture, or of
-    one in another shard. Bytes of a file name that are not Unicode are written as \udcff.
+    one in another shard or video. Bytes of a file name that are not Unicode are written as \udcff.
     """
     full = [readable(path.relative_to(folder).as_posix()) for path in files]
     names = [readable(path.relative_to(folder).with_suffix("").as_posix()) for path in files]
     while True:
         count = collections.Counter(names)
-        # Pictures in a shard are called SHARD/KEY.
+        # Pictures in a shard are called SHARD/KEY, and the maps of a video lie in VIDEO/.
         folders = {parent for name in names for parent in _parents(name)}
         ambiguous = [
             index
             for index, name in enumerate(names)
-            if name != full[index] and (count[name] > 1 or (is_shard(files[index]) and name in folders))
+            if name != full[index]
+            and (count[name] > 1 or (name in folders and (is_shard(files[index]) or is_video(files[index]))))
         ]
         if not ambiguous:
             return names

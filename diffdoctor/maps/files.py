@@ -23,7 +23,7 @@ from diffdoctor.data.codec import (
     open_picture,
     picture_size,
 )
-from diffdoctor.data.folders import MAP_ENDING, find_files, is_shard, names_of
+from diffdoctor.data.folders import MAP_ENDING, find_files, is_read, is_shard, names_of
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.data.text import is_unicode
 from diffdoctor.runs import strict_json
@@ -83,14 +83,14 @@ def find_map(
 @functools.lru_cache(maxsize=8)
 def _finder(folder: Path, root: Path, maps: Path | None, stamp: int) -> _MapFinder:
     """Of one folder's pictures; `stamp` changes when a file is added."""
-    return _MapFinder(find_files(folder, SkipCounts(), deep=False), root, maps)
+    return _MapFinder(find_files(folder, SkipCounts(), deep=False, videos=True), root, maps)
 
 
 class _MapFinder:
     """The maps of the pictures of one folder, by the names that `diagnose` gives them.
 
     Args:
-        files: all pictures and shards.
+        files: all pictures, shards and videos.
         root: of the folder.
         maps: folder of the maps, which mirrors it; None: the maps lie beside the pictures.
     """
@@ -289,9 +289,10 @@ def read_folder(folder: str | os.PathLike, maps: str | os.PathLike | None = None
         got = f"an output folder of {kind}" + (" (see ShardRecords)" if kind == "inject" else "")
         raise UserError(expected(folder, "a folder of pictures", got))
     counts = SkipCounts()
-    files = find_files(folder, counts, without=[] if maps is None else [Path(maps)])
-    captions = captions_of(folder, (path.relative_to(folder).as_posix() for path in files), counts)
+    files = find_files(folder, counts, without=[] if maps is None else [Path(maps)], videos=True)
     finder, records, bare = _MapFinder(files, folder, None if maps is None else Path(maps)), [], 0
+    files = [path for path in files if is_read(path)]  # videos count in names alone
+    captions = captions_of(folder, (path.relative_to(folder).as_posix() for path in files), counts)
     for path in files:
         if is_shard(path):
             counts.add("a shard, see ShardRecords", str(path))

@@ -115,6 +115,15 @@ def test_names_tell_all_pictures_apart(tmp_path):
     assert names("s.tar", "s/x.png") == ["s.tar", "s/x"]
     assert names("s.tar", "s.png", "s/x.png") == ["s.tar", "s.png", "s/x"]
     assert names("s.tar", "s/t.tar", "s/t/x.png") == ["s.tar", "s/t.tar", "s/t/x"]
+    assert names("v.mp4", "v/x.png", "w.mov") == ["v.mp4", "v/x", "w"]
+
+
+def test_a_video_beside_a_picture_of_its_name_takes_no_map_away(tmp_path):
+    save(tmp_path / "set" / "a.png")
+    (tmp_path / "set" / "a.mp4").write_bytes(b"")
+    write_map(tmp_path / "maps" / "a.png.png", np.zeros((3, 4)))  # as diagnose, which reads both, calls it
+    (record,) = read_folder(tmp_path / "set", tmp_path / "maps")
+    assert record.confidence == find_map(record.picture, tmp_path / "maps") == tmp_path / "maps" / "a.png.png"
 
 
 def test_each_picture_gets_the_map_of_its_own_name(tmp_path):
