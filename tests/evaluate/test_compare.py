@@ -1,5 +1,6 @@
 """`diffdoctor evaluate compare` without its page: pairs, sides, answers that stay, what they say, and who is let in."""
 
+import errno
 import itertools
 import json
 
@@ -133,6 +134,23 @@ def test_an_answer_is_kept_once_and_survives_a_torn_line(folders, tmp_path):
         Answers(path)
 
 
+def test_an_answer_that_the_disk_refuses_leaves_no_part_of_a_line(folders, tmp_path, monkeypatch):
+    path = tmp_path / "c.jsonl"
+    queue = queue_of(folders, path)
+    queue.put("ann", 0, "left", 1, 7)
+    whole = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        patched.setattr("os.fsync", full)
+        queue.put("ann", 1, "left", 1, 7)
+    assert path.read_bytes() == whole and queue.counts("ann")["done"] == 1
+    queue.put("ann", 1, "left", 1, 7)
+    assert len(Answers(path).rows) == 2
+
+
 def test_what_the_answers_say(folders, tmp_path):
     queue = queue_of(folders, tmp_path / "c.jsonl", needed=3)
     # b where the judge says so, but for one pair; ben agrees but for one, and ann is fond of the left picture there
@@ -175,14 +193,15 @@ def served(folders, tmp_path):
     queue = queue_of(folders, tmp_path / "c.jsonl")
     people = People(tmp_path / "people.json", ["ann", "ben"])
     tokens = people.new_tokens()
-    with running(lambda hosts: build_app(queue, people, "Which?", hosts)) as url:
+    with running(lambda hosts: build_app(queue, people, "Which?", hosts, comparison="c1")) as url:
         yield queue, {name: Client(url, token) for name, token in tokens.items()}
 
 
 def test_the_page_never_hears_which_is_which(served, folders):
     queue, people = served
     ann = people["ann"]
-    assert ann.json("GET", "/api/me")[1] == {"name": "ann", "question": "Which?", "counts": {"done": 0, "left": 6}}
+    about = {"name": "ann", "question": "Which?", "comparison": "c1"}  # a page keeps its answers by the comparison
+    assert ann.json("GET", "/api/me")[1] == {**about, "counts": {"done": 0, "left": 6}}
     shown = ann.json("POST", "/api/next", {"tab": "t"})[1]
     assert {*shown} == {"pair", "counts", "prompt"}
     path = f"/api/pairs/{shown['pair']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -65,11 +66,16 @@ class Answers:
 
     def add(self, row: dict[str, Any]) -> None:
         """Write an answer; it is on the disk when this returns."""
-        is_new = not self.path.exists()
-        with open(self.path, "ab") as file:
-            file.write(strict_json.dumps(row).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        is_new, line = not self.path.exists(), strict_json.dumps(row).encode() + b"\n"
+        with open(self.path, "ab", buffering=0) as file:
+            whole = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(whole)  # else the next line would begin behind a part of this one
+                raise
         if is_new:
             sync_folder(self.path.parent)
         self._keep(row)

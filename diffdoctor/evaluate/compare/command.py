@@ -7,6 +7,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from diffdoctor.evaluate.compare.config import EvaluateCompareConfig
 from diffdoctor.evaluate.compare.pairs import Pair, chosen_pairs, find_pairs
 from diffdoctor.evaluate.compare.report import verdict, write_report
 from diffdoctor.evaluate.compare.summary import summarise
-from diffdoctor.runs.errors import missing_extra
+from diffdoctor.runs.errors import UserError, missing_extra
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.progress import progress
 from diffdoctor.runs.record import RunFolder, versions
@@ -38,6 +39,7 @@ def run_evaluate_compare(config: EvaluateCompareConfig) -> dict:
     pairs = chosen_pairs(found, config.pairs, config.seed)
     measure = _measures(config)
     identity = {"pictures": _digest(found), "question": config.question, "seed": config.seed}
+    comparison = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     results = dict.fromkeys((ANSWERS, PEOPLE, RESULT, REPORT))
     output = Path(config.output)
     with RunFolder(output, "evaluate compare", identity, results) as folder:
@@ -52,7 +54,7 @@ def run_evaluate_compare(config: EvaluateCompareConfig) -> dict:
                 return [f"{name}: {url}/#token={token}" for name, token in people.new_tokens().items()]
 
             def app(hosts: list[str], scheme: str) -> Any:
-                return build(queue, people, config.question, hosts, scheme=scheme)
+                return build(queue, people, config.question, hosts, scheme=scheme, comparison=comparison)
 
             _tell_of_sizes(pairs)
             serve_until_interrupted(config, app, links, config.hosts)
@@ -79,12 +81,12 @@ def _digest(pairs: Sequence[Pair]) -> str:
 
 
 def _tell_of_sizes(pairs: Sequence[Pair]) -> None:
-    from diffdoctor.data.codec import open_picture, picture_size
+    from diffdoctor.data.codec import UnreadablePicture, open_picture, picture_size
 
     first, sizes = pairs[0], []
     for place in (first.a, first.b):
         if place.offset == 0:
-            with open_picture(place.file) as image:
+            with suppress(UnreadablePicture), open_picture(place.file) as image:
                 sizes.append(picture_size(image))
     if len({*sizes}) > 1:
         print(f"notice: {first.name}: the two pictures differ in size, by which raters may know them", file=sys.stderr)
@@ -116,7 +118,12 @@ def _measures(config: EvaluateCompareConfig):
         with progress(len(pairs), desc="measure", unit="pair") as bar:
             for pair in pairs:
                 scores = dict(pair.scores)
-                pictures = [as_batch([place.read()]) for place in (pair.a, pair.b)]
+                try:
+                    pictures = [as_batch([place.read()]) for place in (pair.a, pair.b)]
+                except UserError as error:
+                    print(f"notice: {pair.name}: not measured; {error}", file=sys.stderr)
+                    found.append(pair)
+                    continue
                 for name, network in networks.items():
                     if name == "judge":
                         values = [flagged_share(diagnose_pictures(network, p, name="judge")) for p in pictures]

@@ -19,7 +19,9 @@ from diffdoctor.web.requests import Ask, endpoint, png
 _MOST_MS = 24 * 3_600_000
 
 
-def build_app(queue: Queue, people: People, question: str, hosts: Iterable[str], *, scheme: str = "http") -> ASGI:
+def build_app(
+    queue: Queue, people: People, question: str, hosts: Iterable[str], *, scheme: str = "http", comparison: str = ""
+) -> ASGI:
     """The application: the page, and what it asks, behind the guard.
 
     Args:
@@ -28,8 +30,9 @@ def build_app(queue: Queue, people: People, question: str, hosts: Iterable[str],
         question: that the page asks.
         hosts: values of the Host header that are served, with their port.
         scheme: http or https.
+        comparison: what tells this comparison from others, by which pages keep answers that have not arrived.
     """
-    ours = _Endpoints(queue, question)
+    ours = _Endpoints(queue, question, comparison)
     table = [
         ("GET", "me", ours.me),
         ("POST", "next", ours.next),
@@ -42,15 +45,15 @@ def build_app(queue: Queue, people: People, question: str, hosts: Iterable[str],
 
 
 class _Endpoints:
-    def __init__(self, queue: Queue, question: str):
-        self.queue, self.question = queue, question
+    def __init__(self, queue: Queue, question: str, comparison: str):
+        self.queue, self.about = queue, {"question": question, "comparison": comparison}
         # As PNG without metadata, whatever the files are: nothing but the pixels tells the sides apart.
         self._png = functools.lru_cache(maxsize=32)(lambda place: png(place.read()))
 
     def me(self, ask: Ask) -> Response:
         """Who asks, and how far the work is."""
         counts = self.queue.counts(ask.person)
-        return JSONResponse({"name": ask.person, "question": self.question, "counts": counts})
+        return JSONResponse({"name": ask.person, **self.about, "counts": counts})
 
     def next(self, ask: Ask) -> Response:
         """The pair that a tab shows next."""

@@ -136,7 +136,7 @@ class App {
 
   /** Where a tab keeps its answer; a closed tab's is sent by the next that is opened. */
   pending(name) {
-    return `${PENDING}/${this.me.name}/${name}`;
+    return `${PENDING}/${this.me.comparison}/${this.me.name}/${name}`;
   }
 
   /** Sends the answer that is kept, again and again until it has arrived. */
