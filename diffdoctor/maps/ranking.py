@@ -73,7 +73,8 @@ class PictureRanking:
         for name, value in zip(("losses", "shares", "levels"), values, strict=True):
             if value is not None and value.shape != (len(keys),):
                 raise ValueError(expected(name, f"shape ({len(keys)},), one for each key", tuple(value.shape)))
-        self._pending.append((list(map(str, keys)), *values))
+        # Copies: a trainer may write the next step's losses where these stand.
+        self._pending.append((list(map(str, keys)), *(None if value is None else value.clone() for value in values)))
         if len(self._pending) >= _PENDING:
             self._flush()
 

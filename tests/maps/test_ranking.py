@@ -26,7 +26,10 @@ def filled(keys, losses, shares, levels, batch=8):
     found = PictureRanking()
     for first in range(0, len(keys), batch):
         part = slice(first, first + batch)
-        found.update(keys[part], torch.tensor(losses[part]), torch.tensor(shares[part]), torch.tensor(levels[part]))
+        values = [torch.tensor(values[part]) for values in (losses, shares, levels)]
+        found.update(keys[part], *values)
+        for value in values:
+            value.zero_()  # as by a trainer that writes each step's to the same place
     return found
 
 
