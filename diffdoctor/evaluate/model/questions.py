@@ -109,9 +109,7 @@ class Questioner:
     def _tokens_of(self, words: Sequence[str]) -> list[int]:
         """The tokens that begin an answer, however it is written."""
         encoded = [self.tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
-        whole = {tokens[0] for tokens in encoded if len(tokens) == 1}
-        unknown = {self.tokenizer.unk_token_id} if len(whole) > 1 else set()
-        return sorted(whole - unknown)
+        return sorted({tokens[0] for tokens in encoded if len(tokens) == 1} - {self.tokenizer.unk_token_id})
 
     def to(self, device: torch.device) -> Questioner:
         """Move the model."""
