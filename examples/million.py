@@ -97,7 +97,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--scale", type=int, default=4000, help="pictures drawn for the pool (4000: ten minutes)")
     command.add_argument("--pipeline", type=Path, help="diffusers pipeline (one that learns digits first)")
     command.add_argument("--prompts", type=Path, help="its prompts, a line each, or .jsonl (the digits')")
-    command.add_argument("--draw", nargs="+", default=[], help="options of `diffdoctor sample`, such as --height=512")
+    drawing = "an option of `diffdoctor sample`, as in --draw=--height=512; any number of them"
+    command.add_argument("--draw", action="append", default=[], help=drawing)
     command.add_argument("--engine", default="processes", help="see docs/scale.md (processes)")
     command.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="of `inject`")
     command.add_argument("--budget", type=int, default=400, help="tasks for people (400)")

@@ -215,6 +215,11 @@ def test_command_line_names_every_option(name, monkeypatch, capsys):
         assert f"--{field.name}" in shown
 
 
+def test_the_road_to_a_million_takes_options_of_the_drawing():
+    words = ["--output", "o", "--draw=--height=512", "--draw=--width=512"]
+    assert load_example("million").parser().parse_args(words).draw == ["--height=512", "--width=512"]
+
+
 @pytest.mark.study
 def test_the_road_to_a_million_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     million, output = load_example("million"), tmp_path / "million"
