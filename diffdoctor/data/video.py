@@ -110,12 +110,12 @@ def _by_pyav(path, check) -> Iterator[tuple[Iterator[np.ndarray], float]]:
             _check_size(stream.height, stream.width, check)
             stream.thread_type = "AUTO"
             yield _pyav_frames(container, stream), float(stream.average_rate or stream.guessed_rate or 0)
-    except UnreadablePicture:
+    except (UnreadablePicture, MemoryError):
         raise
-    except av.error.FFmpegError as error:
-        raise UnreadablePicture(BROKEN, error.strerror or first_line(error)) from error
-    except OSError as error:
-        raise UnreadablePicture("a file that cannot be read", error.strerror or str(error)) from error
+    except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, av.error.FFmpegError):
+            raise UnreadablePicture("a file that cannot be read", error.strerror or str(error)) from error
+        raise _broken(error) from error  # a stream whose codec is not known has no height, for one
 
 
 def _pyav_frames(container, stream) -> Iterator[np.ndarray]:
@@ -143,10 +143,14 @@ def _checked(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         except (UnreadablePicture, MemoryError):
             raise
         except Exception as error:  # decoders of hostile bytes raise whatever comes
-            raise UnreadablePicture(BROKEN, getattr(error, "strerror", None) or first_line(error)) from error
+            raise _broken(error) from error
         if frame is None:
             return
         shape = shape or frame.shape
         if frame.shape != shape:
             raise UnreadablePicture("a video whose frames differ in size")
         yield frame
+
+
+def _broken(error: Exception) -> UnreadablePicture:
+    return UnreadablePicture(BROKEN, getattr(error, "strerror", None) or first_line(error))

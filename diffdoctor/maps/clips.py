@@ -15,7 +15,7 @@ from diffdoctor.data.codec import UnreadablePicture
 from diffdoctor.data.folders import find_files, names_of
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.data.video import ANIMATION_SUFFIXES, VIDEO_SUFFIXES, is_video, open_video, sampled
-from diffdoctor.maps.files import MapLike, Record, read_map
+from diffdoctor.maps.files import MapLike, Record, read_array, read_map
 from diffdoctor.maps.geometry import PairedTransform, check_proportions, placed_map, placed_picture
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import file_name
@@ -39,9 +39,12 @@ def read_clip(clip: ClipLike, start: int = 0, stride: int = 1, count: int | None
         uint8 (T, H, W, 3).
 
     Raises:
-        ValueError: an array of another shape or dtype, or fewer frames than that.
+        ValueError: an array of another shape or dtype, a number out of range, or fewer frames than that.
         UserError: a file that is no video or is broken, which is named.
     """
+    for option, value, least in (("start", start, 0), ("stride", stride, 1), ("count", count, 1)):
+        if value is not None and value < least:
+            raise ValueError(expected(option, f"at least {least}", value))
     if isinstance(clip, np.ndarray):
         if clip.ndim != 4 or clip.shape[3] != 3 or clip.dtype != np.uint8:
             raise ValueError(expected("clip", "(T, H, W, 3) uint8", f"{clip.shape} {clip.dtype}"))
@@ -85,7 +88,7 @@ def read_clip_map(confidence: MapLike, indices: Sequence[int] | None = None) -> 
 
     Raises:
         TypeError: see `read_map`.
-        ValueError: see `read_map`; an index beyond the last frame.
+        ValueError: see `read_map`; no frame, or an index beyond the last one.
         UserError: a file that cannot be read, which is named.
     """
     name, parts = "confidence", None
@@ -97,7 +100,7 @@ def read_clip_map(confidence: MapLike, indices: Sequence[int] | None = None) -> 
             if not parts:
                 raise UserError(expected(path, "a folder of maps as PNG files, one a frame", "none"))
         elif path.suffix.lower() == ".npy":
-            confidence = np.load(path, allow_pickle=False, mmap_mode="r")
+            confidence = read_array(path, mmap_mode="r")
         elif is_video(path):
             parts = [frame[:, :, 0] for frame in _frames_of(path, 0, 1, None)]
     if parts is None and not isinstance(confidence, (str, os.PathLike)) and not hasattr(confidence, "getbands"):
@@ -109,7 +112,9 @@ def read_clip_map(confidence: MapLike, indices: Sequence[int] | None = None) -> 
         one = read_map(confidence)[None]
         return one if indices is None else np.repeat(one, len(indices), axis=0)
     chosen = range(len(parts)) if indices is None else indices
-    if len(chosen) and max(chosen) >= len(parts):
+    if not len(chosen):
+        raise ValueError(expected(name, "a map for one frame at least", "none"))
+    if max(chosen) >= len(parts):
         raise ValueError(expected(name, f"a map for frame {max(chosen)}", f"{len(parts)} frames"))
     return np.stack([read_map(parts[index]) for index in chosen])
 

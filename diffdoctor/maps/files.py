@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -197,13 +197,22 @@ def read_map(confidence: MapLike) -> np.ndarray:
     return values.astype(np.float32)
 
 
+def read_array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    """The array of an `.npy` file, with `mmap_mode` "r" on the disk.
+
+    Raises:
+        UserError: it holds none, or not one of numbers.
+    """
+    try:
+        return np.load(path, allow_pickle=False, mmap_mode=mmap_mode)
+    # A header may ask for any memory, and promise what is not there.
+    except (OSError, ValueError, EOFError, MemoryError) as error:
+        raise UserError(expected(path, "an .npy file of numbers", first_line(error))) from error
+
+
 def _map_file(path: Path) -> np.ndarray:
     if path.suffix.lower() == ".npy":
-        try:
-            return np.load(path, allow_pickle=False)
-        # A header may ask for any memory, and promise what is not there.
-        except (OSError, ValueError, EOFError, MemoryError) as error:
-            raise UserError(expected(path, "an .npy file of numbers", first_line(error))) from error
+        return read_array(path)
     try:
         with open_picture(path) as image:
             image.load()

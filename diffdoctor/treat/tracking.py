@@ -18,6 +18,8 @@ from diffdoctor.treat.files import writing
 PROJECT = "diffdoctor-treat"
 # pictures smaller than this are enlarged on a sheet, pixel for pixel
 _LEAST_SIDE = 64
+# Of an animation: WebP ends at 16,383 pixels, and all of its frames are held at once.
+_MOVING_SIDE = 2048
 
 
 class Tracking:
@@ -78,14 +80,14 @@ class Tracking:
         """
         if self.output_dir is None or not self.is_main:
             return
+        from diffdoctor.data.pictures import shrink_to
         from diffdoctor.viz.draw import png_bytes
         from diffdoctor.viz.video import animation
 
         picture, moving = sample_sheet(pictures, confidence), None
         if pictures.ndim == 5:
-            moving = animation(
-                [sample_sheet(*frame) for frame in zip(pictures.unbind(2), confidence.unbind(2), strict=True)]
-            )
+            frames = zip(pictures.unbind(2), confidence.unbind(2), strict=True)
+            moving = animation([shrink_to(sample_sheet(*frame), _MOVING_SIDE) for frame in frames])
         with writing(self.output_dir):
             atomic_write_bytes(self.output_dir / "samples" / f"step-{step:08d}.png", png_bytes(picture))
             if moving is not None:

@@ -12,6 +12,7 @@ from diffdoctor.viz.draw import GAP
 FILM_FRAMES = 5
 # Of an animation, so that a long video fits into memory and onto a page.
 _LONGEST_SIDE, _MOST_FRAMES = 384, 240
+_LONGEST_FRAME = 60_000  # milliseconds
 
 
 def film_indices(frames: int, count: int = FILM_FRAMES) -> list[int]:
@@ -46,7 +47,8 @@ def animation(frames: Sequence[np.ndarray], fps: float = 16.0) -> bytes:
 
     buffer = io.BytesIO()
     first, *rest = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
-    options = {"duration": round(1000 / fps), "loop": 0, "quality": 85, "method": 4}
+    milliseconds = min(max(round(1000 / fps), 1), _LONGEST_FRAME)
+    options = {"duration": milliseconds, "loop": 0, "quality": 85, "method": 4}
     first.save(buffer, format="WEBP", save_all=True, append_images=rest, **options)
     return buffer.getvalue()
 

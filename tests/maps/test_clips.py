@@ -95,6 +95,17 @@ def test_what_does_not_fit_is_refused(tmp_path):
     (tmp_path / "no.mp4").write_bytes(b"no video")
     with pytest.raises(UserError, match=r"no\.mp4: expected a video, got a broken video"):
         read_clip(tmp_path / "no.mp4")
+    write_mp4(tmp_path / "whole.mp4", FRAMES)
+    (tmp_path / "odd.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes().replace(b"avc1", b"none"))
+    with pytest.raises(UserError, match=r"odd\.mp4: expected a video, got a broken video"):  # of no known codec
+        clip_size(tmp_path / "odd.mp4")
+    (tmp_path / "no.npy").write_bytes(b"no array")
+    with pytest.raises(UserError, match=r"no\.npy: expected an \.npy file of numbers"):
+        read_clip_map(tmp_path / "no.npy")
+    with pytest.raises(ValueError, match="confidence: expected a map for one frame at least"):
+        read_clip_map(MAPS[:0])
+    with pytest.raises(ValueError, match="stride: expected at least 1, got 0"):
+        read_clip(FRAMES, stride=0)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"expected videos \(\.mp4"):
         read_clips(tmp_path / "empty")
