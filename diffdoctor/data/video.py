@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -27,6 +27,8 @@ BROKEN = "a broken video"
 # What is opened, whatever the file is called: no playlists, which lead to other files and addresses.
 _DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm"
 _FPS = 10.0  # where a file says nothing
+_MATROSKA, _SEGMENT = b"\x1aE\xdf\xa3", b"\x18S\x80g"
+_MOST_BOXES = 2**16  # of an mp4 file that are looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,9 @@ def _by_pyav(path, check) -> Iterator[tuple[Iterator[np.ndarray], float]]:
     except ImportError:
         raise missing_extra("av", "video") from None
     try:
+        with open(path, "rb") as file:
+            if _ends_early(file):
+                raise UnreadablePicture(BROKEN, "it breaks off")
         with open(path, "rb") as file, av.open(file, options={"format_whitelist": _DEMUXERS}) as container:
             if not container.streams.video:
                 raise UnreadablePicture("a file without a video")
@@ -116,6 +121,38 @@ def _by_pyav(path, check) -> Iterator[tuple[Iterator[np.ndarray], float]]:
         if isinstance(error, OSError) and not isinstance(error, av.error.FFmpegError):
             raise UnreadablePicture("a file that cannot be read", error.strerror or str(error)) from error
         raise _broken(error) from error  # a stream whose codec is not known has no height, for one
+
+
+def _ends_early(file: BinaryIO) -> bool:
+    """Whether an mp4 or Matroska file says that more bytes belong to it than it has: FFmpeg reads on without a word."""
+    total = os.fstat(file.fileno()).st_size
+    if file.read(4) == _MATROSKA:
+        file.seek(_variable_int(file) or 0, os.SEEK_CUR)
+        size = _variable_int(file) if file.read(4) == _SEGMENT else None
+        return size is not None and file.tell() + size > total
+    place = 0
+    for _ in range(_MOST_BOXES):
+        file.seek(place)
+        size, kind = int.from_bytes(file.read(4), "big"), file.read(4)
+        if size == 1:
+            size = int.from_bytes(file.read(8), "big")
+        if size < 8:  # it goes to the end, or is no box
+            return False
+        place += size
+        if place > total:
+            return kind == b"mdat"
+    return False
+
+
+def _variable_int(file: BinaryIO) -> int | None:
+    """A size as Matroska writes it; None where it is left open."""
+    first = file.read(1)
+    if not first or not first[0]:
+        return None
+    length = 9 - first[0].bit_length()
+    most = (1 << 7 * length) - 1
+    value = int.from_bytes(first + file.read(length - 1), "big") & most
+    return None if value == most else value
 
 
 def _pyav_frames(container, stream) -> Iterator[np.ndarray]:

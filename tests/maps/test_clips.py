@@ -99,6 +99,13 @@ def test_what_does_not_fit_is_refused(tmp_path):
     (tmp_path / "odd.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes().replace(b"avc1", b"none"))
     with pytest.raises(UserError, match=r"odd\.mp4: expected a video, got a broken video"):  # of no known codec
         clip_size(tmp_path / "odd.mp4")
+    for suffix in (".mp4", ".mkv"):  # which a player would show as far as they go
+        write_mp4(tmp_path / f"cut{suffix}", FRAMES, options={"movflags": "faststart"})
+        assert clip_size(tmp_path / f"cut{suffix}")[0] == len(FRAMES)
+        whole = (tmp_path / f"cut{suffix}").read_bytes()
+        (tmp_path / f"cut{suffix}").write_bytes(whole[: -len(whole) // 10])
+        with pytest.raises(UserError, match=r"a broken video \(it breaks off\)"):
+            clip_size(tmp_path / f"cut{suffix}")
     (tmp_path / "no.npy").write_bytes(b"no array")
     with pytest.raises(UserError, match=r"no\.npy: expected an \.npy file of numbers"):
         read_clip_map(tmp_path / "no.npy")

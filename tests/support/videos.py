@@ -12,10 +12,10 @@ def moving_square(frames=12, height=20, width=30, side=6):
     return np.repeat((maps * 255).astype(np.uint8)[..., None], 3, -1), maps
 
 
-def write_mp4(path, frames, fps=8):
+def write_mp4(path, frames, fps=8, options=None):
     import av
 
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", container_options=options or {}) as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "0"})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv444p"
         for frame in frames:
