@@ -126,11 +126,12 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.output / SHOWN
     done = json.loads(path.read_text()) if path.is_file() else []
     for name, pictures, words in steps_of(options, prompts, count):
-        if name in {step["name"] for step in done}:
+        if words in [step["words"] for step in done]:
             continue
         started = time.monotonic()
         peak = run(words)
-        done.append({"name": name, "pictures": pictures, "seconds": time.monotonic() - started, "peak_mib": peak})
+        step = {"name": name, "words": words, "pictures": pictures, "seconds": time.monotonic() - started}
+        done.append(step | {"peak_mib": peak})
         atomic_write_json(path, done)
     print(table(done))
     return 0

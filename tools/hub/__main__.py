@@ -70,7 +70,8 @@ def write(output: Path, commit: str) -> None:
     Raises:
         SystemExit: the folder holds something else.
     """
-    if output.exists() and any(output.iterdir()) and not (output / "build" / "torch-cpu" / "metadata.json").is_file():
+    ours = (output / "build" / "torch-cpu" / "metadata.json").is_file()
+    if output.exists() and not ours and (not output.is_dir() or any(output.iterdir())):
         sys.exit(f"--output {output}: expected a new folder or one that this command wrote, got other files in it")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
