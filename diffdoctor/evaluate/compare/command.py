@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from diffdoctor.evaluate.compare.config import EvaluateCompareConfig
 from diffdoctor.evaluate.compare.pairs import Pair, chosen_pairs, find_pairs
 from diffdoctor.evaluate.compare.report import verdict, write_report
 from diffdoctor.evaluate.compare.summary import summarise
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, missing_extra
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.progress import progress
@@ -39,7 +39,7 @@ def run_evaluate_compare(config: EvaluateCompareConfig) -> dict:
     pairs = chosen_pairs(found, config.pairs, config.seed)
     measure = _measures(config)
     identity = {"pictures": _digest(found), "question": config.question, "seed": config.seed}
-    comparison = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    comparison = hashlib.sha256(strict_json.dumps(identity).encode()).hexdigest()[:16]
     results = dict.fromkeys((ANSWERS, PEOPLE, RESULT, REPORT))
     output = Path(config.output)
     with RunFolder(output, "evaluate compare", identity, results) as folder:
@@ -77,7 +77,7 @@ def _digest(pairs: Sequence[Pair]) -> str:
         [pair.name, pair.prompt, *((place.file.name, place.offset, place.size) for place in (pair.a, pair.b))]
         for pair in pairs
     ]
-    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+    return hashlib.sha256(strict_json.dumps(seen).encode()).hexdigest()
 
 
 def _tell_of_sizes(pairs: Sequence[Pair]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import hashlib
 import itertools
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from diffdoctor.evaluate.model.report import doubts, print_measures, write_repor
 from diffdoctor.evaluate.model.store import EvaluationFolder
 from diffdoctor.evaluate.model.summary import NEIGHBOURS, summarise, summarise_groups
 from diffdoctor.evaluate.model.table import write_table
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_write_json, stamp
 from diffdoctor.runs.progress import progress, quiet_loaders
@@ -205,7 +205,7 @@ class Evaluation:
         if questioner is None:
             return None
         asked = [questioner.asked(prompt.text) for prompt in self.plan.prompts]
-        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        return hashlib.sha256(strict_json.dumps(asked).encode()).hexdigest()
 
     def _mine(self, items: Sequence) -> list:
         """This process's items; which these are does not depend on what other processes have finished."""
