@@ -270,7 +270,7 @@ def compare(work, expected):
 
 
 # Of the points that `kill_points` finds, so many are tried.
-KILLED = 6
+KILLED = 4
 
 
 def kill_points(kinds, chance):
