@@ -375,17 +375,7 @@ bool l2_serves_call(const WeightedLossParams& p) {
 }
 
 const char* launch_l2(const WeightedLossParams& p, void* workspace, void* stream) {
-  const bool wide = p.terms[0].dtype == kFloat32;
-  switch (p.dtype) {
-    case kFloat32:
-      return launch_for<kFloat32, kFloat32>(p, workspace, stream);
-    case kBFloat16:
-      return wide ? launch_for<kBFloat16, kFloat32>(p, workspace, stream)
-                  : launch_for<kBFloat16, kBFloat16>(p, workspace, stream);
-    default:
-      return wide ? launch_for<kFloat16, kFloat32>(p, workspace, stream)
-                  : launch_for<kFloat16, kFloat16>(p, workspace, stream);
-  }
+  return for_dtypes(p, [&](auto dtype, auto terms) { return launch_for<dtype, terms>(p, workspace, stream); });
 }
 
 }  // namespace diffdoctor::cuda

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/weighted_loss.h"
 #include "cuda/reduce.cuh"
@@ -148,6 +149,16 @@ __device__ __forceinline__ void unpack_all(const uint32_t* word, int first, floa
       value[j] = float16_to_float(static_cast<uint16_t>(word[at / 2] >> (at % 2 * 16)));
     }
   }
+}
+
+// call(dtype of model_pred, dtype of the terms), both as constants: the terms have model_pred's or are fp32.
+template <typename call_t>
+const char* for_dtypes(const WeightedLossParams& p, const call_t& call) {
+  const std::integral_constant<int32_t, kFloat32> fp32;
+  const auto half = [&](auto dtype) { return p.terms[0].dtype == kFloat32 ? call(dtype, fp32) : call(dtype, dtype); };
+  if (p.dtype == kFloat32) return call(fp32, fp32);
+  return p.dtype == kBFloat16 ? half(std::integral_constant<int32_t, kBFloat16>{})
+                              : half(std::integral_constant<int32_t, kFloat16>{});
 }
 
 }  // namespace diffdoctor::cuda
