@@ -56,6 +56,11 @@ def is_video(path: str | os.PathLike) -> bool:
         return False
 
 
+def frame_name(number: int) -> str:
+    """The file of a frame's map in the folder of its video's maps."""
+    return f"{number:06d}.png"
+
+
 @contextmanager
 def open_video(path: str | os.PathLike, *, check: SizeCheck | None = None) -> Iterator[Video]:
     """A context with a video to be read.

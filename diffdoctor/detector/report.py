@@ -10,6 +10,7 @@ import numpy as np
 
 from diffdoctor.data.codec import UnreadablePicture, decode
 from diffdoctor.data.pictures import shrink_to
+from diffdoctor.data.video import frame_name
 from diffdoctor.measures.pixels import FLAG_CONFIDENCE, FLAG_SHARE
 from diffdoctor.runs.files import file_name
 from diffdoctor.viz.draw import png_bytes
@@ -91,7 +92,7 @@ def _add_video(report: Report, output: Path, record: dict, folders: tuple[str, .
         if folders[0] == "overlays":
             shown = decode(strip, "RGB")
         else:
-            shown = film([decode(maps / f"{number:06d}.png", "RGB") for number in film_indices(count)])
+            shown = film([decode(maps / frame_name(number), "RGB") for number in film_indices(count)])
     except UnreadablePicture:
         return
     links = {"animation": moving} if folders[0] == "overlays" else {}

@@ -17,7 +17,7 @@ from diffdoctor.data.codec import UnreadablePicture
 from diffdoctor.data.pictures import shrink_to
 from diffdoctor.data.sources import Source, caption_of
 from diffdoctor.data.tar import SkipCounts
-from diffdoctor.data.video import open_video
+from diffdoctor.data.video import frame_name, open_video
 from diffdoctor.detector.commands.diagnose_batches import picture_maps
 from diffdoctor.detector.commands.diagnose_config import DiagnoseConfig
 from diffdoctor.detector.models.base import Detector
@@ -29,11 +29,6 @@ from diffdoctor.viz.draw import map_png, overlay, png_bytes
 from diffdoctor.viz.video import Thumbnails
 
 FAILED = "a video on which the detector failed"
-
-
-def frame_name(number: int) -> str:
-    """The file of a frame's map in the folder of its video."""
-    return f"{number:06d}.png"
 
 
 def diagnose_video(detector: Detector, source: Source, config: DiagnoseConfig, counts: SkipCounts) -> dict | None:
