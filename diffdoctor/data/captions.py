@@ -88,6 +88,22 @@ def caption_file(picture: Path) -> Path | None:
     return None
 
 
+def own_caption(picture: Path, folder: Path, captions: dict[str, str]) -> str | None:
+    """The caption of a picture of a folder: from the folder's metadata, else from the text file beside it, else None.
+
+    Args:
+        picture: the file.
+        folder: in which it lies.
+        captions: of the folder's metadata, see `captions_of`.
+
+    Raises:
+        UserError: see `read_caption`.
+    """
+    text = captions.get(picture.relative_to(folder).as_posix())
+    beside = caption_file(picture) if text is None else None
+    return text if beside is None else read_caption(beside)
+
+
 def read_caption(path: Path) -> str:
     """The whole of a caption file, without white space around it.
 

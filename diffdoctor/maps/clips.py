@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from diffdoctor.data.captions import caption_file, captions_of, read_caption
+from diffdoctor.data.captions import captions_of, own_caption
 from diffdoctor.data.codec import UnreadablePicture
 from diffdoctor.data.folders import find_files, names_of
 from diffdoctor.data.tar import SkipCounts
@@ -164,12 +164,9 @@ def read_clips(folder: str | os.PathLike, maps: str | os.PathLike | None = None,
     for path, name in zip(files, names_of(files, folder), strict=True):
         if not is_video(path):
             continue
-        text = captions.get(path.relative_to(folder).as_posix())
-        if text is None:
-            beside = caption_file(path)
-            text = caption if beside is None else read_caption(beside)
+        text = own_caption(path, folder, captions)
         found = find_clip_map(path, maps, name if maps is not None else None)
-        records.append(Record(path, found, text))
+        records.append(Record(path, found, caption if text is None else text))
     if not records:
         raise UserError(expected(folder, f"videos ({', '.join((*VIDEO_SUFFIXES, *ANIMATION_SUFFIXES))})", "none"))
     return records

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 import torch
 
-from diffdoctor.data.captions import METADATA_NAME, caption_file, captions_of, read_caption, read_metadata
+from diffdoctor.data.captions import METADATA_NAME, captions_of, own_caption, read_metadata
 from diffdoctor.data.codec import (
     SUFFIXES,
     UnreadablePicture,
@@ -306,12 +306,9 @@ def read_folder(folder: str | os.PathLike, maps: str | os.PathLike | None = None
         if is_shard(path):
             counts.add("a shard, see ShardRecords", str(path))
             continue
-        text = captions.get(path.relative_to(folder).as_posix())
-        if text is None:
-            beside = caption_file(path)
-            bare += beside is None
-            text = caption if beside is None else read_caption(beside)
-        records.append(Record(path, finder.of(path), text))
+        text = own_caption(path, folder, captions)
+        bare += text is None
+        records.append(Record(path, finder.of(path), caption if text is None else text))
     if not records:
         aside = f" (left out: {counts.sentence()})" if counts.total else ""
         raise UserError(expected(folder, f"pictures ({', '.join(SUFFIXES)})", f"none{aside}"))
