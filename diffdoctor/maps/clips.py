@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,6 +67,16 @@ def clip_size(clip: ClipLike) -> tuple[int, int, int]:
     """
     if isinstance(clip, np.ndarray):
         return read_clip(clip).shape[:3]
+    try:
+        stat = os.stat(clip)
+    except OSError:
+        return _counted(clip, 0, 0)  # which says why it cannot be read
+    return _counted(os.fspath(clip), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2**16)
+def _counted(clip: str | os.PathLike, size: int, changed: int) -> tuple[int, int, int]:
+    """`clip_size` of a file, for which a training asks at each visit; size and time tell a file that changed."""
     try:
         with open_video(clip) as video:
             first = next(video.frames)
