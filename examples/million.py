@@ -59,7 +59,7 @@ def steps_of(options, prompts: Path, count: int) -> list[tuple[str, int, list[st
         seeds = max(1, size // count)
         drawn, damaged, kinds = output / f"{name}-drawn", output / name, KNOWN if name == "train" else UNKNOWN
         words = ["sample", "--pipeline", str(options.pipeline), "--prompts", str(prompts), "--output", str(drawn)]
-        words += ["--seeds", str(first), str(first + seeds), "--batch_size", "64", *options.draw, *engine]
+        words += ["--seeds", str(first), str(first + seeds - 1), "--batch_size", "64", *options.draw, *engine]
         steps.append((f"draw {name}", seeds * count, words))
         words = ["inject", str(drawn), "--output", str(damaged), "--kinds", *kinds, "--workers", str(options.workers)]
         steps.append((f"damage {name}", 2 * seeds * count, words))
@@ -114,6 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if (options.pipeline is None) != (options.prompts is None):
         sys.exit("--pipeline and --prompts: expected both or neither")
+    from diffdoctor.data.prompts import read_prompt_file
     from diffdoctor.runs.files import atomic_write_json
 
     options.output.mkdir(parents=True, exist_ok=True)
@@ -122,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.pipeline = options.output / "pipeline"
         options.draw = [*options.draw, "--sampling_steps=10", "--guidance_scale=1"]
         train_pipeline(options.pipeline, prompts, options.base_steps)
-    count = sum(bool(line.strip()) for line in prompts.read_text(encoding="utf-8").splitlines())
+    count = len(read_prompt_file(prompts))
     path = options.output / SHOWN
     done = json.loads(path.read_text()) if path.is_file() else []
     for name, pictures, words in steps_of(options, prompts, count):

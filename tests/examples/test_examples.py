@@ -220,6 +220,18 @@ def test_the_road_to_a_million_takes_options_of_the_drawing():
     assert load_example("million").parser().parse_args(words).draw == ["--height=512", "--width=512"]
 
 
+def test_the_sets_of_the_road_share_no_picture(tmp_path):
+    million = load_example("million")
+    options = million.parser().parse_args(["--output", "o", "--scale", "120"])
+    drawn = []
+    for name, pictures, words in million.steps_of(options, tmp_path, 10):
+        if name.startswith("draw"):
+            first, last = map(int, words[words.index("--seeds") + 1 :][:2])
+            assert pictures == 10 * (last - first + 1)
+            drawn += range(first, last + 1)
+    assert len(drawn) == len(set(drawn)) == 3 + 12 + 1
+
+
 @pytest.mark.study
 def test_the_road_to_a_million_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     million, output = load_example("million"), tmp_path / "million"
