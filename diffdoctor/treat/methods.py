@@ -222,7 +222,7 @@ def nft(batch: Replay) -> float:
             noise.append(torch.randn(clean.shape[1:], generator=generator, dtype=clean.dtype))
             uniform.append(torch.rand((), generator=generator))
         noise = torch.stack(noise).to(clean.device)
-        pair = sampling.sampler.training_pair(clean, noise, torch.stack(uniform), sampling.family.trains_at)
+        pair = sampling.sampler.training_pair(clean, noise, torch.stack(uniform), sampling.own_times)
         model_input, timesteps, target = pair
         with torch.no_grad():
             with batch.old.in_place():

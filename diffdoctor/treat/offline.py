@@ -231,7 +231,7 @@ def offline_term(
     latents, mask = pairs.take(index)
     noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators]).to(device)
     uniform = torch.stack([torch.rand((), generator=generator) for generator in generators])
-    pair = sampling.sampler.training_pair(latents.to(device), noise, uniform, family.trains_at)
+    pair = sampling.sampler.training_pair(latents.to(device), noise, uniform, sampling.own_times)
     model_input, timesteps, target = pair
     inputs = pairs.prompts.rows(pairs.prompt_rows[index]).positive
     prediction = family.run_denoiser(model_input, timesteps, inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -43,7 +44,12 @@ class Sampling:
     detector: torch.nn.Module | None = None
     frames_per_call: int | None = None
 
-    @property
+    @functools.cached_property
+    def own_times(self) -> tuple[float, float]:
+        """The part of the distribution of times at which the denoiser that is tuned predicts."""
+        return self.sampler.part_of_times(self.family.trains_at)
+
+    @functools.cached_property
     def own_steps(self) -> list[int]:
         """The sampler's steps at which the denoiser that is tuned predicts: all, unless there are two."""
         return [step for step, time in enumerate(self.sampler.timesteps.tolist()) if self.family.trains_at(time)]

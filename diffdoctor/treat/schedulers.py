@@ -233,7 +233,7 @@ class Sampler:
         latents: torch.Tensor,
         noise: torch.Tensor,
         uniform: torch.Tensor,
-        trains_at: Callable[[float], bool] | None = None,
+        part: tuple[float, float] = (0.0, 1.0),
     ) -> tuple[torch.Tensor, torch.Tensor, Target]:
         """(denoiser input, timesteps (B,), target) at random times: the pipeline's own training objective.
 
@@ -243,11 +243,9 @@ class Sampler:
             latents: (B, C, h, w) or (B, C, t, h, w), clean.
             noise: as latents.
             uniform: (B,) in [0, 1): where in the distribution of times each picture lies.
-            trains_at: whether a time takes part; the distribution is then that of these times alone. They are all or
-                lie on one side of a boundary. None: all.
+            part: of that distribution, from where to where; see `part_of_times`.
         """
-        if trains_at is not None:
-            uniform = self._within(uniform, trains_at)
+        uniform = part[0] + (part[1] - part[0]) * uniform
         if self.is_flow:
             logit_normal = torch.sigmoid(torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)))
             sigmas = self._shifted(logit_normal).to(latents.device, latents.dtype)
@@ -282,16 +280,20 @@ class Sampler:
         alpha = (1 + sigma**2) ** -0.5
         return alpha, sigma * alpha
 
-    def _within(self, uniform: torch.Tensor, trains_at: Callable[[float], bool]) -> torch.Tensor:
-        """Places in the distribution of times, moved evenly into the part whose times take part."""
+    def part_of_times(self, trains_at: Callable[[float], bool]) -> tuple[float, float]:
+        """The part of the distribution of times, from and to a place in [0, 1], whose times take part.
+
+        Args:
+            trains_at: whether a time takes part: all do, or those on one side of a boundary.
+        """
         ends = [trains_at(self._time_at(place)) for place in (0.0, 1.0)]
         if all(ends):
-            return uniform
+            return 0.0, 1.0
         low, high = 0.0, 1.0
         for _ in range(40):
             middle = (low + high) / 2
             low, high = (middle, high) if trains_at(self._time_at(middle)) == ends[0] else (low, middle)
-        return low * uniform if ends[0] else high + (1 - high) * uniform
+        return (0.0, low) if ends[0] else (high, 1.0)
 
     def _time_at(self, place: float) -> float:
         uniform = torch.tensor([place], dtype=torch.float64)
