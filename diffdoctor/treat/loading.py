@@ -102,15 +102,20 @@ def read_lora(pipeline, source: str | Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: there is none, or the pipeline takes none.
     """
+    return _read_lora(pipeline, source)[0]
+
+
+def _read_lora(pipeline, source: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """A LoRA's weights, and what its file says of itself."""
     path, options = _lora_location(source)
     if not hasattr(pipeline, "load_lora_weights"):
         raise UserError(expected("--lora", "a pipeline that takes a LoRA", type(pipeline).__name__))
     try:
         with unicode_path(path) as place:
-            state = pipeline.lora_state_dict(str(place), **options)
+            found = pipeline.lora_state_dict(str(place), **options, return_lora_metadata=True)
     except Exception as error:  # diffusers, peft and safetensors raise their own
         raise UserError(f"--lora {source}: does not fit this pipeline ({first_line(error)})") from error
-    return state[0] if isinstance(state, tuple) else state
+    return found[0], found[-1] or {}
 
 
 def load_lora(pipeline, source: str | Path, *, adapter: str | None = None, component: str | None = None) -> None:
@@ -125,13 +130,14 @@ def load_lora(pipeline, source: str | Path, *, adapter: str | None = None, compo
     Raises:
         UserError: there is none, it is another component's, or any of its matrices has no layer in the pipeline.
     """
-    state = read_lora(pipeline, source)
+    state, metadata = _read_lora(pipeline, source)
     path, options = _lora_location(source)
     before = _adapters_in_layers(pipeline)
     try:
         with unicode_path(path) as place:
             named = {} if adapter is None else {"adapter_name": adapter}
-            found = _component(pipeline, str(place), options)
+            # the component that the file says it is for, where it is not the first denoiser
+            found = metadata.get(COMPONENT)
             if None not in (found, component) and found != component:
                 raise UserError(f"it is for {found}, not for {component}")
             if (component or found) == _SECOND:
@@ -144,12 +150,6 @@ def load_lora(pipeline, source: str | Path, *, adapter: str | None = None, compo
     # For matrices without a layer diffusers only warns, and generates untreated pictures.
     if wanted == 0 or found < wanted:
         raise UserError(f"--lora {source}: does not fit this pipeline: {found} of its {wanted} matrices were loaded")
-
-
-def _component(pipeline, place: str, options: dict[str, str]) -> str | None:
-    """The component that a LoRA's file says it is for, where it is not the first denoiser."""
-    found = pipeline.lora_state_dict(place, **options, return_lora_metadata=True)
-    return (found[-1] or {}).get(COMPONENT)
 
 
 def _lora_location(source: str | Path) -> tuple[str, dict[str, str]]:
