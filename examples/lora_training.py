@@ -193,12 +193,8 @@ def rank(ranking: PictureRanking, batch, stats, levels: torch.Tensor) -> None:
 
 def gather_ranking(ranking: PictureRanking) -> PictureRanking:
     """What all processes have seen, on the main process; the others begin anew."""
-    states, merged = gather_object([ranking.state_dict()]), PictureRanking()
-    for state in states if PartialState().is_main_process else ():
-        other = PictureRanking()
-        other.load_state_dict(state)
-        merged.merge(other)
-    return merged
+    states = gather_object([ranking.state_dict()])
+    return PictureRanking.merged(states if PartialState().is_main_process else ())
 
 
 def save_ranking(config: TrainingConfig, ranking: PictureRanking) -> None:

@@ -110,6 +110,16 @@ class PictureRanking:
             row += other._sums[number]
         return self
 
+    @classmethod
+    def merged(cls, states: Iterable[dict[str, Any]]) -> PictureRanking:
+        """The visits of several processes, from their `state_dict`s."""
+        found = cls()
+        for state in states:
+            other = cls()
+            other.load_state_dict(state)
+            found.merge(other)
+        return found
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: keys, and two tensors."""
         self._flush()

@@ -367,11 +367,8 @@ class Treatment:
         """Give the main process what all have seen; the others begin anew."""
         if self.pairs is None:
             return
-        states, self.ranking = self.processes.gathered(self.ranking.state_dict()), PictureRanking()
-        for state in states if self.processes.is_main else ():
-            other = PictureRanking()
-            other.load_state_dict(state)
-            self.ranking.merge(other)
+        states = self.processes.gathered(self.ranking.state_dict())
+        self.ranking = PictureRanking.merged(states if self.processes.is_main else ())
 
     def _look(self) -> None:
         """Draw the fixed pictures after a step where they are due: all of them to be measured, or some to be seen."""
