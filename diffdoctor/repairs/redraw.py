@@ -76,10 +76,9 @@ class ResumeRedrawer:
         if options.negative_prompt is not None and not self.family.takes_negative_prompt:
             what = "none, since this pipeline takes none"
             raise UserError(expected("negative_prompt", what, repr(options.negative_prompt)))
-        defaults = inspect.signature(type(pipeline).__call__).parameters
-        self.steps = options.sampling_steps or defaults["num_inference_steps"].default
+        self.steps = options.sampling_steps or self.family.call_default("num_inference_steps")
         scale = options.guidance_scale
-        self.guidance = Guidance(defaults[self.family.guidance_argument].default if scale is None else scale)
+        self.guidance = Guidance(self.family.call_default(self.family.guidance_argument) if scale is None else scale)
         self.size = self.family.picture_size(options.height, options.width)
         self.multiple = self.family.size_multiple()
         self._sampler = functools.lru_cache(maxsize=32)(self._new_sampler)

@@ -55,8 +55,8 @@ def _tokens(pipeline, max_sequence_length: int | None):
     if not found:
         return None, 0
     # T5 is the last one and says nothing of its own limit: SD3's pipeline takes 256 tokens by default, FLUX's 512
-    calls = [call for call in (type(pipeline), getattr(pipeline, "encode_prompt", None)) if callable(call)]
-    calls[0] = calls[0].__call__
+    encode = getattr(pipeline, "encode_prompt", None)
+    calls = [type(pipeline).__call__, *([encode] if callable(encode) else [])]
     owns = (inspect.signature(call).parameters.get("max_sequence_length") for call in calls)
     own = next((own for own in owns if own is not None), None)
     limit = found[-1].model_max_length

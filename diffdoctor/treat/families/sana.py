@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import ClassVar
 
 import torch
@@ -32,7 +31,7 @@ class SanaFamily(Family):
         prompts = list(prompts)
         negative = self.uses_negative(guidance_scale)
         # what the pipeline's call tells the text encoder before every prompt
-        instruction = inspect.signature(type(self.pipeline).__call__).parameters["complex_human_instruction"].default
+        instruction = self.call_default("complex_human_instruction")
         embeds, mask, negative_embeds, negative_mask = self.pipeline.encode_prompt(
             prompts,
             negative,
