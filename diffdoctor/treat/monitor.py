@@ -65,16 +65,16 @@ def measure(
     area, monitor_area = flagged_share(confidence), None
     if monitor_confidence is not None:
         monitor_area = float((monitor_confidence >= FLAG_CONFIDENCE).float().mean())
-    frames = pictures if pictures.ndim == 4 else pictures.transpose(1, 2).flatten(0, 1)
-    grey = frames.float().mean(1, keepdim=True)
+    grey = pictures.float().mean(1, keepdim=True)
+    frames = grey if grey.ndim == 4 else grey.transpose(1, 2).flatten(0, 1)
     kernel = grey.new_tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).view(1, 1, 3, 3)
     return Measurement(
         step=step,
         flagged_area=float(area.mean()),
         mean_confidence=float(confidence.float().mean()),
         flagged_rate=float(is_flagged(area).float().mean()),
-        sharpness=float(F.conv2d(grey, kernel).abs().mean()),
-        diversity=_diversity(pictures.float().mean(1, keepdim=True), groups),
+        sharpness=float(F.conv2d(frames, kernel).abs().mean()),
+        diversity=_diversity(grey, groups),
         monitor_area=monitor_area,
         quality=quality,
     )
