@@ -18,6 +18,7 @@ from diffdoctor.ops.autograd import (
     refuse_functorch,
     scaled,
 )
+from diffdoctor.ops.call import Kept
 from diffdoctor.ops.library import artifact_loss as registered
 from diffdoctor.ops.observed import PLAIN, is_observed, is_plain, unrecorded
 from diffdoctor.reference.grid import accumulation_dtype
@@ -106,7 +107,7 @@ class _ArtifactLoss(torch.autograd.Function):
 _keep_gradient = super(torch.autograd.Function, _ArtifactLoss).apply
 
 _INT = frozenset({int})
-_known_sizes: dict[tuple, tuple[int, int]] = {}  # by all that the checks of a plain tensor read
+_known_sizes = Kept()  # by all that the checks of a plain tensor read
 
 
 def _checked_size(as_operator: bool, logits, size, threshold, method, reduction) -> tuple[int, int]:
@@ -117,13 +118,7 @@ def _checked_size(as_operator: bool, logits, size, threshold, method, reduction)
     if as_operator or not usual or type(method) is not str or type(reduction) is not str:
         return unrecorded(check_arguments, *arguments)
     key = (logits.shape, logits.dtype, logits.layout, logits.is_neg(), *arguments[1:])
-    known = _known_sizes.get(key)
-    if known is None:
-        known = check_arguments(*arguments)
-        if len(_known_sizes) >= 1024:
-            _known_sizes.clear()
-        _known_sizes[key] = known
-    return known
+    return _known_sizes.get(key) or _known_sizes.keep(key, check_arguments(*arguments))
 
 
 def check_arguments(logits, size, threshold, method, reduction) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,27 +14,27 @@ from diffdoctor.ops.prepare import CachedPlan, prepare
 ONE = PerSample()
 
 
-class PlanCache(dict):
-    """Plans by what they depend on; starts anew when it is full."""
+class Kept(dict):
+    """Values by what they depend on, such as plans; starts anew when it is full."""
 
     LIMIT = 1024
 
-    def cache_plan(self, key: tuple, cached: CachedPlan) -> CachedPlan:
-        """Keep a plan, and return it."""
+    def keep(self, key: tuple, cached: Any) -> Any:
+        """Keep a value, and return it."""
         if len(self) >= self.LIMIT:
             self.clear()
         self[key] = cached
         return cached
 
 
-plans = PlanCache()
+plans = Kept()
 
 
 def plan_of(inputs: Inputs, options: LossOptions) -> CachedPlan:
     """The plan of checked arguments, made where there is none yet."""
     pred, target, *others = inputs
     key = (tensor_key(pred), target_key(target), *map(tensor_key, others), options)
-    return plans.get(key) or plans.cache_plan(key, prepare(inputs, options))
+    return plans.get(key) or plans.keep(key, prepare(inputs, options))
 
 
 def per_sample(value: float | Tensor, dtype: torch.dtype) -> PerSample:

@@ -11,12 +11,12 @@ from diffdoctor import reference
 from diffdoctor.lowering.plan import Grid, MapMeta, PerSample, Plan
 from diffdoctor.lowering.policy_loss import POLICY_SUMS, WRITE_LOG_PROB, PolicyProblem, make_policy_plan
 from diffdoctor.ops.arguments import tensor_key
-from diffdoctor.ops.call import ONE, PlanCache, per_sample, with_outputs
+from diffdoctor.ops.call import ONE, Kept, per_sample, with_outputs
 from diffdoctor.ops.policy_arguments import PolicyInputs, PolicyOptions, log_prob_shape
 from diffdoctor.ops.prepare import make_grid, map_meta, tensor_strides
 from diffdoctor.reference.grid import accumulation_dtype
 
-plans = PlanCache()
+plans = Kept()
 
 
 def plan_key(inputs: PolicyInputs, options: PolicyOptions) -> tuple:
@@ -71,7 +71,7 @@ def lower(inputs: PolicyInputs, options: PolicyOptions, outputs: int, key: tuple
     pred, old = inputs.model_pred, inputs.old_log_prob
     old_map = None if old is None or old.ndim == 1 else _per_pixel(old)
     key = plan_key(inputs, options) if key is None else key
-    plan = plans.get(key) or plans.cache_plan(key, _prepare(inputs, options, old_map))
+    plan = plans.get(key) or plans.keep(key, _prepare(inputs, options, old_map))
     acc = plan.acc_dtype
     a, b, sigma = (per_sample(value, acc) for value in inputs.coefs)
     problem = PolicyProblem(

@@ -210,7 +210,7 @@ def weighted_loss(
     if as_operator or (cached is None and not has_memory(inputs)):
         return registered.weighted_loss(inputs, options, return_stats, backend)
     if cached is None:
-        cached = plans.cache_plan(key, prepare(inputs, options))
+        cached = plans.keep(key, prepare(inputs, options))
     return _dispatch(inputs, cached, return_stats, backend)
 
 
