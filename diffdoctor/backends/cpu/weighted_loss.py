@@ -54,7 +54,7 @@ def weight_mean(problem: Problem, out: Tensor) -> None:
         0 if confidence is None else confidence.data_ptr(),
         0 if mask is None else mask.data_ptr(),
         out.data_ptr(),
-        out.shape[0] == problem.plan.batch and problem.plan.batch > 1,
+        out.shape[0] > 1,
         _threads(),
     )
 

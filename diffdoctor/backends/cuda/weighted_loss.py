@@ -66,8 +66,7 @@ class FastCall(native_call.FastCall):
 def weight_mean(problem: Problem, out: Tensor) -> None:
     """The mean spatial weight into `out`: (B,) per sample, (1,) over the batch."""
     maps = device.address(problem.confidence), device.address(problem.mask)
-    per_sample = out.shape[0] == problem.plan.batch and problem.plan.batch > 1
-    arguments = (native_plan(problem.plan, device.native), *maps, out.data_ptr(), per_sample)
+    arguments = (native_plan(problem.plan, device.native), *maps, out.data_ptr(), out.shape[0] > 1)
     _launch_mean(problem.plan, arguments, problem.pred.device, problem.keeps_workspace)
 
 

@@ -79,13 +79,15 @@ def launch(
         compiled, names = kernel[(programs,)](**tensors, **numbers, **fixed), kernel.arg_names
         first = len(tensors)
         assert tuple(names[:first]) == tuple(tensors), kernel.__name__
-        kept[key] = compiled, [fixed.get(name) for name in names[first:]], [names.index(n) - first for n in numbers]
+        aligned = not any(any(bits) if type(bits) is tuple else bits for bits in alignments)
+        others = [fixed.get(name) for name in names[first:]]
+        kept[key] = compiled, others, [names.index(n) - first for n in numbers], aligned
         return None
-    compiled, others, places = known
+    compiled, others, places, aligned = known
     others = others.copy()
     for place, value in zip(places, numbers.values(), strict=True):
         others[place] = value
-    if not again or any(any(bits) if type(bits) is tuple else bits for bits in alignments):
+    if not (again and aligned):
         compiled[(programs, 1, 1)](*tensors.values(), *others)
         return None
     direct = Direct(compiled, programs, others)
