@@ -25,10 +25,10 @@ Table = dict[tuple[str, str], tuple[tuple[int, str], ...]]
 
 
 def table(rows: list[dict]) -> Table:
-    """What rows say; an op of which none says anything keeps the first of BACKENDS."""
+    """What rows of BACKENDS on a GPU say; an op of which none says anything keeps the first of BACKENDS."""
     timed: dict[str, dict[tuple, dict[str, float]]] = {}
     for row in history.latest(rows).values():
-        if row["device"] == "cuda" and row["backend"] in BACKENDS and OPS.get(row["op"]) == row["op"]:
+        if OPS.get(row["op"]) == row["op"]:
             case = timed.setdefault(row["op"], {}).setdefault((row["case"], row["dtype"], tuple(row["shape"])), {})
             case[row["backend"]] = row["p20_us"]
     return {("cuda", op): _steps(timed.get(op, {})) for op in sorted(set(OPS.values()))}

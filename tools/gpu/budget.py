@@ -56,11 +56,6 @@ class Case:
     terms: int = 1
     passes: int = 1
 
-    @property
-    def file(self) -> str:
-        """The source of its kernel."""
-        return SOURCES[0 if len(self.kernel) == 5 else 1].name
-
 
 CASES = (
     Case("pixel-2048 bf16", (1, 1, 0, 0, 0), 14, 1, 48, 90),
@@ -281,9 +276,13 @@ def count(case: Case, arch: int, listing: str, registers: int) -> Count:
     if case.steps > 1:
         around += (case.steps - 1) * code.shortest(exits, lambda b: b == head, first)
     per_8 = 8 // width * case.passes
-    blocks = 65536 // (THREADS * -(-registers // 8) * 8)
-    under_way = blocks * THREADS * 16 * stores * loads
+    under_way = _threads(registers) * 16 * stores * loads
     return Count(case, arch, per_8 * loop / stores, per_8 * around / (case.visits * case.steps), registers, under_way)
+
+
+def _threads(registers: int) -> int:
+    """Threads of a multiprocessor that its registers allow."""
+    return 65536 // (THREADS * -(-registers // 8) * 8) * THREADS
 
 
 def _count_tokens(case: Case, arch: int, listing: str, registers: int) -> Count:
@@ -292,8 +291,7 @@ def _count_tokens(case: Case, arch: int, listing: str, registers: int) -> Count:
     need = (pieces, pieces, pieces * 4 * (case.terms + 1))
     whole = code.shortest([0], lambda b: code.count(b, "ATOM") > 0, need)
     loop = code.shortest([code.main_loop[0]], lambda b: b not in code.main_loop[1], (0, *need[1:]))
-    blocks = 65536 // (THREADS * -(-registers // 8) * 8)
-    under_way = blocks * THREADS * pieces * 8 * (1 + case.terms)
+    under_way = _threads(registers) * pieces * 8 * (1 + case.terms)
     return Count(case, arch, loop / case.visits, (whole - loop) / case.visits, registers, under_way)
 
 
