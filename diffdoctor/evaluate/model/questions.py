@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -94,6 +95,9 @@ class Questioner:
         self.source, self.questions = source, questions
         names = "AutoModelForImageTextToText", "AutoProcessor"
         self.model, self.processor = load_from_transformers(self.option, source, *names)
+        # models without it give the logits of all positions, of which the last alone is looked at
+        known = inspect.signature(self.model.forward).parameters
+        self.last_alone = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self.tokenizer = getattr(self.processor, "tokenizer", None)
         image = getattr(self.processor, "image_token", None)
         if self.tokenizer is None or not (image or getattr(self.processor, "chat_template", None)):
@@ -143,7 +147,7 @@ class Questioner:
                 texts = [self._text(question) for question in questions]
                 images = [picture] * len(texts)
                 inputs = self.processor(images=images, text=texts, return_tensors="pt", padding=True)
-                logits = self.model(**inputs.to(self.model.device)).logits[:, -1].float()
+                logits = self.model(**inputs.to(self.model.device), **self.last_alone).logits[:, -1].float()
                 both = torch.stack([logits[:, self.tokens[answer]].logsumexp(1) for answer in ("yes", "no")])
                 result[row, : len(questions)] = both.softmax(0)[0].cpu()
         return result
