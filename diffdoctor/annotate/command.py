@@ -14,10 +14,10 @@ from diffdoctor.annotate.config import (
 from diffdoctor.annotate.project import Project
 from diffdoctor.annotate.report import write_agreement, write_status
 from diffdoctor.annotate.status import status_of
-from diffdoctor.runs.errors import DoubtfulResult, UserError, expected, missing_extra
+from diffdoctor.runs.errors import DoubtfulResult, UserError, expected
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.lock import locked_folder
-from diffdoctor.web.serve import serve_until_interrupted
+from diffdoctor.web.serve import needs_starlette, serve_until_interrupted
 
 _DAY = 24 * 3600.0
 
@@ -28,12 +28,8 @@ def run_annotate_serve(config: AnnotateServeConfig) -> int:
     Raises:
         UserError: there is no project, another server has it, or the address cannot be listened at.
     """
-    try:
+    with needs_starlette():
         from diffdoctor.annotate.server import build_app
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "starlette":
-            raise
-        raise missing_extra("starlette", "annotate") from None
 
     project = Project(config.project)
     assist = _assist(config.assist)

@@ -21,6 +21,7 @@ from diffdoctor.annotate import masks
 from diffdoctor.annotate.schema import OLDEST_SQLITE, ROLES, SCHEMA, VERSION
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.web.guard import token_hash
 
 DATABASE = "annotate.db"
 _NO_CHAIN = b"\0" * 32
@@ -206,11 +207,6 @@ class Store:
             finally:
                 temporary.unlink(missing_ok=True)
         return path
-
-
-def token_hash(token: str) -> str:
-    """What is kept of a token."""
-    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def row_digest(row: sqlite3.Row) -> str:

@@ -6,6 +6,7 @@ All is decided by the ASGI scope's own path and headers: an address put together
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections import deque
@@ -159,3 +160,8 @@ async def _refuse(send: Callable, status: int, reason: str) -> None:
     headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def token_hash(token: str) -> str:
+    """What is kept of a token."""
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()

@@ -6,13 +6,23 @@ import contextlib
 import socket
 import sys
 import threading
-import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from diffdoctor.runs.errors import UserError, expected, missing_extra
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@contextlib.contextmanager
+def needs_starlette() -> Iterator[None]:
+    """Inside, a module that needs starlette is imported; says what to install where that is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "starlette":
+            raise
+        raise missing_extra("starlette", "annotate") from None
 
 
 def hosts_of(host: str, port: int, names: tuple[str, ...] = ()) -> list[str]:
@@ -128,6 +138,8 @@ def serve_until_interrupted(
         lines = links(_address((names or [config.host])[0], scheme, port))
         print("\n".join([*lines, "Ctrl-C ends"]), flush=True)
         if config.open:
+            import webbrowser
+
             webbrowser.open(lines[0].split()[-1])
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[sock])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import secrets
@@ -20,6 +19,7 @@ from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_write_json, sync_folder
 from diffdoctor.runs.record import read_json
 from diffdoctor.web.bodies import Refused
+from diffdoctor.web.guard import token_hash
 
 ANSWERS, PEOPLE = "compare.jsonl", "people.json"
 CHOICES = ("a", "b", "neither")
@@ -203,15 +203,11 @@ class People:
     def new_tokens(self) -> dict[str, str]:
         """A new token for each rater, by name."""
         tokens = {name: secrets.token_urlsafe(32) for name in self.names}
-        self._hashes |= {_hash(token): name for name, token in tokens.items()}
+        self._hashes |= {token_hash(token): name for name, token in tokens.items()}
         atomic_write_json(self.path, self._hashes)
         return tokens
 
     def person_of(self, token: str) -> str | None:
         """The name of a token's rater; None: nobody's, or that of one who is not let in."""
-        name = self._hashes.get(_hash(token))
+        name = self._hashes.get(token_hash(token))
         return name if name in self.names else None
-
-
-def _hash(token: str) -> str:
-    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
