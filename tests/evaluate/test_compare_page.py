@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import pytest
 
 from diffdoctor.data.codec import encode_picture
 from support.browser import VIEWPORT, browser, needs_chromium  # noqa: F401
+from support.launch import free_port
 from support.paths import ROOT
 
 pytestmark = needs_chromium
@@ -96,12 +96,9 @@ def test_a_session_over_a_reload_and_a_killed_server(browser, tmp_path):  # noqa
         for index in range(5):
             (tmp_path / side / f"{index}.png").write_bytes(encode_picture(shade(index, side), "png"))
             (tmp_path / side / f"{index}.txt").write_text(f"<b>shade</b> {index}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = browser.new_context(viewport=VIEWPORT)
     answers, prefers_b = tmp_path / "out" / "compare.jsonl", 0
-    with Server(tmp_path, port) as server:
+    with Server(tmp_path, free_port()) as server:
         links = server.start()
         ann = Visitor(context, links["ann"])
         first = ann.ready()

@@ -17,12 +17,12 @@ from diffdoctor.evaluate.compare.pairs import Pair, chosen_pairs, find_pairs
 from diffdoctor.evaluate.compare.report import verdict, write_report
 from diffdoctor.evaluate.compare.summary import summarise
 from diffdoctor.runs import strict_json
-from diffdoctor.runs.errors import UserError, missing_extra
+from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.progress import progress
 from diffdoctor.runs.record import RunFolder, versions
 from diffdoctor.runs.strict_json import nan_to_none
-from diffdoctor.web.serve import serve_until_interrupted
+from diffdoctor.web.serve import needs_starlette, serve_until_interrupted
 
 RESULT, REPORT = "compare.json", "report.html"
 
@@ -62,12 +62,8 @@ def run_evaluate_compare(config: EvaluateCompareConfig) -> dict:
 
 
 def _build():
-    try:
+    with needs_starlette():
         from diffdoctor.evaluate.compare.server import build_app
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "starlette":
-            raise
-        raise missing_extra("starlette", "annotate") from None
     return build_app
 
 
@@ -123,6 +119,7 @@ def _measures(config: EvaluateCompareConfig):
                 except UserError as error:
                     print(f"notice: {pair.name}: not measured; {error}", file=sys.stderr)
                     found.append(pair)
+                    bar.update(1)
                     continue
                 for name, network in networks.items():
                     if name == "judge":

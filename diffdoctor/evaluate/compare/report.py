@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from diffdoctor.data.pictures import shrink_to
 from diffdoctor.evaluate.compare.answers import Answers
 from diffdoctor.evaluate.compare.pairs import Pair
+from diffdoctor.evaluate.compare.summary import counts_of, verdict_of
+from diffdoctor.evaluate.model.report import LARGE, SMALL, sized
 from diffdoctor.runs.errors import UserError
-from diffdoctor.viz.draw import enlarge, grid, jpeg_bytes, png_bytes
+from diffdoctor.viz.draw import grid, jpeg_bytes, png_bytes
 from diffdoctor.viz.report import Report
 
-_SMALL, _LARGE, _EXAMPLES = 128, 288, 12
+_EXAMPLES = 12
 
 
 def verdict(found: dict[str, Any]) -> str:
@@ -67,8 +68,9 @@ def write_report(path: Path, found: dict[str, Any], pairs: Sequence[Pair], answe
     report.heading("Raters")
     header = ["rater", a, b, "neither", "left", "median seconds"]
     report.table(header, [_rater(name, values) for name, values in found["raters"].items()])
-    for title, side in ((f"{b} preferred", "b"), (f"{a} preferred", "a")):
-        _pictures(report, title, (a, b), [pair for pair in pairs if _chosen(answers, pair) == side][:_EXAMPLES])
+    for title, side in ((f"{b} preferred", 1), (f"{a} preferred", -1)):
+        chosen = [pair for pair in pairs if verdict_of(counts_of(answers.of_pair(pair.name).values())) == side]
+        _pictures(report, title, (a, b), chosen[:_EXAMPLES])
     report.write(path)
 
 
@@ -106,33 +108,22 @@ def _rater(name: str, values: dict[str, Any]) -> list:
     return [name, *counts, _percent(values["left"]), (f"{values['seconds']:.1f}", "number")]
 
 
-def _chosen(answers: Answers, pair: Pair) -> str | None:
-    chosen = [row["choice"] for row in answers.of_pair(pair.name).values()]
-    more = chosen.count("b") - chosen.count("a")
-    return "b" if more > 0 else "a" if more < 0 else None
-
-
 def _pictures(report: Report, title: str, names: tuple[str, str], pairs: Sequence[Pair]) -> None:
     if not pairs:
         return
     report.heading(title)
     report.text(f"Each strip: {names[0]}, then {names[1]}.")
-    with report.tiles(2 * _LARGE):
+    with report.tiles(2 * LARGE):
         for pair in pairs:
             try:
-                views = [_sized(place.read()) for place in (pair.a, pair.b)]
+                views = [sized(place.read()) for place in (pair.a, pair.b)]
             except UserError:
                 continue
-            small = max(views[0].shape[:2]) <= 2 * _SMALL
+            small = max(views[0].shape[:2]) <= 2 * SMALL
             height, width = (max(view.shape[axis] for view in views) for axis in (0, 1))
             sheet = grid([[_padded(view, height, width) for view in views]])
             caption = f"{pair.name}{f': {pair.prompt}' if pair.prompt else ''}"
             report.image(png_bytes(sheet) if small else jpeg_bytes(sheet), caption, pixels=small)
-
-
-def _sized(picture: np.ndarray) -> np.ndarray:
-    longest = max(picture.shape[:2])
-    return enlarge(picture, max(1, _SMALL // longest)) if longest <= _SMALL else shrink_to(picture, _LARGE)
 
 
 def _padded(picture: np.ndarray, height: int, width: int) -> np.ndarray:

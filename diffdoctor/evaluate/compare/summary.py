@@ -33,9 +33,9 @@ def summarise(pairs: Sequence[Pair], answers: Answers, lower: Iterable[str] = ()
     """
     from scipy.stats import binomtest
 
-    counts = {pair.name: _counts(answers.of_pair(pair.name).values()) for pair in pairs}
+    counts = {pair.name: counts_of(answers.of_pair(pair.name).values()) for pair in pairs}
     answered = [pair for pair in pairs if counts[pair.name].any()]
-    verdicts = {pair.name: int(np.sign(counts[pair.name][1] - counts[pair.name][0])) for pair in answered}
+    verdicts = {pair.name: verdict_of(counts[pair.name]) for pair in answered}
     rows = [row for pair in answered for row in answers.of_pair(pair.name).values()]
     result: dict[str, Any] = {"pairs": len(pairs), "answered": len(answered), "answers": len(rows)}
     result["preference"] = _preference(verdicts.values())
@@ -53,7 +53,12 @@ def summarise(pairs: Sequence[Pair], answers: Answers, lower: Iterable[str] = ()
     return result
 
 
-def _counts(rows: Iterable[dict[str, Any]]) -> np.ndarray:
+def verdict_of(counts: np.ndarray) -> int:
+    """What more of a pair's raters chose: 1 for b, -1 for a, 0 for a tie."""
+    return int(np.sign(counts[1] - counts[0]))
+
+
+def counts_of(rows: Iterable[dict[str, Any]]) -> np.ndarray:
     """How many chose a, b and neither."""
     chosen = [row["choice"] for row in rows]
     return np.array([chosen.count(choice) for choice in CHOICES])
@@ -78,14 +83,14 @@ def _agreement(counts: np.ndarray, seed: int) -> dict[str, Any]:
     """Of the pairs that two or more raters judged: alpha, and the share of two raters' answers that are the same."""
     counts = counts[counts.sum(axis=1) >= 2]
     given = counts.sum(axis=1)
-    same = (counts * (counts - 1)).sum(axis=1) / np.maximum(given * (given - 1), 1)
+    same = (counts * (counts - 1)).sum(axis=1) / (given * (given - 1))
     rng = np.random.default_rng(seed)
     resamples = _RESAMPLES if len(counts) > 1 else 0
     draws = [nominal_alpha(counts[rng.integers(len(counts), size=len(counts))]) for _ in range(resamples)]
     return {
         "pairs": len(counts),
         "same": float(same.mean()) if len(counts) else math.nan,
-        "alpha": nominal_alpha(counts) if len(counts) else math.nan,
+        "alpha": nominal_alpha(counts),
         "alpha_interval": percentile_interval(draws, 0.95),
     }
 
@@ -98,7 +103,7 @@ def _by_rater(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
 
 
 def _rater(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    chosen = _counts(rows)
+    chosen = counts_of(rows)
     return {
         **dict(zip(CHOICES, chosen.tolist(), strict=True)),
         "left": _left(rows)["rate"],

@@ -12,16 +12,12 @@ from typing import Any
 from diffdoctor.runs.errors import UserError, check_least, expected, missing_extra
 from diffdoctor.treat.loading import DTYPES
 
-# Options that `treat` writes into its config.yaml under the same names.
-_OF_TREATMENT = (
-    *("pipeline", "detector", "prompts", "scheduler"),
-    *("sampling_steps", "guidance_scale", "negative_prompt", "height", "width", "num_frames"),
-    *("guidance_scale_2", "frames_per_call", "max_sequence_length"),
-)
 _SAMPLING = (
     *("sampling_steps", "guidance_scale", "negative_prompt", "height", "width", "num_frames"),
     *("guidance_scale_2", "max_sequence_length", "scheduler"),
 )
+# Options that `treat` writes into its config.yaml under the same names.
+_OF_TREATMENT = ("pipeline", "detector", "prompts", "frames_per_call", *_SAMPLING)
 
 _MAX_SETTINGS = 1 << 18  # characters
 

@@ -259,8 +259,8 @@ def _strip(folder: EvaluationFolder, judge: nn.Module, index: int) -> tuple[np.n
         maps = diagnose_pictures(judge, picture, name="judge")[0, 0].numpy()
         frames = as_hwc(picture if picture.ndim == 4 else picture[0].transpose(0, 1))
         maps = maps.reshape(len(frames), *maps.shape[-2:])
-        views.append(film([_sized(frame) for frame in frames]))
-        views.append(film([_sized(overlay(*pair)) for pair in zip(frames, maps, strict=True)]))
+        views.append(film([sized(frame) for frame in frames]))
+        views.append(film([sized(overlay(*pair)) for pair in zip(frames, maps, strict=True)]))
     rows = [views] if len(frames) == 1 else [[view] for view in views]
     return grid(rows), max(frames.shape[1:3]) <= SMALL
 
@@ -269,7 +269,9 @@ def _caption(prompt: Prompt, rest: str) -> str:
     return f"{prompt.text}{f' [{prompt.category}]' if prompt.category else ''}; {rest}"
 
 
-def _sized(picture: np.ndarray) -> np.ndarray:
+def sized(picture: np.ndarray) -> np.ndarray:
+    """A picture (H, W, 3) uint8 for a report: up to `SMALL` pixels a side enlarged, each to a square, else shrunk to
+    `LARGE`."""
     longest = max(picture.shape[:2])
     return enlarge(picture, max(1, SMALL // longest)) if longest <= SMALL else shrink_to(picture, LARGE)
 
