@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import multiprocessing
 import os
 import signal
 import sys
@@ -19,7 +18,7 @@ from diffdoctor.engine.options import EngineConfig
 from diffdoctor.engine.tally import Tally, ends_run
 from diffdoctor.engine.units import Place, Unit, WorkerSpec
 from diffdoctor.runs.errors import UserError, first_line
-from diffdoctor.runs.workers import end_with_parent
+from diffdoctor.runs.workers import end_with_parent, worker_context
 
 _LOG_LINES = 20
 
@@ -79,8 +78,7 @@ class _Process:
 
     def __init__(self, output: Path, spec: WorkerSpec, place: Place, threads: int):
         self.place, self.unit, self.is_ready, self.late, self._since = place, None, False, "", 0.0
-        # "spawn": a process that has used threads must not be forked.
-        context = multiprocessing.get_context("spawn")
+        context = worker_context()
         self.connection, theirs = context.Pipe()
         descriptor, name = tempfile.mkstemp(prefix="diffdoctor-worker-", suffix=".log")
         os.close(descriptor)

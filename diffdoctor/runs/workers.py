@@ -37,10 +37,9 @@ def ordered_map(
     Raises:
         UserError: a process ended by itself: killed, most often because memory ran out, or `start` failed.
     """
-    # "spawn": a process that has used threads must not be forked.
     # Not multiprocessing.Pool: ended early, it kills its processes, and one that is just writing a result leaves a
     # half of it in the pipe, for whose rest the parent then waits for ever.
-    context = multiprocessing.get_context("spawn")
+    context = worker_context()
     ended = context.Event()
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _begin, (ended, start, *arguments))
     waiting: collections.deque[concurrent.futures.Future] = collections.deque()
@@ -59,6 +58,20 @@ def ordered_map(
         # Some jobs are with the processes already and cannot be cancelled any more.
         ended.set()
         pool.shutdown(cancel_futures=True)
+
+
+def worker_context() -> multiprocessing.context.BaseContext:
+    """How worker processes are started: from a process that has imported torch and done nothing else, where there can
+    be one, so that a hundred workers import it once; else each anew.
+
+    A process that has used threads, or a GPU, must not be forked itself. The environment of such workers is that in
+    which the first of them was started.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 _ended = None  # in a worker: set when no more results are wanted

@@ -213,7 +213,7 @@ from support.engine import Spec, plan_of
 if __name__ == "__main__":
     output = Path(sys.argv[1])
     output.mkdir(exist_ok=True)
-    run(plan_of(40), Spec(str(output), 0.1), output, EngineConfig(kind="processes", actors=2))
+    run(plan_of(40), Spec(str(output), 0.3), output, EngineConfig(kind="processes", actors=2))
 """
 
 
@@ -227,7 +227,7 @@ def test_killed_at_random_moments_every_unit_counts_once(tmp_path, whom):
     for number in range(7):
         driver = subprocess.Popen([sys.executable, str(tmp_path / "driver.py"), str(output)], env=environment())
         while driver.poll() is None and number < 6:
-            time.sleep(chance.uniform(3, 8))
+            time.sleep(chance.uniform(3, 8) if whom == "driver" else chance.uniform(1, 2))
             children = _children(driver.pid)
             if whom == "driver":
                 driver.kill()
@@ -243,6 +243,15 @@ def test_killed_at_random_moments_every_unit_counts_once(tmp_path, whom):
 
 
 def _children(pid):
+    """The workers of a driver: children of the process from which they are forked."""
+    return [worker for child in _of(pid) if "forkserver" in _command(child) for worker in _of(child)]
+
+
+def _of(pid):
     with open(f"/proc/{pid}/task/{pid}/children") as file:
-        found = [int(child) for child in file.read().split()]
-    return [child for child in found if "spawn_main" in open(f"/proc/{child}/cmdline").read()]
+        return [int(child) for child in file.read().split()]
+
+
+def _command(pid):
+    with open(f"/proc/{pid}/cmdline") as file:
+        return file.read()
