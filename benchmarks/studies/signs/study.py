@@ -14,7 +14,14 @@ from benchmarks.studies.signs.oracle import Reading, read_signs
 from benchmarks.studies.signs.parts import Parts, cpu_seconds, record_of
 from benchmarks.studies.signs.recipes import RECIPES, Recipe
 
-SEEDS = {"labels": 0, "second round": 1_000_000, "development": 2_000_000, "test": 3_000_000, "held out": 4_000_000}
+SEEDS = {
+    "labels": 0,
+    "second round": 1_000_000,
+    "development": 2_000_000,
+    "test": 3_000_000,
+    "held out": 4_000_000,
+    "pool": 5_000_000,
+}
 """The first seed of what is drawn for each purpose; no two purposes share a picture."""
 OBSERVER = "observer"
 """A second detector, of other labels and another seed, that steers nothing."""
@@ -166,24 +173,18 @@ class Study:
 
     def detector_measures(self, kind: str, detector: Path) -> dict:
         """A detector against exact marks of other pictures of the untreated pipeline."""
-        count, first = self.settings.held_out, SEEDS["held out"] + self._offset
-        held_out = self._drawn(kind, "before", count, first)
+        held_out = self._held_out(kind)
 
         def make(folder):
             from diffdoctor.detector.predict import diagnose_pictures
             from diffdoctor.evaluate.detector.measure import evaluate_maps
-            from diffdoctor.measures.pixels import auroc_of
             from diffdoctor.runs.strict_json import nan_to_none
 
             pictures = _pictures(held_out)
             reading = read_signs(pictures)
             confidence = diagnose_pictures(_detector(detector), pictures)[:, 0].numpy()
             measured = evaluate_maps(confidence, reading.marked().astype(np.float32), bootstrap=0)
-            columns = [
-                [confidence[index][:, first:end].max() for first, end in reading.columns[index]]
-                for index in range(count)
-            ]
-            letters = auroc_of(np.array(columns).ravel(), reading.broken_letters().ravel())
+            letters = letters_auroc(confidence, reading)
             names = ("map50", "iou", "auroc", "false_positive_rate", "hit_rate")
             return nan_to_none({**{name: measured[name] for name in names}, "letters_auroc": letters})
 
@@ -252,6 +253,17 @@ class Study:
         return seconds + (0.0 if recipe.after is None else self.effort(kind, recipe.after))
 
     # pictures
+
+    def pool(self, kind: str, count: int) -> torch.Tensor:
+        """Further pictures of the untreated pipeline, for people to choose from: (count, 3, 16, 40) uint8."""
+        return _pictures(self._drawn(kind, "before", count, SEEDS["pool"] + self._offset))
+
+    def held_out(self, kind: str) -> torch.Tensor:
+        """Those by which detectors are measured: (N, 3, 16, 40) uint8."""
+        return _pictures(self._held_out(kind))
+
+    def _held_out(self, kind) -> Path:
+        return self._drawn(kind, "before", self.settings.held_out, SEEDS["held out"] + self._offset)
 
     def drawn(self, kind: str, name: str) -> Path:
         """The folder of a row's pictures, for the study's seeds."""
@@ -360,6 +372,39 @@ class Study:
         if treated is not None:
             pipeline.load_lora_weights(treated / "lora")
         return pipeline
+
+
+class SteeredBy(Study):
+    """A study whose treatments are steered by a given detector, and whose other parts are those of another study.
+
+    Args:
+        study: the other one.
+        detector: the folder of a part with the detector in `detector`.
+    """
+
+    def __init__(self, study: Study, detector: Path):
+        super().__init__(study.output, study.settings, study.recipes)
+        self._steering = detector
+
+    def detector(self, kind: str, after: str | None = None, *, observer: bool = False) -> Path:
+        """The given detector; the observer's is the study's own."""
+        return super().detector(kind, after, observer=True) if observer else self._steering
+
+
+def letters_auroc(confidence: np.ndarray, reading: Reading) -> float:
+    """How well the largest confidence in a letter's columns tells broken letters from sound ones.
+
+    Args:
+        confidence: (N, 16, 40) maps.
+        reading: of the same N signs.
+    """
+    from diffdoctor.measures.pixels import auroc_of
+
+    columns = [
+        [each[:, first:end].max() for first, end in places]
+        for each, places in zip(confidence, reading.columns, strict=True)
+    ]
+    return auroc_of(np.array(columns).ravel(), reading.broken_letters().ravel())
 
 
 def _detector(folder: Path):
