@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from diffdoctor.annotate.intake import NewTask, add_task
 from diffdoctor.annotate.project import read_place
@@ -361,6 +362,28 @@ def test_no_text_is_put_in_as_markup():
             file.name
         )
         assert len(text.splitlines()) <= 400, file.name
+
+
+def test_an_outline_of_large_pixels_hides_none_of_them(rater):
+    someone = rater(height=18, width=40)
+    mask = someone.mask() > 0
+    shown = np.array(
+        someone.js("""(({ canvas, x, y, scale }, { width, height }) => {
+      const context = canvas.getContext('2d'), found = [];
+      for (let row = 0; row < height; row++) for (let column = 0; column < width; column++)
+        found.push([...context.getImageData(x + (column + 0.5) * scale, y + (row + 0.5) * scale, 1, 1).data]);
+      return found;
+    })(app.editor.view, app.editor.model)""")
+    )[:, :3].reshape(*mask.shape, 3)
+    picture = read_picture(someone.project)
+    filled = picture + (np.array([255, 45, 120]) - picture) * (84 / 255)
+    assert np.abs(shown - np.where(mask[..., None], filled, picture)).max() <= 3  # also along the outlines
+    assert someone.js("app.editor.overlay.thickness") == 0
+
+
+def read_picture(project):
+    """(H, W, 3) of the first task's picture."""
+    return np.array(Image.open(project.folder.parent / "pictures" / "0000.png").convert("RGB"), float)
 
 
 def test_a_program_marks_what_is_clicked_on_where_there_is_one(rater):

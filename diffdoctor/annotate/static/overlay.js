@@ -1,4 +1,5 @@
-// A mask as colours, in image space: one canvas as large as the picture, of which only changed boxes are redrawn.
+// A mask as colours, in image space: one canvas as large as the picture, of which only changed boxes are redrawn. Where
+// pixels are so large that an outline of whole ones would hide what it surrounds, it is drawn as lines between them.
 
 const rgba = (red, green, blue, alpha) => ((alpha << 24) | (blue << 16) | (green << 8) | red) >>> 0; // little-endian
 
@@ -18,7 +19,7 @@ export class Overlay {
     this.colour = "rose";
     this.focus = 0; // the label of the part under the pointer
     this.truth = null; // a mask to compare with
-    this.thickness = 1;
+    this.thickness = 1; // of the outlines, in pixels of the picture; 0: lines between them, by `stroke`
   }
 
   get whole() {
@@ -58,7 +59,8 @@ export class Overlay {
   /** Redraws the box, with a margin for the outlines; returns what was redrawn. */
   render(box = this.whole) {
     const { width, height, mask, labels, layers } = this.model,
-      r = this.thickness;
+      lines = this.thickness === 0,
+      r = lines ? 1 : this.thickness;
     const x0 = Math.max(0, box.x - r),
       y0 = Math.max(0, box.y - r);
     const x1 = Math.min(width, box.x + box.width + r),
@@ -69,7 +71,7 @@ export class Overlay {
     const [red, green, blue] = COLOURS[this.colour] ?? COLOURS.rose;
     const fill = rgba(red, green, blue, 84),
       line = rgba(red, green, blue, 255),
-      strong = rgba(red, green, blue, 150);
+      strong = rgba(red, green, blue, lines ? 120 : 150);
     const truthLine = rgba(...TRUTH, 255),
       truthFill = rgba(...TRUTH, 70);
     const { truth, focus } = this,
@@ -96,7 +98,7 @@ export class Overlay {
           left = x >= r ? -r : 0,
           right = x + r < width ? r : 0;
         const on = mask[i],
-          edge = on !== mask[i + left] || on !== mask[i + right] || on !== mask[i + up] || on !== mask[i + down];
+          edge = !lines && (on !== mask[i + left] || on !== mask[i + right] || on !== mask[i + up] || on !== mask[i + down]);
         let colour = 0;
         if (on) colour = edge ? line : parts && focus && parts[i] === focus ? strong : fill;
         else if (edge) colour = DARK;
@@ -104,10 +106,11 @@ export class Overlay {
           // refused: a dashed outline
           const label = parts[i];
           const border =
-            label !== parts[i + left] ||
-            label !== parts[i + right] ||
-            label !== parts[i + up] ||
-            label !== parts[i + down];
+            !lines &&
+            (label !== parts[i + left] ||
+              label !== parts[i + right] ||
+              label !== parts[i + up] ||
+              label !== parts[i + down]);
           if (border) colour = ((x + y) / (3 * r)) & 1 ? FAINT : DARK;
           else if (label === focus) colour = GLOW;
         }
@@ -115,7 +118,7 @@ export class Overlay {
         if (truth) {
           const is = truth[i],
             rim = is !== truth[i + left] || is !== truth[i + right] || is !== truth[i + up] || is !== truth[i + down];
-          if (is && rim) colour = truthLine;
+          if (is && rim && !lines) colour = truthLine;
           else if (is && !on) colour = truthFill;
         }
         out[k] = colour;
@@ -123,5 +126,52 @@ export class Overlay {
     }
     this.context.putImageData(image, x0, y0);
     return { x: x0, y: y0, width: x1 - x0, height: y1 - y0 };
+  }
+
+  /** Draws the outlines within the box as lines between pixels; `place` has x, y and scale of the picture, and ratio. */
+  stroke(context, place, box) {
+    const { mask, labels, layers } = this.model,
+      parts = labels?.length ? labels : null,
+      forced = layers?.forced;
+    const isRefused = (i) => parts && parts[i] && !mask[i] && !(forced && forced[i]) ? parts[i] : 0;
+    const [red, green, blue] = COLOURS[this.colour] ?? COLOURS.rose,
+      width = 1.6 * place.ratio,
+      dash = 4 * place.ratio;
+    context.save();
+    const draw = (colour, path, dashes = []) => {
+      context.setLineDash(dashes);
+      for (const [style, thick] of [
+        ["rgba(0, 0, 0, 0.6)", 2.2 * width],
+        [colour, width],
+      ]) {
+        context.strokeStyle = style;
+        context.lineWidth = thick;
+        context.stroke(path);
+      }
+    };
+    if (parts) draw("rgb(235, 235, 235)", this.#rims(isRefused, place, box), [dash, dash]);
+    draw(`rgb(${red}, ${green}, ${blue})`, this.#rims((i) => mask[i], place, box));
+    if (this.truth) draw(`rgb(${TRUTH.join(", ")})`, this.#rims((i) => this.truth[i], place, box));
+    context.restore();
+  }
+
+  /** The lines between the box's pixels, and around the picture, where `value` of a pixel's index changes. */
+  #rims(value, { x, y, scale }, box) {
+    const { width, height } = this.model,
+      path = new Path2D();
+    const right = Math.min(width, box.x + box.width),
+      low = Math.min(height, box.y + box.height);
+    const at = (column, row) => (column < width && row < height && column >= 0 && row >= 0 ? value(row * width + column) : 0);
+    const line = (x0, y0, x1, y1) => {
+      path.moveTo(x + x0 * scale, y + y0 * scale);
+      path.lineTo(x + x1 * scale, y + y1 * scale);
+    };
+    for (let row = Math.max(0, box.y); row <= low; row++)
+      for (let column = Math.max(0, box.x); column <= right; column++) {
+        const here = at(column, row);
+        if (here !== at(column - 1, row)) line(column, row, column, row + 1);
+        if (here !== at(column, row - 1)) line(column, row, column + 1, row);
+      }
+    return path;
   }
 }

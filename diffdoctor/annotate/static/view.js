@@ -4,6 +4,7 @@
 import { union } from "./raster.js";
 
 const MAX_SCALE = 64,
+  LARGE = 6, // of the window's pixels a side: where one of the picture's is as large, outlines are lines
   MARGIN = 24;
 
 export class View {
@@ -143,7 +144,8 @@ export class View {
       const keep = 48 * this.ratio;
       this.x = Math.min(this.canvas.width - keep, Math.max(keep - this.width * this.scale, this.x));
       this.y = Math.min(this.canvas.height - keep, Math.max(keep - this.height * this.scale, this.y));
-      const thickness = Math.min(6, Math.max(1, Math.round((1.6 * this.ratio) / this.scale)));
+      const thickness =
+        this.scale >= LARGE * this.ratio ? 0 : Math.min(6, Math.max(1, Math.round((1.6 * this.ratio) / this.scale)));
       for (const overlay of this.overlays)
         if (overlay.thickness !== thickness) {
           overlay.thickness = thickness;
@@ -174,15 +176,30 @@ export class View {
     });
   }
 
+  /** The picture's pixels that a frame draws: those in sight, and of them only what has changed where that is known. */
+  #drawn() {
+    const seen = {
+      x: Math.floor(-this.x / this.scale),
+      y: Math.floor(-this.y / this.scale),
+      width: Math.ceil(this.canvas.width / this.scale) + 1,
+      height: Math.ceil(this.canvas.height / this.scale) + 1,
+    };
+    if (this.everything || !this.dirty) return seen;
+    const { x, y, width, height } = this.dirty;
+    return { x: x - 1, y: y - 1, width: width + 2, height: height + 2 };
+  }
+
   #draw() {
     const begin = performance.now(),
       { context, canvas, scale } = this;
     context.save();
     if (!this.everything && this.dirty) {
-      const x = Math.floor(this.x + this.dirty.x * scale) - 2,
-        y = Math.floor(this.y + this.dirty.y * scale) - 2;
+      const margin = 2 * Math.ceil(this.ratio); // half a line
+      const x = Math.floor(this.x + this.dirty.x * scale) - margin,
+        y = Math.floor(this.y + this.dirty.y * scale) - margin;
+      const [width, height] = [this.dirty.width, this.dirty.height].map((side) => Math.ceil(side * scale) + 2 * margin);
       context.beginPath();
-      context.rect(x, y, Math.ceil(this.dirty.width * scale) + 4, Math.ceil(this.dirty.height * scale) + 4);
+      context.rect(x, y, width, height);
       context.clip();
     }
     context.fillStyle = getComputedStyle(this.element).getPropertyValue("--stage") || "#222";
@@ -192,7 +209,11 @@ export class View {
       context.imageSmoothingEnabled = scale < 2;
       context.imageSmoothingQuality = "high";
       context.drawImage(this.picture, ...place);
-      if (this.masked) for (const overlay of this.overlays) context.drawImage(overlay.canvas, ...place);
+      if (this.masked)
+        for (const overlay of this.overlays) {
+          context.drawImage(overlay.canvas, ...place);
+          if (overlay.thickness === 0) overlay.stroke(context, this, this.#drawn());
+        }
     }
     context.restore();
     this.everything = false;
