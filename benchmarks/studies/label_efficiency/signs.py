@@ -103,7 +103,9 @@ class Signs:
         def make(folder):
             detector.save_pretrained(folder / "detector")
 
-        needs = {"rater": rater, "strategy": strategy, "labels": labels, "seed": self.seed}
+        # without labels, all begin with one detector
+        needs = {"rater": rater, "strategy": strategy} if labels else {}
+        needs |= {"labels": labels, "seed": self.seed}
         needs |= {"steps": [self.settings.first_steps, self.settings.steps], "pool": POOL}
         steering = self.study.parts.made("labels-detector", needs, make)
         steered = SteeredBy(self.study, steering)
