@@ -19,6 +19,7 @@ from diffdoctor.data.captions import caption_file, read_caption
 from diffdoctor.data.codec import PICTURE_TYPES, UnreadablePicture, decode
 from diffdoctor.data.sources import find_sources
 from diffdoctor.data.tar import IGNORE, MASK, SkipCounts
+from diffdoctor.data.video import is_video
 from diffdoctor.engine.sets import read_sample
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import file_name, reading
@@ -83,7 +84,12 @@ def find_candidates(pool: list[str], diagnosis: Diagnosis | None, counts: SkipCo
         diagnosis: of the pool; pictures that it does not have are left out and counted. None: the pictures as they are.
         counts: filled with what is left out.
     """
-    sources = find_sources(pool, counts)
+    sources = []
+    for source in find_sources(pool, counts):
+        if not source.is_shard and is_video(source.path):
+            counts.add("an animation, which would be judged by its first frame", source.path)
+        else:
+            sources.append(source)
     if diagnosis is None:
         found = []
         for source in sources:

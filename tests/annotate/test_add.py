@@ -132,6 +132,19 @@ def candidates(count, **values):
     return [Candidate(f"{i}", "", **{name: value(i) for name, value in values.items()}) for i in range(count)]
 
 
+def test_animations_are_left_out_and_counted(tmp_path, capsys):
+    from PIL import Image
+
+    frames = [Image.fromarray(picture(seed)) for seed in range(2)]
+    (tmp_path / "pool").mkdir()
+    frames[0].save(tmp_path / "pool" / "moves.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "pool" / "stands.gif")
+    project = add(tmp_path, tmp_path / "project", diagnosis=None, gold=[], budget=5, strategy="random")
+    (task,) = project.store.all("SELECT place FROM picture JOIN task ON task.picture = picture.id")
+    assert json.loads(task["place"])["file"] == str(tmp_path / "pool" / "stands.gif")
+    assert "an animation, which would be judged by its first frame (first: " in capsys.readouterr().err
+
+
 def test_abnormal_categories_get_more_of_the_budget():
     pool = candidates(
         300,
