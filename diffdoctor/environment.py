@@ -10,7 +10,7 @@ from diffdoctor.version import __version__
 
 PACKAGES = (
     "torch", "triton", "numpy", "diffusers", "transformers", "accelerate", "peft", "xformers", "kernels",
-    "webdataset", "pyarrow", "torchmetrics", "pycocotools", "scikit-learn",
+    "torchao", "bitsandbytes", "webdataset", "pyarrow", "torchmetrics", "pycocotools", "scikit-learn",
 )  # fmt: skip
 VARIABLES = (
     "DIFFDOCTOR_BACKEND", "DIFFDOCTOR_BUILD", "DIFFDOCTOR_CPU_ISA", "TRITON_INTERPRET", "OMP_NUM_THREADS",

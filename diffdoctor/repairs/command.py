@@ -65,7 +65,7 @@ def run_repair(config: RepairConfig) -> dict:
         index = SourceIndex(sources)
         journal = Journal(run.path / RECORDS, state.process_index)
         completed = Completed(index, journal)
-        pipeline = load_pipeline("pipeline", config.pipeline, dtype=config.dtype)
+        pipeline = load_pipeline("pipeline", config.pipeline, dtype=config.dtype, quantize=config.quantize)
         replace_scheduler(pipeline, config.scheduler)
         if config.lora:
             load_lora(pipeline, config.lora)
@@ -98,6 +98,7 @@ def _identity(config: RepairConfig, detector: torch.nn.Module) -> dict:
         **files,
         "scheduler": config.scheduler,
         "dtype": config.dtype,
+        "quantize": config.quantize,
         "weights": weights_digest(detector),
     }
 

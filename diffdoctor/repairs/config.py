@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 from diffdoctor.runs.errors import UserError, check_least, expected
 from diffdoctor.treat.loading import DTYPES
+from diffdoctor.treat.quantization import check_format
 
 METHODS = ("auto", "inpaint", "resume")
 
@@ -103,6 +104,7 @@ class RepairFiles:
         lora: folder, file or hub id of a LoRA for the pipeline; null: none.
         scheduler: class of a diffusers scheduler in place of the pipeline's own; null: its own.
         dtype: fp32, bf16 or fp16: what the pipeline is loaded in; the detector is in fp32.
+        quantize: int8, fp8, bnb8 or bnb4: how the denoiser's linear layers are held; null: as dtype says.
         gallery: number of pictures on the page, the most changed first; 0: no page.
         device: such as cpu or cuda:1; null: the fastest there is.
         strict: stop at the first picture that cannot be repaired instead of skipping and counting it.
@@ -115,6 +117,7 @@ class RepairFiles:
     lora: str | None = None
     scheduler: str | None = None
     dtype: str = "fp32"
+    quantize: str | None = None
     gallery: int = 200
     device: str | None = None
     strict: bool = False
@@ -130,6 +133,7 @@ class RepairConfig(RepairOptions, RepairFiles):
         check_least(self, gallery=0)
         if self.dtype not in DTYPES:
             raise UserError(expected("dtype", f"one of {', '.join(DTYPES)}", repr(self.dtype)))
+        check_format(self.quantize)
         for field in fields(RepairFiles):
             if getattr(self, field.name) == "":
                 raise UserError(expected(f"--{field.name}", "a name or a path", "an empty one; leave it out instead"))

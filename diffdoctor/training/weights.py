@@ -1,8 +1,10 @@
 """Telling networks apart by their weights."""
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def weights_digest(module: torch.nn.Module) -> str:
@@ -10,8 +12,18 @@ def weights_digest(module: torch.nn.Module) -> str:
     digest = hashlib.sha256(type(module).__name__.encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for part in _parts(value.detach()):
+            digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _parts(value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor, or those that one of a quantized weight consists of."""
+    if not is_traceable_wrapper_subclass(value):
+        yield value
+        return
+    for name in value.__tensor_flatten__()[0]:
+        yield from _parts(getattr(value, name))
 
 
 def same_weights(one: torch.nn.Module, other: torch.nn.Module, tolerance: float = 0.01) -> bool:

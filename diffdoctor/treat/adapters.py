@@ -10,6 +10,7 @@ import torch
 
 from diffdoctor.runs.errors import UserError
 from diffdoctor.treat.families import Family
+from diffdoctor.treat.quantization import is_quantized
 
 
 def adapter_layers(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -84,7 +85,8 @@ def merged_adapters(family: Family) -> Iterator[None]:
     """Inside, the update of all active adapters is part of the denoiser's weights: sampling costs no more than without.
 
     The original weights are put back as they were, bit for bit; nothing inside may train. Costs a second copy of the
-    targeted weights. Layers whose adapters are more than a product of two matrices (DoRA) keep them.
+    targeted weights. Layers whose adapters are more than a product of two matrices (DoRA), or whose weights are
+    quantized, keep them.
     """
     layers = [layer for layer in adapter_layers(family.denoiser).values() if _is_sum_of_products(layer)]
     originals, trainable = [], [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
@@ -108,7 +110,7 @@ def merged_adapters(family: Family) -> Iterator[None]:
 
 
 def _is_sum_of_products(layer) -> bool:
-    if layer.disable_adapters or not hasattr(layer, "lora_A"):
+    if layer.disable_adapters or not hasattr(layer, "lora_A") or is_quantized(layer.get_base_layer()):
         return False
     return not any(
         getattr(layer, names, {}).get(adapter)

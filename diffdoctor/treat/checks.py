@@ -15,6 +15,7 @@ from diffdoctor.training.weights import same_weights
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family
 from diffdoctor.treat.methods import METHODS
+from diffdoctor.treat.quantization import is_quantized
 from diffdoctor.treat.sampling import Sampling
 
 
@@ -151,8 +152,10 @@ def check_even_batches(family: Family, config: TreatConfig, processes: Processes
     """With a sharded denoiser every process must have equally many pictures.
 
     Raises:
-        UserError: if a batch cannot be dealt out evenly, or there are two denoisers.
+        UserError: if a batch cannot be dealt out evenly, there are two denoisers, or one is quantized.
     """
+    if any(isinstance(m, torch.nn.Linear) and is_quantized(m) for m in family.denoiser.modules()):
+        raise UserError(expected("FSDP", "a denoiser that is not quantized", "one that is"))
     if len(family.denoisers) > 1:
         what = "a pipeline with one denoiser, since two are not called equally often"
         raise UserError(expected("FSDP", what, type(family.pipeline).__name__))

@@ -14,6 +14,7 @@ from diffdoctor.runs.progress import quiet_loaders
 from diffdoctor.runs.summary import print_doubts
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.loading import DTYPES, load_pipeline, replace_scheduler
+from diffdoctor.treat.quantization import check_format
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ class TreatFiles:
         scheduler: class of a diffusers scheduler to use in place of the pipeline's own; None: its own.
         dtype: fp32, bf16 or fp16: what the denoiser and the text encoders are loaded in; the VAE is loaded in fp32.
             Large pipelines need bf16, with precision bf16.
+        quantize: int8, fp8 (torchao), bnb8 or bnb4 (bitsandbytes, on a GPU): how the denoiser's frozen linear layers
+            are held, which leaves the LoRA and its file as they are; None: as dtype says.
         device: such as cpu or cuda:1; None: the fastest there is.
     """
 
@@ -54,6 +57,7 @@ class TreatFiles:
     webui: bool = False
     scheduler: str | None = None
     dtype: str = "fp32"
+    quantize: str | None = None
     device: str | None = None
 
 
@@ -69,6 +73,7 @@ class TreatCommandConfig(TreatConfig, TreatFiles):
         super().__post_init__()
         if self.dtype not in DTYPES:
             raise UserError(expected("dtype", f"one of {', '.join(DTYPES)}", repr(self.dtype)))
+        check_format(self.quantize)
         for field in fields(TreatFiles):
             if getattr(self, field.name) == "":
                 raise UserError(expected(f"--{field.name}", "a name or a path", "an empty one; leave it out instead"))
@@ -100,7 +105,7 @@ def run_treat(config: TreatCommandConfig) -> int:
     monitor = None if config.monitor is None else open_detector(config.monitor)
     reward = None if config.reward is None else function_from_file(config.reward)[0]
     # a VAE in half precision overflows in some families
-    pipeline = load_pipeline("pipeline", config.pipeline, dtype=config.dtype, vae="fp32")
+    pipeline = load_pipeline("pipeline", config.pipeline, dtype=config.dtype, vae="fp32", quantize=config.quantize)
     replace_scheduler(pipeline, config.scheduler)
     options = {f.name: getattr(config, f.name) for f in fields(TreatConfig)}
     result = treat(

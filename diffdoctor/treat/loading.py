@@ -11,6 +11,7 @@ import torch
 from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
 from diffdoctor.runs.files import unicode_path
 from diffdoctor.runs.hub import is_hub_id, local_path, near
+from diffdoctor.treat.quantization import check_available, quantization_config
 
 # option -> dtype
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,7 +25,9 @@ _SECOND = "transformer_2"
 _FLOW = "FlowMatch"
 
 
-def load_pipeline(option: str, source: str, *, dtype: str = "fp32", vae: str | None = None):
+def load_pipeline(
+    option: str, source: str, *, dtype: str = "fp32", vae: str | None = None, quantize: str | None = None
+):
     """A diffusers pipeline from a folder or a hub id, on the CPU.
 
     Args:
@@ -32,9 +35,10 @@ def load_pipeline(option: str, source: str, *, dtype: str = "fp32", vae: str | N
         source: the folder or id.
         dtype: of `DTYPES`, what its parts are loaded in.
         vae: likewise, of the VAE; None: as the rest.
+        quantize: of `QUANTIZED`, how the denoiser's linear layers are held; None: in dtype.
 
     Raises:
-        UserError: if there is none or it cannot be loaded.
+        UserError: if there is none or it cannot be loaded, or not so quantized here.
     """
     try:
         import diffusers
@@ -45,15 +49,19 @@ def load_pipeline(option: str, source: str, *, dtype: str = "fp32", vae: str | N
         raise UserError(f"--{option} {source}: no such folder{near(source)}")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(f"--{option} {source}: holds no diffusers pipeline (no model_index.json)")
+    check_available(quantize)
     wanted = DTYPES[dtype] if vae in (None, dtype) else {"vae": DTYPES[vae], "default": DTYPES[dtype]}
     # the argument's name changes with diffusers 1.0; 0.42 already knows both and warns of the old one
     name = "dtype" if int(diffusers.__version__.split(".")[0]) >= 1 else "torch_dtype"
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            safe = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
+            options = {"trust_remote_code": False, "local_files_only": folder.is_dir(), name: wanted}
             with unicode_path(folder if folder.is_dir() else source) as origin:
-                return diffusers.DiffusionPipeline.from_pretrained(str(origin), **{name: wanted}, **safe)
+                if quantize is not None:
+                    found = diffusers.DiffusionPipeline.load_config(str(origin), local_files_only=folder.is_dir())
+                    options["quantization_config"] = quantization_config(quantize, found, DTYPES[dtype])
+                return diffusers.DiffusionPipeline.from_pretrained(str(origin), **options)
     except Exception as error:  # each component's loader raises its own
         raise UserError(f"--{option} {source}: cannot be loaded ({first_line(error)})") from error
 

@@ -23,6 +23,7 @@ from diffdoctor.training.devices import open_device_at
 from diffdoctor.training.processes import process_state
 from diffdoctor.treat.loading import DTYPES, load_lora
 from diffdoctor.treat.prompts import check_prompts
+from diffdoctor.treat.quantization import check_format
 from diffdoctor.treat.text_to_image import call_options, draw_pictures, open_pipeline, pipeline_options
 
 # Of the words in a key: a prompt's number, and a seed.
@@ -52,6 +53,7 @@ class SampleConfig:
         max_sequence_length: of T5 prompts (SD3, FLUX), in tokens; null: the pipeline's own.
         scheduler: class of a diffusers scheduler in place of the pipeline's own; null: its own.
         dtype: fp32, bf16 or fp16: what the pipeline is loaded in.
+        quantize: int8, fp8, bnb8 or bnb4: how the denoiser's linear layers are held; null: as dtype says.
         batch_size: pictures that are drawn at a time.
         shard_size: pictures, or videos, in a shard, which is a unit of work.
         picture_type: png (exact), webp (lossless) or jpg (quality 95).
@@ -76,6 +78,7 @@ class SampleConfig:
     max_sequence_length: int | None = None
     scheduler: str | None = None
     dtype: str = "fp32"
+    quantize: str | None = None
     batch_size: int = 16
     shard_size: int = 256
     picture_type: str = "png"
@@ -86,6 +89,7 @@ class SampleConfig:
     def __post_init__(self):
         check_least(self, batch_size=1, shard_size=1, sampling_steps=1)
         check_least(self, height=1, width=1, num_frames=1, max_sequence_length=1)
+        check_format(self.quantize)
         if not 0 <= self.seeds[0] <= self.seeds[1] <= _LARGEST_SEED:
             raise UserError(expected("seeds", "the first and the last seed, from 0", " ".join(map(str, self.seeds))))
         for name, allowed in (("dtype", tuple(DTYPES)), ("picture_type", ("png", "webp", "jpg"))):
@@ -139,6 +143,7 @@ def _identity(spec: SampleWorkerSpec, plan: Plan) -> dict[str, Any]:
         "sampling": call_options(config),
         "scheduler": config.scheduler,
         "dtype": config.dtype,
+        "quantize": config.quantize,
         "batch_size": config.batch_size,
         "picture_type": config.picture_type,
         "plan": plan.digest(),

@@ -26,6 +26,7 @@ class DrawingConfig(Protocol):
 
     scheduler: str | None
     dtype: str
+    quantize: str | None
     sampling_steps: int | None
     guidance_scale: float | None
     guidance_scale_2: float | None
@@ -50,7 +51,7 @@ def open_pipeline(option: str, source: str, config: DrawingConfig) -> DiffusionP
     Raises:
         UserError: there is none, it cannot be loaded, or it does not take the options.
     """
-    pipeline = load_pipeline(option, source, dtype=config.dtype)
+    pipeline = load_pipeline(option, source, dtype=config.dtype, quantize=config.quantize)
     parameters = inspect.signature(type(pipeline).__call__).parameters
     if "prompt" not in parameters or "generator" not in parameters:
         raise UserError(expected(f"--{option} {source}", "a text-to-image pipeline", type(pipeline).__name__))

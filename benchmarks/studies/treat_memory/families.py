@@ -41,6 +41,8 @@ class Case:
 
 
 _TEXT = "encoder_hidden_states"
+# bytes of a weight in NF4: each 64 share a scale of a byte, and 256 of these one of four
+_BNB4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 CASES = {
     "sana": Case("SANA", SanaFamily, "SanaTransformer2DModel", (32, 32, 32), {_TEXT: (1, 300, 2304)}),
     "z_image": Case("Z-Image", ZImageFamily, "ZImageTransformer2DModel", (16, 128, 128), {"cap_feats": (1, 512, 2560)}),
@@ -75,7 +77,8 @@ def family_row(name: str) -> dict:
 
         with made_in(dtype):
             denoiser = getattr(diffusers, case.denoiser)()
-        count.append(sum(parameter.numel() for parameter in denoiser.parameters()))
+        linear = sum(m.weight.numel() for m in denoiser.modules() if isinstance(m, torch.nn.Linear))
+        count.extend([sum(parameter.numel() for parameter in denoiser.parameters()), linear])
         scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
         config = SimpleNamespace(boundary_ratio=None, expand_timesteps=False)
         family = case.family(SimpleNamespace(transformer=denoiser, patch_size=2, scheduler=scheduler, config=config))
@@ -88,7 +91,7 @@ def family_row(name: str) -> dict:
         return denoiser, torch.nn.Identity(), predict, case.latents, targets
 
     found = real_step(build, torch.bfloat16, 1, "nft", True, False)
-    return {"family": case.title, "parameters": count[0], **found}
+    return {"family": case.title, "parameters": count[0], "linear": count[1], **found}
 
 
 def families_markdown(rows: list[dict]) -> str:
@@ -97,12 +100,15 @@ def families_markdown(rows: list[dict]) -> str:
         "one picture of 1024 x 1024, or as said",
         "parameters",
         "weights in bf16",
+        "int8, fp8",
+        "bnb4",
         "kept",
         "peak beside them",
         "operations",
     )
     for found in rows:
-        weights, kept = 2 * found["parameters"], found["kept"]["denoiser"]
-        cells = f"{found['parameters'] / 1e9:.1f} B", size(weights), size(kept), size(found["peak"])
+        linear, rest = found["linear"], 2 * (found["parameters"] - found["linear"])
+        weights = size(2 * linear + rest), size(linear + rest), size(_BNB4 * linear + rest)
+        cells = f"{found['parameters'] / 1e9:.1f} B", *weights, size(found["kept"]["denoiser"]), size(found["peak"])
         lines.append(row(found["family"], *cells, f"{found['operations'] / 1e12:,.0f} T"))
     return "\n".join(lines)

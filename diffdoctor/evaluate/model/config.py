@@ -11,6 +11,7 @@ from typing import Any
 
 from diffdoctor.runs.errors import UserError, check_least, expected, missing_extra
 from diffdoctor.treat.loading import DTYPES
+from diffdoctor.treat.quantization import check_format
 
 _SAMPLING = (
     *("sampling_steps", "guidance_scale", "negative_prompt", "height", "width", "num_frames"),
@@ -55,6 +56,7 @@ class EvaluateModelConfig:
         max_sequence_length: of T5 prompts (SD3, FLUX), in tokens; null: the treatment's, else the pipeline's own.
         scheduler: class of a diffusers scheduler in place of the pipeline's own; null: the treatment's, else its own.
         dtype: fp32, bf16 or fp16: what the pipelines are loaded in; detectors and measures are in fp32.
+        quantize: int8, fp8, bnb8 or bnb4: how the denoisers' linear layers are held; null: as dtype says.
         real: files, folders, patterns or shards of real clean pictures, with which the generated ones are compared
             (FID, KID, MMD, precision, recall); damaged ones in labelled shards are left out. None: no such comparison.
         damaged: the same of damaged pictures, FID's ceiling; none: the real ones are damaged as by `inject`.
@@ -106,6 +108,7 @@ class EvaluateModelConfig:
     max_sequence_length: int | None = None
     scheduler: str | None = None
     dtype: str = "fp32"
+    quantize: str | None = None
     real: list[str] = dataclasses.field(default_factory=list)
     damaged: list[str] = dataclasses.field(default_factory=list)
     features: str = "auto"
@@ -129,6 +132,7 @@ class EvaluateModelConfig:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) == "":
                 raise UserError(expected(f"--{field.name}", "a name or a path", "an empty one; leave it out instead"))
+        check_format(self.quantize)
         for name, allowed in (("dtype", tuple(DTYPES)), ("picture_type", ("png", "webp"))):
             if getattr(self, name) not in allowed:
                 raise UserError(expected(name, f"one of {', '.join(allowed)}", repr(getattr(self, name))))

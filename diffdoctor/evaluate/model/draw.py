@@ -63,5 +63,6 @@ def picture_identity(config: EvaluateModelConfig, prompts: list[str], detector_d
         "sampling": call_options(config),
         "scheduler": config.scheduler,
         "dtype": config.dtype,
+        "quantize": config.quantize,
         "picture_type": config.picture_type,
     }

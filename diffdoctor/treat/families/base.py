@@ -94,7 +94,8 @@ class Family:
     @property
     def denoiser_dtype(self) -> torch.dtype:
         """The dtype in which the denoiser takes latents."""
-        return next(self.denoiser.parameters()).dtype
+        # not the first weight's: a few stay in fp32 by diffusers' will, and quantized ones are no numbers
+        return self.denoiser.dtype
 
     @property
     def latents_dtype(self) -> torch.dtype:

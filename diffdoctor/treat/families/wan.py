@@ -73,11 +73,6 @@ class WanFamily(VideoAutoencoder, Family):
         return scales.view(-1, *(1,) * (3 if self.num_frames == 1 else 4))
 
     @property
-    def denoiser_dtype(self):
-        # its modulation and its norms stay in fp32
-        return self.denoiser.patch_embedding.weight.dtype
-
-    @property
     def latents_dtype(self):
         return torch.promote_types(self.denoiser_dtype, torch.float32)
 
