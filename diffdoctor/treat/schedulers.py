@@ -15,22 +15,22 @@ from diffdoctor.runs.errors import UserError, expected, first_line
 
 logger = logging.getLogger(__name__)
 
-_DISCRETE = ("DDIMScheduler", "DDPMScheduler")
+# of consistency models, in as many steps as these were distilled for
+_CONSISTENCY = ("LCMScheduler", "TCDScheduler")
+_DISCRETE = ("DDIMScheduler", "DDPMScheduler", *_CONSISTENCY)
 _SIGMA = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 _DPM = ("DPMSolverMultistepScheduler",)
 # solvers of several steps, of flow matching too where `use_flow_sigmas` says so
 _MULTISTEP = (*_DPM, "UniPCMultistepScheduler")
 _SUPPORTED = (*_DISCRETE, *_SIGMA, *_FLOW, *_MULTISTEP)
-_STOCHASTIC = ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
+_STOCHASTIC = ("DDPMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler")
 _NEAREST = {
     "PNDMScheduler": "DDIMScheduler",
     "LMSDiscreteScheduler": "EulerDiscreteScheduler",
     "HeunDiscreteScheduler": "EulerDiscreteScheduler",
     "KDPM2DiscreteScheduler": "EulerDiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler": "EulerAncestralDiscreteScheduler",
-    "LCMScheduler": "DDIMScheduler",
-    "TCDScheduler": "DDIMScheduler",
     "DPMSolverSinglestepScheduler": "DPMSolverMultistepScheduler",
     "DEISMultistepScheduler": "DPMSolverMultistepScheduler",
     "DPMSolverSDEScheduler": "DPMSolverMultistepScheduler",
@@ -50,8 +50,8 @@ class Sampler:
     zero the gradient where they clip.
 
     Args:
-        scheduler: DDIM (eta 0), DDPM, Euler, Euler ancestral, FlowMatchEuler, FlowMatchHeun, DPM++ 2M or UniPC, these
-            two with `use_flow_sigmas` too.
+        scheduler: DDIM or TCD (eta 0, the default of the pipelines' calls), DDPM, LCM, Euler, Euler ancestral,
+            FlowMatchEuler, FlowMatchHeun, DPM++ 2M or UniPC, these two with `use_flow_sigmas` too.
         device: where the timesteps live.
         timestep_options: of `set_timesteps`, from `Family.timestep_options`.
 
@@ -137,6 +137,8 @@ class Sampler:
         """The next latents; generators, one per picture, are drawn from by the stochastic schedulers alone."""
         self._at(step)
         options = {"generator": list(generators)} if self.stochastic else {}
+        if self.kind == "TCDScheduler":
+            options["eta"] = 0.0
         return self.scheduler.step(prediction, self.timesteps[step], latents, return_dict=False, **options)[0]
 
     def denoised(self, prediction: torch.Tensor, step: int, latents: torch.Tensor) -> torch.Tensor:
@@ -221,7 +223,9 @@ class Sampler:
             levels = 1 / (1 + scheduler.sigmas.cpu().double() ** 2)
             return list(pairwise(levels))
         table = scheduler.alphas_cumprod.cpu().double()
-        if self.kind == "DDPMScheduler":
+        if self.kind in _CONSISTENCY:
+            following, final = [*timesteps[1:], -1], table[0] if self.kind == "TCDScheduler" else table.new_ones(())
+        elif self.kind == "DDPMScheduler":
             following, final = [int(scheduler.previous_timestep(t)) for t in timesteps], table.new_ones(())
         else:
             following = [t - len(table) // len(timesteps) for t in timesteps]

@@ -185,6 +185,7 @@ def test_window():
 SCHEDULERS = {
     "DDIMScheduler": {},
     "DDPMScheduler": {},
+    "TCDScheduler": {},
     "EulerDiscreteScheduler": {},
     "EulerAncestralDiscreteScheduler": {},
     "DPMSolverMultistepScheduler": {"solver_order": 1},

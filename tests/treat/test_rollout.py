@@ -16,6 +16,8 @@ SCHEDULERS = {
     "sd": (
         "DDIMScheduler",
         "DDPMScheduler",
+        "LCMScheduler",
+        "TCDScheduler",
         "EulerDiscreteScheduler",
         "EulerAncestralDiscreteScheduler",
         "DPMSolverMultistepScheduler",
@@ -167,6 +169,30 @@ def test_packing_is_flux_own():
     family = prepared("flux", "FlowMatchEulerDiscreteScheduler", 1.0)[0].family
     assert torch.equal(family.to_pipeline(latents), theirs)
     assert torch.equal(family.from_pipeline(theirs, 8, 12), latents)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_latent_consistency_model_is_told_its_guidance(name):
+    pipeline = tiny_pipeline(name)
+    pipeline.scheduler = diffusers.LCMScheduler.from_config(pipeline.scheduler.config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config, time_cond_proj_dim=8)
+    family, options, cpu = family_of(pipeline), {"height": 16, "width": 16}, torch.device("cpu")
+    assert not family.uses_negative(5.0)
+    sampler = Sampler(pipeline.scheduler, device=cpu, timestep_options=family.timestep_options(2, 16, 16))
+    sampling, drawings = Sampling(family, sampler, Guidance(5.0)), []
+    for scale in (5.0, 1.0):
+        conditioning = family.encode_prompts(PROMPTS, guidance_scale=scale, device=cpu, **options)
+        generators = picture_generators(SEEDS)
+        latents = initial_latents(sampling, generators, 16, 16, cpu, torch.float32)
+        drawings.append(roll_out(sampling, conditioning, latents, generators).final)
+    theirs = pipeline(
+        list(PROMPTS), num_inference_steps=2, guidance_scale=5.0, output_type="latent",
+        generator=picture_generators(SEEDS), **options,
+    ).images  # fmt: skip
+    torch.testing.assert_close(drawings[0], theirs, atol=1e-5, rtol=1e-5)
+    assert (drawings[0] - drawings[1]).abs().max() > 1e-3
 
 
 def test_pipelines_scheduler_is_left_alone_and_clipping_is_noticed(caplog):

@@ -18,6 +18,8 @@ from support.tiny_pipelines import PROMPTS, tiny_pipeline
 SERVED = {
     "DDIMScheduler": "sd",
     "DDPMScheduler": "sd",
+    "LCMScheduler": "sd",
+    "TCDScheduler": "sd",
     "EulerDiscreteScheduler": "sd",
     "EulerAncestralDiscreteScheduler": "sd",
     "DPMSolverMultistepScheduler": "sd",
@@ -81,7 +83,7 @@ def distances(kind, options):
     name = "sd3" if options.get("use_flow_sigmas") else SERVED[kind]
     pipeline = made(name)
     own = own_scheduler(name)
-    if kind in ("DDIMScheduler", "DDPMScheduler"):
+    if kind in ("DDIMScheduler", "DDPMScheduler", "LCMScheduler", "TCDScheduler"):
         options = {"clip_sample": False, **options}
     pipeline.scheduler = getattr(diffusers, kind).from_config(own.config, **options)
     family = family_of(pipeline)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from diffdoctor.treat.families.base import Family
 from diffdoctor.treat.families.conditioning import Conditioning
 from diffdoctor.treat.families.registry import register_family
+from diffdoctor.treat.families.stable_diffusion import StableDiffusionFamily
 
 
 @register_family
-class SDXLFamily(Family):
+class SDXLFamily(StableDiffusionFamily):
     """Serves `StableDiffusionXLPipeline`."""
 
     pipeline_classes = ("StableDiffusionXLPipeline",)
-    takes_negative_prompt = True
 
     @torch.no_grad()
     def encode_prompts(self, prompts, *, guidance_scale, height, width, device) -> Conditioning:
@@ -34,13 +33,15 @@ class SDXLFamily(Family):
         def inputs(hidden, pooled):
             return {"encoder_hidden_states": hidden, "text_embeds": pooled, "time_ids": sizes}
 
-        return Conditioning(inputs(embeds, pooled), inputs(negative_embeds, negative_pooled) if negative else None)
+        positive = {**inputs(embeds, pooled), **self.guidance_inputs(len(prompts), guidance_scale, device)}
+        return Conditioning(positive, inputs(negative_embeds, negative_pooled) if negative else None)
 
     def denoise(self, latents, timesteps, inputs):
         return self.denoiser(
             latents,
             timesteps,
             encoder_hidden_states=inputs["encoder_hidden_states"],
+            timestep_cond=inputs.get("timestep_cond"),
             added_cond_kwargs={"text_embeds": inputs["text_embeds"], "time_ids": inputs["time_ids"]},
             return_dict=False,
         )[0]
