@@ -94,6 +94,8 @@ class TreatConfig:
         gradient_checkpointing: recompute the denoiser's, the VAE's and the detector's activations in backward.
         vae_slicing: decode, diagnose and run backward through the VAE picture by picture.
         vae_tiling: decode in tiles of this many pixels a side, recomputed one by one in backward; 0: whole pictures.
+        resident_blocks: blocks of the denoiser that are on the device at a time, forward and backward, while the others
+            wait in the CPU's memory; they come in the time that copying takes. None: all.
         encode_batch_size: prompts that are encoded at a time.
         embedding_cache: GiB that the embeddings of the prompts may take on the device, and likewise those of the
             offline pairs' captions and, in memory, their latents and masks; what takes more is written to files, in the
@@ -180,6 +182,7 @@ class TreatConfig:
     gradient_checkpointing: bool = False
     vae_slicing: bool = False
     vae_tiling: int = 0
+    resident_blocks: int | None = None
     encode_batch_size: int = 32
     embedding_cache: float = 1.0
     text_encoders: str = "offload"
@@ -254,6 +257,7 @@ _NOT_GIVEN = {
     "offline_weight": "the method's own",
     "offline_batch_size": "batch_size",
     "micro_batch_size": "all of a process's share",
+    "resident_blocks": "all",
 }
 _POSITIVE = ("alpha", "grpo_eta")
 _BOUNDS = {
@@ -268,6 +272,7 @@ _BOUNDS = {
     "max_sequence_length": (1, None),
     "offline_batch_size": (1, None),
     "micro_batch_size": (1, None),
+    "resident_blocks": (1, None),
     "encode_batch_size": (1, None),
     "rank": (1, None),
     "evaluate_pictures": (2, None),

@@ -101,7 +101,8 @@ class Drawing:
         family, size = self.sampling.family, (self.height, self.width)
         latents = initial_latents(self.sampling, generators, *size, self.processes.device, family.latents_dtype)
         conditioning = self.conditioning.rows(torch.tensor(rows, dtype=torch.long))
-        merge = self.config.merge_rollout and not family.is_sharded
+        # weights that are not there cannot be merged into
+        merge = self.config.merge_rollout and self.config.resident_blocks is None and not family.is_sharded
         with merged_adapters(family) if merge else nullcontext():
             return roll_out(self.sampling, conditioning, latents, generators, keep=keep, **options)
 

@@ -35,7 +35,6 @@ class RowStore:
         self._starts: list[int] = []
         self._count = self._bytes = 0
         self._kept: list[Rows] | None = []
-        self._whole: Rows = {}
 
     def __len__(self) -> int:
         return self._count
@@ -68,21 +67,17 @@ class RowStore:
 
     def take(self, index: torch.Tensor) -> Rows:
         """The rows (M, ...) at index (M,), by name: on the device where they were made, or the CPU if in files."""
-        if self._kept is not None:
-            if not self._whole:
-                names = self._kept[0]
-                self._whole = {name: torch.cat(padded([rows[name] for rows in self._kept], dim=1)) for name in names}
-                self._kept = [self._whole]
-            return {name: value.index_select(0, index.to(value.device)) for name, value in self._whole.items()}
         numbers = index.tolist()
-        files: dict[int, list[int]] = {}
+        parts: dict[int, list[int]] = {}
         for place, number in enumerate(numbers):
-            start = self._starts[bisect.bisect_right(self._starts, number) - 1]
-            files.setdefault(start, []).append(place)
+            parts.setdefault(bisect.bisect_right(self._starts, number) - 1, []).append(place)
         found: dict[str, list] = {}
-        for start, places in files.items():
-            rows = self._read(start, [numbers[place] - start for place in places])
-            for name, value in rows.items():
+        for part, places in parts.items():
+            start = self._starts[part]
+            rows = [numbers[place] - start for place in places]
+            # not joined once and for all: for a moment that would take the memory twice
+            taken = self._read(start, rows) if self._kept is None else _chosen(self._kept[part], rows)
+            for name, value in taken.items():
                 values = found.setdefault(name, [None] * len(numbers))
                 for place, row in zip(places, value, strict=True):
                     values[place] = row
@@ -121,6 +116,10 @@ class RowStore:
 
     def _path(self, start: int) -> Path:
         return self._folder / f"{self.name}-{start:09d}.safetensors"
+
+
+def _chosen(rows: Rows, index: Sequence[int]) -> Rows:
+    return {name: value[torch.tensor(index, device=value.device)] for name, value in rows.items()}
 
 
 def _shared(value: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,6 +45,7 @@ from diffdoctor.treat.lora_training import LoraTraining
 from diffdoctor.treat.methods import METHODS
 from diffdoctor.treat.monitor import EarlyStopping, measure
 from diffdoctor.treat.offline import checked_pairs, offline_term, offline_weight, prepare_offline
+from diffdoctor.treat.offload import resident_blocks
 from diffdoctor.treat.prepare import memory_options, move_modules, release_text_encoders, restore_text_encoders
 from diffdoctor.treat.prompts import check_prompts
 from diffdoctor.treat.reward import checked_reward
@@ -164,8 +166,13 @@ class Treatment:
         """Wall time so far, that of interrupted calls up to their last checkpoint included."""
         return self.seconds_before + time.perf_counter() - self.started
 
-    def _prepare(self, show: bool) -> None:
-        """Everything that takes time or memory: encode prompts and pairs, move the denoiser, add the LoRA."""
+    def _prepare(self, show: bool, until_done: ExitStack) -> None:
+        """Everything that takes time or memory: encode prompts and pairs, move the denoiser, add the LoRA.
+
+        Args:
+            show: bars.
+            until_done: for what is to be undone when the treatment is over.
+        """
         config, family, device = self.config, self.sampling.family, self.device
         # the denoiser comes only when the text encoders have gone: the largest two are never there together
         move_modules(family.pipeline, device, without=family.denoisers)
@@ -179,10 +186,16 @@ class Treatment:
         self.processes.wait()
         release_text_encoders(family, config.text_encoders)
         sharded = wants_sharding(self.processes)
-        if not sharded:
+        if sharded and config.resident_blocks is not None:
+            raise UserError(expected("resident_blocks", "None with FSDP", config.resident_blocks))
+        if not sharded and config.resident_blocks is None:
             for denoiser in family.denoisers:
                 denoiser.to(device)
         parameters = self._add_lora()
+        if config.resident_blocks is not None:
+            # a LoRA is made for layers that are there
+            for denoiser in family.denoisers:
+                until_done.enter_context(resident_blocks(denoiser, config.resident_blocks, device))
         if sharded:
             check_even_batches(family, config, self.processes)
             shard_denoiser(family, parameters, self.processes)
@@ -221,9 +234,10 @@ class Treatment:
             Why it ended before the last step, or None.
         """
         family, progress = self.sampling.family, progress and self.processes.is_main
-        with memory_options(family, self.config, self.sampling.detector if self.method.needs_gradient else None):
+        detector = self.sampling.detector if self.method.needs_gradient else None
+        with memory_options(family, self.config, detector), ExitStack() as until_done:
             try:
-                self._prepare(progress)
+                self._prepare(progress, until_done)
                 if self.folder is not None:
                     self.processes.from_main(self.folder.open)
                 self._resume()

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from diffdoctor.treat import TreatConfig
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import add_lora
 from diffdoctor.treat.methods import METHODS
+from diffdoctor.treat.offload import ResidentBlocks, resident_blocks
 from diffdoctor.treat.prepare import memory_options, release_text_encoders
 from diffdoctor.treat.rollout import initial_latents, picture_generators, roll_out
 from diffdoctor.treat.sampling import Guidance, Sampling
 from diffdoctor.treat.schedulers import Sampler
 from diffdoctor.treat.terms import artifact_term
 from support.tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
-from support.treatment import BrightDetector
+from support.treatment import BrightDetector, run
 
 
 def kept(*args, **options):
@@ -99,7 +101,7 @@ def test_options_keep_less():
     assert checkpointed["vae"] < plain["vae"]
 
 
-def lora_gradient(name, size=16, **options):
+def lora_gradient(name, size=16, resident=None, **options):
     """Gradient of one replay of two pictures in two steps, all modules of the family's LoRA groups in one vector."""
     pipeline = tiny_pipeline(name)
     family = family_of(pipeline)
@@ -118,7 +120,8 @@ def lora_gradient(name, size=16, **options):
     keep = METHODS["draft_k"].checkpointed_steps(config, range(2), torch.Generator())
     confidence = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))
     average = RunningAverage(parameters, 0)
-    with memory_options(family, config, detector):
+    waiting = nullcontext() if resident is None else resident_blocks(family.denoiser, resident, cpu)
+    with memory_options(family, config, detector), waiting:
         rollout = roll_out(sampling, conditioning, latents, generators, keep=keep)
         artifact_term(
             sampling, rollout, confidence, config,
@@ -141,6 +144,35 @@ def test_checkpointing_and_slicing_change_no_gradient(name):
     assert not family.vae.is_gradient_checkpointing
     assert not family.vae.use_slicing
     assert not any("forward" in vars(module) for module in (family.vae.decoder, *family.detector.modules()))
+
+
+@pytest.mark.parametrize("name", ["sd", "flux", "wan"])
+def test_blocks_that_wait_elsewhere_change_no_gradient(name, monkeypatch):
+    most, fetch = [], ResidentBlocks._fetch
+
+    def counted(self, block):
+        fetch(self, block)
+        there = [b for b, kept in self._kept.items() if any(parameter.numel() for parameter, _ in kept)]
+        assert set(there) == set(self.resident)
+        most.append(len(there))
+
+    monkeypatch.setattr(ResidentBlocks, "_fetch", counted)
+    plain, family = lora_gradient(name)
+    before = [parameter.clone() for parameter in family.denoiser.parameters()]
+    for options in ({}, {"gradient_checkpointing": True}):
+        waiting, family = lora_gradient(name, resident=1, **options)
+        torch.testing.assert_close(waiting, plain, atol=1e-5 * float(plain.abs().max()), rtol=1e-4)
+    # a block that is not there has no weights at all, and they all come back
+    assert max(most) == 1
+    assert all(map(torch.equal, before, family.denoiser.parameters()))
+
+
+def test_a_treatment_whose_blocks_wait_elsewhere_is_the_same():
+    losses = [
+        [row["loss"] for row in run(tiny_pipeline("flux"), merge_rollout=False, resident_blocks=count).history]
+        for count in (None, 1)
+    ]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("name", ["sd", "flux", "qwen_image"])
