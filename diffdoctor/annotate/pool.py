@@ -18,6 +18,7 @@ from diffdoctor.annotate.select import Candidate
 from diffdoctor.data.captions import caption_file, read_caption
 from diffdoctor.data.codec import PICTURE_TYPES, UnreadablePicture, decode
 from diffdoctor.data.sources import find_sources
+from diffdoctor.data.store_path import absolute, at
 from diffdoctor.data.tar import IGNORE, MASK, SkipCounts
 from diffdoctor.data.video import is_video
 from diffdoctor.engine.sets import read_sample
@@ -93,13 +94,13 @@ def find_candidates(pool: list[str], diagnosis: Diagnosis | None, counts: SkipCo
     if diagnosis is None:
         found = []
         for source in sources:
-            path = os.path.abspath(source.path)
+            path = absolute(source.path)
             if source.is_shard:
                 found += [Candidate(f"{source.name}/{key}", path, key, **texts) for key, texts in _shard_texts(path)]
             else:
                 found.append(Candidate(source.name, path, category=source.category, prompt=_caption(source)))
         return found
-    paths = {os.path.abspath(source.path): source for source in sources}
+    paths = {absolute(source.path): source for source in sources}
     found, seen = [], set()
     for name in sorted(diagnosis.records):
         record = diagnosis.records[name]
@@ -132,7 +133,7 @@ def _members(path: str) -> dict[str, dict[str, tuple[int, int]]]:
     """{key: {extension: (offset, size)}} of a shard's plain files."""
     found: dict[str, dict[str, tuple[int, int]]] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
+        with at(path).open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
                 tar.members = []
                 match = _NAME.fullmatch(os.path.normpath(info.name))
@@ -154,7 +155,7 @@ def _key_of(name: str, path: str) -> str:
 
 
 def _shard_texts(path: str) -> Iterator[tuple[str, dict[str, str]]]:
-    with open(path, "rb") as file:
+    with at(path).open("rb") as file:
         for key, members in _members(path).items():
             meta: Any = {}
             if "json" in members:

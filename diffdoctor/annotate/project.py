@@ -12,6 +12,7 @@ import numpy as np
 from diffdoctor.annotate.store import Store
 from diffdoctor.data.codec import UnreadablePicture, decode
 from diffdoctor.data.identity import picture_uid
+from diffdoctor.data.store_path import at
 from diffdoctor.data.text import read_text
 from diffdoctor.measures.pixels import FLAG_CONFIDENCE
 from diffdoctor.runs.errors import UserError, check_least, expected, missing_extra
@@ -141,7 +142,7 @@ def read_place(place: dict) -> np.ndarray:
     """
     source: bytes | str = place["file"]
     if "offset" in place:
-        with open(place["file"], "rb") as file:
+        with at(place["file"]).open("rb") as file:
             file.seek(place["offset"])
             source = file.read(place["size"])
     picture = decode(source, "RGB")

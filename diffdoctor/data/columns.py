@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from diffdoctor.data.store_path import StorePath, at
 from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
 
 
@@ -25,12 +26,12 @@ class ParquetColumns:
         UserError: the file cannot be read.
     """
 
-    def __init__(self, path: str | os.PathLike, *, name: str | None = None):
-        self.name = os.fspath(path) if name is None else name
+    def __init__(self, path: str | os.PathLike | StorePath, *, name: str | None = None):
+        self.name = str(path) if name is None else name
         self._pa, parquet = pyarrow_modules()
         try:
             # Not by its path, which Arrow refuses unless it is Unicode.
-            self._file = open(path, "rb")  # noqa: SIM115 (closed by the context)
+            self._file = at(path).open("rb")
         except OSError as error:
             raise UserError(f"{self.name}: cannot be read ({error.strerror or error})") from None
         try:

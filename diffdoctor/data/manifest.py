@@ -9,6 +9,7 @@ from tarfile import BLOCKSIZE
 import numpy as np
 
 from diffdoctor.data.columns import ParquetColumns, pyarrow_modules
+from diffdoctor.data.store_path import Location, at
 from diffdoctor.runs.errors import UserError, expected
 
 MANIFEST = "manifest.parquet"
@@ -52,11 +53,11 @@ class ManifestWriter:
         if len(self.rows) >= self.group:
             self._flush()
 
-    def add_part(self, path: Path) -> int:
+    def add_part(self, path: Location) -> int:
         """Add the rows of another such file, as a group of their own; returns how many there are."""
         _, parquet = pyarrow_modules()
         self._flush()
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             table = parquet.read_table(file, columns=self.schema.names).cast(self.schema)
         self.writer.write_table(table, row_group_size=max(1, len(table)))
         return len(table)
@@ -73,7 +74,7 @@ class ManifestWriter:
             self.rows = []
 
 
-def read_manifest(folder: str | Path) -> dict[str, list]:
+def read_manifest(folder: str | Location) -> dict[str, list]:
     """The manifest's columns by name, as lists.
 
     Raises:
@@ -82,7 +83,7 @@ def read_manifest(folder: str | Path) -> dict[str, list]:
     return {name: values.tolist() for name, values in read_columns(folder, (*COLUMNS, *OFFSETS)).items()}
 
 
-def read_columns(folder: str | Path, names: tuple[str, ...], manifest: str = MANIFEST) -> dict[str, np.ndarray]:
+def read_columns(folder: str | Location, names: tuple[str, ...], manifest: str = MANIFEST) -> dict[str, np.ndarray]:
     """Some of the manifest's columns as arrays.
 
     Args:
@@ -97,7 +98,8 @@ def read_columns(folder: str | Path, names: tuple[str, ...], manifest: str = MAN
     Raises:
         UserError: there is no manifest, it cannot be read, or its columns are not as `ManifestWriter` writes them.
     """
-    path = Path(folder) / manifest
+    folder = at(folder)
+    path = folder / manifest
     if not path.is_file():
         what = f"a folder of shards with {MANIFEST}, as `diffdoctor inject` writes them"
         raise UserError(expected(folder, what, f"no {MANIFEST}"))
@@ -105,16 +107,16 @@ def read_columns(folder: str | Path, names: tuple[str, ...], manifest: str = MAN
         if missing := [name for name in names if name not in table.names and name not in _ABSENT]:
             raise UserError(expected(path, f"the columns {', '.join(missing)}", "a manifest without them"))
         # A row takes a few bytes in a file that was made to exhaust memory; its members take three blocks of a shard.
-        most = sum(shard.stat().st_size for shard in Path(folder).glob("*.tar")) // (3 * BLOCKSIZE)
+        most = sum(shard.stat().st_size for shard in folder.glob("*.tar")) // (3 * BLOCKSIZE)
         if table.rows > max(most, 1000):
             raise UserError(expected(path, f"up to {most:,} rows, which its shards can hold", f"{table.rows:,}"))
         absent = {*names} - {*table.names}
         return {name: _filled(name, table.rows) if name in absent else _values(table, name) for name in names}
 
 
-def is_label_set(folder: str | Path) -> bool:
+def is_label_set(folder: str | Location) -> bool:
     """Whether a folder's manifest says that the pictures lie elsewhere."""
-    path = Path(folder) / MANIFEST
+    path = at(folder) / MANIFEST
     if not path.is_file():
         return False
     with ParquetColumns(path) as table:

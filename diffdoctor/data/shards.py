@@ -18,6 +18,7 @@ import numpy as np
 
 from diffdoctor.data.codec import PICTURE_TYPES, SUFFIXES, PictureReader, SizeCheck, UnreadablePicture, decode
 from diffdoctor.data.manifest import IGNORE_OFFSETS, MANIFEST, OFFSETS, PICTURE_FILE, read_columns
+from diffdoctor.data.store_path import Location, StorePath, at, beside, stored_files
 from diffdoctor.data.tar import IGNORE, MASK, MAX_MEMBER_BYTES, SkipCounts, group_ranges, read_groups
 from diffdoctor.data.text import is_unicode
 from diffdoctor.runs.errors import UserError, expected, first_line
@@ -40,18 +41,23 @@ class BrokenSample(UserError):
         return f"{self.where}: {self.reason}"
 
 
-def shard_paths(source: str | Path | Iterable[str | Path]) -> list[Path]:
+def shard_paths(source: str | Location | Iterable[str | Location]) -> list[Location]:
     """The tar files of a folder (sorted by name), of one file, or of a list of these.
+
+    In a store, those of a set with a manifest are the ones that it names: others may be what a killed process left.
 
     Raises:
         UserError: no shards there.
     """
-    if not isinstance(source, (str, Path)):
+    if not isinstance(source, (str, Path, StorePath)):
         return [path for item in source for path in shard_paths(item)]
-    source = Path(source)
+    source = at(source)
     if source.is_dir():
         # Hidden ones are what a kill left, or the system's.
         found = sorted(p for p in source.iterdir() if p.suffix.lower() == ".tar" and not p.name.startswith("."))
+        if isinstance(source, StorePath) and (source / MANIFEST).is_file():
+            named = {*read_columns(source, ("shard",))["shard"]}
+            found = [path for path in found if path.name in named]
         if not found:
             raise UserError(expected(source, "a folder with .tar shards", "a folder without"))
         return found
@@ -61,7 +67,7 @@ def shard_paths(source: str | Path | Iterable[str | Path]) -> list[Path]:
 
 
 def read_shards(
-    source: str | Path | Iterable[str | Path],
+    source: str | Location | Iterable[str | Location],
     *,
     strict: bool = False,
     counts: SkipCounts | None = None,
@@ -198,7 +204,7 @@ class ShardData:
     its shard when it is asked for.
 
     Args:
-        folder: what `shard_writer.write_shards` wrote.
+        folder: what `shard_writer.write_shards` wrote; in a store, its URL.
         manifest: path of the manifest from the folder, where it is that of a part of the set.
 
     Attributes:
@@ -219,24 +225,30 @@ class ShardData:
         BrokenSample: at `data[i]`, a picture that does not lie where the manifest has it, or is broken.
     """
 
-    def __init__(self, folder: str | Path, manifest: str = MANIFEST):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Location, manifest: str = MANIFEST):
+        self.folder = at(folder)
         rows = read_columns(folder, (*_KEPT, *OFFSETS, *IGNORE_OFFSETS, PICTURE_FILE), manifest)
         self.keys, self.categories, self.generators = rows["key"], rows["category"], rows["generator"]
         self.labels, self.shards, self.mask_max = rows["label"], rows["shard"], rows["mask_max"]
         self.sizes = np.stack([rows["height"], rows["width"]], axis=1)
         self.byte_ranges = np.stack([rows[name] for name in OFFSETS], axis=1)
         self.ignore_ranges = np.stack([rows[name] for name in IGNORE_OFFSETS], axis=1)
-        for shard in sorted(set(self.shards)):
-            if PurePosixPath(shard).name != shard or not (self.folder / shard).is_file():
-                raise UserError(f"{self.folder}: the manifest names the shard {shard!r}, which is not there")
         self.picture_files = rows[PICTURE_FILE]
-        for name in sorted(set(self.picture_files) - {""}):
-            if PurePosixPath(name).suffix.lower() not in (".tar", *SUFFIXES) or not (self.folder / name).is_file():
+        shards, files = set(self.shards), set(self.picture_files) - {""}
+        self._stored = stored_files(self.folder, sorted(shards | files))
+        for shard in sorted(shards):
+            if PurePosixPath(shard).name != shard or not self.file(shard).is_file():
+                raise UserError(f"{self.folder}: the manifest names the shard {shard!r}, which is not there")
+        for name in sorted(files):
+            if PurePosixPath(name).suffix.lower() not in (".tar", *SUFFIXES) or not self.file(name).is_file():
                 raise UserError(f"{self.folder}: the pictures of this label set are not there ({name})")
         for ranges in (self.byte_ranges, self.ignore_ranges):
             if (ranges < 0).any() or (ranges[:, 1::2] > MAX_MEMBER_BYTES).any():
                 raise UserError(f"{self.folder}: the manifest holds impossible offsets or sizes")
+
+    def file(self, name: str) -> Location:
+        """A file that the manifest names."""
+        return self._stored.get(name) or beside(self.folder, name)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -273,9 +285,9 @@ class ShardData:
         pieces = []
         try:
             if self.picture_files[index]:
-                pieces += _pieces(self.folder / self.picture_files[index], ranges[:1])
+                pieces += _pieces(self.file(self.picture_files[index]), ranges[:1])
                 ranges = ranges[1:]
-            pieces += _pieces(self.folder / self.shards[index], ranges)
+            pieces += _pieces(self.file(self.shards[index]), ranges)
         except OSError as error:
             raise BrokenSample(f"cannot be read ({error.strerror})", self._where(index)) from error
         named = zip(("png", MASK, "json", IGNORE), pieces, strict=True)
@@ -286,17 +298,17 @@ class ShardData:
         return f"{self.folder / self.shards[index]}:{self.keys[index]}"
 
 
-def _pieces(path: Path, ranges: Iterable[Sequence[int]]) -> list[bytes]:
+def _pieces(path: Location, ranges: Iterable[Sequence[int]]) -> list[bytes]:
     """What lies at (offset, size) in a file, of each of the ranges."""
     pieces = []
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         for offset, size in ranges:
             file.seek(int(offset))
             pieces.append(file.read(int(size)))
     return pieces
 
 
-def picture_ranges(path: Path) -> dict[str, tuple[int, int]]:
+def picture_ranges(path: Location) -> dict[str, tuple[int, int]]:
     """Where the pictures of a shard lie, (offset, size) in bytes by key; without those that `read_shards` skips."""
     ranges: dict[str, tuple[int, int]] = {}
     for key, members in group_ranges(path):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import collections
-import os
 from collections.abc import Iterator
 
 from diffdoctor.data.sources import Source
+from diffdoctor.data.store_path import absolute
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.journal import Journal, Records
@@ -71,8 +71,8 @@ class Completed:
 
 
 def absolute_path(source: Source) -> str:
-    """The absolute path of the source's file."""
-    return os.path.abspath(source.path)
+    """The absolute path, or the URL, of the source's file."""
+    return absolute(source.path)
 
 
 def gather_counts(counts: SkipCounts, state) -> SkipCounts:

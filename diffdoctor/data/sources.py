@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from diffdoctor.data.captions import caption_file, captions_of, read_caption
 from diffdoctor.data.codec import SUFFIXES, PictureReader, SizeCheck, UnreadablePicture, decode
 from diffdoctor.data.columns import ParquetColumns
 from diffdoctor.data.folders import SHARD, find_files, is_map, is_read, is_shard, names_of
-from diffdoctor.data.shards import read_shards
+from diffdoctor.data.shards import read_shards, shard_paths
+from diffdoctor.data.store_path import Location, StorePath, absolute, at, beside
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.data.text import readable
 from diffdoctor.data.video import VIDEO_SUFFIXES, is_video
@@ -36,7 +36,7 @@ class Source:
         is_video: whether it is read as a video.
     """
 
-    path: Path
+    path: Location
     name: str
     category: str = ""
     caption: str | None = None
@@ -49,6 +49,8 @@ class Source:
 
     def stamp(self) -> str:
         """Size and time of the file, and of the text beside a picture, which change when a file is replaced."""
+        if isinstance(self.path, StorePath):
+            return self.path.stat().stamp
         files = [self.path] if self.is_shard else [self.path, caption_file(self.path) or self.path.with_suffix(".txt")]
         stats = [file.stat() if file.is_file() else None for file in files]
         stamps = [f"{stat.st_size}@{stat.st_mtime_ns}" if stat else "-" for stat in stats]
@@ -63,7 +65,7 @@ def find_sources(
     """Picture files and shards that are named, lie in a named folder (at any depth) or match a pattern.
 
     A pattern that matches folders and no file names these folders; of nested ones, the outermost. A file that is named
-    twice is read once.
+    twice is read once. Of a store, named by a URL, shards are read and nothing else.
 
     Args:
         paths: files, folders and patterns.
@@ -81,7 +83,10 @@ def find_sources(
     counts = SkipCounts() if counts is None else counts
     found: list[Source] = []
     for given in paths:
-        path, left_out = Path(given), SkipCounts()
+        path, left_out = at(given), SkipCounts()
+        if isinstance(path, StorePath):
+            found += _in_store(path)
+            continue
         if path.is_dir():
             if (kind := kind_of_run(path)) not in _SETS:
                 got = f"an output folder of {kind}; give the folder in it that is meant"
@@ -105,7 +110,7 @@ def find_sources(
 
 
 def _with_videos(found: list[Source]) -> list[Source]:
-    return [dataclasses.replace(source, is_video=is_video(source.path)) for source in found]
+    return [dataclasses.replace(source, is_video=not source.is_shard and is_video(source.path)) for source in found]
 
 
 def listed_sources(file: str | Path, *, videos: bool = False) -> list[Source]:
@@ -130,7 +135,7 @@ def listed_sources(file: str | Path, *, videos: bool = False) -> list[Source]:
         if path is None or not is_read(Path(path), videos=videos):
             what = f"a path ending in {', '.join(SUFFIXES)} or {SHARD}"
             raise UserError(expected(f"{file}: row {number}", what, path))
-        found.append(Source(Path(file).parent / path, name or path, category or "", prompt))
+        found.append(Source(beside(Path(file).parent, path), name or path, category or "", prompt))
     if not found:
         raise UserError(expected(file, "at least one picture", "none"))
     return _once(_with_videos(found) if videos else found)
@@ -141,7 +146,7 @@ def _once(found: list[Source]) -> list[Source]:
     paths: set[str] = set()
     names: dict[str, Source] = {}
     for source in found:
-        path = os.path.abspath(source.path)
+        path = absolute(source.path)
         if path in paths:
             continue
         if source.name in names:
@@ -156,6 +161,24 @@ def _once(found: list[Source]) -> list[Source]:
             if shard is not None and (shard.is_shard or shard.is_video):
                 raise UserError(f"{source.path}: could be taken for a picture of {shard.path}; give the folder above")
     return list(names.values())
+
+
+def _in_store(place: StorePath) -> list[Source]:
+    """A shard, or all below what would be a folder."""
+    if is_shard(place):
+        if not place.is_file():
+            raise UserError(expected(place, "a shard", "nothing there"))
+        return [Source(StorePath(place.url, place.stat()), place.stem)]
+    if is_read(Path(place.name), videos=True):
+        raise UserError(expected(place, f"shards ({SHARD}): single pictures are read from folders alone", place.name))
+    if (kind := kind_of_run(place)) not in _SETS:
+        raise UserError(expected(place, "a folder of pictures", f"an output folder of {kind}"))
+    files = [path for path in place.rglob("*") if is_shard(path) and not path.name.startswith(".")]
+    kept = {folder: {path.name for path in shard_paths(folder)} for folder in {path.parent for path in files}}
+    files = [path for path in files if path.name in kept[path.parent]]
+    if not files:
+        raise UserError(expected(place, f"{SHARD} shards", "none there"))
+    return [Source(path, name) for path, name in zip(files, names_of(files, place), strict=True)]
 
 
 def _in_folder(folder: Path, counts: SkipCounts, videos: bool) -> list[Source]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 
 from diffdoctor.data.manifest import is_label_set
 from diffdoctor.data.shards import BrokenSample, decode_sample, shard_paths
+from diffdoctor.data.store_path import Location
 from diffdoctor.data.tar import SkipCounts, read_groups
 from diffdoctor.runs.errors import UserError, expected
 
@@ -44,7 +44,7 @@ class ShardStream(torch.utils.data.IterableDataset):
 
     def __init__(
         self,
-        source: str | Path | Iterable[str | Path],
+        source: str | Location | Iterable[str | Location],
         *,
         buffer: int = 1000,
         resampled: bool = False,
@@ -69,7 +69,7 @@ class ShardStream(torch.utils.data.IterableDataset):
         """A hash of the shards' names and sizes, and of the first 64 KiB of each."""
         digest = hashlib.sha256()
         for path in self.paths:
-            with open(path, "rb") as file:
+            with path.open("rb") as file:
                 start = file.read(2**16)
             digest.update(repr((path.name, path.stat().st_size)).encode() + start)
         return digest.hexdigest()

@@ -10,10 +10,10 @@ import posixpath
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from diffdoctor.data.codec import PICTURE_TYPES
+from diffdoctor.data.store_path import Location
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.summary import skipped_in_words
 
@@ -79,7 +79,7 @@ def is_wanted(extension: str) -> bool:
 
 
 def read_groups(
-    path: Path, strict: bool, counts: SkipCounts, start: float = 0.0
+    path: Location, strict: bool, counts: SkipCounts, start: float = 0.0
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The samples of a shard: neighbouring members that share a key; each key once.
 
@@ -98,7 +98,7 @@ def read_groups(
     return _each_group(path, strict, counts, start, _contents)
 
 
-def group_ranges(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+def group_ranges(path: Location) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """Where the members of the samples lie that `read_groups` gives: (key, {extension: (offset, size) in bytes})."""
     return _each_group(path, False, SkipCounts(), 0.0, lambda _, info: (info.offset_data, info.size))
 
@@ -112,7 +112,7 @@ def _contents(file: BinaryIO, info: tarfile.TarInfo) -> bytes:
 
 
 def _each_group(
-    path: Path, strict: bool, counts: SkipCounts, start: float, take: Callable[[BinaryIO, tarfile.TarInfo], Taken]
+    path: Location, strict: bool, counts: SkipCounts, start: float, take: Callable[[BinaryIO, tarfile.TarInfo], Taken]
 ) -> Iterator[tuple[str, dict[str, Taken]]]:
     try:
         first, seen = int(start * path.stat().st_size), set()
@@ -123,7 +123,7 @@ def _each_group(
         # Headers are read in both passes; their faults are counted in the first.
         counted_in = (strict, counts) if end is None else (False, SkipCounts())
         try:
-            with open(path, "rb", buffering=2**18) as file:
+            with path.open("rb", buffering=2**18) as file:
                 for key, members in _groups(file, path.name, begin, end, take, *counted_in):
                     if key in seen:
                         counts.add("a key twice", f"{path.name}:{key}", strict)

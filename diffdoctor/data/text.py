@@ -67,4 +67,4 @@ def is_unicode(text: str) -> bool:
 
 def readable(name: str | os.PathLike) -> str:
     r"""The name of a file or member as Unicode: bytes that are not are written as \udcff."""
-    return os.fspath(name).encode("utf-8", "backslashreplace").decode()
+    return str(name).encode("utf-8", "backslashreplace").decode()

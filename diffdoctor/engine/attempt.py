@@ -21,6 +21,10 @@ class Attempt:
         self.output, self.unit, self.token = output, unit, secrets.token_hex(4)
         self.files: dict[str, Path] = {}
 
+    def name(self, name: str) -> str:
+        """What a file of the unit is called once the run is finished."""
+        return name
+
     def path(self, name: str) -> Path:
         """Where to write a file of the unit.
 

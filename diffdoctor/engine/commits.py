@@ -59,6 +59,14 @@ class Commits:
         finally:
             probe.unlink(missing_ok=True)
 
+    def write_plan(self, plan: Plan) -> None:
+        """Write down what is to be done."""
+        plan.write(self.output / PLAN)
+
+    def remove_plan(self) -> None:
+        """Forget it."""
+        (self.output / PLAN).unlink(missing_ok=True)
+
     def done(self) -> set[str]:
         """The ids of the units that are committed."""
         return _ids(self.output / COMMITS)
@@ -116,7 +124,7 @@ class Commits:
         """
         if self.is_done(unit.id):
             return False
-        attempt, started = Attempt(self.output, unit.id), time.monotonic()
+        attempt, started = self._begun(unit.id), time.monotonic()
         try:
             result = worker(unit, attempt)
             done_by = f"{socket.gethostname()}:{os.getpid()}{f' {who}' if who else ''}"
@@ -131,8 +139,15 @@ class Commits:
             attempt.remove()
         return won
 
+    def file(self, commit: dict[str, Any], name: str) -> Path:
+        """A file of a settled unit, by the name that its worker gave it."""
+        return self.output / name
+
+    def _begun(self, unit: str) -> Attempt:
+        return Attempt(self.output, unit)
+
     def _commit(self, attempt: Attempt, result: dict[str, Any]) -> bool:
-        files = [{"name": name, **_described(path)} for name, path in attempt.files.items()]
+        files = [{"name": name, **described(path)} for name, path in attempt.files.items()]
         if files:
             sync_folder(self.output / ATTEMPTS)
         commit = {"unit": attempt.unit, "attempt": attempt.token, "files": files, **result}
@@ -184,7 +199,7 @@ class Commits:
                         os.unlink(entry.path)
 
 
-def _described(path: Path) -> dict[str, Any]:
+def described(path: Path) -> dict[str, Any]:
     """Size and hash of a file, which is on the disk when this returns."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb+") as file:

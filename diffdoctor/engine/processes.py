@@ -13,8 +13,9 @@ import traceback
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from diffdoctor.engine.commits import Commits
+from diffdoctor.data.store_path import Location
 from diffdoctor.engine.options import EngineConfig
+from diffdoctor.engine.places import commits_at
 from diffdoctor.engine.tally import Tally, ends_run
 from diffdoctor.engine.units import Place, Unit, WorkerSpec
 from diffdoctor.runs.errors import UserError, first_line
@@ -76,7 +77,7 @@ def _kill_late(workers: list[_Process], limit: float | None) -> None:
 class _Process:
     """A worker process as its parent sees it."""
 
-    def __init__(self, output: Path, spec: WorkerSpec, place: Place, threads: int):
+    def __init__(self, output: Location, spec: WorkerSpec, place: Place, threads: int):
         self.place, self.unit, self.is_ready, self.late, self._since = place, None, False, "", 0.0
         context = worker_context()
         self.connection, theirs = context.Pipe()
@@ -164,7 +165,7 @@ def _ending(code: int | None) -> str:
     return f"{name}, probably out of memory" if name == "SIGKILL" else name
 
 
-def _serve(connection: Connection, log: str, output: Path, spec: WorkerSpec, place: Place, threads: int) -> None:
+def _serve(connection: Connection, log: str, output: Location, spec: WorkerSpec, place: Place, threads: int) -> None:
     """The worker process: units in, commits on the disk, a word to the parent after each."""
     # Control-C reaches the whole group; it is the parent that ends, and its workers with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -175,7 +176,7 @@ def _serve(connection: Connection, log: str, output: Path, spec: WorkerSpec, pla
 
     torch.set_num_threads(threads)
     try:
-        worker, commits = spec.build(place), Commits(output)
+        worker, commits = spec.build(place), commits_at(output)
     except (UserError, OSError) as error:
         connection.send(("stop", str(error)))
         return

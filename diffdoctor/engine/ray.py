@@ -11,11 +11,11 @@ import os
 import sys
 import time
 import traceback
-from pathlib import Path
 from typing import Any
 
-from diffdoctor.engine.commits import Commits
+from diffdoctor.data.store_path import absolute, at
 from diffdoctor.engine.options import EngineConfig
+from diffdoctor.engine.places import commits_at
 from diffdoctor.engine.tally import Tally, ends_run
 from diffdoctor.engine.units import Place, Unit, WorkerSpec
 from diffdoctor.runs.errors import UserError, first_line, missing_extra
@@ -86,7 +86,7 @@ class _Crew:
         self.cpus = options.cpus or 1
         self.gpus = float("GPU" in ray.cluster_resources()) if options.gpus is None else options.gpus
         make = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=0, max_task_retries=0)
-        self.actor_class, self.arguments = make(_Actor), (str(Path(tally.commits.output).absolute()), spec)
+        self.actor_class, self.arguments = make(_Actor), (absolute(tally.commits.output), spec)
         self.numbers, self.last_ready, self.told = 0, time.monotonic(), False
 
     def work(self) -> None:
@@ -195,7 +195,7 @@ class _Actor:
     def do(self, unit: Unit) -> tuple[str, str]:
         """Do a unit and commit it."""
         try:
-            Commits(Path(self.output)).attempt(unit, self.worker, f"actor {self.number}")
+            commits_at(at(self.output)).attempt(unit, self.worker, f"actor {self.number}")
         except Exception as error:
             if ends_run(error):
                 return "stop", str(error)

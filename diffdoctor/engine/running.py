@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from diffdoctor.engine.commits import PLAN, Commits
+from diffdoctor.data.store_path import Location, StorePath, at
+from diffdoctor.engine.commits import Commits
 from diffdoctor.engine.options import EngineConfig
+from diffdoctor.engine.places import commits_at
 from diffdoctor.engine.tally import Tally
 from diffdoctor.engine.units import Place, Plan, WorkerSpec
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.progress import progress
 
 
@@ -38,7 +39,7 @@ class Report:
 
 
 def run(
-    plan: Plan, spec: WorkerSpec, output: str | Path, options: EngineConfig, *, state=None, desc: str = "units"
+    plan: Plan, spec: WorkerSpec, output: str | Location, options: EngineConfig, *, state=None, desc: str = "units"
 ) -> Report:
     """Do the units of a plan that are not done yet; each counts once, whoever dies, and however many do it.
 
@@ -48,7 +49,7 @@ def run(
     Args:
         plan: what is to be done.
         spec: how a worker is made that does it.
-        output: folder of the run, which is there.
+        output: folder of the run, which is there, or a place in a store.
         options: which engine, and how patient.
         state: Accelerate's, for the engine ranks.
         desc: name of the bar.
@@ -60,13 +61,15 @@ def run(
         UserError: the file system has no exclusive creation; a worker cannot be built, or says that the work cannot be
             done; or no unit at all could be done.
     """
-    output, started, clock = Path(output), time.time(), time.monotonic()
-    commits = Commits(output)
+    output, started, clock = at(output), time.time(), time.monotonic()
+    commits = commits_at(output)
     several = options.kind == "ranks" and state is not None and state.num_processes > 1
+    if several and isinstance(output, StorePath):
+        raise UserError(expected("engine", f"none, processes or ray with an output in a store ({output})", "ranks"))
     main = not several or state.is_main_process
     if main:
         commits.begin()
-        plan.write(output / PLAN)
+        commits.write_plan(plan)
         if options.retry_failed:
             commits.retry_failed()
     if several:
@@ -77,7 +80,7 @@ def run(
     except BaseException:
         if main and not commits.done():
             # Nothing is there yet that other options could be mixed with.
-            (output / PLAN).unlink(missing_ok=True)
+            commits.remove_plan()
         raise
     report = _report(plan, commits, deaths, time.monotonic() - clock, started)
     if report.failed and len(report.failed) == report.units:
@@ -128,7 +131,7 @@ def _on_ray(tally: Tally, spec: WorkerSpec, options: EngineConfig) -> None:
 _ENGINES = {"none": _in_this_process, "ranks": _in_this_process, "processes": _in_processes, "ray": _on_ray}
 
 
-def settle(plan: Plan, output: str | Path, report: Report) -> Iterator[dict[str, Any]]:
+def settle(plan: Plan, output: str | Location, report: Report) -> Iterator[dict[str, Any]]:
     """The commits of a run in the order of its plan, the files of each under their own names when it is given.
 
     Args:
@@ -139,7 +142,7 @@ def settle(plan: Plan, output: str | Path, report: Report) -> Iterator[dict[str,
     Raises:
         UserError: a unit is neither committed nor given up, or a file is not there or not as it was committed.
     """
-    commits = Commits(Path(output))
+    commits = commits_at(at(output))
     done, failed = commits.done(), commits.failed()
     if lost := [unit.id for unit in plan if unit.id not in done | failed]:
         more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""

@@ -13,9 +13,11 @@ from diffdoctor.data.identity import picture_hash, picture_uid
 from diffdoctor.data.manifest import MANIFEST, ManifestWriter
 from diffdoctor.data.shard_writer import ShardFile, key_hash, shard_name
 from diffdoctor.data.shards import ShardData
+from diffdoctor.data.store_path import Location, StorePath
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.engine import commits as engine_commits
 from diffdoctor.engine.attempt import Attempt
+from diffdoctor.engine.places import commits_at
 from diffdoctor.engine.running import Report, run, settle
 from diffdoctor.engine.units import Plan, Unit, WorkerSpec
 from diffdoctor.measures.pixels import is_flagged
@@ -97,7 +99,7 @@ class UnitFiles:
 
     def __init__(self, unit: Unit, attempt: Attempt, picture_type: str = "png", more: tuple[str, ...] = ()):
         name = shard_name(int(unit.id))
-        self.shard = ShardFile(attempt.path(name), name, picture_type)
+        self.shard = ShardFile(attempt.path(name), attempt.name(name), picture_type)
         self.rows = ManifestWriter(attempt.path(f"{PARTS}/{unit.id}.parquet"), more=more)
         self.records, self.sums = 0, SetSums()
 
@@ -194,29 +196,33 @@ def make_set(
         state.wait_for_everyone()  # all have looked at the folder before one changes it
     if state.is_main_process:
         folder.begin(config)
-    report = run(plan, spec, folder.path, config.engine, state=state, desc=desc)
+    report = run(plan, spec, folder.place, config.engine, state=state, desc=desc)
     if not state.is_main_process:
         return None
-    return report, assemble(folder.path, settle(plan, folder.path, report), more)
+    return report, assemble(folder.place, settle(plan, folder.place, report), more, into=folder.path)
 
 
-def assemble(output: Path, commits: Iterable[dict[str, Any]], more: tuple[str, ...] = ()) -> Assembled:
+def assemble(
+    output: Location, commits: Iterable[dict[str, Any]], more: tuple[str, ...] = (), *, into: Path | None = None
+) -> Assembled:
     """Write the manifest of a set whose units are committed, after checking that it is whole.
 
     Args:
         output: folder of the set.
         commits: of its units in order, see `running.settle`.
         more: see `UnitFiles`.
+        into: the folder to write it into; None: the set's.
 
     Raises:
         UserError: a unit has another number of rows than of pictures, or two pictures have one key.
     """
-    found, hashes = Assembled(), []
-    with atomic_path(output / MANIFEST) as temporary:
+    found, hashes, parts, opened = Assembled(), [], [], commits_at(output)
+    with atomic_path((output if into is None else into) / MANIFEST) as temporary:
         manifest = ManifestWriter(temporary, more=more)
         try:
             for commit in commits:
-                part = output / PARTS / f"{commit['unit']}.parquet"
+                part = opened.file(commit, f"{PARTS}/{commit['unit']}.parquet")
+                parts.append(part)
                 rows = manifest.add_part(part)
                 if rows != commit["records"]:
                     raise UserError(expected(part, f"{commit['records']} rows, as its commit says", rows))
@@ -229,40 +235,44 @@ def assemble(output: Path, commits: Iterable[dict[str, Any]], more: tuple[str, .
             manifest.close()
         if found.sums.total("pictures") != found.records:
             raise UserError(expected(output, f"sums over {found.records} pictures", found.sums.total("pictures")))
-        _refuse_repeated(output, hashes)
+        _refuse_repeated(output, hashes, parts)
     return found
 
 
-def read_sample(output: Path, unit: str, key: str) -> dict[str, Any]:
+def read_sample(output: Location, unit: str, key: str) -> dict[str, Any]:
     """A sample of a set that was made in units, by its unit and key: memory holds the unit's rows alone.
 
     Raises:
         UserError: the unit has no such sample, or it cannot be read.
     """
-    part = ShardData(output, f"{PARTS}/{unit}.parquet")
+    name = f"{PARTS}/{unit}.parquet"
+    if isinstance(output, StorePath):
+        opened = commits_at(output)
+        name = str(opened.file(opened.read(unit), name).relative_to(output))
+    part = ShardData(output, name)
     found = np.flatnonzero(part.keys == key)
     if not len(found):
         raise UserError(expected(f"{output}: {key}", f"a sample of the unit {unit}", "none"))
     return part[int(found[0])]
 
 
-def _keys(part: Path) -> list[str]:
+def _keys(part: Location) -> list[str]:
     with ParquetColumns(part) as table:
         return table.texts("key", longest=_KEY_LENGTH).tolist()
 
 
-def _refuse_repeated(output: Path, hashes: list[np.ndarray]) -> None:
+def _refuse_repeated(output: Location, hashes: list[np.ndarray], parts: list[Location]) -> None:
     """Refuse a key that two pictures have; of equal hashes, the keys themselves are compared."""
     ordered = np.sort(np.concatenate([*hashes, np.empty(0, np.uint64)]))
     repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
     seen: set[str] = set()
-    for key in _keys_of_hashes(output, repeated):
+    for key in _keys_of_hashes(parts, repeated):
         if key in seen:
             raise UserError(expected(output, "a key of its own for every picture", f"{key!r} twice"))
         seen.add(key)
 
 
-def _keys_of_hashes(output: Path, wanted: set[int]) -> Iterator[str]:
+def _keys_of_hashes(parts: list[Location], wanted: set[int]) -> Iterator[str]:
     if wanted:
-        for part in sorted((output / PARTS).glob("*.parquet")):
+        for part in parts:
             yield from (key for key in _keys(part) if key_hash(key) in wanted)

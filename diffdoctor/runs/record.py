@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from diffdoctor.runs import strict_json
-from diffdoctor.runs.errors import UserError, missing_extra
+from diffdoctor.runs.errors import UserError, expected, missing_extra
 from diffdoctor.runs.files import (
     atomic_write_json,
     atomic_write_text,
@@ -34,6 +35,8 @@ from diffdoctor.runs.files import (
 from diffdoctor.runs.lock import FolderLock, make_folder
 
 RUN, CONFIG, METRICS = "run.json", "config.yaml", "metrics.json"
+# Also as `Path` writes it.
+_URL = re.compile(r"[a-z][a-z0-9+]+:/")
 _FOREIGN = "choose another output folder, or move it away"
 
 
@@ -101,6 +104,9 @@ class RunFolder:
         advice: str = "choose another output folder or remove it",
         main: bool = True,
     ):
+        if _URL.match(str(path)):
+            what = "a folder (`diagnose --write shards`, `sample` and `set join` alone write to object stores)"
+            raise UserError(expected("output", what, path))
         self.path, self.kind, self.identity, self.results = Path(path), kind, as_json(identity), dict(results)
         self.exclusive, self.advice, self.main = exclusive, advice, main
         self._lock, self._is_open, self._seen = FolderLock(self.path), False, None
@@ -119,6 +125,11 @@ class RunFolder:
         """Let others have the folder."""
         self._is_open = False
         self._lock.release()
+
+    @property
+    def place(self) -> Any:
+        """Where the work is committed: the folder itself."""
+        return self.path
 
     def __enter__(self) -> RunFolder:
         self.open()
@@ -272,10 +283,16 @@ def _holds_anything(path: Path) -> bool:
 
 
 def kind_of_run(folder: str | Path) -> str | None:
-    """The kind of the run whose output a folder is, by its run.json; None where there is none of this program's."""
+    """The kind of the run whose output a folder is, by its run.json; None where there is none of this program's.
+
+    Args:
+        folder: a path, or what reads as one does.
+    """
+    folder = Path(folder) if isinstance(folder, str) else folder
     try:
-        with open(Path(folder) / RUN, encoding="utf-8") as file:
-            found = json.load(file)
+        found = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except UserError:  # of a store that cannot be reached
+        raise
     except (OSError, ValueError, RecursionError):
         return None
     is_record = isinstance(found, dict) and isinstance(found.get("run"), str) and "identity" in found

@@ -65,7 +65,7 @@ def _faults_of_commits(opened: OpenSet, hashes: bool) -> Iterator[str]:
                 got = "is missing" if size is None else f"has {size:,} bytes"
                 yield f"{file['name']} {got}, of {file['bytes']:,} that were committed"
             elif hashes:
-                with open(path, "rb") as opened_file:
+                with path.open("rb") as opened_file:
                     digest = hashlib.sha256()
                     while block := opened_file.read(2**20):
                         digest.update(block)
@@ -88,7 +88,7 @@ def _faults_of_rows(data: ShardData) -> Iterator[str]:
     for name, files, ranges in parts:
         ends = ranges.sum(axis=1)
         for file in sorted(set(files)):
-            size = (data.folder / file).stat().st_size
+            size = data.file(file).stat().st_size
             for row in np.flatnonzero((files == file) & (ends > size)):
                 yield f"{data.keys[row]}: its {name} would end at byte {ends[row]:,} of {file}, which has {size:,}"
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 
 from diffdoctor.data.columns import ParquetColumns, pyarrow_modules
+from diffdoctor.data.store_path import absolute
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_path, atomic_write_json
 from diffdoctor.runs.record import METRICS, RunFolder, versions
@@ -55,7 +55,7 @@ def run_set_dedup(config: SetDedupConfig) -> dict:
             "versions": versions(),
         }
         run.begin(config, overwrite=True)
-        folders = np.array([os.path.abspath(each.folder) for each in sets])[numbers]
+        folders = np.array([absolute(each.folder) for each in sets])[numbers]
         _write(run.path / DUPLICATES, folders, keys, clusters, kept)
         atomic_write_json(run.path / METRICS, metrics)
     line = f"{metrics['superfluous']} of {metrics['pictures']} pictures are superfluous, {exact} of them equal"

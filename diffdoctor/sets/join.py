@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,15 @@ import numpy as np
 from diffdoctor.data.manifest import read_columns
 from diffdoctor.data.shard_writer import is_key
 from diffdoctor.data.shards import ShardData
+from diffdoctor.data.store_path import absolute
 from diffdoctor.data.tar import MASK
 from diffdoctor.engine.attempt import Attempt
 from diffdoctor.engine.sets import IDENTITIES, RESULTS, UnitFiles, make_set
+from diffdoctor.engine.store_run import run_folder
 from diffdoctor.engine.units import Place, Plan, Unit, Worker
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_write_json
-from diffdoctor.runs.record import METRICS, RunFolder, versions
+from diffdoctor.runs.record import METRICS, versions
 from diffdoctor.runs.summary import print_summary
 from diffdoctor.sets.config import SetJoinConfig
 from diffdoctor.sets.dedup import superfluous
@@ -42,13 +43,13 @@ def run_set_join(config: SetJoinConfig) -> dict:
     spec = JoinWorkerSpec(config, chosen.digest())
     identity = {"prefix": config.prefix, "chosen": spec.digest, "plan": plan.digest()}
     results = dict.fromkeys(RESULTS)
-    with RunFolder(config.output, "set join", identity, results, main=state.is_main_process) as folder:
+    with run_folder(config.output, "set join", identity, results, main=state.is_main_process) as folder:
         if (made := make_set(folder, plan, spec, config, state=state, desc="join")) is None:
             return {}
         report, found = made
         metrics = {"pictures": found.records, "labels": _labels(found.sums), "failed_units": report.failed}
         atomic_write_json(folder.path / METRICS, metrics | {"versions": versions()})
-        print_summary(f"{found.records} pictures: {folder.path}")
+        print_summary(f"{found.records} pictures: {folder.place}")
         return metrics
 
 
@@ -97,7 +98,7 @@ def choose(config: SetJoinConfig) -> Chosen:
     uids = [read_columns(data.folder, ("uid",))["uid"] for data in sets]
     places: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
     for number, data in enumerate(sets):
-        left_out = without.get(os.path.abspath(data.folder), set())
+        left_out = without.get(absolute(data.folder), set())
         for row, key in enumerate(data.keys.tolist()):
             if key in left_out:
                 continue

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from diffdoctor.data.identity import picture_hash, picture_uid
 from diffdoctor.data.manifest import read_columns
 from diffdoctor.data.shards import ShardData
-from diffdoctor.engine.commits import FAILED, PLAN, Commits
+from diffdoctor.data.store_path import Location, StorePath, at
+from diffdoctor.engine.commits import FAILED, PLAN
+from diffdoctor.engine.places import commits_at
 from diffdoctor.engine.sets import SetSums
 from diffdoctor.engine.units import Plan
 from diffdoctor.measures.pixels import FLAG_SHARE
@@ -28,9 +28,9 @@ class OpenSet:
         UserError: there is no manifest, or it cannot be read.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.commits = Commits(self.folder)
+    def __init__(self, folder: str | Location):
+        self.folder = at(folder)
+        self.commits = commits_at(self.folder)
 
     def units(self) -> list[str]:
         """The ids of its committed units, in order; none where the set was not made in units."""
@@ -39,7 +39,7 @@ class OpenSet:
 
     def failed(self) -> dict[str, str]:
         """{id: reason} of the units that were given up."""
-        return self.commits.reasons() if (self.folder / FAILED).is_dir() else {}
+        return self.commits.reasons() if isinstance(self.folder, StorePath) or (self.folder / FAILED).is_dir() else {}
 
     def sums(self) -> SetSums:
         """The sums over its pictures: from the commits, or row by row, in which case areas are not known."""

@@ -12,12 +12,13 @@ from diffdoctor.data.prompts import Prompt, read_prompt_file
 from diffdoctor.engine.attempt import Attempt
 from diffdoctor.engine.options import EngineConfig
 from diffdoctor.engine.sets import IDENTITIES, RESULTS, UnitFiles, make_set
+from diffdoctor.engine.store_run import run_folder
 from diffdoctor.engine.units import Place, Plan, Unit, Worker
 from diffdoctor.runs.errors import UserError, check_least, expected
 from diffdoctor.runs.files import atomic_write_json, stamp
 from diffdoctor.runs.hub import local_path
 from diffdoctor.runs.progress import quiet_loaders
-from diffdoctor.runs.record import METRICS, RunFolder, versions
+from diffdoctor.runs.record import METRICS, versions
 from diffdoctor.runs.summary import print_summary
 from diffdoctor.training.devices import open_device_at
 from diffdoctor.training.processes import process_state
@@ -110,7 +111,7 @@ def run_sample(config: SampleConfig) -> dict:
     prompts = read_prompt_file(config.prompts)
     plan, spec = _plan(config, len(prompts)), SampleWorkerSpec(config, _digest(prompts))
     identity, results = _identity(spec, plan), dict.fromkeys(RESULTS)
-    with RunFolder(config.output, "sample", identity, results, main=state.is_main_process) as folder:
+    with run_folder(config.output, "sample", identity, results, main=state.is_main_process) as folder:
         if (made := make_set(folder, plan, spec, config, state=state, desc="sample")) is None:
             return {}
         report, found = made
@@ -123,7 +124,7 @@ def run_sample(config: SampleConfig) -> dict:
         }
         atomic_write_json(folder.path / METRICS, metrics)
         failed = f"; {len(report.failed)} of {report.units} units were given up" if report.failed else ""
-        print_summary(f"{found.records} pictures: {folder.path}{failed}")
+        print_summary(f"{found.records} pictures: {folder.place}{failed}")
         return metrics
 
 

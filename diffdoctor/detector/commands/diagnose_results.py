@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from diffdoctor.data.store_path import StorePath, absolute
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.commands.diagnose_config import DiagnoseConfig
 from diffdoctor.detector.report import write_gallery
@@ -25,6 +26,7 @@ def write_diagnosis(
     *,
     draw: Callable[[list[dict]], None] = lambda worst: None,
     more: dict | None = None,
+    place: Path | StorePath | None = None,
 ) -> dict:
     """Write the results of a diagnosis.
 
@@ -35,6 +37,7 @@ def write_diagnosis(
         draw: called with the records of the gallery's pictures, to write their maps and overlays where they are not
             there yet.
         more: further values of metrics.json.
+        place: where the results are to be, for the line that is printed; None: the output.
 
     Returns:
         What metrics.json holds.
@@ -64,7 +67,7 @@ def write_diagnosis(
         folders = ("overlays", "maps") if config.overlays else ("maps",)
         write_gallery(output, worst, metrics, folders, _settings(config))
     atomic_write_json(output / METRICS, metrics)
-    page = output / ("gallery.html" if config.gallery else "diagnosis.jsonl")
+    page = (output if place is None else place) / ("gallery.html" if config.gallery else "diagnosis.jsonl")
     failed = f"; {len(metrics['failed_units'])} units were given up" if metrics.get("failed_units") else ""
     line = f"{flagged} of {pictures} pictures are flagged: {page}{failed}"
     print_summary(line, metrics["skipped"], metrics["skipped_examples"])
@@ -75,7 +78,7 @@ def write_diagnosis(
 
 def _settings(config: DiagnoseConfig) -> dict:
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("output", "engine")}
-    settings["pictures"] = [os.path.abspath(path) for path in config.pictures]
+    settings["pictures"] = [absolute(path) for path in config.pictures]
     if os.path.exists(config.detector):
         settings["detector"] = os.path.abspath(config.detector)
     return settings

@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import json
 import os
+import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from diffdoctor.data.manifest import MANIFEST, MORE
 from diffdoctor.data.shard_writer import is_key
 from diffdoctor.data.shards import picture_ranges
 from diffdoctor.data.sources import Source
+from diffdoctor.data.store import is_url
+from diffdoctor.data.store_path import Location, absolute, at
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.commands.diagnose_batches import confidences, diagnosis_batches
 from diffdoctor.detector.commands.diagnose_config import DiagnoseConfig
@@ -23,12 +26,13 @@ from diffdoctor.detector.commands.diagnose_results import write_diagnosis
 from diffdoctor.detector.models.load import open_detector
 from diffdoctor.detector.predict import describe_map
 from diffdoctor.engine.attempt import Attempt
+from diffdoctor.engine.places import commits_at
 from diffdoctor.engine.sets import PARTS, UnitFiles, make_set, read_sample
+from diffdoctor.engine.store_run import run_folder
 from diffdoctor.engine.units import Place, Plan, Unit, Worker, unit_name
 from diffdoctor.runs import strict_json
-from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_write_bytes, file_name
-from diffdoctor.runs.record import RunFolder
 from diffdoctor.training.devices import open_device_at
 from diffdoctor.training.weights import weights_digest
 from diffdoctor.viz.draw import map_png, overlay, png_bytes
@@ -46,7 +50,7 @@ def diagnose_shards(
     identity = {name: getattr(config, name) for name in _IDENTITY} | {"weights": weights, "plan": plan.digest()}
     if config.mirrored:
         identity["mirrored"] = True
-    with RunFolder(config.output, "diagnose", identity, results, main=state.is_main_process) as folder:
+    with run_folder(config.output, "diagnose", identity, results, main=state.is_main_process) as folder:
         spec = LabelWorkerSpec(config, weights)
         if (made_set := make_set(folder, plan, spec, config, state=state, desc="diagnose", more=MORE)) is None:
             return {}
@@ -54,8 +58,10 @@ def diagnose_shards(
         found.skipped.join(left_out)
         made = [unit.id for unit in plan if unit.id not in report.failed]
         more = {"units": report.units, "failed_units": report.failed, "round": config.round}
-        records = _Records(folder.path, made)
-        return write_diagnosis(config, records, found.skipped, draw=records.draw_into(config), more=more)
+        records, here = _Records(folder.place, made), dataclasses.replace(config, output=str(folder.path))
+        return write_diagnosis(
+            here, records, found.skipped, draw=records.draw_into(here), more=more, place=folder.place
+        )
 
 
 def _plan(sources: list[Source], size: int) -> Plan:
@@ -73,7 +79,7 @@ def _plan(sources: list[Source], size: int) -> Plan:
             "keys": group[0].is_shard and has_manifest[group[0].path.parent],
         }
         count = 0 if group[0].is_shard else len(group)
-        paths = tuple(os.path.abspath(source.path) for source in group)
+        paths = tuple(absolute(source.path) for source in group)
         stamp = " ".join(source.stamp() for source in group)
         units.append(Unit(unit_name(number), paths, first, count, stamp, details))
         first += count
@@ -147,7 +153,18 @@ class _LabelWorker:
 
 
 def _relative(path: str, folder: str) -> str:
-    """A path from a folder, with slashes: sets that move together find each other."""
+    """A path from a folder, with slashes: sets that move together find each other; a URL from elsewhere as it is.
+
+    Raises:
+        UserError: the folder is in a store, and the file is not.
+    """
+    if is_url(folder) and not is_url(path):
+        raise UserError(expected("pictures", f"shards in a store, for labels in {folder}", path))
+    if is_url(path):
+        bucket = at(path).url.split("/")[:3]
+        if not is_url(folder) or at(folder).url.split("/")[:3] != bucket:
+            return path
+        return posixpath.relpath(at(path).url, at(folder).url)
     try:
         return Path(os.path.relpath(path, os.path.abspath(folder))).as_posix()
     except ValueError:  # another drive
@@ -156,18 +173,20 @@ def _relative(path: str, folder: str) -> str:
 
 def _sources(unit: Unit) -> list[Source]:
     columns = (unit.details[name] for name in ("names", "categories", "captions"))
-    return [Source(Path(path), *values) for path, *values in zip(unit.inputs, *columns, strict=True)]
+    return [Source(at(path), *values) for path, *values in zip(unit.inputs, *columns, strict=True)]
 
 
 class _Records:
     """The records of a label set's pictures, unit by unit; calling it gives them from the beginning."""
 
-    def __init__(self, output: Path, units: list[str]):
-        self.output, self.units = output, units
+    def __init__(self, output: Location, units: list[str]):
+        self.output, self.units, self.commits = output, units, commits_at(output)
 
     def __call__(self) -> Iterator[dict]:
         for unit in self.units:
-            with gzip.open(self.output / PARTS / f"{unit}.jsonl.gz", "rt", encoding="utf-8") as lines:
+            name = f"{PARTS}/{unit}.jsonl.gz"
+            path = self.commits.file(self.commits.read(unit), name)
+            with path.open("rb") as file, gzip.open(file, "rt", encoding="utf-8") as lines:
                 yield from map(json.loads, lines)
 
     def draw_into(self, config: DiagnoseConfig):
@@ -177,9 +196,9 @@ class _Records:
             for record in worst:
                 sample = read_sample(self.output, record["unit"], record["key"])
                 file = file_name(record["name"], ".png")
-                atomic_write_bytes(self.output / "maps" / file, map_png(sample["mask"], config.bits))
+                atomic_write_bytes(Path(config.output) / "maps" / file, map_png(sample["mask"], config.bits))
                 if config.overlays:
                     reddened = overlay(sample["picture"], sample["mask"])
-                    atomic_write_bytes(self.output / "overlays" / file, png_bytes(reddened))
+                    atomic_write_bytes(Path(config.output) / "overlays" / file, png_bytes(reddened))
 
         return draw

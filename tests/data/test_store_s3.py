@@ -1,0 +1,138 @@
+"""S3 itself, as moto serves it: one of many creates an object, whoever is killed, and whatever the store answers."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from diffdoctor.cli import main
+from diffdoctor.data import store as stores
+from diffdoctor.data.shards import ShardData
+from diffdoctor.data.store import Store
+from diffdoctor.detector import ConvDetector
+from support.launch import environment
+from support.pictures import write_shapes
+from support.s3 import ENVIRONMENT, failing, moto
+
+pytest.importorskip("moto")
+pytest.importorskip("s3fs")
+pytest.importorskip("accelerate")
+pytest.importorskip("pycocotools")
+pytestmark = pytest.mark.slow
+
+POOL, LABELS = "s3://bucket/pool", "s3://bucket/labels"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    write_shapes(folder / "pictures", 12)
+    words = ["inject", f"{folder}/pictures", "--output", f"{folder}/set", "--shard_size", "3", "--kinds", '["tint"]']
+    assert main(words) == 0
+    torch.manual_seed(0)
+    ConvDetector((8, 16)).save_pretrained(folder / "detector")
+    return folder
+
+
+@pytest.fixture
+def server(files, tmp_path, monkeypatch):
+    """The port of a store with the set in it."""
+    with moto(tmp_path) as port:
+        for name, value in ENVIRONMENT.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("DIFFDOCTOR_CACHE", str(tmp_path / "cache"))
+        with at(monkeypatch, port) as place:
+            for path in (files / "set").iterdir():
+                place.put(path, f"{POOL}/{path.name}")
+            yield port
+
+
+class at:
+    """The store behind this port, for this process and those that it starts."""
+
+    def __init__(self, monkeypatch, port):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        stores._stores.clear()
+
+    def __enter__(self):
+        return Store("s3")
+
+    def __exit__(self, *_):
+        stores._stores.clear()
+
+
+def words(files, *more):
+    found = ["diagnose", POOL, "--detector", f"{files}/detector", "--output", LABELS, "--write", "shards"]
+    return [*found, "--gallery", "2", "--batch_size", "3", *more]
+
+
+def start(files, cache, *more):
+    variables = environment() | {"DIFFDOCTOR_CACHE": str(cache)}
+    command = [sys.executable, "-m", "diffdoctor", *words(files, *more)]
+    return subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def check(files):
+    """The label set is whole, and nothing lies there that does not count."""
+    data, pictures = ShardData(LABELS), ShardData(files / "set")
+    assert sorted(data.keys) == sorted(pictures.keys)
+    rows = {key: row for row, key in enumerate(pictures.keys)}
+    assert all(np.array_equal(data[i]["picture"], pictures[rows[key]]["picture"]) for i, key in enumerate(data.keys))
+    names = Store("s3").listing(LABELS, deep=True)
+    made = {name for name in names if name.startswith(("shard-", "parts/"))}
+    assert len(made) == 3 * len([name for name in names if name.startswith("commits/")])
+    assert {name for name in made if name.startswith("shard-")} == set(data.shards)
+    assert main(["set", "check", LABELS, "--hashes", "true", "--pixels", "true"]) == 0
+
+
+def test_of_many_that_create_an_object_one_succeeds(server):
+    won, gate = [], threading.Barrier(12)
+
+    def create(number):
+        place = Store("s3")
+        gate.wait()
+        won.append(place.create("s3://bucket/one", str(number).encode()))
+
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert won.count(True) == 1
+
+
+def test_a_store_that_fails_loses_nothing(files, server, monkeypatch):
+    with failing(server, 0.15) as (port, counts), at(monkeypatch, port):
+        assert main(words(files)) == 0
+    assert min(counts.values()) >= 3, counts
+    with at(monkeypatch, server):
+        check(files)
+
+
+def test_two_commands_at_once_on_two_machines_and_processes_make_one_set(files, server, tmp_path):
+    both = [start(files, tmp_path / name, "--engine", "processes") for name in ("one", "other")]
+    assert [process.wait() for process in both] == [0, 0], [process.stderr.read() for process in both]
+    check(files)
+
+
+@pytest.mark.study
+def test_commands_and_workers_are_killed_at_random_moments(files, server, tmp_path):
+    draws, kills = random.Random(0), 0
+    while True:
+        process = start(files, tmp_path / f"cache-{draws.randrange(2)}", "--engine", "processes")
+        time.sleep(draws.uniform(4, 20))
+        if process.poll() is not None and process.returncode == 0:
+            break
+        if kills < 20:
+            os.killpg(process.pid, signal.SIGKILL) if draws.random() < 0.7 else process.kill()
+            kills += 1
+        process.wait()
+    print(kills, "kills")
+    check(files)
