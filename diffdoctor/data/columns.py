@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -40,7 +42,7 @@ class ParquetColumns:
             # Texts that repeat are read once, and not once for each row.
             texts = [field.name for field in schema if self._is_text(field.type)]
             self._table = parquet.ParquetFile(self._file, read_dictionary=texts)
-            self.rows = self._table.metadata.num_rows
+            self.rows, self._groups = self._table.metadata.num_rows, None
         except Exception as error:
             self._file.close()
             raise self._unreadable(error) from error
@@ -95,11 +97,25 @@ class ParquetColumns:
         is_number = self._pa.types.is_integer(kind) or self._pa.types.is_floating(kind)
         return read.to_pylist() if is_number else self.texts(column, longest=longest).tolist()
 
+    def parts(self, rows: int = 2**16) -> Iterator[ParquetColumns]:
+        """The table in parts of at least so many neighbouring rows, as far as the file's groups allow, and the rest."""
+        facts, groups, count = self._table.metadata, [], 0
+        for number in range(facts.num_row_groups):
+            groups.append(number)
+            count += facts.row_group(number).num_rows
+            if count >= rows or number == facts.num_row_groups - 1:
+                part = copy.copy(self)
+                part.rows, part._groups = count, groups
+                yield part
+                groups, count = [], 0
+
     def _column(self, column: str):
         if self.names.count(column) > 1:
             raise UserError(expected(self.name, f"one column {column}", f"{self.names.count(column)}"))
         try:
-            read = self._table.read(columns=[column]).column(column)
+            table, groups = self._table, self._groups
+            read = table.read(columns=[column]) if groups is None else table.read_row_groups(groups, columns=[column])
+            read = read.column(column)
         except Exception as error:
             raise self._unreadable(error) from error
         kind = read.type

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tarfile import BLOCKSIZE
 
@@ -98,6 +99,32 @@ def read_columns(folder: str | Location, names: tuple[str, ...], manifest: str =
     Raises:
         UserError: there is no manifest, it cannot be read, or its columns are not as `ManifestWriter` writes them.
     """
+    with _opened(folder, names, manifest) as table:
+        return _read(table, names)
+
+
+def column_parts(
+    folder: str | Location, names: tuple[str, ...], manifest: str = MANIFEST, *, rows: int = 2**16
+) -> Iterator[dict[str, np.ndarray]]:
+    """What `read_columns` gives, in parts of about so many neighbouring rows, so that no column is held as a whole."""
+    with _opened(folder, names, manifest) as table:
+        for part in table.parts(rows):
+            yield _read(part, names)
+
+
+def count_rows(folder: str | Location, manifest: str = MANIFEST) -> int:
+    """The number of the manifest's rows.
+
+    Raises:
+        UserError: see `read_columns`.
+    """
+    with _opened(folder, (), manifest) as table:
+        return table.rows
+
+
+@contextmanager
+def _opened(folder: str | Location, names: tuple[str, ...], manifest: str) -> Iterator[ParquetColumns]:
+    """The manifest, of which it is checked that it has these columns and no more rows than there can be."""
     folder = at(folder)
     path = folder / manifest
     if not path.is_file():
@@ -110,8 +137,12 @@ def read_columns(folder: str | Location, names: tuple[str, ...], manifest: str =
         most = sum(shard.stat().st_size for shard in folder.glob("*.tar")) // (3 * BLOCKSIZE)
         if table.rows > max(most, 1000):
             raise UserError(expected(path, f"up to {most:,} rows, which its shards can hold", f"{table.rows:,}"))
-        absent = {*names} - {*table.names}
-        return {name: _filled(name, table.rows) if name in absent else _values(table, name) for name in names}
+        yield table
+
+
+def _read(table: ParquetColumns, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    absent = {*names} - {*table.names}
+    return {name: _filled(name, table.rows) if name in absent else _values(table, name) for name in names}
 
 
 def is_label_set(folder: str | Location) -> bool:

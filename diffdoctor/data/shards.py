@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from tarfile import BLOCKSIZE
 from typing import Any
 
 import numpy as np
@@ -200,8 +201,8 @@ def _meta(data: bytes | None, where: str) -> dict[str, Any]:
 class ShardData:
     """Random access to a folder of shards with a manifest: `len(data)`, `data[i]` (see `samples.DetectorData`).
 
-    Only the manifest's columns are held in memory (about 200 bytes a picture); a picture is read from its byte range in
-    its shard when it is asked for.
+    Only the manifest's columns are held in memory (about 200 bytes a picture; by `mapped.MappedData` none); a picture
+    is read from its byte range in its shard when it is asked for.
 
     Args:
         folder: what `shard_writer.write_shards` wrote; in a store, its URL.
@@ -227,13 +228,8 @@ class ShardData:
 
     def __init__(self, folder: str | Location, manifest: str = MANIFEST):
         self.folder = at(folder)
-        rows = read_columns(folder, (*_KEPT, *OFFSETS, *IGNORE_OFFSETS, PICTURE_FILE), manifest)
-        self.keys, self.categories, self.generators = rows["key"], rows["category"], rows["generator"]
-        self.labels, self.shards, self.mask_max = rows["label"], rows["shard"], rows["mask_max"]
-        self.sizes = np.stack([rows["height"], rows["width"]], axis=1)
-        self.byte_ranges = np.stack([rows[name] for name in OFFSETS], axis=1)
-        self.ignore_ranges = np.stack([rows[name] for name in IGNORE_OFFSETS], axis=1)
-        self.picture_files = rows[PICTURE_FILE]
+        for name, column in self._columns(manifest).items():
+            setattr(self, name, column)
         shards, files = set(self.shards), set(self.picture_files) - {""}
         self._stored = stored_files(self.folder, sorted(shards | files))
         for shard in sorted(shards):
@@ -245,6 +241,10 @@ class ShardData:
         for ranges in (self.byte_ranges, self.ignore_ranges):
             if (ranges < 0).any() or (ranges[:, 1::2] > MAX_MEMBER_BYTES).any():
                 raise UserError(f"{self.folder}: the manifest holds impossible offsets or sizes")
+
+    def _columns(self, manifest: str) -> dict[str, Any]:
+        """The attributes that are columns of the manifest."""
+        return attributes_of(read_columns(self.folder, MANIFEST_COLUMNS, manifest))
 
     def file(self, name: str) -> Location:
         """A file that the manifest names."""
@@ -298,13 +298,28 @@ class ShardData:
         return f"{self.folder / self.shards[index]}:{self.keys[index]}"
 
 
+def attributes_of(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns of `ShardData` by its attributes' names, from those of the manifest."""
+    columns = {name: rows[column] for name, column in COLUMN_OF.items()}
+    columns["sizes"] = np.stack([rows["height"], rows["width"]], axis=1)
+    columns["byte_ranges"] = np.stack([rows[name] for name in OFFSETS], axis=1)
+    columns["ignore_ranges"] = np.stack([rows[name] for name in IGNORE_OFFSETS], axis=1)
+    return columns
+
+
 def _pieces(path: Location, ranges: Iterable[Sequence[int]]) -> list[bytes]:
-    """What lies at (offset, size) in a file, of each of the ranges."""
-    pieces = []
+    """What lies at (offset, size) in a file, of each of the ranges; in one read, where they follow one another."""
+    pieces, ranges = [], [(int(offset), int(size)) for offset, size in ranges]
+    there = [(offset, offset + size) for offset, size in ranges if size] or [(0, 0)]
+    begin, end = min(first for first, _ in there), max(last for _, last in there)
     with path.open("rb") as file:
+        if end - begin <= sum(size for _, size in ranges) + _BETWEEN * len(there):
+            file.seek(begin)
+            data = file.read(end - begin)
+            return [data[offset - begin : offset - begin + size] if size else b"" for offset, size in ranges]
         for offset, size in ranges:
-            file.seek(int(offset))
-            pieces.append(file.read(int(size)))
+            file.seek(offset)
+            pieces.append(file.read(size))
     return pieces
 
 
@@ -341,4 +356,15 @@ _BLOCK = 2**16  # pictures whose shards' names are held as an array
 # Of values that may come from elsewhere; larger ones are no description of a picture.
 _MAX_JSON_BYTES = 2**22
 _TEXTS = ("prompt", "category", "generator", "label", "kind")
-_KEPT = ("key", "category", "generator", "label", "shard", "mask_max", "height", "width")
+# Attributes of `ShardData` that are columns as they stand.
+COLUMN_OF = {
+    "keys": "key",
+    "categories": "category",
+    "generators": "generator",
+    "labels": "label",
+    "shards": "shard",
+    "mask_max": "mask_max",
+    "picture_files": PICTURE_FILE,
+}
+MANIFEST_COLUMNS = (*COLUMN_OF.values(), "height", "width", *OFFSETS, *IGNORE_OFFSETS)
+_BETWEEN = 2 * BLOCKSIZE  # bytes between two members at most: the end of one's last block, and the next one's header

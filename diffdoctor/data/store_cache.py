@@ -62,7 +62,7 @@ def cached(url: str, size: int, stamp: str, fetch: Callable[[Path], None]) -> Pa
     if _is_there(path):
         return path
     make_folder(folder)
-    with _locked(folder, int(path.name[:8], 16) % _LOCKS):
+    with fetching(folder, path.name):
         if not _is_there(path):
             clear_leftovers(folder, path.name)
             _make_room(folder, size, url)
@@ -104,12 +104,12 @@ def _make_room(folder: Path, size: int, url: str) -> None:
 
 
 @contextmanager
-def _locked(folder: Path, number: int) -> Iterator[None]:
-    """Inside, this is the only process and thread that fetches an object of this number."""
+def fetching(folder: Path, name: str) -> Iterator[None]:
+    """Inside, this is the only process and thread of the machine that makes an entry of this name, in hexadecimal."""
     if fcntl is None:
         yield
         return
-    with open(folder / f"lock-{number:02x}", "ab") as file:
+    with open(folder / f"lock-{int(name[:8], 16) % _LOCKS:02x}", "ab") as file:
         with suppress(OSError):  # a file system without locks: an object may be fetched twice
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

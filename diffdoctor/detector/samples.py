@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from diffdoctor.data.mapped import CodedTexts
 from diffdoctor.data.pictures import as_mask, resize_pair
 from diffdoctor.detector.config import AugmentConfig
 from diffdoctor.detector.damage.benign import benign
@@ -80,7 +81,7 @@ class JoinedData:
     """Several sets as one, or some of their pictures.
 
     Args:
-        sets: the columns that all of them have (keys, categories, mask_max) are joined too.
+        sets: the columns that all of them have (keys, categories, mask_max) are joined too, when they are asked for.
         chosen: (n,) indices into the joined set; None: all.
         shares: a positive number per set: in which proportion training draws from the sets, whatever their sizes; None:
             each set counts as much as it has pictures.
@@ -105,10 +106,15 @@ class JoinedData:
         self.ends = np.cumsum([len(each) for each in self.sets])
         total = int(self.ends[-1]) if len(self.ends) else 0
         self.chosen = np.arange(total) if chosen is None else np.asarray(chosen)
-        for name in ("keys", "categories", "mask_max"):
-            if self.sets and all(hasattr(each, name) for each in self.sets):
-                column = np.concatenate([np.asarray(getattr(each, name)) for each in self.sets])
-                setattr(self, name, column[self.chosen])
+        self._is_all = chosen is None
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        # Not kept: a column may be as large as the set is long.
+        if name not in ("keys", "categories", "mask_max") or not self.sets:
+            raise AttributeError(name)
+        columns = [np.asarray(getattr(each, name)) for each in self.sets]
+        column = columns[0] if len(columns) == 1 else np.concatenate(columns)
+        return column if self._is_all else column[self.chosen]
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -129,7 +135,7 @@ class JoinedData:
         for each in self.sets:
             if not hasattr(each, "shards"):
                 raise UserError(expected("order", "shuffled for a set that does not lie in shards", "blocks"))
-            names = np.asarray(each.shards, object)
+            names = each.shards.codes if isinstance(each.shards, CodedTexts) else np.asarray(each.shards, object)
             changes = np.concatenate([[1], names[1:] != names[:-1]]) if len(names) else np.zeros(0)
             parts.append(start + np.cumsum(changes, dtype=np.int64))
             start += len(names)

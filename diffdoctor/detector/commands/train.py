@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diffdoctor.data.shards import ShardData, require_uniform_size
+from diffdoctor.data.mapped import open_set
+from diffdoctor.data.shards import require_uniform_size
 from diffdoctor.data.stream import ShardStream
 from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.files import ARCHITECTURES
@@ -149,7 +150,11 @@ def _data(config: TrainDetectorConfig) -> tuple[JoinedData | ShardStream, Joined
     if validation is not None or not config.validation_share:
         return data, validation
     # `inject` names its samples "<picture>-<version>"; all versions of a picture belong to the same side of the split.
-    pictures = np.array([key.split("-")[0] for key in data.keys])
+    keys = data.keys
+    pictures = np.empty(len(keys), keys.dtype)
+    for begin in range(0, len(keys), 2**16):
+        pictures[begin : begin + 2**16] = [key.partition("-")[0] for key in keys[begin : begin + 2**16].tolist()]
+    del keys
     names = np.unique(pictures)
     shuffled = names[np.random.default_rng([config.training.seed, 5]).permutation(len(names))]
     held_out = np.isin(pictures, shuffled[: round(config.validation_share * len(names))])
@@ -160,7 +165,7 @@ def _data(config: TrainDetectorConfig) -> tuple[JoinedData | ShardStream, Joined
 
 
 def _opened(folders: list[str], config: TrainDetectorConfig, shares: list[float] | None = None) -> JoinedData:
-    sets = [ShardData(folder) for folder in folders]
+    sets = [open_set(folder) for folder in folders]
     if not sum(map(len, sets)):
         raise UserError(expected(", ".join(folders), "labelled pictures", "none"))
     if config.training.size is None:
