@@ -16,6 +16,7 @@ from diffdoctor.data.shards import ShardData
 from diffdoctor.detector import ConvDetector, load_detector
 from diffdoctor.detector.predict import diagnose_data
 from diffdoctor.detector.samples import JoinedData
+from diffdoctor.engine.options import EngineConfig
 from diffdoctor.evaluate.detector import parts as detector_parts
 from diffdoctor.evaluate.detector import sorted_pixels
 from diffdoctor.evaluate.detector.command import EvaluateDetectorConfig, run_evaluate_detector
@@ -337,3 +338,43 @@ def test_two_detectors_are_compared_on_the_same_pictures():
     assert same["map50"]["difference_interval"] == same["hit_rate"]["difference_interval"] == [0, 0]
     clean = [PictureStatistics.of(each[20:], masks[20:]) for each in (worse, better)]
     assert np.isnan(paired_differences(*clean, bootstrap=50)["map50"]["difference"])
+
+
+def test_processes_make_the_same_report_and_go_on_where_another_was_stopped(tmp_path, monkeypatch):
+    import torch
+
+    write_shards(samples(40), tmp_path / "set")
+    torch.manual_seed(0)
+    ConvDetector((8, 16)).save_pretrained(tmp_path / "detector")
+    options = {"batch_size": 3, "examples": 3}
+    expected = evaluated(tmp_path, tmp_path / "detector", [tmp_path / "set"], "one", **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(detector_parts, "_joined", lambda paths: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluated(tmp_path, tmp_path / "detector", [tmp_path / "set"], **options)
+    parts = tmp_path / "out" / ".parts"
+    assert len(list(parts.glob("part-*.npz"))) == 4
+    for number in (1, 2):
+        (parts / f"part-00000{number}.npz").unlink()
+    # A part that is there is not made again: another's figures are taken as they are.
+    (parts / "part-000003.npz").write_bytes((parts / "part-000000.npz").read_bytes())
+    (parts / "part-000003.pixels").write_bytes((parts / "part-000000.pixels").read_bytes())
+    joined, seen = detector_parts._joined, []
+
+    def look(paths):
+        assert paths[3].read_bytes() == paths[0].read_bytes() != paths[1].read_bytes()
+        paths[3].unlink()
+        seen.append(paths)
+        return joined(paths[:3])
+
+    engine = EngineConfig(kind="processes", actors=1, cpus=torch.get_num_threads())
+    with monkeypatch.context() as patched:
+        patched.setattr(detector_parts, "_joined", look)
+        result = evaluated(tmp_path, tmp_path / "detector", [tmp_path / "set"], engine=engine, **options)
+    assert len(seen) == 1
+    assert result["overall"]["pictures"] == 36
+    result = evaluated(tmp_path, tmp_path / "detector", [tmp_path / "set"], engine=engine, **options)
+    assert result == expected
+    names = ("report.html", "metrics.json")
+    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "one" / name).read_bytes() for name in names)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, "config.yaml"}

@@ -3,7 +3,10 @@
 import dataclasses
 from pathlib import Path
 
+from diffdoctor.data.store_path import absolute
 from diffdoctor.detector.predict import diagnose_data
+from diffdoctor.engine.options import EngineConfig
+from diffdoctor.engine.units import Place, Worker
 from diffdoctor.evaluate.detector.measure import measure_statistics
 from diffdoctor.evaluate.detector.report import by_kind, doubts, verdict, write_page
 from diffdoctor.runs.errors import UserError, check_least, expected
@@ -35,6 +38,7 @@ class EvaluateDetectorConfig:
         device: such as cpu or cuda:1; null: the fastest there is.
         strict: stop at the first broken picture instead of skipping and counting it, and end with exit code 3 where the
             detector is blind.
+        engine: where the pictures are diagnosed; the results are the same.
     """
 
     detector: str
@@ -47,6 +51,7 @@ class EvaluateDetectorConfig:
     seed: int = 0
     device: str | None = None
     strict: bool = False
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
 
     def __post_init__(self):
         check_least(self, batch_size=1, size=1, bootstrap=0, examples=0, seed=0)
@@ -89,8 +94,12 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
     output, data = Path(config.output), JoinedData(sets)
     identity = {"weights": weights_digest(detector)}
     options = {"batch_size": config.batch_size, "size": config.size, "strict": config.strict}
+    places = {"output": absolute(config.output), "data": [absolute(folder) for folder in config.data]}
+    spec = EvaluateWorkerSpec(dataclasses.replace(config, **places), identity["weights"])
     try:
-        found = evaluate_in_parts(detector, sets, output / PARTS, identity, state, **options)
+        found = evaluate_in_parts(
+            detector, sets, output / PARTS, identity, state, engine=config.engine, spec=spec, **options
+        )
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
     if found is None:
@@ -118,3 +127,37 @@ def _evaluate(config: EvaluateDetectorConfig, detector, sets: list, state) -> di
         print_summary(kinds)
     print_doubts(result["doubts"], strict=config.strict)
     return result
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateWorkerSpec:
+    """How a worker is made that diagnoses a part of the pictures.
+
+    Attributes:
+        config: the command's options.
+        weights: digest of the detector with which the command began.
+    """
+
+    config: EvaluateDetectorConfig
+    weights: str
+
+    def build(self, place: Place) -> Worker:
+        """Load the detector and open the sets.
+
+        Raises:
+            UserError: one is not there, or the detector is not the one with which the command began.
+        """
+        from diffdoctor.data.shards import ShardData
+        from diffdoctor.detector.models.load import open_detector
+        from diffdoctor.detector.samples import JoinedData
+        from diffdoctor.evaluate.detector.parts import Parts
+        from diffdoctor.training.devices import open_device_at
+
+        config, detector = self.config, open_detector(self.config.detector)
+        if weights_digest(detector) != self.weights:
+            raise UserError(f"detector {config.detector}: other weights than those with which this run began")
+        detector.to(open_device_at(config.device, place.number))
+        options = {"batch_size": config.batch_size, "size": config.size, "strict": config.strict}
+        data = JoinedData([ShardData(folder) for folder in config.data])
+        parts = Parts(data, Path(config.output) / PARTS, **options)
+        return lambda unit, attempt: {"records": parts.write(detector, unit)}

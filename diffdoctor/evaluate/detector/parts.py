@@ -14,12 +14,15 @@ from diffdoctor.data.shards import ShardData
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.predict import diagnosed_batches
 from diffdoctor.detector.samples import JoinedData
+from diffdoctor.engine.running import run as run_units
+from diffdoctor.engine.units import Plan, Unit
 from diffdoctor.evaluate.detector.sorted_pixels import ChunkWriter, SortedChunk
 from diffdoctor.measures.curves import PixelCurves, average_precision_of_chunks
 from diffdoctor.measures.statistics import PictureStatistics, slices
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
-from diffdoctor.runs.files import reading, refuse_foreign
+from diffdoctor.runs.files import clear_leftovers, delete_dir, reading, refuse_foreign
+from diffdoctor.runs.lock import make_folder
 from diffdoctor.runs.progress import progress
 from diffdoctor.runs.record import RUN, RunFolder
 from diffdoctor.runs.units import Units
@@ -28,11 +31,15 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from diffdoctor.detector.models.base import Detector
+    from diffdoctor.engine.options import EngineConfig
+    from diffdoctor.engine.units import WorkerSpec
 
 _BATCHES = 4  # in a part
 _PARTS = "part-*"
 # What lies in the folder, what a kill left half-written included.
 _NAMES = (RUN, _PARTS, f".{RUN}.diffdoctor-*", f".{_PARTS}.diffdoctor-*")
+# Of the folder beside them in which an engine keeps its state.
+_ENGINE = "-engine"
 
 
 @dataclasses.dataclass
@@ -79,6 +86,8 @@ def evaluate_in_parts(
     batch_size: int,
     size: int | None,
     strict: bool,
+    engine: EngineConfig | None = None,
+    spec: WorkerSpec | None = None,
 ) -> Evaluated | None:
     """Diagnose sets of shards part by part; parts that are already finished are skipped.
 
@@ -93,6 +102,8 @@ def evaluate_in_parts(
         batch_size: pictures at a time.
         size: side in pixels to which maps and masks are resized; None: the pictures must agree in size.
         strict: raise at a broken picture instead of skipping and counting it.
+        engine: who writes the parts; None: the processes of `state`.
+        spec: how a worker of the engines processes and ray is made, which calls `Parts.write`.
 
     Returns:
         The statistics on the main process, None on the others.
@@ -100,7 +111,7 @@ def evaluate_in_parts(
     Raises:
         UserError: the folder holds parts of another identity, or other files; or pictures differ in size.
     """
-    data, length = JoinedData(sets), _BATCHES * batch_size
+    data = JoinedData(sets)
     identity = identity | {"data": data.fingerprint(), "batch_size": batch_size, "size": size, "format": 5}
     run = _parts_folder(folder, identity)
     refuse_foreign(folder, _NAMES)
@@ -109,18 +120,83 @@ def evaluate_in_parts(
     if state.is_main_process:
         run.begin()
     state.wait_for_everyone()
-    units = Units(folder, ".npz")
-    names = [f"part-{first // length:06d}" for first in range(0, len(data), length)]
-    with progress(len(data), desc="evaluate", unit="picture", enabled=state.is_main_process) as bar:
-        for number, name in enumerate(names):
-            chosen = range(number * length, min((number + 1) * length, len(data)))
-            if number % state.num_processes == state.process_index and (strict or not units.is_done(name)):
-                counts = SkipCounts()
-                options = {"batch_size": batch_size, "size": size, "strict": strict, "counts": counts}
-                _write(units, name, diagnosed_batches(detector, data, chosen=chosen, **options), counts)
-            bar.update(len(chosen))
-    state.wait_for_everyone()
-    return _joined([units.path(name) for name in names]) if state.is_main_process else None
+    parts = Parts(data, folder, batch_size=batch_size, size=size, strict=strict)
+    if engine is not None and engine.kind in ("processes", "ray"):
+        if state.num_processes > 1:
+            raise UserError(expected("engine", f"ranks in {state.num_processes} processes", engine.kind))
+        _by_engine(parts, spec, engine)
+    else:
+        with progress(len(data), desc="evaluate", unit="picture", enabled=state.is_main_process) as bar:
+            for unit in parts.plan:
+                if int(unit.id) % state.num_processes == state.process_index and parts.is_wanted(unit):
+                    parts.write(detector, unit)
+                bar.update(unit.count)
+        state.wait_for_everyone()
+    return _joined([parts.path(unit) for unit in parts.plan]) if state.is_main_process else None
+
+
+class Parts:
+    """The parts of an evaluation: which pictures each has, and its files.
+
+    Args:
+        data: all pictures.
+        folder: of the parts.
+        batch_size: see `evaluate_in_parts`.
+        size: likewise.
+        strict: likewise.
+
+    Attributes:
+        plan: a unit for each part.
+    """
+
+    def __init__(self, data: JoinedData, folder: Path, *, batch_size: int, size: int | None, strict: bool):
+        self.data, self.units, self.strict = data, Units(folder, ".npz"), strict
+        self.options = {"batch_size": batch_size, "size": size, "strict": strict}
+        self.plan = Plan.of_ranges(len(data), _BATCHES * batch_size)
+
+    def path(self, unit: Unit) -> Path:
+        """The part's file."""
+        return self.units.path(f"part-{unit.id}")
+
+    def is_wanted(self, unit: Unit) -> bool:
+        """Whether the part is still to be written: with `strict`, broken pictures are looked for again."""
+        return self.strict or not self.units.is_done(f"part-{unit.id}")
+
+    def write(self, detector: Detector, unit: Unit) -> int:
+        """Diagnose and write a part; returns the number of its pictures."""
+        counts, chosen = SkipCounts(), range(unit.first, unit.first + unit.count)
+        batches = diagnosed_batches(detector, self.data, chosen=chosen, counts=counts, **self.options)
+        _write(self.units, f"part-{unit.id}", batches, counts)
+        return unit.count
+
+
+def _by_engine(parts: Parts, spec: WorkerSpec, engine: EngineConfig) -> None:
+    """Let an engine write the parts that are not there; each is whole or absent, whoever writes it."""
+    work = engine_folder(parts.units.folder)
+    # Of an earlier attempt: what is done is known by the parts.
+    remove_engine(parts.units.folder)
+    plan = Plan([unit for unit in parts.plan if parts.is_wanted(unit)])
+    if not len(plan):
+        return
+    make_folder(work)
+    report = run_units(plan, spec, work, engine, desc="evaluate")
+    remove_engine(parts.units.folder)
+    if report.failed:
+        unit, reason = next(iter(report.failed.items()))
+        raise UserError(f"{len(report.failed)} parts were given up; part-{unit}: {reason}; run this again to resume")
+
+
+def engine_folder(folder: Path) -> Path:
+    """Where an engine keeps its state while it writes the parts of a folder."""
+    return folder.with_name(folder.name + _ENGINE)
+
+
+def remove_engine(folder: Path) -> None:
+    """Delete the state of an engine that wrote parts."""
+    work = engine_folder(folder)
+    clear_leftovers(work.parent, work.name)
+    if work.is_dir():
+        delete_dir(work)
 
 
 def remove_parts(folder: Path) -> None:
