@@ -8,7 +8,7 @@ import torch
 
 from diffdoctor.cli import main
 from diffdoctor.detector import ConvDetector
-from diffdoctor.evaluate.model import sample_pictures
+from diffdoctor.evaluate.model import command, sample_pictures
 from diffdoctor.runs.errors import UserError
 from support.model_evaluation import SAMPLING, evaluate, options
 from support.tiny_pipelines import PROMPTS, tiny_pipeline
@@ -138,3 +138,21 @@ def test_a_judge_that_sees_nothing_is_said_to_be_blind(files, tmp_path, capsys, 
     assert main([*options(files, tmp_path / "out", **changes), "--strict=true"]) == 3
     assert sentence in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["doubts"] == metrics["doubts"]
+
+
+def test_processes_draw_the_same_pictures_and_only_those_that_are_missing(files, tmp_path, monkeypatch):
+    first = evaluate(files, tmp_path / "one", **FEW)
+    shutil.copytree(tmp_path / "one", tmp_path / "out")
+    (tmp_path / "out" / "metrics.json").unlink()
+    shutil.rmtree(tmp_path / "out" / "measures")
+    gone = [tmp_path / "out" / "pictures" / "after" / f"0000000{number}.png" for number in (0, 2)]
+    for path in gone:
+        path.unlink()
+    (tmp_path / "out" / ".after-engine").mkdir()  # of a run that was killed
+    monkeypatch.setattr(command, "UNIT_BATCHES", 1)
+    engine = {"engine": "processes", "engine.actors": 1, "engine.cpus": torch.get_num_threads()}
+    assert evaluate(files, tmp_path / "out", **FEW, **engine) == first
+    assert all(
+        path.read_bytes() == (tmp_path / "one" / path.relative_to(tmp_path / "out")).read_bytes() for path in gone
+    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}

@@ -14,15 +14,14 @@ from diffdoctor.data.shards import ShardData
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.predict import diagnosed_batches
 from diffdoctor.detector.samples import JoinedData
-from diffdoctor.engine.running import run as run_units
+from diffdoctor.engine.scratch import is_shared_out, share_out
 from diffdoctor.engine.units import Plan, Unit
 from diffdoctor.evaluate.detector.sorted_pixels import ChunkWriter, SortedChunk
 from diffdoctor.measures.curves import PixelCurves, average_precision_of_chunks
 from diffdoctor.measures.statistics import PictureStatistics, slices
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
-from diffdoctor.runs.files import clear_leftovers, delete_dir, reading, refuse_foreign
-from diffdoctor.runs.lock import make_folder
+from diffdoctor.runs.files import reading, refuse_foreign
 from diffdoctor.runs.progress import progress
 from diffdoctor.runs.record import RUN, RunFolder
 from diffdoctor.runs.units import Units
@@ -121,10 +120,9 @@ def evaluate_in_parts(
         run.begin()
     state.wait_for_everyone()
     parts = Parts(data, folder, batch_size=batch_size, size=size, strict=strict)
-    if engine is not None and engine.kind in ("processes", "ray"):
-        if state.num_processes > 1:
-            raise UserError(expected("engine", f"ranks in {state.num_processes} processes", engine.kind))
-        _by_engine(parts, spec, engine)
+    if engine is not None and is_shared_out(engine, state.num_processes):
+        plan = Plan([unit for unit in parts.plan if parts.is_wanted(unit)])
+        share_out(plan, spec, folder.with_name(folder.name + _ENGINE), engine, desc="evaluate")
     else:
         with progress(len(data), desc="evaluate", unit="picture", enabled=state.is_main_process) as bar:
             for unit in parts.plan:
@@ -168,35 +166,6 @@ class Parts:
         batches = diagnosed_batches(detector, self.data, chosen=chosen, counts=counts, **self.options)
         _write(self.units, f"part-{unit.id}", batches, counts)
         return unit.count
-
-
-def _by_engine(parts: Parts, spec: WorkerSpec, engine: EngineConfig) -> None:
-    """Let an engine write the parts that are not there; each is whole or absent, whoever writes it."""
-    work = engine_folder(parts.units.folder)
-    # Of an earlier attempt: what is done is known by the parts.
-    remove_engine(parts.units.folder)
-    plan = Plan([unit for unit in parts.plan if parts.is_wanted(unit)])
-    if not len(plan):
-        return
-    make_folder(work)
-    report = run_units(plan, spec, work, engine, desc="evaluate")
-    remove_engine(parts.units.folder)
-    if report.failed:
-        unit, reason = next(iter(report.failed.items()))
-        raise UserError(f"{len(report.failed)} parts were given up; part-{unit}: {reason}; run this again to resume")
-
-
-def engine_folder(folder: Path) -> Path:
-    """Where an engine keeps its state while it writes the parts of a folder."""
-    return folder.with_name(folder.name + _ENGINE)
-
-
-def remove_engine(folder: Path) -> None:
-    """Delete the state of an engine that wrote parts."""
-    work = engine_folder(folder)
-    clear_leftovers(work.parent, work.name)
-    if work.is_dir():
-        delete_dir(work)
 
 
 def remove_parts(folder: Path) -> None:

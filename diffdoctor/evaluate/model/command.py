@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ from diffdoctor.data.prompts import Prompt, read_prompt_file
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.confidence import check_detector
 from diffdoctor.detector.models.load import open_detector
+from diffdoctor.engine.scratch import is_shared_out, share_out
+from diffdoctor.engine.units import Plan
 from diffdoctor.evaluate.model import draw as pipelines
 from diffdoctor.evaluate.model import measure as measuring
 from diffdoctor.evaluate.model.config import EvaluateModelConfig, completed, read_settings
@@ -39,9 +41,10 @@ from diffdoctor.training.processes import process_state
 from diffdoctor.training.weights import same_weights, weights_digest
 from diffdoctor.treat.loading import load_lora
 from diffdoctor.treat.prompts import check_prompts
-from diffdoctor.treat.text_to_image import call_options, draw_pictures, open_pipeline, pipeline_options
+from diffdoctor.treat.text_to_image import call_options, open_pipeline
 
 SIDES = ("before", "after")
+UNIT_BATCHES = 8  # in a unit of an engine
 
 
 def run_evaluate_model(config: EvaluateModelConfig) -> dict:
@@ -164,8 +167,12 @@ class Evaluation:
             self.folder.begin(config, overwrite=config.overwrite)
             self.folder.begin_measures(self._measure_identity())
         self.state.wait_for_everyone()
-        for side in SIDES:
-            self._generate(side)
+        if is_shared_out(config.engine, self.state.num_processes):
+            self.pipeline = None
+            self._share_out()
+        else:
+            for side in SIDES:
+                self._generate(side)
         self.pipeline = None
         self.state.wait_for_everyone()
         self.measurer.to(self.device)
@@ -220,28 +227,31 @@ class Evaluation:
         pipeline = self._pipeline_of(side)
         pipeline.to(self.device)
         detector = self.measurer.detector.to(self.device) if config.guide and side == "after" else None
-        options = replace(config, guide=detector is not None)
-        prompts = [self.plan.prompt(index).text for index in missing]
-        seeds = [config.seed + index for index in missing]
-        indices = iter(missing)
-        drawing = {"batch_size": config.batch_size, **pipeline_options(pipeline, config)}
-        batches = draw_pictures(pipeline, prompts, seeds, **drawing)
-        with (
-            pipelines.guided(pipeline, detector, options),
-            progress(len(mine), desc=side, unit="picture", enabled=self.state.is_main_process) as bar,
-        ):
+        with progress(len(mine), desc=side, unit="picture", enabled=self.state.is_main_process) as bar:
             bar.update(len(mine) - len(missing))
             try:
-                for batch in batches:
-                    for index, picture in zip(itertools.islice(indices, len(batch)), batch, strict=True):
-                        files.save(index, picture)
-                    bar.update(len(batch))
-            except torch.OutOfMemoryError as error:
-                raise UserError(f"out of memory: give a smaller --batch_size than {config.batch_size}") from error
-            except ValueError as error:
-                # Raised by the pipeline itself, most often for a size that it cannot generate.
+                texts = [self.plan.prompt(index).text for index in missing]
+                for count in pipelines.draw_into(files, pipeline, detector, config, missing, texts):
+                    bar.update(count)
+            except UserError:
                 self.folder.discard_if_empty()
-                raise error if isinstance(error, UserError) else UserError(str(error)) from error
+                raise
+
+    def _share_out(self) -> None:
+        """Let an engine draw what is missing, side by side."""
+        config, size = self.config, UNIT_BATCHES * self.config.batch_size
+        texts = [prompt.text for prompt in self.plan.prompts]
+        for side in SIDES:
+            files = self.folder.pictures(side)
+            units = Plan.of_ranges(config.pictures, size)
+            plan = Plan([unit for unit in units if files.missing(range(unit.first, unit.first + unit.count))])
+            place = self.folder.path / f".{side}-engine"
+            spec = pipelines.DrawWorkerSpec(config, side, str(files.folder.absolute()), pipelines.prompts_digest(texts))
+            try:
+                share_out(plan, spec, place, config.engine, desc=side)
+            except UserError:
+                self.folder.discard_if_empty()
+                raise
 
     def _pipeline_of(self, side: str):
         """The pipeline of a side; "after" must come last, since it changes the loaded pipeline."""

@@ -9,6 +9,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from diffdoctor.engine.options import EngineConfig
 from diffdoctor.runs.errors import UserError, check_least, expected, missing_extra
 from diffdoctor.treat.loading import DTYPES
 from diffdoctor.treat.quantization import check_format
@@ -83,7 +84,8 @@ class EvaluateModelConfig:
         overwrite: replace pictures in the output folder that were generated with other options.
         strict: stop at the first broken real picture instead of skipping and counting it, and end with exit code 3
             where the judge or the detector is blind.
-        device: such as cpu or cuda:1; null: the fastest there is.
+        device: such as cpu or cuda:1; null: the fastest there is, for several workers one each.
+        engine: where the pictures are drawn; they are measured in this process, or by a launcher's processes.
     """
 
     treatment: str | None = None
@@ -125,6 +127,7 @@ class EvaluateModelConfig:
     overwrite: bool = False
     strict: bool = False
     device: str | None = None
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
 
     def __post_init__(self):
         check_least(self, pictures=1, batch_size=1, examples=0, seed=0)

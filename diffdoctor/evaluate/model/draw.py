@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import inspect
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from diffdoctor.data.prompts import read_prompt_file
+from diffdoctor.detector.models.load import open_detector
+from diffdoctor.engine.units import Place, Unit, Worker
 from diffdoctor.evaluate.model.config import EvaluateModelConfig
+from diffdoctor.evaluate.model.store import PictureFiles
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import stamp
-from diffdoctor.treat.text_to_image import call_options
+from diffdoctor.runs.progress import quiet_loaders
+from diffdoctor.training.devices import open_device_at
+from diffdoctor.treat.loading import load_lora
+from diffdoctor.treat.text_to_image import call_options, draw_pictures, open_pipeline, pipeline_options
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from diffdoctor.engine.attempt import Attempt
 
 
 def remove_lora(pipeline: DiffusionPipeline) -> None:
@@ -51,6 +63,92 @@ def guided(
         yield
 
 
+def draw_into(
+    files: PictureFiles,
+    pipeline: DiffusionPipeline,
+    detector: torch.nn.Module | None,
+    config: EvaluateModelConfig,
+    indices: Sequence[int],
+    texts: Sequence[str],
+) -> Iterator[int]:
+    """Draw pictures and write each to its file, in batches; yields the number of each batch's.
+
+    Args:
+        files: of the pictures.
+        pipeline: that draws them.
+        detector: that guides it; None: it is not guided.
+        config: the command's options.
+        indices: of the pictures.
+        texts: their prompts.
+
+    Raises:
+        UserError: the pipeline cannot draw this, or there is not enough memory.
+    """
+    seeds, left = [config.seed + index for index in indices], iter(indices)
+    drawing = {"batch_size": config.batch_size, **pipeline_options(pipeline, config)}
+    with guided(pipeline, detector, dataclasses.replace(config, guide=detector is not None)):
+        try:
+            for batch in draw_pictures(pipeline, list(texts), seeds, **drawing):
+                for index, picture in zip(itertools.islice(left, len(batch)), batch, strict=True):
+                    files.save(index, picture)
+                yield len(batch)
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"out of memory: give a smaller --batch_size than {config.batch_size}") from error
+        except ValueError as error:
+            # Raised by the pipeline itself, most often for a size that it cannot generate.
+            raise error if isinstance(error, UserError) else UserError(str(error)) from error
+
+
+def prompts_digest(texts: Sequence[str]) -> str:
+    """A hash of the prompts."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawWorkerSpec:
+    """How a worker is made that draws the pictures of a unit.
+
+    Attributes:
+        config: the command's options, from `completed`.
+        side: before or after.
+        folder: of the pictures.
+        prompts: digest of the prompts with which the command began.
+    """
+
+    config: EvaluateModelConfig
+    side: str
+    folder: str
+    prompts: str
+
+    def build(self, place: Place) -> Worker:
+        """Load the side's pipeline, and the detector where it is guided.
+
+        Raises:
+            UserError: one is not there or does not fit, or the prompts are others than those with which the run began.
+        """
+        quiet_loaders()
+        config, treated = self.config, self.side == "after"
+        texts = [prompt.text for prompt in read_prompt_file(config.prompts)]
+        if prompts_digest(texts) != self.prompts:
+            raise UserError(f"--prompts {config.prompts}: other prompts than those with which this run began")
+        name = "treated" if treated and config.treated else "pipeline"
+        pipeline = open_pipeline(name, getattr(config, name), config)
+        if treated and config.lora:
+            load_lora(pipeline, config.lora)
+        device = open_device_at(config.device, place.number)
+        pipeline.to(device)
+        detector = open_detector(config.detector).to(device) if config.guide and treated else None
+        files = PictureFiles(Path(self.folder), config.picture_type)
+
+        def draw(unit: Unit, attempt: Attempt) -> dict[str, Any]:
+            missing = files.missing(range(unit.first, unit.first + unit.count))
+            prompts = [texts[index % len(texts)] for index in missing]
+            drawn = draw_into(files, pipeline, detector, config, missing, prompts) if missing else ()
+            return {"records": sum(drawn)}
+
+        return draw
+
+
 def picture_identity(config: EvaluateModelConfig, prompts: list[str], detector_digest: str) -> dict:
     """All that the generated pictures depend on, by name, except for their number."""
     return {
@@ -58,7 +156,7 @@ def picture_identity(config: EvaluateModelConfig, prompts: list[str], detector_d
         "lora": [config.lora, stamp(config.lora)],
         "treated": [config.treated, stamp(config.treated)],
         "guide": [config.guide, config.guide_options, detector_digest if config.guide else None],
-        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "prompts": prompts_digest(prompts),
         "seed": config.seed,
         "sampling": call_options(config),
         "scheduler": config.scheduler,

@@ -110,7 +110,7 @@ def write_report(
         chosen = [index for index in worst if severity[index] > 0]
         _strips(report, title, strip, chosen)
     report.heading("Settings")
-    options = {name: value for name, value in vars(config).items() if name not in ("output", "overwrite")}
+    options = {name: value for name, value in vars(config).items() if name not in ("output", "overwrite", "engine")}
     settings = {"options": options, "sampling": metrics["sampling"], "versions": metrics["versions"]}
     report.code(yaml.safe_dump(settings, sort_keys=False))
     report.write(folder.path / "report.html")
