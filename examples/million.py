@@ -21,6 +21,10 @@ from pathlib import Path
 # What the first detector learns, and what only people can show it.
 KNOWN, UNKNOWN = ("texture_noise", "tint"), ("duplicate", "warp", "smear", "seam")
 SHOWN = "million.json"
+_TRAIN = """
+import pathlib, sys, million
+million.train_pipeline(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3]))
+"""
 # Pictures with which a step takes longer than to start its processes.
 ENOUGH = 2000
 
@@ -122,7 +126,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.pipeline is None:
         options.pipeline = options.output / "pipeline"
         options.draw = [*options.draw, "--sampling_steps=10", "--guidance_scale=1"]
-        train_pipeline(options.pipeline, prompts, options.base_steps)
+        # In a process of its own: what this one has held at most would count as the peak of each that it starts.
+        words = [str(options.pipeline.absolute()), str(prompts.absolute()), str(options.base_steps)]
+        if code := subprocess.run([sys.executable, "-c", _TRAIN, *words], cwd=Path(__file__).parent).returncode:
+            sys.exit(code)
     count = len(read_prompt_file(prompts))
     path = options.output / SHOWN
     done = json.loads(path.read_text()) if path.is_file() else []
