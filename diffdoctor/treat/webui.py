@@ -1,7 +1,8 @@
 """A LoRA as ComfyUI and A1111 read it: one file of safetensors, by the names that each of them knows.
 
 Of a U-Net it is kohya's layout: SDXL by the names of the original code, others by diffusers'. Of a transformer it is
-diffusers' own, which ComfyUI reads, with alpha beside the matrices, since both programs overlook the metadata.
+diffusers' own, which ComfyUI reads, or for Wan that of the original code, with alpha beside the matrices, since both
+programs overlook the metadata.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_path
 from diffdoctor.treat.adapters import adapter_layers
 from diffdoctor.treat.families import Family
+from diffdoctor.treat.families.wan import WanFamily
 from diffdoctor.treat.lora import ADAPTER
 
 WEBUI_NAME = "lora-webui.safetensors"
@@ -33,6 +35,8 @@ _OUTSIDE_BLOCKS = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
+_WAN = {"attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
+_WAN |= {"net.0.proj": "0", "net.2": "2"}
 
 
 def save_for_webui(family: Family, path: str | Path, *, adapter: str = ADAPTER) -> Path:
@@ -54,7 +58,7 @@ def webui_state(family: Family, *, adapter: str = ADAPTER) -> dict[str, torch.Te
     """The adapter's matrices and alphas, on the CPU, by the names that ComfyUI and A1111 read.
 
     Raises:
-        UserError: the U-Net's blocks are not as those programs know them.
+        UserError: the denoiser's blocks are not as those programs know them.
     """
     denoiser, state = family.denoiser, {}
     is_unet = family.denoiser_name == "unet"
@@ -65,6 +69,8 @@ def webui_state(family: Family, *, adapter: str = ADAPTER) -> dict[str, torch.Te
         down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         if is_unet:
             key = f"lora_unet_{(original_name(name, denoiser.config) if is_sdxl else name).replace('.', '_')}"
+        elif isinstance(family, WanFamily):
+            key = f"diffusion_model.{wan_name(name)}"
         else:
             key = f"{type(family).denoiser_name}.{name}"
         ends = ("lora_down", "lora_up") if is_unet else ("lora_A", "lora_B")
@@ -72,6 +78,18 @@ def webui_state(family: Family, *, adapter: str = ADAPTER) -> dict[str, torch.Te
         state |= {f"{key}.{end}.weight": value.detach().cpu().contiguous().clone() for end, value in matrices.items()}
         state[f"{key}.alpha"] = torch.tensor(float(layer.scaling[adapter] * len(down)))
     return state
+
+
+def wan_name(name: str) -> str:
+    """A module's name in the original code of Wan, from diffusers' name such as "blocks.0.attn1.to_out.0".
+
+    Raises:
+        UserError: it is not in a block, or in no part of one that gets a LoRA.
+    """
+    found = re.fullmatch(r"(blocks\.\d+)\.(attn[12]|ffn)\.(.+)", name)
+    if found is None or found[3] not in _WAN:
+        raise UserError(expected("lora_targets", "attentions and feed-forward layers, for a LoRA of Wan", name))
+    return f"{found[1]}.{_WAN.get(found[2], found[2])}.{_WAN[found[3]]}"
 
 
 def original_name(name: str, config) -> str:

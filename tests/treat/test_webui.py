@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from diffdoctor.runs.errors import UserError
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import add_lora, target_modules
-from diffdoctor.treat.webui import original_name, save_for_webui, webui_state
-from support.tiny_pipelines import PROMPTS, tiny_pipeline
+from diffdoctor.treat.webui import original_name, save_for_webui, wan_name, webui_state
+from support.tiny_pipelines import CALL_OPTIONS, PROMPTS, drawn, tiny_pipeline
 
 GROUPS = dict.fromkeys(("sd", "sdxl"), ("attention", "convolution"))
-GROUPS |= dict.fromkeys(("sd3", "flux"), ("attention", "feed_forward"))
+GROUPS |= dict.fromkeys(("sd3", "flux", "chroma", "qwen_image", "wan"), ("attention", "feed_forward"))
 SD15 = {"layers_per_block": 2, "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3}
 SDXL = {"layers_per_block": 2, "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"]}
 
@@ -28,25 +28,30 @@ def tuned(name, alpha=5.0):
 
 
 def draw(pipeline):
-    return pipeline(
+    options = CALL_OPTIONS["wan"] if hasattr(pipeline, "transformer") else {}
+    return drawn(pipeline(
         list(PROMPTS), num_inference_steps=2, guidance_scale=1.0, height=16, width=16, output_type="pt",
-        generator=torch.Generator().manual_seed(0),
-    ).images  # fmt: skip
+        generator=torch.Generator().manual_seed(0), **options,
+    ))  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "wan"])
 def test_diffusers_own_reader_of_the_layout_draws_the_same_pictures(name, tmp_path):
     pipeline, family = tuned(name)
     save_for_webui(family, tmp_path / "lora.safetensors")
     state = load_file(tmp_path / "lora.safetensors")
     assert len(state) == 3 * len(target_modules(family_of(tiny_pipeline(name)), GROUPS[name]))
-    assert all(re.fullmatch(r"lora_unet_\w+\.(lora_(down|up)\.weight|alpha)", key) for key in state)
+    layout = r"lora_unet_\w+\.(lora_(down|up)\.weight|alpha)"
+    if name == "wan":
+        # the modules of the original code, by which ComfyUI knows them too
+        layout = r"diffusion_model\.blocks\.0\.((self|cross)_attn\.[qkvo]|ffn\.[02])\.(lora_[AB]\.weight|alpha)"
+    assert all(re.fullmatch(layout, key) for key in state)
     loaded = tiny_pipeline(name)
     loaded.load_lora_weights(tmp_path / "lora.safetensors")
     torch.testing.assert_close(draw(loaded), draw(pipeline), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "chroma", "qwen_image"])
 def test_transformers_keep_the_names_that_comfyui_reads_with_alpha_beside_them(name):
     _, family = tuned(name)
     state = webui_state(family)
@@ -106,7 +111,7 @@ def test_a1111_finds_the_modules_of_sd15_by_diffusers_names(name):
     assert as_a1111_reads(name.replace(".", "_")) == original_name(name, SD15).replace(".", "_")
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "wan"])
 def test_a_treatment_can_begin_with_the_file(name, tmp_path):
     from diffdoctor.treat.lora import start_from
 
@@ -122,3 +127,6 @@ def test_blocks_that_the_layout_cannot_name_are_refused():
         original_name("down_blocks.0.resnets.0.conv1", {"layers_per_block": [1, 2]})
     with pytest.raises(UserError, match="lora_targets: expected modules that the layout of kohya names"):
         original_name("encoder_hid_proj", SDXL)
+    for name in ("proj_out", "blocks.0.attn2.add_k_proj"):
+        with pytest.raises(UserError, match="lora_targets: expected attentions and feed-forward layers.*" + name):
+            wan_name(name)
