@@ -6,6 +6,9 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from diffdoctor.data.prompts import read_prompt_file
 from diffdoctor.runs.errors import UserError, expected, missing_extra
@@ -15,6 +18,9 @@ from diffdoctor.runs.summary import print_doubts
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.loading import DTYPES, load_pipeline, replace_scheduler
 from diffdoctor.treat.quantization import check_format
+
+if TYPE_CHECKING:
+    from diffdoctor.data.sources import Source
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +35,8 @@ class TreatFiles:
             URL; the last two have no gradient, and serve the methods grpo, nft and weighted.
         prompts: text file with one prompt per line, or .jsonl or .parquet with `prompt`; blank ones are left out.
         offline: the pipeline's own training pictures with prompts: a folder of shards, or of pictures with captions;
-            needed unless offline_weight is 0.
+            where several frames are drawn, also of videos with captions, whose first num_frames are taken; needed
+            unless offline_weight is 0.
         output: folder for lora/, treat.json, config.yaml, samples/, logs/ and checkpoints; the same command resumes
             there.
         monitor: a second detector that watches for reward hacking; None: none. Never the judge of the evaluation.
@@ -96,17 +103,20 @@ def run_treat(config: TreatCommandConfig) -> int:
         raise missing_extra(error.name or "diffusers", "stages") from None
     from diffdoctor.detector.models.load import open_detector
     from diffdoctor.training.processes import Processes
+    from diffdoctor.treat.families import family_of
     from diffdoctor.treat.train import treat
 
     quiet_loaders()
     prompts = [prompt.text for prompt in read_prompt_file(config.prompts)]
-    offline = None if config.offline is None else OfflineFolder(config.offline)
     detector = open_detector(config.detector)
     monitor = None if config.monitor is None else open_detector(config.monitor)
     reward = None if config.reward is None else function_from_file(config.reward)[0]
     # a VAE in half precision overflows in some families
     pipeline = load_pipeline("pipeline", config.pipeline, dtype=config.dtype, vae="fp32", quantize=config.quantize)
     replace_scheduler(pipeline, config.scheduler)
+    offline = None
+    if config.offline is not None:
+        offline = OfflineFolder(config.offline, family_of(pipeline).frame_count(config.num_frames))
     options = {f.name: getattr(config, f.name) for f in fields(TreatConfig)}
     result = treat(
         pipeline,
@@ -148,15 +158,16 @@ class OfflineFolder:
     """The pairs in a folder, read anew at each iteration; the first one says what was left out.
 
     Args:
-        folder: of shards, or of pictures with captions.
+        folder: of shards, or of pictures with captions, or of videos with captions.
+        frames: of a video that are taken, its first ones; 1: there are pictures alone.
     """
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, frames: int = 1):
         from diffdoctor.data.sources import find_sources
         from diffdoctor.data.tar import SkipCounts
 
-        self.folder, self._counts = folder, SkipCounts()
-        self._sources = find_sources([folder], self._counts)
+        self.folder, self.frames, self._counts = folder, frames, SkipCounts()
+        self._sources = find_sources([folder], self._counts, videos=frames > 1)
         self._is_known = False
 
     def __iter__(self) -> Iterator[dict]:
@@ -164,13 +175,36 @@ class OfflineFolder:
 
         read = without = 0
         for source in self._sources:
-            for sample in read_source(source, counts=self._counts, masks="ignored"):
+            if source.is_video:
+                samples = self._clip(source)
+            else:
+                samples = read_source(source, counts=self._counts, masks="ignored")
+            for sample in samples:
                 prompt = str(sample.get("prompt") or "")
                 read, without = read + 1, without + (not prompt.strip())
                 yield {"picture": sample["picture"], "prompt": prompt, "name": sample["name"]}
         if not self._is_known:
             self._is_known = True
             self._tell(read, without)
+
+    def _clip(self, source: Source) -> Iterator[dict]:
+        """A video's first frames (T, H, W, 3), or nothing where it has too few or cannot be read."""
+        from diffdoctor.data.codec import UnreadablePicture
+        from diffdoctor.data.sources import caption_of
+        from diffdoctor.data.text import readable
+        from diffdoctor.data.video import open_video, sampled
+
+        try:
+            with open_video(source.path) as video:
+                frames = list(sampled(video.frames, count=self.frames))
+        except UnreadablePicture as error:
+            self._counts.add(error.reason, readable(source.path), detail=error.detail)
+            return
+        if len(frames) < self.frames:
+            self._counts.add(f"a video of fewer than {self.frames} frames", readable(source.path))
+            return
+        prompt = caption_of(source, False, self._counts)
+        yield {"picture": np.stack(frames), "name": source.name, "prompt": prompt}
 
     def _tell(self, read: int, without: int) -> None:
         name, left_out = f"--offline {self.folder}", ""

@@ -18,6 +18,7 @@ from diffdoctor.measures.pixels import flagged_share, is_flagged
 from diffdoctor.ops.artifact_loss import artifact_loss
 from diffdoctor.runs.errors import UserError
 from diffdoctor.treat import TreatConfig
+from diffdoctor.treat.command import OfflineFolder
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.loading import load_lora
 from diffdoctor.treat.lora import add_lora
@@ -30,6 +31,7 @@ from diffdoctor.treat.text_to_image import sample_pictures
 from support.model_evaluation import save_lora
 from support.tiny_pipelines import PROMPTS, call_options, tiny_pipeline
 from support.treatment import BrightDetector, random_detector, run
+from support.videos import moving_square, write_animation
 
 FRAMES, SEEDS = 3, (11, 12, 13)
 CPU = torch.device("cpu")
@@ -178,6 +180,37 @@ class LateDetector(BrightDetector):
         left = torch.arange(logits.shape[-1]) < logits.shape[-1] // 2
         last = torch.arange(len(logits)) % FRAMES == FRAMES - 1
         return torch.where(left & last.view(-1, 1, 1, 1), logits, -20.0)
+
+
+def test_a_folder_of_videos_teaches(tmp_path, caplog):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    frames = moving_square(7, 16, 16)[0]
+    write_animation(folder / "a.webp", frames[:5])
+    write_animation(folder / "b.webp", frames[::-1])
+    write_animation(folder / "short.webp", frames[:2])
+    (folder / "broken.mp4").write_bytes(b"no video")
+    for number, name in enumerate(("a", "b", "short", "broken")):
+        (folder / f"{name}.txt").write_text(PROMPTS[number % 3])
+    found = list(OfflineFolder(str(folder), FRAMES))
+    assert [pair["prompt"] for pair in found] == list(PROMPTS[:2])
+    assert np.array_equal([pair["picture"] for pair in found], [frames[:3], frames[::-1][:3]])
+    assert "2 pictures" in caplog.text
+    assert "a video of fewer than 3 frames" in caplog.text
+    assert "a broken video" in caplog.text
+    # where pictures are drawn a video is its first frame, as ever
+    assert [pair["picture"].shape for pair in OfflineFolder(str(folder))] == [(16, 16, 3)] * 3
+    tiny_pipeline("wan").save_pretrained(tmp_path / "pipeline")
+    ConvDetector((8, 8)).save_pretrained(tmp_path / "detector")
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
+    options = {
+        "pipeline": tmp_path / "pipeline", "detector": tmp_path / "detector", "prompts": tmp_path / "prompts.txt",
+        "offline": folder, "output": tmp_path / "out", "method": "weighted", "num_frames": FRAMES, "steps": 1,
+        "height": 16, "width": 16, "max_sequence_length": 32, "sampling_steps": 2, "evaluate_pictures": 2,
+        "batch_size": 2, "log_with": "none", "sample_pictures": 0, "offline_confidence": 1.0,
+    }  # fmt: skip
+    assert main(["treat", *(f"--{name}={value}" for name, value in options.items())]) == 0
+    assert json.loads((tmp_path / "out" / "treat.json").read_text())["history"][0]["offline_loss"] > 0
 
 
 def test_guide_moves_and_rewinds_videos():
