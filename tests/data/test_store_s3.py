@@ -121,6 +121,23 @@ def test_two_commands_at_once_on_two_machines_and_processes_make_one_set(files, 
     check(files)
 
 
+def test_workers_of_a_training_fetch_each_shard_once(files, server, tmp_path):
+    words = ["train-detector", POOL, "--architecture", "conv", "--min_side", "16", "--training.size", "16"]
+    words += [
+        "--training.steps",
+        "6",
+        "--training.batch_size",
+        "4",
+        "--training.workers",
+        "2",
+        "--validation_share",
+        "0",
+    ]
+    # The parent has used the store before it forks.
+    assert main([*words, "--training.order", "blocks", "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "moto.log").read_text().count("GET /bucket/pool/shard") == 8
+
+
 @pytest.mark.study
 def test_commands_and_workers_are_killed_at_random_moments(files, server, tmp_path):
     draws, kills, ended = random.Random(0), 0, None
