@@ -21,6 +21,7 @@ from diffdoctor.data.manifest import column_parts, count_rows
 from diffdoctor.data.shards import MANIFEST_COLUMNS, ShardData, attributes_of
 from diffdoctor.data.store_cache import cache_folder, fetching
 from diffdoctor.data.store_path import Location, StorePath, absolute
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_dir, clear_leftovers, delete_dir
 from diffdoctor.runs.lock import make_folder
@@ -147,4 +148,5 @@ def _write(folder: Location, manifest: str, into: Path) -> None:
                 files[name].write(np.ascontiguousarray(column).data)
     if not files:  # no rows, of which no file can be mapped
         raise UserError(expected(folder, "at least one picture", "none"))
-    (into / _TEXTS).write_text(json.dumps({name: list(known) for name, known in codes.items()}), encoding="ascii")
+    texts = strict_json.dumps({name: list(known) for name, known in codes.items()})
+    (into / _TEXTS).write_text(texts, encoding="ascii")
