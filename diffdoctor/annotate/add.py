@@ -19,6 +19,7 @@ from diffdoctor.annotate.project import Project, read_place
 from diffdoctor.annotate.select import STRATEGIES, Candidate, Caps, composition, new_generators, ranked
 from diffdoctor.data.codec import UnreadablePicture
 from diffdoctor.data.identity import picture_hash
+from diffdoctor.data.store_path import absolute
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
@@ -137,7 +138,7 @@ class Adder:
             truth = np.zeros((row["height"], row["width"]), np.uint8) if mask is None else mask
             meta = {name: row[name] for name in ("category", "generator", "prompt")}
             return Known(f"task {row['task']}", json.loads(row["place"]), truth, meta)
-        sample, path, key = data[row], str((data.folder / data.shards[row]).absolute()), str(data.keys[row])
+        sample, path, key = data[row], absolute(data.file(data.shards[row])), str(data.keys[row])
         names = () if self.diagnosis is None else self.diagnosis.names_in(path)
         map_name = next((name for name in names if name.endswith(f"/{key}")), "")
         meta = {name: str(sample.get(name) or "") for name in ("category", "generator", "prompt")}

@@ -2,9 +2,11 @@
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -159,6 +161,16 @@ def test_training_evaluation_and_the_set_commands_take_urls(files, pool, bucket,
     assert "shard-000001.tar" in capsys.readouterr().err
     assert main(["inject", str(files / "pictures"), "--output", f"{bucket}/injected"]) == 2
     assert "alone write to object stores" in capsys.readouterr().err
+
+
+def test_pictures_of_a_store_are_injected_with_damage_and_become_tasks(files, pool, tmp_path):
+    assert main(["inject", pool, "--output", str(tmp_path / "set"), "--kinds", '["tint"]']) == 0
+    assert len(ShardData(tmp_path / "set")) == 10
+    words = ["annotate", "add", str(tmp_path / "project"), "--pool", pool, "--strategy", "random", "--budget", "4"]
+    assert main([*words, "--gold", pool, "--gold_share", "0.5"]) == 0
+    with closing(sqlite3.connect(tmp_path / "project" / "annotate.db")) as database:
+        places = [json.loads(row[0]) for row in database.execute("SELECT place FROM picture")]
+    assert places and all(place["file"].startswith(f"{pool}/shard-") for place in places)
 
 
 def test_a_store_that_fails_is_asked_again_and_loses_nothing(bucket, tmp_path, monkeypatch):

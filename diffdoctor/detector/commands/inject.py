@@ -14,6 +14,7 @@ from diffdoctor.data.pictures import shrink_to
 from diffdoctor.data.resumable import ResumableSet, work_folder
 from diffdoctor.data.shard_writer import SHEET, check_options, refuse_no_set
 from diffdoctor.data.sources import Source, find_sources, read_source
+from diffdoctor.data.store_path import StorePath
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.damage.injection import MIN_SIDE, check_range
 from diffdoctor.detector.damage.kinds import damage_kinds
@@ -155,6 +156,8 @@ def _refuse_loss(output: Path, sources: list[Source]) -> None:
     """Refuse an output whose replacement would delete a source, or anything but an earlier set."""
     replaced = output.resolve()
     for source in sources:
+        if isinstance(source.path, StorePath):
+            continue  # lies in no folder of this machine
         # A link inside the output would be deleted too, wherever it leads.
         link = source.path.parent.resolve() / source.path.name
         if link.is_relative_to(replaced) or source.path.resolve().is_relative_to(replaced):
