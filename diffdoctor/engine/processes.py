@@ -19,7 +19,7 @@ from diffdoctor.engine.places import commits_at
 from diffdoctor.engine.tally import Tally, ends_run
 from diffdoctor.engine.units import Place, Unit, WorkerSpec
 from diffdoctor.runs.errors import UserError, first_line
-from diffdoctor.runs.workers import end_with_parent, worker_context
+from diffdoctor.runs.workers import begin_worker, worker_context
 
 _LOG_LINES = 20
 
@@ -84,7 +84,7 @@ class _Process:
         descriptor, name = tempfile.mkstemp(prefix="diffdoctor-worker-", suffix=".log")
         os.close(descriptor)
         self.log = Path(name)
-        arguments = (theirs, str(self.log), output, spec, place, threads)
+        arguments = (theirs, str(self.log), dict(os.environ), output, spec, place, threads)
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
@@ -165,11 +165,17 @@ def _ending(code: int | None) -> str:
     return f"{name}, probably out of memory" if name == "SIGKILL" else name
 
 
-def _serve(connection: Connection, log: str, output: Location, spec: WorkerSpec, place: Place, threads: int) -> None:
+def _serve(
+    connection: Connection,
+    log: str,
+    environment: dict[str, str],
+    output: Location,
+    spec: WorkerSpec,
+    place: Place,
+    threads: int,
+) -> None:
     """The worker process: units in, commits on the disk, a word to the parent after each."""
-    # Control-C reaches the whole group; it is the parent that ends, and its workers with it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
+    begin_worker(environment)
     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 2)
     faulthandler.enable()
     import torch

@@ -41,7 +41,8 @@ def ordered_map(
     # half of it in the pipe, for whose rest the parent then waits for ever.
     context = worker_context()
     ended = context.Event()
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _begin, (ended, start, *arguments))
+    begin = ended, dict(os.environ), start, *arguments
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _begin, begin)
     waiting: collections.deque[concurrent.futures.Future] = collections.deque()
     try:
         for job in jobs:
@@ -64,25 +65,33 @@ def worker_context() -> multiprocessing.context.BaseContext:
     """How worker processes are started: from a process that has imported torch and done nothing else, where there can
     be one, so that a hundred workers import it once; else each anew.
 
-    A process that has used threads, or a GPU, must not be forked itself. The environment of such workers is that in
-    which the first of them was started.
+    A process that has used threads, or a GPU, must not be forked itself. Such workers begin with `begin_worker`.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
+    from multiprocessing import forkserver, resource_tracker
+
+    forkserver.set_forkserver_preload([__name__])
+    # Control-C reaches the whole group; it must not meet that process or a worker while it imports. The tracker, which
+    # would be started with it, unblocks the signal.
+    resource_tracker.ensure_running()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    except OSError:  # the temporary folder has too long a name for a socket, or a file system without them
+        return multiprocessing.get_context("spawn")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    return multiprocessing.get_context("forkserver")
 
 
 _ended = None  # in a worker: set when no more results are wanted
 
 
-def _begin(ended, start: Callable[..., Any], *arguments) -> None:
+def _begin(ended, environment: dict[str, str], start: Callable[..., Any], *arguments) -> None:
     global _ended
     _ended = ended
-    # Control-C reaches the whole group; it is the parent that ends, and its workers with it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
+    begin_worker(environment)
     start(*arguments)
 
 
@@ -90,8 +99,16 @@ def _do(function: Callable[[Job], Result], job: Job) -> Result | None:
     return None if _ended.is_set() else function(job)
 
 
-def end_with_parent() -> None:
-    """In a process that `multiprocessing` started: end at once when its parent has ended, however that was."""
+def begin_worker(environment: dict[str, str]) -> None:
+    """In a process of `worker_context`, before all else: end at once when its parent has ended, however that was.
+
+    Args:
+        environment: the parent's; this process has that of the first worker's time.
+    """
+    # Control-C reaches the whole group; it is the parent that ends, and its workers with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.clear()
+    os.environ.update(environment)
     # A worker holds both ends of its queue and would wait for the jobs of a dead parent for ever.
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 

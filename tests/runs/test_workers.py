@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import time
 import pytest
 
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.workers import AHEAD, ordered_map
+from diffdoctor.runs.workers import AHEAD, ordered_map, worker_context
 
 PROGRAM = """
 import os, sys, time
@@ -82,6 +83,22 @@ def test_fewer_jobs_than_processes_and_none():
 def test_each_process_is_started_with_the_arguments():
     assert set(ordered_map(said, ["DIFFDOCTOR_TEST"] * 8, 2, says, "DIFFDOCTOR_TEST", "7")) == {"7"}
     assert "DIFFDOCTOR_TEST" not in os.environ
+
+
+def test_workers_have_the_environment_of_now(monkeypatch):
+    for value in ("1", "2"):
+        monkeypatch.setenv("DIFFDOCTOR_TEST", value)
+        assert list(ordered_map(said, ["DIFFDOCTOR_TEST"], 1, os.getpid)) == [value]
+
+
+def test_where_no_socket_can_be_made_each_worker_is_started_anew(monkeypatch):
+    def refused():
+        raise OSError("AF_UNIX path too long")
+
+    assert worker_context().get_start_method() == "forkserver"
+    monkeypatch.setattr("multiprocessing.forkserver.ensure_running", refused)
+    assert worker_context().get_start_method() == "spawn"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 @pytest.mark.timeout(600)
