@@ -148,6 +148,26 @@ def check_finite(family: Family, values: torch.Tensor, what: str, latents: torch
     raise UserError(f"pipeline: the VAE {what} with values that are not finite in {dtype}: {advice}")
 
 
+def check_resident_blocks(family: Family, config: TreatConfig, sharded: bool) -> None:
+    """Refuse `resident_blocks` where weights cannot be taken out of the denoiser's layers.
+
+    Args:
+        family: whose denoisers these are.
+        config: the options.
+        sharded: whether FSDP spreads the weights.
+
+    Raises:
+        UserError: it does, or a denoiser is quantized.
+    """
+    if config.resident_blocks is None:
+        return
+    if sharded:
+        raise UserError(expected("resident_blocks", "None with FSDP", config.resident_blocks))
+    layers = (module for denoiser in family.denoisers for module in denoiser.modules())
+    if any(isinstance(layer, torch.nn.Linear) and is_quantized(layer) for layer in layers):
+        raise UserError(expected("resident_blocks", "None with a denoiser that is quantized", config.resident_blocks))
+
+
 def check_even_batches(family: Family, config: TreatConfig, processes: Processes) -> None:
     """With a sharded denoiser every process must have equally many pictures.
 

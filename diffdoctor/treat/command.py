@@ -81,6 +81,8 @@ class TreatCommandConfig(TreatConfig, TreatFiles):
         if self.dtype not in DTYPES:
             raise UserError(expected("dtype", f"one of {', '.join(DTYPES)}", repr(self.dtype)))
         check_format(self.quantize)
+        if self.quantize is not None and self.resident_blocks is not None:
+            raise UserError(expected("resident_blocks", "None with --quantize", self.resident_blocks))
         for field in fields(TreatFiles):
             if getattr(self, field.name) == "":
                 raise UserError(expected(f"--{field.name}", "a name or a path", "an empty one; leave it out instead"))

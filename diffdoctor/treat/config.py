@@ -95,7 +95,7 @@ class TreatConfig:
         vae_slicing: decode, diagnose and run backward through the VAE picture by picture.
         vae_tiling: decode in tiles of this many pixels a side, recomputed one by one in backward; 0: whole pictures.
         resident_blocks: blocks of the denoiser that are on the device at a time, forward and backward, while the others
-            wait in the CPU's memory; they come in the time that copying takes. None: all.
+            wait in the CPU's memory; they come in the time that copying takes. Needs gradient_checkpointing. None: all.
         encode_batch_size: prompts that are encoded at a time.
         embedding_cache: GiB that the embeddings of the prompts may take on the device, and likewise those of the
             offline pairs' captions and, in memory, their latents and masks; what takes more is written to files, in the
@@ -207,6 +207,9 @@ class TreatConfig:
             raise UserError(expected("sampling_steps", f"at least 2 for {self.method}", self.sampling_steps))
         if self.method == "grpo" and self.batch_size % self.group_size:
             raise UserError(expected("batch_size", f"a multiple of group_size {self.group_size}", self.batch_size))
+        if self.resident_blocks is not None and not self.gradient_checkpointing:
+            what = "true with resident_blocks, since autograd would keep the blocks' weights"
+            raise UserError(expected("gradient_checkpointing", what, self.gradient_checkpointing))
         if self.attention_backend == "":
             raise UserError(expected("attention_backend", "a name, or None for the pipeline's own", "''"))
 

@@ -12,9 +12,6 @@ from contextlib import contextmanager
 import torch
 from torch.utils._pytree import tree_leaves
 
-from diffdoctor.runs.errors import UserError, expected
-from diffdoctor.treat.quantization import is_quantized
-
 
 def blocks_of(denoiser: torch.nn.Module) -> list[torch.nn.Module]:
     """The blocks that a denoiser consists of: the entries of its lists of modules."""
@@ -29,15 +26,11 @@ def resident_blocks(denoiser: torch.nn.Module, count: int, device: torch.device)
     What has a gradient stays there too. Afterwards all of the denoiser is on the CPU.
 
     Args:
-        denoiser: on the CPU.
+        denoiser: on the CPU, not quantized (see `checks.check_resident_blocks`), and checkpointed where there is a
+            gradient: else autograd keeps matrices of every block, on the device, until its backward pass.
         count: of blocks.
         device: of the computation.
-
-    Raises:
-        UserError: if it is quantized: such weights are no numbers that could be taken out of a layer.
     """
-    if any(isinstance(module, torch.nn.Linear) and is_quantized(module) for module in denoiser.modules()):
-        raise UserError(expected("resident_blocks", "None with a denoiser that is quantized", count))
     blocks = ResidentBlocks(blocks_of(denoiser), count, device)
     try:
         denoiser.to(device)
@@ -68,14 +61,21 @@ class ResidentBlocks:
         self.resident: OrderedDict[torch.nn.Module, None] = OrderedDict()
         self._kept: dict[torch.nn.Module, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
         self._hooks = []
-        for block in blocks:
-            frozen = [parameter for parameter in block.parameters() if not parameter.requires_grad]
-            self._kept[block] = [(p, p.data.pin_memory() if device.type == "cuda" else p.data) for p in frozen]
-            self._take_away(block)
-            self._hooks += [
-                block.register_forward_pre_hook(lambda block, inputs: self._fetch(block)),
-                block.register_forward_hook(self._await_gradient),
-            ]
+        try:
+            for block in blocks:
+                self._put_away(block)
+        except BaseException:  # there may be too little memory to pin
+            self.close()
+            raise
+
+    def _put_away(self, block: torch.nn.Module) -> None:
+        frozen = [parameter for parameter in block.parameters() if not parameter.requires_grad]
+        self._kept[block] = [(p, p.data.pin_memory() if self.device.type == "cuda" else p.data) for p in frozen]
+        self._take_away(block)
+        self._hooks += [
+            block.register_forward_pre_hook(lambda block, inputs: self._fetch(block)),
+            block.register_forward_hook(self._await_gradient),
+        ]
 
     def close(self) -> None:
         """Put all weights back into their blocks, on the CPU."""

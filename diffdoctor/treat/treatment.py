@@ -31,6 +31,7 @@ from diffdoctor.treat.checks import (
     check_negative_prompt,
     check_own_steps,
     check_pipeline,
+    check_resident_blocks,
     check_reward,
     check_second_scale,
     check_start,
@@ -121,6 +122,7 @@ class Treatment:
         self.quality = None if quality is None else checked_reward(quality, "quality")
         self.processes = Processes(device)
         self.device = self.processes.device
+        check_resident_blocks(family, config, wants_sharding(self.processes))
         detector = self._frozen(detector)
         self.monitor_detector = None if monitor_detector is None else self._frozen(monitor_detector)
         family.max_sequence_length = config.max_sequence_length
@@ -186,8 +188,6 @@ class Treatment:
         self.processes.wait()
         release_text_encoders(family, config.text_encoders)
         sharded = wants_sharding(self.processes)
-        if sharded and config.resident_blocks is not None:
-            raise UserError(expected("resident_blocks", "None with FSDP", config.resident_blocks))
         if not sharded and config.resident_blocks is None:
             for denoiser in family.denoisers:
                 denoiser.to(device)

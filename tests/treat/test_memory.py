@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from benchmarks.studies.treat_memory import real
 from benchmarks.studies.treat_memory.counting import Kept
@@ -148,31 +149,41 @@ def test_checkpointing_and_slicing_change_no_gradient(name):
 
 @pytest.mark.parametrize("name", ["sd", "flux", "wan"])
 def test_blocks_that_wait_elsewhere_change_no_gradient(name, monkeypatch):
-    most, fetch = [], ResidentBlocks._fetch
+    most, copies, fetch = [], [], ResidentBlocks._fetch
 
     def counted(self, block):
+        comes = block not in self.resident
         fetch(self, block)
+        for parameter, data in self._kept[block] if comes else ():
+            parameter.data = data.clone()  # as on another device
+            copies.append((block, StorageWeakRef(parameter.untyped_storage())))
         there = [b for b, kept in self._kept.items() if any(parameter.numel() for parameter, _ in kept)]
         assert set(there) == set(self.resident)
         most.append(len(there))
+        if options:
+            assert {b for b, copy in copies if not copy.expired()} == {block}
 
     monkeypatch.setattr(ResidentBlocks, "_fetch", counted)
     plain, family = lora_gradient(name)
     before = [parameter.clone() for parameter in family.denoiser.parameters()]
     for options in ({}, {"gradient_checkpointing": True}):
+        copies.clear()
         waiting, family = lora_gradient(name, resident=1, **options)
         torch.testing.assert_close(waiting, plain, atol=1e-5 * float(plain.abs().max()), rtol=1e-4)
-    # a block that is not there has no weights at all, and they all come back
+    # a block that is not there has no weights at all, nor has a checkpointed graph, and they all come back
     assert max(most) == 1
     assert all(map(torch.equal, before, family.denoiser.parameters()))
 
 
 def test_a_treatment_whose_blocks_wait_elsewhere_is_the_same():
+    options = {"merge_rollout": False, "gradient_checkpointing": True}
     losses = [
-        [row["loss"] for row in run(tiny_pipeline("flux"), merge_rollout=False, resident_blocks=count).history]
+        [row["loss"] for row in run(tiny_pipeline("flux"), resident_blocks=count, **options).history]
         for count in (None, 1)
     ]
     assert losses[0] == losses[1]
+    with pytest.raises(UserError, match="gradient_checkpointing: expected true with resident_blocks"):
+        TreatConfig(resident_blocks=1)
 
 
 @pytest.mark.parametrize("name", ["sd", "flux", "qwen_image"])

@@ -13,7 +13,7 @@ from diffdoctor.repairs.config import RepairConfig
 from diffdoctor.runs.errors import UserError
 from diffdoctor.training.weights import weights_digest
 from diffdoctor.treat.adapters import merged_adapters
-from diffdoctor.treat.checks import check_even_batches
+from diffdoctor.treat.checks import check_even_batches, check_resident_blocks
 from diffdoctor.treat.command import TreatCommandConfig
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.guided_sampling import guide
@@ -52,7 +52,7 @@ class Held(torch.nn.Parameter):
     """A weight of another class, as a quantized one is."""
 
 
-def test_what_is_no_plain_weight_is_neither_merged_nor_sharded():
+def test_what_is_no_plain_weight_is_neither_merged_nor_sharded_nor_put_away():
     family = family_of(tiny_pipeline("sd3"))
     parameters = add_lora(family, rank=2, alpha=2.0, groups=("attention",), seed=0)
     with torch.no_grad():
@@ -68,6 +68,12 @@ def test_what_is_no_plain_weight_is_neither_merged_nor_sharded():
     assert torch.equal(layers.to_k.base_layer.weight, plain)
     with pytest.raises(UserError, match="FSDP: expected a denoiser that is not quantized"):
         check_even_batches(family, small(), SimpleNamespace(count=1))
+    waiting = small(resident_blocks=1, gradient_checkpointing=True)
+    for sharded, got in ((False, "a denoiser that is quantized"), (True, "FSDP")):
+        with pytest.raises(UserError, match=f"resident_blocks: expected None with {got}"):
+            check_resident_blocks(family, waiting, sharded)
+    with pytest.raises(UserError, match="resident_blocks: expected None with --quantize"):
+        TreatCommandConfig(resident_blocks=1, gradient_checkpointing=True, quantize="int8")
 
 
 def test_a_digest_is_of_all_that_a_quantized_weight_consists_of():
