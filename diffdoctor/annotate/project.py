@@ -12,6 +12,7 @@ import numpy as np
 from diffdoctor.annotate.store import Store
 from diffdoctor.data.codec import UnreadablePicture, decode
 from diffdoctor.data.identity import picture_uid
+from diffdoctor.data.store import is_url
 from diffdoctor.data.store_path import at
 from diffdoctor.data.text import read_text
 from diffdoctor.measures.pixels import FLAG_CONFIDENCE
@@ -82,6 +83,8 @@ class Project:
     """
 
     def __init__(self, folder: str | Path, *, create: bool = False):
+        if is_url(folder):
+            raise UserError(expected("project", "a folder", folder))
         self.folder = Path(folder)
         if create:
             try:

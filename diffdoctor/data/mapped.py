@@ -19,12 +19,11 @@ import numpy as np
 
 from diffdoctor.data.manifest import column_parts, count_rows
 from diffdoctor.data.shards import MANIFEST_COLUMNS, ShardData, attributes_of
-from diffdoctor.data.store_cache import cache_folder, fetching
+from diffdoctor.data.store_cache import cache_folder, fetching, made_folder
 from diffdoctor.data.store_path import Location, StorePath, absolute
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_dir, clear_leftovers, delete_dir
-from diffdoctor.runs.lock import make_folder
 
 # Rows from which `open_set` leaves the columns on the disk.
 MAPPED_FROM = 100_000
@@ -110,7 +109,7 @@ def _written(folder: Location, manifest: str) -> Path:
     place = cache_folder() / "columns"
     made = place / name
     if not made.is_dir():
-        make_folder(place)
+        made_folder("columns")
         with fetching(place, name):
             if not made.is_dir():
                 _clear(place, name)

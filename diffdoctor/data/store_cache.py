@@ -11,7 +11,6 @@ from pathlib import Path
 
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_path, clear_leftovers, is_leftover
-from diffdoctor.runs.lock import make_folder
 
 try:
     import fcntl
@@ -29,6 +28,20 @@ def cache_folder() -> Path:
     """Where this machine keeps what it reads of stores, and what it is about to write to them."""
     given = os.environ.get(FOLDER)
     return Path(given) if given else Path.home() / ".cache" / "diffdoctor"
+
+
+def made_folder(name: str = "") -> Path:
+    """A folder of the cache, which is made unless it is there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    folder = cache_folder() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); set {FOLDER} to another folder") from None
+    return folder
 
 
 def _limit() -> int:
@@ -61,7 +74,7 @@ def cached(url: str, size: int, stamp: str, fetch: Callable[[Path], None]) -> Pa
     path = folder / hashlib.sha256(f"{url}\n{stamp}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
     if _is_there(path):
         return path
-    make_folder(folder)
+    made_folder("objects")
     with fetching(folder, path.name):
         if not _is_there(path):
             clear_leftovers(folder, path.name)
@@ -75,7 +88,7 @@ def _is_there(path: Path) -> bool:
     try:
         if time.time() - path.stat().st_mtime > _READ_AGAIN:
             os.utime(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return True
 

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from diffdoctor.data.store_cache import cache_folder
+from diffdoctor.data.store_cache import cache_folder, made_folder
 from diffdoctor.data.store_path import StorePath
 from diffdoctor.engine.attempt import ATTEMPTS, Attempt
 from diffdoctor.engine.commits import COMMITS, FAILED, PLAN, Commits, described
@@ -26,7 +26,6 @@ from diffdoctor.engine.units import Plan, Unit
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import reading
-from diffdoctor.runs.lock import make_folder
 
 # An attempt's file: the unit's id and the attempt's token.
 _ATTEMPTED = re.compile(r"(?:[a-z]+[-/])?(\d{6,})\.([0-9a-f]{8})\.[a-z.]+")
@@ -41,8 +40,7 @@ class StoreAttempt(Attempt):
     """
 
     def __init__(self, output: StorePath, unit: str):
-        make_folder(cache_folder())
-        self.folder = tempfile.TemporaryDirectory(prefix=f"{_prefix(output)}{unit}-", dir=cache_folder())
+        self.folder = tempfile.TemporaryDirectory(prefix=f"{_prefix(output)}{unit}-", dir=made_folder())
         super().__init__(Path(self.folder.name), unit)
         self.place, self.sent = output, []
 

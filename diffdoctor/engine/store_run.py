@@ -11,10 +11,9 @@ from typing import Any
 
 from diffdoctor.data.manifest import MANIFEST
 from diffdoctor.data.store import is_url
-from diffdoctor.data.store_cache import cache_folder
+from diffdoctor.data.store_cache import cache_folder, made_folder
 from diffdoctor.data.store_path import StorePath, at
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.lock import make_folder
 from diffdoctor.runs.record import CONFIG, METRICS, RUN, RunFolder
 
 
@@ -52,7 +51,7 @@ class StoreRun(RunFolder):
     def open(self) -> None:
         """Keep the folder to this process, and empty it: what counts is in the store."""
         if self.main:
-            make_folder(self.path)
+            made_folder(f"runs/{self.path.name}")
         super().open()
         if self.main:
             self._empty()

@@ -7,6 +7,7 @@ import concurrent.futures
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -67,7 +68,8 @@ def worker_context() -> multiprocessing.context.BaseContext:
 
     A process that has used threads, or a GPU, must not be forked itself. Such workers begin with `begin_worker`.
     """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    # Not on macOS: Apple's libraries, which torch loads, may not be used in a fork.
+    if sys.platform == "darwin" or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     from multiprocessing import forkserver, resource_tracker
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffdoctor.annotate.project import Project
 from diffdoctor.cli import main
 from diffdoctor.data import store as stores
 from diffdoctor.data.manifest import read_manifest
@@ -170,7 +171,10 @@ def test_pictures_of_a_store_are_injected_with_damage_and_become_tasks(files, po
     assert main([*words, "--gold", pool, "--gold_share", "0.5"]) == 0
     with closing(sqlite3.connect(tmp_path / "project" / "annotate.db")) as database:
         places = [json.loads(row[0]) for row in database.execute("SELECT place FROM picture")]
-    assert places and all(place["file"].startswith(f"{pool}/shard-") for place in places)
+    assert places
+    assert all(place["file"].startswith(f"{pool}/shard-") for place in places)
+    with pytest.raises(UserError, match="project: expected a folder, got s3://bucket/project"):
+        Project("s3://bucket/project", create=True)
 
 
 def test_a_store_that_fails_is_asked_again_and_loses_nothing(bucket, tmp_path, monkeypatch):
@@ -248,6 +252,10 @@ def test_the_cache_keeps_to_its_size_and_fetches_once(bucket, cache, monkeypatch
     assert calls == ["a", "b", "c"]
     with pytest.raises(UserError, match=r"DIFFDOCTOR_CACHE_GIB: expected at least .* for memory://bucket/d"):
         cached(f"{bucket}/d", 2501, "", lambda path: None)
+    (cache / "file").touch()
+    monkeypatch.setenv("DIFFDOCTOR_CACHE", str(cache / "file"))
+    with pytest.raises(UserError, match=r"cannot be written \(Not a directory\); set DIFFDOCTOR_CACHE to another"):
+        read("a")
 
 
 def test_units_count_once_in_a_store_and_what_does_not_count_goes(bucket, tmp_path):
