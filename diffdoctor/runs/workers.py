@@ -109,8 +109,9 @@ def begin_worker(environment: dict[str, str]) -> None:
     """
     # Control-C reaches the whole group; it is the parent that ends, and its workers with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.clear()
-    os.environ.update(environment)
+    if environment != os.environ:
+        os.environ.clear()
+        os.environ.update(environment)
     # A worker holds both ends of its queue and would wait for the jobs of a dead parent for ever.
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
