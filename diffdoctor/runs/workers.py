@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -68,8 +69,10 @@ def worker_context() -> multiprocessing.context.BaseContext:
 
     A process that has used threads, or a GPU, must not be forked itself. Such workers begin with `begin_worker`.
     """
-    # Not on macOS: Apple's libraries, which torch loads, may not be used in a fork.
-    if sys.platform == "darwin" or "forkserver" not in multiprocessing.get_all_start_methods():
+    # Not on macOS: Apple's libraries, which torch loads, may not be used in a fork. Before Python 3.11 that process
+    # cannot be kept from importing what lies in the current folder.
+    is_safe = sys.platform != "darwin" and sys.version_info >= (3, 11)
+    if not is_safe or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     from multiprocessing import forkserver, resource_tracker
 
@@ -79,12 +82,30 @@ def worker_context() -> multiprocessing.context.BaseContext:
     resource_tracker.ensure_running()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        forkserver.ensure_running()
+        with _same_modules():
+            forkserver.ensure_running()
     except OSError:  # the temporary folder has too long a name for a socket, or a file system without them
         return multiprocessing.get_context("spawn")
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return multiprocessing.get_context("forkserver")
+
+
+@contextlib.contextmanager
+def _same_modules() -> Iterator[None]:
+    """A Python that is started inside imports what this one does, and nothing from the current folder besides."""
+    path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
+    chosen = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    before = {name: os.environ.get(name) for name in chosen}
+    os.environ.update(chosen)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 _ended = None  # in a worker: set when no more results are wanted

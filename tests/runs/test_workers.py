@@ -91,6 +91,7 @@ def test_workers_have_the_environment_of_now(monkeypatch):
         assert list(ordered_map(said, ["DIFFDOCTOR_TEST"], 1, os.getpid)) == [value]
 
 
+@pytest.mark.skipif(sys.platform == "darwin" or sys.version_info < (3, 11), reason="workers are not forked")
 def test_where_no_socket_can_be_made_each_worker_is_started_anew(monkeypatch):
     def refused():
         raise OSError("AF_UNIX path too long")
@@ -149,7 +150,10 @@ def test_a_process_that_ends_by_itself_is_an_error(job, start):
 def test_workers_of_a_killed_process_end(tmp_path):
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    # What lies where it is started is not what it imports, and neither do the workers.
+    (tmp_path / "here" / "diffdoctor").mkdir(parents=True)
+    (tmp_path / "here" / "diffdoctor" / "__init__.py").write_text("raise RuntimeError('from the current folder')")
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "cwd": tmp_path / "here"}
     with subprocess.Popen([sys.executable, str(script)], **options) as process:
         workers = {int(number) for number in process.stdout.readline().split()}
         assert workers and process.pid not in workers
