@@ -411,8 +411,8 @@ def test_the_command_serves_until_ctrl_c(tmp_path):
         assert process.wait(30) == 0
 
 
-def test_killed_between_commit_and_answer_nothing_is_lost_or_twice(tmp_path):
-    tasks = 12
+@pytest.mark.parametrize("tasks", [12, pytest.param(30, marks=pytest.mark.study)])
+def test_killed_between_commit_and_answer_nothing_is_lost_or_twice(tmp_path, tasks):
     project = make_project(tmp_path, tasks)
     token = project.store.add_person("ann", "annotator")
     rng = np.random.default_rng(3)
