@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from diffdoctor.data.columns import ParquetColumns, pyarrow_modules
 from diffdoctor.runs import strict_json
+from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.files import atomic_path
 
 if TYPE_CHECKING:
@@ -114,6 +115,21 @@ class Place:
 # Does a unit: writes files at `attempt.path(name)` and returns `records`, how many pictures came of it, `skipped`, of a
 # `SkipCounts`, and whatever else is to stand in the commit, as JSON values.
 Worker: TypeAlias = "Callable[[Unit, Attempt], dict[str, Any]]"
+
+
+def check_unchanged(what: str, now: str, begun: str) -> None:
+    """In `WorkerSpec.build`: refuse inputs that are not those of the process that planned the work.
+
+    Args:
+        what: the beginning of the error, such as "detector NAME: other weights".
+        now: digest of what was loaded.
+        begun: that of what the run began with.
+
+    Raises:
+        UserError: they differ.
+    """
+    if now != begun:
+        raise UserError(f"{what} than those with which this run began")
 
 
 class WorkerSpec(Protocol):

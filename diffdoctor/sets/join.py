@@ -17,7 +17,7 @@ from diffdoctor.data.tar import MASK
 from diffdoctor.engine.attempt import Attempt
 from diffdoctor.engine.sets import IDENTITIES, RESULTS, UnitFiles, make_set
 from diffdoctor.engine.store_run import run_folder
-from diffdoctor.engine.units import Place, Plan, Unit, Worker
+from diffdoctor.engine.units import Place, Plan, Unit, Worker, check_unchanged
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.record import METRICS, versions
@@ -145,8 +145,7 @@ class JoinWorkerSpec:
             UserError: they are not those with which the run began.
         """
         chosen = choose(self.config)
-        if chosen.digest() != self.digest:
-            raise UserError("sets: others than those with which this run began")
+        check_unchanged("sets: others", chosen.digest(), self.digest)
         return _JoinWorker(chosen, [ShardData(folder) for folder in self.config.sets])
 
 

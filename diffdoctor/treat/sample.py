@@ -13,7 +13,7 @@ from diffdoctor.engine.attempt import Attempt
 from diffdoctor.engine.options import EngineConfig
 from diffdoctor.engine.sets import IDENTITIES, RESULTS, UnitFiles, make_set
 from diffdoctor.engine.store_run import run_folder
-from diffdoctor.engine.units import Place, Plan, Unit, Worker
+from diffdoctor.engine.units import Place, Plan, Unit, Worker, check_unchanged
 from diffdoctor.runs.errors import UserError, check_least, expected
 from diffdoctor.runs.files import atomic_write_json, stamp
 from diffdoctor.runs.hub import local_path
@@ -176,8 +176,7 @@ class SampleWorkerSpec:
         """
         quiet_loaders()
         config, prompts = self.config, read_prompt_file(self.config.prompts)
-        if _digest(prompts) != self.prompts:
-            raise UserError(f"--prompts {config.prompts}: other prompts than those with which this run began")
+        check_unchanged(f"--prompts {config.prompts}: other prompts", _digest(prompts), self.prompts)
         pipeline = open_pipeline("pipeline", config.pipeline, config)
         texts = [prompt.text for prompt in prompts]
         check_prompts(pipeline, texts, strict=config.strict, max_sequence_length=config.max_sequence_length)

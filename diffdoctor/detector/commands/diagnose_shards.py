@@ -29,7 +29,7 @@ from diffdoctor.engine.attempt import Attempt
 from diffdoctor.engine.places import commits_at
 from diffdoctor.engine.sets import PARTS, UnitFiles, make_set, read_sample
 from diffdoctor.engine.store_run import run_folder
-from diffdoctor.engine.units import Place, Plan, Unit, Worker, unit_name
+from diffdoctor.engine.units import Place, Plan, Unit, Worker, check_unchanged, unit_name
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_write_bytes, file_name
@@ -105,8 +105,7 @@ class LabelWorkerSpec:
             UserError: it is not there, or not the one with which the run began.
         """
         detector = open_detector(self.config.detector)
-        if weights_digest(detector) != self.weights:
-            raise UserError(f"detector {self.config.detector}: other weights than those with which this run began")
+        check_unchanged(f"detector {self.config.detector}: other weights", weights_digest(detector), self.weights)
         detector.to(open_device_at(self.config.device, place.number))
         detector.to(torch.bfloat16 if self.config.dtype == "bf16" else torch.float32)
         return _LabelWorker(self.config, detector)

@@ -6,7 +6,7 @@ from pathlib import Path
 from diffdoctor.data.store_path import absolute
 from diffdoctor.detector.predict import diagnose_data
 from diffdoctor.engine.options import EngineConfig
-from diffdoctor.engine.units import Place, Worker
+from diffdoctor.engine.units import Place, Worker, check_unchanged
 from diffdoctor.evaluate.detector.measure import measure_statistics
 from diffdoctor.evaluate.detector.report import by_kind, doubts, verdict, write_page
 from diffdoctor.runs.errors import UserError, check_least, expected
@@ -154,8 +154,7 @@ class EvaluateWorkerSpec:
         from diffdoctor.training.devices import open_device_at
 
         config, detector = self.config, open_detector(self.config.detector)
-        if weights_digest(detector) != self.weights:
-            raise UserError(f"detector {config.detector}: other weights than those with which this run began")
+        check_unchanged(f"detector {config.detector}: other weights", weights_digest(detector), self.weights)
         detector.to(open_device_at(config.device, place.number))
         options = {"batch_size": config.batch_size, "size": config.size, "strict": config.strict}
         data = JoinedData([ShardData(folder) for folder in config.data])

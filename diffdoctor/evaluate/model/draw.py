@@ -15,7 +15,7 @@ import torch
 
 from diffdoctor.data.prompts import read_prompt_file
 from diffdoctor.detector.models.load import open_detector
-from diffdoctor.engine.units import Place, Unit, Worker
+from diffdoctor.engine.units import Place, Unit, Worker, check_unchanged
 from diffdoctor.evaluate.model.config import EvaluateModelConfig
 from diffdoctor.evaluate.model.store import PictureFiles
 from diffdoctor.runs.errors import UserError, expected
@@ -129,8 +129,7 @@ class DrawWorkerSpec:
         quiet_loaders()
         config, treated = self.config, self.side == "after"
         texts = [prompt.text for prompt in read_prompt_file(config.prompts)]
-        if prompts_digest(texts) != self.prompts:
-            raise UserError(f"--prompts {config.prompts}: other prompts than those with which this run began")
+        check_unchanged(f"--prompts {config.prompts}: other prompts", prompts_digest(texts), self.prompts)
         name = "treated" if treated and config.treated else "pipeline"
         pipeline = open_pipeline(name, getattr(config, name), config)
         if treated and config.lora:
