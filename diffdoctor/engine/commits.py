@@ -147,12 +147,29 @@ class Commits:
         return Attempt(self.output, unit)
 
     def _commit(self, attempt: Attempt, result: dict[str, Any]) -> bool:
-        files = [{"name": name, **described(path)} for name, path in attempt.files.items()]
-        if files:
-            sync_folder(self.output / ATTEMPTS)
+        files = [{"name": name, **_described(path)} for name, path in attempt.files.items()]
+        if not self._secure(attempt):
+            return False
         commit = {"unit": attempt.unit, "attempt": attempt.token, "files": files, **result}
-        text = strict_json.dumps(commit) + "\n"
-        return create_exclusively(self.output / COMMITS / f"{attempt.unit}.json", text.encode())
+        return self._create(f"{COMMITS}/{attempt.unit}.json", (strict_json.dumps(commit) + "\n").encode())
+
+    def _secure(self, attempt: Attempt) -> bool:
+        """Let an attempt's files outlive a crash; False: the unit was settled meanwhile."""
+        if attempt.files:
+            sync_folder(self.output / ATTEMPTS)
+        return True
+
+    def _create(self, name: str, data: bytes) -> bool:
+        """Whether this process, and no other, makes a file of the run."""
+        return create_exclusively(self.output / name, data)
+
+    def _check_size(self, unit: str, file: dict[str, Any], size: int | None) -> None:
+        """Refuse a unit's file that has not the size that was committed; None: that is not there."""
+        if size != file["bytes"]:
+            got = "none" if size is None else f"{size:,} bytes"
+            what = expected(self.output / file["name"], f"{file['bytes']:,} bytes", got)
+            again = self.output / COMMITS / f"{unit}.json"
+            raise UserError(f"{what}; remove {again}, and the same command makes it again")
 
     def settle(self, unit: str) -> dict[str, Any]:
         """Give the files of a committed unit their own names.
@@ -170,12 +187,7 @@ class Commits:
             if written.is_file():
                 path.parent.mkdir(exist_ok=True)
                 os.replace(written, path)
-            size = path.stat().st_size if path.is_file() else None
-            if size != file["bytes"]:
-                got = "none" if size is None else f"{size:,} bytes"
-                again = self.output / COMMITS / f"{unit}.json"
-                what = f"{file['bytes']:,} bytes"
-                raise UserError(f"{expected(path, what, got)}; remove {again}, and the same command makes it again")
+            self._check_size(unit, file, path.stat().st_size if path.is_file() else None)
         return commit
 
     def discard(self, unit: str) -> None:
@@ -199,7 +211,7 @@ class Commits:
                         os.unlink(entry.path)
 
 
-def described(path: Path) -> dict[str, Any]:
+def _described(path: Path) -> dict[str, Any]:
     """Size and hash of a file, which is on the disk when this returns."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb+") as file:

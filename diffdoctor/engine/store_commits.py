@@ -21,7 +21,7 @@ from typing import Any
 from diffdoctor.data.store_cache import cache_folder, made_folder
 from diffdoctor.data.store_path import StorePath
 from diffdoctor.engine.attempt import ATTEMPTS, Attempt
-from diffdoctor.engine.commits import COMMITS, FAILED, PLAN, Commits, described
+from diffdoctor.engine.commits import COMMITS, FAILED, PLAN, Commits
 from diffdoctor.engine.units import Plan, Unit
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
@@ -166,8 +166,7 @@ class StoreCommits(Commits):
     def _begun(self, unit: str) -> Attempt:
         return StoreAttempt(self.output, unit)
 
-    def _commit(self, attempt: StoreAttempt, result: dict[str, Any]) -> bool:
-        files = [{"name": name, **described(path)} for name, path in attempt.files.items()]
+    def _secure(self, attempt: StoreAttempt) -> bool:
         try:
             attempt.put()
         except UserError:
@@ -175,9 +174,10 @@ class StoreCommits(Commits):
             if self.is_done(attempt.unit):
                 return False
             raise
-        commit = {"unit": attempt.unit, "attempt": attempt.token, "files": files, **result}
-        text = strict_json.dumps(commit) + "\n"
-        return self._store.create((self.output / COMMITS / f"{attempt.unit}.json").url, text.encode())
+        return True
+
+    def _create(self, name: str, data: bytes) -> bool:
+        return self._store.create((self.output / name).url, data)
 
     def file(self, commit: dict[str, Any], name: str) -> StorePath:
         """A file of a committed unit, by the name that its worker gave it."""
@@ -197,12 +197,7 @@ class StoreCommits(Commits):
         if self._sizes is None:
             self._sizes = self._listed()
         for file in commit["files"]:
-            size = self._sizes.get(file["name"])
-            if size != file["bytes"]:
-                got = "none" if size is None else f"{size:,} bytes"
-                again = self.output / COMMITS / f"{unit}.json"
-                what = expected(self.output / file["name"], f"{file['bytes']:,} bytes", got)
-                raise UserError(f"{what}; delete {again}, and the same command makes it again")
+            self._check_size(unit, file, self._sizes.get(file["name"]))
         return commit
 
     def _listed(self) -> dict[str, int]:
