@@ -15,7 +15,7 @@ from diffdoctor.training.weights import same_weights
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family
 from diffdoctor.treat.methods import METHODS
-from diffdoctor.treat.quantization import is_quantized
+from diffdoctor.treat.quantization import has_quantized
 from diffdoctor.treat.sampling import Sampling
 
 
@@ -163,8 +163,7 @@ def check_resident_blocks(family: Family, config: TreatConfig, sharded: bool) ->
         return
     if sharded:
         raise UserError(expected("resident_blocks", "None with FSDP", config.resident_blocks))
-    layers = (module for denoiser in family.denoisers for module in denoiser.modules())
-    if any(isinstance(layer, torch.nn.Linear) and is_quantized(layer) for layer in layers):
+    if any(map(has_quantized, family.denoisers)):
         raise UserError(expected("resident_blocks", "None with a denoiser that is quantized", config.resident_blocks))
 
 
@@ -174,7 +173,7 @@ def check_even_batches(family: Family, config: TreatConfig, processes: Processes
     Raises:
         UserError: if a batch cannot be dealt out evenly, there are two denoisers, or one is quantized.
     """
-    if any(isinstance(m, torch.nn.Linear) and is_quantized(m) for m in family.denoiser.modules()):
+    if has_quantized(family.denoiser):
         raise UserError(expected("FSDP", "a denoiser that is not quantized", "one that is"))
     if len(family.denoisers) > 1:
         what = "a pipeline with one denoiser, since two are not called equally often"

@@ -67,6 +67,11 @@ def quantization_config(how: str, components, dtype: torch.dtype):
     return diffusers.PipelineQuantizationConfig(quant_mapping=mapping)
 
 
+def has_quantized(module: torch.nn.Module) -> bool:
+    """Whether any linear layer in a module is quantized."""
+    return any(isinstance(layer, torch.nn.Linear) and is_quantized(layer) for layer in module.modules())
+
+
 def is_quantized(layer: torch.nn.Module) -> bool:
     """Whether a layer's weight is held in another form than its numbers, to which nothing can be added."""
     return type(layer.weight) is not torch.nn.Parameter
