@@ -59,8 +59,8 @@ export class Overlay {
   /** Redraws the box, with a margin for the outlines; returns what was redrawn. */
   render(box = this.whole) {
     const { width, height, mask, labels, layers } = this.model,
-      lines = this.thickness === 0,
-      r = lines ? 1 : this.thickness;
+      r = this.thickness, // 0: every pixel is compared with itself, so that none is an edge
+      stripe = Math.max(1, r);
     const x0 = Math.max(0, box.x - r),
       y0 = Math.max(0, box.y - r);
     const x1 = Math.min(width, box.x + box.width + r),
@@ -71,7 +71,7 @@ export class Overlay {
     const [red, green, blue] = COLOURS[this.colour] ?? COLOURS.rose;
     const fill = rgba(red, green, blue, 84),
       line = rgba(red, green, blue, 255),
-      strong = rgba(red, green, blue, lines ? 120 : 150);
+      strong = rgba(red, green, blue, r ? 150 : 120);
     const truthLine = rgba(...TRUTH, 255),
       truthFill = rgba(...TRUTH, 70);
     const { truth, focus } = this,
@@ -98,7 +98,7 @@ export class Overlay {
           left = x >= r ? -r : 0,
           right = x + r < width ? r : 0;
         const on = mask[i],
-          edge = !lines && (on !== mask[i + left] || on !== mask[i + right] || on !== mask[i + up] || on !== mask[i + down]);
+          edge = on !== mask[i + left] || on !== mask[i + right] || on !== mask[i + up] || on !== mask[i + down];
         let colour = 0;
         if (on) colour = edge ? line : parts && focus && parts[i] === focus ? strong : fill;
         else if (edge) colour = DARK;
@@ -106,19 +106,18 @@ export class Overlay {
           // refused: a dashed outline
           const label = parts[i];
           const border =
-            !lines &&
-            (label !== parts[i + left] ||
-              label !== parts[i + right] ||
-              label !== parts[i + up] ||
-              label !== parts[i + down]);
+            label !== parts[i + left] ||
+            label !== parts[i + right] ||
+            label !== parts[i + up] ||
+            label !== parts[i + down];
           if (border) colour = ((x + y) / (3 * r)) & 1 ? FAINT : DARK;
           else if (label === focus) colour = GLOW;
         }
-        if (ignore && ignore[i] !== 0 && (x + y) % (8 * r) < 2 * r) colour = HATCH;
+        if (ignore && ignore[i] !== 0 && (x + y) % (8 * stripe) < 2 * stripe) colour = HATCH;
         if (truth) {
           const is = truth[i],
             rim = is !== truth[i + left] || is !== truth[i + right] || is !== truth[i + up] || is !== truth[i + down];
-          if (is && rim && !lines) colour = truthLine;
+          if (is && rim) colour = truthLine;
           else if (is && !on) colour = truthFill;
         }
         out[k] = colour;
