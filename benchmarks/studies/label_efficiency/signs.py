@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from benchmarks.studies.label_efficiency.design import Settings
+from benchmarks.studies.signs.measures import letters_auroc
 from benchmarks.studies.signs.oracle import read_signs
 from benchmarks.studies.signs.parts import record_of
 from benchmarks.studies.signs.pipelines import prompts_of
 from benchmarks.studies.signs.recipes import Recipe
 from benchmarks.studies.signs.study import Settings as StudySettings
-from benchmarks.studies.signs.study import SteeredBy, Study, letters_auroc
+from benchmarks.studies.signs.study import Study
 from diffdoctor.detector import ConvDetector, DetectorTrainingConfig, load_detector, train_detector
 from diffdoctor.detector.config import AugmentConfig
 from diffdoctor.detector.predict import diagnose_data
@@ -116,3 +117,20 @@ class Signs:
             "treated_rate": found[f"{TREATMENT}_rate"],
             "cpu_seconds": seconds,
         }
+
+
+class SteeredBy(Study):
+    """A study whose treatments are steered by a given detector, and whose other parts are those of another study.
+
+    Args:
+        study: the other one.
+        detector: the folder of a part with the detector in `detector`.
+    """
+
+    def __init__(self, study: Study, detector: Path):
+        super().__init__(study.output, study.settings, study.recipes)
+        self._steering = detector
+
+    def detector(self, kind: str, after: str | None = None, *, observer: bool = False) -> Path:
+        """The given detector; the observer's is the study's own."""
+        return super().detector(kind, after, observer=True) if observer else self._steering

@@ -6,6 +6,7 @@ import numpy as np
 
 from benchmarks.studies.signs import world
 from benchmarks.studies.signs.oracle import TAUS, Reading
+from diffdoctor.measures.pixels import auroc_of
 from diffdoctor.measures.rates import paired_bootstrap, wilson_interval
 
 
@@ -53,6 +54,20 @@ def entropy(letters: np.ndarray) -> float:
     shares = np.array([(letters == letter).mean() for letter in world.LETTERS]) if len(letters) else np.zeros(1)
     shares = shares[shares > 0]
     return float(-(shares * np.log2(shares)).sum())
+
+
+def letters_auroc(confidence: np.ndarray, reading: Reading) -> float:
+    """How well the largest confidence in a letter's columns tells broken letters from sound ones.
+
+    Args:
+        confidence: (N, 16, 40) maps.
+        reading: of the same N signs.
+    """
+    columns = [
+        [each[:, first:end].max() for first, end in places]
+        for each, places in zip(confidence, reading.columns, strict=True)
+    ]
+    return auroc_of(np.array(columns).ravel(), reading.broken_letters().ravel())
 
 
 def repair_figures(done: list, before: list[np.ndarray]) -> dict:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.studies.signs import calibration, pipelines, rater, world
-from benchmarks.studies.signs.measures import repair_figures
+from benchmarks.studies.signs.measures import letters_auroc, repair_figures
 from benchmarks.studies.signs.oracle import Reading, read_signs
 from benchmarks.studies.signs.parts import Parts, cpu_seconds, record_of
 from benchmarks.studies.signs.recipes import RECIPES, Recipe
@@ -372,39 +372,6 @@ class Study:
         if treated is not None:
             pipeline.load_lora_weights(treated / "lora")
         return pipeline
-
-
-class SteeredBy(Study):
-    """A study whose treatments are steered by a given detector, and whose other parts are those of another study.
-
-    Args:
-        study: the other one.
-        detector: the folder of a part with the detector in `detector`.
-    """
-
-    def __init__(self, study: Study, detector: Path):
-        super().__init__(study.output, study.settings, study.recipes)
-        self._steering = detector
-
-    def detector(self, kind: str, after: str | None = None, *, observer: bool = False) -> Path:
-        """The given detector; the observer's is the study's own."""
-        return super().detector(kind, after, observer=True) if observer else self._steering
-
-
-def letters_auroc(confidence: np.ndarray, reading: Reading) -> float:
-    """How well the largest confidence in a letter's columns tells broken letters from sound ones.
-
-    Args:
-        confidence: (N, 16, 40) maps.
-        reading: of the same N signs.
-    """
-    from diffdoctor.measures.pixels import auroc_of
-
-    columns = [
-        [each[:, first:end].max() for first, end in places]
-        for each, places in zip(confidence, reading.columns, strict=True)
-    ]
-    return auroc_of(np.array(columns).ravel(), reading.broken_letters().ravel())
 
 
 def _detector(folder: Path):
