@@ -10,7 +10,6 @@ from contextlib import closing
 
 import numpy as np
 import pytest
-import torch
 
 from diffdoctor.annotate.project import Project
 from diffdoctor.cli import main
@@ -20,13 +19,12 @@ from diffdoctor.data.shards import ShardData, read_shards
 from diffdoctor.data.store import Store, store_of
 from diffdoctor.data.store_cache import cached
 from diffdoctor.data.store_path import StorePath, at
-from diffdoctor.detector import ConvDetector
 from diffdoctor.engine.options import EngineConfig
 from diffdoctor.engine.running import run, settle
 from diffdoctor.engine.store_commits import StoreCommits
 from diffdoctor.runs.errors import UserError
 from support.engine import Spec, plan_of
-from support.pictures import write_shapes
+from support.sets import write_set_and_detector
 
 pytest.importorskip("fsspec")
 pytest.importorskip("pyarrow")
@@ -45,11 +43,7 @@ def cache(tmp_path, monkeypatch):
 def files(tmp_path_factory):
     """A set of ten pictures in three shards, and a detector."""
     folder = tmp_path_factory.mktemp("files")
-    write_shapes(folder / "pictures", 5)
-    words = ["inject", f"{folder}/pictures", "--output", f"{folder}/set", "--shard_size", "4", "--kinds", '["tint"]']
-    assert main(words) == 0
-    torch.manual_seed(0)
-    ConvDetector((8, 16)).save_pretrained(folder / "detector")
+    write_set_and_detector(folder, pictures=5, shard_size=4)
     return folder
 
 

@@ -9,16 +9,14 @@ import threading
 
 import numpy as np
 import pytest
-import torch
 
 from diffdoctor.cli import main
 from diffdoctor.data import store as stores
 from diffdoctor.data.shards import ShardData
 from diffdoctor.data.store import Store
-from diffdoctor.detector import ConvDetector
 from support.launch import environment
-from support.pictures import write_shapes
 from support.s3 import ENVIRONMENT, failing, moto
+from support.sets import write_set_and_detector
 
 pytest.importorskip("moto")
 pytest.importorskip("s3fs")
@@ -32,11 +30,7 @@ POOL, LABELS = "s3://bucket/pool", "s3://bucket/labels"
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
-    write_shapes(folder / "pictures", 12)
-    words = ["inject", f"{folder}/pictures", "--output", f"{folder}/set", "--shard_size", "3", "--kinds", '["tint"]']
-    assert main(words) == 0
-    torch.manual_seed(0)
-    ConvDetector((8, 16)).save_pretrained(folder / "detector")
+    write_set_and_detector(folder, pictures=12, shard_size=3)
     return folder
 
 

@@ -6,7 +6,6 @@ import tarfile
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from diffdoctor.annotate.pool import Diagnosis
@@ -14,7 +13,8 @@ from diffdoctor.cli import main
 from diffdoctor.data.codec import decode
 from diffdoctor.data.shards import ShardData, read_shards
 from diffdoctor.detector import ConvDetector
-from support.pictures import tree, write_shapes
+from support.pictures import tree
+from support.sets import write_set_and_detector
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("accelerate")
@@ -24,11 +24,7 @@ pytest.importorskip("pycocotools")
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
-    write_shapes(folder / "pictures", 5)
-    words = ["inject", f"{folder}/pictures", "--output", f"{folder}/set", "--shard_size", "4", "--kinds", '["tint"]']
-    assert main(words) == 0
-    torch.manual_seed(0)
-    ConvDetector((8, 16)).save_pretrained(folder / "detector")
+    write_set_and_detector(folder, pictures=5, shard_size=4)
     # As others write them: each key once in its shard, and again in the next.
     for number in range(2):
         with tarfile.open(folder / f"theirs-{number}.tar", "w") as shard:
