@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, first_line
 from diffdoctor.runs.functions import identity_of
 from diffdoctor.runs.record import RunFolder
@@ -52,6 +53,16 @@ def treatment_folder(output_dir: Path, config: TreatConfig, inputs: dict) -> Run
         "continue one only with final_learning_rate 1)"
     )
     return RunFolder(output_dir, "treat", options | inputs, results, advice=advice)
+
+
+ENCODED = "encoded"
+"""In the output folder, until the treatment is done: embeddings and latents that do not fit into memory."""
+
+
+def encoded_folder(folder: RunFolder) -> Path:
+    """Where this very treatment, and no other, finds them again."""
+    identity = strict_json.dumps(folder.identity, sort_keys=True)
+    return folder.path / ENCODED / hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 def digests_of(

@@ -23,6 +23,7 @@ from diffdoctor.treat.rows import RowStore
 from diffdoctor.treat.sampling import Sampling
 
 Pair = tuple[np.ndarray, str]
+Seen = Callable[[list[int], torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass
@@ -210,7 +211,7 @@ def offline_term(
     *,
     draws: Sequence[int],
     total: int,
-    seen: Callable[[list[int], torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
+    seen: Seen | None = None,
 ) -> torch.Tensor:
     """The denoising loss on some of the pairs, with a graph.
 

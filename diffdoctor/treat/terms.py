@@ -1,4 +1,4 @@
-"""The term of the treatment's loss that comes from sampled and diagnosed pictures."""
+"""The terms of the treatment's loss: of sampled and diagnosed pictures, and of the pipeline's own training pairs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from diffdoctor.training.ema import RunningAverage
+from diffdoctor.training.processes import seed_of
 from diffdoctor.treat.config import TreatConfig
+from diffdoctor.treat.drawing import Drawing, Purpose, chunks
+from diffdoctor.treat.lora_training import LoraTraining
 from diffdoctor.treat.methods import METHODS, Replay
+from diffdoctor.treat.offline import OfflinePairs, Seen, offline_term, offline_weight
 from diffdoctor.treat.rollout import Rollout
 from diffdoctor.treat.sampling import Sampling
 
@@ -79,3 +83,62 @@ def artifact_term(
     )
     loss = METHODS[config.method].run(batch)
     return loss, 0 if math.isinf(divisor) else len(chosen)
+
+
+def sampled_term(drawing: Drawing, training: LoraTraining, step: int) -> tuple[float, int]:
+    """Draw this process's pictures of a step, diagnose them, and run backward through those to replay.
+
+    Args:
+        drawing: draws and diagnoses, by the treatment's options.
+        training: of the LoRA.
+        step: of the treatment, from 0.
+
+    Returns:
+        The loss, and how many pictures were replayed.
+    """
+    config, sampling = drawing.config, drawing.sampling
+    method, seed = METHODS[config.method], seed_of(config.seed, Purpose.METHOD, step)
+    keep = method.checkpointed_steps(config, sampling.own_steps, torch.Generator().manual_seed(seed))
+    loss, replayed = 0.0, 0
+    for numbers in chunks(drawing.processes.share(config.batch_size), drawing.chunk):
+        seeds = [seed_of(config.seed, Purpose.PICTURES, step, i) for i in numbers]
+        rows = [drawing.prompt_row(step * config.batch_size + i) for i in numbers]
+        rollout = drawing.roll_out(rows, seeds, keep)
+        _, confidence = drawing.diagnose(rollout)
+        part, count = artifact_term(
+            sampling,
+            rollout,
+            confidence,
+            config,
+            total=config.batch_size,
+            # the method's choices are those of the step, whatever the part of the batch
+            generator=torch.Generator().manual_seed(seed),
+            seeds=seeds,
+            old=training.old,
+            initial=training.initial,
+        )
+        loss, replayed = loss + part, replayed + count
+    return loss, replayed
+
+
+def paired_term(drawing: Drawing, pairs: OfflinePairs, step: int, seen: Seen) -> float:
+    """Run backward through the denoising loss on this process's pairs of a step, at its weight.
+
+    Args:
+        drawing: says by which options and processes.
+        pairs: to choose from.
+        step: of the treatment, from 0.
+        seen: see `offline_term`.
+
+    Returns:
+        The loss, not yet weighted.
+    """
+    config = drawing.config
+    total = config.batch_size if config.offline_batch_size is None else config.offline_batch_size
+    value = 0.0
+    for numbers in chunks(drawing.processes.share(total), config.micro_batch_size or total):
+        draws = [seed_of(config.seed, Purpose.PAIRS, step, i) for i in numbers]
+        loss = offline_term(drawing.sampling, pairs, draws=draws, total=total, seen=seen)
+        (offline_weight(config) * loss).backward()
+        value += float(loss.detach())
+    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 import sys
@@ -14,10 +13,8 @@ from pathlib import Path
 
 import torch
 
-from diffdoctor.detector.confidence import confidence_of
 from diffdoctor.detector.external import as_detector
 from diffdoctor.maps.ranking import PictureRanking
-from diffdoctor.runs import strict_json
 from diffdoctor.runs.checkpoints import Checkpoints
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.progress import progress as show_progress
@@ -27,7 +24,6 @@ from diffdoctor.treat.adapters import check_adapters
 from diffdoctor.treat.checks import (
     check_detectors,
     check_even_batches,
-    check_finite,
     check_negative_prompt,
     check_own_steps,
     check_pipeline,
@@ -37,15 +33,16 @@ from diffdoctor.treat.checks import (
     check_start,
 )
 from diffdoctor.treat.config import TreatConfig
-from diffdoctor.treat.drawing import Drawing, Purpose, chunks
+from diffdoctor.treat.drawing import Drawing, Purpose
 from diffdoctor.treat.families import family_of
-from diffdoctor.treat.files import digests_of, treatment_folder, with_version, writing
+from diffdoctor.treat.files import ENCODED, digests_of, encoded_folder, treatment_folder, with_version, writing
+from diffdoctor.treat.fixed_pictures import FixedPictures
 from diffdoctor.treat.group_policy import GroupPolicy
 from diffdoctor.treat.lora import ADAPTER, add_lora, load_lora_state, lora_digest, lora_state, start_from
 from diffdoctor.treat.lora_training import LoraTraining
 from diffdoctor.treat.methods import METHODS
-from diffdoctor.treat.monitor import EarlyStopping, measure
-from diffdoctor.treat.offline import checked_pairs, offline_term, offline_weight, prepare_offline
+from diffdoctor.treat.monitor import EarlyStopping
+from diffdoctor.treat.offline import checked_pairs, offline_weight, prepare_offline
 from diffdoctor.treat.offload import resident_blocks
 from diffdoctor.treat.prepare import memory_options, move_modules, release_text_encoders, restore_text_encoders
 from diffdoctor.treat.prompts import check_prompts
@@ -54,32 +51,17 @@ from diffdoctor.treat.rows import RowStore
 from diffdoctor.treat.sampling import Guidance, Sampling
 from diffdoctor.treat.schedulers import Sampler
 from diffdoctor.treat.sharding import shard_denoiser, wants_sharding
-from diffdoctor.treat.terms import artifact_term
+from diffdoctor.treat.terms import paired_term, sampled_term
 from diffdoctor.treat.tracking import Tracking
-
-ENCODED = "encoded"
-"""In the output folder, until the treatment is done: embeddings and latents that do not fit into memory."""
 
 
 class Treatment:
-    """The state of a treatment and its steps; the arguments are those of `diffdoctor.treat.treat`.
+    """The state of a treatment and its steps.
 
     Making one checks what it was given, and reads all weights once where there is an output folder; `run` does the
     work.
 
-    Args:
-        pipeline: see `treat`.
-        detector: see `treat`.
-        prompts: see `treat`.
-        config: see `treat`.
-        offline: see `treat`.
-        monitor_detector: the `monitor` of `treat`.
-        output_dir: see `treat`.
-        settings: see `treat`.
-        lora: see `treat`.
-        reward: see `treat`.
-        quality: see `treat`.
-        device: see `treat`.
+    The arguments are those of `diffdoctor.treat.treat`, whose `monitor` is `monitor_detector` here.
 
     Attributes:
         step: steps done.
@@ -119,12 +101,12 @@ class Treatment:
         check_reward(reward, config)
         self.lora, start = lora, None if lora is None else lora_digest(family, lora)
         self.reward = None if reward is None else checked_reward(reward)
-        self.quality = None if quality is None else checked_reward(quality, "quality")
+        quality_reward = None if quality is None else checked_reward(quality, "quality")
         self.processes = Processes(device)
         self.device = self.processes.device
         check_resident_blocks(family, config, wants_sharding(self.processes))
         detector = self._frozen(detector)
-        self.monitor_detector = None if monitor_detector is None else self._frozen(monitor_detector)
+        monitor_detector = None if monitor_detector is None else self._frozen(monitor_detector)
         family.max_sequence_length = config.max_sequence_length
         family.negative_prompt, family.guidance_scale_2 = config.negative_prompt, config.guidance_scale_2
         if config.negative_prompt:
@@ -139,6 +121,7 @@ class Treatment:
         self.sampling = Sampling(family, sampler, guidance, detector, config.frames_per_call)
         check_own_steps(self.sampling, config)
         self.drawing = Drawing(self.sampling, prompts, config, self.processes, size)
+        self.fixed = FixedPictures(self.drawing, config, monitor_detector, quality_reward)
         self.offline = checked_pairs(offline, config)
         self.early_stopping = EarlyStopping(config)
         self.history: list[dict] = []
@@ -154,7 +137,7 @@ class Treatment:
         self.folder = self.checkpoints = None
         if self.output_dir is not None:
             # the main process alone reads and writes there
-            inputs = (family, detector, self.monitor_detector, prompts, self.offline, start, reward, quality)
+            inputs = (family, detector, monitor_detector, prompts, self.offline, start, reward, quality)
             digests = digests_of(*inputs) if self.processes.is_main else {}
             self.folder = treatment_folder(self.output_dir, config, digests)
             self.checkpoints = Checkpoints(self.output_dir / "checkpoints")
@@ -203,10 +186,7 @@ class Treatment:
 
     def _row_stores(self) -> Callable[[str], RowStore]:
         """Makes stores of encoded prompts and pairs, in the output folder for this very treatment to find again."""
-        folder = None
-        if self.output_dir is not None:
-            identity = self.processes.from_main(lambda: strict_json.dumps(self.folder.identity, sort_keys=True))
-            folder = self.output_dir / ENCODED / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        folder = None if self.folder is None else self.processes.from_main(lambda: encoded_folder(self.folder))
         limit, part = self.config.embedding_cache * 2**30, self.processes.on_this_machine
         return lambda name: RowStore(name, limit, folder, part)
 
@@ -246,8 +226,8 @@ class Treatment:
                     _say(f"{what} after step {self.step} of {self.config.steps}")
                 # nothing is written before the untreated model's first pictures are drawn and diagnosed
                 first = None if self.early_stopping.measurements else self._draw(self.config.evaluate_pictures)
-                if first is not None and self.monitor_detector is not None:
-                    self._by_monitor(first[0][:1])
+                if first is not None and self.fixed.monitor is not None:
+                    self.fixed.by_monitor(first[0][:1])
                 if self.folder is not None:
                     self.processes.from_main(self._begin)
                 self.tracking = Tracking(self.config, self.output_dir, self.step, is_main=self.processes.is_main)
@@ -314,8 +294,8 @@ class Treatment:
                 artifact, replayed = policy.backward(), policy.replayed
             # an artifact loss of a map that is the same everywhere has no gradient
             elif self.method.samples and not (self.method.needs_gradient and config.map_source == "uniform"):
-                artifact, replayed = self._online(step)
-            offline = self._offline(step) if self.pairs is not None else 0.0
+                artifact, replayed = sampled_term(self.drawing, training, step)
+            offline = 0.0 if self.pairs is None else paired_term(self.drawing, self.pairs, step, self._seen)
             self.processes.sum_gradients(training.parameters)
             artifact, replayed, offline = self.processes.sum_values(artifact, replayed, offline)
             loss = artifact + offline_weight(config) * offline
@@ -334,45 +314,6 @@ class Treatment:
         )
         row = {f"train/{name}": value for name, value in self.history[-1].items() if name != "step"}
         self.tracking.curves(self.step, **row, **{"train/skipped": training.skipped})
-
-    def _online(self, step: int) -> tuple[float, int]:
-        """Backward through this process's sampled pictures; returns their loss and how many were replayed."""
-        config, drawing = self.config, self.drawing
-        seed = seed_of(config.seed, Purpose.METHOD, step)
-        keep = self.method.checkpointed_steps(config, self.sampling.own_steps, torch.Generator().manual_seed(seed))
-        loss, replayed = 0.0, 0
-        for numbers in chunks(self.processes.share(config.batch_size), drawing.chunk):
-            seeds = [seed_of(config.seed, Purpose.PICTURES, step, i) for i in numbers]
-            rows = [drawing.prompt_row(step * config.batch_size + i) for i in numbers]
-            rollout = drawing.roll_out(rows, seeds, keep)
-            _, confidence = drawing.diagnose(rollout)
-            # the method's choices are those of the step, whatever the part of the batch
-            generator = torch.Generator().manual_seed(seed)
-            part, count = artifact_term(
-                self.sampling,
-                rollout,
-                confidence,
-                config,
-                total=config.batch_size,
-                generator=generator,
-                seeds=seeds,
-                old=self.training.old,
-                initial=self.training.initial,
-            )
-            loss, replayed = loss + part, replayed + count
-        return loss, replayed
-
-    def _offline(self, step: int) -> float:
-        """Backward through this process's pairs; returns their loss, not yet weighted."""
-        config = self.config
-        total = config.batch_size if config.offline_batch_size is None else config.offline_batch_size
-        value = 0.0
-        for numbers in chunks(self.processes.share(total), config.micro_batch_size or total):
-            draws = [seed_of(config.seed, Purpose.PAIRS, step, i) for i in numbers]
-            loss = offline_term(self.sampling, self.pairs, draws=draws, total=total, seen=self._seen)
-            (offline_weight(config) * loss).backward()
-            value += float(loss.detach())
-        return value
 
     def _seen(self, index: list[int], losses: torch.Tensor, shares: torch.Tensor, levels: torch.Tensor) -> None:
         self.ranking.update([self.offline.name(number) for number in index], losses, shares, levels)
@@ -397,13 +338,7 @@ class Treatment:
     def _measure(self, pictures: torch.Tensor, confidence: torch.Tensor) -> str | None:
         """Judge what `_draw` drew; returns why to stop, or None."""
         config = self.config
-        prompt_count = len(self.drawing.prompts)
-        groups = [i % prompt_count for i in range(config.evaluate_pictures)]
-        by_monitor = None if self.monitor_detector is None else self._by_monitor(pictures)
-        # one process decides, lest rounding on another machine make it decide otherwise
-        measurement = self.processes.from_main(
-            lambda: measure(pictures, confidence, groups, self.step, by_monitor, self._quality(pictures))
-        )
+        measurement = self.fixed.measured(pictures, confidence, self.step)
         with self.training.average.in_place():
             stopped = self.early_stopping.add(measurement, lambda: lora_state(self.sampling.family))
         measures = {f"pictures/{name}": value for name, value in asdict(measurement).items() if name != "step"}
@@ -413,26 +348,10 @@ class Treatment:
             self.tracking.sheet(self.step, pictures[:shown], confidence[:shown])
         return stopped
 
-    def _quality(self, pictures: torch.Tensor) -> float | None:
-        if self.quality is None:
-            return None
-        prompts = [self.drawing.prompts[i % len(self.drawing.prompts)] for i in range(len(pictures))]
-        return float(self.quality(pictures, prompts).mean())
-
-    def _by_monitor(self, pictures: torch.Tensor) -> torch.Tensor:
-        """The monitor's maps (B, 1, H, W), on the CPU."""
-        parts = (part.to(self.device) for part in pictures.split(self.drawing.chunk))
-        options = {"name": "monitor", "frames_per_call": self.config.frames_per_call}
-        return torch.cat([confidence_of(self.monitor_detector, part, **options).cpu() for part in parts])
-
     def _draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first fixed pictures (count, 3, H, W) and their maps, on the CPU, drawn with the average's weights."""
-
-        def check(pictures, latents):
-            check_finite(self.sampling.family, pictures, "decodes pictures", latents)
-
         with self.training.average.in_place():
-            return self.drawing.fixed(count, None if self.early_stopping.measurements else check)
+            return self.fixed.draw(count, checked=not self.early_stopping.measurements)
 
     def _checkpoint(self) -> None:
         if self.checkpoints is None:

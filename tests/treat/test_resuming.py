@@ -42,7 +42,7 @@ def saved(folder):
 def test_resume_gives_the_same_lora_as_an_undisturbed_run(tmp_path, monkeypatch, method):
     options = {"steps": 5, "checkpoint_every": 2, "evaluate_every": 2, "map_source": "shuffled", **method}
     run(output_dir=tmp_path / "whole", **options)
-    name = "GroupPolicy" if method.get("method") == "grpo" else "artifact_term"
+    name = "GroupPolicy" if method.get("method") == "grpo" else "sampled_term"
     term = getattr(treatment, name)
     calls = []
 
@@ -99,13 +99,13 @@ OTHER_ORIGINS = [
 
 
 def test_interruption_writes_a_checkpoint_and_other_settings_are_refused(tmp_path, monkeypatch):
-    term = treatment.artifact_term
+    term = treatment.sampled_term
 
     def interrupting(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
         return term(*args, **kwargs)
 
-    monkeypatch.setattr(treatment, "artifact_term", interrupting)
+    monkeypatch.setattr(treatment, "sampled_term", interrupting)
     # A test run in the background of a shell inherits an ignored SIGINT.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -115,7 +115,7 @@ def test_interruption_writes_a_checkpoint_and_other_settings_are_refused(tmp_pat
     finally:
         signal.signal(signal.SIGINT, inherited)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
-    monkeypatch.setattr(treatment, "artifact_term", term)
+    monkeypatch.setattr(treatment, "sampled_term", term)
     with pytest.raises(UserError, match="another learning_rate"):
         run(output_dir=tmp_path, steps=3, learning_rate=1e-3)
     with pytest.raises(UserError, match="another detector"):
@@ -151,7 +151,7 @@ def test_a_finished_run_is_neither_repeated_nor_written_over(tmp_path, monkeypat
     first = run(steps=2, **options)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     (tmp_path / "lora" / WEIGHTS_NAME).unlink()
-    monkeypatch.setattr(treatment, "artifact_term", None)
+    monkeypatch.setattr(treatment, "sampled_term", None)
     again = run(steps=2, **options)
     assert (again.history, again.best_step, again.measurements) == (first.history, first.best_step, first.measurements)
     pictures = [
