@@ -8,6 +8,8 @@ export DIFFDOCTOR_BUILD ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo
 
 # Not compiled ahead: of 16,000 files of the packages, the few that are used are compiled when they are imported.
 PIP_OPTIONS := -q --no-compile -c constraints.txt
+# Every process of the tests would compile torch and diffusers again where the environment forbids to keep bytecode.
+export PYTHONDONTWRITEBYTECODE :=
 
 BIN := .venv/bin
 # The one that was asked for, else the checkout's environment where there is one.
