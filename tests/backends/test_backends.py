@@ -1,7 +1,6 @@
 """Which backend serves a call, and why not another."""
 
 import os
-import subprocess
 import sys
 
 import pytest
@@ -12,14 +11,20 @@ from benchmarks.ops import history, host, prefer
 from diffdoctor.backends import native, preferences, select
 from diffdoctor.backends.cuda import device as cuda_device
 from diffdoctor.backends.select import NAMES, BackendUnavailable, describe, for_device, pick, why_not
+from diffdoctor.cli import main as command
 from diffdoctor.ops import OPS
 from support.backends import HAS_CPU, needs_cpu
+from support.paths import PROGRAMS
+from support.warm import WarmProgram
 
 
-def run(script, **env):
-    return subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, **env}, capture_output=True, text=True, timeout=600
-    )
+@pytest.fixture(scope="module")
+def first_calls():
+    """A process in which no call was made, forked for each test."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    with WarmProgram(PROGRAMS / "first_calls.py") as program:
+        yield program
 
 
 def test_every_backend_is_usable_or_says_why_not():
@@ -177,37 +182,24 @@ def test_description_knows_the_environment_variable(monkeypatch, value, served):
         diffdoctor.weighted_loss(x, x)
 
 
-def test_env_prints_what_the_environment_variable_does():
-    done = subprocess.run(
-        [sys.executable, "-m", "diffdoctor", "env"],
-        env={**os.environ, "DIFFDOCTOR_BACKEND": "nope"}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert "weighted_loss: nothing: DIFFDOCTOR_BACKEND: expected one of" in done.stdout
+def test_env_prints_what_the_environment_variable_does(monkeypatch, capsys):
+    monkeypatch.setenv("DIFFDOCTOR_BACKEND", "nope")
+    command(["env"])
+    assert "weighted_loss: nothing: DIFFDOCTOR_BACKEND: expected one of" in capsys.readouterr().out
 
 
 @needs_cpu
 @pytest.mark.parametrize("value", ["foo", "AVX2", "generic", ""])
-def test_an_instruction_set_that_is_none_is_said_once(value):
-    done = run(
-        "import torch, warnings\n"
-        "warnings.simplefilter('always')\n"
-        "import diffdoctor\n"
-        "from diffdoctor.backends import native\n"
-        "x = torch.ones(1, 1, 2, 2)\n"
-        "for _ in range(3): diffdoctor.weighted_loss(x, x)\n"
-        "print(native.describe().get('ignored'))\n"
-        "print(native.describe()['instruction_set'])\n",
-        DIFFDOCTOR_CPU_ISA=value,
-    )
-    assert done.returncode == 0, done.stderr
-    said, used = done.stdout.split("\n")[:2]
+def test_an_instruction_set_that_is_none_is_said_once(value, first_calls, tmp_path):
+    said, used = first_calls.run("instruction_set", output=tmp_path / "said", DIFFDOCTOR_CPU_ISA=value).splitlines()
+    warned = (tmp_path / "said.0.err").read_text()
     expected = f"DIFFDOCTOR_CPU_ISA: expected one of generic, avx2, avx512, got {value!r}; {used} is used"
     if value in ("generic", ""):
         assert said == "None"
-        assert "DIFFDOCTOR_CPU_ISA" not in done.stderr
+        assert "DIFFDOCTOR_CPU_ISA" not in warned
     else:
         assert said == expected
-        assert done.stderr.count(expected) == 1
+        assert warned.count(expected) == 1
 
 
 def test_an_instruction_set_that_is_not_there_is_said(monkeypatch):
@@ -223,34 +215,13 @@ def test_an_instruction_set_that_is_not_there_is_said(monkeypatch):
     assert native._ignored_instruction_set(Module) is None
 
 
-def test_import_is_light_and_touches_no_device():
-    done = run(
-        "import sys, torch, diffdoctor\n"
-        "names = {'triton', 'diffusers', 'transformers', 'PIL', 'matplotlib', 'diffdoctor._native'}\n"
-        "heavy = names & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-        "assert not torch.cuda.is_initialized()\n"
-    )
-    assert done.returncode == 0, done.stderr
+def test_import_is_light_and_touches_no_device(first_calls, tmp_path):
+    assert first_calls.run("imports", output=tmp_path / "said") == "\n"
 
 
-def test_without_the_compiled_module_the_reference_serves():
-    done = run(
-        "import sys\n"
-        "sys.modules['diffdoctor._native'] = None\n"
-        "import torch, diffdoctor\n"
-        "x = torch.randn(1, 2, 4, 4, requires_grad=True)\n"
-        "loss = diffdoctor.weighted_loss(x, torch.zeros(1, 2, 4, 4))\n"
-        "loss.backward()\n"
-        "torch.testing.assert_close(x.grad, 2 * x.detach() / x.numel())\n"
-        "assert diffdoctor.available_backends()['cpu']\n"
-        "try:\n"
-        "    diffdoctor.weighted_loss(x, torch.zeros(1, 2, 4, 4), backend='cpu')\n"
-        "except RuntimeError as error:\n"
-        "    print(error)\n"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "backend 'cpu' cannot be used here" in done.stdout
+def test_without_the_compiled_module_the_reference_serves(first_calls, tmp_path):
+    refused = first_calls.run("without_module", output=tmp_path / "said")
+    assert "backend 'cpu' cannot be used here" in refused
 
 
 def test_native_module_remembers_its_reason():

@@ -2,7 +2,7 @@
 trainers' formulas.
 
 The interpreter is chosen by TRITON_INTERPRET when a kernel is defined, so those tests, which stand in interpreter/, run
-in processes of their own.
+in a process of their own.
 """
 
 import subprocess
@@ -16,20 +16,12 @@ from support.paths import ROOT, TESTS
 pytest.importorskip("triton")
 
 
-PARTS = [
-    ("test_kernels.py", "weighted_loss_equals"),
-    ("test_kernels.py", "not weighted_loss_equals"),
-    ("test_formulas.py", ""),
-]
-
-
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # half a minute each on an idle machine; the interpreter is slow on a busy one
-@pytest.mark.parametrize(("file", "part"), PARTS, ids=["weighted_loss", "others", "formulas"])
-def test_in_the_interpreter(file, part):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "-rs", "-k", part]
+@pytest.mark.timeout(1800)  # a minute on an idle machine; the interpreter is slow on a busy one
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "-rs"]
     done = subprocess.run(
-        [*command, TESTS / "backends" / "interpreter" / file],
+        [*command, TESTS / "backends" / "interpreter"],
         env=environment(TRITON_INTERPRET="1"),
         cwd=ROOT,
         capture_output=True,
