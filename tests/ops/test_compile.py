@@ -69,7 +69,8 @@ def test_targets_layouts_statistics_and_per_sample_tensors():
     torch.testing.assert_close(grad_c, grad)
 
 
-def test_policy_loss():
+def policy_step():
+    """A function of a prediction that asks for the old log-probability and for the policy loss."""
     latents, drawn, sigma = torch.randn(2, 4, 6, 5), torch.randn(2, 4, 6, 5), torch.tensor([0.4, 0.6])
 
     def step(x):
@@ -80,13 +81,14 @@ def test_policy_loss():
         )
         return loss + 0 * stats.ratio
 
-    for dtype in (F32, F16):
-        x, y = (torch.linspace(-1, 1, 240).reshape(2, 4, 6, 5).to(dtype).requires_grad_() for _ in range(2))
-        eager, compiled = step(x), torch.compile(step, fullgraph=True)(y)
-        torch.testing.assert_close(compiled, eager)
-        eager.backward()
-        compiled.backward()
-        torch.testing.assert_close(y.grad, x.grad)
+    return step
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=["f32", "f16"])
+def test_policy_loss(dtype):
+    (loss, grad), (loss_c, grad_c) = both(policy_step(), torch.linspace(-1, 1, 240).reshape(2, 4, 6, 5).to(dtype))
+    torch.testing.assert_close(loss_c, loss)
+    torch.testing.assert_close(grad_c, grad)
 
 
 def test_modulate_gradient_and_artifact_loss():
@@ -183,11 +185,16 @@ def test_inductor(tmp_path, monkeypatch):
     # Inductor's cache on the disk does not tell instruction sets apart: what another machine, or another
     # ATEN_CPU_CAPABILITY, left there writes beyond its buffers.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    pred, target, c = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.rand(2, 8, 8)
-    f = torch.compile(lambda x: diffdoctor.weighted_loss(x.sin(), target, c, artifact_weight=0.0), fullgraph=True)
+    pred, target, c, policy = torch.randn(2, 4, 6, 5), torch.randn(2, 4, 6, 5), torch.rand(2, 6, 5), policy_step()
+
+    def f(x):
+        return diffdoctor.weighted_loss(x.sin(), target, c, artifact_weight=0.0) + policy(x)
+
     leaf, eager = pred.clone().requires_grad_(), pred.clone().requires_grad_()
-    f(leaf).backward()
-    diffdoctor.weighted_loss(eager.sin(), target, c, artifact_weight=0.0).backward()
+    loss, want = torch.compile(f, fullgraph=True)(leaf), f(eager)
+    loss.backward()
+    want.backward()
+    torch.testing.assert_close(loss, want)
     torch.testing.assert_close(leaf.grad, eager.grad)
     assert list(tmp_path.rglob("*.so"))
 

@@ -13,14 +13,15 @@ FAMILIES = ("sd", "sdxl", "sd3", "flux", "flux2", *NEW_FAMILIES)
 # of a pipeline's call
 CALL_OPTIONS = {name: {"max_sequence_length": 32} for name in FAMILIES if name not in ("sd", "sdxl")}
 CALL_OPTIONS["wan"]["num_frames"] = 1
+# of 16 pixels it would make 1024 otherwise
+CALL_OPTIONS["sana"]["use_resolution_binning"] = False
 
 
 def call_options(name, scale, prompts=PROMPTS):
     """Options of a pipeline's call at a guidance scale, such that it does what its family does."""
     if name == "qwen_image":
         return {**CALL_OPTIONS[name], "true_cfg_scale": scale, "negative_prompt": [" "] * len(prompts)}
-    exact = {"use_resolution_binning": False} if name == "sana" else {}
-    return {**CALL_OPTIONS.get(name, {}), **exact, "guidance_scale": scale}
+    return {**CALL_OPTIONS.get(name, {}), "guidance_scale": scale}
 
 
 def drawn(output):
