@@ -7,8 +7,10 @@
   pictures a second between the first commits and the last, so that start-up does not count;
 - `rows`: units of 1,000 rows without pictures, `--pictures` rows in all: what the end of a run takes, which puts a
   manifest together and looks for keys that come twice;
-- `set`: `--pictures` pictures of 32x32 written in units of 1,000, then labelled (`diagnose --write shards`) and read
-  back, with the resident memory of all processes in the first tenth and in the last.
+- `cost`: CPU seconds that 1,000 pictures of 32x32 take to be written, labelled (`diagnose --write shards`) and read
+  back, in this process, the medians of `--turns`: hardly more on a machine that is busy;
+- `set`: `--pictures` pictures of 32x32 written in units of 1,000, then labelled and read back, with the resident memory
+  of all processes in the first tenth and in the last.
 
 Prints a table and writes results.json. `--parts` chooses; `--engine ray` needs the extra ray, and starts one here.
 """
@@ -19,7 +21,9 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +39,7 @@ from diffdoctor.runs.files import atomic_write_json
 
 SIDE, SHARD, BATCH = 32, 1000, 32
 MORE = ("uid", "phash")
-PARTS_OF_RUN = ["unit", "workers", "rows", "set"]
+PARTS_OF_RUN = ["unit", "workers", "rows", "cost", "set"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +147,25 @@ def worker_gain(folder: Path, options: dict, turns: int, units: int) -> dict:
     return {"rates": rates, "one": medians[1], "two": medians[2], "gain": medians[2] / medians[1]}
 
 
-def set_of(folder: Path, pictures: int, options: dict) -> dict:
-    """Write a set, label it, and read it back; seconds, and memory of all processes."""
-    results, plan = {}, plan_of(-(-pictures // SHARD), SHARD)
+def cost_of(folder: Path, turns: int) -> dict:
+    """CPU seconds of this process for 1,000 pictures, step by step; the first turn, which also imports, is left out."""
+    seconds: dict[str, list[float]] = {}
+    for _ in range(1 + turns):
+        for name, work, _ in steps_of(folder, 5 * SHARD, {"kind": "none"}):
+            before = time.process_time()
+            found = work()
+            seconds.setdefault(name, []).append(1000 * (time.process_time() - before) / found)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def steps_of(
+    folder: Path, pictures: int, options: dict, on_read: Callable[[int], None] = lambda number: None
+) -> list[tuple[str, Callable[[], int], str | None]]:
+    """(name, what writes, labels or reads a set and says how many pictures it has, the folder it makes).
+
+    `on_read` is called with the number of each picture that is read, from 0.
+    """
+    plan = plan_of(-(-pictures // SHARD), SHARD)
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "set").mkdir(parents=True)
 
@@ -167,18 +187,30 @@ def set_of(folder: Path, pictures: int, options: dict) -> dict:
 
     def read():
         data = ShardData(folder / "labels")
-        order = np.random.default_rng(0).permutation(len(data))[: min(len(data), 20_000)]
-        assert all(data[int(index)]["picture"].shape == (SIDE, SIDE, 3) for index in order)
+        for number, index in enumerate(np.random.default_rng(0).permutation(len(data)).tolist()):
+            assert data[index]["picture"].shape == (SIDE, SIDE, 3)
+            on_read(number)
         return len(np.unique(data.keys))
 
-    for name, work, output in (("write", write, "set"), ("label", label, "labels"), ("read", read, None)):
-        memory, started = Memory(), time.perf_counter()
+    return [("write", write, "set"), ("label", label, "labels"), ("read", read, None)]
+
+
+def set_of(folder: Path, pictures: int, options: dict) -> dict:
+    """Write a set, label it, and read it back; seconds, and memory of all processes."""
+    results = {}
+
+    def on_read(number: int) -> None:
+        memory.done = number
+
+    for name, work, output in steps_of(folder, pictures, options, on_read):
+        memory, started = Memory(period=1.0), time.perf_counter()
         if output is not None:
             _follow(memory, folder / output / "commits")
         found = work()
         seconds = time.perf_counter() - started
-        assert found == len(plan) * SHARD, (name, found)
+        assert found == SHARD * -(-pictures // SHARD), (name, found)
         results[name] = {"pictures": found, "seconds": seconds, **memory.summary(found)}
+        print(json.dumps({name: results[name]}), file=sys.stderr, flush=True)
     size = sum(path.stat().st_size for path in (folder / "labels").rglob("*") if path.is_file())
     results["labels_bytes_a_picture"] = size / found
     return results
@@ -235,6 +267,8 @@ def main(argv: list[str] | None = None) -> dict:
         results["workers"] = worker_gain(work / "workers", options, given.turns, max(4, given.units // 25))
     if "rows" in given.parts:
         results["rows"] = rows_of(work / "rows", given.pictures, options)
+    if "cost" in given.parts:
+        results["cpu_seconds_a_thousand"] = cost_of(work / "cost", given.turns)
     if "set" in given.parts:
         results["set"] = set_of(work / "set", given.pictures, options)
     shutil.rmtree(work, ignore_errors=True)

@@ -29,7 +29,7 @@ READERS = {
 
 
 class Memory:
-    """Samples the resident memory of this process and its children, with how much was done."""
+    """Samples the resident memory of this process and all that descend from it, with how much was done."""
 
     def __init__(self, period: float = 0.2):
         import psutil
@@ -41,7 +41,7 @@ class Memory:
     def _watch(self, period: float) -> None:
         while not self.stop.wait(period):
             total = 0
-            for process in (self.process, *self.process.children()):
+            for process in (self.process, *self.process.children(recursive=True)):
                 try:
                     total += process.memory_info().rss
                 except self.error:

@@ -54,6 +54,15 @@ def encode_picture(picture: np.ndarray, picture_type: str) -> bytes:
 
 def encode_mask(mask: np.ndarray) -> bytes:
     """Encode a mask (H, W) uint8 as PNG."""
+    return _mask_png(mask) if mask.any() else _empty_mask_png(mask.shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _empty_mask_png(shape: tuple[int, int]) -> bytes:
+    return _mask_png(np.zeros(shape, np.uint8))
+
+
+def _mask_png(mask: np.ndarray) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()

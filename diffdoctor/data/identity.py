@@ -27,5 +27,7 @@ def picture_hash(picture: np.ndarray) -> int:
 
     small = np.asarray(Image.fromarray(picture).convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float64)
     low = dctn(small, norm="ortho")[:8, :8].ravel()
-    bits = np.packbits(low > np.median(low[1:]))
+    # The median of an odd number of values, without the many checks of `np.median`.
+    middle = np.partition(low[1:], 31)[31]
+    bits = np.packbits(low > middle)
     return int.from_bytes(bits.tobytes(), "big", signed=True)

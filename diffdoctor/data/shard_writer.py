@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import re
-import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 from diffdoctor.data.codec import WRITTEN_TYPES, decode, encode_mask, encode_picture, suffix_of
 from diffdoctor.data.manifest import MANIFEST, PICTURE_FILE, ManifestWriter
 from diffdoctor.data.tar import IGNORE, MASK
+from diffdoctor.data.tar_writer import TarWriter
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_dir, clear_leftovers, refuse_foreign
@@ -137,7 +136,7 @@ class ShardFile:
 
     def __init__(self, path: Path, name: str, picture_type: str):
         self.name, self.picture_type = name, picture_type
-        self.tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        self.tar = TarWriter(path)
 
     def add(
         self,
@@ -168,9 +167,9 @@ class ShardFile:
         key = meta["key"]
         byte_ranges = {
             "picture": self._picture(key, picture) if picture_at is None else picture_at[1:],
-            "mask": self._member(f"{key}.{MASK}", encode_mask(mask)) if labelled else (0, 0),
-            **({} if ignore is None else {"ignore": self._member(f"{key}.{IGNORE}", encode_mask(ignore))}),
-            "json": self._member(f"{key}.json", strict_json.dumps(meta).encode()),
+            "mask": self.tar.add(f"{key}.{MASK}", encode_mask(mask)) if labelled else (0, 0),
+            **({} if ignore is None else {"ignore": self.tar.add(f"{key}.{IGNORE}", encode_mask(ignore))}),
+            "json": self.tar.add(f"{key}.json", strict_json.dumps(meta).encode()),
         }
         row = self._row(meta, picture, mask, byte_ranges)
         return row if picture_at is None else {**row, PICTURE_FILE: picture_at[0]}
@@ -191,10 +190,10 @@ class ShardFile:
         picture = decode(members["png"], "RGB")
         mask = decode(members[MASK], "L") if MASK in members else np.zeros(picture.shape[:2], np.uint8)
         kinds = {"mask": MASK, "ignore": IGNORE}
-        ranges = {"picture": self._member(f"{values['key']}.{suffix_of(members['png'])}", members["png"])}
+        ranges = {"picture": self.tar.add(f"{values['key']}.{suffix_of(members['png'])}", members["png"])}
         for name, kind in kinds.items():
-            ranges[name] = self._member(f"{values['key']}.{kind}", members[kind]) if kind in members else (0, 0)
-        ranges["json"] = self._member(f"{values['key']}.json", strict_json.dumps(values).encode())
+            ranges[name] = self.tar.add(f"{values['key']}.{kind}", members[kind]) if kind in members else (0, 0)
+        ranges["json"] = self.tar.add(f"{values['key']}.json", strict_json.dumps(values).encode())
         return self._row(values, picture, mask, ranges), picture, mask
 
     def _row(self, meta, picture, mask, byte_ranges) -> dict[str, Any]:
@@ -212,16 +211,7 @@ class ShardFile:
         }
 
     def _picture(self, key: str, picture: np.ndarray) -> tuple[int, int]:
-        return self._member(f"{key}.{self.picture_type}", encode_picture(picture, self.picture_type))
-
-    def _member(self, name: str, data: bytes) -> tuple[int, int]:
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        offset = self.tar.offset + tarfile.BLOCKSIZE
-        self.tar.addfile(info, io.BytesIO(data))
-        # The list that tarfile keeps of its members would grow with the shard.
-        self.tar.members.clear()
-        return offset, len(data)
+        return self.tar.add(f"{key}.{self.picture_type}", encode_picture(picture, self.picture_type))
 
     def __enter__(self) -> ShardFile:
         return self

@@ -20,7 +20,7 @@ import numpy as np
 from diffdoctor.data.codec import PICTURE_TYPES, SUFFIXES, PictureReader, SizeCheck, UnreadablePicture, decode
 from diffdoctor.data.manifest import IGNORE_OFFSETS, MANIFEST, OFFSETS, PICTURE_FILE, read_columns
 from diffdoctor.data.store_path import Location, StorePath, at, beside, stored_files
-from diffdoctor.data.tar import IGNORE, MASK, MAX_MEMBER_BYTES, SkipCounts, group_ranges, read_groups
+from diffdoctor.data.tar import IGNORE, MASK, MAX_MEMBER_BYTES, SkipCounts, group_ranges, placed_groups
 from diffdoctor.data.text import is_unicode
 from diffdoctor.runs.errors import UserError, expected, first_line
 
@@ -76,6 +76,7 @@ def read_shards(
     masks: str = "required",
     check: SizeCheck | None = None,
     read: PictureReader | None = None,
+    placed: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Stream labelled pictures from shards, in order; memory holds one sample at a time.
 
@@ -87,20 +88,25 @@ def read_shards(
         masks: "required", as training needs them; "optional": a picture without a mask counts as clean; "ignored".
         check: see `codec.decode`.
         read: see `decode_sample`.
+        placed: say where the picture lies in its shard.
 
     Yields:
-        The sample's JSON values with `picture` (H, W, 3) uint8, `mask` (H, W) float32 in [0, 1], `key`, `shard`, and
-        `ignore` (H, W) bool where the sample has it.
+        The sample's JSON values with `picture` (H, W, 3) uint8, `mask` (H, W) float32 in [0, 1], `key`, `shard`,
+        `ignore` (H, W) bool where the sample has it, and with `placed` `picture_at`, (offset, size) in bytes.
 
     Raises:
         UserError: no shards there; with `strict`, a broken member or sample.
     """
     counts = SkipCounts() if counts is None else counts
     for path in shard_paths(source)[split[0] :: split[1]]:
-        for key, members in read_groups(path, strict, counts):
+        for key, found in placed_groups(path, strict, counts):
+            where, members = f"{path.name}:{key}", {name: data for name, (data, _) in found.items()}
             try:
-                sample = decode_sample(members, f"{path.name}:{key}", masks, check, read)
-                yield {**sample, "key": key, "shard": path.name}
+                sample = decode_sample(members, where, masks, check, read) | {"key": key, "shard": path.name}
+                if placed:
+                    data, offset = found[_picture_member(members, where)]
+                    sample["picture_at"] = offset, len(data)
+                yield sample
             except BrokenSample as error:
                 counts.add(error.reason, error.where, strict, error.detail)
 

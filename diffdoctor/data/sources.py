@@ -230,6 +230,7 @@ def read_source(
     masks: str = "optional",
     check: SizeCheck | None = None,
     read: PictureReader | None = None,
+    placed: bool = False,
 ) -> Iterator[dict]:
     """The pictures of a source.
 
@@ -243,6 +244,7 @@ def read_source(
         masks: see `shards.read_shards`.
         check: see `codec.decode`.
         read: reads pictures in place of `codec.decode`, with masks "ignored".
+        placed: see `shards.read_shards`; of a picture file it changes nothing.
 
     Yields:
         Dicts with `picture` (H, W, 3) uint8, `name`, and of a shard's sample all its other values.
@@ -250,7 +252,8 @@ def read_source(
     counts = SkipCounts() if counts is None else counts
     if source.is_shard:
         pictures, before = 0, counts.total
-        for sample in read_shards(source.path, strict=strict, counts=counts, masks=masks, check=check, read=read):
+        options = {"strict": strict, "counts": counts, "masks": masks, "check": check, "read": read, "placed": placed}
+        for sample in read_shards(source.path, **options):
             pictures += 1
             yield {**sample, "name": readable(f"{source.name}/{sample['key']}")}
         if not pictures and counts.total == before:

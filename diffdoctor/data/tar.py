@@ -10,7 +10,7 @@ import posixpath
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, TypeAlias, TypeVar
 
 from diffdoctor.data.codec import PICTURE_TYPES
 from diffdoctor.data.store_path import Location
@@ -18,6 +18,7 @@ from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.summary import skipped_in_words
 
 Taken = TypeVar("Taken")
+Placed: TypeAlias = tuple[bytes, int]
 
 MASK = "mask.png"
 IGNORE = "ignore.png"
@@ -96,6 +97,11 @@ def read_groups(
         (key, {extension: bytes}).
     """
     return _each_group(path, strict, counts, start, _contents)
+
+
+def placed_groups(path: Location, strict: bool, counts: SkipCounts) -> Iterator[tuple[str, dict[str, Placed]]]:
+    """What `read_groups` gives, each member's bytes with where they lie: (key, {extension: (bytes, offset)})."""
+    return _each_group(path, strict, counts, 0.0, lambda file, info: (_contents(file, info), info.offset_data))
 
 
 def group_ranges(path: Location) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:

@@ -53,15 +53,15 @@ def components(confidence: np.ndarray, threshold: float = 0.5) -> list[Component
     Raises:
         ValueError: another shape.
     """
-    from scipy import ndimage
-
     confidence = np.asarray(confidence)
     if confidence.ndim != 2:
         raise ValueError(expected("confidence", "shape (H, W)", confidence.shape))
-    square = np.ones((3, 3), bool)
-    found = np.pad(confidence >= threshold, 2)
-    closed = ndimage.binary_closing(found, square)[2:-2, 2:-2]
-    labels, _ = ndimage.label(closed, square)
+    found = confidence >= threshold
+    if not found.any():
+        return []
+    from scipy import ndimage
+
+    labels, _ = ndimage.label(_closed(found), np.ones((3, 3), bool))
     smallest = max(MIN_SHARE * confidence.size, MIN_PIXELS)
     result = []
     for index, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
@@ -74,6 +74,16 @@ def components(confidence: np.ndarray, threshold: float = 0.5) -> list[Component
         box = (columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start)
         result.append(Component(mask, box, area, float(confidence[rows, columns][inside].mean())))
     return sorted(result, key=lambda c: -c.score)
+
+
+def _closed(found: np.ndarray) -> np.ndarray:
+    """A 3x3 closing of (H, W) bool, nothing of which is eroded at the border."""
+    wide = np.zeros((found.shape[0] + 4, found.shape[1] + 4), bool)
+    wide[2:-2, 2:-2] = found
+    wide = wide[:-2] | wide[1:-1] | wide[2:]
+    wide = wide[:, :-2] | wide[:, 1:-1] | wide[:, 2:]
+    wide = wide[:-2] & wide[1:-1] & wide[2:]
+    return wide[:, :-2] & wide[:, 1:-1] & wide[:, 2:]
 
 
 def run_length(mask: np.ndarray) -> dict:

@@ -84,7 +84,7 @@ def uncertainty(confidence: np.ndarray) -> np.ndarray:
     p = np.asarray(confidence, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         bits = -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
-    return np.nan_to_num(bits, nan=0.0).reshape(len(p), -1).mean(axis=1)
+    return np.where(np.isnan(bits), 0.0, bits).reshape(len(p), -1).mean(axis=1)
 
 
 def is_flagged(share: float | Array) -> bool | Array:

@@ -33,4 +33,14 @@ def dumps(value: Any, **options) -> str:
         value: see `nan_to_none`.
         **options: of `json.dumps`.
     """
-    return json.dumps(nan_to_none(value), allow_nan=False, **options)
+    try:
+        # A fifth of the time, where all numbers are finite.
+        return json.dumps(value, allow_nan=False, default=_python_number, **options)
+    except (TypeError, ValueError):
+        return json.dumps(nan_to_none(value), allow_nan=False, **options)
+
+
+def _python_number(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")

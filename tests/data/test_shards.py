@@ -16,6 +16,7 @@ from diffdoctor.data.shard_writer import write_shards
 from diffdoctor.data.shards import ShardData, read_shards
 from diffdoctor.data.stream import ShardStream
 from diffdoctor.data.tar import SkipCounts
+from diffdoctor.data.tar_writer import TarWriter
 from diffdoctor.runs.errors import UserError
 
 pytest.importorskip("pyarrow")
@@ -431,6 +432,27 @@ def test_headers_of_other_writers_are_read(tmp_path, format):
             info.size, info.mtime, info.uname = len(data), 1.5 if format == tarfile.PAX_FORMAT else 1, "someone"
             tar.addfile(info, io.BytesIO(data))
     assert [s["key"] for s in read_shards(tmp_path, strict=True)] == ["one", long]
+
+
+def test_the_writer_s_bytes_are_those_of_tarfile(tmp_path):
+    rng = np.random.default_rng(0)
+    names = [f"{'k' * length}.{kind}" for length in (1, 80) for kind in ("png", "mask.png", "json")]
+    members = {name: rng.bytes(size) for name, size in zip(names, (0, 1, 511, 512, 513, 12_000), strict=True)}
+    writer = TarWriter(tmp_path / "ours.tar")
+    ranges = {name: writer.add(name, data) for name, data in members.items()}
+    writer.close()
+    with tarfile.open(tmp_path / "theirs.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    written = (tmp_path / "ours.tar").read_bytes()
+    assert written == (tmp_path / "theirs.tar").read_bytes()
+    assert {name: written[offset : offset + size] for name, (offset, size) in ranges.items()} == members
+    writer = TarWriter(tmp_path / "long.tar")
+    with pytest.raises(ValueError, match="up to 100 bytes"):
+        writer.add("k" * 101, b"")
+    writer.close()
 
 
 def test_a_changed_header_is_noticed(tmp_path):

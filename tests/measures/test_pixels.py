@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from diffdoctor.evaluate.detector.measure import evaluate_maps
 from diffdoctor.measures.components import Matches, components, match_components, mean_average_precision
@@ -87,6 +88,16 @@ def test_flagged_is_two_per_cent_of_pixels_at_half(kind):
     assert flagged(confidence).tolist() == [True, False, False]
     assert flagged(confidence[:, 0]).tolist() == [True, False, False]
     assert flagged_share(confidence).tolist() == pytest.approx([0.02, 0.01, 0])
+
+
+def test_components_are_those_of_scipy_s_closing():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        found = rng.random(tuple(rng.integers(1, 20, 2))) < rng.choice([0.0, 0.1, 0.3, 0.6])
+        closed = ndimage.binary_closing(np.pad(found, 2), np.ones((3, 3), bool))[2:-2, 2:-2]
+        labels, count = ndimage.label(closed, np.ones((3, 3), bool))
+        areas = [int((labels == number).sum()) for number in range(1, count + 1)]
+        assert sorted(c.area for c in components(found.astype(float))) == sorted(a for a in areas if a >= 4)
 
 
 def test_components_are_closed_joined_diagonally_and_at_least_four_pixels():

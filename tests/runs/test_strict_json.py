@@ -11,7 +11,7 @@ from diffdoctor.runs.checkpoints import Checkpoints
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.journal import Journal
 from diffdoctor.runs.record import RunFolder
-from diffdoctor.runs.strict_json import dumps
+from diffdoctor.runs.strict_json import dumps, nan_to_none
 from support.paths import ROOT
 
 ODD = {
@@ -59,3 +59,15 @@ def test_json_is_written_in_one_place(folder):
         if path.name not in others and re.search(r"(?<!strict_)json\.dumps?\(", path.read_text(encoding="utf-8"))
     ]  # fmt: skip
     assert not writers
+
+
+@pytest.mark.parametrize(
+    "value", [ODD, {"a": np.float32(0.1), "b": np.int64(3), "c": [np.True_, {"d": np.float64(2)}]}, {np.int64(1): 2}]
+)
+def test_numbers_of_numpy_are_written_as_python_s(value):
+    assert dumps(value) == json.dumps(nan_to_none(value), allow_nan=False)
+
+
+def test_what_is_no_json_is_refused():
+    with pytest.raises(TypeError, match="set is not JSON"):
+        dumps({"a": {1}})

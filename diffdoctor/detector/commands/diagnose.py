@@ -15,6 +15,7 @@ from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.models.load import open_detector
 from diffdoctor.detector.predict import describe_map
 from diffdoctor.engine.sets import RESULTS as SET_RESULTS
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import NO_SUCH_NAME, atomic_write_bytes, file_name
 from diffdoctor.runs.journal import Journal
@@ -81,7 +82,8 @@ def _diagnose(
     if state.is_main_process:
         skipped.join(left_out)
         done = journal.read()
-        metrics = write_diagnosis(config, lambda: index.current_records(done), skipped)
+        records = ((strict_json.dumps(record) + "\n", record) for record in index.current_records(done))
+        metrics = write_diagnosis(config, records, skipped)
     state.wait_for_everyone()
     return metrics
 

@@ -26,12 +26,15 @@ def diagnosis_batches(
     def check(height: int, width: int) -> str | None:
         return None if takes(detector, height, width, config.tile) else TOO_LARGE
 
-    samples = (
-        sample | {"path": absolute_path(source), "stamp": stamps[source.name]}
-        for source in unit
-        for sample in read_source(source, strict=config.strict, counts=counts, masks="ignored", check=check)
-    )
-    return in_batches(samples, config.batch_size)
+    options = {"strict": config.strict, "counts": counts, "masks": "ignored", "check": check, "placed": True}
+
+    def samples() -> Iterator[dict]:
+        for source in unit:
+            known = {"path": absolute_path(source), "stamp": stamps[source.name]}
+            for sample in read_source(source, **options):
+                yield sample | known
+
+    return in_batches(samples(), config.batch_size)
 
 
 def confidences(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import heapq
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from diffdoctor.data.store_path import StorePath, absolute
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.commands.diagnose_config import DiagnoseConfig
 from diffdoctor.detector.report import write_gallery
-from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.files import atomic_path, atomic_write_json
 from diffdoctor.runs.record import METRICS, versions
@@ -21,7 +21,7 @@ from diffdoctor.runs.summary import print_summary
 
 def write_diagnosis(
     config: DiagnoseConfig,
-    records: Callable[[], Iterator[dict]],
+    records: Iterable[tuple[str, dict]],
     skipped: SkipCounts,
     *,
     draw: Callable[[list[dict]], None] = lambda worst: None,
@@ -32,7 +32,7 @@ def write_diagnosis(
 
     Args:
         config: the command's options.
-        records: gives the record of every picture, in order; called twice.
+        records: of every picture, in order: the line of diagnosis.jsonl, and what it says.
         skipped: what was left out.
         draw: called with the records of the gallery's pictures, to write their maps and overlays where they are not
             there yet.
@@ -47,10 +47,18 @@ def write_diagnosis(
     """
     output, pictures, flagged, confidence = Path(config.output), 0, 0, 0.0
     with atomic_path(output / "diagnosis.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as lines:
-        for record in records():
-            lines.write(strict_json.dumps(record) + "\n")
-            pictures, flagged = pictures + 1, flagged + record["flagged"]
-            confidence += record["mean"]
+
+        def written() -> Iterator[dict]:
+            nonlocal pictures, flagged, confidence
+            for line, record in records:
+                lines.write(line)
+                pictures, flagged = pictures + 1, flagged + record["flagged"]
+                confidence += record["mean"]
+                yield record
+
+        left = written()
+        worst = heapq.nsmallest(config.gallery, left, key=_worst_first)
+        collections.deque(left, maxlen=0)  # without a gallery, nothing is written yet
     metrics = {
         "pictures": pictures,
         "flagged": flagged,
@@ -62,7 +70,6 @@ def write_diagnosis(
         "versions": versions(),
     }
     if config.gallery:
-        worst = heapq.nsmallest(config.gallery, records(), key=_worst_first)
         draw(worst)
         folders = ("overlays", "maps") if config.overlays else ("maps",)
         write_gallery(output, worst, metrics, folders, _settings(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import json
 import os
@@ -15,7 +16,6 @@ import torch
 
 from diffdoctor.data.manifest import MANIFEST, MORE
 from diffdoctor.data.shard_writer import is_key
-from diffdoctor.data.shards import picture_ranges
 from diffdoctor.data.sources import Source
 from diffdoctor.data.store import is_url
 from diffdoctor.data.store_path import Location, absolute, at
@@ -119,7 +119,6 @@ class _LabelWorker:
         counts, place, seen = SkipCounts(), 0, set()
         sources = _sources(unit)
         stamps = dict.fromkeys((source.name for source in sources), "")
-        ranges = picture_ranges(sources[0].path) if sources[0].is_shard else None
         lines = attempt.path(f"{PARTS}/{unit.id}.jsonl.gz")
         # No name and no time in the header: the same records make the same bytes.
         with (
@@ -137,7 +136,7 @@ class _LabelWorker:
                     known = {name: sample[name] for name in _KNOWN if sample.get(name)}
                     label = {name: value for name, value in found.items() if name != "components"}
                     label |= {"key": key, "label": "pseudo", "round": self.config.round, **known}
-                    at = self._picture_at(sample, ranges)
+                    at = self._picture_at(sample)
                     shown = {"area": found["flagged_share"], "flagged": found["flagged"]}
                     files.add({"picture": sample["picture"], "mask": confidence, **label}, at, **shown)
                     line = found | {"path": sample["path"], **known, "key": key, "unit": unit.id}
@@ -145,12 +144,13 @@ class _LabelWorker:
                     place += 1
         return files.result(counts)
 
-    def _picture_at(self, sample: dict, ranges: dict[str, tuple[int, int]] | None) -> tuple[str, int, int]:
+    def _picture_at(self, sample: dict) -> tuple[str, int, int]:
         path = sample["path"]
-        offset, size = (0, os.path.getsize(path)) if ranges is None else ranges[sample["key"]]
+        offset, size = sample["picture_at"] if "picture_at" in sample else (0, os.path.getsize(path))
         return _relative(path, self.config.output), offset, size
 
 
+@functools.lru_cache(maxsize=1024)
 def _relative(path: str, folder: str) -> str:
     """A path from a folder, with slashes: sets that move together find each other; a URL from elsewhere as it is.
 
@@ -176,17 +176,17 @@ def _sources(unit: Unit) -> list[Source]:
 
 
 class _Records:
-    """The records of a label set's pictures, unit by unit; calling it gives them from the beginning."""
+    """The records of a label set's pictures, unit by unit, each with its line."""
 
     def __init__(self, output: Location, units: list[str]):
         self.output, self.units, self.commits = output, units, commits_at(output)
 
-    def __call__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[tuple[str, dict]]:
         for unit in self.units:
             name = f"{PARTS}/{unit}.jsonl.gz"
             path = self.commits.file(self.commits.read(unit), name)
             with path.open("rb") as file, gzip.open(file, "rt", encoding="utf-8") as lines:
-                yield from map(json.loads, lines)
+                yield from ((line, json.loads(line)) for line in lines)
 
     def draw_into(self, config: DiagnoseConfig):
         """What writes the maps and overlays of some records' pictures, from the label set."""
