@@ -65,7 +65,7 @@ def steps_of(options, prompts: Path, count: int) -> list[tuple[str, int, list[st
         words = ["sample", "--pipeline", str(options.pipeline), "--prompts", str(prompts), "--output", str(drawn)]
         words += ["--seeds", str(first), str(first + seeds - 1), "--batch_size", "64", *options.draw, *engine]
         steps.append((f"draw {name}", seeds * count, words))
-        words = ["inject", str(drawn), "--output", str(damaged), "--kinds", *kinds, "--workers", str(options.workers)]
+        words = ["inject", str(drawn), "--output", str(damaged), "--kinds", *kinds, *engine]
         steps.append((f"damage {name}", 2 * seeds * count, words))
         first += seeds
     training = ["steps", str(options.steps), "batch_size", "32", "checkpoint_every", "100", "order", "blocks"]
@@ -104,7 +104,6 @@ def parser() -> argparse.ArgumentParser:
     drawing = "an option of `diffdoctor sample`, as in --draw=--height=512; any number of them"
     command.add_argument("--draw", action="append", default=[], help=drawing)
     command.add_argument("--engine", default="processes", help="see docs/scale.md (processes)")
-    command.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="of `inject`")
     command.add_argument("--budget", type=int, default=400, help="tasks for people (400)")
     command.add_argument("--steps", type=int, default=300, help="of each training of the detector (300)")
     command.add_argument("--architecture", default="conv", help="of the first detector (conv)")

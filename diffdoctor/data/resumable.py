@@ -11,6 +11,7 @@ import numpy as np
 
 from diffdoctor.data.manifest import MANIFEST, ManifestWriter
 from diffdoctor.data.shard_writer import ShardFile, in_shards, shard_name
+from diffdoctor.data.store_path import Location
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.files import atomic_path, atomic_write_json, reading, replace_dir
@@ -18,6 +19,20 @@ from diffdoctor.runs.record import RunFolder
 
 # A record of the maker's state: JSON values and arrays.
 State = tuple[dict[str, Any], dict[str, np.ndarray]]
+
+
+def save_state(path: Path, state: State) -> None:
+    """Write a state to a file; of equal states, equal bytes."""
+    account, arrays = state
+    with open(path, "wb") as file:
+        np.savez(file, account=np.array(strict_json.dumps(account)), **arrays)
+
+
+def load_state(path: Location) -> State:
+    """Read what `save_state` wrote; raises whatever NumPy does of a file that is damaged."""
+    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+        arrays = dict(file)
+    return json.loads(str(arrays.pop("account"))), arrays
 
 
 def work_folder(folder: Path) -> Path:
@@ -64,9 +79,7 @@ class ResumableSet:
         if not path.is_file():
             return
         with reading(path, f"remove {self.work} to start again"):
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
-            account = json.loads(str(arrays.pop("account")))
+            account, arrays = load_state(path)
             self.done, self.state = account["done"], (account["state"], arrays)
 
     def write(self, samples: Iterator[dict[str, Any]], record: Callable[[], State]) -> None:
@@ -84,9 +97,8 @@ class ResumableSet:
             for number, inside in in_shards(samples, self.shard_size, self.done):
                 self._write_shard(number, inside)
                 account, arrays = record()
-                account = {"done": number + 1, "state": account}
-                with atomic_path(self.work / "state.npz") as temporary, open(temporary, "wb") as file:
-                    np.savez(file, account=np.array(strict_json.dumps(account)), **arrays)
+                with atomic_path(self.work / "state.npz") as temporary:
+                    save_state(temporary, ({"done": number + 1, "state": account}, arrays))
                 self.done = number + 1
         except BaseException as error:
             if not self.done:

@@ -46,3 +46,22 @@ class EngineConfig:
         if (self.kind == "ray") != (self.address is not None):
             what = "auto, HOST:PORT or local with --engine ray" if self.kind == "ray" else "none without --engine ray"
             raise UserError(expected("engine.address", what, self.address or "none"))
+
+
+@dataclasses.dataclass
+class OptionalEngineConfig(EngineConfig):
+    """`EngineConfig` of a command that can also do without units.
+
+    Attributes:
+        kind: none, ranks, processes or ray, as of `EngineConfig`; null: the work is not done in units.
+    """
+
+    kind: str | None = None
+
+    def __post_init__(self):
+        if self.kind is not None:
+            super().__post_init__()
+            return
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) != field.default:
+                raise UserError(expected("engine", f"one of {', '.join(KINDS)} beside engine.{field.name}", "none"))

@@ -172,7 +172,15 @@ class Assembled:
 
 
 def make_set(
-    folder: RunFolder, plan: Plan, spec: WorkerSpec, config, *, state, desc: str, more: tuple[str, ...] = IDENTITIES
+    folder: RunFolder,
+    plan: Plan,
+    spec: WorkerSpec,
+    config,
+    *,
+    state,
+    desc: str,
+    more: tuple[str, ...] = IDENTITIES,
+    overwrite: bool = False,
 ) -> tuple[Report, Assembled] | None:
     """Make a set in the folder of a run: its units by the engine of the options, then its manifest.
 
@@ -184,6 +192,7 @@ def make_set(
         state: Accelerate's.
         desc: name of the bar.
         more: see `UnitFiles`.
+        overwrite: replace what another run of this kind has made in the folder.
 
     Returns:
         What became of the plan, and of the set; None on other than the main process.
@@ -191,11 +200,11 @@ def make_set(
     Raises:
         UserError: see `running.run` and `assemble`.
     """
-    folder.check()
+    folder.check(overwrite=overwrite)
     if state.num_processes > 1:
         state.wait_for_everyone()  # all have looked at the folder before one changes it
     if state.is_main_process:
-        folder.begin(config)
+        folder.begin(config, overwrite=overwrite)
     report = run(plan, spec, folder.place, config.engine, state=state, desc=desc)
     if not state.is_main_process:
         return None

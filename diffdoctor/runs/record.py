@@ -105,8 +105,8 @@ class RunFolder:
         main: bool = True,
     ):
         if _URL.match(str(path)):
-            what = "a folder (`diagnose --write shards`, `sample` and `set join` alone write to object stores)"
-            raise UserError(expected("output", what, path))
+            writers = "`diagnose --write shards`, `sample`, `inject --engine` and `set join`"
+            raise UserError(expected("output", f"a folder ({writers} alone write to object stores)", path))
         self.path, self.kind, self.identity, self.results = Path(path), kind, as_json(identity), dict(results)
         self.exclusive, self.advice, self.main = exclusive, advice, main
         self._lock, self._is_open, self._seen = FolderLock(self.path), False, None

@@ -155,12 +155,23 @@ def test_training_evaluation_and_the_set_commands_take_urls(files, pool, bucket,
     assert main(["set", "check", pool]) == 2
     assert "shard-000001.tar" in capsys.readouterr().err
     assert main(["inject", str(files / "pictures"), "--output", f"{bucket}/injected"]) == 2
-    assert "alone write to object stores" in capsys.readouterr().err
+    assert "output: expected a folder, or a URL with --engine" in capsys.readouterr().err
 
 
-def test_pictures_of_a_store_are_injected_with_damage_and_become_tasks(files, pool, tmp_path):
-    assert main(["inject", pool, "--output", str(tmp_path / "set"), "--kinds", '["tint"]']) == 0
+def test_pictures_of_a_store_are_injected_with_damage_and_become_tasks(files, pool, bucket, tmp_path, monkeypatch):
+    words = ["inject", pool, "--kinds", '["tint"]', "--output"]
+    assert main([*words, str(tmp_path / "set")]) == 0
     assert len(ShardData(tmp_path / "set")) == 10
+    # In units, interrupted and resumed, it is the same in a store as in a folder.
+    left = failing(monkeypatch, "put_file", *[lambda do, _: do()] * 6, *[OSError("the store is down")] * 5)
+    assert main([*words, f"{bucket}/made", "--engine", "none"]) == 2
+    assert not left
+    assert main([*words, f"{bucket}/made", "--engine", "none"]) == 0
+    assert main([*words, str(tmp_path / "made"), "--engine", "none"]) == 0
+    here, there = ShardData(tmp_path / "made"), ShardData(f"{bucket}/made")
+    assert here.keys.tolist() == there.keys.tolist()
+    assert all(np.array_equal(here[index]["picture"], there[index]["picture"]) for index in range(10))
+    assert {"metrics.json", "contact_sheet.png", "config.yaml", "run.json", "plan.parquet"} <= names(f"{bucket}/made")
     words = ["annotate", "add", str(tmp_path / "project"), "--pool", pool, "--strategy", "random", "--budget", "4"]
     assert main([*words, "--gold", pool, "--gold_share", "0.5"]) == 0
     with closing(sqlite3.connect(tmp_path / "project" / "annotate.db")) as database:

@@ -18,7 +18,7 @@ from diffdoctor.data.manifest import MANIFEST, MORE
 from diffdoctor.data.shard_writer import is_key
 from diffdoctor.data.sources import Source
 from diffdoctor.data.store import is_url
-from diffdoctor.data.store_path import Location, absolute, at
+from diffdoctor.data.store_path import Location, at
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.commands.diagnose_batches import confidences, diagnosis_batches
 from diffdoctor.detector.commands.diagnose_config import DiagnoseConfig
@@ -28,8 +28,9 @@ from diffdoctor.detector.predict import describe_map
 from diffdoctor.engine.attempt import Attempt
 from diffdoctor.engine.places import commits_at
 from diffdoctor.engine.sets import PARTS, UnitFiles, make_set, read_sample
+from diffdoctor.engine.source_units import plan_of_sources, sources_of
 from diffdoctor.engine.store_run import run_folder
-from diffdoctor.engine.units import Place, Plan, Unit, Worker, check_unchanged, unit_name
+from diffdoctor.engine.units import Place, Plan, Unit, Worker, check_unchanged
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_write_bytes, file_name
@@ -65,25 +66,13 @@ def diagnose_shards(
 
 
 def _plan(sources: list[Source], size: int) -> Plan:
-    files = [source for source in sources if not source.is_shard]
-    groups = [files[first : first + size] for first in range(0, len(files), size)]
-    groups += [[source] for source in sources if source.is_shard]
     # Keys of a set with a manifest are unique in the set; elsewhere, only within a shard.
     has_manifest = {folder: (folder / MANIFEST).is_file() for folder in {s.path.parent for s in sources if s.is_shard}}
-    units, first = [], 0
-    for number, group in enumerate(groups):
-        details = {
-            "names": [source.name for source in group],
-            "categories": [source.category for source in group],
-            "captions": [source.caption for source in group],
-            "keys": group[0].is_shard and has_manifest[group[0].path.parent],
-        }
-        count = 0 if group[0].is_shard else len(group)
-        paths = tuple(absolute(source.path) for source in group)
-        stamp = " ".join(source.stamp() for source in group)
-        units.append(Unit(unit_name(number), paths, first, count, stamp, details))
-        first += count
-    return Plan(units)
+
+    def details(group: list[Source]) -> dict[str, Any]:
+        return {"keys": group[0].is_shard and has_manifest[group[0].path.parent]}
+
+    return plan_of_sources(sources, size, details)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +106,7 @@ class _LabelWorker:
 
     def __call__(self, unit: Unit, attempt: Attempt) -> dict[str, Any]:
         counts, place, seen = SkipCounts(), 0, set()
-        sources = _sources(unit)
+        sources = sources_of(unit)
         stamps = dict.fromkeys((source.name for source in sources), "")
         lines = attempt.path(f"{PARTS}/{unit.id}.jsonl.gz")
         # No name and no time in the header: the same records make the same bytes.
@@ -168,11 +157,6 @@ def _relative(path: str, folder: str) -> str:
         return Path(os.path.relpath(path, os.path.abspath(folder))).as_posix()
     except ValueError:  # another drive
         return Path(path).as_posix()
-
-
-def _sources(unit: Unit) -> list[Source]:
-    columns = (unit.details[name] for name in ("names", "categories", "captions"))
-    return [Source(at(path), *values) for path, *values in zip(unit.inputs, *columns, strict=True)]
 
 
 class _Records:

@@ -45,16 +45,17 @@ class InjectStats:
 
     Args:
         state: what `record` gave, to resume from.
+        examples: of each kind, at most.
     """
 
-    def __init__(self, state: State | None = None):
+    def __init__(self, state: State | None = None, examples: int = EXAMPLES):
         account, arrays = state or ({}, {})
+        self._examples = examples
         self.kinds, self.failed = Counter(account.get("kinds")), account.get("failed", 0)
         self.skipped, self.areas = SkipCounts(), array.array("d", arrays.get("areas", ()))
         # {kind: [(rank, (clean, damaged, mask))]}: of a random rank, so that every sample is equally likely to be kept.
         self.sheet: dict[str, list[tuple]] = {}
-        for number, (kind, rank) in enumerate(account.get("sheet", ())):
-            tiles = tuple(arrays[f"tile-{number}-{part}"] for part in range(3))
+        for kind, rank, tiles in _shown(account, arrays):
             self.sheet.setdefault(kind, []).append((rank, tiles))
         # The picture to resume with, and how many of its versions are written.
         self.cursor = Cursor(**account["cursor"]) if account else None
@@ -68,31 +69,54 @@ class InjectStats:
                 picture, sample).
         """
         for self.cursor, self.versions, self.failed_before, sample in samples:
-            clean = sample.pop("original")
-            self.kinds[sample["kind"] or "clean"] += 1
-            if sample["mask"].any():
-                self.areas.append(float((sample["mask"] >= 0.5).mean()))
-            if sample["kind"]:
-                self._show(clean, sample)
+            self.add(sample)
             yield sample
+
+    def add(self, sample: dict) -> float:
+        """Count a sample, and take its `original` away; returns the share of its pixels that are broken."""
+        clean, area = sample.pop("original"), 0.0
+        self.kinds[sample["kind"] or "clean"] += 1
+        if sample["mask"].any():
+            area = float((sample["mask"] >= 0.5).mean())
+            self.areas.append(area)
+        if sample["kind"]:
+            self._show(clean, sample)
+        return area
 
     def _show(self, clean: np.ndarray, sample: dict) -> None:
         rank = hashlib.blake2b(sample["key"].encode(), digest_size=8).hexdigest()
         shown = self.sheet.setdefault(sample["kind"], [])
-        if len(shown) < EXAMPLES or rank < shown[-1][0]:
+        if len(shown) < self._examples or (shown and rank < shown[-1][0]):
             mask = np.rint(sample["mask"] * 255).astype(np.uint8)
-            shown.append((rank, tuple(shrink_to(tile, SHEET_TILE) for tile in (clean, sample["picture"], mask))))
-            shown.sort(key=lambda entry: entry[0])
-            del shown[EXAMPLES:]
+            self._keep(sample["kind"], rank, [shrink_to(tile, SHEET_TILE) for tile in (clean, sample["picture"], mask)])
+
+    def _keep(self, kind: str, rank: str, tiles: Sequence[np.ndarray]) -> None:
+        shown = self.sheet.setdefault(kind, [])
+        shown.append((rank, tuple(tiles)))
+        shown.sort(key=lambda entry: entry[0])
+        del shown[self._examples :]
+
+    def join(self, state: State) -> None:
+        """Add what `counts` gave of other samples."""
+        account, arrays = state
+        self.kinds.update(account["kinds"])
+        self.failed += account["failed"]
+        self.areas.extend(arrays["areas"].tolist())
+        for kind, rank, tiles in _shown(account, arrays):
+            self._keep(kind, rank, tiles)
 
     def record(self) -> State:
         """The state after the sample that was counted last, for `ResumableSet`."""
+        account, arrays = self.counts()
+        where = {"cursor": dataclasses.asdict(self.cursor), "versions": self.versions}
+        return account | {"failed": self.failed_before} | where, arrays
+
+    def counts(self) -> State:
+        """The counts and examples of all samples, without where to resume."""
         shown = [(kind, *entry) for kind, entries in self.sheet.items() for entry in entries]
         account = {
             "kinds": dict(self.kinds),
-            "failed": self.failed_before,
-            "cursor": dataclasses.asdict(self.cursor),
-            "versions": self.versions,
+            "failed": self.failed,
             "sheet": [(kind, rank) for kind, rank, _ in shown],
         }
         arrays = {"areas": np.array(self.areas)}
@@ -128,3 +152,9 @@ class InjectStats:
             "skipped": self.skipped.reasons,
             "skipped_examples": self.skipped.examples,
         }
+
+
+def _shown(account: dict, arrays: dict[str, np.ndarray]) -> Iterator[tuple[str, str, tuple]]:
+    """(kind, rank, tiles) of the examples in a state."""
+    for number, (kind, rank) in enumerate(account.get("sheet", ())):
+        yield kind, rank, tuple(arrays[f"tile-{number}-{part}"] for part in range(3))

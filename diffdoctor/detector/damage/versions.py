@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,7 +17,7 @@ from diffdoctor.runs.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class VersionOptions:
-    """Which versions are made of each picture; see `commands.inject.InjectConfig`.
+    """Which versions are made of each picture; see `commands.inject_config.InjectConfig`.
 
     Attributes:
         damaged: number of damaged versions.
@@ -38,12 +40,35 @@ class VersionOptions:
     seed: int
 
 
-def labelled_versions(options: VersionOptions, index: int, sample: dict) -> tuple[list[dict], int]:
+class Origin(NamedTuple):
+    """Which picture it is of which versions are made.
+
+    Attributes:
+        key: which the keys of its versions begin with.
+        draws: whole numbers from 0; every draw is a function of the seed and these.
+    """
+
+    key: str
+    draws: tuple[int, ...]
+
+    @classmethod
+    def of_index(cls, index: int) -> Origin:
+        """By the picture's index among those of the input that are used."""
+        return cls(f"{index:08d}", (index,))
+
+    @classmethod
+    def of_name(cls, key: str, name: str) -> Origin:
+        """By the picture's name, whatever else is in the input."""
+        digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=16).digest()
+        return cls(key, tuple(np.frombuffer(digest, "<u4").tolist()))
+
+
+def labelled_versions(options: VersionOptions, origin: Origin, sample: dict) -> tuple[list[dict], int]:
     """Make the labelled versions of one picture.
 
     Args:
         options: which versions.
-        index: of the picture in its set; every draw is a function of the seed and this index.
+        origin: of the picture.
         sample: `picture` (H, W, 3) uint8, `name`, and optionally prompt, category, generator and round.
 
     Returns:
@@ -59,20 +84,20 @@ def labelled_versions(options: VersionOptions, index: int, sample: dict) -> tupl
     common = {**known, "source": sample["name"], "original": picture}
     result, failed = [], 0
     if options.clean:
-        entry = {"key": f"{index:08d}-clean", "picture": picture, "mask": empty, "label": "real", "kind": ""}
+        entry = {"key": f"{origin.key}-clean", "picture": picture, "mask": empty, "label": "real", "kind": ""}
         result.append(common | entry)
     for number in range(options.benign):
-        changed = benign(picture, np.random.default_rng([options.seed, 2, index, number]))
-        entry = {"key": f"{index:08d}-benign-{number}", "label": "real", "kind": changed.kind}
+        changed = benign(picture, np.random.default_rng([options.seed, 2, *origin.draws, number]))
+        entry = {"key": f"{origin.key}-benign-{number}", "label": "real", "kind": changed.kind}
         result.append(common | entry | {"picture": changed.picture, "mask": changed.mask})
     for number in range(options.damaged):
-        rng = np.random.default_rng([options.seed, 1, index, number])
+        rng = np.random.default_rng([options.seed, 1, *origin.draws, number])
         try:
             damaged = inject(picture, rng, options.kinds, options.strength, options.area, visible=options.visible)
         except NoVisibleDamage:
             failed += 1
             continue
-        entry = {"key": f"{index:08d}-damaged-{number}", "label": "injected", "kind": damaged.kind}
+        entry = {"key": f"{origin.key}-damaged-{number}", "label": "injected", "kind": damaged.kind}
         result.append(common | entry | {"picture": damaged.picture, "mask": damaged.mask})
     return result, failed
 
