@@ -170,6 +170,8 @@ def test_the_recipes_are_options_of_a_treatment(kind, tmp_path):
     for name, recipe in RECIPES.items():
         for other in (recipe.after, recipe.trained_on):
             assert other is None or RECIPES[other].treat is not None, name
+        base = RECIPES[recipe.before]
+        assert (base.before, base.steps) == (recipe.before, recipe.steps), name
         if recipe.treat is not None:
             config = TreatConfig(**study.treat_options(kind, recipe))
             assert (config.sampling_steps, config.height, config.width, config.seed) == (10, 16, 40, 3)
@@ -185,7 +187,7 @@ def test_a_table_of_one_row():
     damaged, _ = calibration.broken_signs(calibration.faded, 1.0, 100, 9)
     before, after = (read_signs(np.concatenate([damaged, signs.pictures[:n]])) for n in (100, 100))
     found = measure(before, after, ["red letters"] * 200) | {"kind": "sd", "name": "nft", "cpu_seconds": 12.4}
-    found |= {"drawing": 3.0, "detector": {"before": 0.5, "after": 0.4, "hacking": None}}
+    found |= {"compared_with": "before", "drawing": 3.0, "detector": {"before": 0.5, "after": 0.4, "hacking": None}}
     line = markdown([found]).splitlines()[-1]
     assert "| 50.0 % (43.1 to 56.9) | 1.00 (1.00 to 1.00) |" in line
     assert line.endswith("| 50.0 % → 40.0 % | – | 12, drawing x 3.0 |")
@@ -205,13 +207,15 @@ TOY = {
 
 def test_the_road_from_drawing_to_the_page(tmp_path):
     """At toy lengths: every part is made, stored, measured and shown."""
-    rows = ["nft, second round", "trained on as long as nft", "nft, then repair"]
+    rows = ["nft, second round", "trained on as long as nft", "nft, then repair", "nft, 30 steps"]
     command = ["--output", str(tmp_path), "--pictures", "4", "--pipelines", "sd", "--threads", "1"]
     command += ["--settings", json.dumps(TOY), "--rows", *rows]
     assert main(command) == 0
     record = json.loads((tmp_path / "signs.json").read_text())
     found = {row["name"]: row for row in record["rows"]}
-    assert set(found) == {"before", "nft", *rows}
+    assert set(found) == {"before", "nft", "before, 30 steps", *rows}
+    assert found["nft, 30 steps"]["compared_with"] == "before, 30 steps"
+    assert found["nft, 30 steps"]["cpu_seconds"] == found["nft"]["cpu_seconds"]  # one treatment, drawn twice
     assert found["nft"]["against_control"]["name"] == rows[1]
     assert found[rows[0]]["cpu_seconds"] > found["nft"]["cpu_seconds"] > 0
     assert all(row["pictures"] == 4 for row in record["rows"])

@@ -104,13 +104,19 @@ def _caption(record, options) -> str:
 
 def _needed(rows) -> set[str]:
     """The rows that others are made from."""
-    needed = {name for row in rows for name in (RECIPES[row].after, RECIPES[row].trained_on) if name is not None}
+    needed = {
+        name
+        for row in rows
+        for name in (RECIPES[row].after, RECIPES[row].trained_on, RECIPES[row].before)
+        if name not in (None, row)
+    }
     return needed | _needed(needed) if needed else set()
 
 
 def _picture(path: Path, study: Study, kind: str) -> None:
     """The worst signs before, and after the last treatment without guidance and repair."""
-    drawn = {name: recipe for name, recipe in study.recipes.items() if recipe.guide is None and recipe.repair is None}
+    plain = (None, None, None)
+    drawn = {name: each for name, each in study.recipes.items() if (each.guide, each.repair, each.steps) == plain}
     names = [name for name in drawn if name.startswith("nft")]
     names = [name for name in names if "map_source" not in study.recipes[name].treat]
     if not names:

@@ -59,13 +59,14 @@ def write_page(path: Path, studies: list, kinds: tuple[str, ...], rows: list[dic
         report.heading(f"Seed {number}")
         report.table(HEADER, [cells(row) for row in rows if row["seed"] == number])
     for kind in kinds:
-        reading, names = study.reading(kind, "before"), [name for name in study.recipes if name != "before"]
+        reading = study.reading(kind, "before")
+        names = [name for name, recipe in study.recipes.items() if name != recipe.before]
         chosen = worst(reading)
         report.heading(f"{NAMES[kind]}: the {SHOWN} worst of {len(reading)} signs, before and after")
-        before = as_hwc(study.pictures(kind, "before"))[chosen]
         for name in names:
-            after = as_hwc(study.pictures(kind, name))[chosen]
-            report.image(before_and_after([before, after]), f"Above before, below after: {name}. The same seeds.")
+            base = study.recipes[name].before
+            versions = [as_hwc(study.pictures(kind, which))[chosen] for which in (base, name)]
+            report.image(before_and_after(versions), f"Above {base}, below after: {name}. The same seeds.")
         some = np.flatnonzero(reading.broken())[:SHOWN]
         caption = "Drawn, not chosen: the first broken signs of the untreated pipeline, and what the oracle marks."
         report.image(marked_sheet(study.pictures(kind, "before"), reading, some), caption)

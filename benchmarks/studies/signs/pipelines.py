@@ -138,12 +138,15 @@ def prompts_of(count: int) -> list[str]:
     return [world.PROMPTS[index % len(world.PROMPTS)] for index in range(count)]
 
 
-def draw(pipeline, kind: str, count: int, first_seed: int, name: str, batch_size: int = 100) -> torch.Tensor:
+def draw(
+    pipeline, kind: str, count: int, first_seed: int, name: str, *, steps: int | None = None, batch_size: int = 100
+) -> torch.Tensor:
     """Pictures (count, 3, 16, 40) uint8 of `prompts_of(count)`, picture i from the seed first_seed + i."""
     from diffdoctor.evaluate.model import sample_pictures
 
     seeds = range(first_seed, first_seed + count)
-    return sample_pictures(pipeline, prompts_of(count), seeds, batch_size=batch_size, desc=name, **call_options(kind))
+    options = call_options(kind) | ({} if steps is None else {"num_inference_steps": steps})
+    return sample_pictures(pipeline, prompts_of(count), seeds, batch_size=batch_size, desc=name, **options)
 
 
 def untrained(settings: BaseSettings, vae: Path | None = None):

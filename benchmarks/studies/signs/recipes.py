@@ -18,6 +18,8 @@ class Recipe:
         guide: options of `guide`, which then draws, `clean` as a number of clean signs; None: the pipeline draws by
             itself.
         repair: options of `RepairOptions`, by which the detector has what was drawn repaired; None: it stays as it is.
+        steps: of the sampler that draws the row; None: as many as the treatment's own.
+        before: the row that it is compared with, picture by picture.
     """
 
     treat: dict | None = None
@@ -26,6 +28,8 @@ class Recipe:
     after: str | None = None
     guide: dict | None = None
     repair: dict | None = None
+    steps: int | None = None
+    before: str = "before"
 
 
 # The pictures are as small as what the detector marks on them: the whole of one is context.
@@ -50,6 +54,17 @@ def _rows() -> dict[str, Recipe]:
         "nft, second round, then guide": Recipe(nft, after="nft", guide={"clean": 200}),
         "repair": Recipe(repair=REPAIR),
         "nft, then repair": Recipe(nft, repair=REPAIR),
+    } | _drawn_longer(nft)
+
+
+def _drawn_longer(nft: dict) -> dict[str, Recipe]:
+    """What of it is the sampler's, which has ten steps: the same weights, drawn in thrice as many."""
+    longer = {"steps": 30, "before": "before, 30 steps"}
+    return {
+        "before, 30 steps": Recipe(**longer),
+        "nft, 30 steps": Recipe(nft, **longer),
+        "trained on, 30 steps": Recipe(trained_on="nft, 30 steps", **longer),
+        "nft, then guide, 30 steps": Recipe(nft, guide={"clean": 200}, **longer),
     }
 
 

@@ -274,6 +274,7 @@ class Study:
         if repaired and recipe.repair is not None:
             return self._repaired(kind, name, self._drawn(kind, name, count, first, repaired=False))
         needs = {"model": self._model_name(kind, name), "count": count, "first": first}
+        needs |= {} if recipe.steps is None else {"steps": recipe.steps}
         detector = None
         if recipe.guide is not None:
             detector = self.detector(kind, recipe.after)
@@ -287,14 +288,14 @@ class Study:
             pipeline, found = self._pipeline(kind, name), {}
             with cpu_seconds() as cost:
                 if recipe.guide is None:
-                    pictures = pipelines.draw(pipeline, kind, count, first, f"{kind} {name}")
+                    pictures = pipelines.draw(pipeline, kind, count, first, f"{kind} {name}", steps=recipe.steps)
                 else:
                     options = {"height": world.HEIGHT, "width": world.WIDTH, "seed": self.settings.seed}
                     options |= recipe.guide
                     if "clean" in options:
                         options["clean"] = self.base_settings.clean().pictures[: options["clean"]]
                     with guide(pipeline, _detector(detector), **options) as log:
-                        pictures = pipelines.draw(pipeline, kind, count, first, f"{kind} {name}")
+                        pictures = pipelines.draw(pipeline, kind, count, first, f"{kind} {name}", steps=recipe.steps)
                     found = {"rewound": log.rewound, "rewind_confidence": log.rewind_confidence}
             save_file({"pictures": pictures}, folder / "pictures.safetensors")
             return {"drawing_cpu_seconds": cost["cpu_seconds"], **found}

@@ -16,12 +16,14 @@ HEADER = (
 
 def row(study, kind: str, name: str) -> dict:
     """A row's figures: `measures.measure`, the detectors' rates and the CPU seconds."""
-    before, after = study.reading(kind, "before"), study.reading(kind, name)
+    base = study.recipes[name].before
+    before, after = study.reading(kind, base), study.reading(kind, name)
     found = measure(before, after, prompts_of(len(after)))
     found |= {"kind": kind, "name": name, "seed": study.settings.seed, "split": study.settings.split}
+    found["compared_with"] = base
     oracle = [before.rate(), after.rate()]
     for who in ("detector", "observer"):
-        flags = [study.flags(kind, which, observer=who == "observer") for which in ("before", name)]
+        flags = [study.flags(kind, which, observer=who == "observer") for which in (base, name)]
         rates = [float(flag.mean()) for flag in flags]
         found[who] = {"before": rates[0], "after": rates[1], "hacking": hacking(*oracle, *rates)}
     control = next((other for other, recipe in study.recipes.items() if recipe.trained_on == name), None)
@@ -56,7 +58,7 @@ def cells(row: dict) -> tuple[str, ...]:
     """A row's cells, under `HEADER`."""
     rate, own = row["rates"][f"{TAU:.2f}"], row["detector"]
     low, high = rate["interval"]
-    is_base = row["name"] == "before"
+    is_base = row["name"] == row["compared_with"]
     ratio = "–" if is_base or rate["ratio"] is None else f"{rate['ratio']:.2f} ({_range(rate['ratio_interval'])})"
     moved = "–" if is_base else " / ".join(_percent(row[name]) for name in ("mended", "broke", "kept"))
     seconds = "–" if is_base else f"{row['cpu_seconds']:.0f}"
