@@ -1,5 +1,7 @@
 """A saved LoRA, loaded by the pipeline's own `load_lora_weights`, draws the pictures of the model in memory."""
 
+import functools
+
 import pytest
 import torch
 
@@ -28,6 +30,11 @@ def draw(pipeline, family):
     ))  # fmt: skip
 
 
+@functools.cache
+def drawn_without(name):
+    return draw(tiny_pipeline(name), name)
+
+
 def with_lora(name, rank=3, alpha=7.0):
     pipeline = tiny_pipeline(name)
     family = family_of(pipeline)
@@ -41,7 +48,7 @@ def with_lora(name, rank=3, alpha=7.0):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_reloaded_lora_draws_the_same_pictures(name, tmp_path):
-    base = draw(tiny_pipeline(name), name)
+    base = drawn_without(name)
     pipeline, family, _ = with_lora(name)
     treated = draw(pipeline, name)
     assert (treated - base).abs().max() > 1e-2
@@ -68,7 +75,7 @@ def test_every_group_is_in_the_file(tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_fresh_lora_changes_nothing_and_leaves_the_random_state(name):
-    base = draw(tiny_pipeline(name), name)
+    base = drawn_without(name)
     pipeline = tiny_pipeline(name)
     torch.manual_seed(5)
     expected = torch.rand(3)

@@ -46,6 +46,8 @@ CASES = [
     # these count guidance from 0
     *((family, "FlowMatchEulerDiscreteScheduler", 0.0) for family in ("z_image", "krea2")),
 ]
+# A prediction without guidance is one of the two that guidance makes: three ways of guidance show that it is repeated.
+REPLAYED = [case for case in CASES if case[2] != 1.0 or case[0] in ("sd", "flux", "qwen_image")]
 
 
 def prepared(name, scheduler, scale, steps=4, dtype=torch.float32, prediction_type="epsilon"):
@@ -85,7 +87,7 @@ def test_roll_out_draws_what_the_pipeline_draws(name, scheduler, scale):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "scheduler", "scale"), CASES)
+@pytest.mark.parametrize(("name", "scheduler", "scale"), REPLAYED)
 def test_replay_of_some_pictures_repeats_the_roll_out(name, scheduler, scale):
     sampling, conditioning, latents, generators = prepared(name, scheduler, scale, steps=5, dtype=torch.float64)
     rollout = roll_out(sampling, conditioning, latents, generators, keep=(0, 3))
