@@ -32,7 +32,7 @@ _STAMPS = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "last_modified"
 def is_url(path: object) -> bool:
     """Whether a path is the URL of something in a store."""
     protocol, found, _ = str(path).partition("://")
-    return bool(found) and protocol in PROTOCOLS
+    return bool(found) and protocol.lower() in PROTOCOLS
 
 
 class Store:
@@ -186,7 +186,7 @@ def store_of(url: str) -> Store:
     Raises:
         UserError: it is of no known protocol, or what serves that is not installed.
     """
-    protocol = url.partition("://")[0]
+    protocol = url.partition("://")[0].lower()
     if not is_url(url):
         raise UserError(expected(url, f"a URL of {', '.join(f'{name}://' for name in PROTOCOLS)}", "another"))
     # A connection does not survive a fork.

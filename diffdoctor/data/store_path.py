@@ -45,7 +45,7 @@ class StorePath:
         inside = posixpath.normpath(inside).lstrip("/")
         if inside in ("", ".") or inside.startswith(".."):
             raise UserError(expected(url, f"{protocol}://BUCKET/...", "no bucket"))
-        self.url, self.facts = f"{protocol}://{inside}", facts
+        self.url, self.facts = f"{protocol.lower()}://{inside}", facts
 
     @property
     def store(self) -> Store:

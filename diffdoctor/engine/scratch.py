@@ -42,20 +42,21 @@ def share_out(plan: Plan, spec: WorkerSpec, place: Path, engine: EngineConfig, *
     Raises:
         UserError: see `running.run`; or a unit was given up.
     """
-    _remove(place)
+    remove_scratch(place)
     if not len(plan):
         return
     make_folder(place)
     try:
         report = run(plan, spec, place, engine, desc=desc)
     finally:
-        _remove(place)
+        remove_scratch(place)
     if report.failed:
         unit, reason = next(iter(report.failed.items()))
         raise UserError(f"{len(report.failed)} of {report.units} units were given up; {unit}: {reason}")
 
 
-def _remove(place: Path) -> None:
+def remove_scratch(place: Path) -> None:
+    """Delete the state of an engine whose run has ended or was killed, if it is there."""
     clear_leftovers(place.parent, place.name)
     if place.is_dir():
         delete_dir(place)

@@ -36,8 +36,19 @@ from diffdoctor.runs.lock import FolderLock, make_folder
 
 RUN, CONFIG, METRICS = "run.json", "config.yaml", "metrics.json"
 # Also as `Path` writes it.
-_URL = re.compile(r"[a-z][a-z0-9+]+:/")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+]+:/")
 _FOREIGN = "choose another output folder, or move it away"
+
+
+def refuse_url(output: object) -> None:
+    """Refuse to write into a store.
+
+    Raises:
+        UserError: the output is a URL; says which commands take one.
+    """
+    if _URL.match(str(output)):
+        writers = "`diagnose --write shards`, `sample`, `inject --engine` and `set join`"
+        raise UserError(expected("output", f"a folder ({writers} alone write to object stores)", output))
 
 
 def as_json(value: Any) -> Any:
@@ -104,9 +115,7 @@ class RunFolder:
         advice: str = "choose another output folder or remove it",
         main: bool = True,
     ):
-        if _URL.match(str(path)):
-            writers = "`diagnose --write shards`, `sample`, `inject --engine` and `set join`"
-            raise UserError(expected("output", f"a folder ({writers} alone write to object stores)", path))
+        refuse_url(path)
         self.path, self.kind, self.identity, self.results = Path(path), kind, as_json(identity), dict(results)
         self.exclusive, self.advice, self.main = exclusive, advice, main
         self._lock, self._is_open, self._seen = FolderLock(self.path), False, None

@@ -156,6 +156,9 @@ def test_training_evaluation_and_the_set_commands_take_urls(files, pool, bucket,
     assert "shard-000001.tar" in capsys.readouterr().err
     assert main(["inject", str(files / "pictures"), "--output", f"{bucket}/injected"]) == 2
     assert "output: expected a folder, or a URL with --engine" in capsys.readouterr().err
+    # Before anything is loaded.
+    assert main(["evaluate", "detector", "nowhere", "--detector", "none", "--output", f"{bucket}/report"]) == 2
+    assert "alone write to object stores" in capsys.readouterr().err
 
 
 def test_pictures_of_a_store_are_injected_with_damage_and_become_tasks(files, pool, bucket, tmp_path, monkeypatch):
@@ -290,7 +293,7 @@ def test_units_count_once_in_a_store_and_what_does_not_count_goes(bucket, tmp_pa
 
 
 def test_urls_and_paths_are_told_apart_and_stay_in_their_bucket(bucket):
-    assert at("s3://bucket//a/../b").url == "s3://bucket/b"
+    assert at("s3://bucket//a/../b").url == at("S3://bucket/b").url == "s3://bucket/b"
     assert (at(f"{bucket}/set") / "../pool/x.tar").url == f"{bucket}/pool/x.tar"
     with pytest.raises(UserError, match="expected a place in bucket, got one outside"):
         at(f"{bucket}/set") / "../../other/x.tar"

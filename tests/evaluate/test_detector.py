@@ -347,7 +347,9 @@ def test_processes_make_the_same_report_and_go_on_where_another_was_stopped(tmp_
     torch.manual_seed(0)
     ConvDetector((8, 16)).save_pretrained(tmp_path / "detector")
     options = {"batch_size": 3, "examples": 3}
+    (tmp_path / "one" / ".parts-engine").mkdir(parents=True)  # of a run with an engine that was killed
     expected = evaluated(tmp_path, tmp_path / "detector", [tmp_path / "set"], "one", **options)
+    assert not (tmp_path / "one" / ".parts-engine").exists()
     with monkeypatch.context() as patched:
         patched.setattr(detector_parts, "_joined", lambda paths: 1 / 0)
         with pytest.raises(ZeroDivisionError):

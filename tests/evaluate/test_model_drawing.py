@@ -143,6 +143,10 @@ def test_a_judge_that_sees_nothing_is_said_to_be_blind(files, tmp_path, capsys, 
 def test_processes_draw_the_same_pictures_and_only_those_that_are_missing(files, tmp_path, monkeypatch):
     first = evaluate(files, tmp_path / "one", **FEW)
     shutil.copytree(tmp_path / "one", tmp_path / "out")
+    (tmp_path / "one" / ".after-engine").mkdir()  # of a run that was killed
+    (tmp_path / "one" / "metrics.json").unlink()
+    assert evaluate(files, tmp_path / "one", **FEW) == first
+    assert not (tmp_path / "one" / ".after-engine").exists()
     (tmp_path / "out" / "metrics.json").unlink()
     shutil.rmtree(tmp_path / "out" / "measures")
     gone = [tmp_path / "out" / "pictures" / "after" / f"0000000{number}.png" for number in (0, 2)]

@@ -12,7 +12,7 @@ from diffdoctor.evaluate.detector.report import by_kind, doubts, verdict, write_
 from diffdoctor.runs.errors import UserError, check_least, expected
 from diffdoctor.runs.files import atomic_write_json, clear_leftovers
 from diffdoctor.runs.lock import locked_folder
-from diffdoctor.runs.record import CONFIG, METRICS, versions, write_config
+from diffdoctor.runs.record import CONFIG, METRICS, refuse_url, versions, write_config
 from diffdoctor.training.processes import process_state
 from diffdoctor.training.weights import weights_digest
 
@@ -71,6 +71,7 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
     from diffdoctor.detector.models.load import open_detector
     from diffdoctor.training.devices import open_device
 
+    refuse_url(config.output)
     state = process_state()
     output = Path(config.output)
     sets = [ShardData(folder) for folder in config.data]

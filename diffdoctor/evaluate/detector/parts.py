@@ -14,7 +14,7 @@ from diffdoctor.data.shards import ShardData
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.predict import diagnosed_batches
 from diffdoctor.detector.samples import JoinedData
-from diffdoctor.engine.scratch import is_shared_out, share_out
+from diffdoctor.engine.scratch import is_shared_out, remove_scratch, share_out
 from diffdoctor.engine.units import Plan, Unit
 from diffdoctor.evaluate.detector.sorted_pixels import ChunkWriter, SortedChunk
 from diffdoctor.measures.curves import PixelCurves, average_precision_of_chunks
@@ -120,10 +120,13 @@ def evaluate_in_parts(
         run.begin()
     state.wait_for_everyone()
     parts = Parts(data, folder, batch_size=batch_size, size=size, strict=strict)
+    scratch = folder.with_name(folder.name + _ENGINE)
     if engine is not None and is_shared_out(engine, state.num_processes):
         plan = Plan([unit for unit in parts.plan if parts.is_wanted(unit)])
-        share_out(plan, spec, folder.with_name(folder.name + _ENGINE), engine, desc="evaluate")
+        share_out(plan, spec, scratch, engine, desc="evaluate")
     else:
+        if state.is_main_process:
+            remove_scratch(scratch)  # of a run with an engine that was killed
         with progress(len(data), desc="evaluate", unit="picture", enabled=state.is_main_process) as bar:
             for unit in parts.plan:
                 if int(unit.id) % state.num_processes == state.process_index and parts.is_wanted(unit):

@@ -18,7 +18,7 @@ from diffdoctor.data.prompts import Prompt, read_prompt_file
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.confidence import check_detector
 from diffdoctor.detector.models.load import open_detector
-from diffdoctor.engine.scratch import is_shared_out, share_out
+from diffdoctor.engine.scratch import is_shared_out, remove_scratch, share_out
 from diffdoctor.engine.units import Plan
 from diffdoctor.evaluate.model import draw as pipelines
 from diffdoctor.evaluate.model import measure as measuring
@@ -172,6 +172,8 @@ class Evaluation:
             self._share_out()
         else:
             for side in SIDES:
+                if main:
+                    remove_scratch(self._scratch(side))  # of a run with an engine that was killed
                 self._generate(side)
         self.pipeline = None
         self.state.wait_for_everyone()
@@ -245,13 +247,15 @@ class Evaluation:
             files = self.folder.pictures(side)
             units = Plan.of_ranges(config.pictures, size)
             plan = Plan([unit for unit in units if files.missing(range(unit.first, unit.first + unit.count))])
-            place = self.folder.path / f".{side}-engine"
             spec = pipelines.DrawWorkerSpec(config, side, str(files.folder.absolute()), pipelines.prompts_digest(texts))
             try:
-                share_out(plan, spec, place, config.engine, desc=side)
+                share_out(plan, spec, self._scratch(side), config.engine, desc=side)
             except UserError:
                 self.folder.discard_if_empty()
                 raise
+
+    def _scratch(self, side: str) -> Path:
+        return self.folder.path / f".{side}-engine"
 
     def _pipeline_of(self, side: str):
         """The pipeline of a side; "after" must come last, since it changes the loaded pipeline."""
