@@ -44,18 +44,25 @@ DD_HD acc_t rounded_product(acc_t a, acc_t b) {
 #endif
 }
 
-// The two neighbours of output position i and the weight of the second. A position that is a whole number must come out
-// as one, or a neighbour that weighs nothing gets a weight: with 3 rows for 7, a fused multiply-add misses row 1.
-template <typename acc_t>
-DD_HD void bilinear_index(int64_t i, int64_t in, int64_t out, int64_t& first, int64_t& second, acc_t& weight) {
-  const acc_t scale = static_cast<acc_t>(in) / static_cast<acc_t>(out);
+// The first neighbour of output position i and the weight of the second; scale = in / out. A position that is a whole
+// number must come out as one, or a neighbour that weighs nothing gets a weight: with 3 rows for 7, a fused
+// multiply-add misses row 1.
+template <typename index_t, typename acc_t>
+DD_HD index_t bilinear_first(index_t i, index_t in, acc_t scale, acc_t& weight) {
   acc_t source = rounded_product(scale, static_cast<acc_t>(i) + acc_t(0.5)) - acc_t(0.5);
   source = source < 0 ? acc_t(0) : source;
-  first = static_cast<int64_t>(source);
+  index_t first = static_cast<index_t>(source);
   first = first < in - 1 ? first : in - 1;
-  second = first + (first < in - 1 ? 1 : 0);
   weight = source - static_cast<acc_t>(first);
   weight = weight < 0 ? acc_t(0) : (weight > 1 ? acc_t(1) : weight);
+  return first;
+}
+
+// The two neighbours.
+template <typename acc_t>
+DD_HD void bilinear_index(int64_t i, int64_t in, int64_t out, int64_t& first, int64_t& second, acc_t& weight) {
+  first = bilinear_first(i, in, static_cast<acc_t>(in) / static_cast<acc_t>(out), weight);
+  second = first + (first < in - 1 ? 1 : 0);
 }
 
 template <typename acc_t>

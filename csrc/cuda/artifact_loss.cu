@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "common/resample.h"
+#include "cuda/arithmetic.cuh"
 #include "cuda/artifact_loss.h"
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
@@ -61,8 +62,8 @@ struct Tally {
   static __device__ __forceinline__ Tally none(int32_t method) { return {T(method == kMethodMax ? -1 : 0), 0}; }
 };
 
-// Where an output position along an axis lies between input positions, as bilinear_index (common/resample.h) has it; in
-// 32 bits, and with a scale that is worked out once.
+// Where an output position along an axis lies between input positions; in 32 bits, and with a scale that is worked out
+// once.
 template <typename acc_t>
 struct Axis {
   int32_t in, out;
@@ -74,13 +75,7 @@ struct Axis {
         scale(static_cast<acc_t>(in) / static_cast<acc_t>(out)) {}
   // The first neighbour of a position, and the weight of the second.
   __device__ __forceinline__ int32_t first(int32_t at, acc_t& weight) const {
-    acc_t source = rounded_product(scale, static_cast<acc_t>(at) + acc_t(0.5)) - acc_t(0.5);
-    source = source < 0 ? acc_t(0) : source;
-    int32_t index = static_cast<int32_t>(source);
-    index = index < in - 1 ? index : in - 1;
-    weight = source - static_cast<acc_t>(index);
-    weight = weight < 0 ? acc_t(0) : (weight > 1 ? acc_t(1) : weight);
-    return index;
+    return bilinear_first(at, in, scale, weight);
   }
   // The first position whose first neighbour is i or later. The estimate is off by one or so, from rounding.
   __device__ __forceinline__ int32_t reaching(int32_t i) const {
@@ -139,9 +134,6 @@ __device__ __forceinline__ acc_t confidence_at(const Shared<acc_t>& shared, int3
                             shared.rows.weight[y]);
   return 1 / (1 + std::exp(-logit));
 }
-
-__device__ __forceinline__ int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
-__device__ __forceinline__ int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
 
 // visit(pixel of the piece, its share) for those that read position q of the tile.
 template <typename acc_t, typename Visit>

@@ -1,7 +1,9 @@
-// weighted_loss for nearly every training call: l2 alone, model_pred and terms dense and aligned, maps at the grid's
-// size, no sums. Everything that is the same for a launch is worked out on the host.
+// weighted_loss for nearly every training call: l2 alone, model_pred and terms dense, maps at the grid's size, no sums.
+// Everything that is the same for a launch is worked out on the host. Where a run of positions is no whole number of
+// vectors, or does not start at one, l2_odd.cu serves a call with maps.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/weighted_loss_params.h"
@@ -12,7 +14,7 @@ namespace diffdoctor::cuda {
 // How vectors of model_pred (16 bytes) are dealt out. A block has 256 >> column_bits rows of columns; a column is a
 // vector of positions, whose factors its thread keeps in registers while it goes over every rows'th of the f's.
 struct L2Tiling {
-  int32_t vectors;      // of a run: one f's positions
+  int32_t vectors;      // of a run, one f's positions; the last is not full where l2_odd.cu serves it
   int32_t column_bits;  // log2 of the columns of a block
   int32_t steps;        // columns that a thread visits one after another
   int32_t frees, frees_per_group, groups;
@@ -23,13 +25,20 @@ struct L2Tiling {
 // three blocks an SM.
 inline int64_t tiles_per_vector = 170;  // the tests lower it, to have large tiles of small tensors
 
-inline L2Tiling l2_tiling(const WeightedLossParams& p) {
+// The most columns of a block of l2_odd.cu: their factors stand in 48 KB of shared memory.
+constexpr int odd_column_bits(int width, bool levels) { return levels && width == 8 ? 7 : 8; }
+
+constexpr int64_t kMostOdd = int64_t{1} << 30;  // elements of a sample for l2_odd.cu, which counts them in 32 bits
+
+// even: every run starts at a vector.
+inline L2Tiling l2_tiling(const WeightedLossParams& p, bool even) {
   const Tiling whole = make_tiling(p, true);
-  const int64_t width = vector_width(p.dtype), vectors = ceil_div(whole.inner, width), frees = whole.free;
+  const int64_t width = vector_width(p.dtype), frees = whole.free;
+  const int64_t vectors = whole.spatial ? ceil_div(whole.inner, width) : whole.inner / width;
   L2Tiling t{};
   t.vectors = static_cast<int32_t>(vectors);
   t.frees = static_cast<int32_t>(frees);
-  t.column_bits = 8;
+  t.column_bits = even ? 8 : odd_column_bits(static_cast<int>(width), p.spatial_coefs != 0);
   // Fewer columns where the last of a run would stay empty, as long as a warp reads one piece and rows have f's.
   const auto columns = [&] { return int64_t{1} << t.column_bits; };
   const auto wasted = [&] { return 20 * (ceil_div(vectors, columns()) * columns() - vectors) > vectors; };
@@ -52,6 +61,12 @@ bool l2_serves(const WeightedLossParams& p);
 // Whether it serves the call.
 bool l2_serves_call(const WeightedLossParams& p);
 
+// The tiles of a sample that it takes at most.
+int64_t l2_tiles(const WeightedLossParams& p);
+
 const char* launch_l2(const WeightedLossParams& p, void* workspace, void* stream);
+
+// Of a call with maps that launch_l2 serves.
+const char* launch_l2_odd(const WeightedLossParams& p, void* workspace, void* stream);
 
 }  // namespace diffdoctor::cuda

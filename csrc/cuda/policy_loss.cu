@@ -271,10 +271,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // Whether N pixels lie side by side in every operand, N elements from an aligned address.
 bool can_vectorise(const PolicyLossParams& p, const Blocks& t, int width) {
-  const auto aligned = [&](const Operand& x) {
-    const int64_t bytes = width * dtype_bytes(x.dtype), most = bytes < 16 ? bytes : 16;
-    return reinterpret_cast<uintptr_t>(x.data) % most == 0 && x.batch_stride % width == 0;
-  };
+  const auto aligned = [&](const Operand& x) { return is_aligned(x, p.grid.batch, width); };
   bool all = p.grid.contiguous && t.inner % width == 0 && aligned(p.grid.pred);
   for (int k = 0; k < p.grid.num_terms; ++k) all = all && aligned(p.grid.terms[k]);
   return all && (!(p.outputs & kWriteGrad) || aligned(p.grid.grad));

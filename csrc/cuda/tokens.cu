@@ -234,12 +234,6 @@ bool is_token(const Operand& x, const WeightedLossParams& p) {
          x.stride[1] == token * p.size[2];
 }
 
-// `elements` of every sample from `data` on start at a multiple of their size.
-bool is_aligned(const Operand& x, int64_t batch, int elements) {
-  return reinterpret_cast<uintptr_t>(x.data) % (elements * dtype_bytes(x.dtype)) == 0 &&
-         (batch == 1 || x.batch_stride % elements == 0);
-}
-
 bool changes_along_channels(const WeightedLossParams& p) {
   return p.map_varies[3] || (p.weighting.present && p.weighting.stride[3] != 0);
 }

@@ -50,9 +50,36 @@ __device__ __forceinline__ void load_bytes(const void* source, uint32_t* word) {
     word[1] = two.y;
   } else if constexpr (kBytes == 4) {
     word[0] = load_word<kReadOnly, uint32_t>(source);
-  } else {
+  } else if constexpr (kBytes == 2) {
     word[0] = load_word<kReadOnly, uint16_t>(source);
+  } else {
+    word[0] = load_word<kReadOnly, uint8_t>(source);
   }
+}
+
+// Keep the compiler from working out a number or an address anew wherever it is used.
+__device__ __forceinline__ void keep_in_register([[maybe_unused]] int32_t& number) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(number));
+#endif
+}
+
+template <typename T>
+__device__ __forceinline__ void keep_in_register([[maybe_unused]] T*& address) {
+#if defined(__CUDA_ARCH__)
+  size_t number = __cvta_generic_to_global(address);
+  asm volatile("" : "+l"(number));
+  address = static_cast<T*>(__cvta_global_to_generic(number));
+#endif
+}
+
+template <typename T>
+__device__ __forceinline__ void keep_shared_in_register([[maybe_unused]] T*& address) {
+#if defined(__CUDA_ARCH__)
+  auto number = static_cast<uint32_t>(__cvta_generic_to_shared(address));
+  asm volatile("" : "+r"(number));
+  address = static_cast<T*>(__cvta_shared_to_generic(number));
+#endif
 }
 
 template <int kBytes>
@@ -202,6 +229,15 @@ DD_HD int64_t dtype_bytes(int32_t dtype) {
     default:
       return 1;
   }
+}
+
+// Whether N elements from the address of `x` on, in every sample, can be loaded 16 bytes at a time, or at once where
+// they are fewer.
+template <typename tensor_t>
+bool is_aligned(const tensor_t& x, int64_t batch, int N) {
+  const int64_t bytes = N * dtype_bytes(x.dtype);
+  return reinterpret_cast<uintptr_t>(x.data) % (bytes < 16 ? bytes : 16) == 0 &&
+         (batch == 1 || x.batch_stride % N == 0);
 }
 
 }  // namespace diffdoctor::cuda

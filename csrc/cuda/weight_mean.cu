@@ -93,7 +93,7 @@ __device__ __forceinline__ void unpack_four(const Map& map, const Raw<float, 4>&
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const uint32_t byte = raw.word[0] >> (8 * j) & 0xffu;
-      value[j] = map.dtype == kUInt8 ? static_cast<float>(byte) / 255.0f : byte != 0 ? 1.0f : 0.0f;
+      value[j] = map.dtype == kUInt8 ? level_of_byte(byte) : byte != 0 ? 1.0f : 0.0f;
     }
   } else {
     unpack<float, 4>(raw, 0, map.dtype, value);
@@ -131,9 +131,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 bool is_row_of_fours(const Map& map, int64_t batch) {
   if (map.mode == kAbsent) return true;
-  const int64_t bytes = 4 * dtype_bytes(map.dtype);
-  return map.mode == kSame && map.dtype != kFloat64 && map.stride[kMaxDims - 1] == 1 &&
-         reinterpret_cast<uintptr_t>(map.data) % bytes == 0 && (batch == 1 || map.batch_stride % 4 == 0);
+  return map.mode == kSame && map.dtype != kFloat64 && map.stride[kMaxDims - 1] == 1 && is_aligned(map, batch, 4);
 }
 
 bool has_rows(const WeightedLossParams& p) {

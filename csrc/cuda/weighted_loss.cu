@@ -311,15 +311,10 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks)
   finish<C>(p, t, b, workspace, partials);
 }
 
-bool is_aligned(const Operand& operand, int64_t batch) {
-  return reinterpret_cast<uintptr_t>(operand.data) % 16 == 0 &&
-         (batch == 1 || operand.batch_stride * dtype_bytes(operand.dtype) % 16 == 0);
-}
-
 bool can_vectorise(const WeightedLossParams& p, const Tiling& t, int width) {
-  bool aligned = p.contiguous && tiles_are_aligned(p, t, width) && is_aligned(p.pred, p.batch);
-  if (p.outputs & kWriteGrad) aligned = aligned && is_aligned(p.grad, p.batch);
-  for (int k = 0; k < p.num_terms; ++k) aligned = aligned && is_aligned(p.terms[k], p.batch);
+  bool aligned = p.contiguous && tiles_are_aligned(p, t, width) && is_aligned(p.pred, p.batch, width);
+  if (p.outputs & kWriteGrad) aligned = aligned && is_aligned(p.grad, p.batch, width);
+  for (int k = 0; k < p.num_terms; ++k) aligned = aligned && is_aligned(p.terms[k], p.batch, width);
   return aligned;
 }
 
@@ -354,7 +349,7 @@ int64_t weighted_loss_workspace(const WeightedLossParams& p) {
   if (!(p.outputs & (kWriteLoss | kWriteSums))) return 0;
   const int64_t columns = p.outputs & kWriteSums ? kColumns : 1;
   int64_t numbers = make_tiling(p, true).tiles * columns;
-  if (l2_serves(p)) numbers = std::max<int64_t>(numbers, l2_tiling(p).tiles);
+  if (l2_serves(p)) numbers = std::max(numbers, l2_tiles(p));
   if (tokens_serve(p)) numbers = std::max<int64_t>(numbers, token_tiling(p).tiles);
   return workspace_bytes(p.batch, p.batch * numbers, p.dtype == kFloat64 ? 8 : 4);
 }

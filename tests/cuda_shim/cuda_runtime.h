@@ -127,6 +127,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 inline void __syncthreads() { cuda_shim::block_barrier(); }
 
+inline int __syncthreads_or(int predicate) { return cuda_shim::any_in_block(predicate); }
+
 // TSan does not model stand-alone fences; the block counter's atomics carry the order there.
 inline void __threadfence() {
 #ifndef __SANITIZE_THREAD__

@@ -128,6 +128,7 @@ struct Block {
     }
   }
   Barrier barrier;
+  int any = 0;
   std::vector<std::unique_ptr<Warp>> warps;
 };
 
@@ -135,6 +136,15 @@ inline Block* block = nullptr;
 inline thread_local unsigned exchanges = 0;
 
 inline void block_barrier() { block->barrier.wait(); }
+
+inline int any_in_block(int predicate) {
+  block_barrier();  // an earlier answer has been read
+  if (linear_thread() == 0) __atomic_store_n(&block->any, 0, __ATOMIC_SEQ_CST);
+  block_barrier();
+  if (predicate) __atomic_store_n(&block->any, 1, __ATOMIC_SEQ_CST);
+  block_barrier();
+  return __atomic_load_n(&block->any, __ATOMIC_SEQ_CST);
+}
 
 template <typename T>
 T exchange(unsigned mask, T value, unsigned source_lane) {

@@ -72,6 +72,11 @@ PYBIND11_MODULE(_cuda_shim, m) {
     p.outputs = outputs;
     return cuda::l2_serves(p) && !(outputs & kWriteSums);
   });
+  // Blocks of a launch where runs start at any element, and where all start at a vector.
+  m.def("l2_blocks", [](const WeightedLossPlan& plan) {
+    const auto blocks = [&](bool even) { return plan.params.batch * cuda::l2_tiling(plan.params, even).tiles; };
+    return py::make_tuple(blocks(false), blocks(true));
+  });
   m.def("tokens_serve", [](const WeightedLossPlan& plan) { return cuda::tokens_serve(plan.params); });
   m.def("set_tiles_per_vector", [](int64_t tiles) { return std::exchange(cuda::tiles_per_vector, tiles); });
   m.def("set_blocks_for_visits", [](int64_t blocks) { return std::exchange(cuda::blocks_for_visits, blocks); });

@@ -218,6 +218,37 @@ def fast_cases() -> list[Case]:
     ]  # fmt: skip
 
 
+def odd_cases() -> list[Case]:
+    """Calls that csrc/cuda/l2_odd.cu serves, and without maps l2.cu: runs of 4 and of 1 to 7 elements more than whole
+    vectors, samples that start in the middle of one, a single row and a single column."""
+    b16, f16 = {"dtype": BF16, "target_dtype": BF16}, {"dtype": F16, "target_dtype": F16}
+    small, odd, b16_map = (2, 9, 19, 23), (2, 3, 83, 125), ((2, 19, 23), BF16)
+    return [
+        Case("odd-bf16-166", shape=(1, 3, 166, 166), **b16, confidence=((1, 166, 166), F32)),
+        Case("odd-f32-83", shape=odd, confidence=((2, 83, 125), torch.uint8), mask=((1, 83, 125), BF16)),
+        Case("odd-f16-row", shape=(3, 3, 1, 521), **f16, confidence=((3, 1, 521), F16),
+             weighting=((3, 1, 1, 521), F32)),
+        Case("odd-bf16-f32-column", shape=(2, 5, 777, 1), dtype=BF16, mask=((2, 777, 1), torch.bool),
+             options={"reduction": "sum"}),
+        Case("odd-bf16-one-channel", shape=(3, 1, 7, 9), **b16, confidence=((3, 7, 9), F32),
+             options={"clean_weight": 0.0}),
+        Case("odd-f16-f32-modulated", shape=(2, 40, 17, 17), dtype=F16, confidence=((2, 17, 17), F32),
+             options={"artifact_grad": 1.5, "clean_grad": 0.0}),
+        Case("odd-bf16-frames", shape=(2, 3, 5, 11, 27), **b16, target="flow", confidence=((2, 1, 1, 11, 27), F32),
+             options={"normalize": "sample"}),
+        Case("odd-f32-three", shape=small, target="three_terms", mask=b16_map, normalizer="tensor"),
+        Case("odd-sample-left-out", shape=(3, 2, 19, 23), confidence=((3, 19, 23), F32), weighting=((3,), F32),
+             options={"reduction": "sample"}),
+        Case("odd-contrastive-f32", shape=small, target="contrastive", confidence=b16_map),
+        Case("odd-contrastive-bf16", shape=odd, **b16, target="contrastive_flow", confidence=((2, 83, 125), F32),
+             mask=((2, 83, 125), torch.uint8)),
+        Case("odd-contrastive-f16", shape=small, **f16, target="contrastive", confidence=b16_map),
+        Case("odd-f32-no-map", shape=(3, 1, 7, 9)),
+        Case("odd-bf16-no-map", shape=(3, 3, 41, 67), **b16, target="velocity", weighting=((3,), F32)),
+        Case("odd-f16-f32-no-map", shape=(2, 3, 1, 2731), dtype=F16),
+    ]  # fmt: skip
+
+
 def token_cases() -> list[Case]:
     """Calls that csrc/cuda/tokens.cu serves: every dtype, number of terms and kind of map, at 222 tokens, of which the
     last block of 64 is not full, and at 5, 8 and 16 channels."""

@@ -23,11 +23,14 @@ from benchmarks.ops.machine import ROOT
 from benchmarks.ops.table import aligned
 from tools.gpu import sass
 
-SOURCES = tuple(ROOT / "csrc" / "cuda" / name for name in ("l2.cu", "tokens.cu"))
+SOURCES = tuple(ROOT / "csrc" / "cuda" / name for name in ("l2.cu", "l2_odd.cu", "tokens.cu"))
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 THREADS = 256
+ODD = 1
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
-_CONFIG = re.compile(r"l2_kernelI.*?ConfigILi(\d)ELi(\d)ELb(\d)ELb(\d)ELb(\d)E|tokens_kernelI.*?ConfigILi(\d)ELi(\d)E")
+_CONFIG = re.compile(
+    r"l2_(?:odd)?_?kernelI.*?ConfigILi(\d)ELi(\d)ELb(\d)ELb(\d)ELb(\d)E|tokens_kernelI.*?ConfigILi(\d)ELi(\d)E"
+)
 _TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
 
 
@@ -37,8 +40,8 @@ class Case:
 
     Args:
         name: of the case, with its dtype.
-        kernel: (dtype of model_pred, of the terms, more than one term, maps, coefficients that change with u), or for
-            tokens (dtype of model_pred, of the terms).
+        kernel: (dtype of model_pred, of the terms, more than one term, maps, coefficients that change with u), with
+            `ODD` behind them that of l2_odd.cu, or for tokens (dtype of model_pred, of the terms).
         visits: vectors that a thread computes on between two looks at the maps, at full size.
         steps: such looks, or 1.
         bytes: least bytes that 8 elements move.
@@ -48,7 +51,7 @@ class Case:
     """
 
     name: str
-    kernel: tuple[int, int, int, int, int]
+    kernel: tuple[int, ...]
     visits: int
     steps: int
     bytes: float
@@ -66,6 +69,11 @@ CASES = (
     Case("bf16 against fp32, with a map", (1, 0, 0, 1, 0), 3, 5, 74.7, 150),
     Case("contrastive bf16", (1, 1, 1, 1, 1), 2, 1, 66, 300, terms=2),
     Case("flux-tokens-map bf16", (1, 1), 2, 1, 66, 350, terms=2),
+    Case("166 x 166 with a map, bf16", (1, 1, 0, 1, 0, ODD), 8, 1, 50, 200),
+    Case("1023 x 1023 pictures with a map, bf16", (1, 1, 0, 1, 0, ODD), 3, 5, 58.7, 225),
+    Case("166 x 166 with a map, fp32", (0, 0, 0, 1, 0, ODD), 8, 1, 98, 260),
+    Case("166 x 166 with a map, flow, bf16", (1, 1, 1, 1, 0, ODD), 8, 1, 66, 230, terms=2),
+    Case("166 x 166 contrastive, bf16", (1, 1, 1, 1, 1, ODD), 8, 1, 66, 260, terms=2),
 )
 
 
@@ -237,9 +245,10 @@ class Code:
         adds = self.count(block, "FFMA") + self.count(block, "FFMA2")
         return self.count(block, "LDG", self.width), self.count(block, "STG", self.width), adds
 
-    def shortest(self, starts, goal, need=(0, 0, 0), within=None) -> int:
+    def shortest(self, starts, goal, need=(0, 0, 0), within=None, done=None) -> int:
         """Instructions of the cheapest way from `starts` to a block that is a goal, with so many loads, stores and
-        multiply-adds (`done`) on the way; within some blocks, or all."""
+        multiply-adds on the way, or of what else `done` counts; within some blocks, or all."""
+        done = done or self.done
         queue = [(0, block, (0, 0, 0)) for block in starts]
         seen = set()
         while queue:
@@ -251,7 +260,7 @@ class Code:
             if (block, made) in seen:
                 continue
             seen.add((block, made))
-            made = tuple(min(most, a + b) for most, a, b in zip(need, made, self.done(block), strict=True))
+            made = tuple(min(most, a + b) for most, a, b in zip(need, made, done(block), strict=True))
             for onward in self.next[block]:
                 if within is None or onward in within:
                     heapq.heappush(queue, (cost + self.cost(block), onward, made))
@@ -262,21 +271,61 @@ def count(case: Case, arch: int, listing: str, registers: int) -> Count:
     """What the case costs, from the machine code of its kernel."""
     if len(case.kernel) == 2:
         return _count_tokens(case, arch, listing, registers)
+    if len(case.kernel) == 6:
+        return _count_odd(case, arch, listing, registers)
     code = Code(listing)
     head, body = code.main_loop
     width = 4 if case.kernel[0] == 0 else 8
-    loads = 1 + case.terms * (1 if case.kernel[1] or width == 4 else 2)  # of a vector
-    stores = sum(code.count(b, "STG", "128") for b in body)
-    need = (stores * loads, stores, stores * width * (case.terms + 1))
-    loop = code.shortest([head], lambda b: b == head, need, body)
+    loads, stores, loop = _count_loop(case, code, width)
     first = min(stores, case.visits) * loads + (width // 4 if case.kernel[3] else 0), 0, 0
     exits = {b for block in body for b in code.next[block] if b not in body}
     around = code.shortest([0], lambda b: b == head, first)
     around += code.shortest(exits, lambda b: code.count(b, "ATOM") > 0, within=set(code.blocks) - {head})
     if case.steps > 1:
         around += (case.steps - 1) * code.shortest(exits, lambda b: b == head, first)
-    per_8 = 8 // width * case.passes
-    under_way = _threads(registers) * 16 * stores * loads
+    return _spread(case, arch, loop, around, registers, stores * loads, stores)
+
+
+def _count_odd(case: Case, arch: int, listing: str, registers: int) -> Count:
+    """Where the maps go through shared memory: a thread works out 8 positions, or 4, for each look at them, and one
+    warp of eight those that the last column's vectors reach into."""
+    code = Code(listing)
+    head, body = code.main_loop
+    width = 4 if case.kernel[0] == 0 else 8
+    positions = 4 if width == 4 or case.kernel[4] else 8
+    loads, stores, loop = _count_loop(case, code, width)
+
+    def done(block: int) -> tuple[int, int, int]:
+        narrow = code.count(block, "LDG", "CONSTANT") - code.count(block, "LDG", "128")
+        return code.count(block, "LDG", "128"), narrow, code.count(block, "STS")
+
+    look = (min(stores, case.visits) * loads, positions, 2 * positions)
+    exits = {b for block in body for b in code.next[block] if b not in body}
+    around = code.shortest([0], lambda b: b == head, look, done=done)
+    around += code.shortest(exits, lambda b: code.count(b, "ATOM") > 0, within=set(code.blocks) - {head})
+    if case.steps > 1:
+        around += (case.steps - 1) * code.shortest(exits, lambda b: b == head, look, done=done)
+    rounds = [
+        code.shortest([head], lambda b, head=head: b == head, (0, 4, 8), body, done)
+        for head, body in code.loops
+        if sum(code.count(b, "STS") for b in body) >= 8 and not any(any(code.done(b)[:2]) for b in body)
+    ]
+    around += case.steps * min(rounds) / 8
+    return _spread(case, arch, loop, around, registers, stores * loads, stores)
+
+
+def _count_loop(case: Case, code: Code, width: int) -> tuple[int, int, int]:
+    """Wide loads of a vector, vectors of a round of the main loop, and what a round costs."""
+    head, body = code.main_loop
+    loads = 1 + case.terms * (1 if case.kernel[1] or width == 4 else 2)
+    stores = sum(code.count(b, "STG", "128") for b in body)
+    need = (stores * loads, stores, stores * width * (case.terms + 1))
+    return loads, stores, code.shortest([head], lambda b: b == head, need, body)
+
+
+def _spread(case: Case, arch: int, loop: int, around: float, registers: int, loads: int, stores: int) -> Count:
+    per_8 = (2 if case.kernel[0] == 0 else 1) * case.passes
+    under_way = _threads(registers) * 16 * loads
     return Count(case, arch, per_8 * loop / stores, per_8 * around / (case.visits * case.steps), registers, under_way)
 
 
@@ -347,7 +396,11 @@ def compile_to_cubin(arch: int, nvcc: str, source: pathlib.Path) -> bytes:
 def of_cubin(cubin: bytes) -> dict[tuple, tuple[str, str, int]]:
     listings, registers = sass.listings(cubin)
     return {
-        tuple(int(digit) for digit in found.groups() if digit is not None): (name, listing, registers[name])
+        tuple(int(digit) for digit in found.groups() if digit is not None) + ((ODD,) if "odd_kernel" in name else ()): (
+            name,
+            listing,
+            registers[name],
+        )
         for name, listing in listings.items()
         if (found := _CONFIG.search(name))
     }
