@@ -98,8 +98,8 @@ def run(words: list[str]) -> dict[str, float]:
     """Run a command of diffdoctor.
 
     Returns:
-        Of all of its processes: `cpu_seconds`, and `peak_mib`, the memory of the largest. Not on Linux: of the command's
-        own process and those that it waits for.
+        Of all of its processes: `cpu_seconds`, and `peak_mib`, the memory of the largest. Elsewhere than on Linux: of
+        the command's own process and those that it waits for.
     """
     print("+ diffdoctor", *words, flush=True)
     process, usages = subprocess.Popen([sys.executable, "-m", "diffdoctor", *words]), []
