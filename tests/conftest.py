@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def commands():
-    """A warm process of `programs/commands.py`, whose forks run commands in groups."""
+    """A warm process of `programs/commands.py`, whose forks run commands, and other programs, in groups."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     from support.paths import PROGRAMS

@@ -1,19 +1,15 @@
 """Commands that are killed (-9) at random moments, again and again, end in the bits of an undisturbed run."""
 
 import json
-import os
 
 import numpy as np
 import pytest
 
 from support.paths import PROGRAMS
-from support.warm import WarmProgram
 
 pytest.importorskip("accelerate")
 pytest.importorskip("pyarrow")
 pytest.importorskip("tensorboard")
-if not hasattr(os, "fork"):
-    pytest.skip("needs fork", allow_module_level=True)
 
 
 def things(count, seed, side=16):
@@ -29,12 +25,6 @@ def things(count, seed, side=16):
             picture[4:9, 5:11] = rng.integers(0, 256, (5, 6, 3))
         category = ("cat", "dog")[index % 2]
         yield {"key": f"{index:04d}-{seed}", "picture": picture, "mask": mask, "category": category}
-
-
-@pytest.fixture(scope="module")
-def program():
-    with WarmProgram(PROGRAMS / "detector_killed.py") as warm:
-        yield warm
 
 
 @pytest.fixture
@@ -67,8 +57,9 @@ def folder(tmp_path):
         *(pytest.param(command, False, marks=pytest.mark.study) for command in ("label", "join", "train_resampled")),
     ],
 )
-def test_killed_at_random_moments_a_run_ends_in_the_same_bits(program, folder, command, brief):
-    said = program.run(command, folder, 0, brief, output=folder / "said")
+def test_killed_at_random_moments_a_run_ends_in_the_same_bits(commands, folder, command, brief):
+    program = PROGRAMS / "detector_killed.py"
+    said = commands.run(command, folder, 0, brief, output=folder / "said", program=program)
     report = json.loads(said.splitlines()[-1])
     assert report["operations"] > 30
     assert report["points"] >= 20

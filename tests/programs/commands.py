@@ -1,4 +1,7 @@
-"""Commands of diffdoctor, and a detector's training, in one process or in each of a group."""
+"""Commands of diffdoctor, and a detector's training, in one process or in each of a group.
+
+Has imported what the other programs of tests need that `support.warm` forks from it.
+"""
 
 import importlib
 import json
@@ -12,9 +15,24 @@ from support.tiny_pipelines import tiny_pipeline
 
 def warm_up():
     """Import what the runs would, each for itself."""
-    for name in ("accelerate.utils", "peft", "pyarrow.parquet", "torch._dynamo", "matplotlib.figure"):
+    for name in (
+        "accelerate.utils",
+        "jinja2",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.figure",
+        "peft",
+        "PIL.PngImagePlugin",
+        "pyarrow.parquet",
+        "pycocotools.cocoeval",
+        "scipy.ndimage",
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.utils.tensorboard",
+    ):
         importlib.import_module(name)
-    tiny_pipeline("sd")
+    importlib.import_module("tensorboard.compat").tf.io.gfile.GFile  # noqa: B018 (imports)
+    for family in ("sd", "flux"):
+        tiny_pipeline(family)
 
 
 def main(name, *arguments):

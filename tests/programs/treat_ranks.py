@@ -1,6 +1,5 @@
 """A treatment in one process or in each of a group: OUTPUT gets what `treat` writes, OUTPUT-RANK.json an account."""
 
-import importlib
 import json
 
 import numpy as np
@@ -28,14 +27,6 @@ COMMON = {
     "min_sharpness": 0,
     "min_diversity": 0,
 }
-
-
-def warm_up():
-    """Import what the runs would, each for itself."""
-    for name in ("accelerate.utils", "peft", "torch.distributed.fsdp"):
-        importlib.import_module(name)
-    for family in ("sd", "flux"):
-        tiny_pipeline(family)
 
 
 def main(output, options):

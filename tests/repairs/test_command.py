@@ -1,7 +1,6 @@
 """`diffdoctor repair` on files: what it writes, what it resumes, several processes, what it refuses."""
 
 import json
-import os
 import shutil
 
 import numpy as np
@@ -21,7 +20,6 @@ from support.paths import PROGRAMS, TESTS
 from support.pictures import tree
 from support.repairs import PROMPT, QUICK, blocks
 from support.tiny_pipelines import tiny_pipeline
-from support.warm import WarmProgram
 
 DETECTOR = f"{TESTS / 'support' / 'repairs.py'}:bright"
 OPTIONS = {**QUICK, "method": "resume"}
@@ -118,14 +116,13 @@ def test_the_figures_say_what_was_done_and_left_out(done):
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_and_shared_runs_end_in_the_same_files(files, done, tmp_path):
+def test_killed_and_shared_runs_end_in_the_same_files(files, done, commands, tmp_path):
     def results(output):
         return {name: data for name, data in tree(output).items() if not name.startswith(("records/", "config.yaml"))}
 
-    with WarmProgram(PROGRAMS / "repair_killed.py") as program:
-        program.run(arguments(files, tmp_path / "killed"), [3, 19], output=tmp_path / "log")
-        program.run(arguments(files, tmp_path / "shared"), None, output=tmp_path / "log", count=2)
+    said = {"output": tmp_path / "log", "program": PROGRAMS / "repair_killed.py"}
+    commands.run(arguments(files, tmp_path / "killed"), [3, 19], **said)
+    commands.run(arguments(files, tmp_path / "shared"), None, count=2, **said)
     for name in ("killed", "shared"):
         assert results(tmp_path / name) == results(done)
 

@@ -1,4 +1,4 @@
-"""A process that has imported a program and forks it for each run: imports take longer than most runs of a test."""
+"""A process that has imported what programs need and forks one for each run: imports take longer than most runs."""
 
 import contextlib
 import importlib.util
@@ -15,7 +15,7 @@ from support.launch import environment, group_of
 
 
 class WarmProgram:
-    """Runs of a program's `main`, each in a process of its own; a context.
+    """Runs of `main`, a program's or another's, each in a process of its own; a context.
 
     Args:
         program: the file, whose import and `warm_up`, where it has one, are done once. Neither may start a thread.
@@ -26,17 +26,18 @@ class WarmProgram:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.process = subprocess.Popen(command, env=environment(), text=True, start_new_session=True, **pipes)
 
-    def run(self, *arguments, output: Path, count: int = 1, **more: str) -> str:
+    def run(self, *arguments, output: Path, count: int = 1, program: Path | None = None, **more: str) -> str:
         """Call `main(*arguments)` in one process, or in those of one group; returns what the first one printed.
 
         Args:
             *arguments: of `main`, as JSON values or paths.
             output: where what each process says is written, by this name with an ending.
             count: of processes.
+            program: another one, whose `main` is called; each process imports it, and finds what the first imported.
             **more: added to their environment.
         """
         ranks = [more] if count == 1 else [{**rank, **more} for rank in group_of(count)]
-        job = {"arguments": arguments, "output": str(output), "environments": ranks}
+        job = {"arguments": arguments, "output": str(output), "environments": ranks, "program": program}
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps(job, default=str), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
@@ -64,7 +65,7 @@ def _child(main, job: dict, rank: int) -> None:
         random.seed()
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed()
-        main(*job["arguments"])
+        (_load(job["program"]).main if job["program"] else main)(*job["arguments"])
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -74,10 +75,15 @@ def _child(main, job: dict, rank: int) -> None:
         os._exit(code)
 
 
-def _serve(program: str) -> None:
+def _load(program: str):
     spec = importlib.util.spec_from_file_location(Path(program).stem, program)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def _serve(program: str) -> None:
+    module = _load(program)
     getattr(module, "warm_up", lambda: None)()
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:

@@ -1,23 +1,12 @@
 """Two processes with the same global batch give the LoRA that one gives, with the denoiser sharded or not."""
 
 import json
-import os
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from support.paths import PROGRAMS
-from support.warm import WarmProgram
-
-if not hasattr(os, "fork"):
-    pytest.skip("needs fork", allow_module_level=True)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with WarmProgram(PROGRAMS / "treat_ranks.py") as program:
-        yield program
 
 
 def assert_same(one, two):
@@ -44,10 +33,11 @@ FSDP = {
     ],
     ids=["plain", "sharded-transformer", "sharded-unet"],
 )
-def test_two_processes_equal_one(family, method, replay_area, environment, ranks, tmp_path):
+def test_two_processes_equal_one(family, method, replay_area, environment, commands, tmp_path):
     options = {"family": family, "method": method, "replay_area": replay_area}
     for count, name, more in ((1, "one", {}), (2, "two", environment)):
-        ranks.run(tmp_path / name, options, output=tmp_path / f"said-{name}", count=count, **more)
+        said = {"output": tmp_path / f"said-{name}", "program": PROGRAMS / "treat_ranks.py"}
+        commands.run(tmp_path / name, options, count=count, **said, **more)
     weights = "lora/pytorch_lora_weights.safetensors"
     assert_same(*(load_file(tmp_path / name / weights) for name in ("one", "two")))
     account = json.loads((tmp_path / "two-0.json").read_text())
