@@ -27,6 +27,8 @@ from diffdoctor.version import __version__
 SAMPLING = {"num_inference_steps": 10, "guidance_scale": 1.0}
 # The seeds of the measured pictures' first latents; the treatment draws its own from the run's seed.
 EVALUATION_SEED = 1_000_000
+# Of a treatment: enough that the choice of the best weights is not a coin toss between good ones.
+FIXED_PICTURES = 200
 
 
 class Demo:
@@ -127,8 +129,7 @@ class Demo:
                 steps=self.config.treat_steps,
                 learning_rate=self.config.treat_learning_rate,
                 evaluate_every=max(1, self.config.treat_steps // 4),
-                # Enough fixed pictures that the choice of the best weights is not a coin toss between good ones.
-                evaluate_pictures=200,
+                evaluate_pictures=FIXED_PICTURES,
                 seed=self.config.seed,
                 map_source=map_source,
                 sampling_steps=SAMPLING["num_inference_steps"],

@@ -54,6 +54,7 @@ def finished(tmp_path_factory):
         # A judge of three steps knows nothing; what is tested here is the road, not where it leads.
         patch.setattr(run, "judge_is_calibrated", lambda metrics: [])
         patch.setattr(run.Stages, "run", counted)
+        patch.setattr(run, "FIXED_PICTURES", 20)
         assert demo(output, "--shuffled_control=true") == failures.INTERRUPTED
         assert demo(output, "--shuffled_control=true") == 0
     return output, made
