@@ -1,5 +1,6 @@
 """Interruptions, kills, and the number of processes change no result of a training."""
 
+import functools
 import json
 
 import numpy as np
@@ -16,11 +17,20 @@ pytest.importorskip("accelerate")
 pytest.importorskip("pycocotools")
 
 
-@pytest.mark.parametrize("kind", ["conv", "segformer"])
-@pytest.mark.parametrize("reads", [0, 20, 35, 50, 90])
+CONFIG = quick(checkpoint_every=3, validate_every=4)
+
+
+@functools.cache
+def undisturbed(kind):
+    return train_detector(CONFIG, shapes(), detector=fresh(kind=kind), validation=held_out(), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("reads", "kind"),
+    [(0, "conv"), (20, "segformer"), (35, "conv"), (35, "segformer"), (50, "conv"), (90, "segformer")],
+)
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, reads, kind):
-    config = quick(checkpoint_every=3, validate_every=4)
-    whole = train_detector(config, shapes(), detector=fresh(kind=kind), validation=held_out(), progress=False)
+    config, whole = CONFIG, undisturbed(kind)
     options = {"validation": held_out(), "output_dir": tmp_path, "progress": False}
     with pytest.raises(KeyboardInterrupt):
         train_detector(config, StopAt(shapes(), reads), detector=fresh(kind=kind), **options)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -77,16 +78,15 @@ def outside(folder, code, cwd):
 
 def test_kernels_is_no_package_of_that_name():
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    # With the root on sys.path, transformers and diffusers must not take our folder for the Hugging Face package.
-    code = (
-        "import transformers, diffusers, diffdoctor\n"
-        "from transformers import SegformerForSemanticSegmentation\n"
-        "from diffusers import UNet2DConditionModel, FluxTransformer2DModel\n"
-        "import importlib.util, pathlib\n"
-        "spec = importlib.util.find_spec('diffdoctor.kernels.weighted_loss')\n"
-        "print(pathlib.Path(spec.origin).parent)"
-    )
-    assert run(sys.executable, "-c", code, cwd=ROOT).stdout.strip() == str(ROOT / "kernels")
+    # With the root on sys.path, as it is here, transformers and diffusers must not take our folder for the Hugging Face
+    # package.
+    assert str(ROOT) in sys.path[: next(i for i, path in enumerate(sys.path) if "site-packages" in path)]
+    from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+    from transformers import SegformerForSemanticSegmentation
+
+    assert all(map(callable, (FluxTransformer2DModel, UNet2DConditionModel, SegformerForSemanticSegmentation)))
+    spec = importlib.util.find_spec("diffdoctor.kernels.weighted_loss")
+    assert Path(spec.origin).parent == ROOT / "kernels"
 
 
 def test_nothing_under_kernels_registers_operators():
@@ -94,18 +94,6 @@ def test_nothing_under_kernels_registers_operators():
         text = path.read_text()
         assert "torch.library" not in text, path.name
         assert "custom_op" not in text, path.name
-
-
-def test_import_is_light():
-    code = (
-        "import sys, diffdoctor, torch\n"
-        "heavy = {'triton', 'diffusers', 'transformers', 'PIL', 'matplotlib', 'accelerate', 'peft', 'scipy'}\n"
-        "print(sorted(heavy & (set(sys.modules) - BEFORE)))\n"
-        "print(torch.cuda.is_initialized())"
-    )
-    # What torch itself imports is torch's affair.
-    done = run(sys.executable, "-c", "import torch, sys\nBEFORE = set(sys.modules)\n" + code)
-    assert done.stdout.split("\n")[:2] == ["[]", "False"]
 
 
 def test_the_sdist_holds_what_is_tracked_and_nothing_built(sdist):

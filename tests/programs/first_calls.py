@@ -7,7 +7,9 @@ import torch
 
 import diffdoctor
 
-HEAVY = {"triton", "diffusers", "transformers", "PIL", "matplotlib", "diffdoctor._native"} & set(sys.modules)
+HEAVY = set(sys.modules) & {
+    "accelerate", "diffdoctor._native", "diffusers", "matplotlib", "peft", "PIL", "scipy", "transformers", "triton",
+}  # fmt: skip
 
 
 def imports():
