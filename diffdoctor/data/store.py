@@ -133,7 +133,9 @@ class Store:
         def create() -> bool:
             try:
                 self.files.pipe_file(self._path(url), data, mode="create")
-            except FileExistsError:
+            except Exception as error:
+                if not _is_there_already(error):
+                    raise
                 # An earlier attempt may have made it, whose answer was lost.
                 return self.files.cat_file(self._path(url)) == data
             return True
@@ -164,6 +166,13 @@ class Store:
                 if isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES:
                     raise UserError(f"{url}: cannot be {done} ({_said(error)})") from error
         raise UserError(f"{url}: cannot be {done} ({_said(last)}); tried {ATTEMPTS} times") from last
+
+
+def _is_there_already(error: Exception) -> bool:
+    """Whether it says that an object cannot be created since it exists; not all S3 stores say so as Amazon's does."""
+    answer = getattr(error.__cause__, "response", None)  # botocore's
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(answer, dict) else None
+    return isinstance(error, FileExistsError) or status == 412  # a condition that does not hold
 
 
 def _said(error: Exception) -> str:

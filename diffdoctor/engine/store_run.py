@@ -77,6 +77,8 @@ class StoreRun(RunFolder):
     def _present(self) -> str:
         """The results that lie in the store, as words."""
         names = {name.split("/")[0] for name in self.place.store.listing(self.place.url, deep=True)}
+        # Of whatever was listed, run.json says whose it is: it was there first, if only since a moment ago.
+        self._take_record()
         return ", ".join(name for name in self.results if any(fnmatch.fnmatchcase(each, name) for each in names))
 
     def begin(self, config: Any = None, *, overwrite: bool = False) -> list[str]:
@@ -86,6 +88,7 @@ class StoreRun(RunFolder):
             UserError: see there; or another process has begun another run there.
         """
         known = self._record()
+        self._seen = None  # that another machine has begun the same run since does no harm
         deleted = super().begin(config, overwrite=overwrite)
         store, record = self.place.store, (self.place / RUN).url
         if known is not None and self._differences(known):

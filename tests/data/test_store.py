@@ -22,6 +22,7 @@ from diffdoctor.data.store_path import StorePath, at
 from diffdoctor.engine.options import EngineConfig
 from diffdoctor.engine.running import run, settle
 from diffdoctor.engine.store_commits import StoreCommits
+from diffdoctor.engine.store_run import run_folder
 from diffdoctor.runs.errors import UserError
 from support.engine import Spec, plan_of
 from support.sets import write_set_and_detector
@@ -290,6 +291,22 @@ def test_units_count_once_in_a_store_and_what_does_not_count_goes(bucket, tmp_pa
     assert {name for name in left if name.startswith("made-00000") and "000002" not in name} == made
     assert len(made) == 2
     assert not [name for name in left if name.startswith(".attempts")]
+
+
+def test_two_machines_may_begin_one_run_at_the_same_time(bucket, tmp_path, monkeypatch):
+    def run_of(identity):
+        return run_folder(f"{bucket}/out", "test", {"of": identity}, dict.fromkeys((".attempts", "commits")))
+
+    with run_of("a") as first:  # looks at the place, where nothing is yet
+        monkeypatch.setenv("DIFFDOCTOR_CACHE", str(tmp_path / "cache of another machine"))
+        with run_of("a") as second:
+            assert not second.check()
+            second.begin()
+            store_of(bucket).write(f"{bucket}/out/.attempts/000000", b"")
+            first.check()
+            first.begin()
+        with run_of("b") as other, pytest.raises(UserError, match=r"holds \.attempts of a run with another of"):
+            other.check()
 
 
 def test_urls_and_paths_are_told_apart_and_stay_in_their_bucket(bucket):

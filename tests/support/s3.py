@@ -1,39 +1,30 @@
-"""moto's S3 on loopback, behind a server that fails as stores do: errors, answers cut short, answers lost."""
+"""S3 on loopback, behind a server that fails as stores do: errors, answers cut short, answers lost."""
 
 import contextlib
 import http.client
-import os
 import random
-import socket
 import subprocess
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from support.launch import free_port
+from support.paths import PROGRAMS
 
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 @contextlib.contextmanager
-def moto(folder):
-    """moto's server; its port."""
-    port = free_port()
-    words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with open(folder / "moto.log", "w") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=log, env=os.environ | ENVIRONMENT)
+def serving(folder):
+    """A server of `programs/s3_server.py` with an empty bucket; its port. Its requests stand in `folder`/s3.log."""
+    with open(folder / "s3.log", "w") as log:
+        process = subprocess.Popen([sys.executable, str(PROGRAMS / "s3_server.py")], stdout=log)
     try:
         for _ in range(600):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            if (said := (folder / "s3.log").read_text()).endswith("\n"):
                 break
-            time.sleep(0.1)
-        connection = http.client.HTTPConnection("127.0.0.1", port)
-        connection.request(
-            "PUT", "/bucket", headers={"Authorization": "AWS4-HMAC-SHA256 Credential=x/x/us-east-1/s3/x"}
-        )
-        assert connection.getresponse().status == 200
-        yield port
+            time.sleep(0.05)
+        yield int(said.splitlines()[0])
     finally:
         process.kill()
         process.wait()
@@ -41,7 +32,7 @@ def moto(folder):
 
 @contextlib.contextmanager
 def failing(port, share, seed=0):
-    """A server before moto's that fails for a share of the requests; its port and {fault: how often}."""
+    """A server before another that fails for a share of the requests; its port and {fault: how often}."""
     draws, lock, counts = random.Random(seed), threading.Lock(), {"500": 0, "cut": 0, "lost": 0}
 
     class Handler(BaseHTTPRequestHandler):
