@@ -8,10 +8,14 @@ if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported, here and by
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
+# Folders whose files take some ten seconds each.
+LONG = ("treat", "demo", "evaluate", "detector")
+
+
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first, so that several processes end together."""
+    """Files with slow tests first, short files last, so that several processes end together."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path not in slow, item.path.parent.name not in LONG))
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,7 @@ def test_weighted_loss_equals_the_reference(case):
         cases.check(problem, want)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@settings(max_examples=10, deadline=None, derandomize=True, database=None)
 @given(case=search.cases(max_side=9))
 def test_any_weighted_loss_equals_the_reference(case):
     inputs = cases.build(case)
@@ -98,8 +98,8 @@ def test_policy_loss_equals_the_reference(case):
 REDUCTIONS = {f"{method}-{reduction}" for method in ("max", "mean", "sum") for reduction in ("mean", "sum")}
 
 
-# The reductions differ in the last few additions alone.
-@pytest.mark.parametrize("case", brief(artifact.every_case(), {*REDUCTIONS, "larger"}))
+# The reductions differ in the last few additions alone, and dtypes in the loads.
+@pytest.mark.parametrize("case", brief(artifact.every_case(), {*REDUCTIONS, "mean-bf16", "sum-bf16", "larger"}))
 def test_artifact_loss_equals_the_reference(case):
     logits = artifact.build(case)
     problem = artifact.lower(case, logits)
