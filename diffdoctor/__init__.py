@@ -34,9 +34,14 @@ if TYPE_CHECKING:  # what an editor sees
     from diffdoctor import treat as treat
     from diffdoctor.ops import *  # noqa: F403
     from diffdoctor.repairs.repairer import repair as repair
+    from diffdoctor.treat.autoguidance import autoguide as autoguide
     from diffdoctor.treat.guided_sampling import guide as guide
 
-_LAZY = {"guide": "diffdoctor.treat.guided_sampling", "repair": "diffdoctor.repairs.repairer"}
+_LAZY = {
+    "autoguide": "diffdoctor.treat.autoguidance",
+    "guide": "diffdoctor.treat.guided_sampling",
+    "repair": "diffdoctor.repairs.repairer",
+}
 _STAGES = ("demo", "detector", "evaluate", "maps", "repairs", "treat")
 
 _public = _ops.public()

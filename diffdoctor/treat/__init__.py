@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from diffdoctor.lazy import lazy_names
 
 if TYPE_CHECKING:  # what an editor sees; tests/packaging/test_lazy_names.py holds it equal to the table below
+    from diffdoctor.treat.autoguidance import autoguide as autoguide
     from diffdoctor.treat.config import TreatConfig as TreatConfig
     from diffdoctor.treat.families import Conditioning as Conditioning
     from diffdoctor.treat.families import Family as Family
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # what an editor sees; tests/packaging/test_lazy_names.py hol
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "autoguide": "diffdoctor.treat.autoguidance",
         "Conditioning": "diffdoctor.treat.families",
         "Family": "diffdoctor.treat.families",
         "guide": "diffdoctor.treat.guided_sampling",

@@ -22,6 +22,7 @@ from diffdoctor.runs.record import METRICS, versions
 from diffdoctor.runs.summary import print_summary
 from diffdoctor.training.devices import open_device_at
 from diffdoctor.training.processes import process_state
+from diffdoctor.treat.autoguidance import autoguided, check_scale
 from diffdoctor.treat.loading import DTYPES, load_lora
 from diffdoctor.treat.prompts import check_prompts
 from diffdoctor.treat.quantization import check_format
@@ -42,6 +43,8 @@ class SampleConfig:
             resumes after the last finished unit.
         seeds: the first and the last seed; every prompt is drawn once with each of them.
         lora: folder, file or hub id of a LoRA for the pipeline.
+        autoguidance: how far predictions are taken from the pipeline's own through the LoRA's, see
+            `diffdoctor.autoguide`, in twice the time; null: they are the LoRA's.
         generator: what the pictures' generator is called in the set; null: the pipeline's name.
         sampling_steps: denoising steps; null: the pipeline's own default.
         guidance_scale: null: the pipeline's own default.
@@ -68,6 +71,7 @@ class SampleConfig:
     output: str | None = None
     seeds: tuple[int, int] = (0, 0)
     lora: str | None = None
+    autoguidance: float | None = None
     generator: str | None = None
     sampling_steps: int | None = None
     guidance_scale: float | None = None
@@ -91,6 +95,7 @@ class SampleConfig:
         check_least(self, batch_size=1, shard_size=1, sampling_steps=1)
         check_least(self, height=1, width=1, num_frames=1, max_sequence_length=1)
         check_format(self.quantize)
+        check_scale(self.autoguidance, self.lora)
         if not 0 <= self.seeds[0] <= self.seeds[1] <= _LARGEST_SEED:
             raise UserError(expected("seeds", "the first and the last seed, from 0", " ".join(map(str, self.seeds))))
         for name, allowed in (("dtype", tuple(DTYPES)), ("picture_type", ("png", "webp", "jpg"))):
@@ -135,7 +140,9 @@ def _digest(prompts: list[Prompt]) -> str:
 def _identity(spec: SampleWorkerSpec, plan: Plan) -> dict[str, Any]:
     """All that the pictures depend on, by name."""
     config = spec.config
-    return {
+    # absent where it is not given, so that sets made before there was such an option can be resumed
+    more = {} if config.autoguidance is None else {"autoguidance": config.autoguidance}
+    return more | {
         "pipeline": [config.pipeline, stamp(config.pipeline)],
         "lora": [config.lora, stamp(config.lora)],
         "prompts": spec.prompts,
@@ -198,7 +205,8 @@ class _SampleWorker:
         seeds = [self.config.seeds[0] + round for round, _ in places]
         options = {"batch_size": self.config.batch_size, **pipeline_options(self.pipeline, self.config)}
         pictures = (picture for batch in draw_pictures(self.pipeline, texts, seeds, **options) for picture in batch)
-        with UnitFiles(unit, attempt, self.config.picture_type, IDENTITIES) as files:
+        kind, scale = self.config.picture_type, self.config.autoguidance
+        with UnitFiles(unit, attempt, kind, IDENTITIES) as files, autoguided(self.pipeline, scale):
             try:
                 for picture, seed, (_, row) in zip(pictures, seeds, places, strict=True):
                     frames = [(picture, "")]

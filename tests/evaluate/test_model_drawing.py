@@ -81,6 +81,20 @@ def test_a_negative_prompt_is_drawn_with_and_reported(files, tmp_path, capsys):
     assert "--negative_prompt: FluxPipeline does not take this option" in capsys.readouterr().err
 
 
+def test_the_treated_side_alone_is_extrapolated(files, tmp_path, capsys):
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    evaluate(files, plain, **FEW)
+    evaluate(files, out, **FEW, autoguidance=1.5)
+    for side, is_same in (("before", True), ("after", False)):
+        pictures = [sorted((folder / "pictures" / side).glob("*.png")) for folder in (plain, out)]
+        same = [a.read_bytes() == b.read_bytes() for a, b in zip(*pictures, strict=True)]
+        assert len(same) == 3 and set(same) == {is_same}
+    assert main(options(files, out, **FEW, autoguidance=2.0)) == 2
+    assert "autoguidance" in capsys.readouterr().err
+    assert main(options(files, tmp_path / "new", **FEW, autoguidance=1.5, lora="", treated=files / "sd")) == 2
+    assert "autoguidance: expected a LoRA with it" in capsys.readouterr().err
+
+
 def test_what_was_left_out_is_remembered_and_half_files_are_removed(files, tmp_path):
     real = tmp_path / "real"
     shutil.copytree(files / "real", real)

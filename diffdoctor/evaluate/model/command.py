@@ -233,7 +233,8 @@ class Evaluation:
             bar.update(len(mine) - len(missing))
             try:
                 texts = [self.plan.prompt(index).text for index in missing]
-                for count in pipelines.draw_into(files, pipeline, detector, config, missing, texts):
+                options = {"treated": side == "after"}
+                for count in pipelines.draw_into(files, pipeline, detector, config, missing, texts, **options):
                     bar.update(count)
             except UserError:
                 self.folder.discard_if_empty()

@@ -11,6 +11,7 @@ from typing import Any
 
 from diffdoctor.engine.options import EngineConfig
 from diffdoctor.runs.errors import UserError, check_least, expected, missing_extra
+from diffdoctor.treat.autoguidance import check_scale
 from diffdoctor.treat.loading import DTYPES
 from diffdoctor.treat.quantization import check_format
 
@@ -36,6 +37,8 @@ class EvaluateModelConfig:
             treatment, like detector and prompts.
         lora: folder or file of a LoRA for that pipeline: the treated pipeline is the two together.
         treated: folder or hub id of the treated pipeline, in place of a LoRA.
+        autoguidance: how far predictions of the treated side are taken from the pipeline's own through the LoRA's, see
+            `diffdoctor.autoguide`, in twice the time; null: they are the LoRA's.
         guide: sample the treated side under `diffdoctor.guide` with the detector.
         guide_options: options of `diffdoctor.guide` by name, such as {"strength": 0.3}.
         detector: folder or hub id of the detector that steered the treatment.
@@ -92,6 +95,7 @@ class EvaluateModelConfig:
     pipeline: str | None = None
     lora: str | None = None
     treated: str | None = None
+    autoguidance: float | None = None
     guide: bool = False
     guide_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     detector: str | None = None
@@ -159,6 +163,7 @@ def completed(config: EvaluateModelConfig) -> EvaluateModelConfig:
     if not (config.lora or config.treated or config.guide):
         options = "--treatment, --lora, --treated, --guide"
         raise UserError(expected(options, "one of them, the treatment to be evaluated", "none"))
+    check_scale(config.autoguidance, config.lora)
     if config.preference_processor and not config.preference:
         raise UserError(expected("--preference_processor", "--preference with it", "none"))
     if config.questions and not config.vqa:

@@ -22,6 +22,7 @@ from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import stamp
 from diffdoctor.runs.progress import quiet_loaders
 from diffdoctor.training.devices import open_device_at
+from diffdoctor.treat.autoguidance import autoguided
 from diffdoctor.treat.loading import load_lora
 from diffdoctor.treat.text_to_image import call_options, draw_pictures, open_pipeline, pipeline_options
 
@@ -70,6 +71,8 @@ def draw_into(
     config: EvaluateModelConfig,
     indices: Sequence[int],
     texts: Sequence[str],
+    *,
+    treated: bool,
 ) -> Iterator[int]:
     """Draw pictures and write each to its file, in batches; yields the number of each batch's.
 
@@ -80,13 +83,15 @@ def draw_into(
         config: the command's options.
         indices: of the pictures.
         texts: their prompts.
+        treated: whether the pipeline is the treated one, which alone may be extrapolated.
 
     Raises:
         UserError: the pipeline cannot draw this, or there is not enough memory.
     """
     seeds, left = [config.seed + index for index in indices], iter(indices)
     drawing = {"batch_size": config.batch_size, **pipeline_options(pipeline, config)}
-    with guided(pipeline, detector, dataclasses.replace(config, guide=detector is not None)):
+    guiding = guided(pipeline, detector, dataclasses.replace(config, guide=detector is not None))
+    with autoguided(pipeline, config.autoguidance if treated else None), guiding:
         try:
             for batch in draw_pictures(pipeline, list(texts), seeds, **drawing):
                 for index, picture in zip(itertools.islice(left, len(batch)), batch, strict=True):
@@ -142,7 +147,7 @@ class DrawWorkerSpec:
         def draw(unit: Unit, attempt: Attempt) -> dict[str, Any]:
             missing = files.missing(range(unit.first, unit.first + unit.count))
             prompts = [texts[index % len(texts)] for index in missing]
-            drawn = draw_into(files, pipeline, detector, config, missing, prompts) if missing else ()
+            drawn = draw_into(files, pipeline, detector, config, missing, prompts, treated=treated) if missing else ()
             return {"records": sum(drawn)}
 
         return draw
@@ -150,7 +155,9 @@ class DrawWorkerSpec:
 
 def picture_identity(config: EvaluateModelConfig, prompts: list[str], detector_digest: str) -> dict:
     """All that the generated pictures depend on, by name, except for their number."""
-    return {
+    # absent where it is not given, so that folders made before there was such an option can be resumed
+    more = {} if config.autoguidance is None else {"autoguidance": config.autoguidance}
+    return more | {
         "pipeline": [config.pipeline, stamp(config.pipeline)],
         "lora": [config.lora, stamp(config.lora)],
         "treated": [config.treated, stamp(config.treated)],
