@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
+from functools import lru_cache
 
 #: Instructions by what they keep busy; the rest counts as "other".
 _KINDS = {
@@ -80,6 +81,7 @@ def _width(modifiers: str) -> int:
     return 32
 
 
+@lru_cache(maxsize=2)  # a cubin is looked at for its registers and for its cases
 def _dumped(cubin: bytes) -> tuple[str, dict[str, str]]:
     tool = find_tool("cuobjdump")
     if tool is None:
