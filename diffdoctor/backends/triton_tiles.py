@@ -219,6 +219,13 @@ def make_channel_box(plan: Plan) -> Box:
     return Box(groups, count, (outer, free, inner), inner_blocks, tiles, 1, -(-n_free // free))
 
 
+def _channel_warps(plan: Plan, box: Box) -> int:
+    """So that a thread has 16 elements, or 32 where they stay in registers: all threads that share a pixel work out its
+    ratio."""
+    each = 32 if plan.dtype.itemsize == 2 and box.steps == 1 else 16
+    return max(1, min(LAUNCH["num_warps"], prod(box.block) // (32 * each)))
+
+
 _OPTIONS = ("clean_weight", "artifact_weight", "threshold", "gamma")
 
 
@@ -240,6 +247,7 @@ def policy_arguments(plan: Plan, box: Box) -> dict:
         "steps": box.steps,
         "inner_blocks": box.inner_blocks,
         "HELD": box.steps == 1,
+        "num_warps": _channel_warps(plan, box),
         "BLOCK_OUTER": box.block[0],
         "BLOCK_FREE": box.block[1],
         "BLOCK_INNER": box.block[2],

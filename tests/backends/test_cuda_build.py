@@ -81,6 +81,9 @@ def test_kernels_neither_spill_nor_move_less_than_they_could(arch):
     (logit,) = [budget.LogitCount(**row["logit"]) for row in rows if "logit" in row]
     assert logit.instructions <= budget.LOGIT_BUDGET, logit
     assert logit.registers <= 64, logit  # four blocks of 256 threads on a multiprocessor
+    means = dict(row["mean"] for row in rows if "mean" in row)
+    assert means.keys() == budget.MEAN_BUDGETS.keys()
+    assert all(cost <= budget.MEAN_BUDGETS[together] for together, cost in means.items()), means
     counts = [budget.Count.of(count) for row in fast for count in row["cases"].values()]
     assert len(counts) == len(budget.CASES)
     for count in counts:

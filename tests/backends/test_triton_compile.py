@@ -46,6 +46,11 @@ def test_launches_compile_without_spills_and_with_wide_accesses(arch):
             assert row["wide_stores"] >= 1, row
         if row["kernel"] == "weighted_loss_kernel" and row["call"] in budget.TRITON_BUDGETS:
             assert 0 < row["loop"] <= budget.TRITON_BUDGETS[row["call"]], row
+        for table, count in ((budget.TRITON_INNER_BUDGETS, "inner"), (budget.TRITON_PASS_BUDGETS, "pass")):
+            if row[count] is not None:
+                assert 0 < row[count] <= table[row["call"]][1], row
+    counted = {row["call"] for row in rows if row["inner"] or row["pass"]}
+    assert counted == {*budget.TRITON_INNER_BUDGETS, *budget.TRITON_PASS_BUDGETS} & by_call.keys()
     # One launch each; a mean spatial weight costs one more, a peak one more.
     assert by_call["plain-bf16"] == by_call["map-fp32"] == ["weighted_loss_kernel"]
     assert by_call["area-latents"] == ["weight_mean_kernel", "weighted_loss_kernel"]

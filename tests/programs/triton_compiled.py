@@ -5,6 +5,7 @@ what it would hand to a GPU of that kind is looked at.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -27,12 +28,19 @@ F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float6
 TRAIN = WRITE_LOSS | WRITE_GRAD
 
 
-def describe(cubin, name):
-    """Registers, bytes of stack (spills), wide global accesses and a main loop's cost, from the machine code."""
+def describe(cubin, name, threads):
+    """Registers, bytes of stack (spills), wide global accesses and the costs that have a budget, from the machine code
+    of a launch of so many threads."""
     (found,) = sass.describe(cubin).values()
     access = found["access"]
     (listing,) = sass.listings(cubin)[0].values()
+    inner, elements = (
+        table.get(name, (None,))[0] for table in (budget.TRITON_INNER_BUDGETS, budget.TRITON_PASS_BUDGETS)
+    )
+    has = inner is not None and re.search(rf"\b{re.escape(inner)}", listing)
     return {
+        "inner": budget.count_inner(listing, inner) if has else None,
+        "pass": budget.count_pass(listing, elements / threads) if elements is not None else None,
         "loop": budget.count_loop(listing, 4 if "fp32" in name else 8) if name in budget.TRITON_BUDGETS else None,
         "registers": found["registers"],
         "stack": found["stack"],
@@ -114,6 +122,7 @@ def others(few):
     }  # fmt: skip
     if not few:
         calls.update({"policy-sample": lambda: policy("sample", F32), "policy-fp64": lambda: policy("pixel", F64)})
+        calls["policy-large"] = lambda: policy("pixel", BF16, (2, 16, 128, 128))
         calls.update({"artifact-max-bf16": lambda: artifact("max", BF16), "scale-fp64": lambda: scale(F64)})
     return calls
 
@@ -124,10 +133,10 @@ def main():
     for name, call in {**losses(few), **others(few)}.items():
         launches.clear()
         call()
-        for kernel, _, compiled in launches:
+        for kernel, grid, compiled in launches:
             cubin = compiled.asm["cubin"]
             if cubin not in seen:
-                seen[cubin] = describe(cubin, name)
+                seen[cubin] = describe(cubin, name, grid[0] * 32 * compiled.metadata.num_warps)
             rows.append({"call": name, "kernel": kernel, **seen[cubin]})
     print(json.dumps(rows))
 

@@ -10,28 +10,25 @@ counted from its first instruction to the one that counts its block as done.
 from __future__ import annotations
 
 import argparse
-import heapq
 import pathlib
 import re
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import cached_property
 
 from benchmarks.ops.machine import ROOT
 from benchmarks.ops.table import aligned
 from tools.gpu import sass
+from tools.gpu.machine_code import Code
 
 SOURCES = tuple(ROOT / "csrc" / "cuda" / name for name in ("l2.cu", "l2_odd.cu", "tokens.cu"))
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 THREADS = 256
 ODD = 1
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
 _CONFIG = re.compile(
     r"l2_(?:odd)?_?kernelI.*?ConfigILi(\d)ELi(\d)ELb(\d)ELb(\d)ELb(\d)E|tokens_kernelI.*?ConfigILi(\d)ELi(\d)E"
 )
-_TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
 
 
 @dataclass(frozen=True)
@@ -82,9 +79,22 @@ ARTIFACT_SOURCE = ROOT / "csrc" / "cuda" / "artifact_loss.cu"
 LOGIT_BUDGET = 2700
 
 
+MEAN_SOURCE = ROOT / "csrc" / "cuda" / "weight_mean.cu"
+#: Instructions for 8 positions of an fp32 map of the grid's size, whose mean weight is wanted, at most: where four
+#: positions are loaded at once, and at odd sizes.
+MEAN_BUDGETS = {4: 120, 1: 170}
+_MEAN_POSITIONS = 16  # of a thread, at full size
+
+
 #: Instructions for 8 elements in the main loop of what the Triton backend launches, by the calls of
 #: tests/programs/triton_compiled.py: no map, a map with statistics, and the gradient alone.
 TRITON_BUDGETS = {"plain-bf16": 160, "map-fp32": 320, "fp16-backward": 110}
+#: In the innermost loop that has the instruction, for each of them: a pixel of artifact_loss's up-sampled map takes one
+#: exponential, a value of a uint8 map in an area's window one conversion.
+TRITON_INNER_BUDGETS = {"artifact-threshold": ("MUFU.EX2", 68), "area-latents": ("I2F", 15)}
+#: Elements of model_pred, and instructions for 8 of them from a program's first one to the one that counts it as done,
+#: loops left out: policy_loss goes through a tile once.
+TRITON_PASS_BUDGETS = {"policy": (2 * 16 * 64 * 64, 540), "policy-large": (2 * 16 * 128 * 128, 370)}
 
 
 @dataclass(frozen=True)
@@ -160,111 +170,6 @@ class Count:
 
     def predicted_share(self, card: Card) -> float:
         return END_SHARE * min(1.0, ISSUE_LIMIT / self.issue_load(card))
-
-
-class Code:
-    """A kernel's machine code as a graph of basic blocks."""
-
-    def __init__(self, listing: str, width: str = "128"):
-        self.width = width  # in bits, of what its main loop loads and stores
-        self.at = [int(address, 16) for address, _ in _INSTRUCTION.findall(listing)]
-        self.text = [text for _, text in _INSTRUCTION.findall(listing)]
-        index = {address: i for i, address in enumerate(self.at)}
-        leaders, jumps = {0}, {}
-        for i, text in enumerate(self.text):
-            name = self.opcode(i)
-            if name.split(".")[0] in ("BRA", "EXIT", "RET", "BRX", "JMP"):
-                leaders.add(i + 1)
-            # A call under a condition is a jump too far for a branch; one without is the slow way of a division.
-            if (name.startswith("BRA") and "DIV" not in name) or (name.startswith("CALL.REL") and text.startswith("@")):
-                jumps[i] = index[int(_TARGET.search(text).group(1), 16)]
-                leaders |= {jumps[i], i + 1}
-        starts = sorted(i for i in leaders if i < len(self.text))
-        self.blocks = dict(zip(starts, [*starts[1:], len(self.text)], strict=True))
-        self.next = {start: self._successors(end - 1, jumps) for start, end in self.blocks.items()}
-
-    def opcode(self, i: int) -> str:
-        return re.sub(r"^@!?U?P\w+\s+", "", self.text[i]).split()[0]
-
-    def _successors(self, last: int, jumps) -> list[int]:
-        name, conditional = (
-            self.opcode(last),
-            self.text[last].startswith("@") or re.search(r"\bBRA\S* !?U?P\d", self.text[last]),
-        )
-        following = [last + 1] if last + 1 < len(self.text) else []
-        if last in jumps:
-            return [jumps[last], *(following if conditional else [])]
-        if name.split(".")[0] in ("EXIT", "RET", "BRX"):  # no case may need a jump table, which is not followed
-            return following if conditional else []
-        return following
-
-    def cost(self, block: int) -> int:
-        return sum(self.opcode(i) != "NOP" for i in range(block, self.blocks[block]))
-
-    def count(self, block: int, prefix: str, width: str = "") -> int:
-        return sum(
-            self.opcode(i).startswith(prefix) and width in self.opcode(i) for i in range(block, self.blocks[block])
-        )
-
-    @cached_property
-    def loops(self) -> list[tuple[int, set[int]]]:
-        """(head, blocks) of every loop."""
-        return [
-            (head, self._loop(head, tail))
-            for tail, successors in self.next.items()
-            for head in successors
-            if head <= tail
-        ]
-
-    @cached_property
-    def main_loop(self) -> tuple[int, set[int]]:
-        """(head, blocks) of the smallest loop that loads and stores so much at a time."""
-        wide = [
-            (head, body)
-            for head, body in self.loops
-            if all(sum(self.count(b, name, self.width) for b in body) for name in ("LDG", "STG"))
-        ]
-        return min(wide, key=lambda loop: sum(map(self.cost, loop[1])))
-
-    def _loop(self, head: int, tail: int) -> set[int]:
-        """The natural loop of a back edge: what reaches `tail` without passing `head`."""
-        before: dict[int, list[int]] = {}
-        for block, successors in self.next.items():
-            for successor in successors:
-                before.setdefault(successor, []).append(block)
-        body, todo = {head}, [tail]
-        while todo:
-            block = todo.pop()
-            if block not in body:
-                body.add(block)
-                todo += before.get(block, [])
-        return body
-
-    def done(self, block: int) -> tuple[int, int, int]:
-        """Wide loads and stores, and multiply-adds, of a block."""
-        adds = self.count(block, "FFMA") + self.count(block, "FFMA2")
-        return self.count(block, "LDG", self.width), self.count(block, "STG", self.width), adds
-
-    def shortest(self, starts, goal, need=(0, 0, 0), within=None, done=None) -> int:
-        """Instructions of the cheapest way from `starts` to a block that is a goal, with so many loads, stores and
-        multiply-adds on the way, or of what else `done` counts; within some blocks, or all."""
-        done = done or self.done
-        queue = [(0, block, (0, 0, 0)) for block in starts]
-        seen = set()
-        while queue:
-            cost, block, made = heapq.heappop(queue)
-            if goal(block) and cost > 0:
-                if made == need:
-                    return cost
-                continue
-            if (block, made) in seen:
-                continue
-            seen.add((block, made))
-            made = tuple(min(most, a + b) for most, a, b in zip(need, made, done(block), strict=True))
-            for onward in self.next[block]:
-                if within is None or onward in within:
-                    heapq.heappush(queue, (cost + self.cost(block), onward, made))
-        raise ValueError("no such way through the code")
 
 
 def count(case: Case, arch: int, listing: str, registers: int) -> Count:
@@ -364,6 +269,28 @@ def count_logit(arch: int, cubin: bytes) -> LogitCount:
     return LogitCount(arch, pixel, row, around, registers[name])
 
 
+def count_mean(listing: str, together: int) -> float:
+    """What the mean weight costs for 8 positions of one fp32 map, from a kernel that loads so many `together`."""
+    code = Code(listing)
+
+    def done(block: int) -> tuple[int, int, int]:
+        loads = code.count(block, "LDG", "128") if together == 4 else code.count(block, "LDG.E.CONSTANT")
+        return loads, 0, code.count(block, "FFMA")
+
+    need = (_MEAN_POSITIONS // together, 0, _MEAN_POSITIONS)
+    whole = code.shortest([0], lambda b: code.count(b, "ATOM") > 0, need, done=done)
+    return whole * 8 / _MEAN_POSITIONS
+
+
+def means_of(listings: dict[str, str]) -> dict[str, tuple[int, float]]:
+    """{kernel: (positions that it loads together, what 8 of them cost)} of weight_mean.cu."""
+    return {
+        name: (int(found[1]), count_mean(listing, int(found[1])))
+        for name, listing in listings.items()
+        if (found := re.search(r"weight_rows_kernelILi(\d)E", name))
+    }
+
+
 def kernels(arch: int, nvcc: str, source: pathlib.Path) -> dict[tuple, tuple[str, str, int]]:
     """{Config's arguments: (name, listing, registers)} of a file's fast kernels, compiled for `arch`."""
     return of_cubin(compile_to_cubin(arch, nvcc, source))
@@ -377,6 +304,23 @@ def count_loop(listing: str, width: int) -> float | None:
     head, body = code.main_loop
     loads, stores = (sum(code.done(b)[k] for b in body) for k in (0, 1))
     return code.shortest([head], lambda b: b == head, (loads, stores, 0), body) / stores * 8 / width
+
+
+def count_inner(listing: str, instruction: str) -> float:
+    """Instructions for each `instruction` of the loop that has the fewest."""
+    code, name = Code(listing), instruction.split(".")
+    costs = []
+    for _, body in code.loops:
+        found = sum(code.count(b, name[0], ".".join(name[1:])) for b in body)
+        if found:
+            costs.append(sum(map(code.cost, body)) / found)
+    return min(costs)
+
+
+def count_pass(listing: str, elements_per_thread: float) -> float:
+    """Instructions for 8 elements of a kernel that visits its elements once, up to where it counts as done."""
+    code = Code(listing)
+    return code.shortest([0], lambda b: code.count(b, "ATOM") > 0) / elements_per_thread * 8
 
 
 def compile_to_cubin(arch: int, nvcc: str, source: pathlib.Path) -> bytes:
@@ -431,9 +375,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     rows = [row for arch in options.arch for source in SOURCES for row in counts(arch, kernels(arch, nvcc, source))]
     logits = [count_logit(arch, compile_to_cubin(arch, nvcc, ARTIFACT_SOURCE)) for arch in options.arch]
+    means = {
+        arch: [*means_of(sass.listings(compile_to_cubin(arch, nvcc, MEAN_SOURCE))[0]).values()] for arch in options.arch
+    }
     print(text(rows, options.markdown))
     print("\n" + logit_text(logits))
+    print("\n" + mean_text(means))
     over = any(row.instructions > row.case.budget for row in rows)
+    over = over or any(cost > MEAN_BUDGETS[together] for found in means.values() for together, cost in found)
     return int(over or any(count.instructions > LOGIT_BUDGET for count in logits))
 
 
@@ -441,6 +390,15 @@ def logit_text(counts: list[LogitCount]) -> str:
     """artifact_loss by architecture."""
     figures = (f"sm_{count.arch} {count.instructions:.0f}" for count in counts)
     return f"artifact_loss, instructions for a logit of detector-512 (budget {LOGIT_BUDGET}): " + ", ".join(figures)
+
+
+def mean_text(means: dict[int, list[tuple[int, float]]]) -> str:
+    """weight_mean by architecture."""
+    lines = []
+    for together, budget in MEAN_BUDGETS.items():
+        figures = (f"sm_{arch} {dict(found)[together]:.0f}" for arch, found in means.items())
+        lines.append(f"weight_mean, 8 positions, {together} loaded together (budget {budget}): " + ", ".join(figures))
+    return "\n".join(lines)
 
 
 def text(rows: list[Count], markdown: bool = False) -> str:

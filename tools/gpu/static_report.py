@@ -71,6 +71,8 @@ def _counted(arch: int, source: pathlib.Path, cubin: bytes) -> dict[str, dict]:
     if source.name == budget.ARTIFACT_SOURCE.name:
         count = dataclasses.asdict(budget.count_logit(arch, cubin))
         return {name: {"logit": count} for name in sass.listings(cubin)[0] if "artifact_loss_kernelILi0E" in name}
+    if source.name == budget.MEAN_SOURCE.name:
+        return {name: {"mean": found} for name, found in budget.means_of(sass.listings(cubin)[0]).items()}
     if source.name not in {known.name for known in budget.SOURCES}:
         return {}
     by_kernel = budget.of_cubin(cubin)
@@ -170,6 +172,12 @@ def text(rows: list[dict], missing: list[str]) -> str:
         logits = [budget.LogitCount(**row["logit"]) for row in cuda if "logit" in row]
         if logits:
             parts.append(budget.logit_text(logits))
+        means: dict[int, list] = {}
+        for row in cuda:
+            if "mean" in row:
+                means.setdefault(row["arch"], []).append(row["mean"])
+        if means:
+            parts.append(budget.mean_text(means))
     if missing:
         parts.append("Not to be had:\n  " + "\n  ".join(missing))
     return "\n\n".join(parts)
