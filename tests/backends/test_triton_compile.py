@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.ops import host
 from support.paths import PROGRAMS, ROOT
-from tools.gpu import budget
+from tools.gpu import triton_budget
 
 triton = pytest.importorskip("triton")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -44,13 +44,13 @@ def test_launches_compile_without_spills_and_with_wide_accesses(arch):
         if row["kernel"] == "scale_gradient_kernel":
             assert row["wide_loads"] >= 1, row
             assert row["wide_stores"] >= 1, row
-        if row["kernel"] == "weighted_loss_kernel" and row["call"] in budget.TRITON_BUDGETS:
-            assert 0 < row["loop"] <= budget.TRITON_BUDGETS[row["call"]], row
-        for table, count in ((budget.TRITON_INNER_BUDGETS, "inner"), (budget.TRITON_PASS_BUDGETS, "pass")):
+        if row["kernel"] == "weighted_loss_kernel" and row["call"] in triton_budget.LOOP:
+            assert 0 < row["loop"] <= triton_budget.LOOP[row["call"]], row
+        for table, count in ((triton_budget.INNER, "inner"), (triton_budget.PASS, "pass")):
             if row[count] is not None:
                 assert 0 < row[count] <= table[row["call"]][1], row
     counted = {row["call"] for row in rows if row["inner"] or row["pass"]}
-    assert counted == {*budget.TRITON_INNER_BUDGETS, *budget.TRITON_PASS_BUDGETS} & by_call.keys()
+    assert counted == {*triton_budget.INNER, *triton_budget.PASS} & by_call.keys()
     # One launch each; a mean spatial weight costs one more, a peak one more.
     assert by_call["plain-bf16"] == by_call["map-fp32"] == ["weighted_loss_kernel"]
     assert by_call["area-latents"] == ["weight_mean_kernel", "weighted_loss_kernel"]

@@ -21,7 +21,7 @@ from diffdoctor.lowering.plan import LOSS_KINDS, WRITE_GRAD, WRITE_LOSS, WRITE_S
 from support import artifact as artifact_cases
 from support import cases
 from support import policy as policy_cases
-from tools.gpu import budget, sass
+from tools.gpu import sass, triton_budget
 from tools.gpu.static_triton import record
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -34,14 +34,12 @@ def describe(cubin, name, threads):
     (found,) = sass.describe(cubin).values()
     access = found["access"]
     (listing,) = sass.listings(cubin)[0].values()
-    inner, elements = (
-        table.get(name, (None,))[0] for table in (budget.TRITON_INNER_BUDGETS, budget.TRITON_PASS_BUDGETS)
-    )
+    inner, elements = (table.get(name, (None,))[0] for table in (triton_budget.INNER, triton_budget.PASS))
     has = inner is not None and re.search(rf"\b{re.escape(inner)}", listing)
     return {
-        "inner": budget.count_inner(listing, inner) if has else None,
-        "pass": budget.count_pass(listing, elements / threads) if elements is not None else None,
-        "loop": budget.count_loop(listing, 4 if "fp32" in name else 8) if name in budget.TRITON_BUDGETS else None,
+        "inner": triton_budget.count_inner(listing, inner) if has else None,
+        "pass": triton_budget.count_pass(listing, elements / threads) if elements is not None else None,
+        "loop": triton_budget.count_loop(listing, 4 if "fp32" in name else 8) if name in triton_budget.LOOP else None,
         "registers": found["registers"],
         "stack": found["stack"],
         "local": sum(count for name, count in access.items() if name.startswith(("LDL", "STL"))),

@@ -86,17 +86,6 @@ MEAN_BUDGETS = {4: 120, 1: 170}
 _MEAN_POSITIONS = 16  # of a thread, at full size
 
 
-#: Instructions for 8 elements in the main loop of what the Triton backend launches, by the calls of
-#: tests/programs/triton_compiled.py: no map, a map with statistics, and the gradient alone.
-TRITON_BUDGETS = {"plain-bf16": 160, "map-fp32": 320, "fp16-backward": 110}
-#: In the innermost loop that has the instruction, for each of them: a pixel of artifact_loss's up-sampled map takes one
-#: exponential, a value of a uint8 map in an area's window one conversion.
-TRITON_INNER_BUDGETS = {"artifact-threshold": ("MUFU.EX2", 68), "area-latents": ("I2F", 15)}
-#: Elements of model_pred, and instructions for 8 of them from a program's first one to the one that counts it as done,
-#: loops left out: policy_loss goes through a tile once.
-TRITON_PASS_BUDGETS = {"policy": (2 * 16 * 64 * 64, 540), "policy-large": (2 * 16 * 128 * 128, 370)}
-
-
 @dataclass(frozen=True)
 class LogitCount:
     """What artifact_loss costs on an architecture where the map is four times as large as the logits.
@@ -294,33 +283,6 @@ def means_of(listings: dict[str, str]) -> dict[str, tuple[int, float]]:
 def kernels(arch: int, nvcc: str, source: pathlib.Path) -> dict[tuple, tuple[str, str, int]]:
     """{Config's arguments: (name, listing, registers)} of a file's fast kernels, compiled for `arch`."""
     return of_cubin(compile_to_cubin(arch, nvcc, source))
-
-
-def count_loop(listing: str, width: int) -> float | None:
-    """Instructions for 8 elements in the loop of a kernel that moves `width` elements in 16 bytes; None for no loop."""
-    code = Code(listing)
-    if not any(code.done(b)[0] and code.done(b)[1] for _, body in code.loops for b in body):
-        return None
-    head, body = code.main_loop
-    loads, stores = (sum(code.done(b)[k] for b in body) for k in (0, 1))
-    return code.shortest([head], lambda b: b == head, (loads, stores, 0), body) / stores * 8 / width
-
-
-def count_inner(listing: str, instruction: str) -> float:
-    """Instructions for each `instruction` of the loop that has the fewest."""
-    code, name = Code(listing), instruction.split(".")
-    costs = []
-    for _, body in code.loops:
-        found = sum(code.count(b, name[0], ".".join(name[1:])) for b in body)
-        if found:
-            costs.append(sum(map(code.cost, body)) / found)
-    return min(costs)
-
-
-def count_pass(listing: str, elements_per_thread: float) -> float:
-    """Instructions for 8 elements of a kernel that visits its elements once, up to where it counts as done."""
-    code = Code(listing)
-    return code.shortest([0], lambda b: code.count(b, "ATOM") > 0) / elements_per_thread * 8
 
 
 def compile_to_cubin(arch: int, nvcc: str, source: pathlib.Path) -> bytes:
