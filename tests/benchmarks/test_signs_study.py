@@ -207,15 +207,16 @@ TOY = {
 
 def test_the_road_from_drawing_to_the_page(tmp_path):
     """At toy lengths: every part is made, stored, measured and shown."""
-    rows = ["nft, second round", "trained on as long as nft", "nft, then repair", "nft, 30 steps"]
+    rows = ["nft, second round", "trained on as long as nft", "nft, then repair"]
+    rows += ["nft, rate 1e-3, 30 steps", "nft, autoguided, 30 steps"]
     command = ["--output", str(tmp_path), "--pictures", "4", "--pipelines", "sd", "--threads", "1"]
     command += ["--settings", json.dumps(TOY), "--rows", *rows]
     assert main(command) == 0
     record = json.loads((tmp_path / "signs.json").read_text())
     found = {row["name"]: row for row in record["rows"]}
     assert set(found) == {"before", "nft", "before, 30 steps", *rows}
-    assert found["nft, 30 steps"]["compared_with"] == "before, 30 steps"
-    assert found["nft, 30 steps"]["cpu_seconds"] == found["nft"]["cpu_seconds"]  # one treatment, drawn twice
+    assert found[rows[3]]["compared_with"] == found[rows[4]]["compared_with"] == "before, 30 steps"
+    assert found[rows[3]]["cpu_seconds"] == found[rows[4]]["cpu_seconds"]  # one treatment, drawn twice
     assert found["nft"]["against_control"]["name"] == rows[1]
     assert found[rows[0]]["cpu_seconds"] > found["nft"]["cpu_seconds"] > 0
     assert all(row["pictures"] == 4 for row in record["rows"])

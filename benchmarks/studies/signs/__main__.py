@@ -115,9 +115,7 @@ def _needed(rows) -> set[str]:
 
 def _picture(path: Path, study: Study, kind: str) -> None:
     """The worst signs before, and after the last treatment without guidance and repair."""
-    plain = (None, None, None)
-    drawn = {name: each for name, each in study.recipes.items() if (each.guide, each.repair, each.steps) == plain}
-    names = [name for name in drawn if name.startswith("nft")]
+    names = [name for name, recipe in study.recipes.items() if name.startswith("nft") and recipe.is_plain]
     names = [name for name in names if "map_source" not in study.recipes[name].treat]
     if not names:
         return

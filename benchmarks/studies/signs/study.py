@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -274,7 +275,9 @@ class Study:
         if repaired and recipe.repair is not None:
             return self._repaired(kind, name, self._drawn(kind, name, count, first, repaired=False))
         needs = {"model": self._model_name(kind, name), "count": count, "first": first}
-        needs |= {} if recipe.steps is None else {"steps": recipe.steps}
+        # absent where they are not given, so that what was drawn before there were such options is found again
+        options = {"steps": recipe.steps, "autoguide": recipe.autoguide}
+        needs |= {name: value for name, value in options.items() if value is not None}
         detector = None
         if recipe.guide is not None:
             detector = self.detector(kind, recipe.after)
@@ -283,10 +286,13 @@ class Study:
         def make(folder):
             from safetensors.torch import save_file
 
-            from diffdoctor import guide
+            from diffdoctor import autoguide, guide
 
             pipeline, found = self._pipeline(kind, name), {}
-            with cpu_seconds() as cost:
+            further = contextlib.nullcontext()
+            if recipe.autoguide is not None:
+                further = autoguide(pipeline, **recipe.autoguide)
+            with cpu_seconds() as cost, further:
                 if recipe.guide is None:
                     pictures = pipelines.draw(pipeline, kind, count, first, f"{kind} {name}", steps=recipe.steps)
                 else:
