@@ -322,7 +322,7 @@ def forbidden(kernel: tuple, listing: str) -> list[str]:
     code = Code(listing, "64" if len(kernel) == 2 and kernel[0] else "128")
     names = r"^(D(ADD|MUL|FMA|SETP|MNMX)|F2F\.|F2I|I2F(?!P)|MUFU|LDL|STL|CALL(?!\.REL))"
     return [
-        code.text[i] for b in code.main_loop[1] for i in range(b, code.blocks[b]) if re.match(names, code.opcode(i))
+        code.text[i] for b in code.main_loop[1] for i in range(b, code.blocks[b]) if re.match(names, code.opcodes[i])
     ]
 
 

@@ -17,10 +17,11 @@ class Code:
         self.width = width  # in bits, of what its main loop loads and stores
         self.at = [int(address, 16) for address, _ in _INSTRUCTION.findall(listing)]
         self.text = [text for _, text in _INSTRUCTION.findall(listing)]
+        self.opcodes = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for text in self.text]
         index = {address: i for i, address in enumerate(self.at)}
         leaders, jumps = {0}, {}
         for i, text in enumerate(self.text):
-            name = self.opcode(i)
+            name = self.opcodes[i]
             if name.split(".")[0] in ("BRA", "EXIT", "RET", "BRX", "JMP"):
                 leaders.add(i + 1)
             # A call under a condition is a jump too far for a branch; one without is the slow way of a division.
@@ -31,12 +32,9 @@ class Code:
         self.blocks = dict(zip(starts, [*starts[1:], len(self.text)], strict=True))
         self.next = {start: self._successors(end - 1, jumps) for start, end in self.blocks.items()}
 
-    def opcode(self, i: int) -> str:
-        return re.sub(r"^@!?U?P\w+\s+", "", self.text[i]).split()[0]
-
     def _successors(self, last: int, jumps) -> list[int]:
         name, conditional = (
-            self.opcode(last),
+            self.opcodes[last],
             self.text[last].startswith("@") or re.search(r"\bBRA\S* !?U?P\d", self.text[last]),
         )
         following = [last + 1] if last + 1 < len(self.text) else []
@@ -47,11 +45,11 @@ class Code:
         return following
 
     def cost(self, block: int) -> int:
-        return sum(self.opcode(i) != "NOP" for i in range(block, self.blocks[block]))
+        return sum(self.opcodes[i] != "NOP" for i in range(block, self.blocks[block]))
 
     def count(self, block: int, prefix: str, width: str = "") -> int:
         return sum(
-            self.opcode(i).startswith(prefix) and width in self.opcode(i) for i in range(block, self.blocks[block])
+            self.opcodes[i].startswith(prefix) and width in self.opcodes[i] for i in range(block, self.blocks[block])
         )
 
     @cached_property
