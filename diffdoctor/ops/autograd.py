@@ -200,6 +200,9 @@ class RecomputedLoss(torch.autograd.Function):
         return problem.grad
 
 
+save_inputs = super(torch.autograd.Function, RecomputedLoss).apply  # as save_grad
+
+
 def _gradient_by_reference(
     options: LossOptions, saved: tuple[Tensor | None, ...], values: list[float], g: Tensor, is_spatial: bool
 ) -> Tensor:
@@ -235,7 +238,7 @@ def differentiable_loss(
     """
     run(module, problem)
     if problem.grad is None:
-        return RecomputedLoss.apply(model_pred, problem, module, options)
+        return save_inputs(model_pred, problem, module, options)
     return save_grad(model_pred, (problem.loss, problem.grad, GeneralCall(module, runs)))
 
 

@@ -199,7 +199,7 @@ def _run(module, inputs: PolicyInputs, options: PolicyOptions, return_stats: boo
     if differentiable and problem.grad is not None:
         loss = save_grad(pred, (loss, problem.grad, GeneralCall(module, grad_runs(problem), "policy_loss")))
     elif differentiable:
-        loss = _RecomputedLoss.apply(pred, loss, module, inputs, options)
+        loss = _save_inputs(pred, loss, module, inputs, options)
     return (loss, PolicyStats.from_sums(problem.sums)) if return_stats else loss
 
 
@@ -233,6 +233,9 @@ class _RecomputedLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             grad = forbid_second_derivative(grad, ctx.x(), "policy_loss")
         return grad, None, None, None, None
+
+
+_save_inputs = super(torch.autograd.Function, _RecomputedLoss).apply  # as autograd.save_grad
 
 
 def _run_reference(inputs: PolicyInputs, options: PolicyOptions, return_stats: bool):
