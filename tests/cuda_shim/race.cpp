@@ -8,6 +8,7 @@
 
 #include "common/weighted_loss.h"
 #include "cuda/artifact_loss.h"
+#include "cuda/l2.h"
 #include "cuda/scale_gradient.h"
 #include "cuda/weighted_loss.h"
 
@@ -47,7 +48,7 @@ struct Workspace {
 };
 
 // (B, C, n) fp32, a map (B, n); `stride` spreads the prediction out in memory. Without sums and where it is dense, the
-// kernels of l2.cu serve.
+// kernels of l2.cu serve, and where n is odd those of l2_odd.cu.
 void weighted_loss(int64_t batch, int64_t channels, int64_t n, int64_t stride, int32_t outputs) {
   const int64_t count = channels * n;
   std::vector<float> pred(static_cast<size_t>((batch * count - 1) * stride + 1)),
@@ -182,6 +183,8 @@ int main() {
   weighted_loss(1, 2, 512, 1, kWriteLoss | kWriteGrad | kWriteSums);
   weighted_loss(2, 1, 19, 3, kWriteLoss | kWriteGrad | kWriteSums);  // two blocks
   weighted_loss(2, 2, 512, 1, kWriteLoss | kWriteGrad);
+  cuda::tiles_per_vector = 1;  // so that a block's shared memory is filled twice
+  weighted_loss(2, 3, 515, 1, kWriteLoss | kWriteGrad);
   artifact_loss(1, 17, kThreshold);
   artifact_loss(1, 17, kMethodMax);
   if (failures == 0) std::printf("all equal\n");
