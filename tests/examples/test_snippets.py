@@ -18,6 +18,7 @@ import torch
 
 import diffdoctor
 from support.maps import marked_pair
+from support.model_evaluation import save_lora
 from support.paths import ROOT
 
 pytest.importorskip("diffusers")
@@ -92,6 +93,7 @@ def folder(tmp_path_factory):
     shutil.copytree(root / "runs" / "my-detector", root / "detector")
     shutil.move(root / "detector", root / "runs" / "my-detector" / "detector")
     tiny_pipeline("sd").save_pretrained(root / "runs" / "my-pipeline")
+    save_lora("sd", root / "runs" / "treatment" / "lora")
     shares = torch.linspace(0, 1, 3)
     measures = PictureMeasures(judge=shares, detector=shares)
     (root / "runs" / "evaluation").mkdir()
