@@ -8,8 +8,10 @@ export DIFFDOCTOR_BUILD ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo
 
 # Not compiled ahead: of 16,000 files of the packages, the few that are used are compiled when they are imported.
 PIP_OPTIONS := -q --no-compile -c constraints.txt
-# Every process of the tests would compile torch and diffusers again where the environment forbids to keep bytecode.
+# Every process of the tests would compile torch and diffusers again where the environment forbids to keep bytecode. It
+# has a folder of its own, so that it is beside no file that a test lists.
 export PYTHONDONTWRITEBYTECODE :=
+export PYTHONPYCACHEPREFIX ?= $(CURDIR)/build/bytecode
 
 BIN := .venv/bin
 # The one that was asked for, else the checkout's environment where there is one.
