@@ -30,7 +30,7 @@ def value_and_gradient(package, backend, compiled=False):
 expected = value_and_gradient(diffdoctor, "reference")
 for found in (value_and_gradient(hub, None, compiled=True), value_and_gradient(hub, "triton")):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
-assert sorted(set(hub.__all__)) == sorted(set(diffdoctor.__all__) - {"guide", "repair"})
+assert sorted(set(hub.__all__)) == sorted(set(diffdoctor.__all__) - {"autoguide", "guide", "repair"})
 print(hub.__name__, hub.available_backends()["cuda"])
 """
 BY_PATH = """
