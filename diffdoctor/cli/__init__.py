@@ -29,6 +29,7 @@ from diffdoctor.cli.options import (
 )
 from diffdoctor.cli.streams import tolerant_streams
 from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
+from diffdoctor.runs.record import refuse_url
 from diffdoctor.version import __version__
 
 
@@ -43,6 +44,7 @@ class Command:
         positional: the options that are given without a name.
         required: options with a default that must be given all the same.
         file: what a word before all options is called, the YAML file of `--config`; "": there is none.
+        stores: whether the output may lie in an object store.
     """
 
     summary: str
@@ -51,6 +53,7 @@ class Command:
     positional: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     file: str = ""
+    stores: bool = False
 
 
 COMMANDS = {
@@ -70,12 +73,14 @@ COMMANDS = {
         "diffdoctor.detector.commands.inject:InjectConfig",
         "diffdoctor.detector.commands.inject:run_inject",
         ("pictures",),
+        stores=True,
     ),
     "sample": Command(
         "draw a set of pictures from prompts and seeds",
         "diffdoctor.treat.sample:SampleConfig",
         "diffdoctor.treat.sample:run_sample",
         required=("pipeline", "prompts", "output"),
+        stores=True,
     ),
     "train-detector": Command(
         "train a detector on labelled shards",
@@ -89,6 +94,7 @@ COMMANDS = {
         "diffdoctor.detector.commands.diagnose:run_diagnose",
         ("pictures",),
         ("detector", "output"),
+        stores=True,
     ),
     "repair": Command(
         "redraw what a detector flags in finished pictures, and keep what is then better",
@@ -178,6 +184,7 @@ COMMANDS = {
         "diffdoctor.sets.config:SetJoinConfig",
         "diffdoctor.sets.join:run_set_join",
         ("sets",),
+        stores=True,
     ),
     "evaluate detector": Command(
         "measure a detector on labelled shards",
@@ -294,6 +301,8 @@ def _run(name: str, command: Command, argv: list[str]) -> int:
     for option in command.required:
         if getattr(config, option) is None:
             raise UserError(expected(f"--{option}", "a value", "none"))
+    if not command.stores:
+        refuse_url(getattr(config, "output", None))
     run = _load(command.run)
     try:
         result = run(config)

@@ -158,8 +158,9 @@ def test_training_evaluation_and_the_set_commands_take_urls(files, pool, bucket,
     assert main(["inject", str(files / "pictures"), "--output", f"{bucket}/injected"]) == 2
     assert "output: expected a folder, or a URL with --engine" in capsys.readouterr().err
     # Before anything is loaded.
-    assert main(["evaluate", "detector", "nowhere", "--detector", "none", "--output", f"{bucket}/report"]) == 2
-    assert "alone write to object stores" in capsys.readouterr().err
+    for words in (["evaluate", "detector", "nowhere", "--detector", "none"], ["train-detector", "nowhere"]):
+        assert main([*words, "--output", f"{bucket}/report"]) == 2
+        assert "alone write to object stores" in capsys.readouterr().err
 
 
 def test_pictures_of_a_store_are_injected_with_damage_and_become_tasks(files, pool, bucket, tmp_path, monkeypatch):
