@@ -78,7 +78,7 @@ def test_each_bad_picture_is_counted_and_named(tmp_path, detector, capsys):
 
 
 def test_a_picture_is_damaged_only_where_there_is_room_for_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffdoctor.detector.commands.inject._MAX_PIXELS", 500)
+    monkeypatch.setattr("diffdoctor.detector.commands.inject_pictures._MAX_PIXELS", 500)
     write_pictures(tmp_path / "pictures", 1)
     Image.fromarray(picture(16, 16)).save(tmp_path / "pictures" / "small.png")
     options = {"kinds": ["tint"], "damaged": 0}
