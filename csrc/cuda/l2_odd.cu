@@ -12,7 +12,8 @@ namespace {
 // Shared memory leaves the registers to the vectors under way.
 template <typename config_t>
 struct Odd : config_t {
-  static constexpr int kBlocks = config_t::kMore ? 2 : 3, kUnroll = config_t::kMore ? 2 : config_t::kUnroll;
+  static constexpr int kBlocks = config_t::kMore || config_t::kWidth == 4 ? 2 : 3,
+                       kUnroll = config_t::kMore ? 2 : config_t::kUnroll;
   static constexpr int kBits = config_t::kWidth == 8 ? 3 : 2;  // log2 of the width
 };
 

@@ -74,9 +74,9 @@ def test_kernels_neither_spill_nor_move_less_than_they_could(arch):
     # Five pairs of dtypes; for l2 one term or more, without and with maps, and with levels.
     assert [sum(row["file"] == name for row in fast) for name in FAST] == [25, 15, 5]
     assert not [(row["kernel"], row["forbidden"]) for row in fast if row["forbidden"]]
-    # Three blocks of 256 threads on a multiprocessor; two where coefficients change with u, for tokens, and for more
-    # terms than one at odd sizes.
-    assert [sum(row["registers"] > 80 for row in fast if row["file"] == name) for name in FAST[:2]] == [4, 10]
+    # Three blocks of 256 threads on a multiprocessor; two where coefficients change with u, for tokens, and for fp32 or
+    # more terms than one at odd sizes.
+    assert [sum(row["registers"] > 80 for row in fast if row["file"] == name) for name in FAST[:2]] == [4, 11]
     assert all(row["registers"] <= 128 for row in fast)
     (logit,) = [budget.LogitCount(**row["logit"]) for row in rows if "logit" in row]
     assert logit.instructions <= budget.LOGIT_BUDGET, logit
