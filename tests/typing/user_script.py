@@ -57,6 +57,7 @@ from diffdoctor.treat import (
     GuideLog,
     TreatConfig,
     TreatResult,
+    autoguide,
     guide,
     register_family,
     save_lora,
@@ -248,7 +249,11 @@ def guided(pipeline: Any, detector: Detector) -> list[float]:
     with diffdoctor.guide(pipeline, detector) as log:
         pipeline("a handwritten seven")
     again: GuideLog = log
-    with guide(pipeline, detector, rewinds=3):
+    with (
+        diffdoctor.autoguide(pipeline),
+        autoguide(pipeline, 3.0, adapters="style"),
+        guide(pipeline, detector, rewinds=3),
+    ):
         pipeline("a handwritten two")
     return again.final_area
 
