@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from numbers import Real
 
 import torch
 from torch.utils import _pytree as pytree
 
 from diffdoctor.runs.errors import UserError, expected
-from diffdoctor.treat.adapters import adapter_layers
-from diffdoctor.treat.families import family_of
+from diffdoctor.treat.adapters import active_adapters, adapter_layers
+from diffdoctor.treat.families import Family, family_of
 
 # What denoisers call the time that they are given.
 _TIME_NAMES = ("timestep", "t")
@@ -33,8 +33,9 @@ def autoguide(
     In the middle of the sampling every prediction is made twice, with the LoRA and without, and extrapolated from the
     untreated model's through the treated one's: without + scale * (with - without). This is autoguidance (Karras et
     al., arXiv 2406.02507, equation 3), with the model before the treatment as the inferior one, in a limited interval
-    (Kynkäänniemi et al., arXiv 2404.07724). It needs no detector, and one and a half times the time of plain sampling;
-    `diffdoctor.guide` may be used inside.
+    (Kynkäänniemi et al., arXiv 2404.07724). It needs no detector, and half as much time again. `diffdoctor.guide` may
+    be used inside. What a LoRA changes in text encoders stays. Leave `repair` outside: it does not call the pipeline,
+    whose last call would say which steps are in the interval.
 
         pipeline.load_lora_weights("runs/treated/lora")
         with diffdoctor.autoguide(pipeline):
@@ -50,26 +51,37 @@ def autoguide(
         adapters: names of the adapters to extrapolate, others stay as they are; None: all that are active.
 
     Raises:
-        UserError: no such adapter is active, one is fused, or a number is out of its range (a `ValueError`).
+        UserError: no such adapter is active, one is fused, the denoiser has a cache, or a number is out of its range (a
+            `ValueError`).
     """
-    if not math.isfinite(scale):
-        raise UserError(expected("scale", "a finite number", scale))
+    if not isinstance(scale, Real) or not math.isfinite(scale):
+        raise UserError(expected("scale", "a finite number", repr(scale)))
     for name, value in (("start", start), ("stop", stop)):
-        if not 0 <= value <= 1:
-            raise UserError(expected(name, "a number in [0, 1]", value))
+        if not isinstance(value, Real) or not 0 <= value <= 1:
+            raise UserError(expected(name, "a number in [0, 1]", repr(value)))
+    if stop < start:
+        raise UserError(expected("stop", f"at least start, which is {start}", stop))
     family = family_of(pipeline)
-    interval = _Interval(pipeline.scheduler, start, stop)
     names = None if adapters is None else {adapters} if isinstance(adapters, str) else set(adapters)
     switches = [(denoiser, _Switch(denoiser, names)) for denoiser in family.denoisers]
-    found = {name for _, switch in switches for name in switch.names}
+    found = {name for _, switch in switches for name in switch.names()}
     if not found or (names is not None and names - found):
-        what = "a LoRA that is loaded and active" if names is None else f"active adapters, of which there are {found}"
+        what = "a LoRA that is loaded and active"
+        if names is not None:
+            what = f"active adapters, of which there are {sorted(_active(family)) or 'none'}"
         raise UserError(expected("autoguide", what, "none" if names is None else sorted(names)))
-    with ExitStack() as until_done:
+    if any(getattr(denoiser, "is_cache_enabled", False) for denoiser in family.denoisers):
+        what = "a denoiser that makes every prediction anew"
+        raise UserError(expected("autoguide", what, "one with a cache; call disable_cache() of it"))
+    interval = _Interval(family, start, stop)
+    hooks: list[Callable[[], None]] = []
+    try:
         for denoiser, switch in switches:
-            if switch.names:
-                until_done.enter_context(_extrapolated(denoiser, switch, scale, interval))
+            hooks.append(_extrapolate(denoiser, switch, scale, interval))
         yield
+    finally:
+        for remove in hooks:
+            remove()
 
 
 def autoguided(pipeline, scale: float | None) -> AbstractContextManager[None]:
@@ -91,63 +103,60 @@ def check_scale(scale: float | None, lora: str | None) -> None:
         raise UserError(expected("autoguidance", "a LoRA with it, which it extrapolates", "none"))
 
 
-@contextmanager
-def _extrapolated(denoiser, switch, scale, interval) -> Iterator[None]:
-    original, was_own = denoiser.forward, "forward" in vars(denoiser)
-    signature = inspect.signature(original)
+def _active(family) -> set[str]:
+    return {name for denoiser in family.denoisers for name in active_adapters(denoiser)}
+
+
+def _extrapolate(denoiser, switch: _Switch, scale: float, interval: _Interval) -> Callable[[], None]:
+    """Have a denoiser's predictions extrapolated until what is returned is called."""
+    # of the class: an instance may have another forward, of offloading's or a compiler's
+    signature = inspect.signature(type(getattr(denoiser, "_orig_mod", denoiser)).forward)
 
     def extrapolate(without, tuned):
         if not isinstance(tuned, torch.Tensor) or not tuned.is_floating_point():
             return tuned
-        return torch.lerp(without.float(), tuned.float(), scale).to(tuned.dtype)
+        dtype = torch.promote_types(tuned.dtype, torch.float32)
+        return torch.lerp(without.to(dtype), tuned.to(dtype), scale).to(tuned.dtype)
 
-    @functools.wraps(original)
-    def forward(*args, **kwargs):
-        tuned = original(*args, **kwargs)
-        given = signature.bind_partial(*args, **kwargs).arguments
-        if not interval.holds(next(given[name] for name in _TIME_NAMES if name in given)):
-            return tuned
-        with switch.off():
-            without = original(*args, **kwargs)
+    def after(module, args, kwargs, tuned):
+        given = signature.bind_partial(module, *args, **kwargs).arguments
+        time = next((given[name] for name in _TIME_NAMES if name in given), None)
+        if time is None or not interval.holds(time):
+            return None
+        with switch.off() as changed:
+            if not changed:
+                return None
+            # not module(...), which would come here again
+            without = module.forward(*args, **kwargs)
         return pytree.tree_map(extrapolate, without, tuned)
 
-    # an attribute of the instance hides the class's method until it is deleted
-    denoiser.forward = forward
-    try:
-        yield
-    finally:
-        if was_own:
-            denoiser.forward = original
-        else:
-            del denoiser.forward
+    # A hook rather than another forward: offloading puts a forward of its own in place after every call. The first of
+    # the hooks, for others are to see what the pipeline gets.
+    return denoiser.register_forward_hook(after, with_kwargs=True, prepend=True).remove
 
 
 class _Interval:
     """Which steps of a sampling are extrapolated, told by the times that the denoiser is given.
 
-    Whatever the family makes of the scheduler's times, a run's come in its order, the first of them first.
-
     Args:
-        scheduler: of the pipeline, whose times say when another kind of run begins.
+        family: of the pipeline, which knows what its scheduler calls them.
         start: see `autoguide`.
         stop: see `autoguide`.
     """
 
-    def __init__(self, scheduler, start: float, stop: float):
-        self.scheduler, self.start, self.stop = scheduler, start, stop
-        self._times: list[float] = []
-        self._steps: dict[float, int] = {}
+    def __init__(self, family: Family, start: float, stop: float):
+        self.family, self.start, self.stop = family, start, stop
 
     def holds(self, timestep: torch.Tensor | float) -> bool:
         """Whether the step at this time, as the denoiser takes it, is inside."""
         if self.start == 0 and self.stop == 1:
             return True
-        times = list(dict.fromkeys(self.scheduler.timesteps.tolist()))
-        if times != self._times:
-            self._times, self._steps = times, {}
         # of a video whose first frame is given, other tokens are at their own times
-        time = float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
-        step = self._steps.setdefault(time, len(self._steps))
+        time = float(torch.as_tensor(self.family.time_of(timestep)).max())
+        # a solver of second order is twice at each
+        times = list(dict.fromkeys(self.family.pipeline.scheduler.timesteps.tolist()))
+        # in low precision the time is not quite one of them
+        step = min(range(len(times)), key=lambda step: abs(times[step] - time))
         return self.start <= step / len(times) < self.stop
 
 
@@ -157,44 +166,51 @@ class _Switch:
     Args:
         denoiser: that carries them.
         wanted: their names; None: all that are active.
-
-    Attributes:
-        names: of those that are there and active.
     """
 
     def __init__(self, denoiser: torch.nn.Module, wanted: set[str] | None):
-        self.names: set[str] = set()
-        # layers all of whose active adapters are left out, and others with the names of those that are
-        self._whole, self._some = [], []
-        for layer in adapter_layers(denoiser).values() if getattr(denoiser, "peft_config", None) else ():
-            active = [] if layer.disable_adapters else [n for n in layer.active_adapters if n in layer.scaling]
-            out = [name for name in active if wanted is None or name in wanted]
-            self.names.update(out)
+        self._wanted = wanted
+        self._layers = list(adapter_layers(denoiser).values()) if getattr(denoiser, "peft_config", None) else []
+
+    def names(self) -> set[str]:
+        """Of those of them that take part now.
+
+        Raises:
+            UserError: one is fused into the weights.
+        """
+        return {name for _, out in self._taking_part() for name in out}
+
+    def _taking_part(self) -> list[tuple[torch.nn.Module, list[str]]]:
+        """The layers that carry them, with their names."""
+        found = []
+        for layer in self._layers:
+            own = {name for names in layer.adapter_layer_names for name in getattr(layer, names)}
+            active = [] if layer.disable_adapters else layer.active_adapters
+            out = [name for name in active if name in own and (self._wanted is None or name in self._wanted)]
             if out and layer.merged:
                 raise UserError(
                     "autoguide: a LoRA is fused into the weights, so that nothing can be drawn without it; load it "
                     "without pipeline.fuse_lora()"
                 )
-            if out and len(out) == len(active):
-                self._whole.append(layer)
-            elif out:
-                self._some.append((layer, out))
+            if out:
+                found.append((layer, out))
+        return found
 
     @contextmanager
-    def off(self) -> Iterator[None]:
-        """Inside, they have no part in what the denoiser predicts."""
-        trainable = [(p, p.requires_grad) for layer in self._whole for p in layer.parameters()]
-        scales = [(layer.scaling, name, layer.scaling[name]) for layer, names in self._some for name in names]
+    def off(self) -> Iterator[bool]:
+        """Inside, they have no part in what the denoiser predicts; yields whether any had."""
+        # by name: offloading puts other parameters in place
+        found = [
+            (layer, out, list(layer.active_adapters), {name: p.requires_grad for name, p in layer.named_parameters()})
+            for layer, out in self._taking_part()
+        ]
         try:
-            for layer in self._whole:
-                layer.enable_adapters(False)
-            for scaling, name, _ in scales:
-                scaling[name] = 0.0
-            yield
+            for layer, out, active, _ in found:
+                # a scale of 0 would leave DoRA's magnitudes in
+                layer.set_adapter([name for name in active if name not in out])
+            yield bool(found)
         finally:
-            for layer in self._whole:
-                layer.enable_adapters(True)
-            for scaling, name, scale in scales:
-                scaling[name] = scale
-            for parameter, was_trainable in trainable:
-                parameter.requires_grad_(was_trainable)
+            for layer, _, active, trainable in found:
+                layer.set_adapter(active)
+                for name, parameter in layer.named_parameters():
+                    parameter.requires_grad_(trainable[name])

@@ -44,7 +44,7 @@ class SampleConfig:
         seeds: the first and the last seed; every prompt is drawn once with each of them.
         lora: folder, file or hub id of a LoRA for the pipeline.
         autoguidance: how far predictions are taken from the pipeline's own through the LoRA's, see
-            `diffdoctor.autoguide`, in twice the time; null: they are the LoRA's.
+            `diffdoctor.autoguide`, in one and a half times the time; null: they are the LoRA's.
         generator: what the pictures' generator is called in the set; null: the pipeline's name.
         sampling_steps: denoising steps; null: the pipeline's own default.
         guidance_scale: null: the pipeline's own default.

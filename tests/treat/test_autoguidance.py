@@ -1,5 +1,8 @@
 """Autoguidance: predictions extrapolated from the model without its LoRA through the one with it."""
 
+import inspect
+
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from diffdoctor.cli import main
 from diffdoctor.data.shards import read_shards
 from diffdoctor.evaluate.model import sample_pictures
 from diffdoctor.runs.errors import UserError
+from diffdoctor.treat.autoguidance import _Interval
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import add_lora, save_lora
 from support.tiny_pipelines import PROMPTS, call_options, drawn, tiny_pipeline
@@ -32,7 +36,7 @@ def with_lora(name, adapter="treated", seed=0, pipeline=None):
 def draw(pipeline, name, scale=1.0, count=2, steps=2):
     generators = [torch.Generator().manual_seed(i) for i in range(count)]
     options = {"num_inference_steps": steps, "height": 16, "width": 16, "output_type": "pt", "generator": generators}
-    return drawn(pipeline(list(PROMPTS[:count]), **options | call_options(name, scale, PROMPTS[:count])))
+    return drawn(pipeline(prompt=list(PROMPTS[:count]), **options | call_options(name, scale, PROMPTS[:count])))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -44,7 +48,7 @@ def test_scales_0_and_1_are_the_model_without_its_lora_and_with_it(name):
         with diffdoctor.autoguide(pipeline, scale, **ALWAYS):
             torch.testing.assert_close(draw(pipeline, name), expected, atol=1e-5, rtol=0)
     # everything is as it was
-    assert "forward" not in vars(family_of(pipeline).denoiser)
+    assert not family_of(pipeline).denoiser._forward_hooks
     assert not any(parameter.requires_grad for parameter in family_of(pipeline).denoiser.parameters())
     assert torch.equal(draw(pipeline, name), tuned)
 
@@ -90,6 +94,46 @@ def test_steps_outside_of_the_interval_are_the_loras(name, monkeypatch):
     watch.remove()
 
 
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux2", "flux2_dev", "qwen_image", "krea2", "chroma", "sana"])
+def test_a_family_knows_what_its_scheduler_calls_the_denoisers_times(name):
+    pipeline, given = tiny_pipeline(name), []
+    family = family_of(pipeline)
+    signature = inspect.signature(type(family.denoiser).forward)
+
+    def watch(module, args, kwargs):
+        given.append(signature.bind_partial(module, *args, **kwargs).arguments["timestep"])
+
+    family.denoiser.register_forward_pre_hook(watch, with_kwargs=True)
+    draw(pipeline, name, count=1, steps=3)
+    found = list(dict.fromkeys(float(family.time_of(time).max()) for time in given))
+    assert found == pytest.approx(pipeline.scheduler.timesteps.tolist(), abs=1e-3)
+
+
+def test_steps_whose_times_are_one_in_low_precision_are_told_apart_nearly():
+    family = family_of(tiny_pipeline("flux2"))
+    family.pipeline.scheduler.set_timesteps(100, mu=2.0)
+    given = family.pipeline.scheduler.timesteps.to(torch.bfloat16) / 1000
+    assert len(given.unique()) < 85
+    interval = _Interval(family, 0.2, 0.7)
+    inside = [step for step, time in enumerate(given) if interval.holds(time)]
+    assert inside == list(range(inside[0], inside[-1] + 1))
+    assert (inside[0], inside[-1]) == pytest.approx((20, 69), abs=2)
+
+
+def test_where_one_of_two_denoisers_has_a_lora_the_others_steps_count(monkeypatch):
+    pipeline, extrapolated = tiny_pipeline("wan22"), []
+    family = family_of(pipeline)
+    family.choose_denoiser("low")  # of the last two of four steps
+    add_lora(family, rank=2, alpha=2.0, groups=("attention",), seed=0, adapter="treated")
+    lerp = torch.lerp
+    monkeypatch.setattr(torch, "lerp", lambda *args: extrapolated.append(1) or lerp(*args))
+    for start, stop, times in ((0.0, 0.5, 0), (0.5, 0.75, 1), (0.5, 1.0, 2)):
+        extrapolated.clear()
+        with diffdoctor.autoguide(pipeline, start=start, stop=stop):
+            draw(pipeline, "wan", steps=4)
+        assert len(extrapolated) == times
+
+
 def test_under_classifier_free_guidance():
     pipeline = with_lora("sd")
     with diffdoctor.autoguide(pipeline, 0, **ALWAYS):
@@ -107,6 +151,67 @@ def test_other_adapters_stay_as_they_are():
     with diffdoctor.autoguide(pipeline, 0, **ALWAYS):
         torch.testing.assert_close(draw(pipeline, "sd"), draw(tiny_pipeline("sd"), "sd"), atol=1e-5, rtol=0)
     assert torch.equal(draw(pipeline, "sd"), both)
+
+
+def test_adapters_may_be_switched_inside():
+    pipeline = with_lora("sd")
+    plain, tuned = draw(tiny_pipeline("sd"), "sd"), draw(pipeline, "sd")
+    with diffdoctor.autoguide(pipeline, 2.0, **ALWAYS):
+        pipeline.disable_lora()
+        torch.testing.assert_close(draw(pipeline, "sd"), plain, atol=1e-5, rtol=0)
+        pipeline.enable_lora()
+        assert (draw(pipeline, "sd") - tuned).abs().max() > 1e-3
+    assert torch.equal(draw(pipeline, "sd"), tuned)
+
+
+def test_magnitudes_of_dora_are_left_out_too():
+    from peft import LoraConfig
+
+    pipeline, generator = tiny_pipeline("sd"), torch.Generator().manual_seed(0)
+    for name in ("style", "treated"):
+        config = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], use_dora=True)
+        pipeline.unet.add_adapter(config, adapter_name=name)
+    for name, parameter in pipeline.unet.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    pipeline.unet.set_adapters(["style", "treated"], [0.7, 0.4])
+    both = draw(pipeline, "sd")
+    with diffdoctor.autoguide(pipeline, 0, adapters="treated", **ALWAYS):
+        found = draw(pipeline, "sd")
+    assert torch.equal(draw(pipeline, "sd"), both)
+    pipeline.unet.set_adapters(["style"], [0.7])
+    torch.testing.assert_close(found, draw(pipeline, "sd"), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "sequential"])
+def test_offloading_may_put_another_forward_and_other_parameters_in_place(whole):
+    pipeline = with_lora("sd")
+    plain, tuned = draw(tiny_pipeline("sd"), "sd"), draw(pipeline, "sd")
+    if whole:
+        pipeline.enable_model_cpu_offload(device="cpu")
+    else:
+        accelerate.cpu_offload(pipeline.unet, torch.device("cpu"), offload_buffers=True)
+    with diffdoctor.autoguide(pipeline, 0, **ALWAYS):
+        # another forward comes at the end of each call
+        for _ in range(2):
+            torch.testing.assert_close(draw(pipeline, "sd"), plain, atol=1e-5, rtol=0)
+    assert torch.equal(draw(pipeline, "sd"), tuned)
+    assert not any(parameter.requires_grad for name, parameter in pipeline.unet.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_denoiser(in_place):
+    pipeline = with_lora("sd")
+    plain, tuned = draw(tiny_pipeline("sd"), "sd"), draw(pipeline, "sd")
+    if in_place:
+        pipeline.unet.compile(backend="eager")
+    else:
+        pipeline.unet = torch.compile(pipeline.unet, backend="eager")
+    torch.testing.assert_close(draw(pipeline, "sd"), tuned, atol=1e-5, rtol=0)
+    with diffdoctor.autoguide(pipeline, 0, start=0.0, stop=0.99):
+        torch.testing.assert_close(draw(pipeline, "sd"), plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(draw(pipeline, "sd"), tuned, atol=1e-5, rtol=0)
 
 
 def test_a_detector_may_guide_inside():
@@ -129,14 +234,20 @@ def test_what_cannot_be_extrapolated_is_refused_and_nothing_is_left_changed():
         ({"adapters": "other"}, "other"),
         ({"adapters": ["treated", "other"]}, "other"),
         ({"scale": float("nan")}, "scale"),
+        ({"scale": "2"}, "scale: expected a finite number, got '2'"),
         ({"start": -0.1}, "start"),
         ({"stop": 1.5}, "stop"),
+        ({"start": 0.7, "stop": 0.2}, "stop: expected at least start"),
     ):
         with pytest.raises(ValueError, match=message), diffdoctor.autoguide(pipeline, **options):
             pass
+    cached = with_lora("flux")
+    cached.transformer._cache_config = object()
+    with pytest.raises(UserError, match="disable_cache"), diffdoctor.autoguide(cached):
+        pass
     with pytest.raises(ZeroDivisionError), diffdoctor.autoguide(pipeline):
         raise ZeroDivisionError
-    assert "forward" not in vars(pipeline.unet)
+    assert not pipeline.unet._forward_hooks
     pipeline.fuse_lora()
     with pytest.raises(UserError, match="fused"), diffdoctor.autoguide(pipeline):
         pass

@@ -38,7 +38,7 @@ class EvaluateModelConfig:
         lora: folder or file of a LoRA for that pipeline: the treated pipeline is the two together.
         treated: folder or hub id of the treated pipeline, in place of a LoRA.
         autoguidance: how far predictions of the treated side are taken from the pipeline's own through the LoRA's, see
-            `diffdoctor.autoguide`, in twice the time; null: they are the LoRA's.
+            `diffdoctor.autoguide`, in one and a half times the time; null: they are the LoRA's.
         guide: sample the treated side under `diffdoctor.guide` with the detector.
         guide_options: options of `diffdoctor.guide` by name, such as {"strength": 0.3}.
         detector: folder or hub id of the detector that steered the treatment.

@@ -179,6 +179,10 @@ class Family:
         """
         raise NotImplementedError
 
+    def time_of(self, timesteps: torch.Tensor | float) -> torch.Tensor | float:
+        """What the scheduler calls the times that its pipeline gives the denoiser."""
+        return timesteps
+
     def run_denoiser(self, latents, timesteps, inputs) -> torch.Tensor:
         """`denoise` in the denoiser's dtype, under autocast where `autocast_dtype` is set; in the latents' dtype again.
 

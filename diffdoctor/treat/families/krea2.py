@@ -40,6 +40,9 @@ class Krea2Family(GuidanceFromZero, VideoAutoencoder, PackedFamily):
         negative = encoded([self.negative_prompt or ""] * len(prompts)) if self.uses_negative(guidance_scale) else None
         return Conditioning(encoded(prompts), negative)
 
+    def time_of(self, timesteps):
+        return self.pipeline.scheduler.config.num_train_timesteps * torch.as_tensor(timesteps).float()
+
     def denoise(self, latents, timesteps, inputs):
         layout = Packed(*latents.shape[2:], patch_size=self.token_side)
         text, side = inputs["encoder_hidden_states"], self.token_side

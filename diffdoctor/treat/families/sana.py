@@ -46,6 +46,9 @@ class SanaFamily(Family):
 
         return Conditioning(inputs(embeds, mask), inputs(negative_embeds, negative_mask) if negative else None)
 
+    def time_of(self, timesteps):
+        return timesteps / self.denoiser.config.timestep_scale
+
     def denoise(self, latents, timesteps, inputs):
         prediction = self.denoiser(
             latents,

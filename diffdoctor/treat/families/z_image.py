@@ -42,6 +42,9 @@ class ZImageFamily(GuidanceFromZero, Family):
         )
         return Conditioning(_inputs(rows), _inputs(negative_rows) if negative else None)
 
+    def time_of(self, timesteps):
+        return 1000 - 1000 * timesteps
+
     def denoise(self, latents, timesteps, inputs):
         prompts = [row[:length] for row, length in zip(inputs["cap_feats"], lengths(inputs, "cap_feats"), strict=True)]
         output = self.denoiser(self.to_denoiser(latents), (1000 - timesteps) / 1000, prompts, return_dict=False)[0]
