@@ -217,6 +217,18 @@ def test_a_store_that_fails_is_asked_again_and_loses_nothing(bucket, tmp_path, m
         at(f"{bucket}/c.bin").stat()
 
 
+def test_a_condition_that_does_not_hold_says_that_an_object_is_there(bucket, monkeypatch):
+    """As s3fs words it of stores that do not say which condition it was."""
+    error = OSError("At least one of the pre-conditions you specified did not hold")
+    error.__cause__ = Exception()
+    error.__cause__.response = {"ResponseMetadata": {"HTTPStatusCode": 412}}
+    store_of(bucket).write(f"{bucket}/one", b"theirs")
+    left = failing(monkeypatch, "pipe_file", *[error] * 5)
+    assert not store_of(bucket).create(f"{bucket}/one", b"ours")
+    assert store_of(bucket).create(f"{bucket}/one", b"theirs")  # an earlier attempt, whose answer was lost
+    assert len(left) == 3
+
+
 def test_an_object_that_was_replaced_is_read_anew(bucket):
     place, path = store_of(bucket), at(f"{bucket}/folder/a.bin")
     place.write(path.url, b"one")

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from diffdoctor.cli import main
 from diffdoctor.data.codec import decode
 from diffdoctor.data.shards import ShardData, read_shards
 from diffdoctor.detector import ConvDetector
+from diffdoctor.detector.commands.diagnose_shards import _LabelWorker
 from support.pictures import tree
 from support.sets import write_set_and_detector
 
@@ -74,6 +76,14 @@ def test_a_label_set_has_the_detectors_maps_and_the_pictures_as_they_are(files, 
     # The masks alone are here.
     with tarfile.open(labels / "shard-000000.tar") as shard:
         assert [name.partition(".")[2] for name in shard.getnames()] == ["mask.png", "json"] * 3
+
+
+def test_pictures_are_found_from_another_working_folder_too(tmp_path, monkeypatch):
+    worker, sample = _LabelWorker(SimpleNamespace(output="labels"), None), {"path": str(tmp_path / "a.tar")}
+    for folder, found in ((tmp_path, "../a.tar"), (tmp_path / "one" / "two", "../../../a.tar")):
+        folder.mkdir(parents=True, exist_ok=True)
+        monkeypatch.chdir(folder)
+        assert worker._picture_at(sample | {"picture_at": (512, 9)}) == (found, 512, 9)
 
 
 def test_maps_of_the_gallery_alone_are_files(labels):

@@ -136,12 +136,15 @@ class _LabelWorker:
     def _picture_at(self, sample: dict) -> tuple[str, int, int]:
         path = sample["path"]
         offset, size = sample["picture_at"] if "picture_at" in sample else (0, os.path.getsize(path))
-        return _relative(path, self.config.output), offset, size
+        output = self.config.output
+        return _relative(path, output if is_url(output) else os.path.abspath(output)), offset, size
 
 
 @functools.lru_cache(maxsize=1024)
 def _relative(path: str, folder: str) -> str:
     """A path from a folder, with slashes: sets that move together find each other; a URL from elsewhere as it is.
+
+    Both are absolute, or URLs.
 
     Raises:
         UserError: the folder is in a store, and the file is not.
@@ -154,7 +157,7 @@ def _relative(path: str, folder: str) -> str:
             return path
         return posixpath.relpath(at(path).url, at(folder).url)
     try:
-        return Path(os.path.relpath(path, os.path.abspath(folder))).as_posix()
+        return Path(os.path.relpath(path, folder)).as_posix()
     except ValueError:  # another drive
         return Path(path).as_posix()
 
