@@ -64,4 +64,5 @@ class OptionalEngineConfig(EngineConfig):
             return
         for field in dataclasses.fields(self):
             if getattr(self, field.name) != field.default:
-                raise UserError(expected("engine", f"one of {', '.join(KINDS)} beside engine.{field.name}", "none"))
+                what = f"one of {', '.join(KINDS)} beside engine.{field.name}"
+                raise UserError(expected("engine", what, "no engine"))

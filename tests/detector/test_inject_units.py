@@ -153,7 +153,10 @@ def test_sets_of_the_two_ways_are_told_apart(clean, tmp_path):
         ({"workers": 2}, "workers: expected none beside --engine"),
         ({"output": "memory://bucket/set", "overwrite": True}, "overwrite: expected false with an output in a store"),
         ({"output": "memory://bucket/set", "kind": None}, "output: expected a folder, or a URL with --engine"),
-        ({"kind": None, "actors": 2}, "engine: expected one of none, ranks, processes, ray beside engine.actors"),
+        (
+            {"kind": None, "actors": 2},
+            "engine: expected one of none, ranks, processes, ray beside engine.actors, got no engine",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(clean, tmp_path, options, match):
