@@ -17,6 +17,9 @@ from diffdoctor.treat.families import Family, family_of
 
 # What denoisers call the time that they are given.
 _TIME_NAMES = ("timestep", "t")
+# Of a time that a denoiser is given, at most: bf16's, twice.
+_ROUNDING = 0.02
+_OWN_FAMILIES = "a family of your own has time_of to say what the denoiser is given"
 
 
 @contextmanager
@@ -34,8 +37,8 @@ def autoguide(
     untreated model's through the treated one's: without + scale * (with - without). This is autoguidance (Karras et
     al., arXiv 2406.02507, equation 3), with the model before the treatment as the inferior one, in a limited interval
     (Kynkäänniemi et al., arXiv 2404.07724). It needs no detector, and half as much time again. `diffdoctor.guide` may
-    be used inside. What a LoRA changes in text encoders stays. Leave `repair` outside: it does not call the pipeline,
-    whose last call would say which steps are in the interval.
+    be used inside. What a LoRA changes in text encoders stays. `repair` belongs outside: it does not call the pipeline,
+    whose scheduler says which steps are in the interval.
 
         pipeline.load_lora_weights("runs/treated/lora")
         with diffdoctor.autoguide(pipeline):
@@ -148,7 +151,11 @@ class _Interval:
         self.family, self.start, self.stop = family, start, stop
 
     def holds(self, timestep: torch.Tensor | float) -> bool:
-        """Whether the step at this time, as the denoiser takes it, is inside."""
+        """Whether the step at this time, as the denoiser takes it, is inside.
+
+        Raises:
+            UserError: the scheduler has no such step.
+        """
         if self.start == 0 and self.stop == 1:
             return True
         # of a video whose first frame is given, other tokens are at their own times
@@ -157,6 +164,9 @@ class _Interval:
         times = list(dict.fromkeys(self.family.pipeline.scheduler.timesteps.tolist()))
         # in low precision the time is not quite one of them
         step = min(range(len(times)), key=lambda step: abs(times[step] - time))
+        if abs(times[step] - time) > _ROUNDING * max(abs(time), 1):
+            what = f"predictions at the times of the pipeline's last call (`repair` makes others; {_OWN_FAMILIES})"
+            raise UserError(expected("autoguide", what, f"one at {time:g}"))
         return self.start <= step / len(times) < self.stop
 
 

@@ -109,6 +109,15 @@ def test_a_family_knows_what_its_scheduler_calls_the_denoisers_times(name):
     assert found == pytest.approx(pipeline.scheduler.timesteps.tolist(), abs=1e-3)
 
 
+def test_a_time_that_the_scheduler_does_not_know_is_refused(monkeypatch):
+    pipeline = with_lora("flux")
+    monkeypatch.setattr(type(family_of(pipeline)), "time_of", lambda self, timesteps: timesteps)
+    with pytest.raises(UserError, match=r"a family of your own has time_of .* got one at 1"):  # noqa: SIM117
+        with diffdoctor.autoguide(pipeline):
+            draw(pipeline, "flux")
+    assert not pipeline.transformer._forward_hooks
+
+
 def test_steps_whose_times_are_one_in_low_precision_are_told_apart_nearly():
     family = family_of(tiny_pipeline("flux2"))
     family.pipeline.scheduler.set_timesteps(100, mu=2.0)
