@@ -21,12 +21,14 @@ class Store {
     this.opened = openStore();
   }
 
-  async #do(mode, act) {
+  async #do(mode, act, { isWhole = false } = {}) {
     const database = await this.opened;
     if (!database) return undefined;
     return new Promise((resolve, reject) => {
       const transaction = database.transaction("drafts", mode, { durability: "relaxed" });
       const asked = act(transaction.objectStore("drafts"));
+      // without waiting to hear of the request first, which a page that is left no longer does
+      if (isWhole) transaction.commit?.();
       transaction.oncomplete = () => resolve(asked?.result);
       transaction.onerror = transaction.onabort = () => reject(transaction.error);
     });
@@ -37,11 +39,11 @@ class Store {
   }
 
   put(key, value) {
-    return this.#do("readwrite", (store) => store.put(value, key));
+    return this.#do("readwrite", (store) => store.put(value, key), { isWhole: true });
   }
 
   delete(key) {
-    return this.#do("readwrite", (store) => store.delete(key));
+    return this.#do("readwrite", (store) => store.delete(key), { isWhole: true });
   }
 
   forget(before) {
