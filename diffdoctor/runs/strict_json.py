@@ -42,5 +42,6 @@ def dumps(value: Any, **options) -> str:
 
 def _python_number(value: Any) -> Any:
     if isinstance(value, np.generic):
-        return value.item()
+        # a long double's item is itself
+        return float(value) if isinstance(value, np.floating) else value.item()
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")

@@ -62,7 +62,13 @@ def test_json_is_written_in_one_place(folder):
 
 
 @pytest.mark.parametrize(
-    "value", [ODD, {"a": np.float32(0.1), "b": np.int64(3), "c": [np.True_, {"d": np.float64(2)}]}, {np.int64(1): 2}]
+    "value",
+    [
+        ODD,
+        {"a": np.float32(0.1), "b": np.int64(3), "c": [np.True_, {"d": np.float64(2)}]},
+        {np.int64(1): 2},
+        [np.longdouble(0.5), np.float16("inf")],
+    ],
 )
 def test_numbers_of_numpy_are_written_as_python_s(value):
     assert dumps(value) == json.dumps(nan_to_none(value), allow_nan=False)
