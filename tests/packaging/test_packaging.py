@@ -249,3 +249,12 @@ def test_cuda_without_nvcc_names_nvcc(build_native, monkeypatch):
     monkeypatch.setattr(module, "find_compiler", lambda: "c++")
     with pytest.raises(module.BuildError, match="DIFFDOCTOR_BUILD=cuda needs nvcc, which was not found"):
         module.BuildNative._build(None, None, "cuda", {"left_out": {}})
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+def test_the_build_with_sanitizers_can_be_configured(tmp_path):
+    pytest.importorskip("pybind11")
+    from programs.sanitize_cpu import configure
+
+    configure(tmp_path)  # raises where CMake does not end well
+    assert "DIFFDOCTOR_SANITIZE:STRING=address,undefined" in (tmp_path / "CMakeCache.txt").read_text()

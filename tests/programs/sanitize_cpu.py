@@ -39,15 +39,20 @@ def load() -> None:
     sys.modules["diffdoctor._native"] = module
 
 
-def build() -> None:
+def configure(folder: pathlib.Path) -> None:
+    """Let CMake prepare the build in a folder."""
     import pybind11
 
-    configure = [
-        "cmake", "-S", ROOT, "-B", FOLDER, "-DCMAKE_BUILD_TYPE=Debug", "-DDIFFDOCTOR_SANITIZE=address,undefined",
+    command = [
+        "cmake", "-S", ROOT, "-B", folder, "-DCMAKE_BUILD_TYPE=Debug", "-DDIFFDOCTOR_SANITIZE=address,undefined",
         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        f"-DDIFFDOCTOR_OUTPUT_DIR={FOLDER}",
+        f"-DDIFFDOCTOR_OUTPUT_DIR={folder}",
     ]  # fmt: skip
-    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def build() -> None:
+    configure(FOLDER)
     jobs = str(os.cpu_count() or 1)
     subprocess.run(["cmake", "--build", FOLDER, "--parallel", jobs], check=True, stdout=subprocess.DEVNULL)
 
