@@ -21,13 +21,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def commands():
     """A warm process of `programs/commands.py`, whose forks run commands, and other programs, in groups."""
-    if not hasattr(os, "fork"):
-        pytest.skip("needs fork")
-    from support.paths import PROGRAMS
-    from support.warm import WarmProgram
+    from support.warm import warm_program
 
-    with WarmProgram(PROGRAMS / "commands.py") as program:
-        yield program
+    yield from warm_program("commands.py")
 
 
 @pytest.fixture(params=["cuda", "triton"])

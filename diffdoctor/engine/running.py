@@ -37,6 +37,11 @@ class Report:
     seconds: float
     started: float
 
+    @property
+    def given_up(self) -> str:
+        """The end of a sentence on what was made: how many units are missing, or nothing."""
+        return f"; {len(self.failed)} of {self.units} units were given up" if self.failed else ""
+
 
 def run(
     plan: Plan, spec: WorkerSpec, output: str | Location, options: EngineConfig, *, state=None, desc: str = "units"

@@ -106,6 +106,12 @@ def check_scale(scale: float | None, lora: str | None) -> None:
         raise UserError(expected("autoguidance", "a LoRA with it, which it extrapolates", "none"))
 
 
+def scale_identity(scale: float | None) -> dict[str, float]:
+    """The option as a part of a run's identity; absent where it is not given, so that runs from before there was such
+    an option can be resumed."""
+    return {} if scale is None else {"autoguidance": scale}
+
+
 def _active(family) -> set[str]:
     return {name for denoiser in family.denoisers for name in active_adapters(denoiser)}
 

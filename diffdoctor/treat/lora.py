@@ -17,6 +17,7 @@ from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_dir
 from diffdoctor.treat.adapters import activate, active_adapters, adapter_layers, check_adapters
+from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family
 from diffdoctor.treat.loading import COMPONENT, METADATA_KEY, load_lora, read_lora
 
@@ -101,6 +102,30 @@ def start_from(family: Family, source: str | Path, *, adapter: str = ADAPTER) ->
     _freeze(family)
     load_lora(family.pipeline, source, adapter=adapter, component=family.denoiser_name)
     return activate(family.denoiser, carried, adapter)
+
+
+def treatment_lora(
+    family: Family, config: TreatConfig, source: str | Path | None, seed: int
+) -> list[torch.nn.Parameter]:
+    """Freeze the pipeline and add the LoRA that a treatment tunes: that of `source`, or a new one by the options.
+
+    Args:
+        family: whose denoiser gets it.
+        config: rank, alpha and lora_targets of a new one; groups that the denoiser's kind does not have are left out.
+        source: see `start_from`; None: a new one.
+        seed: of a new one, see `add_lora`.
+
+    Returns:
+        The LoRA's parameters, in fp32.
+
+    Raises:
+        UserError: see `start_from` and `add_lora`.
+    """
+    if source is not None:
+        return start_from(family, source)
+    groups = [group for group in config.lora_targets if group in family.lora_targets] or config.lora_targets
+    alpha = config.rank if config.alpha is None else config.alpha
+    return add_lora(family, rank=config.rank, alpha=alpha, groups=groups, seed=seed)
 
 
 def lora_digest(family: Family, source: str | Path) -> str:

@@ -22,7 +22,7 @@ from diffdoctor.runs.record import METRICS, versions
 from diffdoctor.runs.summary import print_summary
 from diffdoctor.training.devices import open_device_at
 from diffdoctor.training.processes import process_state
-from diffdoctor.treat.autoguidance import autoguided, check_scale
+from diffdoctor.treat.autoguidance import autoguided, check_scale, scale_identity
 from diffdoctor.treat.loading import DTYPES, load_lora
 from diffdoctor.treat.prompts import check_prompts
 from diffdoctor.treat.quantization import check_format
@@ -128,8 +128,7 @@ def run_sample(config: SampleConfig) -> dict:
             "versions": versions(),
         }
         atomic_write_json(folder.path / METRICS, metrics)
-        failed = f"; {len(report.failed)} of {report.units} units were given up" if report.failed else ""
-        print_summary(f"{found.records} pictures: {folder.place}{failed}")
+        print_summary(f"{found.records} pictures: {folder.place}{report.given_up}")
         return metrics
 
 
@@ -140,9 +139,7 @@ def _digest(prompts: list[Prompt]) -> str:
 def _identity(spec: SampleWorkerSpec, plan: Plan) -> dict[str, Any]:
     """All that the pictures depend on, by name."""
     config = spec.config
-    # absent where it is not given, so that sets made before there was such an option can be resumed
-    more = {} if config.autoguidance is None else {"autoguidance": config.autoguidance}
-    return more | {
+    return scale_identity(config.autoguidance) | {
         "pipeline": [config.pipeline, stamp(config.pipeline)],
         "lora": [config.lora, stamp(config.lora)],
         "prompts": spec.prompts,

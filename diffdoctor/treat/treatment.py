@@ -38,7 +38,7 @@ from diffdoctor.treat.families import family_of
 from diffdoctor.treat.files import ENCODED, digests_of, encoded_folder, treatment_folder, with_version, writing
 from diffdoctor.treat.fixed_pictures import FixedPictures
 from diffdoctor.treat.group_policy import GroupPolicy
-from diffdoctor.treat.lora import ADAPTER, add_lora, load_lora_state, lora_digest, lora_state, start_from
+from diffdoctor.treat.lora import ADAPTER, load_lora_state, lora_digest, lora_state, treatment_lora
 from diffdoctor.treat.lora_training import LoraTraining
 from diffdoctor.treat.methods import METHODS
 from diffdoctor.treat.monitor import EarlyStopping
@@ -174,7 +174,7 @@ class Treatment:
         if not sharded and config.resident_blocks is None:
             for denoiser in family.denoisers:
                 denoiser.to(device)
-        parameters = self._add_lora()
+        parameters = treatment_lora(family, config, self.lora, seed_of(config.seed, Purpose.LORA))
         if config.resident_blocks is not None:
             # a LoRA is made for layers that are there
             for denoiser in family.denoisers:
@@ -189,18 +189,6 @@ class Treatment:
         folder = None if self.folder is None else self.processes.from_main(lambda: encoded_folder(self.folder))
         limit, part = self.config.embedding_cache * 2**30, self.processes.on_this_machine
         return lambda name: RowStore(name, limit, folder, part)
-
-    def _add_lora(self) -> list[torch.nn.Parameter]:
-        config, family = self.config, self.sampling.family
-        if self.lora is not None:
-            return start_from(family, self.lora)
-        return add_lora(
-            family,
-            rank=config.rank,
-            alpha=config.rank if config.alpha is None else config.alpha,
-            groups=[group for group in config.lora_targets if group in family.lora_targets] or config.lora_targets,
-            seed=seed_of(config.seed, Purpose.LORA),
-        )
 
     def run(self, progress: bool) -> str | None:
         """Take all steps that are still to take.

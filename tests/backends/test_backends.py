@@ -1,6 +1,5 @@
 """Which backend serves a call, and why not another."""
 
-import os
 import sys
 
 import pytest
@@ -14,17 +13,13 @@ from diffdoctor.backends.select import NAMES, BackendUnavailable, describe, for_
 from diffdoctor.cli import main as command
 from diffdoctor.ops import OPS
 from support.backends import HAS_CPU, needs_cpu
-from support.paths import PROGRAMS
-from support.warm import WarmProgram
+from support.warm import warm_program
 
 
 @pytest.fixture(scope="module")
 def first_calls():
     """A process in which no call was made, forked for each test."""
-    if not hasattr(os, "fork"):
-        pytest.skip("needs fork")
-    with WarmProgram(PROGRAMS / "first_calls.py") as program:
-        yield program
+    yield from warm_program("first_calls.py")
 
 
 def test_every_backend_is_usable_or_says_why_not():

@@ -55,6 +55,18 @@ class WarmProgram:
         self.process.communicate()
 
 
+def warm_program(name: str):
+    """What a fixture yields from: a warm process of a file of `programs`; the test is skipped where nothing forks."""
+    import pytest
+
+    from support.paths import PROGRAMS
+
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    with WarmProgram(PROGRAMS / name) as program:
+        yield program
+
+
 def _child(main, job: dict, rank: int) -> None:
     code = 1
     try:

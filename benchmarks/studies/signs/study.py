@@ -289,20 +289,18 @@ class Study:
             from diffdoctor import autoguide, guide
 
             pipeline, found = self._pipeline(kind, name), {}
-            further = contextlib.nullcontext()
-            if recipe.autoguide is not None:
-                further = autoguide(pipeline, **recipe.autoguide)
-            with cpu_seconds() as cost, further:
-                if recipe.guide is None:
-                    pictures = pipelines.draw(pipeline, kind, count, first, f"{kind} {name}", steps=recipe.steps)
-                else:
+            with cpu_seconds() as cost, contextlib.ExitStack() as contexts:
+                if recipe.autoguide is not None:
+                    contexts.enter_context(autoguide(pipeline, **recipe.autoguide))
+                if recipe.guide is not None:
                     options = {"height": world.HEIGHT, "width": world.WIDTH, "seed": self.settings.seed}
                     options |= recipe.guide
                     if "clean" in options:
                         options["clean"] = self.base_settings.clean().pictures[: options["clean"]]
-                    with guide(pipeline, _detector(detector), **options) as log:
-                        pictures = pipelines.draw(pipeline, kind, count, first, f"{kind} {name}", steps=recipe.steps)
+                    log = contexts.enter_context(guide(pipeline, _detector(detector), **options))
+                    # of which the first grows while pictures are drawn
                     found = {"rewound": log.rewound, "rewind_confidence": log.rewind_confidence}
+                pictures = pipelines.draw(pipeline, kind, count, first, f"{kind} {name}", steps=recipe.steps)
             save_file({"pictures": pictures}, folder / "pictures.safetensors")
             return {"drawing_cpu_seconds": cost["cpu_seconds"], **found}
 

@@ -93,8 +93,7 @@ def _write_results(
     if stats.sheet:
         atomic_write_bytes(folder.path / SHEET, contact_sheet(stats.examples()))
     atomic_write_json(folder.path / METRICS, metrics)
-    given_up = f"; {len(report.failed)} of {report.units} units were given up" if report.failed else ""
-    print_made(folder.place, stats, kinds, given_up)
+    print_made(folder.place, stats, kinds, report.given_up)
     return metrics
 
 

@@ -22,7 +22,7 @@ from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import stamp
 from diffdoctor.runs.progress import quiet_loaders
 from diffdoctor.training.devices import open_device_at
-from diffdoctor.treat.autoguidance import autoguided
+from diffdoctor.treat.autoguidance import autoguided, scale_identity
 from diffdoctor.treat.loading import load_lora
 from diffdoctor.treat.text_to_image import call_options, draw_pictures, open_pipeline, pipeline_options
 
@@ -155,9 +155,7 @@ class DrawWorkerSpec:
 
 def picture_identity(config: EvaluateModelConfig, prompts: list[str], detector_digest: str) -> dict:
     """All that the generated pictures depend on, by name, except for their number."""
-    # absent where it is not given, so that folders made before there was such an option can be resumed
-    more = {} if config.autoguidance is None else {"autoguidance": config.autoguidance}
-    return more | {
+    return scale_identity(config.autoguidance) | {
         "pipeline": [config.pipeline, stamp(config.pipeline)],
         "lora": [config.lora, stamp(config.lora)],
         "treated": [config.treated, stamp(config.treated)],

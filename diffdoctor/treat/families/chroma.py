@@ -41,9 +41,6 @@ class ChromaFamily(FluxFamily):
 
         return Conditioning(inputs(embeds, mask), inputs(negative_embeds, negative_mask) if negative else None)
 
-    def time_of(self, timesteps):
-        return 1000 * torch.as_tensor(timesteps).float()
-
     def denoise(self, latents, timesteps, inputs):
         layout = Packed(*latents.shape[2:], patch_size=PATCH)
         text, tokens = inputs["encoder_hidden_states"], layout.pack(latents)

@@ -36,9 +36,6 @@ class FluxFamily(PackedFamily):
             inputs["guidance"] = torch.full((len(prompts),), guidance_scale, dtype=torch.float32, device=device)
         return Conditioning(inputs)
 
-    def time_of(self, timesteps):
-        return 1000 * torch.as_tensor(timesteps).float()
-
     def denoise(self, latents, timesteps, inputs):
         layout = Packed(*latents.shape[2:], patch_size=PATCH)
         tokens = self.denoiser(

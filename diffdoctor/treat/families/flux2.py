@@ -34,9 +34,6 @@ class _Flux2Family(PackedFamily):
         embeds, _ = self.pipeline.encode_prompt(texts, device, **self.sequence_options())
         return {"encoder_hidden_states": embeds}
 
-    def time_of(self, timesteps):
-        return 1000 * torch.as_tensor(timesteps).float()
-
     def denoise(self, latents, timesteps, inputs):
         layout = Packed(*latents.shape[2:], patch_size=1)
         tokens = self.denoiser(

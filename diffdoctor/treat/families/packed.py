@@ -36,6 +36,9 @@ class PackedFamily(Family):
     def to_pipeline(self, latents):
         return Packed(*latents.shape[2:], patch_size=self.token_side).pack(latents)
 
+    def time_of(self, timesteps):
+        return 1000 * torch.as_tensor(timesteps).float()
+
     def default_size(self):
         side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
         return side, side

@@ -48,9 +48,6 @@ class QwenImageFamily(VideoAutoencoder, PackedFamily):
         negative = encoded([told] * len(prompts)) if self.uses_negative(guidance_scale) else None
         return Conditioning(encoded(prompts), negative)
 
-    def time_of(self, timesteps):
-        return 1000 * torch.as_tensor(timesteps).float()
-
     def denoise(self, latents, timesteps, inputs):
         layout = Packed(*latents.shape[2:], patch_size=PATCH)
         tokens = self.denoiser(
