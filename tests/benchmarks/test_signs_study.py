@@ -13,7 +13,7 @@ from benchmarks.studies.signs.parts import Parts, record_of
 from benchmarks.studies.signs.rater import Rater
 from benchmarks.studies.signs.recipes import RECIPES
 from benchmarks.studies.signs.study import SEEDS, Settings, Study
-from benchmarks.studies.signs.table import markdown
+from benchmarks.studies.signs.table import markdown, pooled
 from diffdoctor.data.shards import read_shards
 
 
@@ -189,8 +189,49 @@ def test_a_table_of_one_row():
     found = measure(before, after, ["red letters"] * 200) | {"kind": "sd", "name": "nft", "cpu_seconds": 12.4}
     found |= {"compared_with": "before", "drawing": 3.0, "detector": {"before": 0.5, "after": 0.4, "hacking": None}}
     line = markdown([found]).splitlines()[-1]
-    assert "| 50.0 % (43.1 to 56.9) | 1.00 (1.00 to 1.00) |" in line
+    assert "| 50.0 % (43.1 to 56.9) | 1.00 (1.00 to 1.00) | – |" in line
     assert line.endswith("| 50.0 % → 40.0 % | – | 12, drawing x 3.0 |")
+
+
+class Drawn:
+    """A study that has drawn what it is given, by name."""
+
+    def __init__(self, readings):
+        self.readings = readings
+
+    def reading(self, kind, name):
+        return self.readings[name]
+
+
+def test_seeds_are_pooled_picture_by_picture():
+    """Of two seeds' 300 pictures: 1/3 and 2/3 broken before, none and 1/3 after; training on leaves what was before."""
+    damaged, _ = calibration.broken_signs(calibration.faded, 1.0, 200, 9)
+    signs = world.draw_signs(300, 1).pictures
+
+    def broken(count):
+        return read_signs(np.concatenate([damaged[:count], signs[count:]]))
+
+    studies = [Drawn({"before": broken(100), "nft": broken(0)}), Drawn({"before": broken(200), "nft": broken(100)})]
+    rows = []
+    for seed, study in enumerate(studies):
+        study.readings["on"] = study.readings["before"]
+        found = measure(study.readings["before"], study.readings["nft"], ["red letters"] * 300)
+        detector = {"before": 0.5, "after": 0.25 + 0.1 * seed, "hacking": None}
+        found |= {"kind": "sd", "name": "nft", "seed": seed, "split": "test", "compared_with": "before"}
+        found |= {"cpu_seconds": 10 + seed, "drawing": 1.0, "detector": detector, "observer": detector}
+        rows.append(found | {"against_control": {"name": "on"}})
+    one = pooled(studies, "sd", "nft", rows)
+    rate = one["rates"][f"{TAU:.2f}"]
+    assert (one["pictures"], one["seed"]) == (600, [0, 1])
+    assert (rate["rate"], rate["ratio"]) == (pytest.approx(1 / 6), pytest.approx(1 / 3))
+    assert one["against_control"]["ratio"] == pytest.approx(1 / 3)
+    assert [seed["ratio"] for seed in one["seeds"]] == [0, pytest.approx(0.5)]
+    assert one["mended"] == pytest.approx((rows[0]["mended"] + rows[1]["mended"]) / 2)
+    assert one["detector"]["hacking"] == pytest.approx((1 - 0.3 / 0.5) / (2 / 3))
+    line = markdown([one]).splitlines()[-1]
+    assert "| 16.7 % (13.9 to 19.9): 0.0, 33.3 | 0.33 (" in line and "): 0.00, 0.50 | 0.33 (" in line
+    assert line.endswith("| 0.60 | 10 |")
+    assert pooled(studies[:1], "sd", "nft", rows[:1]) is rows[0]
 
 
 TOY = {
@@ -208,7 +249,7 @@ TOY = {
 def test_the_road_from_drawing_to_the_page(tmp_path):
     """At toy lengths: every part is made, stored, measured and shown."""
     rows = ["nft, second round", "trained on as long as nft", "nft, then repair"]
-    rows += ["nft, rate 1e-3, 30 steps", "nft, autoguided, 30 steps"]
+    rows += ["nft, 30 steps", "nft, autoguided, 30 steps"]
     command = ["--output", str(tmp_path), "--pictures", "4", "--pipelines", "sd", "--threads", "1"]
     command += ["--settings", json.dumps(TOY), "--rows", *rows]
     assert main(command) == 0

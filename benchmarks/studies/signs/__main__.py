@@ -19,7 +19,7 @@ from benchmarks.studies.signs import pipelines
 from benchmarks.studies.signs.page import SHOWN, before_and_after, worst, write_page
 from benchmarks.studies.signs.recipes import QUICK, RECIPES
 from benchmarks.studies.signs.study import Settings, Study
-from benchmarks.studies.signs.table import END, START, markdown, row
+from benchmarks.studies.signs.table import END, START, markdown, pooled, row
 from benchmarks.studies.treatment.table import put_into
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.files import atomic_write_bytes, atomic_write_json, atomic_write_text
@@ -33,7 +33,7 @@ QUICK_SETTINGS = {
     "pictures": 300,
     "held_out": 200,
     "calibration": 300,
-    "treat": {"steps": 60, "learning_rate": 1e-3, "ema_decay": 0.9, "evaluate_pictures": 32},
+    "treat": {"steps": 60, "evaluate_pictures": 32},
 }
 
 MARGIN = 0.05
@@ -71,9 +71,15 @@ def run(options) -> dict:
     chosen = {name: recipe for name, recipe in RECIPES.items() if name in {"before", *rows, *_needed(rows)}}
     studies = [Study(options.output, Settings(seed=seed, **settings), chosen) for seed in options.seeds]
     found = [row(study, kind, name) for study in studies for kind in kinds for name in chosen]
-    text = markdown(found)
+    together = [
+        pooled(studies, kind, name, [each for each in found if (each["kind"], each["name"]) == (kind, name)])
+        for kind in kinds
+        for name in chosen
+    ]
+    text = markdown(together)
     record = {
         "rows": found,
+        "pooled": together,
         "calibration": [study.calibration() for study in studies],
         "detectors": [study.detector_measures(kind, study.detector(kind)) for study in studies for kind in kinds],
         "threads": torch.get_num_threads(),
@@ -95,7 +101,8 @@ def run(options) -> dict:
 def _caption(record, options) -> str:
     seeds = ", ".join(map(str, options.seeds))
     return (
-        f"{record['rows'][0]['pictures']} pictures each, {record['rows'][0]['split']} seeds; seed {seeds}; "
+        f"{record['rows'][0]['pictures']} pictures a seed, {record['rows'][0]['split']} seeds; "
+        f"{'seeds' if len(options.seeds) > 1 else 'seed'} {seeds}; "
         f"{record['cpu']}, {record['threads']} threads, torch {record['versions']['torch']}."
     )
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from benchmarks.studies.signs.measures import hacking, measure, rate_of
-from benchmarks.studies.signs.oracle import TAU
+from benchmarks.studies.signs.oracle import TAU, TAUS
 from benchmarks.studies.signs.pipelines import prompts_of
 
 START, END = "<!-- table of python -m benchmarks.studies.signs -->", "<!-- end of table -->"
+# What the mean of several seeds is taken of.
+_MEANS = (
+    "letters_broken", "mended", "broke", "kept", "colour", "colour_distance", "entropy", "distinct_words",
+    "cpu_seconds", "drawing",
+)  # fmt: skip
 NAMES = {"sd": "U-Net, v-prediction", "flux": "transformer, flow matching"}
 HEADER = (
-    "pipeline", "what was done", "broken pictures", "of before", "letters broken", "mended / broke / kept",
-    "colour right", "entropy", "distinct words", "detector's rate", "its fall / the oracle's", "CPU s",
+    "pipeline", "what was done", "broken pictures", "of before", "of trained on", "letters broken",
+    "mended / broke / kept", "colour right", "entropy", "distinct words", "detector's rate",
+    "its fall / the oracle's", "CPU s",
 )  # fmt: skip
 
 
@@ -36,6 +44,41 @@ def row(study, kind: str, name: str) -> dict:
     return found
 
 
+def pooled(studies: list, kind: str, name: str, rows: list[dict]) -> dict:
+    """What the same row of several seeds says together: in the form of one of `rows`, of which there is one a study.
+
+    Rates and their intervals are those of all pictures of all seeds, each beside its own before; everything else is
+    the mean of the seeds' figures. `seeds` holds each seed's rate and ratio.
+    """
+    if len(rows) == 1:
+        return rows[0]
+    base, first = rows[0]["compared_with"], rows[0]
+    before, after = ([study.reading(kind, which) for study in studies] for which in (base, name))
+
+    def flags(readings, tau):
+        return np.concatenate([reading.broken(tau) for reading in readings])
+
+    found = {key: first[key] for key in ("kind", "name", "split", "compared_with")}
+    found |= {"pictures": sum(row["pictures"] for row in rows), "seed": [row["seed"] for row in rows]}
+    found["rates"] = {f"{tau:.2f}": rate_of(flags(before, tau), flags(after, tau)) for tau in TAUS}
+    for key in _MEANS:
+        values = [row[key] for row in rows]
+        found[key] = None if None in values else float(np.mean(values))
+    oracle = [flags(readings, TAU).mean() for readings in (before, after)]
+    for who in ("detector", "observer"):
+        rates = [float(np.mean([row[who][when] for row in rows])) for when in ("before", "after")]
+        found[who] = {"before": rates[0], "after": rates[1], "hacking": hacking(*oracle, *rates)}
+    if all("against_control" in row for row in rows):
+        control = first["against_control"]["name"]
+        flagged = np.concatenate([study.reading(kind, control).broken() for study in studies])
+        found["against_control"] = {"name": control, **rate_of(flagged, flags(after, TAU))}
+    own = [row["rates"][f"{TAU:.2f}"] for row in rows]
+    found["seeds"] = [
+        {"seed": row["seed"], "rate": rate["rate"], "ratio": rate["ratio"]} for row, rate in zip(rows, own, strict=True)
+    ]
+    return found
+
+
 def markdown(rows: list[dict]) -> str:
     """The rows as a Markdown table, and a line on each repair."""
     lines = [HEADER, ("---",) * len(HEADER), *(cells(row) for row in rows)]
@@ -58,8 +101,9 @@ def cells(row: dict) -> tuple[str, ...]:
     """A row's cells, under `HEADER`."""
     rate, own = row["rates"][f"{TAU:.2f}"], row["detector"]
     low, high = rate["interval"]
+    rates, ratios = ([seed[key] for seed in row.get("seeds", ())] for key in ("rate", "ratio"))
     is_base = row["name"] == row["compared_with"]
-    ratio = "–" if is_base or rate["ratio"] is None else f"{rate['ratio']:.2f} ({_range(rate['ratio_interval'])})"
+    ratio = "–" if is_base else _ratio(rate) + _each(f"{ratio:.2f}" for ratio in ratios)
     moved = "–" if is_base else " / ".join(_percent(row[name]) for name in ("mended", "broke", "kept"))
     seconds = "–" if is_base else f"{row['cpu_seconds']:.0f}"
     if row["drawing"] > 1.5:
@@ -67,8 +111,9 @@ def cells(row: dict) -> tuple[str, ...]:
     return (
         NAMES[row["kind"]],
         row["name"],
-        f"{_percent(rate['rate'])} ({100 * low:.1f} to {100 * high:.1f})",
+        f"{_percent(rate['rate'])} ({100 * low:.1f} to {100 * high:.1f})" + _each(f"{100 * one:.1f}" for one in rates),
         ratio,
+        _ratio(row["against_control"]) if "against_control" in row else "–",
         _percent(row["letters_broken"]),
         moved,
         _percent(row["colour"]),
@@ -84,5 +129,14 @@ def _percent(share):
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
-def _range(interval):
-    return f"{interval[0]:.2f} to {interval[1]:.2f}"
+def _ratio(rate):
+    if rate["ratio"] is None:
+        return "–"
+    low, high = rate["ratio_interval"]
+    return f"{rate['ratio']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _each(values):
+    """What the seeds say, behind what they say together."""
+    text = ", ".join(values)
+    return f": {text}" if text else ""
