@@ -65,7 +65,7 @@ class TreatConfig:
         nft_artifact: nft: likewise where the confidence is 1.
         nft_repeats: nft: random times at which each replayed picture is used.
         anchor_weight: nft: weight of the squared distance to the prediction of the model before the treatment, where
-            the map is clean; 0: none.
+            the map is clean; 0: none; None: 0.2 without offline pairs, which otherwise do what it does, else 0.
         group_size: grpo: pictures of a prompt that are compared; batch_size is a multiple of it.
         grpo_window: grpo: denoising steps that draw noise and are learnt from; where they lie is random.
         grpo_eta: grpo: how much noise they draw; 1 is DDPM's, or DanceGRPO's unit.
@@ -156,7 +156,7 @@ class TreatConfig:
     nft_clean: float = 0.0
     nft_artifact: float = -1.0
     nft_repeats: int = 1
-    anchor_weight: float = 0.0
+    anchor_weight: float | None = None
     group_size: int = 8
     grpo_window: int = 3
     grpo_eta: float = 0.7
@@ -257,6 +257,7 @@ _NOT_GIVEN = {
     "frames_per_call": "all",
     "max_sequence_length": "the pipeline's own",
     "alpha": "the rank",
+    "anchor_weight": "the method's own",
     "offline_weight": "the method's own",
     "offline_batch_size": "batch_size",
     "micro_batch_size": "all of a process's share",

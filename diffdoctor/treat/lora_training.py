@@ -46,7 +46,7 @@ class LoraTraining:
         self.average = RunningAverage(parameters, config.ema_decay)
         self.old = RunningAverage(parameters, config.old_decay if METHODS[config.method].has_old else 0, warm_up=False)
         # made before a checkpoint is loaded, and the same in every run: it need not be stored
-        self.initial = RunningAverage(parameters, float(config.anchor_weight > 0 or config.kl_weight > 0))
+        self.initial = RunningAverage(parameters, float(bool(config.anchor_weight or config.kl_weight)))
         self.skipped = self.skipped_in_a_row = 0
 
     def begin(self) -> torch.Tensor | None:

@@ -257,6 +257,7 @@ class Method:
         has_old: whether old predictions are asked for.
         offline_weight: of the offline term, where the options do not say.
         needs_pairs: whether there must be offline pairs, where the options do not say.
+        anchor_weight: where there are no offline pairs and the options do not say.
     """
 
     run: Callable[[Replay], float] | None
@@ -266,6 +267,7 @@ class Method:
     has_old: bool = False
     offline_weight: float = 2.0
     needs_pairs: bool = True
+    anchor_weight: float = 0.0
 
     @property
     def samples(self) -> bool:
@@ -288,7 +290,13 @@ METHODS = {
     ),
     "leap": Method(leap, lambda config, own, generator: leap_steps(own, generator)),
     "nft": Method(
-        nft, lambda config, own, _: (), needs_gradient=False, has_old=True, offline_weight=0.1, needs_pairs=False
+        nft,
+        lambda config, own, _: (),
+        needs_gradient=False,
+        has_old=True,
+        offline_weight=0.1,
+        needs_pairs=False,
+        anchor_weight=0.2,
     ),
     "weighted": Method(None, lambda config, own, _: (), needs_gradient=False, offline_weight=1.0),
 }

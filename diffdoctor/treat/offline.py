@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -57,6 +57,21 @@ def offline_weight(config: TreatConfig) -> float:
     """The weight of the offline term in the loss: 1 where the method samples nothing, since it is all there is."""
     method = METHODS[config.method]
     return method.offline_weight if config.offline_weight is None or not method.samples else config.offline_weight
+
+
+def with_anchor(config: TreatConfig, offline: PairSource | None) -> TreatConfig:
+    """The options with an anchor to the model before the treatment, where they leave it open.
+
+    Without pairs nothing else holds the method to what its model could do before.
+
+    Args:
+        config: of the treatment.
+        offline: its pairs; None: none.
+    """
+    if config.anchor_weight is not None:
+        return config
+    weight = METHODS[config.method].anchor_weight if offline is None else 0.0
+    return replace(config, anchor_weight=weight)
 
 
 class PairSource:

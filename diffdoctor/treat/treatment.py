@@ -42,7 +42,7 @@ from diffdoctor.treat.lora import ADAPTER, load_lora_state, lora_digest, lora_st
 from diffdoctor.treat.lora_training import LoraTraining
 from diffdoctor.treat.methods import METHODS
 from diffdoctor.treat.monitor import EarlyStopping
-from diffdoctor.treat.offline import checked_pairs, offline_weight, prepare_offline
+from diffdoctor.treat.offline import checked_pairs, offline_weight, prepare_offline, with_anchor
 from diffdoctor.treat.offload import resident_blocks
 from diffdoctor.treat.prepare import memory_options, move_modules, release_text_encoders, restore_text_encoders
 from diffdoctor.treat.prompts import check_prompts
@@ -87,7 +87,7 @@ class Treatment:
         device=None,
     ):
         self.started, self.seconds_before = time.perf_counter(), 0.0
-        self.config, self.method = config, METHODS[config.method]
+        self.method = METHODS[config.method]
         family = family_of(pipeline)
         check_pipeline(family)
         family.choose_denoiser(config.denoiser)
@@ -99,6 +99,8 @@ class Treatment:
         check_second_scale(family, config.guidance_scale_2)
         check_start(lora, config)
         check_reward(reward, config)
+        self.offline = checked_pairs(offline, config)
+        self.config = config = with_anchor(config, self.offline)
         self.lora, start = lora, None if lora is None else lora_digest(family, lora)
         self.reward = None if reward is None else checked_reward(reward)
         quality_reward = None if quality is None else checked_reward(quality, "quality")
@@ -122,7 +124,6 @@ class Treatment:
         check_own_steps(self.sampling, config)
         self.drawing = Drawing(self.sampling, prompts, config, self.processes, size)
         self.fixed = FixedPictures(self.drawing, config, monitor_detector, quality_reward)
-        self.offline = checked_pairs(offline, config)
         self.early_stopping = EarlyStopping(config)
         self.history: list[dict] = []
         self.ranking = PictureRanking()

@@ -1,5 +1,6 @@
 """Each method's gradient against the same computation written out by hand, with DDIM's formula and plain PyTorch."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from diffdoctor.treat.config import _CHOICES as config_choices
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import add_lora
 from diffdoctor.treat.methods import METHODS, graph_step_count
+from diffdoctor.treat.offline import checked_pairs, with_anchor
 from diffdoctor.treat.rollout import initial_latents, picture_generators, roll_out
 from diffdoctor.treat.sampling import Guidance, Sampling
 from diffdoctor.treat.schedulers import Sampler
@@ -256,6 +258,14 @@ def test_nft(bench, options):
         total = total + anchor * ((1 - level) * (velocity - before) ** 2).mean() / repeats
     assert abs(loss - float(total)) < 1e-4 * float(total)
     assert_same(ours, bench.gradient(total))
+
+
+def test_nft_is_anchored_where_it_has_no_pairs():
+    config, pair = TreatConfig(method="nft"), (np.zeros((1, 8, 8, 3), np.uint8), ["a digit"])
+    assert with_anchor(config, None).anchor_weight == 0.2
+    assert with_anchor(config, checked_pairs(pair, config)).anchor_weight == 0
+    assert with_anchor(TreatConfig(method="nft", anchor_weight=0.0), None).anchor_weight == 0
+    assert with_anchor(TreatConfig(method="draft_k"), None).anchor_weight == 0
 
 
 def test_guidance_gradient_through_the_prompt_alone():
