@@ -39,18 +39,29 @@ def requested():
 
 
 def find_compiler():
-    """The C++ compiler that CMake will take, or None: CXX with its arguments; others where it is not set."""
+    """The C++ compiler that CMake will take, or None: CXX with its arguments; others where it is not set.
+
+    On Windows that is Visual Studio's, which CMake finds by itself: it is on PATH in its own command prompt alone.
+    """
     chosen = os.environ.get("CXX", "").strip()
+    if os.name == "nt" and not chosen and has_visual_studio():
+        return "cl"
     for name in (chosen,) if chosen else ("c++", "g++", "clang++", "cl"):
         if shutil.which(name) or shutil.which(name.split()[0]):
             return name
     return None
 
 
+def has_visual_studio():
+    programs = os.environ.get("PROGRAMFILES(X86)", "")
+    return pathlib.Path(programs, "Microsoft Visual Studio", "Installer", "vswhere.exe").is_file()
+
+
 def find_nvcc():
     """The path of nvcc, or None: CUDACXX, CUDA_HOME or CUDA_PATH, PATH, then /usr/local/cuda."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    candidates = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes if home), "nvcc"]
+    nvcc = "nvcc.exe" if os.name == "nt" else "nvcc"
+    candidates = [os.environ.get("CUDACXX"), *(f"{home}/bin/{nvcc}" for home in homes if home), "nvcc"]
     for candidate in [*candidates, "/usr/local/cuda/bin/nvcc"]:
         found = shutil.which(candidate) if candidate else None
         if found:
@@ -177,10 +188,10 @@ class BuildNative(build_ext):
         configure = [
             "cmake", "-S", str(source), "-B", str(build), *generator,
             "-DCMAKE_BUILD_TYPE=Release",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DPython_EXECUTABLE={pathlib.Path(sys.executable).as_posix()}",
+            f"-Dpybind11_DIR={pathlib.Path(pybind11.get_cmake_dir()).as_posix()}",
             f"-DDIFFDOCTOR_CUDA={'ON' if kind == 'cuda' else 'OFF'}",
-            f"-DDIFFDOCTOR_OUTPUT_DIR={target.parent}",
+            f"-DDIFFDOCTOR_OUTPUT_DIR={target.parent.as_posix()}",
             *options,
         ]  # fmt: skip
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)

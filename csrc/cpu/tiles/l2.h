@@ -20,7 +20,7 @@ acc_t l2_run(const Operands<pred_t, term_t>& operands, const Sample<acc_t>& samp
   const Sample<acc_t> s = sample;
   const acc_t *const weight = weights.weight, *const modulated = weights.modulated, *const level = weights.level;
   acc_t total = 0;
-#pragma omp simd reduction(+ : total)
+  DD_SIMD_SUM(total)
   for (int64_t i = 0; i < n; ++i) {
     acc_t d = residual<shape_t>(x, s, level, i);
     acc_t weighted = d;

@@ -64,9 +64,8 @@ void add_windows(const storage_t* row, int64_t factor, int64_t n, acc_t* sums) {
     const storage_t* in = row + begin * width;
     acc_t* out = sums + begin;
     const char* ahead = reinterpret_cast<const char*>(in + kStep * width);
-    for (int64_t byte = 0; byte < kStep * width * int64_t(sizeof(storage_t)); byte += 64)
-      __builtin_prefetch(ahead + byte);
-#pragma omp simd
+    for (int64_t byte = 0; byte < kStep * width * int64_t(sizeof(storage_t)); byte += 64) prefetch(ahead + byte);
+    DD_SIMD
     for (int64_t i = 0; i < count; ++i) {
       acc_t sum = out[i];
       for (int64_t k = 0; k < width; ++k) sum += as<acc_t, storage_t>(in[i * width + k]);

@@ -116,7 +116,7 @@ void prefetch_segment(const Call<acc_t>& call, const Block& at, int kind, Segmen
   if (call.rows || !call.run[kind] || ++segment.channel == call.channels) return;
   const Operand& x = *call.operands[kind];
   const void* from = address(x.data, x.dtype, segment_offset(call, at, kind, segment));
-  for (int line = 0; line < 8; ++line) __builtin_prefetch(static_cast<const char*>(from) + 64 * line);
+  for (int line = 0; line < 8; ++line) prefetch(static_cast<const char*>(from) + 64 * line);
 }
 
 template <typename pred_t, typename term_t, typename acc_t>
@@ -191,7 +191,7 @@ void fill_pixels(const Call<acc_t>& call, const PolicyStep<acc_t>& s, const Bloc
 template <typename acc_t>
 void fill_change(const Call<acc_t>& call, const PolicyStep<acc_t>& s, int64_t n, Buffers<acc_t>& buf) {
   const bool on_policy = call.p.old == kOldIsNew;
-#pragma omp simd
+  DD_SIMD
   for (int64_t i = 0; i < n; ++i) {
     const acc_t value = s.log_prob * buf.sum[i];
     buf.change[i] = value - (on_policy ? value : buf.old[i]);
@@ -218,7 +218,7 @@ DD_NOINLINE acc_t weigh_run(const PolicyStep<acc_t> s, const SampleRatio<acc_t> 
   acc_t *const ratio = buf.ratio, *const slope = buf.slope, *const kl_slope = buf.kl_slope;
   const acc_t divergence = s.kl_weight * s.kl, sample_slope = sample.slope * s.slope;
   acc_t total = 0;
-#pragma omp simd reduction(+ : total)
+  DD_SIMD_SUM(total)
   for (int64_t i = 0; i < n; ++i) {
     const acc_t k = all_k[i], r = kSample ? sample.ratio : vector_exp(change[i]);
     const PolicyTerm<acc_t> term = policy_term(r, advantage[i], s.low, s.high);

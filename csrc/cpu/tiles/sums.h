@@ -14,8 +14,7 @@ DD_NOINLINE void add_sums_of(const level_t u, const omega_t omega, const acc_t* 
                              double* sums) {
   acc_t numerator = 0, all_omega = 0, artifact_loss = 0, artifact_weight = 0, clean_loss = 0, clean_weight = 0;
   acc_t artifact = 0, nonfinite = 0;
-#pragma omp simd reduction(+ : numerator, all_omega, artifact_loss, artifact_weight) \
-    reduction(+ : clean_loss, clean_weight, artifact, nonfinite)
+  DD_SIMD_SUM(numerator, all_omega, artifact_loss, artifact_weight, clean_loss, clean_weight, artifact, nonfinite)
   for (int64_t i = 0; i < n; ++i) {
     const acc_t level = u(i), l = loss[i], weighted = weight[i] * loss[i];
     const bool counts = weight[i] != 0;
@@ -57,7 +56,7 @@ DD_NOINLINE void add_map_sums(const level_t u, const omega_t omega, int64_t n, d
   for (int64_t begin = 0; begin < n; begin += kShortSum) {
     const int64_t end = n - begin < kShortSum ? n : begin + kShortSum;
     acc_t all_omega = 0, artifact = 0, artifact_weight = 0, clean_weight = 0;
-#pragma omp simd reduction(+ : all_omega, artifact, artifact_weight, clean_weight)
+    DD_SIMD_SUM(all_omega, artifact, artifact_weight, clean_weight)
     for (int64_t i = begin; i < end; ++i) {
       const acc_t level = u(i);
       const bool counts = omega(i) != 0;
@@ -78,7 +77,7 @@ template <typename acc_t, typename level_t, typename omega_t>
 DD_NOINLINE void add_l2_sums(const level_t u, const omega_t omega, const acc_t* d, acc_t strength, acc_t v, int64_t n,
                              double* sums) {
   acc_t artifact_loss = 0, clean_loss = 0, nonfinite = 0;
-#pragma omp simd reduction(+ : artifact_loss, clean_loss, nonfinite)
+  DD_SIMD_SUM(artifact_loss, clean_loss, nonfinite)
   for (int64_t i = 0; i < n; ++i) {
     const acc_t level = u(i), l = strength * d[i] * d[i], weighted = omega(i) * v * l;
     const bool counts = omega(i) != 0;
