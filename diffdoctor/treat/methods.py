@@ -296,7 +296,7 @@ METHODS = {
         has_old=True,
         offline_weight=0.1,
         needs_pairs=False,
-        anchor_weight=0.2,
+        anchor_weight=0.4,
     ),
     "weighted": Method(None, lambda config, own, _: (), needs_gradient=False, offline_weight=1.0),
 }
