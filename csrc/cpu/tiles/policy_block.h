@@ -27,6 +27,7 @@ struct alignas(64) Buffers {
   MapScratch<acc_t> maps;
   acc_t *d, *away;  // of all elements of a block
 };
+static_assert(sizeof(Buffers<double>) <= 384 * 1024, "macOS gives a thread 512 KiB of stack");
 
 // The space of a sample's pixels: that of its elements with one channel.
 inline WeightedLossParams pixels_of(const PolicyLossParams& p) {
