@@ -23,7 +23,7 @@ import diffdoctor
 from benchmarks.ops.named_target import NamedTarget
 from benchmarks.ops.timing import percentile
 from diffdoctor.backends import native
-from diffdoctor.ops import OPS
+from diffdoctor.ops import OPS, policy_call
 from diffdoctor.ops.call import plans
 
 #: Microseconds that forward and backward of one weighted_loss may take together on an idle machine ...
@@ -31,8 +31,22 @@ BUDGET = {"cuda": 45.0, "triton": 70.0}
 #: ... and the functions of Python and C that they may call beyond autograd's own: the same on every machine, whatever
 #: else it does. A test holds them.
 CALLS = {
-    "cuda": {"weighted_loss": 60, "weighted_loss, map": 62, "weighted_loss, normalize": 76, "artifact_loss": 86},
-    "triton": {"weighted_loss": 90, "weighted_loss, map": 92, "weighted_loss, normalize": 123, "artifact_loss": 139},
+    "cuda": {
+        "weighted_loss": 60,
+        "weighted_loss, map": 62,
+        "weighted_loss, normalize": 76,
+        "weighted_loss, fp16": 150,
+        "policy_loss": 99,
+        "artifact_loss": 86,
+    },
+    "triton": {
+        "weighted_loss": 90,
+        "weighted_loss, map": 92,
+        "weighted_loss, normalize": 123,
+        "weighted_loss, fp16": 247,
+        "policy_loss": 145,
+        "artifact_loss": 139,
+    },
 }
 
 
@@ -65,8 +79,9 @@ def stub_cuda() -> None:
         return None
 
     names = ["weighted_loss_cuda", "weight_mean_cuda", "scale_gradient_cuda"]
-    names += ["artifact_loss_cuda", "artifact_loss_backward_cuda"]
-    sizes = ("weighted_loss_cuda_workspace", "weight_mean_cuda_workspace", "artifact_loss_cuda_workspace")
+    names += ["artifact_loss_cuda", "artifact_loss_backward_cuda", "policy_loss_cuda"]
+    ops = ("weighted_loss", "weight_mean", "artifact_loss", "policy_loss")
+    sizes = [f"{op}_cuda_workspace" for op in ops]
     device.native = types.SimpleNamespace(
         WeightedLossPlan=native.load().WeightedLossPlan,
         **dict.fromkeys(names, nothing),
@@ -98,6 +113,8 @@ def calls() -> dict:
         return torch.randn(shape, generator=generator)
 
     pred, target = normal(2, 4, 16, 32).bfloat16().requires_grad_(), normal(2, 4, 16, 32).bfloat16()
+    half = pred.detach().half().requires_grad_()
+    old, advantage = normal(2, 1, 16, 32), normal(2, 1, 16, 32)
     confidence, logits = torch.rand(2, 16, 32, generator=generator), normal(2, 8, 8).requires_grad_()
     loss = diffdoctor.weighted_loss
     return {
@@ -108,6 +125,11 @@ def calls() -> dict:
         "weighted_loss, normalize": (
             pred,
             lambda: loss(pred, target, confidence, artifact_weight=2.0, normalize="sample"),
+        ),
+        "weighted_loss, fp16": (half, lambda: loss(half, target)),
+        "policy_loss": (
+            pred,
+            lambda: diffdoctor.policy_loss(pred, target, target, old, advantage, coefs=(0.9, -0.2, 0.3)),
         ),
         "artifact_loss": (logits, lambda: diffdoctor.artifact_loss(logits, size=(32, 32))),
     }
@@ -151,13 +173,19 @@ def served_by(backend: str):
     """CPU tensors are served by the backend, backward by this thread."""
     served = {
         op: importlib.import_module(f"diffdoctor.backends.{backend}.{OPS[op]}")
-        for op in ("weighted_loss", "artifact_loss")
+        for op in ("weighted_loss", "artifact_loss", "policy_loss")
     }
     with mock.patch.dict("diffdoctor.backends.select._chosen", {("cpu", op): module for op, module in served.items()}):
-        plans.clear()
+        forget_plans()
         with torch.autograd.set_multithreading_enabled(False):
             yield
-        plans.clear()
+        forget_plans()
+
+
+def forget_plans() -> None:
+    """A plan holds its backend's form: each backend makes its own."""
+    for kept in (plans, policy_call.plans, policy_call.bound_calls):
+        kept.clear()
 
 
 def count() -> dict[str, int]:

@@ -23,28 +23,39 @@ struct PolicyStep {
   acc_t kl_weight;
 };
 
+// What of a step may differ from sample to sample: a, b, sigma, the gradient of the loss; divisor: of the reduction.
+// The fields from old_mean on are left as they are.
+template <typename acc_t>
+DD_HD void set_coefs(PolicyStep<acc_t>& s, acc_t a, acc_t b, acc_t sigma, acc_t grad_output, acc_t channels,
+                     acc_t divisor) {
+  s.a = a;
+  s.b = b;
+  s.inverse = sigma == 0 ? acc_t(0) : 1 / sigma;
+  s.log_prob = acc_t(-0.5) * s.inverse * s.inverse / channels;
+  const acc_t scale = b * s.inverse;
+  s.kl = acc_t(0.5) * scale * scale / channels;
+  const acc_t g = grad_output / divisor / channels;
+  s.slope = g * scale * s.inverse;
+  s.kl_slope = g * s.kl_weight * scale * scale;
+}
+
 // pixels: of a sample.
+template <typename acc_t>
+DD_HD acc_t policy_divisor(const PolicyLossParams& p, int64_t batch, int64_t pixels) {
+  return p.reduction == kMean ? acc_t(batch) * acc_t(pixels) : p.reduction == kSample ? acc_t(pixels) : acc_t(1);
+}
+
 template <typename acc_t>
 DD_HD PolicyStep<acc_t> policy_step(const PolicyLossParams& p, int64_t batch, int64_t pixels, int64_t index) {
   PolicyStep<acc_t> s;
-  const acc_t channels = acc_t(p.grid.size[p.channel_dim]), sigma = load_per_sample<acc_t>(p.sigma, index);
-  s.a = load_per_sample<acc_t>(p.a, index);
-  s.b = load_per_sample<acc_t>(p.b, index);
-  s.inverse = sigma == 0 ? acc_t(0) : 1 / sigma;
-  s.log_prob = acc_t(-0.5) * s.inverse * s.inverse / channels;
-  const acc_t scale = s.b * s.inverse;
-  s.kl = acc_t(0.5) * scale * scale / channels;
-  const acc_t divisor = p.reduction == kMean     ? acc_t(batch) * acc_t(pixels)
-                        : p.reduction == kSample ? acc_t(pixels)
-                                                 : 1;
-  const acc_t g = load_per_sample<acc_t>(p.grad_output, index) / divisor / channels;
-  s.kl_weight = acc_t(p.kl_weight);
-  s.slope = g * scale * s.inverse;
-  s.kl_slope = g * s.kl_weight * scale * scale;
   s.old_mean = p.old == kOldPerSample ? load_per_sample<acc_t>(p.old_mean, index) : acc_t(0);
   s.low = acc_t(1) - acc_t(p.clip_low);
   s.high = acc_t(1) + acc_t(p.clip_high);
   s.most = acc_t(p.advantage_clip);
+  s.kl_weight = acc_t(p.kl_weight);
+  set_coefs(s, load_per_sample<acc_t>(p.a, index), load_per_sample<acc_t>(p.b, index),
+            load_per_sample<acc_t>(p.sigma, index), load_per_sample<acc_t>(p.grad_output, index),
+            acc_t(p.grid.size[p.channel_dim]), policy_divisor<acc_t>(p, batch, pixels));
   return s;
 }
 

@@ -3,6 +3,7 @@
 // all of it has internal linkage but the entry point at the end.
 #include "cpu/policy_loss.h"
 
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/tiles/policy_block.h"
 
@@ -52,6 +53,7 @@ void for_blocks(const Call<acc_t>& call, int64_t tiles, int columns, double* par
         body(s, at, buf, sums);
       }
     }
+    if (call.streams) finish_streams();
   });
 }
 
@@ -89,6 +91,7 @@ void finish(const Call<acc_t>& call, const double* partial, int64_t tiles) {
 template <typename acc_t>
 void run_policy_loss(const PolicyLossParams& p, int threads) {
   const Call<acc_t> call(p);
+  if (p.outputs & kWriteGrad) ask_for_large_pages(p.grad, p.grid.batch * p.grid.count * element_size(p.grid.dtype));
   const int64_t items = call.tiling.items, tiles = items < kTiles ? items : kTiles, batch = p.grid.batch;
   const Scratch partial(batch * tiles * kColumns);
   if (p.outputs & kWriteLogProb) {

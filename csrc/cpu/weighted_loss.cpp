@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/tiles/block_loss.h"
 
@@ -138,6 +139,7 @@ void finish(const WeightedLossParams& p, const double* partial, int64_t tiles, i
 template <typename acc_t>
 void run_weighted_loss(const WeightedLossParams& p, int threads) {
   const Call<acc_t> call(p);
+  if (call.grad_run) ask_for_large_pages(p.grad.data, p.batch * p.count * element_size(p.grad.dtype));
   const int64_t items = call.tiling.items;
   const int64_t tiles = items < kTiles ? items : kTiles;
   const int columns = (p.outputs & kWriteSums) ? kSums : 1;

@@ -1,24 +1,19 @@
-// policy_loss: a thread for a few pixels that lie next to each other. It goes over their channels twice: for the sums
-// from which the ratios follow, and for the gradients, when the cache still holds what it read. Level "sample" takes a
-// launch before, which adds up what the samples' ratios are made of.
+// policy_loss where policy_lanes.cu does not serve: a thread for a few pixels that lie next to each other. It goes over
+// their channels twice: for the sums from which the ratios follow, and for the gradients, when the cache still holds
+// what it read. Level "sample" takes a launch before, which adds up what the samples' ratios are made of.
 #include <cuda_runtime.h>
 
 #include "common/policy_loss.h"
 #include "cuda/launch.cuh"
+#include "cuda/policy_lanes.h"
 #include "cuda/policy_loss.h"
-#include "cuda/reduce.cuh"
+#include "cuda/policy_sums.cuh"
 #include "cuda/spatial.cuh"
 #include "cuda/tiling.h"
 #include "cuda/vector.cuh"
 
 namespace diffdoctor::cuda {
 namespace {
-
-enum Stage : int32_t { kPixels, kMoments, kSamples, kLogProbs };
-
-// The partial sums of a block: the loss, then those of PolicySum; the largest ratio is the last of them.
-enum Column { kLoss, kCounted, kRatio, kClipped, kKl, kNonfinite, kAdded };
-constexpr int kColumns = kAdded + 1;
 
 struct Blocks {
   int64_t pixels, inner, per_sample;  // of a sample; behind the channels; blocks of a sample
@@ -111,59 +106,14 @@ __device__ __forceinline__ void load_channel(const PolicyLossParams& p, const Po
   for (int j = 0; j < N; ++j) away[j] = pred[j] - away[j];
 }
 
-// Stores the largest of a block's values, none of them negative, in its row of partial sums.
-template <typename acc_t>
-__device__ __forceinline__ void store_block_max(acc_t value, acc_t* partials) {
-  __shared__ acc_t shared[kWarps];
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    const acc_t other = __shfl_xor_sync(0xffffffffu, value, offset);
-    value = other > value ? other : value;
-  }
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (int w = 1; w < kWarps; ++w) value = shared[w] > value ? shared[w] : value;
-  partials[static_cast<int64_t>(blockIdx.x) * kColumns + kAdded] = value;
-}
-
-template <typename acc_t>
-__device__ __forceinline__ void finish(const PolicyLossParams& p, const Blocks& t, int64_t sample, void* workspace,
-                                       const acc_t* partials) {
-  const bool sums_wanted = (p.outputs & kWriteSums) != 0;
-  const double pixels = static_cast<double>(t.pixels);
-  const auto emit = [&](int64_t b, const double (&sums)[kColumns]) {
-    if (sums_wanted) {
-      acc_t* out = static_cast<acc_t*>(p.sums) + b * kPolicySums;
-      constexpr int kColumn[kAdded] = {-1, kPolicyCounted, kPolicyRatio, kPolicyClipped, kPolicyKl, kPolicyNonfinite};
-#pragma unroll
-      for (int c = 1; c < kAdded; ++c) out[kColumn[c]] = static_cast<acc_t>(sums[c]);
-      acc_t largest = 0;
-      for (int64_t k = 0; k < t.per_sample; ++k) {
-        const acc_t other = __ldcg(partials + (b * t.per_sample + k) * kColumns + kAdded);
-        largest = other > largest ? other : largest;
-      }
-      out[kPolicyLargest] = largest;
-    }
-    const double share = p.reduction == kSum ? sums[kLoss] : sums[kLoss] / pixels;
-    if (p.reduction == kSample && (p.outputs & kWriteLoss)) static_cast<acc_t*>(p.loss)[b] = static_cast<acc_t>(share);
-    return share;
-  };
-  double total;
-  if (!reduce_samples<kColumns>(workspace, partials, kColumns, p.grid.batch, sample, t.per_sample, total, emit)) return;
-  if ((p.outputs & kWriteLoss) && p.reduction != kSample) {
-    *static_cast<acc_t*>(p.loss) =
-        static_cast<acc_t>(p.reduction == kMean ? total / static_cast<double>(p.grid.batch) : total);
-  }
-}
-
 template <int32_t kDtype, int N>
 __global__ void __launch_bounds__(kThreads, 2)
     policy_loss_kernel(const __grid_constant__ PolicyLossParams p, const __grid_constant__ Blocks t, int32_t stage,
                        void* workspace) {
   using acc_t = std::conditional_t<kDtype == kFloat64, double, float>;
+  const PolicyResult result(p, t.per_sample);
   acc_t* partials = workspace_body<acc_t>(workspace, p.grid.batch);
-  double* all_moments = reinterpret_cast<double*>(partials + 2 * ((p.grid.batch * t.per_sample * kColumns + 1) / 2));
+  double* all_moments = moments_in(partials, result);
   const int64_t b = blockIdx.x / t.per_sample, channels = p.grid.size[p.channel_dim];
   const int64_t first = ((blockIdx.x - b * t.per_sample) * kThreads + threadIdx.x) * N;
   const int count = first >= t.pixels ? 0 : t.pixels - first < N ? static_cast<int>(t.pixels - first) : N;
@@ -191,72 +141,41 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     return;
   }
-  acc_t k[N], advantage[N], ratio[N];
+  acc_t k[N], change[N];
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     k[j] = j < count && s.inverse != 0 ? x.k[j] : acc_t(0);
-    advantage[j] = bounded_advantage(x.given[j], s.most);
     const acc_t now = s.log_prob * sum[j];
     acc_t old = p.old == kOldIsNew ? now : s.old_mean;
     if (p.old == kOldPerPixel && j < count)
       old = load_element<acc_t>(p.grid.weighting.data, p.grid.weighting.dtype, x.log_prob[j]);
-    ratio[j] = now - old;
+    change[j] = now - old;
   }
   if (stage == kMoments) {
-    acc_t moments[kPolicyMoments] = {};
+    acc_t advantage[N], moments[kPolicyMoments] = {};
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      if (k[j] == 0) continue;
-      moments[kMomentChange] += k[j] * ratio[j];
-      moments[kMomentWeight] += k[j];
-      if (advantage[j] > 0) moments[kMomentPositive] += k[j] * advantage[j];
-      if (advantage[j] < 0) moments[kMomentNegative] += k[j] * advantage[j];
-    }
-    store_block_sums<kPolicyMoments>(moments, partials, kPolicyMoments, 0, blockIdx.x);
-    const auto emit = [&](int64_t index, const double (&sums)[kPolicyMoments]) {
-#pragma unroll
-      for (int c = 0; c < kPolicyMoments; ++c) all_moments[index * kPolicyMoments + c] = sums[c];
-      return 0.0;
-    };
-    double unused;
-    reduce_samples<kPolicyMoments>(workspace, partials, kPolicyMoments, p.grid.batch, b, t.per_sample, unused, emit);
+    for (int j = 0; j < N; ++j) advantage[j] = bounded_advantage(x.given[j], s.most);
+    add_moments(k, advantage, change, moments);
+    finish_moments(result, b, blockIdx.x, moments, workspace, partials, all_moments);
     return;
   }
   SampleRatio<acc_t> sample{};
-  if (stage == kSamples) {
-    double moments[kPolicyMoments];
-#pragma unroll
-    for (int c = 0; c < kPolicyMoments; ++c) moments[c] = all_moments[b * kPolicyMoments + c];
-    sample = sample_ratio<acc_t>(moments, s.low, s.high);
-  }
-  const bool has_kl = p.grid.num_terms > 2 && s.kl_weight != 0;
-  acc_t sums[kAdded] = {}, largest = 0, slope[N], kl_slope[N];
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    const acc_t r = stage == kSamples ? sample.ratio : std::exp(ratio[j]);
-    const PolicyTerm<acc_t> term = policy_term(r, advantage[j], s.low, s.high);
-    const acc_t divergence = p.grid.num_terms > 2 ? s.kl * kl[j] : acc_t(0);
-    const acc_t loss = has_kl ? term.loss + s.kl_weight * divergence : term.loss;
-    const acc_t steep = (stage == kSamples ? sample.slope : term.slope) * s.slope;
-    slope[j] = k[j] == 0 || steep == 0 ? acc_t(0) : k[j] * steep;
-    kl_slope[j] = has_kl && k[j] != 0 ? k[j] * s.kl_slope : acc_t(0);
-    if (k[j] == 0) continue;
-    sums[kLoss] += k[j] * loss;
-    sums[kCounted] += 1;
-    sums[kRatio] += r;
-    sums[kClipped] += term.cut ? acc_t(1) : acc_t(0);
-    sums[kKl] += divergence;
-    sums[kNonfinite] += x.given[j] != x.given[j] || !(loss - loss == 0) ? acc_t(1) : acc_t(0);
-    largest = r > largest ? r : largest;
-  }
+  if (stage == kSamples) sample = load_sample_ratio<acc_t>(all_moments, b, s.low, s.high);
+  acc_t sums[kColumns] = {};
+  Slopes<acc_t, N> slopes;
+  const auto add = [&](int column, acc_t value) {
+    sums[column] = column != kAdded ? sums[column] + value : value > sums[column] ? value : sums[column];
+  };
+  sums[kLoss] = weigh_pixels(s, stage == kSamples, sample, p.grid.num_terms > 2, (p.outputs & kWriteSums) != 0, k,
+                             x.given, change, kl, slopes, add);
   if ((p.outputs & kWriteGrad) && count > 0) {
 #pragma unroll 2
     for (int64_t c = 0; c < channels; ++c) {
       load_channel<acc_t, N>(p, s, x, c, d, away);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        d[j] = slope[j] == 0 ? acc_t(0) : slope[j] * d[j];
-        if (kl_slope[j] != 0) d[j] += kl_slope[j] * away[j];
+        d[j] = slopes.policy[j] == 0 ? acc_t(0) : slopes.policy[j] * d[j];
+        if (slopes.kl[j] != 0) d[j] += slopes.kl[j] * away[j];
       }
       Packed<kDtype, N> packed;
       pack<kDtype, acc_t, N>(d, 0, packed);
@@ -264,9 +183,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   if (!(p.outputs & (kWriteLoss | kWriteSums))) return;
-  store_block_sums<kAdded>(sums, partials, kColumns, 0, blockIdx.x);
-  store_block_max(largest, partials);
-  finish<acc_t>(p, t, b, workspace, partials);
+  finish(result, b, blockIdx.x, sums, workspace, partials);
 }
 
 // Whether N pixels lie side by side in every operand, N elements from an aligned address.
@@ -305,6 +222,7 @@ int64_t policy_loss_workspace(const PolicyLossParams& p) {
 }
 
 const char* launch_policy_loss(const PolicyLossParams& p, void* workspace, void* stream) {
+  if (policy_lanes_serve(p)) return launch_policy_lanes(p, workspace, stream);
   return for_dtype(p.grid.dtype, [&](auto dtype) { return launch_for<dtype>(p, workspace, stream); });
 }
 

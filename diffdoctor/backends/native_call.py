@@ -277,6 +277,70 @@ class PolicyArguments(NamedTuple):
     sums: int
 
 
+_POLICY_NUMBERS = PolicyArguments._fields.index("a")  # the first of the numbers per sample, of which there are five
+_POLICY_POINTERS = PolicyArguments._fields.index("pred")
+
+
+class FastPolicyCall:
+    """policy_loss on the tensors of another call with the same plan and the same numbers, but for those that are
+    tensors. A backend's own has `launch`.
+
+    Args:
+        problem: of a first call.
+        native: the native module.
+    """
+
+    __slots__ = ("_numbers", "_options", "_plan", "_tensor_slots")
+
+    def __init__(self, problem: PolicyProblem, native):
+        arguments = policy_arguments(problem)
+        self._plan, self._options = native_plan(problem.plan, native), arguments[1:_POLICY_NUMBERS]
+        self._numbers = arguments[_POLICY_NUMBERS:_POLICY_POINTERS]
+        self._tensor_slots = [k for k, number in enumerate(self._numbers) if type(number) is tuple]
+
+    def __call__(
+        self,
+        pred: Tensor,
+        latents: Tensor,
+        next_latents: Tensor,
+        ref_pred: Tensor | None,
+        log_prob: Tensor | None,
+        advantage: Tensor,
+        mask: Tensor | None,
+        per_sample: list[Tensor],
+        loss: Tensor,
+        grad: Tensor | None,
+        sums: Tensor | None,
+    ) -> None:
+        """Fill the outputs that are given; `per_sample` are the numbers that are tensors, in the problem's order."""
+        numbers = self._numbers
+        if per_sample:
+            changed = list(numbers)
+            for k, tensor in zip(self._tensor_slots, per_sample, strict=True):
+                changed[k] = (tensor.data_ptr(), 0 if tensor.shape[0] == 1 else tensor.stride(0))
+            numbers = tuple(changed)
+        outputs = WRITE_LOSS if grad is None else WRITE_LOSS | WRITE_GRAD
+        if sums is not None:
+            outputs |= WRITE_SUMS
+        pointers = (
+            pred.data_ptr(),
+            0 if grad is None else grad.data_ptr(),
+            latents.data_ptr(),
+            next_latents.data_ptr(),
+            0 if ref_pred is None else ref_pred.data_ptr(),
+            0 if log_prob is None else log_prob.data_ptr(),
+            advantage.data_ptr(),
+            0 if mask is None else mask.data_ptr(),
+            loss.data_ptr(),
+            0 if sums is None else sums.data_ptr(),
+        )
+        self.launch((outputs, *self._options, *numbers, *pointers))
+
+    def launch(self, arguments: tuple) -> None:
+        """policy_loss of the native module."""
+        raise NotImplementedError
+
+
 def policy_arguments(problem: PolicyProblem) -> PolicyArguments:
     log_prob = problem.log_prob if problem.old_log_prob is None else problem.old_log_prob
     tensors = (

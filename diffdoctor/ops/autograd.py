@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffdoctor import reference
-from diffdoctor.lowering.plan import SUMS, WRITE_GRAD, PerSample, Problem
+from diffdoctor.lowering.plan import SUMS, WRITE_GRAD, WRITE_LOSS, PerSample, Problem
 from diffdoctor.ops.arguments import LossOptions, per_sample_order, target_parts
 from diffdoctor.ops.call import run
 from diffdoctor.ops.observed import is_observed, is_plain
@@ -22,6 +22,7 @@ is_batched = torch._C._functorch.is_legacy_batchedtensor
 graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 # Found in this module rather than in torch's, whose large table is in no cache after two million elements.
 _empty_like, _is_grad_enabled = torch.empty_like, torch.is_grad_enabled
+_ONE = PerSample()
 
 
 def refuse_functorch(op: str, g: Tensor | None = None) -> None:
@@ -275,8 +276,8 @@ class BoundCall:
     """
 
     __slots__ = (
-        "_acc", "_batch", "_elements", "_elementwise", "_launch", "_like_loss", "_tensor_slots", "module", "runs",
-        "scale",
+        "_acc", "_batch", "_elements", "_elementwise", "_entries", "_launch", "_like_loss", "_options", "_plan",
+        "_tensor_slots", "module", "runs", "scale",
     )  # fmt: skip
     op = "weighted_loss"
 
@@ -294,12 +295,16 @@ class BoundCall:
             k for k, entry in enumerate(entries)
             if entry.data is not None and not (entry is problem.z and problem.z_is_mean)
         ]  # fmt: skip
+        # fp16, whose gradient is computed in backward: what a problem holds beside tensors.
+        recomputes = plan.dtype == torch.float16
+        self._entries = [PerSample(entry.value) for entry in entries] if recomputes else None
+        self._plan, self._options = plan, cached.options
         self._like_loss = torch.empty_like(problem.loss)  # empty_like of it takes half the time of empty
 
     def run(self, model_pred, target, confidence, mask, weighting, huber_c, normalizer, differentiable, return_stats):
         """The loss, connected to the graph where `differentiable`; with `return_stats` (loss, LossStats)."""
         loss = _empty_like(self._like_loss)
-        grad = _empty_like(model_pred) if differentiable else None
+        grad = _empty_like(model_pred) if differentiable and self._entries is None else None
         sums = self._like_loss.new_empty(self._batch, SUMS) if return_stats else None
         terms = target.terms if isinstance(target, Target) else (target,)
         per_sample = None
@@ -309,8 +314,27 @@ class BoundCall:
             model_pred, terms, confidence, mask, weighting if self._elementwise else None, per_sample, loss, grad, sums
         )
         if differentiable:
-            loss = save_grad(model_pred, (loss, grad, self))
+            if grad is None:
+                maps = confidence, mask, weighting if self._elementwise else None
+                problem = self._problem(model_pred, terms, maps, per_sample, loss)
+                loss = save_inputs(model_pred, problem, self.module, self._options)
+            else:
+                loss = save_grad(model_pred, (loss, grad, self))
         return (loss, LossStats.from_sums(sums, self._elements)) if return_stats else loss
+
+    def _problem(self, model_pred, terms, maps, per_sample, loss) -> Problem:
+        """The call as a problem, for `RecomputedLoss`."""
+        entries = self._entries.copy()
+        for slot, tensor in zip(self._tensor_slots, per_sample or (), strict=True):
+            entries[slot] = PerSample(0.0, tensor)
+        few = min(2, len(terms))  # per_sample_order
+        pred_scale, coefs, (huber_c, weight, z) = entries[0], entries[1 : 1 + few], entries[1 + few : 4 + few]
+        rest = entries[4 + few :]
+        third = len(terms) - few
+        return Problem(
+            self._plan, WRITE_LOSS, model_pred, terms, *maps, pred_scale, (*coefs, *rest[:third]), huber_c, weight, z,
+            _ONE, loss=loss, artifact_coefs=tuple(rest[third:]),
+        )  # fmt: skip
 
     def _per_sample_tensors(self, target, huber_c, weighting, normalizer) -> list[Tensor]:
         """The per-sample values that are tensors, as the kernels read them."""

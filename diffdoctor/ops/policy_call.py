@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffdoctor import reference
+from diffdoctor.backends.select import name_of
 from diffdoctor.lowering.plan import Grid, MapMeta, PerSample, Plan
 from diffdoctor.lowering.policy_loss import POLICY_SUMS, WRITE_LOG_PROB, PolicyProblem, make_policy_plan
 from diffdoctor.ops.arguments import tensor_key
@@ -17,6 +18,7 @@ from diffdoctor.ops.prepare import make_grid, map_meta, tensor_strides
 from diffdoctor.reference.grid import accumulation_dtype
 
 plans = Kept()
+bound_calls = Kept()  # BoundPolicyCall by everything that a call depends on but its tensors' values
 
 
 def plan_key(inputs: PolicyInputs, options: PolicyOptions) -> tuple:
@@ -84,6 +86,71 @@ def lower(inputs: PolicyInputs, options: PolicyOptions, outputs: int, key: tuple
     if outputs & WRITE_LOG_PROB:
         problem.log_prob = torch.empty(log_prob_shape(pred, options.layout), dtype=acc, device=pred.device)
     return with_outputs(problem, options.reduction, POLICY_SUMS)
+
+
+class BoundPolicyCall:
+    """A policy_loss call whose arguments are known but for their tensors' values, on a backend that binds calls: one
+    native call, and nothing is checked or lowered.
+
+    Args:
+        fast: what the backend's `bind` gave for `problem`.
+        problem: of a first call.
+        options: of that call.
+        key: of its plan.
+        module: of the backend.
+    """
+
+    __slots__ = (
+        "_acc", "_batch", "_launch", "_like_loss", "_old_is_mean", "backend", "key", "module", "options",
+        "runs",
+    )  # fmt: skip
+    op = "policy_loss"
+
+    def __init__(self, fast, problem: PolicyProblem, options: PolicyOptions, key: tuple, module):
+        self._launch, self._acc, self._batch = fast.__call__, problem.plan.acc_dtype, problem.plan.batch
+        self._like_loss, self._old_is_mean = torch.empty_like(problem.loss), problem.old_mean is not None
+        self.module, self.backend, self.runs = module, name_of(module), grad_runs(problem)
+        self.options, self.key = options, key
+
+    def __call__(self, inputs: PolicyInputs, with_grad: bool, with_sums: bool):
+        """(loss, gradient or None, sums or None)."""
+        pred, old = inputs.model_pred, inputs.old_log_prob
+        loss = torch.empty_like(self._like_loss)
+        grad = torch.empty_like(pred) if with_grad else None
+        sums = self._like_loss.new_empty(self._batch, POLICY_SUMS) if with_sums else None
+        per_sample = [x.reshape(-1).to(self._acc) for x in inputs.coefs if isinstance(x, Tensor)]
+        if self._old_is_mean:
+            per_sample.append(old.reshape(-1).to(self._acc))
+            old = None
+        self._launch(
+            pred, inputs.latents, inputs.next_latents, inputs.ref_pred, old, inputs.advantage, inputs.mask, per_sample,
+            loss, grad, sums,
+        )  # fmt: skip
+        return loss, grad, sums
+
+    def scale(self, unit_grad: Tensor, g: Tensor, out: Tensor) -> None:
+        """out = unit_grad * g, of one number."""
+        self.module.scale_gradient(unit_grad, g, out, 1, unit_grad.numel())
+
+
+def call_key(inputs: PolicyInputs, options: tuple) -> tuple | None:
+    """What a call depends on beside its tensors' values; None where some of it cannot be a key, or is a bool: True is
+    equal to 1 in a key, and the checks refuse it.
+
+    Args:
+        inputs: unchecked.
+        options: those of `PolicyOptions`, unchecked, in its order.
+    """
+    try:
+        tensors = (*inputs[:5], *inputs.coefs, inputs.mask, inputs.ref_pred)
+        low, high = options[0]
+        if bool in map(type, (*inputs.coefs, low, high, *options[1:3])):
+            return None
+        key = (*map(tensor_key, tensors), *options, torch.is_grad_enabled())
+        hash(key)
+    except (TypeError, ValueError, RuntimeError):  # the checks name what came
+        return None
+    return key
 
 
 def grad_runs(problem: PolicyProblem) -> tuple[int, int] | None:

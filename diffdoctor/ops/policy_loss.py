@@ -7,15 +7,17 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from diffdoctor import reference
-from diffdoctor.backends.select import pick, requested
+from diffdoctor.backends.select import for_device, overridden, pick, requested
 from diffdoctor.lowering.plan import WRITE_GRAD, WRITE_LOSS, WRITE_SUMS
 from diffdoctor.lowering.policy_loss import POLICY_SUMS
 from diffdoctor.ops import checks
 from diffdoctor.ops.autograd import (
     GeneralCall,
     forbid_second_derivative,
+    functorch_level,
     guard_reference,
     refuse_forward_mode,
     refuse_functorch,
@@ -27,6 +29,9 @@ from diffdoctor.ops.library import policy_loss as registered
 from diffdoctor.ops.observed import PLAIN, is_observed, is_plain, unrecorded
 from diffdoctor.ops.policy_arguments import PolicyInputs, PolicyOptions, check_inputs, check_step
 from diffdoctor.ops.policy_call import (
+    BoundPolicyCall,
+    bound_calls,
+    call_key,
     grad_runs,
     gradient_by_reference,
     log_prob,
@@ -157,9 +162,17 @@ def policy_loss(
         >>> loss = diffdoctor.policy_loss(model_pred, latents, next_latents, old_log_prob, advantage, coefs=coefs)
         >>> loss.backward()
     """
-    options = PolicyOptions(clip_range, advantage_clip, kl_weight, interpolation, level, reduction, layout)
     inputs = PolicyInputs(model_pred, latents, next_latents, old_log_prob, advantage, coefs, mask, ref_pred)
     as_operator = is_observed() or type(model_pred) not in PLAIN
+    given = (clip_range, advantage_clip, kl_weight, interpolation, level, reduction, layout)
+    known_by = None if as_operator or _is_transformed() else call_key(inputs, given)
+    bound = None if known_by is None else bound_calls.get(known_by)
+    if (
+        bound is not None and type(return_stats) is bool
+        and (not overridden() if backend is None else backend == bound.backend)
+    ):  # fmt: skip
+        return _run_bound(bound, inputs, return_stats)
+    options = PolicyOptions(*given)
     key = None if as_operator else _known_key(inputs, options)
     if key is None:
         unrecorded(check_inputs, inputs, options)
@@ -173,7 +186,25 @@ def policy_loss(
         return _empty(guard_reference(model_pred, "policy_loss"), reduction, return_stats)
     if module is None:
         return _run_reference(inputs, options, return_stats)
-    return _run(module, inputs, options, return_stats, key)
+    return _run(module, inputs, options, return_stats, key, known_by)
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work."""
+    return functorch_level() is not None or forward_ad._current_level >= 0
+
+
+def _run_bound(bound: BoundPolicyCall, inputs: PolicyInputs, return_stats: bool):
+    """A call like one before, of which only the tensors' values are new."""
+    pred = inputs.model_pred
+    differentiable = torch.is_grad_enabled() and pred.requires_grad
+    keeps_grad = differentiable and pred.dtype != torch.float16
+    loss, grad, sums = bound(inputs, keeps_grad, return_stats)
+    if keeps_grad:
+        loss = save_grad(pred, (loss, grad, bound))
+    elif differentiable:
+        loss = _save_inputs(pred, loss, bound.module, inputs, bound.options, bound.key)
+    return (loss, PolicyStats.from_sums(sums)) if return_stats else loss
 
 
 def _known_key(inputs: PolicyInputs, options: PolicyOptions) -> tuple | None:
@@ -186,20 +217,26 @@ def _known_key(inputs: PolicyInputs, options: PolicyOptions) -> tuple | None:
         return None
 
 
-def _run(module, inputs: PolicyInputs, options: PolicyOptions, return_stats: bool, key: tuple | None):
-    """A checked call on a backend."""
+def _run(
+    module, inputs: PolicyInputs, options: PolicyOptions, return_stats: bool, key: tuple | None, known_by: tuple | None
+):
+    """A checked call on a backend; where that binds calls, the next ones with the key `known_by` are bound."""
     pred = inputs.model_pred
     differentiable = torch.is_grad_enabled() and pred.requires_grad
     outputs = WRITE_LOSS | (WRITE_SUMS if return_stats else 0)
     if differentiable and pred.dtype != torch.float16:  # fp16 computes its gradient in backward
         outputs |= WRITE_GRAD
+    key = plan_key(inputs, options) if key is None else key
     problem = lower(inputs, options, outputs, key)
+    as_given = problem.old_log_prob is None or problem.old_log_prob is inputs.old_log_prob
+    if known_by is not None and as_given and module is for_device(pred.device.type, "policy_loss", pred.numel()):
+        bound_calls.keep(known_by, BoundPolicyCall(module.bind(problem), problem, options, key, module))
     module.policy_loss(problem)
     loss = problem.loss
     if differentiable and problem.grad is not None:
         loss = save_grad(pred, (loss, problem.grad, GeneralCall(module, grad_runs(problem), "policy_loss")))
     elif differentiable:
-        loss = _save_inputs(pred, loss, module, inputs, options)
+        loss = _save_inputs(pred, loss, module, inputs, options, key)
     return (loss, PolicyStats.from_sums(problem.sums)) if return_stats else loss
 
 
@@ -207,8 +244,8 @@ class _RecomputedLoss(torch.autograd.Function):
     """Saves the inputs and computes the gradient in backward, rounded once: for fp16, as `autograd.RecomputedLoss`."""
 
     @staticmethod
-    def forward(ctx, model_pred, loss, module, inputs: PolicyInputs, options: PolicyOptions):
-        ctx.module, ctx.options, ctx.x = module, options, ref(model_pred)
+    def forward(ctx, model_pred, loss, module, inputs: PolicyInputs, options: PolicyOptions, key: tuple):
+        ctx.module, ctx.options, ctx.x, ctx.key = module, options, ref(model_pred), key
         tensors = [x if isinstance(x, Tensor) else None for x in (*inputs[:5], *inputs[6:], *inputs.coefs)]
         ctx.strides = [None if x is None else x.stride() for x in tensors]
         ctx.numbers = inputs.coefs
@@ -227,12 +264,12 @@ class _RecomputedLoss(torch.autograd.Function):
         if observed:
             grad = gradient_by_reference(inputs, ctx.options, g)
         else:
-            problem = with_cotangent(lower(inputs, ctx.options, WRITE_GRAD), g)
+            problem = with_cotangent(lower(inputs, ctx.options, WRITE_GRAD, ctx.key), g)
             ctx.module.policy_loss(problem)
             grad = problem.grad
         if torch.is_grad_enabled():
             grad = forbid_second_derivative(grad, ctx.x(), "policy_loss")
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None
 
 
 _save_inputs = super(torch.autograd.Function, _RecomputedLoss).apply  # as autograd.save_grad

@@ -8,13 +8,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import diffdoctor
+from benchmarks.ops import host
 from diffdoctor import Target
 from diffdoctor.backends import select
 from diffdoctor.backends.cuda import artifact_loss as cuda_artifact
 from diffdoctor.backends.cuda import device as cuda_device
 from diffdoctor.backends.cuda import policy_loss as cuda_policy
 from diffdoctor.backends.cuda import weighted_loss as _cuda
-from diffdoctor.backends.native_call import native_plan
+from diffdoctor.backends.native_call import native_plan, policy_arguments
 from diffdoctor.lowering.plan import LOSS_KINDS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, OperandPlan
 from diffdoctor.lowering.policy_loss import WRITE_LOG_PROB
 from diffdoctor.ops import policy_call
@@ -50,12 +51,10 @@ def public(cuda, monkeypatch):
     monkeypatch.setitem(select._chosen, ("cpu", "artifact_loss"), cuda_artifact)
     monkeypatch.setitem(select._chosen, ("cpu", "policy_loss"), cuda_policy)
     # A plan holds its backend's form: those of other tests would lead around the kernels, and these around theirs.
-    plans.clear()
-    policy_call.plans.clear()
+    host.forget_plans()
     monkeypatch.delenv("DIFFDOCTOR_BACKEND", raising=False)
     yield diffdoctor
-    plans.clear()
-    policy_call.plans.clear()
+    host.forget_plans()
 
 
 def solve(cuda, inputs, outputs=WRITE_LOSS | WRITE_GRAD | WRITE_SUMS):
@@ -243,6 +242,49 @@ def test_policy_loss_equals_the_reference(cuda, case):
     policy_call.plans.clear()
 
 
+@pytest.mark.parametrize("case", policy.lanes_cases(), ids=lambda case: case.id)
+def test_the_fast_policy_loss_equals_the_reference_whatever_its_tiles(cuda, shim, case):
+    policy_call.plans.clear()
+    inputs = policy.build(case)
+    want = policy.expected(inputs)
+    for tiles in (170, 1):  # a group of pixels for each four lanes, as many as there ever are
+        before = shim.set_tiles_per_vector(tiles)
+        try:
+            answers = []
+            for seed, outputs in ((1, policy.ALL_OUTPUTS), (2, policy.ALL_OUTPUTS), (3, WRITE_LOSS), (4, WRITE_GRAD)):
+                shim.seed(seed)
+                problem = policy.lower(inputs, outputs)
+                assert shim.policy_lanes_serve(native_plan(problem.plan, shim), policy_arguments(problem))
+                cuda_policy.policy_loss(problem)
+                policy.check(problem, want)
+                answers.append(problem)
+            for name in ("loss", "grad", "sums"):
+                assert torch.equal(getattr(answers[0], name), getattr(answers[1], name))
+            problem = policy.lower(inputs | {"old_log_prob": None}, WRITE_LOG_PROB)
+            cuda_policy.policy_loss(problem)
+            want_log_prob = policy.log_prob_of(problem, case.options.get("layout"))
+            torch.testing.assert_close(problem.log_prob.double(), want_log_prob, rtol=1e-5, atol=1e-6)
+        finally:
+            shim.set_tiles_per_vector(before)
+    policy_call.plans.clear()
+
+
+def test_the_fast_policy_loss_selects_out_what_is_not_finite(cuda, shim):
+    policy_call.plans.clear()
+    inputs = policy.build(policy.Case("", shape=(2, 16, 8, 40), dtype=BF16, step_dtype=BF16, ref=BF16,
+                                      mask=((2, 1, 8, 40), F32)))  # fmt: skip
+    out = torch.zeros(2, 1, 8, 40, dtype=torch.bool)
+    out[..., ::3] = True
+    inputs["mask"].masked_fill_(out, 0.0)
+    for name in ("model_pred", "next_latents", "ref_pred"):
+        inputs[name].masked_fill_(out, float("nan"))
+    problem = policy.lower(inputs)
+    assert shim.policy_lanes_serve(native_plan(problem.plan, shim), policy_arguments(problem))
+    cuda_policy.policy_loss(problem)
+    policy.check(problem, policy.expected(inputs))
+    policy_call.plans.clear()
+
+
 @pytest.mark.parametrize("case", artifact.every_case(), ids=lambda case: case.id)
 def test_artifact_loss_equals_the_reference(cuda, case):
     logits = artifact.build(case)
@@ -393,9 +435,9 @@ def test_the_loops_of_the_cpu_have_the_losses_that_cuda_has(shim, c):
 
 
 def test_every_kernel_is_loaded_at_the_first_use(shim):
-    # weighted_loss: 25 fast ones and 15 for odd sizes, 5 for tokens, 8 general ones; weight_mean 4, policy_loss 8,
-    # artifact_loss 4, scale_gradient 12.
-    assert shim.kernels() == 25 + 15 + 5 + 8 + 4 + 8 + 4 + 12
+    # weighted_loss: 25 fast ones and 15 for odd sizes, 5 for tokens, 8 general ones; weight_mean 4; policy_loss: 18
+    # fast ones and 8 general ones; artifact_loss 4, scale_gradient 12.
+    assert shim.kernels() == 25 + 15 + 5 + 8 + 4 + 18 + 8 + 4 + 12
     assert shim.cuda_problem() is None
 
 
@@ -435,8 +477,16 @@ def test_autograd_keeps_one_gradient_and_launches_twice(public, shim):
 def test_later_calls_equal_the_reference(public, shim, kind):
     before = shim.launches()
     later_calls.check(kind)
-    assert all(known.bound is not None for known in plans.values())
-    assert shim.launches() == before + 3 * (3 if kind in ("everything", "contrastive") else 2)
+    assert all((known.bound is None) == (kind == "half normalized") for known in plans.values())
+    assert shim.launches() == before + 3 * (3 if kind in ("everything", "contrastive", "half normalized") else 2)
+
+
+@pytest.mark.parametrize("kind", later_calls.POLICY_KINDS)
+def test_later_policy_calls_equal_the_reference(public, shim, kind):
+    before = shim.launches()
+    later_calls.check_policy(kind)
+    assert len(policy_call.bound_calls) == (0 if kind == "policy" else 1)  # its clip_range is a list
+    assert shim.launches() == before + 3 * (3 if kind == "policy sample" else 2)
 
 
 def test_a_compiled_graph_leaves_no_workspace_behind(public, cuda):

@@ -4,12 +4,14 @@
 
 #include <utility>
 
+#include "bind/policy_loss.h"
 #include "bind/registry.h"
 #include "bind/weighted_loss.h"
 #include "common/losses.h"
 #include "cpu/vector_math.h"
 #include "cuda/l2.h"
 #include "cuda/launch.cuh"
+#include "cuda/policy_lanes.h"
 #include "cuda/spatial.cuh"
 #include "cuda/tiling.h"
 #include "cuda/tokens.h"
@@ -78,6 +80,9 @@ PYBIND11_MODULE(_cuda_shim, m) {
     return py::make_tuple(blocks(false), blocks(true));
   });
   m.def("tokens_serve", [](const WeightedLossPlan& plan) { return cuda::tokens_serve(plan.params); });
+  m.def("policy_lanes_serve", [](const WeightedLossPlan& plan, const py::tuple& arguments) {
+    return cuda::policy_lanes_serve(bind_policy_loss(plan, arguments));
+  });
   m.def("set_tiles_per_vector", [](int64_t tiles) { return std::exchange(cuda::tiles_per_vector, tiles); });
   m.def("set_blocks_for_visits", [](int64_t blocks) { return std::exchange(cuda::blocks_for_visits, blocks); });
   m.def("kernels", [] { return cuda::loaders().size(); });

@@ -8,12 +8,37 @@ import torch
 
 import diffdoctor
 from diffdoctor.lowering.policy_loss import WRITE_LOG_PROB
-from support import policy
+from support import later_calls, policy
 from support.backends import needs_cpu
 
 F32, F64 = torch.float32, torch.float64
 
 ETA, STEP = 0.7, 3
+
+
+@pytest.mark.parametrize("kind", later_calls.POLICY_KINDS)
+def test_later_calls_equal_the_reference(kind):
+    later_calls.check_policy(kind)
+
+
+def test_a_later_call_is_checked_where_it_is_not_the_same():
+    x, advantage = torch.randn(2, 3, 4, 5), torch.randn(2)
+    call = {"coefs": (0.9, 1.0, 0.3), "kl_weight": 1.0, "ref_pred": x}
+    for _ in range(2):
+        diffdoctor.policy_loss(x, x, x, None, advantage, **call)
+    for changed, error in (
+        ({"kl_weight": True}, TypeError), ({"coefs": (0.9, True, 0.3)}, TypeError), ({"level": "picture"}, ValueError),
+        ({"clip_range": (-1.0, 0.1)}, ValueError), ({"ref_pred": x[..., :1]}, ValueError), ({"coefs": 3}, TypeError),
+        ({"return_stats": 1}, TypeError), ({"backend": "gpu"}, ValueError),
+    ):  # fmt: skip
+        with pytest.raises(error):
+            diffdoctor.policy_loss(x, x, x, None, advantage, **call | changed)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            diffdoctor.policy_loss(dual, x, x, None, advantage, **call)
+
+
 SIGMAS = torch.linspace(1, 0, 11, dtype=torch.float64)
 
 

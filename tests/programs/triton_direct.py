@@ -77,12 +77,23 @@ def later_calls() -> dict:
 
         return forward_and_backward
 
+    def policy_work(pred, **options):
+        old, advantage, sigma = torch.randn(2, 1, 16, 32), torch.randn(2, 16, 32), torch.rand(2, 2)[:, 1]
+
+        def forward_and_backward():
+            diffdoctor.policy_loss(pred, target, target, old, advantage, coefs=(0.9, -0.2, sigma), **options).backward()
+
+        return forward_and_backward
+
     pred = torch.randn(2, 3, 16, 32)
     shifted = cases.shifted(pred, 1)
     return {
         "call": work(pred.clone().requires_grad_()),
         "shifted call": work(shifted.requires_grad_()),
         "normalized call": work(pred.clone().requires_grad_(), normalize="sample", weighting=weights),
+        "fp16 call": work(pred.half().requires_grad_()),
+        "policy call": policy_work(pred.clone().requires_grad_()),
+        "policy call by sample": policy_work(pred.clone().requires_grad_(), level="sample"),
     }
 
 

@@ -183,6 +183,39 @@ def every_case() -> list[Case]:
     return found
 
 
+def lanes_cases() -> list[Case]:
+    """What csrc/cuda/policy_lanes.cu serves: each pair of dtypes, as latents and as tokens, maps of each kind."""
+    packed = {"layout": Packed(8, 20)}
+    maps = {"advantage": ((2, 1, 8, 40), F32), "mask": ((2, 1, 8, 40), torch.uint8)}
+    found = []
+    for dtype, step_dtype in ((F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)):
+        fields = {"dtype": dtype, "step_dtype": step_dtype}
+        name = "-".join(str(kind).removeprefix("torch.") for kind in (dtype, step_dtype))
+        found += [
+            Case(f"latents-{name}", shape=(2, 16, 8, 40), **maps, **fields),
+            Case(f"latents-{name}-ref", shape=(2, 9, 8, 40), ref=step_dtype, sigma="tensor", **fields),
+            Case(f"tokens-{name}", shape=(2, 40, 64), options=packed, advantage=((2, 1, 8, 20), F32), **fields),
+            Case(f"tokens-{name}-ref", shape=(2, 40, 24), options=packed, ref=step_dtype,
+                 mask=((1, 1, 8, 20), torch.bool), **fields),
+        ]  # fmt: skip
+    half = {"dtype": BF16, "step_dtype": BF16}
+    found += [
+        Case("three-channels", shape=(2, 3, 8, 40), advantage=((2, 8, 40), BF16), **half),
+        Case("many-channels", shape=(2, 43, 16, 16), advantage=((1, 16, 16), F16), ref=BF16, **half),
+        Case("many-channels-fp32", shape=(1, 37, 16, 12), ref=F32),
+        Case("many-groups", shape=(2, 4, 80, 72), advantage=((2, 80, 72), F32), **half),
+        Case("video-one-map", shape=(2, 16, 3, 6, 8), advantage=((2, 1, 6, 8), F32), **half),
+        Case("video", shape=(1, 5, 3, 6, 8), advantage=((1, 1, 3, 6, 8), F32)),
+        Case("by-sample", shape=(2, 16, 24, 24), options={"level": "sample"}, mask=((2, 24, 24), F32), **half),
+        Case("by-sample-mean", shape=(3, 4, 24, 24), old="mean", options={"level": "sample"}),
+        Case("on-policy", shape=(2, 16, 8, 8), old="none", ref=BF16, options={"reduction": "sample"}, **half),
+        Case("expanded-old", shape=(3, 4, 8, 8), old="expanded", options={"reduction": "sum"}),
+        Case("chunk", shape=(3, 4, 8, 8), view="chunk", ref=F32),
+        Case("tokens-by-sample", shape=(2, 40, 64), options=packed | {"level": "sample"}, **half),
+    ]
+    return found
+
+
 def interpreted_cases() -> list[Case]:
     """A case for each branch of a kernel; Triton's interpreter takes seconds for one."""
     wanted = (

@@ -16,18 +16,20 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 
 from benchmarks.ops.machine import ROOT
 from benchmarks.ops.table import aligned
 from tools.gpu import sass
 from tools.gpu.machine_code import Code
 
-SOURCES = tuple(ROOT / "csrc" / "cuda" / name for name in ("l2.cu", "l2_odd.cu", "tokens.cu"))
+SOURCES = tuple(ROOT / "csrc" / "cuda" / name for name in ("l2.cu", "l2_odd.cu", "tokens.cu", "policy_lanes.cu"))
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 THREADS = 256
 ODD = 1
 _CONFIG = re.compile(
     r"l2_(?:odd)?_?kernelI.*?ConfigILi(\d)ELi(\d)ELb(\d)ELb(\d)ELb(\d)E|tokens_kernelI.*?ConfigILi(\d)ELi(\d)E"
+    r"|policy_lanes_kernelI.*?ConfigILi(\d)ELi(\d)ELi(\d)ELb(\d)E"
 )
 
 
@@ -38,13 +40,15 @@ class Case:
     Args:
         name: of the case, with its dtype.
         kernel: (dtype of model_pred, of the terms, more than one term, maps, coefficients that change with u), with
-            `ODD` behind them that of l2_odd.cu, or for tokens (dtype of model_pred, of the terms).
+            `ODD` behind them that of l2_odd.cu; for tokens (dtype of model_pred, of the terms); for policy_loss (both,
+            pixels of a vector, a ref_pred).
         visits: vectors that a thread computes on between two looks at the maps, at full size.
         steps: such looks, or 1.
         bytes: least bytes that 8 elements move.
         terms: that are subtracted.
         budget: instructions for 8 elements, at most.
         passes: over the inputs; fp16 takes two, and each is counted as if it gave loss and gradient.
+        maps: of fp32 at the grid's size that policy_loss reads for each pixel.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Case:
     budget: int
     terms: int = 1
     passes: int = 1
+    maps: int = 0
 
 
 CASES = (
@@ -71,6 +76,13 @@ CASES = (
     Case("166 x 166 with a map, fp32", (0, 0, 0, 1, 0, ODD), 8, 1, 98, 260),
     Case("166 x 166 with a map, flow, bf16", (1, 1, 1, 1, 0, ODD), 8, 1, 66, 230, terms=2),
     Case("166 x 166 contrastive, bf16", (1, 1, 1, 1, 1, ODD), 8, 1, 66, 260, terms=2),
+    # 16 channels: SD3's latents and Wan's, then FLUX's tokens. A ratio for each pixel, and an advantage.
+    Case("policy bf16", (1, 1, 8, 0), 4, 1, 68, 195, terms=2, maps=2),
+    Case("policy bf16, an advantage for each sample", (1, 1, 8, 0), 4, 1, 64, 190, terms=2, maps=1),
+    Case("policy fp32", (0, 0, 4, 0), 4, 1, 132, 250, terms=2, maps=2),
+    Case("policy fp16", (2, 2, 8, 0), 4, 1, 120, 385, terms=2, passes=2, maps=2),
+    Case("policy-flux-tokens bf16", (1, 1, 4, 0), 2, 1, 68, 285, terms=2, maps=2),
+    Case("policy bf16 with a ref_pred", (1, 1, 8, 1), 4, 1, 84, 300, terms=3, maps=2),
 )
 
 
@@ -165,6 +177,8 @@ def count(case: Case, arch: int, listing: str, registers: int) -> Count:
     """What the case costs, from the machine code of its kernel."""
     if len(case.kernel) == 2:
         return _count_tokens(case, arch, listing, registers)
+    if len(case.kernel) == 4:
+        return _count_policy(case, arch, listing, registers)
     if len(case.kernel) == 6:
         return _count_odd(case, arch, listing, registers)
     code = Code(listing)
@@ -236,6 +250,40 @@ def _count_tokens(case: Case, arch: int, listing: str, registers: int) -> Count:
     loop = code.shortest([code.main_loop[0]], lambda b: b not in code.main_loop[1], (0, *need[1:]))
     under_way = _threads(registers) * pieces * 8 * (1 + case.terms)
     return Count(case, arch, loop / case.visits, (whole - loop) / case.visits, registers, under_way)
+
+
+@lru_cache(maxsize=8)  # a way is asked for its cost and for what stands on it
+def _policy_way(case: Case, listing: str) -> tuple[int, list[int]]:
+    """What a lane's way through policy_loss costs, and its instructions by index; not that of the thread that works out
+    a sample's numbers. A pixel's ratio is an exponential."""
+    code = Code(listing)
+    width = 4 if case.kernel[0] == 0 else 8
+    own = case.kernel[2] // 4
+    odd = ("FCHK", "LDG.E.U", "LDG.E.64", "LD.E")  # a division; maps of other dtypes
+    within = {b for b in code.blocks if not any(code.opcodes[i].startswith(odd) for i in range(b, code.blocks[b]))}
+    again = case.visits - 2 if case.kernel[3] and width == 8 else 0  # vectors that do not fit, and are read twice
+    for _, body in code.loops if not again else ():
+        if any(code.count(b, "LDG", "128") for b in body) and not any(code.count(b, "SHFL") for b in body):
+            within -= body
+
+    def done(block: int) -> tuple[int, ...]:
+        narrow = sum(code.opcodes[i] in ("LDG.E", "LDG.E.CONSTANT") for i in range(block, code.blocks[block]))
+        adds = code.count(block, "FFMA") + 2 * code.count(block, "FFMA2")
+        stores = code.count(block, "STG", "128")
+        return code.count(block, "LDG", "128"), narrow, stores, code.count(block, "MUFU", "EX2"), adds // (2 * width)
+
+    computed = case.visits + again
+    need = (computed * (1 + case.terms), own * case.maps, case.visits, own, computed)
+    cost, blocks = code.way([0], lambda b: code.count(b, "ATOM") > 0, need, within, done)
+    return cost, [i for b in blocks for i in range(b, code.blocks[b])]
+
+
+def _count_policy(case: Case, arch: int, listing: str, registers: int) -> Count:
+    """Of a lane's pixels with `case.visits` vectors of their channels, from its first instruction on."""
+    whole, _ = _policy_way(case, listing)
+    per_8 = (2 if case.kernel[0] == 0 else 1) * case.passes / case.visits
+    under_way = _threads(registers) * 16 * (1 + case.terms) * (1 if case.kernel[0] == 0 else 2)
+    return Count(case, arch, per_8 * whole, 0, registers, under_way)
 
 
 def count_logit(arch: int, cubin: bytes) -> LogitCount:
@@ -318,12 +366,17 @@ def counts(arch: int, found: dict[tuple, tuple[str, str, int]]) -> list[Count]:
 
 
 def forbidden(kernel: tuple, listing: str) -> list[str]:
-    """What may not stand in a kernel's main loop: doubles, divisions and conversions of integers, local memory."""
+    """What may not stand in a kernel's main loop, or on a case's way through policy_loss: doubles, divisions and
+    conversions of integers, local memory."""
     code = Code(listing, "64" if len(kernel) == 2 and kernel[0] else "128")
     names = r"^(D(ADD|MUL|FMA|SETP|MNMX)|F2F\.|F2I|I2F(?!P)|MUFU|LDL|STL|CALL(?!\.REL))"
-    return [
-        code.text[i] for b in code.main_loop[1] for i in range(b, code.blocks[b]) if re.match(names, code.opcodes[i])
-    ]
+    if len(kernel) == 4:
+        names = names.replace("MUFU", r"MUFU(?!\.EX2)")
+        case = next((case for case in CASES if case.kernel == kernel), None)
+        there = [] if case is None else _policy_way(case, listing)[1]
+    else:
+        there = [i for b in code.main_loop[1] for i in range(b, code.blocks[b])]
+    return [code.text[i] for i in there if re.match(names, code.opcodes[i])]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -371,7 +424,7 @@ def text(rows: list[Count], markdown: bool = False) -> str:
     cells = [("instructions per 8 elements", "budget", *(f"sm_{arch}" for arch in architectures), "registers")]
     for case in cases:
         here = [by[case, arch] for arch in architectures]
-        figures = (f"{row.loop:.0f} + {row.around:.0f}" for row in here)
+        figures = (f"{row.loop:.0f}" + (f" + {row.around:.0f}" if row.around else "") for row in here)
         cells.append((case.name, str(case.budget), *figures, str(max(row.registers for row in here))))
     cards = [card for card in CARDS if card.arch in architectures]
     predicted = [

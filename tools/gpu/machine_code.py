@@ -44,8 +44,12 @@ class Code:
             return following if conditional else []
         return following
 
+    @cached_property
+    def _costs(self) -> dict[int, int]:
+        return {start: sum(name != "NOP" for name in self.opcodes[start:end]) for start, end in self.blocks.items()}
+
     def cost(self, block: int) -> int:
-        return sum(self.opcodes[i] != "NOP" for i in range(block, self.blocks[block]))
+        return self._costs[block]
 
     def count(self, block: int, prefix: str, width: str = "") -> int:
         return sum(
@@ -94,20 +98,35 @@ class Code:
     def shortest(self, starts, goal, need=(0, 0, 0), within=None, done=None) -> int:
         """Instructions of the cheapest way from `starts` to a block that is a goal, with so many loads, stores and
         multiply-adds on the way, or of what else `done` counts; within some blocks, or all."""
+        return self.way(starts, goal, need, within, done)[0]
+
+    def way(self, starts, goal, need=(0, 0, 0), within=None, done=None) -> tuple[int, list[int]]:
+        """That way: what it costs, and its blocks but for the last. Raises ValueError where there is none."""
         done = done or self.done
-        queue = [(0, block, (0, 0, 0)) for block in starts]
-        seen = set()
+        gives = {block: done(block) for block in self.blocks}
+        nothing = (0,) * len(need)
+        queue = [(0, block, nothing, None) for block in starts]
+        before: dict[tuple, tuple | None] = {}
         while queue:
-            cost, block, made = heapq.heappop(queue)
+            cost, block, made, origin = heapq.heappop(queue)
             if goal(block) and cost > 0:
                 if made == need:
-                    return cost
+                    return cost, self._followed(origin, before)
                 continue
-            if (block, made) in seen:
+            if (block, made) in before:
                 continue
-            seen.add((block, made))
-            made = tuple(min(most, a + b) for most, a, b in zip(need, made, done(block), strict=True))
+            before[block, made] = origin
+            here = block, made
+            made = tuple(min(most, a + b) for most, a, b in zip(need, made, gives[block], strict=True))
             for onward in self.next[block]:
                 if within is None or onward in within:
-                    heapq.heappush(queue, (cost + self.cost(block), onward, made))
+                    heapq.heappush(queue, (cost + self.cost(block), onward, made, here))
         raise ValueError("no such way through the code")
+
+    @staticmethod
+    def _followed(state, before) -> list[int]:
+        blocks = []
+        while state is not None:
+            blocks.append(state[0])
+            state = before[state]
+        return blocks[::-1]

@@ -3,6 +3,8 @@
 #pragma once
 
 #include "common/policy_loss.h"
+#include "cpu/cache.h"
+#include "cpu/stream.h"
 #include "cpu/tiles/channels.h"
 #include "cpu/tiles/map_rows.h"
 #include "cpu/vector_math.h"
@@ -57,6 +59,7 @@ struct Call {
   int64_t channel_stride[kOperands];
   bool run[kOperands];  // a channel of a block is a run of memory
   bool log_prob_run;
+  bool streams;  // channels of the gradient that are runs are stored past the caches
 
   explicit Call(const PolicyLossParams& params)
       : p(params),
@@ -72,6 +75,9 @@ struct Call {
     log_prob_run = block_is_run(pixels, tiling, p.grid.weighting.stride);
     inner = 1;
     for (int d = p.channel_dim + 1; d < kMaxDims; ++d) inner *= p.grid.size[d];
+    int64_t bytes = 0;  // of an element
+    for (int k = 0; k < (p.has_ref() ? kOperands : kRefPred); ++k) bytes += element_size(operands[k]->dtype);
+    streams = kCanStream && (p.outputs & kWriteGrad) && p.grid.batch * p.grid.count * bytes >= cpu::stream_from();
     rows = p.grid.contiguous && channels > 1 && p.channel_dim > tiling.split;
   }
 
@@ -277,14 +283,19 @@ void write_gradient(const Call<acc_t>& call, const PolicyStep<acc_t>& s, const B
     return;
   }
   for_segments(call, at, [&](const Segment& segment) {
-    prefetch_segment(call, at, kGrad, segment);
+    if (!call.streams) prefetch_segment(call, at, kGrad, segment);
     const int64_t to = segment_offset(call, at, kGrad, segment), n = segment.count;
     const auto write_to = [&](auto* out) {
       write_channel(buf.d + segment.begin, away ? away + segment.begin : away, buf.slope, buf.kl_slope, n, out);
     };
+    const auto write_run = [&](auto* run) {
+      if (!call.streams) return write_to(run);
+      write_to(reinterpret_cast<decltype(run)>(buf.grad));
+      stream_copy(run, buf.grad, n * static_cast<int64_t>(sizeof(*run)));
+    };
     if (call.run[kGrad] && grad.dtype == kBFloat16 && sizeof(acc_t) == sizeof(float))
-      return write_to(static_cast<bfloat16*>(grad.data) + to);
-    if (call.run[kGrad] && grad.dtype == kAccDtype<acc_t>) return write_to(static_cast<acc_t*>(grad.data) + to);
+      return write_run(static_cast<bfloat16*>(grad.data) + to);
+    if (call.run[kGrad] && grad.dtype == kAccDtype<acc_t>) return write_run(static_cast<acc_t*>(grad.data) + to);
     write_to(buf.grad);
     if (call.run[kGrad])
       store_run<acc_t>(grad.data, grad.dtype, to, 1, n, buf.grad);

@@ -26,8 +26,8 @@ def weighted_loss(problem: Problem) -> None:
 
 
 def bind(problem: Problem) -> FastCall | None:
-    """The problem's call with only its tensors left open; None where backward is another call of its kind."""
-    return None if problem.pred.dtype == torch.float16 else FastCall(problem, _native)
+    """The problem's call with only its tensors left open; None where backward, another call, needs its mean weight."""
+    return None if problem.pred.dtype == torch.float16 and problem.z_is_mean else FastCall(problem, _native)
 
 
 class FastCall(native_call.FastCall):

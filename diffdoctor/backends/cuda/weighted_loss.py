@@ -33,8 +33,8 @@ def _launch_mean(plan: Plan, arguments: tuple, where: torch.device, keep: bool) 
 
 
 def bind(problem: Problem) -> FastCall | None:
-    """The problem's call with only its tensors left open; None where backward is another call of its kind."""
-    return None if problem.pred.dtype == torch.float16 else FastCall(problem)
+    """The problem's call with only its tensors left open; None where backward, another call, needs its mean weight."""
+    return None if problem.pred.dtype == torch.float16 and problem.z_is_mean else FastCall(problem)
 
 
 class FastCall(native_call.FastCall):

@@ -1,0 +1,517 @@
+#include <cuda_runtime.h>
+
+#include "cuda/l2.h"
+#include "cuda/launch.cuh"
+#include "cuda/numbers.cuh"
+#include "cuda/policy_lanes.h"
+#include "cuda/policy_sums.cuh"
+#include "cuda/vector.cuh"
+
+namespace diffdoctor::cuda {
+namespace {
+
+// kPixels: of a vector; where they are fewer than its elements, it holds two channels of a token.
+template <int32_t kPredDtype, int32_t kTermDtype, int kPixelsOfVector, bool kWithRef>
+struct Config {
+  static constexpr int32_t kPred = kPredDtype, kTerm = kTermDtype;
+  static constexpr bool kRef = kWithRef;
+  static constexpr int kWidth = vector_width(kPred), kPixels = kPixelsOfVector;
+  static constexpr int kOwn = kPixels / 4;  // pixels whose ratio a lane works out
+  static constexpr int kTermBytes = kWidth * (kTerm == kFloat32 ? 4 : 2);
+  static constexpr int kTerms = kRef ? 3 : 2;
+  static constexpr int kBlocks = kWidth == 8 || kRef ? 2 : 3;  // of a multiprocessor: 128 or 80 registers a thread
+  // Vectors of a lane that stay in registers; what is beyond them is read again.
+  static constexpr int kHeld = kRef && kWidth == 8 ? 2 : 4;
+  static constexpr int kUnroll = kBlocks == 3 || (kRef && kTermBytes == 32) ? 1 : 2;  // vectors under way
+};
+
+// Steps along a map, in elements: a group is row * columns + column, its pixels lie in two halves.
+struct Steps {
+  int32_t row, column, half, lane, pixel;
+
+  __device__ __forceinline__ int32_t at(int32_t r, int32_t c, int share) const {
+    return r * row + c * column + share / 2 * half + share % 2 * lane;
+  }
+};
+
+// A number for each pixel.
+struct Pixels {
+  const void* data;      // null: there is none
+  int64_t batch_stride;  // in bytes
+  int32_t dtype;
+  Steps steps;
+};
+
+struct Params {
+  PolicyResult result;
+  PolicyStep<float> step;
+  Number a, b, sigma, old_mean, grad_output;
+  float channels, divisor;
+  int32_t per_sample;  // some number is one for each sample
+  int32_t old;
+  int32_t groups, vectors;  // of a sample; of a group
+  int32_t tile;             // groups of a block
+  uint32_t reciprocal;      // of the columns, times 2^shift
+  int32_t shift, columns;
+  int64_t group_step, vector_step;  // elements
+  const char *pred, *terms[kMaxTerms];
+  char* grad;
+  int64_t pred_stride, grad_stride, term_strides[kMaxTerms];  // of the batch, in bytes
+  Pixels advantage, mask, log_prob;
+};
+
+// The own pixels of a lane, of a sample whose data start at `data`.
+template <int N>
+__device__ __forceinline__ void load_pixels(const Pixels& from, const void* data, int32_t row, int32_t column,
+                                            int share, float absent, float (&value)[N]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) value[j] = absent;
+  if (from.data == nullptr) return;
+  const int32_t first = from.steps.at(row, column, share);
+  if (from.dtype == kFloat32) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) value[j] = __ldg(static_cast<const float*>(data) + (first + j * from.steps.pixel));
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; ++j) value[j] = load_element<float>(data, from.dtype, first + j * from.steps.pixel);
+  }
+}
+
+template <typename C>
+struct Vector {
+  uint32_t pred[4], terms[C::kTerms][C::kTermBytes / 4];
+};
+
+// What is the same for a block, worked out by one of its threads.
+template <typename C>
+struct Sample {
+  PolicyStep<float> step;
+  SampleRatio<float> ratio;
+  const char *pred, *terms[C::kTerms];
+  int64_t grad;  // bytes from its first sample: a pointer would not be known to lead to global memory
+  const void *advantage, *mask, *log_prob;
+
+  __device__ __forceinline__ void set(const Params& p, int64_t b) {
+    step = p.step;
+    if (p.per_sample) {
+      set_coefs(step, p.a.of(b), p.b.of(b), p.sigma.of(b), p.grad_output.of(b), p.channels, p.divisor);
+      step.old_mean = p.old_mean.of(b);
+    }
+    pred = p.pred + b * p.pred_stride;
+    grad = b * p.grad_stride;
+#pragma unroll
+    for (int k = 0; k < C::kTerms; ++k) terms[k] = p.terms[k] + b * p.term_strides[k];
+    advantage = static_cast<const char*>(p.advantage.data) + b * p.advantage.batch_stride;
+    mask = static_cast<const char*>(p.mask.data) + b * p.mask.batch_stride;
+    log_prob = static_cast<const char*>(p.log_prob.data) + b * p.log_prob.batch_stride;
+  }
+};
+
+// Where a lane's first vector of a group lies.
+template <typename C>
+struct Places {
+  const char *pred, *terms[C::kTerms];
+  char* grad;
+  int64_t step;  // elements from a lane's vector to its next
+
+  __device__ __forceinline__ Places(const Params& p, const Sample<C>& s, int32_t group, int share)
+      : step(4 * p.vector_step) {
+    const int64_t first = group * p.group_step + share * p.vector_step;
+    constexpr int kBytes = 16 / C::kWidth, kTermBytes = C::kTermBytes / C::kWidth;
+    pred = s.pred + first * kBytes;
+    grad = p.grad + s.grad + first * kBytes;
+#pragma unroll
+    for (int k = 0; k < C::kTerms; ++k) terms[k] = s.terms[k] + first * kTermBytes;
+  }
+  __device__ __forceinline__ void load(int u, Vector<C>& x) const {
+    load_bytes<16, true>(pred + u * step * (16 / C::kWidth), x.pred);
+#pragma unroll
+    for (int k = 0; k < C::kTerms; ++k)
+      load_bytes<C::kTermBytes, true>(terms[k] + u * step * (C::kTermBytes / C::kWidth), x.terms[k]);
+  }
+  __device__ __forceinline__ void store(int u, const uint32_t (&word)[4]) const {
+    store_bytes<16>(grad + u * step * (16 / C::kWidth), word);
+  }
+};
+
+// next_latents - mu, and model_pred - ref_pred.
+template <typename C>
+struct Residuals {
+  float d[C::kWidth], away[C::kRef ? C::kWidth : 1];
+
+  __device__ __forceinline__ void set(const PolicyStep<float>& s, const Vector<C>& x) {
+    float pred[C::kWidth], value[C::kWidth];
+    unpack_all<C::kPred, C::kWidth>(x.pred, 0, pred);
+    unpack_all<C::kTerm, C::kWidth>(x.terms[1], 0, d);
+    unpack_all<C::kTerm, C::kWidth>(x.terms[0], 0, value);
+#pragma unroll
+    for (int j = 0; j < C::kWidth; ++j) d[j] = d[j] - s.a * value[j] - s.b * pred[j];
+    if constexpr (C::kRef) {
+      unpack_all<C::kTerm, C::kWidth>(x.terms[2], 0, value);
+#pragma unroll
+      for (int j = 0; j < C::kWidth; ++j) away[j] = pred[j] - value[j];
+    }
+  }
+  __device__ __forceinline__ void add_squares(float (&sum)[C::kPixels], float (&kl)[C::kPixels]) const {
+#pragma unroll
+    for (int j = 0; j < C::kWidth; ++j) {
+      sum[j % C::kPixels] += d[j] * d[j];
+      if constexpr (C::kRef) kl[j % C::kPixels] += away[j] * away[j];
+    }
+  }
+};
+
+// The factors of all pixels of a group in the gradient.
+template <typename C>
+struct Factors {
+  float slope[C::kPixels], kl_slope[C::kRef ? C::kPixels : 1];
+  float least;  // 0 if any is
+
+  __device__ __forceinline__ Factors(const Slopes<float, C::kOwn>& own) {
+    const int first = static_cast<int>(threadIdx.x) & 28;
+    least = 1;
+#pragma unroll
+    for (int j = 0; j < C::kPixels; ++j) {
+      slope[j] = __shfl_sync(0xffffffffu, own.policy[j % C::kOwn], first + j / C::kOwn);
+      least = fminf(least, fabsf(slope[j]));
+      if constexpr (C::kRef) {
+        kl_slope[j] = __shfl_sync(0xffffffffu, own.kl[j % C::kOwn], first + j / C::kOwn);
+        least = fminf(least, fabsf(kl_slope[j]));
+      }
+    }
+  }
+  // kSelects: where a factor is 0 the gradient is, whatever the residual.
+  template <bool kSelects>
+  __device__ __forceinline__ void write_gradient(const Places<C>& to, int u, const Residuals<C>& x) const {
+    float value[C::kWidth];
+#pragma unroll
+    for (int j = 0; j < C::kWidth; ++j) {
+      const int k = j % C::kPixels;
+      value[j] = kSelects && slope[k] == 0 ? 0.0f : slope[k] * x.d[j];
+      if constexpr (C::kRef) value[j] += kSelects && kl_slope[k] == 0 ? 0.0f : kl_slope[k] * x.away[j];
+    }
+    Packed<C::kPred, C::kWidth> packed;
+    pack<C::kPred, float, C::kWidth>(value, 0, packed);
+    to.store(u, packed.word);
+  }
+};
+
+// Adds what the four lanes of a group hold of its pixels; each keeps its own.
+template <int kPixels>
+__device__ __forceinline__ void add_lanes(const float (&sum)[kPixels], float (&own)[kPixels / 4]) {
+  const bool second = threadIdx.x & 2, odd = threadIdx.x & 1;
+  constexpr int kHalf = kPixels / 2, kOwn = kPixels / 4;
+  float half[kHalf];
+#pragma unroll
+  for (int j = 0; j < kHalf; ++j) {
+    const float given = second ? sum[j] : sum[kHalf + j], kept = second ? sum[kHalf + j] : sum[j];
+    half[j] = kept + __shfl_xor_sync(0xffffffffu, given, 2);
+  }
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+    const float given = odd ? half[j] : half[kOwn + j], kept = odd ? half[kOwn + j] : half[j];
+    own[j] = kept + __shfl_xor_sync(0xffffffffu, given, 1);
+  }
+}
+
+// One row of blocks for each sample.
+template <typename C>
+__global__ void __launch_bounds__(kThreads, C::kBlocks)
+    policy_lanes_kernel(const __grid_constant__ Params p, int32_t stage, void* workspace) {
+  constexpr int N = C::kOwn;
+  const unsigned b = blockIdx.y;
+  const int64_t block = b * p.result.per_sample + blockIdx.x;
+  float* partials = workspace_body<float>(workspace, p.result.batch);
+  __shared__ Sample<C> sample;
+  const PolicyStep<float>& s = sample.step;
+  if (threadIdx.x == 0) {
+    sample.set(p, b);
+    if (stage == kSamples) sample.ratio = load_sample_ratio<float>(moments_in(partials, p.result), b, s.low, s.high);
+  }
+  __syncthreads();
+
+  const int share = static_cast<int>(threadIdx.x) % 4;
+  const int32_t vectors = (p.vectors - share + 3) / 4;
+  int32_t group = static_cast<int32_t>(blockIdx.x) * p.tile + static_cast<int32_t>(threadIdx.x) / 4;
+  // A thread's sums. Those behind the loss, which are seldom wanted, would cost the others their registers.
+  __shared__ float more_sums[kColumns][kThreads];
+  const bool writes_sums = (p.result.outputs & kWriteSums) != 0;
+  if (writes_sums) {
+#pragma unroll
+    for (int c = 1; c < kColumns; ++c) more_sums[c][threadIdx.x] = 0;
+  }
+  const auto add = [&](int c, float value) {
+    float& to = more_sums[c][threadIdx.x];
+    to = c == kAdded ? fmaxf(to, value) : to + value;
+  };
+  float moments[kPolicyMoments] = {};  // or the loss
+#pragma unroll 1
+  for (int32_t done = 0; done < p.tile; done += kGroupsPerBlock, group += kGroupsPerBlock) {
+    const bool inside = group < p.groups;
+    const int32_t count = inside ? vectors : 0;
+    const Places<C> places(p, sample, group, share);
+    Vector<C> x[C::kUnroll];
+#pragma unroll
+    for (int u = 0; u < C::kUnroll; ++u)
+      if (u < count) places.load(u, x[u]);
+    const auto row =
+        static_cast<int32_t>(static_cast<uint64_t>(static_cast<uint32_t>(group)) * p.reciprocal >> p.shift);
+    const int32_t column = group - row * p.columns;
+    float k[N] = {}, given[N] = {}, old[N] = {};
+    if (inside && stage != kLogProbs) {
+      load_pixels(p.advantage, sample.advantage, row, column, share, 0.0f, given);
+      load_pixels(p.mask, sample.mask, row, column, share, 1.0f, k);
+      if (p.old == kOldPerPixel) load_pixels(p.log_prob, sample.log_prob, row, column, share, 0.0f, old);
+    }
+
+    Residuals<C> held[C::kHeld];
+    float sum[C::kPixels] = {}, kl[C::kPixels] = {};
+#pragma unroll
+    for (int u = 0; u < C::kHeld; ++u) {
+      if (u >= count) break;
+      held[u].set(s, x[u % C::kUnroll]);
+      if (u + C::kUnroll < C::kHeld && u + C::kUnroll < count) places.load(u + C::kUnroll, x[u % C::kUnroll]);
+      held[u].add_squares(sum, kl);
+    }
+#pragma unroll 1
+    for (int u = C::kHeld; u < count; ++u) {
+      Residuals<C> more;
+      places.load(u, x[0]);
+      more.set(s, x[0]);
+      more.add_squares(sum, kl);
+    }
+    float own[N], own_kl[N] = {}, change[N];
+    add_lanes<C::kPixels>(sum, own);
+    if constexpr (C::kRef) add_lanes<C::kPixels>(kl, own_kl);
+    if (stage == kLogProbs) {
+      if (!inside) continue;
+      float* const to =
+          static_cast<float*>(const_cast<void*>(sample.log_prob)) + p.log_prob.steps.at(row, column, share);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        to[j * p.log_prob.steps.pixel] = s.inverse == 0 ? 0.0f : s.log_prob * own[j];
+      }
+      continue;
+    }
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      k[j] = inside && s.inverse != 0 ? region(k[j]) : 0.0f;
+      const float now = s.log_prob * own[j];
+      change[j] = now - (p.old == kOldIsNew ? now : p.old == kOldPerPixel ? old[j] : s.old_mean);
+    }
+    if (stage == kMoments) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) given[j] = bounded_advantage(given[j], s.most);
+      add_moments(k, given, change, moments);
+      continue;
+    }
+    Slopes<float, N> slopes;
+    moments[kLoss] +=
+        weigh_pixels(s, stage == kSamples, sample.ratio, C::kRef, writes_sums, k, given, change, own_kl, slopes, add);
+    if (!(p.result.outputs & kWriteGrad)) continue;
+    const Factors<C> factors(slopes);
+    if (factors.least == 0) {
+#pragma unroll
+      for (int u = 0; u < C::kHeld; ++u)
+        if (u < count) factors.template write_gradient<true>(places, u, held[u]);
+    } else {
+#pragma unroll
+      for (int u = 0; u < C::kHeld; ++u)
+        if (u < count) factors.template write_gradient<false>(places, u, held[u]);
+    }
+#pragma unroll 1
+    for (int u = C::kHeld; u < count; ++u) {
+      Residuals<C> more;
+      places.load(u, x[0]);
+      more.set(s, x[0]);
+      factors.template write_gradient<true>(places, u, more);
+    }
+  }
+  if (stage == kMoments) {
+    finish_moments(p.result, b, block, moments, workspace, partials, moments_in(partials, p.result));
+  } else if (p.result.outputs & (kWriteLoss | kWriteSums)) {
+    float sums[kColumns] = {moments[kLoss]};
+    if (writes_sums) {
+#pragma unroll
+      for (int c = 1; c < kColumns; ++c) sums[c] = more_sums[c][threadIdx.x];
+    }
+    finish(p.result, b, block, sums, workspace, partials);
+  }
+}
+
+// How a sample's elements are cut: as latents, where the pixels of a channel lie side by side, or as tokens.
+struct Layout {
+  bool tokens;
+  int32_t pixels;               // of a vector
+  int32_t row_dim, column_dim;  // of the groups; row_dim is -1 where all are of one row
+  int64_t groups, columns;
+};
+
+int64_t product(const WeightedLossParams& p, int begin, int end) {
+  int64_t all = 1;
+  for (int d = begin; d < end; ++d) all *= p.size[d];
+  return all;
+}
+
+// The dims of [begin, end) that are no dims of size 1: at most two of them, else false.
+bool two_dims(const WeightedLossParams& p, int begin, int end, int32_t& row, int32_t& column) {
+  row = column = -1;
+  for (int d = begin; d < end; ++d) {
+    if (p.size[d] == 1) continue;
+    if (row != -1) return false;
+    row = column;
+    column = d;
+  }
+  if (column == -1) column = end - 1;
+  return true;
+}
+
+bool find_layout(const PolicyLossParams& p, Layout& t) {
+  const WeightedLossParams& g = p.grid;
+  const int width = vector_width(g.dtype), c = p.channel_dim;
+  const int64_t outer = product(g, 0, c), inner = product(g, c + 1, kMaxDims);
+  t.tokens = outer != 1;
+  t.pixels = t.tokens ? 4 : width;
+  const int64_t pixels = outer * inner;
+  if (p.channels() == 1 || pixels >= (int64_t{1} << 31)) return false;
+  if (t.tokens) {
+    int32_t half, lane;
+    if (inner != 4 || p.channels() * inner % width != 0 || !two_dims(g, c + 1, kMaxDims, half, lane)) return false;
+    if (!two_dims(g, 0, c, t.row_dim, t.column_dim)) return false;
+    t.columns = g.size[t.column_dim];
+  } else {
+    if (!two_dims(g, c + 1, kMaxDims, t.row_dim, t.column_dim) || g.size[t.column_dim] % width != 0) return false;
+    t.columns = g.size[t.column_dim] / width;
+  }
+  t.groups = pixels / t.pixels;
+  return true;
+}
+
+// A map's steps, false where they are too large or the map has another size than the grid.
+bool find_steps(const PolicyLossParams& p, const Layout& t, const int64_t (&stride)[kMaxDims], Steps& steps) {
+  const WeightedLossParams& g = p.grid;
+  const int64_t row = t.row_dim == -1 ? 0 : stride[t.row_dim], column = stride[t.column_dim];
+  int64_t found[5] = {row, column, 0, 0, 0};
+  if (t.tokens) {
+    int32_t half, lane;
+    two_dims(g, p.channel_dim + 1, kMaxDims, half, lane);
+    found[3] = stride[lane];
+    found[2] = half == -1 ? 2 * stride[lane] : stride[half];
+  } else {
+    const int own = t.pixels / 4;
+    found[1] = column * t.pixels;
+    found[2] = column * 2 * own;
+    found[3] = column * own;
+    found[4] = column;
+  }
+  int64_t most = 0;
+  for (const int64_t step : {found[1] * t.columns, found[0] * (t.groups / t.columns), 2 * found[2], 2 * found[3]})
+    most += step < 0 ? -step : step;
+  steps = {static_cast<int32_t>(found[0]), static_cast<int32_t>(found[1]), static_cast<int32_t>(found[2]),
+           static_cast<int32_t>(found[3]), static_cast<int32_t>(found[4])};
+  return most < (int64_t{1} << 31);
+}
+
+bool find_pixels(const PolicyLossParams& p, const Layout& t, const Map& map, Pixels& pixels) {
+  pixels = {nullptr, 0, kFloat32, {}};
+  if (map.mode == kAbsent) return true;
+  pixels = {map.data, map.batch_stride * dtype_bytes(map.dtype), map.dtype, {}};
+  return map.mode == kSame && map.dtype != kFloat64 && find_steps(p, t, map.stride, pixels.steps);
+}
+
+void set_numbers(const PolicyLossParams& p, Params& q) {
+  q.a = number(p.a);
+  q.b = number(p.b);
+  q.sigma = number(p.sigma);
+  q.grad_output = number(p.grad_output);
+  q.old = p.old;
+  if (p.old == kOldPerSample) q.old_mean = number(p.old_mean);
+  q.channels = static_cast<float>(p.channels());
+  q.divisor = policy_divisor<float>(p, p.grid.batch, q.result.pixels);
+  for (const Number* one : {&q.a, &q.b, &q.sigma, &q.grad_output, &q.old_mean}) q.per_sample |= one->data != nullptr;
+  PolicyLossParams fixed = p;  // what one number for each sample says is on the device
+  for (PerSample* one : {&fixed.a, &fixed.b, &fixed.sigma, &fixed.grad_output, &fixed.old_mean}) one->data = nullptr;
+  q.step = policy_step<float>(fixed, p.grid.batch, q.result.pixels, 0);
+}
+
+// What a launch is told; false where the kernel does not serve the call.
+bool describe(const PolicyLossParams& p, Params& q) {
+  const WeightedLossParams& g = p.grid;
+  Layout t;
+  if (!is_narrow_float(g.dtype) || !g.contiguous || g.batch > kMostRows || !find_layout(p, t)) return false;
+  const int width = vector_width(g.dtype);
+  const bool grad = (p.outputs & kWriteGrad) != 0;
+  bool fits = is_aligned(g.pred, g.batch, width) && (!grad || is_aligned(g.grad, g.batch, width));
+  for (int k = 0; k < g.num_terms; ++k)
+    fits = fits && g.terms[k].dtype == g.terms[0].dtype && is_aligned(g.terms[k], g.batch, width);
+  fits = fits && (g.terms[0].dtype == kFloat32 || g.terms[0].dtype == g.dtype);
+  fits = fits && find_pixels(p, t, g.confidence, q.advantage) && find_pixels(p, t, g.mask, q.mask);
+  q.log_prob = {g.weighting.data, g.weighting.batch_stride * dtype_bytes(g.weighting.dtype), g.weighting.dtype, {}};
+  if (p.old == kOldPerPixel || (p.outputs & kWriteLogProb))
+    fits = fits && g.weighting.dtype == kFloat32 && find_steps(p, t, g.weighting.stride, q.log_prob.steps);
+  if (!fits) return false;
+
+  const int64_t channel = g.pred.stride[p.channel_dim], bytes = dtype_bytes(g.dtype);
+  q.groups = static_cast<int32_t>(t.groups);
+  q.vectors = static_cast<int32_t>(p.channels() * t.pixels / width);
+  q.group_step = t.tokens ? p.channels() * 4 : width;
+  q.vector_step = t.tokens ? width : channel;
+  q.columns = static_cast<int32_t>(t.columns);
+  q.shift = 31;
+  while ((int64_t{1} << (q.shift - 31)) < t.columns) ++q.shift;
+  q.reciprocal = static_cast<uint32_t>(((uint64_t{1} << q.shift) + t.columns - 1) / t.columns);
+  // As for weighted_loss: a lane takes several groups where that leaves enough tiles.
+  const int64_t visit = ceil_div(q.vectors, 4);
+  for (const int64_t each : {8, 4, 2, 1}) {
+    q.tile = static_cast<int32_t>(each * kGroupsPerBlock);
+    if (ceil_div(t.groups, q.tile) * g.batch >= tiles_per_vector * each * visit) break;
+  }
+  q.result = PolicyResult(p, ceil_div(t.groups, q.tile));
+  set_numbers(p, q);
+  q.pred = static_cast<const char*>(g.pred.data);
+  q.grad = static_cast<char*>(g.grad.data);
+  q.pred_stride = g.pred.batch_stride * bytes;
+  q.grad_stride = g.grad.batch_stride * bytes;
+  for (int k = 0; k < g.num_terms; ++k) {
+    q.terms[k] = static_cast<const char*>(g.terms[k].data);
+    q.term_strides[k] = g.terms[k].batch_stride * dtype_bytes(g.terms[k].dtype);
+  }
+  return true;
+}
+
+template <typename C>
+const char* launch_stages(const PolicyLossParams& p, const Params& q, void* workspace, void* stream) {
+  const auto run = [&](int32_t stage) {
+    return launch_rows<policy_lanes_kernel<C>>(q.result.per_sample, q.result.batch, stream, q, stage, workspace);
+  };
+  if (p.outputs & kWriteLogProb) return run(kLogProbs);
+  if (p.level == kPixelLevel) return run(kPixels);
+  const char* error = run(kMoments);
+  return error != nullptr ? error : run(kSamples);
+}
+
+template <int32_t kPred, int32_t kTerm>
+const char* launch_for(const PolicyLossParams& p, const Params& q, void* workspace, void* stream) {
+  constexpr int kWidth = vector_width(kPred);
+  if (kWidth != 4 && q.vector_step == kWidth) {
+    return p.has_ref() ? launch_stages<Config<kPred, kTerm, 4, true>>(p, q, workspace, stream)
+                       : launch_stages<Config<kPred, kTerm, 4, false>>(p, q, workspace, stream);
+  }
+  return p.has_ref() ? launch_stages<Config<kPred, kTerm, kWidth, true>>(p, q, workspace, stream)
+                     : launch_stages<Config<kPred, kTerm, kWidth, false>>(p, q, workspace, stream);
+}
+
+}  // namespace
+
+bool policy_lanes_serve(const PolicyLossParams& p) {
+  Params q{};
+  return describe(p, q);
+}
+
+const char* launch_policy_lanes(const PolicyLossParams& p, void* workspace, void* stream) {
+  Params q{};
+  describe(p, q);
+  return for_dtypes(p.grid, [&](auto dtype, auto terms) { return launch_for<dtype, terms>(p, q, workspace, stream); });
+}
+
+}  // namespace diffdoctor::cuda
