@@ -1,6 +1,7 @@
 #include "cpu/cache.h"
 
 #include <atomic>
+#include <cinttypes>
 #include <cstdio>
 
 namespace diffdoctor {
@@ -18,9 +19,9 @@ int64_t last_cache() {
     std::snprintf(path, sizeof(path), "/sys/devices/system/cpu/cpu0/cache/index%d/size", k);
     std::FILE* file = std::fopen(path, "r");
     if (file == nullptr) break;
-    long long size = 0;
+    int64_t size = 0;
     char unit = ' ';
-    if (std::fscanf(file, "%lld%c", &size, &unit) == 2) {
+    if (std::fscanf(file, "%" SCNd64 "%c", &size, &unit) == 2) {
       const int64_t bytes = size << (unit == 'K' ? 10 : unit == 'M' ? 20 : 0);
       largest = bytes > largest ? bytes : largest;
     }

@@ -50,6 +50,7 @@ struct Params {
   int32_t per_sample;  // some number is one for each sample
   int32_t old;
   int32_t groups, vectors;  // of a sample; of a group
+  int32_t pixels;           // of a vector
   int32_t tile;             // groups of a block
   uint32_t reciprocal;      // of the columns, times 2^shift
   int32_t shift, columns;
@@ -453,6 +454,7 @@ bool describe(const PolicyLossParams& p, Params& q) {
 
   const int64_t channel = g.pred.stride[p.channel_dim], bytes = dtype_bytes(g.dtype);
   q.groups = static_cast<int32_t>(t.groups);
+  q.pixels = t.pixels;
   q.vectors = static_cast<int32_t>(p.channels() * t.pixels / width);
   q.group_step = t.tokens ? p.channels() * 4 : width;
   q.vector_step = t.tokens ? width : channel;
@@ -493,7 +495,7 @@ const char* launch_stages(const PolicyLossParams& p, const Params& q, void* work
 template <int32_t kPred, int32_t kTerm>
 const char* launch_for(const PolicyLossParams& p, const Params& q, void* workspace, void* stream) {
   constexpr int kWidth = vector_width(kPred);
-  if (kWidth != 4 && q.vector_step == kWidth) {
+  if (q.pixels != kWidth) {
     return p.has_ref() ? launch_stages<Config<kPred, kTerm, 4, true>>(p, q, workspace, stream)
                        : launch_stages<Config<kPred, kTerm, 4, false>>(p, q, workspace, stream);
   }

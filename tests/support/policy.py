@@ -204,6 +204,7 @@ def lanes_cases() -> list[Case]:
         Case("many-channels", shape=(2, 43, 16, 16), advantage=((1, 16, 16), F16), ref=BF16, **half),
         Case("many-channels-fp32", shape=(1, 37, 16, 12), ref=F32),
         Case("many-groups", shape=(2, 4, 80, 72), advantage=((2, 80, 72), F32), **half),
+        Case("one-group", shape=(2, 16, 2, 4), advantage=((2, 2, 4), F32), **half),
         Case("video-one-map", shape=(2, 16, 3, 6, 8), advantage=((2, 1, 6, 8), F32), **half),
         Case("video", shape=(1, 5, 3, 6, 8), advantage=((1, 1, 3, 6, 8), F32)),
         Case("by-sample", shape=(2, 16, 24, 24), options={"level": "sample"}, mask=((2, 24, 24), F32), **half),
