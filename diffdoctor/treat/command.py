@@ -36,7 +36,7 @@ class TreatFiles:
         prompts: text file with one prompt per line, or .jsonl or .parquet with `prompt`; blank ones are left out.
         offline: the pipeline's own training pictures with prompts: a folder of shards, or of pictures with captions;
             where several frames are drawn, also of videos with captions, whose first num_frames are taken; needed
-            unless offline_weight is 0.
+            unless offline_weight is 0, or the method is nft or grpo.
         output: folder for lora/, treat.json, config.yaml, samples/, logs/ and checkpoints; the same command resumes
             there.
         monitor: a second detector that watches for reward hacking; None: none. Never the judge of the evaluation.

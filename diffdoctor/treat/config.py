@@ -65,7 +65,7 @@ class TreatConfig:
         nft_artifact: nft: likewise where the confidence is 1.
         nft_repeats: nft: random times at which each replayed picture is used.
         anchor_weight: nft: weight of the squared distance to the prediction of the model before the treatment, where
-            the map is clean; 0: none; None: 0.4 without offline pairs, which otherwise do what it does, else 0.
+            the map is clean; 0: none; None: 0.4 if no offline pairs hold the model to what it could do, else 0.
         group_size: grpo: pictures of a prompt that are compared; batch_size is a multiple of it.
         grpo_window: grpo: denoising steps that draw noise and are learnt from; where they lie is random.
         grpo_eta: grpo: how much noise they draw; 1 is DDPM's, or DanceGRPO's unit.

@@ -92,8 +92,8 @@ def treat(
             (B, 1, h, w) in [0, 1].
         prompts: what to draw during the treatment.
         config: options; defaults when None.
-        offline: (pictures uint8 (N, H, W, 3), prompts), or a sequence of dicts with "picture" and "prompt"; needed when
-            offline_weight > 0 or method is "weighted".
+        offline: (pictures uint8 (N, H, W, 3), prompts), or a sequence of dicts with "picture" and "prompt"; needed
+            unless offline_weight is 0 or left open with method nft or grpo, and always with method weighted.
         monitor: a second detector, never the one that judges the result: when it finds more artifacts than before while
             `detector` finds fewer, the treatment stops.
         output_dir: for `lora/`, `treat.json`, `config.yaml`, `samples/`, `logs/`, checkpoints, `ranking.parquet` and

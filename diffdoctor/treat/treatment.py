@@ -100,6 +100,8 @@ class Treatment:
         check_start(lora, config)
         check_reward(reward, config)
         self.offline = checked_pairs(offline, config)
+        # what was asked: config.yaml, given again with other pairs, leaves open what was left open
+        self.settings = {**asdict(config), **(settings or {})}
         self.config = config = with_anchor(config, self.offline)
         self.lora, start = lora, None if lora is None else lora_digest(family, lora)
         self.reward = None if reward is None else checked_reward(reward)
@@ -134,7 +136,6 @@ class Treatment:
         # the step of the last checkpoint
         self.saved: int | None = None
         self.output_dir = None if output_dir is None else Path(output_dir)
-        self.settings = {**asdict(config), **(settings or {})}
         self.folder = self.checkpoints = None
         if self.output_dir is not None:
             # the main process alone reads and writes there

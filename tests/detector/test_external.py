@@ -125,6 +125,7 @@ def test_nft_takes_a_function_and_other_methods_name_it(tmp_path):
     result = treat(pipeline, brightness, PROMPTS, small(method="nft", steps=1), output_dir=tmp_path, progress=False)
     assert result.history[0]["grad_norm"] > 0
     assert json.loads((tmp_path / "run.json").read_text())["identity"]["anchor_weight"] == 0.4  # no pairs
+    assert "\nanchor_weight: null\n" in (tmp_path / "config.yaml").read_text()  # what was asked
     pipeline = tiny_pipeline("sd", prediction_type="v_prediction")
     with pytest.raises(UserError, match=r"for method draft_k \(grpo, nft, weighted need none\), got a function"):
         treat(pipeline, brightness, PROMPTS, small(), offline=pairs(), progress=False)

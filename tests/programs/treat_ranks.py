@@ -20,6 +20,7 @@ COMMON = {
     "max_sequence_length": 32,
     "replay_confidence": 0.6,
     "learning_rate": 1e-2,
+    "anchor_weight": 0.4,
     "evaluate_every": 2,
     "evaluate_pictures": 3,
     "log_with": "none",

@@ -264,6 +264,8 @@ def test_nft_is_anchored_where_it_has_no_pairs():
     config, pair = TreatConfig(method="nft"), (np.zeros((1, 8, 8, 3), np.uint8), ["a digit"])
     assert with_anchor(config, None).anchor_weight == 0.4
     assert with_anchor(config, checked_pairs(pair, config)).anchor_weight == 0
+    unused = TreatConfig(method="nft", offline_weight=0.0)
+    assert with_anchor(unused, checked_pairs(pair, unused)).anchor_weight == 0.4
     assert with_anchor(TreatConfig(method="nft", anchor_weight=0.0), None).anchor_weight == 0
     assert with_anchor(TreatConfig(method="draft_k"), None).anchor_weight == 0
 
