@@ -265,6 +265,7 @@ def test_the_road_from_drawing_to_the_page(tmp_path):
     regions = found[rows[2]]["repair"]["regions"]
     assert f"of {regions} regions kept" in (tmp_path / "signs.md").read_text()
     assert "the 24 worst of 4 signs" in (tmp_path / "signs.html").read_text()
+    assert {path.name for path in tmp_path.glob("*.png")} == {"signs-sd.png", "signs-sd-30-steps.png"}
     # the labels of the second round are of what the treated pipeline draws, and marked as a person's
     folders = sorted(tmp_path.glob("parts/sd-labels-*/shards"))
     samples = [sample for folder in folders for sample in read_shards(folder)]

@@ -90,7 +90,7 @@ def run(options) -> dict:
     atomic_write_json(options.output / "signs.json", record)
     atomic_write_text(options.output / "signs.md", text + "\n")
     for kind in kinds:
-        _picture(options.output / f"signs-{kind}.png", studies[0], kind)
+        _pictures(options.output, studies[0], kind)
     write_page(options.output / "signs.html", studies, kinds, found)
     if options.docs:
         put_into(options.docs, f"{text}\n\n{_caption(record, options)}", START, END)
@@ -118,15 +118,16 @@ def _needed(rows) -> set[str]:
     return needed | _needed(needed) if needed else set()
 
 
-def _picture(path: Path, study: Study, kind: str) -> None:
-    """The worst signs before, and after the last treatment without guidance and repair."""
-    names = [name for name, recipe in study.recipes.items() if name.startswith("nft") and recipe.is_plain]
-    names = [name for name in names if "map_source" not in study.recipes[name].treat]
-    if not names:
-        return
-    chosen = worst(study.reading(kind, "before"), SHOWN)
-    versions = [as_hwc(study.pictures(kind, name))[chosen] for name in ("before", names[-1])]
-    atomic_write_bytes(path, before_and_after(versions))
+def _pictures(folder: Path, study: Study, kind: str) -> None:
+    """The worst signs before, and after the last treatment without guidance and repair; and as drawn in more steps."""
+    treated = {name: recipe for name, recipe in study.recipes.items() if name.startswith("nft") and recipe.is_tuned}
+    for steps in {recipe.steps: None for recipe in treated.values()}:
+        name = [name for name, recipe in treated.items() if recipe.steps == steps][-1]
+        names = treated[name].before, name
+        chosen = worst(study.reading(kind, names[0]), SHOWN)
+        versions = [as_hwc(study.pictures(kind, each))[chosen] for each in names]
+        number = "" if steps is None else f"-{steps}-steps"
+        atomic_write_bytes(folder / f"signs-{kind}{number}.png", before_and_after(versions))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -34,9 +34,10 @@ class Recipe:
     before: str = "before"
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the pipeline draws by itself, as it was treated."""
-        return (self.autoguide, self.guide, self.repair, self.steps) == (None, None, None, None)
+    def is_tuned(self) -> bool:
+        """Whether the pipeline draws by itself, treated by the detector's own maps."""
+        by_itself = (self.autoguide, self.guide, self.repair) == (None, None, None)
+        return by_itself and self.treat is not None and "map_source" not in self.treat
 
 
 # As much as 200 steps at the default rate do, in half the time; chosen on the development seeds.
