@@ -234,6 +234,24 @@ def test_seeds_are_pooled_picture_by_picture():
     assert pooled(studies[:1], "sd", "nft", rows[:1]) is rows[0]
 
 
+def test_seeds_of_which_one_had_nothing_to_repair_are_pooled():
+    signs = read_signs(world.draw_signs(2, 1).pictures)
+    repairs = [{"regions": 4, "kept": 3, "tries": 9, "changed_outside": 0, "changed_share": 0.2, "seam": 0.5}]
+    repairs += [{"regions": 0, "kept": 0, "tries": 0, "changed_outside": 0, "changed_share": 0.0, "seam": None}]
+    rows = []
+    for seed, repaired in enumerate(repairs):
+        found = measure(signs, signs, ["red letters"] * 2) | {"kind": "sd", "name": "repair", "seed": seed}
+        found |= {"split": "test", "compared_with": "before", "cpu_seconds": 0.0, "drawing": 1.0, "repair": repaired}
+        detector = {"before": 0.5, "after": 0.5, "hacking": None}
+        rows.append(found | {"detector": detector, "observer": detector})
+    one = pooled([Drawn({"before": signs, "repair": signs})] * 2, "sd", "repair", rows)
+    assert [seed["ratio"] for seed in one["seeds"]] == [None, None]
+    text = markdown([one])
+    assert "| –: –, – |" in text
+    assert "3 of 4 regions kept after 9 tries; 0 pixels changed outside the masks, which cover 10.0 %" in text
+    assert text.endswith("over that before: 0.50.")
+
+
 TOY = {
     "labels": 4,
     "further_labels": 4,

@@ -47,8 +47,9 @@ def row(study, kind: str, name: str) -> dict:
 def pooled(studies: list, kind: str, name: str, rows: list[dict]) -> dict:
     """What the same row of several seeds says together: in the form of one of `rows`, of which there is one a study.
 
-    Rates and their intervals are those of all pictures of all seeds, each beside its own before; everything else is
-    the mean of the seeds' figures. `seeds` holds each seed's rate and ratio.
+    Rates and their intervals are those of all pictures of all seeds, each beside its own before, so that an interval
+    says how few the pictures are, and nothing of how much pipelines of other seeds would differ; everything else is the
+    mean of the seeds' figures. `seeds` holds each seed's rate and ratio.
     """
     if len(rows) == 1:
         return rows[0]
@@ -72,10 +73,21 @@ def pooled(studies: list, kind: str, name: str, rows: list[dict]) -> dict:
         control = first["against_control"]["name"]
         flagged = np.concatenate([study.reading(kind, control).broken() for study in studies])
         found["against_control"] = {"name": control, **rate_of(flagged, flags(after, TAU))}
+    if all("repair" in row for row in rows):
+        found["repair"] = _repairs_together([row["repair"] for row in rows])
     own = [row["rates"][f"{TAU:.2f}"] for row in rows]
     found["seeds"] = [
         {"seed": row["seed"], "rate": rate["rate"], "ratio": rate["ratio"]} for row, rate in zip(rows, own, strict=True)
     ]
+    return found
+
+
+def _repairs_together(repairs: list[dict]) -> dict:
+    """`measures.repair_figures` of several seeds: counts are added, shares are the seeds' mean."""
+    found = {key: sum(each[key] for each in repairs) for key in ("regions", "kept", "tries", "changed_outside")}
+    for key in ("changed_share", "seam"):
+        values = [each[key] for each in repairs if each[key] is not None]
+        found[key] = float(np.mean(values)) if values else None
     return found
 
 
@@ -103,7 +115,7 @@ def cells(row: dict) -> tuple[str, ...]:
     low, high = rate["interval"]
     rates, ratios = ([seed[key] for seed in row.get("seeds", ())] for key in ("rate", "ratio"))
     is_base = row["name"] == row["compared_with"]
-    ratio = "–" if is_base else _ratio(rate) + _each(f"{ratio:.2f}" for ratio in ratios)
+    ratio = "–" if is_base else _ratio(rate) + _each("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
     moved = "–" if is_base else " / ".join(_percent(row[name]) for name in ("mended", "broke", "kept"))
     seconds = "–" if is_base else f"{row['cpu_seconds']:.0f}"
     if row["drawing"] > 1.5:
