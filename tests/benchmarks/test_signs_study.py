@@ -282,7 +282,8 @@ def test_the_road_from_drawing_to_the_page(tmp_path):
     assert found[rows[2]]["repair"]["changed_outside"] == 0 and "repair" not in found["nft"]
     regions = found[rows[2]]["repair"]["regions"]
     assert f"of {regions} regions kept" in (tmp_path / "signs.md").read_text()
-    assert "the 24 worst of 4 signs" in (tmp_path / "signs.html").read_text()
+    page = (tmp_path / "signs.html").read_text()
+    assert "the 24 worst of 4 signs of “before”" in page and "the 24 worst of 4 signs of “before, 30 steps”" in page
     assert {path.name for path in tmp_path.glob("*.png")} == {"signs-sd.png", "signs-sd-30-steps.png"}
     # the labels of the second round are of what the treated pipeline draws, and marked as a person's
     folders = sorted(tmp_path.glob("parts/sd-labels-*/shards"))

@@ -91,7 +91,7 @@ def run(options) -> dict:
     atomic_write_text(options.output / "signs.md", text + "\n")
     for kind in kinds:
         _pictures(options.output, studies[0], kind)
-    write_page(options.output / "signs.html", studies, kinds, found)
+    write_page(options.output / "signs.html", studies, kinds, found, together)
     if options.docs:
         put_into(options.docs, f"{text}\n\n{_caption(record, options)}", START, END)
     print(text)

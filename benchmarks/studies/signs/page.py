@@ -14,6 +14,19 @@ from diffdoctor.viz.report import Report
 
 SHOWN = 24
 _COLUMNS, _SCALE, _GAP = 6, 4, 6
+_COLUMNS_SAY = (
+    "A picture is broken where the rule, called the oracle, finds a broken letter in it; in brackets stand 95 % "
+    "intervals. Of before: as a share of what the untreated pipeline draws from the same seeds. Of trained on: as a "
+    "share of what it draws after ordinary training on clean signs for as long. Mended: of the letters broken "
+    "before, those sound now; broke: of the sound ones, those broken now; kept: of those sound both times, those "
+    "that are the same letter. Entropy: of the sound letters, in bits, at most 2.585. Its fall / the oracle's: near "
+    "1 the detector that steers the treatment tells the truth, far above it was fooled."
+)
+_ROWS_SAY = (
+    "Rows: draft_k, drtune, leap, nft, grpo and weighted are methods of diffdoctor treat, which train a LoRA; guide "
+    "and repair redraw what the detector flags; autoguided is drawn with what the LoRA changed taken further. "
+    "docs/treat.md explains them."
+)
 
 
 def worst(before: Reading, count: int = SHOWN) -> np.ndarray:
@@ -41,7 +54,7 @@ def marked_sheet(pictures, reading: Reading, chosen: np.ndarray) -> bytes:
     return before_and_after([signs, np.stack([overlay(sign, mark) for sign, mark in zip(signs, marks, strict=True)])])
 
 
-def write_page(path: Path, studies: list, kinds: tuple[str, ...], rows: list[dict]) -> None:
+def write_page(path: Path, studies: list, kinds: tuple[str, ...], rows: list[dict], together: list[dict]) -> None:
     """Write the page of all seeds; pictures are those of the first seed.
 
     Args:
@@ -49,24 +62,29 @@ def write_page(path: Path, studies: list, kinds: tuple[str, ...], rows: list[dic
         studies: a `Study` per seed.
         kinds: of pipelines.
         rows: of `table.row`.
+        together: of `table.pooled`.
     """
     study, report = studies[0], Report("Signs: artifacts that nobody injected")
     report.lead(
         "Small pipelines that have seen clean signs alone scramble letters by themselves. A rule, not a network, says "
         "which letters are broken, before and after."
     )
+    report.text(_COLUMNS_SAY)
+    report.text(_ROWS_SAY)
+    if len(studies) > 1:
+        report.heading("All seeds; behind a colon each of them")
+        report.table(HEADER, map(cells, together))
     for number in dict.fromkeys(row["seed"] for row in rows):
         report.heading(f"Seed {number}")
         report.table(HEADER, [cells(row) for row in rows if row["seed"] == number])
     for kind in kinds:
         reading = study.reading(kind, "before")
-        names = [name for name, recipe in study.recipes.items() if name != recipe.before]
-        chosen = worst(reading)
-        report.heading(f"{NAMES[kind]}: the {SHOWN} worst of {len(reading)} signs, before and after")
-        for name in names:
-            base = study.recipes[name].before
-            versions = [as_hwc(study.pictures(kind, which))[chosen] for which in (base, name)]
-            report.image(before_and_after(versions), f"Above {base}, below after: {name}. The same seeds.")
+        for base in dict.fromkeys(recipe.before for recipe in study.recipes.values()):
+            chosen = worst(study.reading(kind, base))
+            report.heading(f"{NAMES[kind]}: the {SHOWN} worst of {len(reading)} signs of “{base}”, and the same after")
+            for name in (name for name, recipe in study.recipes.items() if recipe.before == base != name):
+                versions = [as_hwc(study.pictures(kind, which))[chosen] for which in (base, name)]
+                report.image(before_and_after(versions), f"Above: {base}. Below: {name}. The same seeds.")
         some = np.flatnonzero(reading.broken())[:SHOWN]
         caption = "Drawn, not chosen: the first broken signs of the untreated pipeline, and what the oracle marks."
         report.image(marked_sheet(study.pictures(kind, "before"), reading, some), caption)
