@@ -1,12 +1,14 @@
 """The signs: the oracle on what is clean and on what is broken by construction, the rater, and a row's figures."""
 
 import json
+import re
+import shlex
 
 import numpy as np
 import pytest
 
 from benchmarks.studies.signs import calibration, pipelines, world
-from benchmarks.studies.signs.__main__ import main
+from benchmarks.studies.signs.__main__ import main, parser
 from benchmarks.studies.signs.measures import entropy, hacking, measure
 from benchmarks.studies.signs.oracle import TAU, TAUS, read_signs
 from benchmarks.studies.signs.parts import Parts, record_of
@@ -15,6 +17,7 @@ from benchmarks.studies.signs.recipes import RECIPES
 from benchmarks.studies.signs.study import SEEDS, Settings, Study
 from benchmarks.studies.signs.table import markdown, pooled
 from diffdoctor.data.shards import read_shards
+from support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +253,16 @@ def test_seeds_of_which_one_had_nothing_to_repair_are_pooled():
     assert "| –: –, – |" in text
     assert "3 of 4 regions kept after 9 tries; 0 pixels changed outside the masks, which cover 10.0 %" in text
     assert text.endswith("over that before: 0.50.")
+
+
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="needs a checkout")
+def test_the_docs_name_rows_that_there_are():
+    pages = (ROOT / "docs" / name for name in ("treat.md", "detector.md"))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages).replace("\\\n", " ")
+    lines = re.findall(r"^python -m benchmarks\.studies\.signs (.*)", text, re.MULTILINE)
+    assert len(lines) >= 2
+    for line in lines:
+        assert parser().parse_args(shlex.split(line, comments=True)).rows
 
 
 TOY = {
