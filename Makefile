@@ -61,7 +61,7 @@ format: $(STAMP)  ## Rewrite to the house style
 bench: $(STAMP)  ## Time the operations against PyTorch on this machine
 	$(BIN)/python -m benchmarks.ops.run
 
-treatment-study: $(STAMP)  ## Two trained pipelines, every method, one table; half an hour on 2 cores
+treatment-study: $(STAMP)  ## Two trained pipelines, every method, one table; two hours
 	$(BIN)/python -m benchmarks.studies.treatment --output runs/treatment
 
 detector-study: $(STAMP)  ## A detector on photographs and damage that it never saw, and its ablation
