@@ -96,6 +96,14 @@ def takes_more(problem: Problem) -> bool:
     return len(problem.terms) > 2 or problem.plan.spatial_coefs
 
 
+def _with_tensors(numbers: tuple, slots: list[int], tensors: list[Tensor]) -> tuple:
+    """The numbers per sample with those at `slots` taken from tensors (B,) or (1,)."""
+    found = list(numbers)
+    for k, tensor in zip(slots, tensors, strict=True):
+        found[k] = (tensor.data_ptr(), 0 if tensor.shape[0] == 1 else tensor.stride(0))
+    return tuple(found)
+
+
 class FastCall:
     """weighted_loss on the tensors of another call with the same plan and the same numbers, but for those that are
     tensors. A backend's own has `launch` and `launch_mean`.
@@ -129,12 +137,7 @@ class FastCall:
         sums: Tensor | None,
     ) -> None:
         """Fill the outputs that are given; `per_sample` are the numbers that are tensors, in the problem's order."""
-        numbers = self._numbers
-        if per_sample is not None:
-            numbers = list(numbers)
-            for k, tensor in zip(self._tensor_slots, per_sample, strict=True):
-                numbers[k] = (tensor.data_ptr(), 0 if tensor.shape[0] == 1 else tensor.stride(0))
-            numbers = tuple(numbers)
+        numbers = self._numbers if per_sample is None else _with_tensors(self._numbers, self._tensor_slots, per_sample)
         outputs = WRITE_LOSS if grad is None else WRITE_LOSS | WRITE_GRAD
         if sums is not None:
             outputs |= WRITE_SUMS
@@ -313,12 +316,7 @@ class FastPolicyCall:
         sums: Tensor | None,
     ) -> None:
         """Fill the outputs that are given; `per_sample` are the numbers that are tensors, in the problem's order."""
-        numbers = self._numbers
-        if per_sample:
-            changed = list(numbers)
-            for k, tensor in zip(self._tensor_slots, per_sample, strict=True):
-                changed[k] = (tensor.data_ptr(), 0 if tensor.shape[0] == 1 else tensor.stride(0))
-            numbers = tuple(changed)
+        numbers = _with_tensors(self._numbers, self._tensor_slots, per_sample) if per_sample else self._numbers
         outputs = WRITE_LOSS if grad is None else WRITE_LOSS | WRITE_GRAD
         if sums is not None:
             outputs |= WRITE_SUMS
