@@ -37,9 +37,9 @@ struct PolicyResult {
   void *loss, *sums;
 
   PolicyResult() = default;
-  PolicyResult(const PolicyLossParams& p, int64_t blocks)
+  __host__ __device__ PolicyResult(const PolicyLossParams& p, int64_t blocks)
       : batch(p.grid.batch),
-        pixels(p.grid.count / p.channels()),
+        pixels(p.grid.count / p.grid.size[p.channel_dim]),
         per_sample(blocks),
         reduction(p.reduction),
         outputs(p.outputs),

@@ -77,7 +77,8 @@ def test_kernels_neither_spill_nor_move_less_than_they_could(arch):
     assert not [(row["kernel"], row["forbidden"]) for row in fast if row["forbidden"]]
     # Three blocks of 256 threads on a multiprocessor; two where coefficients change with u, for tokens, and for fp32 or
     # more terms than one at odd sizes.
-    assert [sum(row["registers"] > 80 for row in fast if row["file"] == name) for name in FAST[:2]] == [4, 11]
+    many = [sum(row["registers"] > 80 for row in fast if row["file"] == name) for name in FAST[:2]]
+    assert many[0] <= 4 and many[1] <= 11
     assert all(row["registers"] <= 128 for row in fast)
     (logit,) = [budget.LogitCount(**row["logit"]) for row in rows if "logit" in row]
     assert logit.instructions <= budget.LOGIT_BUDGET, logit
@@ -91,6 +92,13 @@ def test_kernels_neither_spill_nor_move_less_than_they_could(arch):
         assert count.instructions <= count.case.budget, count
         # Little's law at 4.3 TB/s, 750 ns and 132 multiprocessors: 24 KB, the gradient's third of them not read.
         assert count.loads_under_way >= 16384, count
+
+
+def test_the_policy_kernel_passes_the_front_end(tmp_path):
+    """Of the file that is compiled whole only by `-m study`: what nvcc refuses, it refuses here."""
+    command = [NVCC, "-std=c++17", "-arch=sm_90", "--cuda", "-Xcicc", "-O0", "-I", str(ROOT / "csrc"), str(POLICY)]
+    done = subprocess.run([*command, "-o", str(tmp_path / "out.ii")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.study
