@@ -103,7 +103,7 @@ def _caption(record, options) -> str:
     return (
         f"{record['rows'][0]['pictures']} pictures a seed, {record['rows'][0]['split']} seeds; "
         f"{'seeds' if len(options.seeds) > 1 else 'seed'} {seeds}; "
-        f"{record['cpu']}, {record['threads']} threads, torch {record['versions']['torch']}."
+        f"{record['cpu']}, CPU threads: {record['threads']}; torch {record['versions']['torch']}."
     )
 
 

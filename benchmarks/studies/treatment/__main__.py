@@ -120,7 +120,7 @@ def _run(study, options, arguments) -> int:
 
 def _caption(record) -> str:
     return (
-        f"{record['rows'][0]['pictures']} pictures each; {record['cpu']}, {record['threads']} threads, "
+        f"{record['rows'][0]['pictures']} pictures each; {record['cpu']}, CPU threads: {record['threads']}; "
         f"torch {record['versions']['torch']}; {record['seconds'] / 60:.0f} minutes for all stages."
     )
 
