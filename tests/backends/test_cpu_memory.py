@@ -63,16 +63,16 @@ def test_a_gradient_is_streamed_from_the_size_of_the_last_cache():
 )
 @pytest.mark.parametrize("op", ["weighted_loss", "policy_loss"])
 def test_a_gradient_of_32_mib_asks_for_large_pages(op):
-    for rows, asks in ((1300, False), (1536, True)):  # 30 and 36 MiB
-        x = torch.zeros(1).expand(1, 4, rows, 1536).requires_grad_()
-        target = x.detach()
-        if op == "weighted_loss":
-            loss = diffdoctor.weighted_loss(x, target, backend="cpu")
-        else:
-            coefs = (0.9, -0.1, 0.3)
-            loss = diffdoctor.policy_loss(x, target, target, None, torch.ones(1), coefs=coefs, backend="cpu")
-        (grad,) = torch.autograd.grad(loss, x)
-        assert _flags(grad.data_ptr() + (4 << 20)).count("hg") == asks
+    # 36 MiB, whose memory is new: less may come from a heap for a part of which NumPy has asked
+    x = torch.zeros(1).expand(1, 4, 1536, 1536).requires_grad_()
+    target = x.detach()
+    if op == "weighted_loss":
+        loss = diffdoctor.weighted_loss(x, target, backend="cpu")
+    else:
+        coefs = (0.9, -0.1, 0.3)
+        loss = diffdoctor.policy_loss(x, target, target, None, torch.ones(1), coefs=coefs, backend="cpu")
+    (grad,) = torch.autograd.grad(loss, x)
+    assert "hg" in _flags(grad.data_ptr() + (4 << 20))
 
 
 def _flags(address: int) -> list[str]:
