@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.ops import machine
 from benchmarks.studies.signs import pipelines
-from benchmarks.studies.signs.page import SHOWN, before_and_after, worst, write_page
+from benchmarks.studies.signs.page import SHOWN, rows_compared, worst, write_page
 from benchmarks.studies.signs.recipes import QUICK, RECIPES
 from benchmarks.studies.signs.study import Settings, Study
 from benchmarks.studies.signs.table import END, START, markdown, pooled, row
@@ -26,7 +26,6 @@ from diffdoctor.runs.files import atomic_write_bytes, atomic_write_json, atomic_
 from diffdoctor.runs.lock import locked_folder
 from diffdoctor.runs.progress import quiet_loaders
 from diffdoctor.training.cpu_settings import cpu_settings
-from diffdoctor.viz.draw import as_hwc
 
 # The pipeline is the whole study's: one that has learnt less scrambles everything, and training on is what it needs.
 QUICK_SETTINGS = {
@@ -125,9 +124,8 @@ def _pictures(folder: Path, study: Study, kind: str) -> None:
         name = [name for name, recipe in treated.items() if recipe.steps == steps][-1]
         names = treated[name].before, name
         chosen = worst(study.reading(kind, names[0]), SHOWN)
-        versions = [as_hwc(study.pictures(kind, each))[chosen] for each in names]
         number = "" if steps is None else f"-{steps}-steps"
-        atomic_write_bytes(folder / f"signs-{kind}{number}.png", before_and_after(versions))
+        atomic_write_bytes(folder / f"signs-{kind}{number}.png", rows_compared(study, kind, names, chosen))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -47,6 +47,11 @@ def before_and_after(pictures: list, columns: int = _COLUMNS) -> bytes:
     return png_bytes(grid(lines, gap=_GAP))
 
 
+def rows_compared(study, kind: str, names: tuple[str, str], chosen: np.ndarray) -> bytes:
+    """PNG bytes: the same chosen signs of two rows of the table, the second's below the first's."""
+    return before_and_after([as_hwc(study.pictures(kind, name))[chosen] for name in names])
+
+
 def marked_sheet(pictures, reading: Reading, chosen: np.ndarray) -> bytes:
     """PNG bytes: chosen signs, each above itself with what the oracle marks in red."""
     signs = as_hwc(pictures)[chosen]
@@ -83,8 +88,8 @@ def write_page(path: Path, studies: list, kinds: tuple[str, ...], rows: list[dic
             chosen = worst(study.reading(kind, base))
             report.heading(f"{NAMES[kind]}: the {SHOWN} worst of {len(reading)} signs of “{base}”, and the same after")
             for name in (name for name, recipe in study.recipes.items() if recipe.before == base != name):
-                versions = [as_hwc(study.pictures(kind, which))[chosen] for which in (base, name)]
-                report.image(before_and_after(versions), f"Above: {base}. Below: {name}. The same seeds.")
+                both = rows_compared(study, kind, (base, name), chosen)
+                report.image(both, f"Above: {base}. Below: {name}. The same seeds.")
         some = np.flatnonzero(reading.broken())[:SHOWN]
         caption = "Drawn, not chosen: the first broken signs of the untreated pipeline, and what the oracle marks."
         report.image(marked_sheet(study.pictures(kind, "before"), reading, some), caption)
