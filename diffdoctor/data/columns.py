@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffdoctor.data.store_path import StorePath, at
 from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
+from diffdoctor.runs.files import atomic_path
 
 
 class ParquetColumns:
@@ -23,6 +25,7 @@ class ParquetColumns:
     Attributes:
         names: of the columns.
         rows: number of rows.
+        metadata: of the file, both sides bytes.
 
     Raises:
         UserError: the file cannot be read.
@@ -38,7 +41,7 @@ class ParquetColumns:
             raise UserError(f"{self.name}: cannot be read ({error.strerror or error})") from None
         try:
             schema = parquet.read_schema(self._file)
-            self.names = schema.names
+            self.names, self.metadata = schema.names, schema.metadata or {}
             # Texts that repeat are read once, and not once for each row.
             texts = [field.name for field in schema if self._is_text(field.type)]
             self._table = parquet.ParquetFile(self._file, read_dictionary=texts)
@@ -157,3 +160,11 @@ def pyarrow_modules():
     except ImportError:
         raise missing_extra("pyarrow", "stages") from None
     return pyarrow, pyarrow.parquet
+
+
+def write_parquet(path: str | Path, table) -> None:
+    """Write a pyarrow table as a Parquet file, whole or not at all."""
+    _, parquet = pyarrow_modules()
+    # Not by its path, which Arrow refuses unless it is Unicode.
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        parquet.write_table(table, file)

@@ -35,8 +35,8 @@ class FunctionDetector(nn.Module):
     and weighted of `treat`.
 
     Args:
-        function: pictures (B, 3, H, W) fp32 in [0, 1] to maps (B, 1, h, w) or (B, h, w) in [0, 1], tensors or arrays;
-            maps of another size are resized.
+        function: pictures (B, 3, H, W) fp32 in [0, 1] to maps (B, 1, h, w) or (B, h, w) in [0, 1], tensors or arrays,
+            or a list of one a picture; maps of another size are resized.
         name: for errors; None: the function's own.
         identity: what tells it from other detectors: a run is resumed only with the same one. None: the name, and
             without a name the function's source too, where there is one.
@@ -97,15 +97,24 @@ class FunctionDetector(nn.Module):
         low, high = value_range
         pictures = ((images.float() - low) / (high - low)).clamp(0, 1)
         found = self.function(pictures)
-        maps = torch.as_tensor(np.asarray(found) if not isinstance(found, torch.Tensor) else found)
-        maps = maps.to(images.device, torch.float32)
+        what = f"maps ({len(images)}, 1, h, w), one a picture"
+        try:
+            maps = _as_tensor(found).to(images.device, torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            got = f"{type(found).__name__} ({first_line(error)})"
+            raise UserError(expected(f"detector {self.name}", what, got)) from error
         maps = maps[:, None] if maps.ndim == 3 else maps
         if maps.ndim != 4 or maps.shape[:2] != (len(images), 1):
-            what = f"maps ({len(images)}, 1, h, w), one a picture"
             raise UserError(expected(f"detector {self.name}", what, tuple(maps.shape)))
         if maps.shape[2:] != images.shape[2:]:
             maps = F.interpolate(maps, images.shape[2:], mode="bilinear", align_corners=False)
         return maps
+
+
+def _as_tensor(found: Any) -> torch.Tensor:
+    if isinstance(found, (list, tuple)) and found and all(isinstance(each, torch.Tensor) for each in found):
+        return torch.stack(list(found))  # NumPy takes none from a GPU
+    return found if isinstance(found, torch.Tensor) else torch.as_tensor(np.asarray(found))
 
 
 def as_detector(detector: nn.Module | Callable) -> nn.Module:

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from diffdoctor.data.columns import ParquetColumns, pyarrow_modules
+from diffdoctor.data.columns import ParquetColumns, pyarrow_modules, write_parquet
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.files import atomic_path
 
 if TYPE_CHECKING:
     from diffdoctor.engine.attempt import Attempt
@@ -70,13 +69,12 @@ class Plan:
 
     def write(self, path: Path) -> None:
         """Write a Parquet file of one row for each unit."""
-        pa, parquet = pyarrow_modules()
+        pa, _ = pyarrow_modules()
         rows = [dataclasses.asdict(unit) for unit in self.units]
         # As JSON, in ASCII: names of files need not be Unicode.
         columns = {name: [row[name] for row in rows] for name in ("id", "first", "count", "stamp")}
         columns |= {name: [strict_json.dumps(row[name]) for row in rows] for name in ("inputs", "details")}
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            parquet.write_table(pa.table(columns), file)
+        write_parquet(path, pa.table(columns))
 
     @classmethod
     def read(cls, path: Path) -> Plan:

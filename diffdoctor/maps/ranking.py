@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffdoctor.data.columns import ParquetColumns, pyarrow_modules
+from diffdoctor.data.columns import ParquetColumns, pyarrow_modules, write_parquet
 from diffdoctor.data.pictures import shrink_to
+from diffdoctor.data.text import is_unicode, readable
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
-from diffdoctor.runs.files import atomic_path
 from diffdoctor.viz.draw import enlarge, jpeg_bytes, png_bytes
 from diffdoctor.viz.report import Report
 
@@ -21,6 +23,8 @@ BINS = 20
 # What is kept of each picture; of a picture without shares the last two are 0.
 _SUMS = ("visits", "loss_sum", "relative_sum", "share_visits", "share_sum")
 _LEVELS = "noise level "
+# Keys that are no Unicode, as in some file names, by their rows; in the column they are made readable.
+_KEYS = "keys"
 # Updates after which losses are read from their device.
 _PENDING = 50
 _SMALL, _LARGE = 96, 192
@@ -149,18 +153,18 @@ class PictureRanking:
 
     def save(self, path: str | Path) -> None:
         """Write a Parquet file: the columns of `rows`, and the sums from which `load` goes on; whole or not at all."""
-        pa, parquet = pyarrow_modules()
+        pa, _ = pyarrow_modules()
         rows = self.rows()
         types = {"key": pa.string(), "visits": pa.int64(), "loss": pa.float64(), "relative_loss": pa.float64()}
         types["artifact_share"] = pa.float64()
-        columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in types.items()}
+        shown = [{**row, "key": readable(row["key"])} for row in rows]
+        columns = {name: pa.array([row[name] for row in shown], kind) for name, kind in types.items()}
         order = [self._index[row["key"]] for row in rows]
         for column, name in enumerate(_SUMS[1:], start=1):
             columns[name] = self._sums[order, column]
-        levels = {_LEVELS + str(number): repr(row.tolist()) for number, row in enumerate(self._levels)}
-        table = pa.table(columns).replace_schema_metadata(levels)
-        with atomic_path(path) as temporary:
-            parquet.write_table(table, temporary)
+        metadata = {_LEVELS + str(number): repr(row.tolist()) for number, row in enumerate(self._levels)}
+        metadata[_KEYS] = strict_json.dumps({i: row["key"] for i, row in enumerate(rows) if not is_unicode(row["key"])})
+        write_parquet(path, pa.table(columns).replace_schema_metadata(metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> PictureRanking:
@@ -171,17 +175,18 @@ class PictureRanking:
         """
         import ast
 
-        _, parquet = pyarrow_modules()
         with ParquetColumns(path) as table:
             if missing := [name for name in ("key", *_SUMS) if name not in table.names]:
                 raise UserError(expected(path, f"the columns {', '.join(missing)}", "a file without them"))
             keys = table.texts("key", longest=2**15).tolist()
             sums = np.stack([table.numbers(name).astype(np.float64) for name in _SUMS], axis=1)
-        metadata = parquet.read_schema(path).metadata or {}
+            metadata = table.metadata
         try:
+            for row, key in json.loads(metadata.get(_KEYS.encode(), b"{}")).items():
+                keys[int(row)] = str(key)
             levels = [ast.literal_eval(metadata[(_LEVELS + str(i)).encode()].decode()) for i in range(BINS)]
             levels = np.array(levels, np.float64).reshape(BINS, 2)
-        except (KeyError, ValueError, SyntaxError) as error:
+        except (AttributeError, LookupError, ValueError, SyntaxError) as error:
             raise UserError(expected(path, "a ranking as PictureRanking.save writes it", error)) from None
         found = cls()
         state = {"keys": keys, "sums": torch.from_numpy(sums), "levels": torch.from_numpy(levels)}

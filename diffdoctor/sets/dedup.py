@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from diffdoctor.data.columns import ParquetColumns, pyarrow_modules
+from diffdoctor.data.columns import ParquetColumns, pyarrow_modules, write_parquet
 from diffdoctor.data.store_path import absolute
 from diffdoctor.runs.errors import UserError, expected
-from diffdoctor.runs.files import atomic_path, atomic_write_json
+from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.record import METRICS, RunFolder, versions
 from diffdoctor.runs.summary import print_summary
 from diffdoctor.sets.config import SetDedupConfig
@@ -69,11 +69,10 @@ def run_set_dedup(config: SetDedupConfig) -> dict:
 
 def _write(path: Path, folders: np.ndarray, keys: np.ndarray, clusters: np.ndarray, kept: np.ndarray) -> None:
     """Write a row for each picture that is in a cluster with others."""
-    pa, parquet = pyarrow_modules()
+    pa, _ = pyarrow_modules()
     several = np.bincount(clusters, minlength=len(clusters))[clusters] > 1
     columns = {"set": folders, "key": keys.astype(str), "cluster": clusters, "kept": kept.astype(np.int8)}
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        parquet.write_table(pa.table({name: pa.array(column[several]) for name, column in columns.items()}), file)
+    write_parquet(path, pa.table({name: pa.array(column[several]) for name, column in columns.items()}))
 
 
 def superfluous(folder: str | Path) -> dict[str, set[str]]:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import socket
+import struct
 import threading
 import urllib.error
 import urllib.request
@@ -60,7 +62,8 @@ def post(url, body, **headers):
 
 def test_a_functions_maps_are_resized_to_the_pictures():
     images = torch.rand(2, 3, 8, 12) * 2 - 1
-    for function in (brightness, lambda x: brightness(x)[:, 0], lambda x: brightness(x).numpy()):
+    kinds = (lambda x: brightness(x)[:, 0], lambda x: brightness(x).numpy(), lambda x: list(brightness(x)))
+    for function in (brightness, *kinds):
         maps = FunctionDetector(function).confidence(images, value_range=(-1, 1))
         assert maps.shape == (2, 1, 8, 12)
         want = torch.nn.functional.interpolate(brightness(images / 2 + 0.5), (8, 12), mode="bilinear")
@@ -73,8 +76,11 @@ def test_a_functions_maps_are_resized_to_the_pictures():
         (lambda x: brightness(x)[:1], r"maps \(2, 1, h, w\), one a picture, got \(1, 1, 4, 4\)"),
         (lambda x: x, r"got \(2, 3, 8, 8\)"),
         (lambda x: 2.5, r"got \(\)"),
+        (lambda x: None, r"maps \(2, 1, h, w\), one a picture, got NoneType"),
+        (lambda x: "a map", "got str"),
+        (lambda x: [[0.5], [0.5, 0.5]], "got list"),
     ],
-    ids=["fewer", "channels", "number"],
+    ids=["fewer", "channels", "number", "none", "text", "ragged"],
 )
 def test_an_answer_that_is_no_map_is_refused(function, message):
     with pytest.raises(UserError, match=message):
@@ -184,9 +190,12 @@ def test_our_server_gives_regions_and_a_reward(serve):
         ("/map", b"no picture", 400, "body: expected a picture"),
         ("/map", png(np.zeros((50, 50, 3), np.uint8)), 413, "at most 1,000 pixels, got 50 x 50"),
         ("/map", b"x" * 5000, 413, "body: expected at most 4,000 bytes, got 5,000"),
+        # more than the connection holds: the client is still sending when it is refused
+        ("/map", b"x" * 20_000_000, 413, "body: expected at most 4,000 bytes, got 20,000,000"),
         ("/other", b"", 404, "path: expected /map, /regions or /reward"),
+        ("/other", b"x" * 20_000_000, 404, "path: expected /map, /regions or /reward"),
     ],
-    ids=["text", "pixels", "bytes", "path"],
+    ids=["text", "pixels", "bytes", "many bytes", "path", "path with bytes"],
 )
 def test_a_bad_request_is_one_line_and_the_server_goes_on(serve, path, body, status, message):
     config = ServeDetectorConfig("x", port=0, max_pixels=1000, max_bytes=4000)
@@ -198,6 +207,29 @@ def test_a_bad_request_is_one_line_and_the_server_goes_on(serve, path, body, sta
     assert message in said
     assert said.count("\n") == 1
     assert post(url, png(np.zeros((8, 8, 3), np.uint8)))[0] == "image/png"
+
+
+def test_a_picture_that_the_network_does_not_take_is_refused(serve):
+    detector = random_detector()
+    detector.takes = lambda height, width, tile=None: width < 20
+    url = serve(DetectorServer(detector, ServeDetectorConfig("x", port=0)))
+    with pytest.raises(urllib.error.HTTPError) as error:
+        post(f"{url}/map", png(np.zeros((16, 20, 3), np.uint8)))
+    said = error.value.read().decode()
+    assert (error.value.code, said) == (413, "picture: expected a size that the detector takes whole, got 20 x 16\n")
+    assert post(f"{url}/map", png(np.zeros((16, 19, 3), np.uint8)))[0] == "image/png"
+
+
+def test_a_client_that_goes_away_prints_nothing(serve, capfd):
+    url = serve(DetectorServer(FunctionDetector(brightness), ServeDetectorConfig("x", port=0)))
+    body = png(np.zeros((8, 8, 3), np.uint8))
+    for sent in (body[:9], body):
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed by a reset
+            client.sendall(b"POST /map HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + sent)
+    for _ in range(3):
+        assert post(f"{url}/map", body)[0] == "image/png"
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

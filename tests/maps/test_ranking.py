@@ -1,11 +1,13 @@
 """The ranking of training pictures: its figures against plain means, its file, several processes, its page."""
 
 import doctest
+import os
 
 import numpy as np
 import pytest
 import torch
 
+from diffdoctor.data.columns import ParquetColumns
 from diffdoctor.maps import PictureRanking, ranking, write_ranking
 from diffdoctor.maps.ranking import BINS
 from diffdoctor.runs.errors import UserError
@@ -50,6 +52,18 @@ def test_means_are_those_of_the_visits_and_the_odd_picture_comes_first():
     assert {key: row["relative_loss"] for key, row in found.items()} == pytest.approx(
         {key: np.mean(values) for key, values in relative.items()}
     )
+
+
+def test_names_and_folders_need_not_be_unicode(tmp_path):
+    folder = tmp_path / os.fsdecode(b"K\xe4se")
+    folder.mkdir()
+    ranked = PictureRanking()
+    ranked.update(["b\udce4.png", "b\\udce4.png", "a.png"], [0.3, 0.2, 0.1])
+    write_ranking(folder, ranked)
+    loaded = PictureRanking.load(folder / "ranking.parquet")
+    assert [row["key"] for row in loaded.rows()] == ["b\udce4.png", "b\\udce4.png", "a.png"]
+    with ParquetColumns(folder / "ranking.parquet") as table:
+        assert table.texts("key", longest=99).tolist() == ["b\\udce4.png"] * 2 + ["a.png"]
 
 
 def test_it_resumes_from_its_file_and_its_state_and_processes_add_up(tmp_path):

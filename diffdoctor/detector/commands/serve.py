@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -38,6 +39,10 @@ class ServeDetectorConfig:
         check_least(self, max_bytes=1, max_pixels=1)
         if not 0 <= self.port <= 65535:
             raise UserError(expected("port", "a number in [0, 65535]", self.port))
+
+
+# A refused body is still read for so long and so far: a client that has not sent all of it sees no answer else.
+_LINGER_SECONDS, _LINGER_BYTES = 30.0, 2**30
 
 
 class RefusedRequest(Exception):
@@ -92,22 +97,30 @@ class DetectorServer(ThreadingHTTPServer):
                 .numpy()
             )
 
+    def handle_error(self, request, client_address) -> None:
+        """One line, and none for a client that has gone."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, (ConnectionError, TimeoutError)):
+            print(f"serve-detector: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
+
     def _decode(self, body: bytes) -> np.ndarray:
         from diffdoctor.data.codec import FORMATS, UnreadablePicture, decode
+
+        from diffdoctor.detector.predict import takes
 
         limit, too_large = self.config.max_pixels, []
 
         def check(height: int, width: int) -> str | None:
-            if height * width > limit:
-                too_large.append(f"{width} x {height}")
+            if height * width > limit or not takes(self.detector, height, width):
+                what = f"at most {limit:,} pixels" if height * width > limit else "a size that the detector takes whole"
+                too_large.append(expected("picture", what, f"{width} x {height}"))
             return "too large" if too_large else None
 
         try:
             return decode(body, "RGB", check=check)
         except UnreadablePicture as error:
             if too_large:
-                what = f"at most {limit:,} pixels"
-                raise RefusedRequest(413, expected("picture", what, too_large[0])) from error
+                raise RefusedRequest(413, too_large[0]) from error
             raise RefusedRequest(400, expected("body", f"a picture ({', '.join(FORMATS)})", error)) from error
 
 
@@ -121,11 +134,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, "application/json", json.dumps({"detector": self.server.config.detector}).encode())
 
     def do_POST(self):
+        self._unread = self._length()
         try:
             kind, answer = self._answer()
         except RefusedRequest as error:
             self.close_connection = True  # the body may not have been read
             self._send(error.status, "text/plain; charset=utf-8", f"{error}\n".encode())
+            self._linger()
+        except (ConnectionError, TimeoutError):
+            raise  # nobody is there to be answered
         except Exception as error:
             print(f"serve-detector: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
             self._send(500, "text/plain; charset=utf-8", f"{first_line(error)}\n".encode())
@@ -149,12 +166,24 @@ class _Handler(BaseHTTPRequestHandler):
         return "application/json", json.dumps(answer, allow_nan=False).encode()
 
     def _body(self) -> bytes:
-        length, most = self.headers.get("Content-Length", ""), self.server.config.max_bytes
-        if not length.isdecimal():
-            raise RefusedRequest(411, expected("Content-Length", "the number of bytes", repr(length)))
-        if int(length) > most:
-            raise RefusedRequest(413, expected("body", f"at most {most:,} bytes", f"{int(length):,}"))
-        return self.rfile.read(int(length))
+        length, most = self._unread, self.server.config.max_bytes
+        if length is None:
+            got = repr(self.headers.get("Content-Length", ""))
+            raise RefusedRequest(411, expected("Content-Length", "the number of bytes", got))
+        if length > most:
+            raise RefusedRequest(413, expected("body", f"at most {most:,} bytes", f"{length:,}"))
+        self._unread = 0
+        return self.rfile.read(length)
+
+    def _length(self) -> int | None:
+        """What the client says that it sends."""
+        length = self.headers.get("Content-Length", "")
+        return int(length) if length.isdecimal() and len(length) < 20 else None
+
+    def _linger(self) -> None:
+        left, end = min(self._unread or 0, _LINGER_BYTES), time.monotonic() + _LINGER_SECONDS
+        while left > 0 and time.monotonic() < end and (data := self.rfile.read1(min(left, 2**16))):
+            left -= len(data)
 
     def _send(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffdoctor.data.columns import pyarrow_modules
+from diffdoctor.data.columns import pyarrow_modules, write_parquet
 from diffdoctor.evaluate.model.store import PICTURES, TABLE, PictureFiles
 from diffdoctor.evaluate.model.summary import PictureMeasures
 from diffdoctor.measures.pixels import is_flagged
-from diffdoctor.runs.files import atomic_path
 
 if TYPE_CHECKING:
     from diffdoctor.data.prompts import Prompt
@@ -42,7 +41,7 @@ def write_table(
         picture_type: of their files.
         questions: from a prompt to what was asked about it; None: nothing was.
     """
-    pa, parquet = pyarrow_modules()
+    pa, _ = pyarrow_modules()
     tables = []
     for side, measures in (("before", before), ("after", after)):
         indices = range(len(measures.judge))
@@ -67,6 +66,5 @@ def write_table(
             columns["answers"] = pa.array(answers, pa.list_(pa.float32()))
         tables.append(pa.table(columns))
     path = folder / TABLE
-    with atomic_path(path) as temporary:
-        parquet.write_table(pa.concat_tables(tables), temporary)
+    write_parquet(path, pa.concat_tables(tables))
     return path
