@@ -105,7 +105,6 @@ class DetectorServer(ThreadingHTTPServer):
 
     def _decode(self, body: bytes) -> np.ndarray:
         from diffdoctor.data.codec import FORMATS, UnreadablePicture, decode
-
         from diffdoctor.detector.predict import takes
 
         limit, too_large = self.config.max_pixels, []
