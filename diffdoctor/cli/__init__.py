@@ -331,7 +331,10 @@ def _parsed(
         file=command.file,
     )
     try:
-        parsed = parser.parse_args(with_lists(argv, options))
+        words, kept = with_lists(argv, options)
+        parsed = parser.parse_args(words)
+        for option, texts in kept.items():
+            parsed[option] = type(parsed[option])(texts)
         for option, kind in options.items():
             if option in parsed:
                 check_value(option, kind, parsed[option])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -12,6 +11,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from diffdoctor.data.text import is_unicode, readable
 from diffdoctor.runs.errors import UserError, expected
 
 # name -> type, those of nested dataclasses included, as `training.steps`
@@ -148,9 +148,14 @@ def with_kinds(argv: Sequence[str], options: Options) -> list[str]:
     return result
 
 
-def with_lists(argv: Sequence[str], options: Options) -> list[str]:
-    """The words with `--real a b` as the parser wants it, `--real ["a", "b"]`, for list and tuple options."""
-    result, rest = [], list(argv)
+def with_lists(argv: Sequence[str], options: Options) -> tuple[list[str], dict[str, list[str]]]:
+    """The words with `--real a b` as the parser wants it, `--real ["a", "b"]`, for list and tuple options.
+
+    Returns:
+        The words, and by option the texts that take the place of what the parser makes of its own: those with names of
+        files that are no Unicode, which no YAML can hold.
+    """
+    result, rest, kept = [], list(argv), {}
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
@@ -163,9 +168,18 @@ def with_lists(argv: Sequence[str], options: Options) -> list[str]:
             values.append(rest.pop(0))
         if values and not _is_list(values[0]) and values != ["null"]:
             # Numbers stay numbers, and names of files are not read as anything else.
-            values = [json.dumps(values) if kind == "str" else f"[{', '.join(values)}]"]
+            if kind == "str" and not is_unicode("".join(values)):
+                kept[name.removeprefix("--")] = values
+            else:
+                kept.pop(name.removeprefix("--"), None)
+            values = [f"[{', '.join(map(_quoted, values) if kind == 'str' else values)}]"]
         result += [name, *values]
-    return result
+    return result, kept
+
+
+def _quoted(text: str) -> str:
+    """Text as YAML in ASCII. JSON's escapes will not do: they halve characters beyond U+FFFF, such as emoji."""
+    return '"' + "".join(c if " " <= c <= "~" and c not in '"\\' else f"\\U{ord(c):08X}" for c in readable(text)) + '"'
 
 
 def _is_list(text: str) -> bool:

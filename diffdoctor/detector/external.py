@@ -54,7 +54,7 @@ class FunctionDetector(nn.Module):
         self.name = name_of(function) if name is None else name
         if identity is None:
             identity = identity_of(function) if name is None else name
-        digest = hashlib.sha256(identity.encode()).digest()
+        digest = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()
         # a buffer, so that it is part of the digest of the detector's weights, and says which device pictures come from
         self.register_buffer("identity", torch.tensor(list(digest), dtype=torch.uint8))
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from diffdoctor.data.columns import ParquetColumns, pyarrow_modules, write_parquet
 from diffdoctor.data.store_path import absolute
+from diffdoctor.data.text import readable
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_write_json
 from diffdoctor.runs.record import METRICS, RunFolder, versions
@@ -55,7 +56,7 @@ def run_set_dedup(config: SetDedupConfig) -> dict:
             "versions": versions(),
         }
         run.begin(config, overwrite=True)
-        folders = np.array([absolute(each.folder) for each in sets])[numbers]
+        folders = np.array([readable(absolute(each.folder)) for each in sets], object)[numbers]
         _write(run.path / DUPLICATES, folders, keys, clusters, kept)
         atomic_write_json(run.path / METRICS, metrics)
     line = f"{metrics['superfluous']} of {metrics['pictures']} pictures are superfluous, {exact} of them equal"
@@ -76,7 +77,7 @@ def _write(path: Path, folders: np.ndarray, keys: np.ndarray, clusters: np.ndarr
 
 
 def superfluous(folder: str | Path) -> dict[str, set[str]]:
-    """{absolute path of a set: keys} of the pictures that another one makes superfluous.
+    """{absolute path of a set, as Unicode: keys} of the pictures that another one makes superfluous.
 
     Args:
         folder: output folder of `set dedup`.

@@ -14,6 +14,7 @@ from diffdoctor.data.shard_writer import is_key
 from diffdoctor.data.shards import ShardData
 from diffdoctor.data.store_path import absolute
 from diffdoctor.data.tar import MASK
+from diffdoctor.data.text import readable
 from diffdoctor.engine.attempt import Attempt
 from diffdoctor.engine.sets import IDENTITIES, RESULTS, UnitFiles, make_set
 from diffdoctor.engine.store_run import run_folder
@@ -98,7 +99,7 @@ def choose(config: SetJoinConfig) -> Chosen:
     uids = [read_columns(data.folder, ("uid",))["uid"] for data in sets]
     places: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
     for number, data in enumerate(sets):
-        left_out = without.get(absolute(data.folder), set())
+        left_out = without.get(readable(absolute(data.folder)), set())
         for row, key in enumerate(data.keys.tolist()):
             if key in left_out:
                 continue

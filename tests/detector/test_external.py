@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import socket
 import struct
 import threading
@@ -145,6 +146,8 @@ def test_nft_takes_a_function_and_other_methods_name_it(tmp_path):
 
 
 def test_a_file_and_a_function_on_the_command_line(tmp_path):
+    tmp_path /= os.fsdecode(b"K\xe4se")  # no Unicode
+    tmp_path.mkdir()
     (tmp_path / "mine.py").write_text("def dark(pictures):\n    return 1 - pictures.mean(1, keepdim=True)\n")
     (tmp_path / "pictures").mkdir()
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "pictures" / "black.png")

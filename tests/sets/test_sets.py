@@ -1,6 +1,7 @@
 """Sets as wholes: faults are found, sums are right, duplicates are named, and joined sets hold the same bytes."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -163,15 +164,16 @@ def _twice(folder):
 
 
 def test_duplicates_are_named_and_left_out_and_test_pictures_refused(data, tmp_path, capsys):
+    more = tmp_path / os.fsdecode(b"m\xf6re")  # no Unicode
     near = texture(2).astype(np.int16) + np.random.default_rng(0).integers(-2, 3, (48, 48, 3))
     extra = [
         {"picture": texture(1), "key": "again"},
         {"picture": np.clip(near, 0, 255).astype(np.uint8), "key": "near"},
     ]
-    write_shards([*extra, *samples([40])], tmp_path / "more")
-    assert command("dedup", data, tmp_path / "more", "--output", tmp_path / "dedup", "--distance", 4) == 0
+    write_shards([*extra, *samples([40])], more)
+    assert command("dedup", data, more, "--output", tmp_path / "dedup", "--distance", 4) == 0
     assert "2 of 12 pictures are superfluous, 1 of them equal" in capsys.readouterr().err
-    result = joined([data, tmp_path / "more"], tmp_path / "out", "--without", tmp_path / "dedup")
+    result = joined([data, more], tmp_path / "out", "--without", tmp_path / "dedup")
     uids = {picture_uid(result.picture(index)) for index in range(len(result))}
     assert len(result) == len(uids) == 10
     assert picture_uid(texture(1)) in uids

@@ -30,8 +30,8 @@ def load_plugins(files: Sequence[str] | None) -> list[str]:
         except OSError as error:
             raise UserError(f"plugins: {file}: cannot be read ({error.strerror})") from None
         # The name depends on the text too, since the file may have changed by the next call.
-        path_and_text = f"{Path(file).resolve()} {digests[-1]}"
-        name = f"diffdoctor_plugin_{hashlib.sha256(path_and_text.encode()).hexdigest()[:16]}"
+        path_and_text = f"{Path(file).resolve()} {digests[-1]}".encode("utf-8", "surrogatepass")
+        name = f"diffdoctor_plugin_{hashlib.sha256(path_and_text).hexdigest()[:16]}"
         if name not in sys.modules:
             _run(name, file)
     return digests
