@@ -10,7 +10,7 @@ from diffdoctor.detector.confidence import confidence_of
 from diffdoctor.treat.checks import check_finite
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.drawing import Drawing
-from diffdoctor.treat.monitor import Measurement, measure
+from diffdoctor.treat.monitor import Measurement, measure, scores_of
 
 
 class FixedPictures:
@@ -50,17 +50,25 @@ class FixedPictures:
 
         return self.drawing.fixed(count, check if checked else None)
 
-    def measured(self, pictures: torch.Tensor, confidence: torch.Tensor, step: int) -> Measurement:
+    def measured(self, pictures: torch.Tensor, confidence: torch.Tensor, step: int) -> tuple[Measurement, torch.Tensor]:
         """What detector, monitor and quality say of the pictures and maps that `draw` gave after a step.
 
         One process decides, lest rounding on another machine make it decide otherwise.
+
+        Returns:
+            The measurement, and (B,) scores of the pictures by the quality or, without one, the maps; lower is better.
         """
         prompt_count = len(self.drawing.prompts)
         groups = [i % prompt_count for i in range(len(pictures))]
         by_monitor = None if self.monitor is None else self.by_monitor(pictures)
-        return self.drawing.processes.from_main(
-            lambda: measure(pictures, confidence, groups, step, by_monitor, self._quality(pictures, groups))
-        )
+
+        def decide():
+            quality = self._quality(pictures, groups)
+            scores = scores_of(confidence) if quality is None else -quality
+            mean = None if quality is None else float(quality.mean())
+            return measure(pictures, confidence, groups, step, by_monitor, mean), scores
+
+        return self.drawing.processes.from_main(decide)
 
     def by_monitor(self, pictures: torch.Tensor) -> torch.Tensor:
         """The monitor's maps (B, 1, H, W) of pictures (B, 3, H, W), on the CPU."""
@@ -68,7 +76,7 @@ class FixedPictures:
         options = {"name": "monitor", "frames_per_call": self.config.frames_per_call}
         return torch.cat([confidence_of(self.monitor, part, **options).cpu() for part in parts])
 
-    def _quality(self, pictures, groups) -> float | None:
+    def _quality(self, pictures, groups) -> torch.Tensor | None:
         if self.quality is None:
             return None
-        return float(self.quality(pictures, [self.drawing.prompts[group] for group in groups]).mean())
+        return self.quality(pictures, [self.drawing.prompts[group] for group in groups])

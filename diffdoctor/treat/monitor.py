@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 from diffdoctor.measures.pixels import FLAG_CONFIDENCE, flagged_share, is_flagged
 from diffdoctor.treat.config import TreatConfig
 
-TIE = 1.1
+TIE = 0.1
+CHANCE = 2.0
+"""Standard errors within which two models' scores on the same pictures count as equal."""
 
 
 @dataclass
@@ -88,6 +91,18 @@ def _diversity(grey: torch.Tensor, groups: Sequence[int]) -> float:
     return float(torch.stack([grey[rows].std(0).mean() for rows in shared]).mean())
 
 
+def scores_of(confidence: torch.Tensor) -> torch.Tensor:
+    """Each picture's part of `Measurement.score`, lower for better ones.
+
+    Args:
+        confidence: (B, 1, H, W) in [0, 1], the detector's maps, or (B, 1, T, H, W).
+
+    Returns:
+        (B,) fp32.
+    """
+    return flagged_share(confidence) + confidence.float().flatten(1).mean(1)
+
+
 def doubts(measurements: Sequence[Measurement], history: Sequence[dict], config: TreatConfig) -> list[str]:
     """What says that a treatment treated nothing, a sentence each.
 
@@ -115,10 +130,12 @@ class EarlyStopping:
 
     Attributes:
         measurements: so far, the first of the untreated model.
-        best: of a model that is whole, the last measurement within 10 % of the lowest score: some dozens of pictures
-            cannot tell such models apart, and the later one has settled. With a measured quality, the last one of the
-            highest; for the controls the last one.
+        best: of a model that is whole, the last measurement that is no worse than the best one: within 10 % of the
+            lowest score, or within two standard errors of the difference, picture by picture, to it or to the highest
+            quality. Some dozens of pictures cannot tell such models apart, and the later one has settled. For the
+            controls the last one.
         best_state: its weights; None stands for the untreated model.
+        lowest: (B,) the fixed pictures' scores at the best measurement so far, lower for better ones.
     """
 
     def __init__(self, config: TreatConfig):
@@ -126,12 +143,14 @@ class EarlyStopping:
         self.measurements: list[Measurement] = []
         self.best: Measurement | None = None
         self.best_state: dict[str, torch.Tensor] | None = None
+        self.lowest: torch.Tensor | None = None
 
-    def add(self, measurement: Measurement, state) -> str | None:
+    def add(self, measurement: Measurement, scores: torch.Tensor, state) -> str | None:
         """Record a measurement.
 
         Args:
             measurement: of the fixed pictures, after the last one recorded.
+            scores: (B,) of each of them, lower for better ones: `scores_of`, or its quality's negative.
             state: called without arguments for the present weights.
 
         Returns:
@@ -144,7 +163,7 @@ class EarlyStopping:
             return fault
         # a control must not be chosen by the diagnosis that it is there to do without
         is_control = self.config.map_source != "detector"
-        if self.best is None or is_control or self._is_best(measurement):
+        if self._is_best(measurement, scores) or is_control:
             self.best, self.best_state = measurement, state()
         if self.config.good_enough and measurement.flagged_area <= self.config.good_enough * before.flagged_area:
             return f"flagged area at {measurement.flagged_area:.4f}, good enough"
@@ -153,10 +172,15 @@ class EarlyStopping:
             return f"no better measurement since step {self.best.step}"
         return None
 
-    def _is_best(self, now: Measurement) -> bool:
-        if now.quality is not None:
-            return now.quality >= max(m.quality for m in self.measurements)
-        return now.score <= TIE * min(m.score for m in self.measurements)
+    def _is_best(self, now: Measurement, scores: torch.Tensor) -> bool:
+        scores = scores.double()
+        if self.lowest is None or scores.mean() <= self.lowest.mean():
+            self.lowest = scores
+            return True
+        worse = scores - self.lowest
+        chance = CHANCE * float(worse.std()) / math.sqrt(len(worse)) if len(worse) > 1 else 0.0
+        tie = TIE * float(self.lowest.mean()) if now.quality is None else 0.0
+        return float(worse.mean()) <= max(chance, tie)
 
     def _collapse(self, before: Measurement, now: Measurement) -> str | None:
         for name, share in (("sharpness", self.config.min_sharpness), ("diversity", self.config.min_diversity)):
@@ -182,10 +206,11 @@ class EarlyStopping:
             "measurements": [asdict(m) for m in self.measurements],
             "best": None if self.best is None else asdict(self.best),
             "best_state": self.best_state,
+            "lowest": self.lowest,
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Load what `state_dict` gave."""
         self.measurements = [Measurement(**m) for m in state["measurements"]]
         self.best = None if state["best"] is None else Measurement(**state["best"])
-        self.best_state = state["best_state"]
+        self.best_state, self.lowest = state["best_state"], state.get("lowest")

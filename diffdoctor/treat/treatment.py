@@ -328,9 +328,9 @@ class Treatment:
     def _measure(self, pictures: torch.Tensor, confidence: torch.Tensor) -> str | None:
         """Judge what `_draw` drew; returns why to stop, or None."""
         config = self.config
-        measurement = self.fixed.measured(pictures, confidence, self.step)
+        measurement, scores = self.fixed.measured(pictures, confidence, self.step)
         with self.training.average.in_place():
-            stopped = self.early_stopping.add(measurement, lambda: lora_state(self.sampling.family))
+            stopped = self.early_stopping.add(measurement, scores, lambda: lora_state(self.sampling.family))
         measures = {f"pictures/{name}": value for name, value in asdict(measurement).items() if name != "step"}
         self.tracking.curves(self.step, **measures)
         shown = min(config.sample_pictures, len(pictures))

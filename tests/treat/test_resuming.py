@@ -171,8 +171,8 @@ def test_a_finished_run_is_neither_repeated_nor_written_over(tmp_path, monkeypat
 
 
 def stopping_at(step, add):
-    def adding(self, measurement, state):
-        add(self, measurement, state)
+    def adding(self, measurement, *rest):
+        add(self, measurement, *rest)
         return "enough" if measurement.step == step else None
 
     return adding

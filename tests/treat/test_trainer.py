@@ -147,11 +147,43 @@ def test_a_measured_quality_chooses_the_weights_in_place_of_the_detector():
         run(**options, quality=lambda pictures, prompts: [float("nan")] * len(prompts))
 
 
-def test_the_last_of_equally_good_weights_is_kept():
+def best_of(*scores, quality=None):
+    """The number of the measurement whose weights are kept, of pictures with these scores."""
     early_stopping = EarlyStopping(small())
-    for step, score in enumerate((0.1, 0.02, 0.01, 0.0105, 0.04)):
-        early_stopping.add(Measurement(step, score, 0.0, 0.0, 1.0, 1.0), dict)
-    assert early_stopping.best.step == 3
+    for step, each in enumerate(scores):
+        measurement = Measurement(step, 0.0, 0.0, 0.0, 1.0, 1.0, quality=quality and -float(each.mean()))
+        early_stopping.add(measurement, each, dict)
+    return early_stopping.best.step
+
+
+def test_the_last_of_equally_good_weights_is_kept():
+    scores = [torch.full((4,), score) for score in (0.1, 0.02, 0.01, 0.0105, 0.04)]
+    assert best_of(*scores) == 3
+    assert best_of(*scores, quality=True) == 2  # whose numbers are not close for being small
+
+
+@pytest.mark.parametrize("quality", [None, True])
+def test_weights_are_equally_good_where_the_same_pictures_cannot_tell_them_apart(quality):
+    generator = torch.Generator().manual_seed(0)
+    before = 0.2 + 0.1 * torch.rand(64, generator=generator)
+    noise = torch.randn(64, generator=generator)
+    good = 0.3 * before
+    # a mean that is 20 % higher: by three pictures that were sound and now are not, or by the same amount in all
+    few = good + torch.where(torch.arange(64) < 3, 0.2 * 64 / 3 * good.mean(), torch.zeros(64))
+    assert best_of(before, good, few, quality=quality) == 2
+    assert best_of(before, good, 1.2 * good, quality=quality) == 1
+    # picture by picture: what each has of its own in both says nothing
+    own = good + noise.abs()
+    assert best_of(before + 2, own, own + 0.2 * own.mean(), quality=quality) == 1
+
+
+def test_a_checkpoint_keeps_what_later_weights_are_compared_with():
+    early_stopping, resumed = EarlyStopping(small()), EarlyStopping(small())
+    early_stopping.add(Measurement(0, 0.1, 0.0, 0.0, 1.0, 1.0), torch.full((4,), 0.1), dict)
+    early_stopping.add(Measurement(1, 0.01, 0.0, 0.0, 1.0, 1.0), torch.full((4,), 0.01), dict)
+    resumed.load_state_dict(early_stopping.state_dict())
+    resumed.add(Measurement(2, 0.05, 0.0, 0.0, 1.0, 1.0), torch.full((4,), 0.05), dict)
+    assert resumed.best.step == 1
 
 
 def test_uniform_maps_leave_the_offline_term_alone():
