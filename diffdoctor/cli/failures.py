@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator
 
 from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.progress import close_displays
 from diffdoctor.version import __version__
 
 USER_ERROR = 2
@@ -42,6 +43,7 @@ def report(error: BaseException, name: str) -> int:
         error: what was raised.
         name: the command's.
     """
+    close_displays()
     if _shows_tracebacks():
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):

@@ -22,7 +22,7 @@ from diffdoctor.engine.attempt import ATTEMPTS, Attempt, place_of
 from diffdoctor.engine.units import Plan, Unit, Worker
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected, first_line
-from diffdoctor.runs.files import atomic_write_json, create_exclusively, is_leftover, sync_folder
+from diffdoctor.runs.files import atomic_write_json, create_exclusively, is_leftover, naming, sync_folder
 from diffdoctor.runs.lock import make_folder
 from diffdoctor.runs.record import read_json
 
@@ -126,7 +126,8 @@ class Commits:
             return False
         attempt, started = self._begun(unit.id), time.monotonic()
         try:
-            result = worker(unit, attempt)
+            with naming(attempt.output):
+                result = worker(unit, attempt)
             done_by = f"{socket.gethostname()}:{os.getpid()}{f' {who}' if who else ''}"
             facts = {"worker": done_by, "seconds": time.monotonic() - started}
             won = self._commit(attempt, {"records": 0, "skipped": {}, **result, **facts})

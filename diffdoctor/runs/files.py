@@ -114,7 +114,7 @@ def atomic_path(path) -> Iterator[Path]:
     mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
     os.close(descriptor)
     try:
-        with _naming(path):
+        with naming(path):
             yield temporary
             _finish_file(temporary, mode)
             os.replace(temporary, path)
@@ -124,8 +124,12 @@ def atomic_path(path) -> Iterator[Path]:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Inside, an error of a write, which names no file, names this one; so does one that a library made another of."""
+def naming(path: Path) -> Iterator[None]:
+    """Inside, an error of a write, which names no file, names this one; so does one that a library made another of.
+
+    Args:
+        path: of the file, or of the folder of all that is written inside.
+    """
     try:
         yield
     except Exception as error:
@@ -166,7 +170,7 @@ def create_exclusively(path, data: bytes) -> bool:
     path = Path(path)
     temporary = _hidden(path, _WRITING, path.suffix)
     try:
-        with open(temporary, "xb") as file, _naming(path):
+        with open(temporary, "xb") as file, naming(path):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -221,7 +225,7 @@ def atomic_dir(path) -> Iterator[Path]:
     temporary = _hidden(path, _WRITING)
     temporary.mkdir()
     try:
-        with _naming(path):
+        with naming(path):
             yield temporary
             replace_dir(temporary, path)
     finally:

@@ -2,6 +2,9 @@
 
 import sys
 import time
+import weakref
+
+_displays: weakref.WeakSet = weakref.WeakSet()
 
 
 class _PlainProgress:
@@ -70,8 +73,12 @@ def progress(total=None, *, desc, unit="step", enabled=True):
     time left, and one at the end. `total` is in `unit`s and may be None when it is not known; `enabled=False` prints
     nothing.
     """
-    if not enabled:
-        return _SilentProgress(total, desc, unit)
+    display = _display(total, desc, unit) if enabled else _SilentProgress(total, desc, unit)
+    _displays.add(display)
+    return display
+
+
+def _display(total, desc, unit):
     if sys.stderr.isatty():
         try:
             from tqdm import tqdm
@@ -80,6 +87,12 @@ def progress(total=None, *, desc, unit="step", enabled=True):
         else:
             return tqdm(total=total, desc=desc, unit=unit, dynamic_ncols=True, leave=True)
     return _PlainProgress(total, desc, unit)
+
+
+def close_displays() -> None:
+    """Close what an error left open: a generator's display would say its last after the error."""
+    for display in list(_displays):
+        display.close()
 
 
 def track(items, *, desc, unit="item", total=None, enabled=True):

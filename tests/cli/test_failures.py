@@ -12,6 +12,7 @@ import pytest
 from diffdoctor import cli
 from diffdoctor.cli.streams import tolerant_streams
 from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.progress import track
 
 
 @dataclasses.dataclass
@@ -98,6 +99,17 @@ def test_a_variable_shows_the_traceback_of_any_error(run, monkeypatch):
     assert code == 2
     assert "Traceback (most recent call last)" in errors
     assert errors.endswith("diffdoctor it: error: seed\n")
+
+
+def test_the_error_comes_after_the_progress(run):
+    def function(config):
+        for item in track(range(3), desc="it", unit="item"):
+            if item == 2:
+                raise UserError("seed")
+
+    code, errors = run(function)
+    done, error = errors.splitlines()
+    assert (code, done[:12], error) == (2, "it: 2/3 item", "diffdoctor it: error: seed")
 
 
 def test_ctrl_c_has_its_own_exit_code(run):

@@ -174,6 +174,12 @@ def test_workers_that_die_before_they_are_ready_end_the_run(tmp_path):
             tally.never_ready("exit code 1", "a\nno such library\n")
 
 
+def test_a_full_disk_is_named(tmp_path):
+    with pytest.raises(OSError, match="No space left") as error:
+        finish(plan_of(2, full=[1]), tmp_path, kind="none")
+    assert error.value.filename == str(tmp_path)
+
+
 def test_a_dead_worker_is_replaced_and_a_unit_that_kills_is_given_up(tmp_path):
     plan = plan_of(5, poison=[2])
     report, commits = finish(plan, tmp_path, kind="processes", actors=1, retries=1)
