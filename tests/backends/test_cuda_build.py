@@ -9,11 +9,12 @@ import pytest
 
 from support.cache import digest, kept, native_headers
 from support.paths import ROOT
-from tools.gpu import budget, sass, static_report
+from tools.gpu import budget, kernel_cases, kernel_counts, sass, static_report
+from tools.gpu.machine_code import Code
 
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 GENERIC, POLICY = (ROOT / "csrc" / "cuda" / name for name in ("weighted_loss.cu", "policy_loss.cu"))
-FAST = [source.name for source in budget.SOURCES]
+FAST = [source.name for source in kernel_cases.SOURCES]
 NVCC = static_report.find_nvcc()
 
 pytestmark = [
@@ -80,14 +81,14 @@ def test_kernels_neither_spill_nor_move_less_than_they_could(arch):
     many = [sum(row["registers"] > 80 for row in fast if row["file"] == name) for name in FAST[:2]]
     assert many[0] <= 4 and many[1] <= 11
     assert all(row["registers"] <= 128 for row in fast)
-    (logit,) = [budget.LogitCount(**row["logit"]) for row in rows if "logit" in row]
-    assert logit.instructions <= budget.LOGIT_BUDGET, logit
+    (logit,) = [kernel_counts.LogitCount(**row["logit"]) for row in rows if "logit" in row]
+    assert logit.instructions <= kernel_cases.LOGIT_BUDGET, logit
     assert logit.registers <= 64, logit  # four blocks of 256 threads on a multiprocessor
     means = dict(row["mean"] for row in rows if "mean" in row)
-    assert means.keys() == budget.MEAN_BUDGETS.keys()
-    assert all(cost <= budget.MEAN_BUDGETS[together] for together, cost in means.items()), means
-    counts = [budget.Count.of(count) for row in fast for count in row["cases"].values()]
-    assert len(counts) == len(budget.CASES)
+    assert means.keys() == kernel_cases.MEAN_BUDGETS.keys()
+    assert all(cost <= kernel_cases.MEAN_BUDGETS[together] for together, cost in means.items()), means
+    counts = [kernel_counts.Count.of(count) for row in fast for count in row["cases"].values()]
+    assert len(counts) == len(kernel_cases.CASES)
     for count in counts:
         assert count.instructions <= count.case.budget, count
         # Little's law at 4.3 TB/s, 750 ns and 132 multiprocessors: 24 KB, the gradient's third of them not read.
@@ -110,8 +111,8 @@ def test_the_policy_kernel_does_not_spill(arch):
 @pytest.mark.study
 @pytest.mark.parametrize("arch", budget.ARCHITECTURES)
 def test_budgets_hold_on_every_architecture(arch):
-    rows = compiled(arch, budget.SOURCES)
-    counts = [budget.Count.of(count) for row in rows for count in row["cases"].values()]
+    rows = compiled(arch, kernel_cases.SOURCES)
+    counts = [kernel_counts.Count.of(count) for row in rows for count in row["cases"].values()]
     assert not [count for count in counts if count.instructions > count.case.budget]
     assert not any(row["forbidden"] or row["spills"] for row in rows)
 
@@ -130,7 +131,7 @@ def test_ways_through_machine_code_are_counted():
         ATOMG.E.INC.STRONG.GPU PT, R2, desc[UR6][R2.64], R5 ;
         EXIT ;
     """.strip().splitlines()
-    code = budget.Code("\n".join(f"/*{16 * k:04x}*/ {line.strip()}" for k, line in enumerate(lines)))
+    code = Code("\n".join(f"/*{16 * k:04x}*/ {line.strip()}" for k, line in enumerate(lines)))
     head, body = code.main_loop
     assert code.at[head] == 0x20
     assert code.shortest([head], lambda b: b == head, (1, 1, 1), body) == 5

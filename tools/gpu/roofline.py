@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.ops.registry import Case, cases, dtype_name, least_bytes, passes_bytes
 from benchmarks.studies.treatment.table import put_into
-from tools.gpu.budget import CARDS
+from tools.gpu.cards import CARDS
 
 START, END = "<!-- table of python -m tools.gpu.roofline -->", "<!-- end of the roofline's table -->"
 #: Where there is work for them: on fewer elements a launch is the limit, whatever moves.

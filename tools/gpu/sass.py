@@ -8,6 +8,8 @@ import tempfile
 from collections import Counter
 from functools import lru_cache
 
+from benchmarks.ops.machine import ROOT
+
 #: Instructions by what they keep busy; the rest counts as "other".
 _KINDS = {
     "global": r"LDG|STG|LD|ST|ATOMG|ATOM|RED",
@@ -40,6 +42,24 @@ def find_tool(name: str) -> str | None:
 def find_nvcc() -> str | None:
     """nvcc, from PATH or from /usr/local/cuda."""
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def compile_cubin(arch: int, source: pathlib.Path, nvcc: str, *flags: str) -> tuple[bytes, str]:
+    """(The cubin of a .cu file of csrc compiled for `arch`, what nvcc said on stderr).
+
+    Raises RuntimeError with nvcc's first error.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = pathlib.Path(folder) / "kernels.cubin"
+        done = subprocess.run(
+            [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-cubin", *flags, "-I", str(ROOT / "csrc"), str(source),
+             "-o", str(cubin)],
+            capture_output=True, text=True, errors="replace",
+        )  # fmt: skip
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            raise RuntimeError((errors or done.stderr.splitlines() or ["nvcc failed"])[0])
+        return cubin.read_bytes(), done.stderr
 
 
 def _run(*command: str) -> str:

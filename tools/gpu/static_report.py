@@ -12,12 +12,11 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks.ops.machine import ROOT
 from benchmarks.ops.table import aligned
-from tools.gpu import budget, sass
+from tools.gpu import budget, kernel_cases, kernel_counts, sass
 from tools.gpu.sass import find_nvcc
 
 ARCHITECTURES = (80, 90, 100)
@@ -42,19 +41,10 @@ def triton_rows(arch: int) -> list[dict]:
 
 def nvcc_rows(arch: int, source: pathlib.Path, nvcc: str) -> list[dict]:
     """The kernels of one .cu file compiled for `arch`. Raises RuntimeError with nvcc's first error."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = pathlib.Path(folder) / "kernels.cubin"
-        done = subprocess.run(
-            [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", "-I", str(ROOT / "csrc"),
-             str(source), "-o", str(cubin)],
-            capture_output=True, text=True, errors="replace",
-        )  # fmt: skip
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "error" in line]
-            raise RuntimeError((errors or done.stderr.splitlines() or ["nvcc failed"])[0])
-        spilled = {found["name"]: found for found in _PTXAS.finditer(done.stderr)}
-        described = sass.describe(cubin.read_bytes())
-        counted = _counted(arch, source, cubin.read_bytes())
+    cubin, said = sass.compile_cubin(arch, source, nvcc, "-Xptxas", "-v")
+    spilled = {found["name"]: found for found in _PTXAS.finditer(said)}
+    described = sass.describe(cubin)
+    counted = _counted(arch, source, cubin)
     rows = []
     for name, row in described.items():
         told = spilled.get(name)
@@ -68,19 +58,19 @@ def nvcc_rows(arch: int, source: pathlib.Path, nvcc: str) -> list[dict]:
 
 def _counted(arch: int, source: pathlib.Path, cubin: bytes) -> dict[str, dict]:
     """{kernel: its cases' counts and what may not stand in its main loop} of the fast kernels."""
-    if source.name == budget.ARTIFACT_SOURCE.name:
-        count = dataclasses.asdict(budget.count_logit(arch, cubin))
+    if source.name == kernel_cases.ARTIFACT_SOURCE.name:
+        count = dataclasses.asdict(kernel_counts.count_logit(arch, cubin))
         return {name: {"logit": count} for name in sass.listings(cubin)[0] if "artifact_loss_kernelILi0E" in name}
-    if source.name == budget.MEAN_SOURCE.name:
-        return {name: {"mean": found} for name, found in budget.means_of(sass.listings(cubin)[0]).items()}
-    if source.name not in {known.name for known in budget.SOURCES}:
+    if source.name == kernel_cases.MEAN_SOURCE.name:
+        return {name: {"mean": found} for name, found in kernel_counts.means_of(sass.listings(cubin)[0]).items()}
+    if source.name not in {known.name for known in kernel_cases.SOURCES}:
         return {}
-    by_kernel = budget.of_cubin(cubin)
+    by_kernel = kernel_counts.fast_kernels(cubin)
     found = {
-        name: {"forbidden": budget.forbidden(kernel, listing), "cases": {}}
+        name: {"forbidden": kernel_counts.forbidden(kernel, listing), "cases": {}}
         for kernel, (name, listing, _) in by_kernel.items()
     }
-    for row in budget.counts(arch, by_kernel):
+    for row in kernel_counts.counts(arch, by_kernel):
         found[by_kernel[row.case.kernel][0]]["cases"][row.case.name] = dataclasses.asdict(row)
     return found
 
@@ -166,10 +156,10 @@ def text(rows: list[dict], missing: list[str]) -> str:
             for row in cuda
         ]  # fmt: skip
         parts.append(aligned(cells, left=2))
-        counts = [budget.Count.of(count) for row in cuda for count in row.get("cases", {}).values()]
+        counts = [kernel_counts.Count.of(count) for row in cuda for count in row.get("cases", {}).values()]
         if counts:
             parts.append(budget.text(counts))
-        logits = [budget.LogitCount(**row["logit"]) for row in cuda if "logit" in row]
+        logits = [kernel_counts.LogitCount(**row["logit"]) for row in cuda if "logit" in row]
         if logits:
             parts.append(budget.logit_text(logits))
         means: dict[int, list] = {}
