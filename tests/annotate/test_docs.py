@@ -45,7 +45,7 @@ def test_the_pages_commands_run(tmp_path, monkeypatch, capsys):
         for line in block.splitlines():
             program, *words = shlex.split(line.replace("--budget 2000", "--budget 12 --double_share 0.5"))
             assert program == "diffdoctor"
-            if words[:2] != ["annotate", "serve"]:  # test_server.py runs it
+            if words[:2] != ["annotate", "serve"]:  # test_serve.py runs it
                 assert main(words) == 0, line
     said = capsys.readouterr()
     assert "labels are there" in said.out and "pixel alpha" in said.out

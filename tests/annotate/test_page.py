@@ -3,8 +3,6 @@
 import hashlib
 import itertools
 import json
-import re
-import time
 from pathlib import Path
 
 import numpy as np
@@ -297,27 +295,6 @@ def test_a_blind_task_shows_no_proposal(rater):
     assert "No proposal" in someone.page.inner_text("#chips")
 
 
-PAGES = "diffdoctor.annotate", "diffdoctor.web", "diffdoctor.evaluate.compare"
-HOSTILE = "<img src=x onerror=window.hit=1><script>window.hit=1</script>\u202e'\"&"
-
-
-def test_markup_in_texts_is_text(rater):
-    def guide(project):
-        (project.folder / "guidelines.md").write_text(
-            f"# {HOSTILE}\n\n- {HOSTILE}\n\n**{HOSTILE}** [x](javascript:hit=1)"
-        )
-
-    someone = rater(meta={"prompt": HOSTILE, "category": HOSTILE}, before=guide, guidelines=True)
-    page = someone.page
-    assert page.inner_text("#prompt") == HOSTILE
-    assert page.locator("#chips span").first.text_content() == HOSTILE
-    assert page.locator("#guidelines").is_visible()
-    text = page.locator("#guidelines-text").text_content()
-    assert text.count(HOSTILE) == 3 and "[x](javascript:hit=1)" in text
-    assert page.locator("main img, article img, article script, article a").count() == 0
-    assert page.evaluate("window.hit") is None
-
-
 def test_random_edits_equal_a_replay(rater):
     """Edits, undo and redo in any order against the list of states that they went through, in the page's own engine."""
     someone = rater()
@@ -349,21 +326,6 @@ def test_budgets_at_1024(rater, capsys):
     assert ready < 10_000 and move < 100 and frame < 200 and submit < 5_000
 
 
-def test_no_text_is_put_in_as_markup():
-    """No script parses a string as HTML or runs one; the markup has no inline script or style."""
-    from importlib import resources
-
-    for file in (file for package in PAGES for file in resources.files(package).joinpath("static").iterdir()):
-        text = file.read_text()
-        assert not re.search(
-            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|DOMParser", text
-        ), file.name
-        assert not re.search(r"\sstyle=|\son\w+=\"|<script(?![^>]*\ssrc=)|<style", text) or file.name.endswith(".js"), (
-            file.name
-        )
-        assert len(text.splitlines()) <= 400, file.name
-
-
 def test_an_outline_of_large_pixels_hides_none_of_them(rater):
     someone = rater(height=18, width=40)
     mask = someone.mask() > 0
@@ -384,42 +346,3 @@ def test_an_outline_of_large_pixels_hides_none_of_them(rater):
 def read_picture(project):
     """(H, W, 3) of the first task's picture."""
     return np.array(Image.open(project.folder.parent / "pictures" / "0000.png").convert("RGB"), float)
-
-
-def test_a_program_marks_what_is_clicked_on_where_there_is_one(rater):
-    def assist(picture, x, y):
-        assert picture.shape == (SIZE["height"], SIZE["width"], 3)
-        asked.append((x, y))
-        if x < 20:
-            return np.zeros((3, 3))
-        mask = np.zeros(picture.shape[:2], bool)
-        mask[y - 5 : y + 6, x - 8 : x + 9] = True
-        return mask
-
-    asked = []
-    someone = rater(assist=assist, proposal=None)
-    assert someone.page.is_visible("#tool-assist") and not someone.mask().any()
-    someone.press("q")
-    someone.click(100, 100)
-    end = time.monotonic() + 30
-    while not someone.mask().any() and time.monotonic() < end:
-        someone.page.wait_for_timeout(40)
-    ((x, y),) = asked
-    assert abs(x - 100) <= 1 and abs(y - 100) <= 1  # the window's whole pixels are not the picture's
-    expected = np.zeros((SIZE["height"], SIZE["width"]), bool)
-    expected[y - 5 : y + 6, x - 8 : x + 9] = True
-    assert np.array_equal(someone.mask() > 0, expected)
-    someone.press("z")
-    assert not someone.mask().any()
-    someone.click(5, 100)  # the program's fault is said, and nothing is drawn
-    someone.until("#toast:not([hidden])")
-    assert "assist: expected a mask" in someone.page.inner_text("#toast") and not someone.mask().any()
-
-
-def test_without_a_program_there_is_no_such_tool(rater):
-    someone = rater()
-    before = someone.mask()
-    assert not someone.page.is_visible("#tool-assist")
-    someone.press("q")
-    someone.click(100, 30)
-    assert someone.js("app.editor.tools.tool") == "lasso" and np.array_equal(someone.mask(), before)

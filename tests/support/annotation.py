@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import json
 import struct
 import urllib.request
@@ -15,6 +16,9 @@ from diffdoctor.annotate import masks
 from diffdoctor.annotate.intake import NewTask, add_task
 from diffdoctor.annotate.project import Project, read_place
 from diffdoctor.data.codec import encode_picture
+
+#: {name: role} of a project's people.
+PEOPLE = {"ann": "annotator", "ben": "annotator", "rev": "reviewer", "adm": "admin"}
 
 
 def picture(seed: int = 0, height: int = 48, width: int = 64) -> np.ndarray:
@@ -63,6 +67,11 @@ def make_project(folder: Path, tasks: int = 3, *, height: int = 48, width: int =
     return project
 
 
+def sha256(mask: np.ndarray) -> str:
+    """As the server answers it for a mask (H, W) uint8."""
+    return hashlib.sha256(mask.tobytes()).hexdigest()
+
+
 @contextlib.contextmanager
 def serving(project: Project, assist=None):
     """The address of a server of the project, which runs in a thread of this process; `assist`: see `build_app`."""
@@ -100,6 +109,12 @@ class Client:
         body = None if verb == "GET" else json.dumps(value or {}).encode()
         status, _, data = self.call(verb, path, body, {} if body is None else {"Content-Type": "application/json"})
         return status, json.loads(data)
+
+    def next_task(self) -> dict:
+        """The next task, once the one that is held is answered."""
+        status, task = self.json("POST", "/api/next")
+        assert status == 200 and task["task"] is not None
+        return task
 
     def put(self, path: str, fields: dict, planes: dict | None = None, **headers):
         """(status, value) of an endpoint that takes an envelope."""
