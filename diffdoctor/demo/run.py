@@ -36,9 +36,10 @@ class Demo:
 
     Args:
         config: the run's options.
+        alone: see `Stages`.
     """
 
-    def __init__(self, config: DemoConfig):
+    def __init__(self, config: DemoConfig, *, alone: bool = True):
         self.config = config
         settings = dataclasses.asdict(config)
         # What does not change a stored stage may differ between the runs of one folder.
@@ -46,7 +47,7 @@ class Demo:
             del settings[name]
         self.settings = {"diffdoctor": __version__, **settings}
         self.output = Path(config.output)
-        self.stages = Stages(config.output, self.settings, overwrite=config.overwrite)
+        self.stages = Stages(config.output, self.settings, overwrite=config.overwrite, alone=alone)
 
     def data(self):
         """The labelled digits, from their shards."""

@@ -22,18 +22,19 @@ class Stages:
         settings: what decides the results.
         kind: of run.
         overwrite: delete the stages of a run with other settings instead of refusing.
+        alone: whether no other process makes stages there; only then is what a kill left half-written removed.
 
     Raises:
         UserError: if the folder cannot be written, or holds a run with other settings or of another kind.
     """
 
-    def __init__(self, output, settings: dict, *, kind: str = "demo", overwrite: bool = False):
+    def __init__(self, output, settings: dict, *, kind: str = "demo", overwrite: bool = False, alone: bool = True):
         self.output = Path(output)
         self.stages = Units(self.output / "stages", f"/{RECORD}")
         self.seconds: dict[str, float] = {}
         advice = "choose another folder, or --overwrite true to start again"
         run = RunFolder(self.output, kind, settings, {"stages": None}, advice=advice)
-        run.begin(settings, overwrite=overwrite)
+        run.begin(settings, overwrite=overwrite, alone=alone)
 
     def path(self, name: str) -> Path:
         """The folder of a stage."""

@@ -35,16 +35,19 @@ class FolderLock:
     def __init__(self, folder: str | Path):
         self.folder, self._descriptor = Path(folder), None
 
-    def acquire(self) -> None:
+    def acquire(self, *, shared: bool = False) -> None:
         """Lock the folder, if it is there and not locked by this object already.
 
+        Args:
+            shared: with other processes that take it so; none of them may clear away what it did not write.
+
         Raises:
-            UserError: if another process holds it.
+            UserError: if another process holds it, and not both share it.
         """
         while fcntl is not None and self._descriptor is None and self.folder.is_dir():
             descriptor = os.open(self.folder, os.O_RDONLY)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except OSError as error:
                 os.close(descriptor)
                 if error.errno in (errno.EAGAIN, errno.EACCES):
@@ -58,6 +61,11 @@ class FolderLock:
                 continue
             self._descriptor = descriptor
             _acquired.add(self)
+
+    def share(self) -> None:
+        """From now on, let others have the folder who share it; does nothing where it is not held."""
+        if self._descriptor is not None:
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
 
     def release(self) -> None:
         """Let others have the folder; does nothing where it is not held."""
@@ -101,22 +109,26 @@ def make_folder(folder: str | Path) -> None:
 
 
 @contextmanager
-def locked_folder(folder: str | Path, *, main: bool = True) -> Iterator[None]:
+def locked_folder(folder: str | Path, *, main: bool = True, shared: bool = False) -> Iterator[FolderLock | None]:
     """Make a folder, and inside keep it to this process.
 
     Args:
         main: of several processes that share the work, only the main one locks the folder; the others do nothing here.
+        shared: see `FolderLock.acquire`.
+
+    Yields:
+        The lock, where this process has it.
 
     Raises:
         UserError: if another process holds it, or it cannot be made.
     """
     if not main:
-        yield
+        yield None
         return
     lock = FolderLock(folder)
     make_folder(folder)
-    lock.acquire()
+    lock.acquire(shared=shared)
     try:
-        yield
+        yield lock
     finally:
         lock.release()

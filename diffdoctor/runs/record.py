@@ -175,7 +175,7 @@ class RunFolder:
         self._seen = record, found
         return self._is_ours(record)
 
-    def begin(self, config: Any = None, *, overwrite: bool = False) -> list[str]:
+    def begin(self, config: Any = None, *, overwrite: bool = False, alone: bool = True) -> list[str]:
         """Make the folder this run's, when all else has been checked: on the main process alone.
 
         What was checked is checked again, since another process may have been here before this one had the lock. What
@@ -184,6 +184,7 @@ class RunFolder:
         Args:
             config: written as config.yaml: a dataclass or a dict; None: nothing is.
             overwrite: see `check`.
+            alone: whether no other process works for this run; only then is anything removed as left by a kill.
 
         Returns:
             What differed in the run whose results were deleted; empty where nothing was.
@@ -198,10 +199,12 @@ class RunFolder:
         resumes = self.check(overwrite=overwrite)
         if seen is not None and self._seen != seen:
             raise UserError(f"{self.path}: another process has been at work there meanwhile; run this again to resume")
-        clear_leftovers(self.path, RUN)
+        if alone:
+            clear_leftovers(self.path, RUN)
         deleted: list[str] = []
         if (record := self._record()) is not None:
-            self._clear_leftovers()
+            if alone:
+                self._clear_leftovers()
             if not resumes and self._present():
                 deleted = self._differences(record)
                 self.discard()

@@ -37,6 +37,17 @@ class TestStages:
         assert (folder / "result").read_text() == "whole"
         assert sorted(os.listdir(tmp_path / "stages")) == ["one"]
 
+    def test_what_another_process_is_writing_stays(self, tmp_path):
+        def make(folder):
+            other = Stages(tmp_path, {"seed": 0}, alone=False)
+            assert not other.done("one")
+            other.run("two", lambda folder: None)
+            (folder / "result").write_text("whole")
+
+        folder = Stages(tmp_path, {"seed": 0}).run("one", make)
+        assert (folder / "result").read_text() == "whole"
+        assert sorted(os.listdir(tmp_path / "stages")) == ["one", "two"]
+
     def test_other_settings_are_refused_unless_overwritten(self, tmp_path):
         Stages(tmp_path, {"seed": 0}).run("one", lambda folder: None)
         with pytest.raises(ValueError, match=r"another seed \(expected 0, got 1\); choose another folder"):

@@ -48,6 +48,19 @@ def test_a_killed_process_holds_nothing(holder, tmp_path):
         pass
 
 
+def test_those_who_share_a_folder_keep_others_out(tmp_path):
+    with locked_folder(tmp_path / "out") as first:
+        with pytest.raises(UserError, match="another process is at work there"):
+            FolderLock(tmp_path / "out").acquire(shared=True)
+        first.share()
+        with locked_folder(tmp_path / "out", shared=True):
+            first.release()
+            with pytest.raises(UserError, match="another process is at work there"):
+                FolderLock(tmp_path / "out").acquire()
+    with locked_folder(tmp_path / "out"):
+        pass
+
+
 PARENT = """
 import os, sys, time
 from diffdoctor.runs.lock import FolderLock

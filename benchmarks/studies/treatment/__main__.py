@@ -68,16 +68,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     quiet_loaders()
     settings = Settings(seed=options.seed, pictures=options.pictures, **options.settings)
-    folders = () if options.part else dict.fromkeys((options.output, *filter(None, [options.demo])))
+    folders, is_part = dict.fromkeys((options.output, *filter(None, [options.demo]))), bool(options.part)
     try:
-        with cpu_settings(options.threads), contextlib.ExitStack() as locks:
-            # a part runs in the folders that the study keeps
-            for folder in folders:
-                locks.enter_context(locked_folder(folder))
-            study = Study(options.output, settings, demo=options.demo, overwrite=options.overwrite and not options.part)
-            if options.part:
+        with cpu_settings(options.threads), contextlib.ExitStack() as stack:
+            # Parts share the folders, with one another and with the study, which alone clears up, before its first one.
+            locks = [stack.enter_context(locked_folder(folder, shared=is_part)) for folder in folders]
+            overwrite = options.overwrite and not is_part
+            study = Study(options.output, settings, demo=options.demo, overwrite=overwrite, alone=not is_part)
+            if is_part:
                 study.run(options.part)
                 return 0
+            for lock in locks:
+                lock.share()
             return _run(study, options, [word for word in arguments if word != "--overwrite"])
     except UserError as error:
         print(error, file=sys.stderr)

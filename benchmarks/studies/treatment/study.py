@@ -74,15 +74,17 @@ class Study:
         demo: folder of a `diffdoctor demo` with the same seed, whose data, detector, judge, classifier and pipeline
             serve here; what it lacks is made there. None: `output`/demo.
         overwrite: start again where the folder holds another study.
+        alone: see `Stages`.
     """
 
-    def __init__(self, output, settings: Settings, *, demo=None, overwrite: bool = False):
+    def __init__(self, output, settings: Settings, *, demo=None, overwrite: bool = False, alone: bool = True):
         self.output, self.settings = Path(output), settings
         stored = {"diffdoctor": __version__, **dataclasses.asdict(settings)}
         stored |= {"by_pipeline": BY_PIPELINE, "by_method": BY_METHOD}
-        self.stages = Stages(output, stored, kind="treatment study", overwrite=overwrite)
+        self.stages = Stages(output, stored, kind="treatment study", overwrite=overwrite, alone=alone)
         folder = Path(demo) if demo else self.output / "demo"
-        self.demo = Demo(DemoConfig(output=str(folder), seed=settings.seed, overwrite=overwrite, **settings.demo))
+        config = DemoConfig(output=str(folder), seed=settings.seed, overwrite=overwrite, **settings.demo)
+        self.demo = Demo(config, alone=alone)
 
     def done(self, part: str) -> bool:
         """Whether a part, "shared" or "<pipeline>/<pipeline, before or method>", is finished."""
