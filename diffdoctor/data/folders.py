@@ -12,6 +12,7 @@ from diffdoctor.data.shard_writer import SHEET
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.data.text import readable
 from diffdoctor.data.video import ANIMATION_SUFFIXES, VIDEO_SUFFIXES, is_video
+from diffdoctor.runs.files import without_case
 from diffdoctor.runs.record import kind_of_run
 
 MAP_ENDING = ".mask.png"  # beside a picture, as in shards
@@ -110,11 +111,17 @@ def _is_entered(folder: Path, seen: set[str], kept_out: list[str], counts: SkipC
 def names_of(files: list[Path], folder: Path) -> list[str]:
     r"""What files are called in results: their paths below the folder, without suffix unless that would be ambiguous.
 
-    The suffix is kept where two files differ in nothing else, and where a name would be that of another picture, or of
-    one in another shard or video. Bytes of a file name that are not Unicode are written as \udcff.
+    The suffix is kept where two files differ in nothing else, or in letter case besides, and where a name would be that
+    of another picture, or of one in another shard or video. Bytes of a file name that are not Unicode are written as
+    \udcff.
     """
     full = [readable(path.relative_to(folder).as_posix()) for path in files]
     names = [readable(path.relative_to(folder).with_suffix("").as_posix()) for path in files]
+    alike: dict[str, set[str]] = {}
+    for short, whole in zip(names, full, strict=True):
+        alike.setdefault(without_case(short), set()).add(without_case(whole))
+    # Their files would be one where a file system takes no notice of letter case.
+    names = [whole if len(alike[without_case(short)]) > 1 else short for short, whole in zip(names, full, strict=True)]
     while True:
         count = collections.Counter(names)
         # Pictures in a shard are called SHARD/KEY, and the maps of a video lie in VIDEO/.

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from diffdoctor.data.sources import Source
 from diffdoctor.data.store_path import absolute
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.files import ignores_case, without_case
 from diffdoctor.runs.journal import Journal, Records
+
+# Why a picture is left out, see `ResultNames`.
+CASE_ALONE = "a name that differs from another picture's in letter case alone"
 
 
 class SourceIndex:
@@ -54,13 +58,49 @@ class SourceIndex:
             if stamp == self.stamps[source.name]:
                 yield record
 
+    def refuse_one_file(self, folder) -> None:
+        """Refuse sources whose results would be one file in `folder`, which need not exist.
+
+        Raises:
+            UserError: its file system takes no notice of letter case, and two names differ in nothing else.
+        """
+        taken = ResultNames(folder)
+        for source in self.sources:
+            if (other := taken.take(source.name)) is not None:
+                same = f"differs from {self._named[other].path} in letter case alone, which {folder} takes no notice of"
+                raise UserError(f"{source.path}: {same}; rename one, or choose an output folder on another disk")
+
     def mark(self, shard: str, pictures: int) -> str:
         """The text that marks a shard, in its present state, as completed with this many pictures."""
         return f"{shard} {self.stamps[shard]} {pictures}"
 
 
+class ResultNames:
+    """The names of results in a folder, told apart as its file system does.
+
+    Args:
+        folder: of the results; need not exist.
+        names: of results that are there or will be.
+    """
+
+    def __init__(self, folder, names: Iterable[str] = ()):
+        self._owners = {without_case(name): name for name in names} if ignores_case(folder) else None
+
+    def take(self, name: str) -> str | None:
+        """Take a name; returns the other name whose files this one's would replace, if there is one."""
+        if self._owners is None:
+            return None
+        owner = self._owners.setdefault(without_case(name), name)
+        return None if owner == name else owner
+
+
 class Completed:
-    """The names of the pictures and shards that earlier attempts completed."""
+    """The names of the pictures and shards that earlier attempts completed.
+
+    Attributes:
+        names: of the pictures.
+        shards: names of the shards.
+    """
 
     def __init__(self, index: SourceIndex, journal: Journal):
         records = journal.read()
@@ -68,6 +108,11 @@ class Completed:
         counts = collections.Counter(index.source(name).name for name in self.names)
         shards = [source.name for source in index.sources if source.is_shard]
         self.shards = {shard for shard in shards if index.mark(shard, counts[shard]) in records.shards}
+        self._files = [source.name for source in index.sources if not source.is_shard]
+
+    def result_names(self, folder) -> ResultNames:
+        """The names that are known before a shard is read, as those of files in `folder`."""
+        return ResultNames(folder, [*self.names, *self._files])
 
 
 def absolute_path(source: Source) -> str:

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import torch
 
-from diffdoctor.data.source_index import Completed, SourceIndex, absolute_path, gather_counts
+from diffdoctor.data.source_index import (
+    CASE_ALONE,
+    Completed,
+    ResultNames,
+    SourceIndex,
+    absolute_path,
+    gather_counts,
+)
 from diffdoctor.data.sources import Source, find_sources, read_source
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.confidence import check_detector
@@ -63,6 +70,7 @@ def run_repair(config: RepairConfig) -> dict:
     with RunFolder(config.output, "repair", _identity(config, detector), RESULTS, main=state.is_main_process) as run:
         run.check()
         index = SourceIndex(sources)
+        index.refuse_one_file(run.path)
         journal = Journal(run.path / RECORDS, state.process_index)
         completed = Completed(index, journal)
         pipeline = load_pipeline("pipeline", config.pipeline, dtype=config.dtype, quantize=config.quantize)
@@ -112,6 +120,7 @@ def _repair_units(
     last bits of a drawing do depend on its batch.
     """
     counts, size = SkipCounts(), config.batch_size
+    taken = completed.result_names(config.output)
     files = [source for source in index.sources if not source.is_shard]
     shards = [source for source in index.sources if source.is_shard]
     units = [files[first : first + size] for first in range(0, len(files), size)] + [[shard] for shard in shards]
@@ -128,7 +137,7 @@ def _repair_units(
                 pictures += len(samples)
                 if any(sample["name"] not in completed.names for sample in samples):
                     # The files must be on the disk before their records.
-                    journal.append(list(_repair_batch(repairer, samples, config, counts)))
+                    journal.append(list(_repair_batch(repairer, samples, taken, config, counts)))
                 bar.update(len(samples))
             # A shard of which something was skipped is read again by the next attempt, which counts that again.
             if shard and counts.total == before:
@@ -154,7 +163,9 @@ def _batches(samples: Iterator[dict], size: int) -> Iterator[list[dict]]:
         yield batch
 
 
-def _repair_batch(repairer: Repairer, samples: list[dict], config: RepairConfig, counts: SkipCounts) -> Iterator[dict]:
+def _repair_batch(
+    repairer: Repairer, samples: list[dict], taken: ResultNames, config: RepairConfig, counts: SkipCounts
+) -> Iterator[dict]:
     """Repair pictures together, write their files and yield their records."""
     options, jobs = repairer.options, []
     for sample in samples:
@@ -167,6 +178,9 @@ def _repair_batch(repairer: Repairer, samples: list[dict], config: RepairConfig,
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of memory: give a smaller --batch_size than {config.batch_size}") from error
     for sample, repaired in zip(samples, done, strict=True):
+        if (other := taken.take(sample["name"])) is not None:
+            counts.add(CASE_ALONE, sample["name"], config.strict, other)
+            continue
         try:
             _write(Path(config.output), sample["name"], repaired)
         except OSError as error:

@@ -11,6 +11,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -82,6 +83,27 @@ def _short(part: str, ending: str) -> str:
         return part + ending
     beginning = os.fsencode(allowed)[:200].decode("utf-8", "ignore")
     return f"{beginning}-{hashlib.sha256(os.fsencode(part)).hexdigest()[:16]}{ending}"
+
+
+def ignores_case(folder) -> bool:
+    """Whether a folder's file system takes names that differ in letter case alone for one, as on Windows and macOS.
+
+    Args:
+        folder: need not exist.
+    """
+    folder = Path(folder).absolute()
+    for path in (folder, *folder.parents):
+        other = path.with_name(path.name.swapcase()) if path.name else path
+        if other.name != path.name and path.exists():
+            with suppress(OSError):
+                return os.path.samefile(path, other)
+            return False
+    return _IS_WINDOWS
+
+
+def without_case(name: str) -> str:
+    """What names have in common that a file system may take for one: letter case and composition left out."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from diffdoctor.data.sources import find_sources, read_source
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.maps import find_map, read_folder, write_map
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.files import atomic_write_json, file_name
+from diffdoctor.runs.files import atomic_write_json, file_name, ignores_case
 from support.pictures import picture
 
 Image = pytest.importorskip("PIL.Image")
@@ -116,6 +116,9 @@ def test_names_tell_all_pictures_apart(tmp_path):
     assert names("s.tar", "s.png", "s/x.png") == ["s.tar", "s.png", "s/x"]
     assert names("s.tar", "s/t.tar", "s/t/x.png") == ["s.tar", "s/t.tar", "s/t/x"]
     assert names("v.mp4", "v/x.png", "w.mov") == ["v.mp4", "v/x", "w"]
+    # Where letter case does not count, their maps would be one file; a suffix alone does not help the last two.
+    assert names("A.jpg", "a.png", "B.png", "b.png") == ["A.jpg", "a.png", "B", "b"]
+    assert names("e\u0301.jpg", "\u00e9.png") == ["e\u0301.jpg", "\u00e9.png"]
 
 
 def test_a_video_beside_a_picture_of_its_name_takes_no_map_away(tmp_path):
@@ -212,6 +215,12 @@ def test_a_folder_that_cannot_be_read_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(folders.os, "listdir", refusing)
     assert found(tmp_path) == (["a"], {"a folder that cannot be read": 1})
+
+
+def test_letter_case_is_looked_up_where_the_folder_is(tmp_path, monkeypatch):
+    assert not ignores_case(tmp_path / "Not There")
+    monkeypatch.setattr(os.path, "samefile", lambda path, other: str(path).lower() == str(other).lower())
+    assert ignores_case(tmp_path / "Not There")
 
 
 def test_no_file_name_is_longer_than_a_file_system_takes():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from diffdoctor.cli import main
+from diffdoctor.data import source_index
 from diffdoctor.detector import ConvDetector, PreprocessConfig
 from diffdoctor.detector.commands.diagnose import DiagnoseConfig, run_diagnose
 from diffdoctor.detector.commands.inject import InjectConfig, run_inject
@@ -143,6 +144,30 @@ def test_two_names_that_exclude_each_other_cost_one_picture(tmp_path, detector):
     metrics = run_diagnose(DiagnoseConfig([str(tmp_path / "pictures")], detector, str(tmp_path / "out")))
     assert list(records_of(tmp_path / "out")) == ["00", "s/a", "s/c"]
     assert metrics["skipped"] == {"a name that no file can have here": 1}
+
+
+def test_names_that_differ_in_letter_case_alone(tmp_path, detector, monkeypatch):
+    """On a file system that takes them for one, none replaces another's files."""
+    write_pictures(tmp_path / "pictures", 1)
+    data = (tmp_path / "pictures" / "00.png").read_bytes()
+    with tarfile.open(tmp_path / "pictures" / "s.tar", "w") as tar:
+        for name in ("Cat.png", "cat.png", "dog.png"):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    config = DiagnoseConfig([str(tmp_path / "pictures")], detector, str(tmp_path / "out"))
+    monkeypatch.setattr(source_index, "ignores_case", lambda folder: True)
+    for _ in range(2):  # the second attempt counts them again
+        metrics = run_diagnose(config)
+        assert list(records_of(tmp_path / "out")) == ["00", "s/Cat", "s/dog"]
+        assert metrics["skipped"] == {source_index.CASE_ALONE: 1}
+        assert metrics["skipped_examples"] == {source_index.CASE_ALONE: "s/cat (s/Cat)"}
+    for name in ("A.png", "a.png"):
+        (tmp_path / "pictures" / name).write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.png: differs from .*A\.png in letter case alone"):
+        run_diagnose(config)
+    monkeypatch.undo()
+    assert run_diagnose(config)["pictures"] == 6
 
 
 def test_an_output_below_its_input_is_not_diagnosed(tmp_path, detector):

@@ -14,6 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffdoctor.cli import main
+from diffdoctor.data import source_index
 from diffdoctor.data.shard_writer import write_shards
 from diffdoctor.viz.draw import png_bytes
 from support.paths import PROGRAMS, TESTS
@@ -179,3 +180,14 @@ def test_bad_input_ends_in_one_line_and_writes_no_picture(files, tmp_path, capsy
     after = tree(tmp_path)
     assert {name: data for name, data in after.items() if not name.startswith("out/")} == before
     assert not any(name.startswith("out/pictures") for name in after)
+
+
+def test_names_that_differ_in_letter_case_alone_are_repaired_once(files, tmp_path, monkeypatch):
+    samples = ({"key": key, "picture": blocks(24, 24, ((3, 3, 6, 6),)), "prompt": "a sign",
+                "mask": np.zeros((24, 24), np.float32)} for key in ("Sign", "sign"))  # fmt: skip
+    write_shards(samples, tmp_path / "set")
+    monkeypatch.setattr(source_index, "ignores_case", lambda folder: True)
+    assert run(files, tmp_path / "out", pictures=[str(tmp_path / "set")]) == 0
+    assert [name.rpartition("/")[2] for name in lines(tmp_path / "out")] == ["Sign"]
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["skipped"] == {source_index.CASE_ALONE: 1}

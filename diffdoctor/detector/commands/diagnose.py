@@ -3,7 +3,14 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffdoctor.data.source_index import Completed, SourceIndex, absolute_path, gather_counts
+from diffdoctor.data.source_index import (
+    CASE_ALONE,
+    Completed,
+    ResultNames,
+    SourceIndex,
+    absolute_path,
+    gather_counts,
+)
 from diffdoctor.data.sources import Source, find_sources, listed_sources
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.commands.diagnose_batches import confidences, diagnosis_batches
@@ -69,6 +76,7 @@ def _diagnose(
     run.check()
     journal = Journal(run.path / RECORDS, state.process_index)
     index = SourceIndex(sources)
+    index.refuse_one_file(run.path)
     completed = Completed(index, journal)
     detector.to(open_device(config.device, state.device))
     detector.to(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
@@ -104,6 +112,7 @@ def _diagnose_units(
 ) -> SkipCounts:
     """Diagnose this process's units; returns what all processes skipped."""
     counts, units = SkipCounts(), _units(index.sources, config.batch_size)
+    taken = completed.result_names(config.output)
     files = sum(len(unit) for unit in units if not unit[0].is_shard)
     total = files if not any(unit[0].is_shard for unit in units) else None
     show = progress(total, desc="diagnose", unit="picture", enabled=state.is_main_process)
@@ -127,7 +136,7 @@ def _diagnose_units(
                 missing = {sample["name"] for sample in batch if sample["name"] not in completed.names}
                 if missing:
                     # The maps must be on the disk before their records.
-                    journal.append(list(_diagnose_batch(detector, batch, missing, config, counts)))
+                    journal.append(list(_diagnose_batch(detector, batch, missing, taken, config, counts)))
                 bar.update(len(batch))
             # A shard of which something was skipped is read again by the next attempt, which counts that again.
             if shard and counts.total == before:
@@ -136,13 +145,21 @@ def _diagnose_units(
 
 
 def _diagnose_batch(
-    detector: Detector, batch: list[dict], missing: set[str], config: DiagnoseConfig, counts: SkipCounts
+    detector: Detector,
+    batch: list[dict],
+    missing: set[str],
+    taken: ResultNames,
+    config: DiagnoseConfig,
+    counts: SkipCounts,
 ) -> Iterator[dict]:
     """Diagnose a batch, and write the maps and yield the records of its `missing` pictures."""
     output = Path(config.output)
     for sample, confidence, disagreement in confidences(detector, batch, config, counts):
         name = sample["name"]
         if name not in missing:
+            continue
+        if (other := taken.take(name)) is not None:
+            counts.add(CASE_ALONE, name, config.strict, other)
             continue
         file = file_name(name, ".png")
         try:
