@@ -90,6 +90,17 @@ class Store:
         names = {name.removeprefix("/")[len(folder.removeprefix("/")) :].lstrip("/"): name for name in found}
         return {name: _facts(found[names[name]]) for name in sorted(names) if name}
 
+    def written_at(self, url: str) -> float | None:
+        """When an object was written, in seconds since 1970 by the store's clock; None where it does not say."""
+
+        def ask() -> float | None:
+            try:
+                return self.files.modified(self._path(url)).timestamp()
+            except NotImplementedError:
+                return None
+
+        return self._tried(url, "read", ask)
+
     def read(self, url: str) -> bytes:
         """A small object."""
         return self._tried(url, "read", lambda: self.files.cat_file(self._path(url)))

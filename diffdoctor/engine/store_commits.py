@@ -4,7 +4,8 @@
     commits/000123.json                                         its commit, created exclusively
     failed/000123.json                                          as in a folder
 
-The manifest, which comes last, names the files that count; what attempts left that do not is deleted at the end.
+The manifest, which comes last, names the files that count; what attempts left that do not is deleted at the end, that
+of units that were given up by a run of a day later.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import reading
 
+# Seconds after which what an attempt has put is not committed any more: hours of uploading, and a clock that is wrong.
+_ABANDONED = 24 * 3600
 # An attempt's file: the unit's id and the attempt's token.
 _ATTEMPTED = re.compile(r"(?:[a-z]+[-/])?(\d{6,})\.([0-9a-f]{8})\.[a-z.]+")
 
@@ -214,8 +217,22 @@ class StoreCommits(Commits):
             shutil.rmtree(left, ignore_errors=True)
 
     def clear_attempts(self, before: float) -> None:
-        """Delete the files of attempts at settled units that do not count."""
+        """Delete the files of attempts that do not count.
+
+        Those at settled units, and those at units that were given up a day before `before`, by when no machine can
+        still be about to commit what it has put.
+        """
+        given_up = self.failed()
         for name in self._listed():
             unit, token = _ATTEMPTED.fullmatch(name).groups()
-            if self._counting.get(unit, token) != token:
+            if self._counting.get(unit, token) != token or (
+                unit in given_up and self._is_older(name, before - _ABANDONED) and not self.is_done(unit)
+            ):
                 self._store.delete((self.output / name).url)
+
+    def _is_older(self, name: str, moment: float) -> bool:
+        try:
+            written = self._store.written_at((self.output / name).url)
+        except FileNotFoundError:  # whoever put it has deleted it
+            return False
+        return written is not None and written < moment

@@ -306,6 +306,28 @@ def test_units_count_once_in_a_store_and_what_does_not_count_goes(bucket, tmp_pa
     assert not [name for name in left if name.startswith(".attempts")]
 
 
+def test_what_was_put_for_a_unit_that_was_given_up_goes_a_day_later(bucket):
+    place = at(f"{bucket}/out")
+    commits, day = StoreCommits(place), 24 * 3600
+    left = [(place / f"made-{unit}.0a1b2c3d.txt").url for unit in ("000000", "000001", "000002")]
+    for url in left:
+        store_of(bucket).write(url, b"")
+    commits.fail("000000", "an odd unit")
+    commits.fail("000001", "an odd unit")
+
+    def there():
+        return sorted(url for url in left if store_of(bucket).files.exists(url))
+
+    now = store_of(bucket).written_at(left[0])
+    commits.clear_attempts(now + day - 1)
+    assert there() == left
+    # Another machine commits the second while this one clears up.
+    commits.failed = lambda: {"000000", "000001"}
+    store_of(bucket).write((place / "commits/000001.json").url, b"{}")
+    commits.clear_attempts(now + day + 1)
+    assert there() == left[1:]
+
+
 def test_two_machines_may_begin_one_run_at_the_same_time(bucket, tmp_path, monkeypatch):
     def run_of(identity):
         return run_folder(f"{bucket}/out", "test", {"of": identity}, dict.fromkeys((".attempts", "commits")))
