@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from diffdoctor.repairs.config import RepairOptions
 from diffdoctor.runs.errors import UserError, expected, first_line
+from diffdoctor.treat.autoguidance import refuse_autoguided
 from diffdoctor.treat.families import Conditioning, Family, family_of
 from diffdoctor.treat.rollout import picture_generators, redraw_inside
 from diffdoctor.treat.sampling import Guidance, Sampling
@@ -221,8 +222,9 @@ def open_redrawer(pipeline, options: RepairOptions) -> Redrawer:
         options: of the repair.
 
     Raises:
-        UserError: the method does not serve the pipeline, or an option does not fit.
+        UserError: the method does not serve the pipeline, an option does not fit, or the pipeline is autoguided.
     """
+    refuse_autoguided(pipeline, "repair")
     if options.method == "resume":
         return ResumeRedrawer(pipeline, options)
     try:

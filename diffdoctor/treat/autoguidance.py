@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Real
@@ -19,6 +20,8 @@ from diffdoctor.treat.families import Family, family_of
 _TIME_NAMES = ("timestep", "t")
 # Of a time that a denoiser is given, at most: bf16's, twice.
 _ROUNDING = 0.02
+# Denoisers inside a `with autoguide(...)`.
+_autoguided: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _OWN_FAMILIES = "a family of your own has time_of to say what the denoiser is given"
 
 
@@ -37,8 +40,8 @@ def autoguide(
     untreated model's through the treated one's: without + scale * (with - without). This is autoguidance (Karras et
     al., arXiv 2406.02507, equation 3), with the model before the treatment as the inferior one, in a limited interval
     (Kynkäänniemi et al., arXiv 2404.07724). It needs no detector, and half as much time again. `diffdoctor.guide` may
-    be used inside. What a LoRA changes in text encoders stays. `repair` belongs outside: it does not call the pipeline,
-    whose scheduler says which steps are in the interval.
+    be used inside. What a LoRA changes in text encoders stays. `repair` refuses the pipeline meanwhile: it does not
+    call it, and the pipeline's scheduler says which steps are in the interval.
 
         pipeline.load_lora_weights("runs/treated/lora")
         with diffdoctor.autoguide(pipeline):
@@ -78,6 +81,8 @@ def autoguide(
         raise UserError(expected("autoguide", what, "one with a cache; call disable_cache() of it"))
     interval = _Interval(family, start, stop)
     hooks: list[Callable[[], None]] = []
+    entered = [denoiser for denoiser in family.denoisers if denoiser not in _autoguided]
+    _autoguided.update(entered)
     try:
         for denoiser, switch in switches:
             hooks.append(_extrapolate(denoiser, switch, scale, interval))
@@ -85,6 +90,23 @@ def autoguide(
     finally:
         for remove in hooks:
             remove()
+        for denoiser in entered:
+            _autoguided.discard(denoiser)
+
+
+def refuse_autoguided(pipeline, what: str) -> None:
+    """Refuse a pipeline inside `with autoguide(...)`.
+
+    Args:
+        pipeline: of diffusers.
+        what: does not work there.
+
+    Raises:
+        UserError: a part of the pipeline is autoguided at the moment.
+    """
+    parts = getattr(pipeline, "components", {})
+    if any(isinstance(part, torch.nn.Module) and part in _autoguided for part in parts.values()):
+        raise UserError(expected(what, "a pipeline that is not autoguided", "one inside `with autoguide(...)`"))
 
 
 def autoguided(pipeline, scale: float | None) -> AbstractContextManager[None]:

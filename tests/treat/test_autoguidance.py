@@ -11,6 +11,7 @@ import diffdoctor
 from diffdoctor.cli import main
 from diffdoctor.data.shards import read_shards
 from diffdoctor.evaluate.model import sample_pictures
+from diffdoctor.repairs import RepairOptions
 from diffdoctor.runs.errors import UserError
 from diffdoctor.treat.autoguidance import _Interval
 from diffdoctor.treat.families import family_of
@@ -51,6 +52,17 @@ def test_scales_0_and_1_are_the_model_without_its_lora_and_with_it(name):
     assert not family_of(pipeline).denoiser._forward_hooks
     assert not any(parameter.requires_grad for parameter in family_of(pipeline).denoiser.parameters())
     assert torch.equal(draw(pipeline, name), tuned)
+
+
+@pytest.mark.parametrize("method", ["auto", "inpaint", "resume"])
+def test_repair_is_refused_inside(method):
+    pipeline, options = with_lora("sd"), RepairOptions(method=method, height=16, width=16, sampling_steps=2)
+    with diffdoctor.autoguide(pipeline):
+        with diffdoctor.autoguide(pipeline, 3.0):
+            pass
+        with pytest.raises(UserError, match="repair: expected a pipeline that is not autoguided, got one inside"):
+            diffdoctor.repair([], pipeline, random_detector(), options)
+    assert diffdoctor.repair([], pipeline, random_detector(), options) == []
 
 
 @pytest.mark.parametrize("name", FAMILIES)
