@@ -12,7 +12,7 @@ import shutil
 import stat
 import tempfile
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -287,12 +287,13 @@ def delete_dir(path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def refuse_foreign(folder, names) -> None:
+def refuse_foreign(folder, names, folders: Mapping[str, Sequence[str]] | None = None) -> None:
     """Refuse to replace or clear a folder that holds anything but files of ours.
 
     Args:
         folder: need not exist.
-        names: what belongs there, as names or patterns such as `part-*`; a folder inside never does.
+        names: what belongs there, as names or patterns such as `part-*`.
+        folders: the folders that belong there, by name, each with what belongs in it; None: there are none.
 
     Raises:
         UserError: something else is there, or a file stands where the folder is to be.
@@ -302,6 +303,9 @@ def refuse_foreign(folder, names) -> None:
     if not folder.is_dir():
         return
     for entry in sorted(folder.iterdir()):
+        if folders and entry.name in folders and not entry.is_symlink():
+            refuse_foreign(entry, folders[entry.name])
+            continue
         known = any(fnmatch.fnmatchcase(entry.name, name) for name in names)
         if not known or (entry.is_dir() and not entry.is_symlink()):
             raise UserError(

@@ -18,6 +18,7 @@ from diffdoctor.detector.damage import registry
 from diffdoctor.detector.damage.kinds import damage_kinds
 from diffdoctor.engine.options import OptionalEngineConfig
 from diffdoctor.runs.errors import UserError
+from diffdoctor.runs.lock import locked_folder
 from support.pictures import picture, tree, write_pictures
 
 pytest.importorskip("PIL")
@@ -143,6 +144,16 @@ def test_sets_of_the_two_ways_are_told_apart(clean, tmp_path):
     assert len(ShardData(tmp_path / "set")) == 6
     with pytest.raises(UserError, match="set: exists already"):
         run_inject(InjectConfig([str(tmp_path / "few")], str(tmp_path / "set"), kinds=["tint"]))
+    overwriting = InjectConfig([str(tmp_path / "few")], str(tmp_path / "set"), kinds=["tint"], overwrite=True)
+    for notes in (tmp_path / "set" / "notes.txt", tmp_path / "set" / "parts" / "notes.txt"):
+        notes.write_text("mine")
+        with pytest.raises(UserError, match=r"would be replaced, but holds 'notes\.txt'"):
+            run_inject(overwriting)
+        notes.unlink()
+    with locked_folder(tmp_path / "set"), pytest.raises(UserError, match="another process is at work there"):
+        run_inject(overwriting)
+    assert run_inject(overwriting)["pictures"] == len(ShardData(tmp_path / "set")) == 4
+    assert not (tmp_path / "set" / "parts").exists()
     with pytest.raises(UserError, match=r"few: contains the input .*00\.png; choose another folder"):
         made(tmp_path / "few", tmp_path / "few")
 

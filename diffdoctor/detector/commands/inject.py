@@ -14,7 +14,7 @@ from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.commands.inject_config import InjectConfig
 from diffdoctor.detector.commands.inject_pictures import NO_MEMORY, size_check, versions_of, why_unused
 from diffdoctor.detector.commands.inject_results import print_made, refuse_empty, source_inside
-from diffdoctor.detector.commands.inject_units import inject_in_units
+from diffdoctor.detector.commands.inject_units import inject_in_units, is_made_in_units, refuse_beside_units
 from diffdoctor.detector.damage.kinds import damage_kinds
 from diffdoctor.detector.damage.plugins import load_plugins
 from diffdoctor.detector.damage.stats import Cursor, InjectStats
@@ -47,7 +47,9 @@ def run_inject(config: InjectConfig) -> dict:
     run = RunFolder(output, "inject", _identity(config, sources, plugins), {})
     work, metrics = work_folder(output), _already_made(config, run, sources)
     if metrics is None or work.exists():
-        with locked_folder(work):
+        in_units = config.overwrite and is_made_in_units(output)
+        # A run in units keeps the output itself to its process.
+        with locked_folder(work), locked_folder(output, main=in_units):
             # Another process may have made the set, or been killed while it replaced one, before this one had the lock.
             clear_leftovers(output.parent, output.name)
             try:
@@ -85,7 +87,10 @@ def _refuse_loss(output: Path, sources: list[Source]) -> None:
     """Refuse an output whose replacement would delete a source, or anything but an earlier set."""
     if (path := source_inside(output, sources)) is not None:
         raise UserError(f"{output}: would be replaced, but contains the input {path}; choose another folder")
-    refuse_no_set(output)
+    if is_made_in_units(output):
+        refuse_beside_units(output)
+    else:
+        refuse_no_set(output)
 
 
 def _clear_finished(work: Path, run: RunFolder) -> None:

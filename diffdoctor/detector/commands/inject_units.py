@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from diffdoctor.data.manifest import MANIFEST
 from diffdoctor.data.pictures import shrink_to
 from diffdoctor.data.resumable import load_state, save_state
-from diffdoctor.data.shard_writer import SHEET
+from diffdoctor.data.shard_writer import RECORDS, SHEET
 from diffdoctor.data.sources import Source, read_source
 from diffdoctor.data.store import is_url
 from diffdoctor.data.tar import SkipCounts
@@ -21,18 +22,19 @@ from diffdoctor.detector.damage.kinds import damage_kinds
 from diffdoctor.detector.damage.plugins import load_plugins
 from diffdoctor.detector.damage.stats import EXAMPLES, InjectStats
 from diffdoctor.detector.damage.versions import Origin
-from diffdoctor.engine.attempt import Attempt
+from diffdoctor.engine.attempt import ATTEMPTS, Attempt
+from diffdoctor.engine.commits import COMMITS, FAILED, PLAN
 from diffdoctor.engine.places import commits_at
 from diffdoctor.engine.running import Report
-from diffdoctor.engine.sets import IDENTITIES, PARTS, RESULTS, UnitFiles, make_set
+from diffdoctor.engine.sets import IDENTITIES, PARTS, RESULTS, SHARDS, UnitFiles, make_set
 from diffdoctor.engine.source_units import plan_of_sources, sources_of
 from diffdoctor.engine.store_run import run_folder
 from diffdoctor.engine.units import Place, Plan, Unit, Worker, check_unchanged
 from diffdoctor.measures.pixels import is_flagged
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError
-from diffdoctor.runs.files import atomic_write_bytes, atomic_write_json, reading
-from diffdoctor.runs.record import METRICS, RunFolder, as_json, versions
+from diffdoctor.runs.files import atomic_write_bytes, atomic_write_json, reading, refuse_foreign
+from diffdoctor.runs.record import METRICS, RunFolder, as_json, kind_of_run, versions
 from diffdoctor.training.processes import process_state
 from diffdoctor.viz.draw import contact_sheet
 
@@ -71,6 +73,21 @@ def inject_in_units(
         report, found = made
         found.skipped.join(not_read)
         return _write_results(config, folder, plan, report, found.skipped)
+
+
+def is_made_in_units(output: Path) -> bool:
+    """Whether a folder holds a set that is made in units, finished or not."""
+    return kind_of_run(output) == "inject" and (output / PLAN).is_file()
+
+
+def refuse_beside_units(output: Path) -> None:
+    """Refuse to replace a set that was made in units where something else lies in its folder.
+
+    Raises:
+        UserError: names it.
+    """
+    folders = {ATTEMPTS: ("*",), COMMITS: ("*.json",), FAILED: ("*.json",), PARTS: ("*.parquet", "*.npz")}
+    refuse_foreign(output, (MANIFEST, SHARDS, PLAN, *RECORDS), folders)
 
 
 def _digest(config: InjectConfig, plugins: list[str]) -> str:
