@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -173,21 +173,48 @@ class OfflineFolder:
         self._is_known = False
 
     def __iter__(self) -> Iterator[dict]:
-        from diffdoctor.data.sources import read_source
-
         read = without = 0
         for source in self._sources:
-            if source.is_video:
-                samples = self._clip(source)
-            else:
-                samples = read_source(source, counts=self._counts, masks="ignored")
-            for sample in samples:
-                prompt = str(sample.get("prompt") or "")
-                read, without = read + 1, without + (not prompt.strip())
-                yield {"picture": sample["picture"], "prompt": prompt, "name": sample["name"]}
+            for sample in self._read(source):
+                read, without = read + 1, without + (not sample["prompt"].strip())
+                yield sample
         if not self._is_known:
             self._is_known = True
             self._tell(read, without)
+
+    def chosen(self, names: set[str]) -> Iterator[dict]:
+        """The pairs of these names, and others of the shards in which they may be."""
+        for source in self._sources:
+            if source.is_shard or source.name in names:
+                yield from self._read(source)
+
+    def _read(self, source: Source) -> Iterator[dict]:
+        from diffdoctor.data.sources import read_source
+
+        if source.is_video:
+            samples = self._clip(source)
+        else:
+            samples = read_source(source, counts=self._counts, masks="ignored")
+        for sample in samples:
+            yield {name: sample[name] for name in ("picture", "name")} | {"prompt": str(sample.get("prompt") or "")}
+
+    @property
+    def facts(self) -> Callable[[], Iterator[bytes]] | None:
+        """What gives the bytes of each video's file with its caption, so that it is decoded once; None: all are
+        pictures."""
+        return self._facts if any(source.is_video for source in self._sources) else None
+
+    def _facts(self) -> Iterator[bytes]:
+        from diffdoctor.data.sources import caption_of
+        from diffdoctor.data.tar import SkipCounts
+
+        yield repr(self.frames).encode()
+        for source in self._sources:
+            caption = caption_of(source, False, SkipCounts()) if source.is_video else ""
+            yield repr((source.name, source.path.stat().st_size, caption)).encode()
+            with open(source.path, "rb") as file:
+                while block := file.read(2**20):
+                    yield block
 
     def _clip(self, source: Source) -> Iterator[dict]:
         """A video's first frames (T, H, W, 3), or nothing where it has too few or cannot be read."""

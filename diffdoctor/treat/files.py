@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from diffdoctor.runs import strict_json
@@ -21,6 +20,7 @@ from diffdoctor.treat.adapters import adapters_digest
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family
 from diffdoctor.treat.lora import WEIGHTS_NAME
+from diffdoctor.treat.offline import PairSource
 
 # options that change what is kept, watched or held in memory, but not the result: a run may be resumed with others
 _FREE = (
@@ -70,7 +70,7 @@ def digests_of(
     detector: torch.nn.Module,
     monitor: torch.nn.Module | None,
     prompts: Sequence[str],
-    pairs: Iterable[tuple[np.ndarray, str]] | None,
+    pairs: PairSource | None,
     lora: str | None,
     reward: Callable | None,
     quality: Callable | None,
@@ -80,7 +80,7 @@ def digests_of(
     Reads every weight once: call it before anything is added to the pipeline or taken out of it.
 
     Args:
-        pairs: the offline pictures, (H, W, 3) uint8, and their prompts; None: there are none.
+        pairs: the offline pictures with their prompts; None: there are none.
         lora: from `lora_digest`, of the LoRA that is begun with; None: there is none.
         reward: the function of whole pictures; None: there is none.
         quality: the function that chooses the best weights; None: there is none.
@@ -91,10 +91,6 @@ def digests_of(
     scheduler = family.pipeline.scheduler
     # names that begin with _ are diffusers' own notes: its version, where the file lay
     steps = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    offline = hashlib.sha256()
-    for picture, prompt in pairs or ():
-        offline.update(repr((picture.shape, prompt)).encode("utf-8"))
-        offline.update(np.ascontiguousarray(picture))
     return {
         "pipeline": pipeline.hexdigest(),
         "scheduler": [type(scheduler).__name__, steps],
@@ -105,7 +101,7 @@ def digests_of(
         "reward": _function_digest(reward),
         "quality": _function_digest(quality),
         "prompts": hashlib.sha256("\n".join(prompts).encode("utf-8")).hexdigest(),
-        "offline": offline.hexdigest(),
+        "offline": hashlib.sha256().hexdigest() if pairs is None else pairs.digest(),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -80,15 +81,40 @@ class PairSource:
     Args:
         pairs: gives (picture, prompt) from the first to the last, at each call.
         names: of the pairs, filled while they are read; None: they have none.
+        facts: gives what identifies each pair where that costs less than to read it; None: its pixels do.
+        chosen: gives the samples of some names alone; None: all are read for them.
     """
 
-    def __init__(self, pairs: Callable[[], Iterable[Pair]], names: list[str] | None = None):
-        self._pairs, self._names = pairs, names
+    def __init__(
+        self,
+        pairs: Callable[[], Iterable[Pair]],
+        names: list[str] | None = None,
+        facts: Callable[[], Iterable[bytes]] | None = None,
+        chosen: Callable[[set[str]], Iterable[dict]] | None = None,
+    ):
+        self._pairs, self._names, self._facts, self._chosen = pairs, names, facts, chosen
 
-    def named(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, picture) of each pair; of a video the frame in its middle."""
-        for number, (picture, _) in enumerate(self):
-            yield self.name(number), picture if picture.ndim == 3 else picture[len(picture) // 2]
+    def digest(self) -> str:
+        """A hash of all pairs."""
+        found = hashlib.sha256()
+        if self._facts is not None:
+            for fact in self._facts():
+                found.update(fact)
+            return found.hexdigest()
+        for picture, prompt in self:
+            found.update(repr((picture.shape, prompt)).encode("utf-8"))
+            found.update(np.ascontiguousarray(picture))
+        return found.hexdigest()
+
+    def named(self, wanted: set[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, picture (H, W, 3) uint8) of the pairs of these names, and perhaps of others; of a video the frame in
+        its middle."""
+        if self._chosen is not None:
+            found = ((sample["name"], sample["picture"]) for sample in self._chosen(wanted))
+        else:
+            found = ((self.name(number), picture) for number, (picture, _) in enumerate(self))
+        for name, picture in found:
+            yield name, picture if picture.ndim == 3 else picture[len(picture) // 2]
 
     def name(self, number: int) -> str:
         """What the pair of this number is called, once it has been read; its number where it has no name."""
@@ -120,7 +146,7 @@ def checked_pairs(offline, config: TreatConfig) -> PairSource | None:
     Args:
         offline: (pictures uint8 (N, H, W, 3), prompts), or dicts with "picture" (H, W, 3) uint8 and "prompt": a
             sequence, or whatever can be iterated over again and again; None: there are none. Videos have T frames
-            before H.
+            before H. It may have `facts` and `chosen`, see `PairSource`.
         config: says whether they are needed.
 
     Raises:
@@ -141,7 +167,8 @@ def checked_pairs(offline, config: TreatConfig) -> PairSource | None:
         what = "pairs that can be read more than once, such as a list or a dataset"
         raise UserError(expected("offline", what, type(offline).__name__))
     names: list[str] = []
-    return PairSource(lambda: _named_pairs(offline, names), names)
+    more = (getattr(offline, name, None) for name in ("facts", "chosen"))
+    return PairSource(lambda: _named_pairs(offline, names), names, *more)
 
 
 def _named_pairs(samples, names: list[str]) -> Iterator[Pair]:

@@ -166,7 +166,7 @@ def _write(result: TreatResult, treatment: Treatment, output_dir: Path, webui: b
             if webui:
                 save_for_webui(treatment.sampling.family, output_dir / WEBUI_NAME)
             if len(treatment.ranking):
-                write_ranking(output_dir, treatment.ranking, lambda wanted: treatment.offline.named())
+                write_ranking(output_dir, treatment.ranking, treatment.offline.named)
             atomic_write_json(output_dir / "treat.json", _summary(result, treatment.config))
         treatment.checkpoints.keep_last()
     treatment.processes.wait()

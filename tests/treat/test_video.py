@@ -10,6 +10,7 @@ from PIL import Image
 
 import diffdoctor
 from diffdoctor.cli import main
+from diffdoctor.data import video
 from diffdoctor.data.shards import read_shards
 from diffdoctor.detector import ConvDetector
 from diffdoctor.detector.predict import diagnose_pictures
@@ -22,6 +23,7 @@ from diffdoctor.treat.command import OfflineFolder
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.loading import load_lora
 from diffdoctor.treat.lora import add_lora
+from diffdoctor.treat.offline import checked_pairs
 from diffdoctor.treat.picture_loss import picture_loss
 from diffdoctor.treat.prepare import memory_options
 from diffdoctor.treat.rollout import initial_latents, picture_generators, replay, roll_out
@@ -182,7 +184,7 @@ class LateDetector(BrightDetector):
         return torch.where(left & last.view(-1, 1, 1, 1), logits, -20.0)
 
 
-def test_a_folder_of_videos_teaches(tmp_path, caplog):
+def test_a_folder_of_videos_teaches(tmp_path, caplog, monkeypatch):
     folder = tmp_path / "videos"
     folder.mkdir()
     frames = moving_square(7, 16, 16)[0]
@@ -202,6 +204,8 @@ def test_a_folder_of_videos_teaches(tmp_path, caplog):
     assert [pair["picture"].shape for pair in OfflineFolder(str(folder))] == [(16, 16, 3)] * 3
     tiny_pipeline("wan").save_pretrained(tmp_path / "pipeline")
     ConvDetector((8, 8)).save_pretrained(tmp_path / "detector")
+    opened, open_video = [], video.open_video
+    monkeypatch.setattr(video, "open_video", lambda path, **_: opened.append(path.name) or open_video(path))
     (tmp_path / "prompts.txt").write_text(PROMPTS[0])
     options = {
         "pipeline": tmp_path / "pipeline", "detector": tmp_path / "detector", "prompts": tmp_path / "prompts.txt",
@@ -211,6 +215,30 @@ def test_a_folder_of_videos_teaches(tmp_path, caplog):
     }  # fmt: skip
     assert main(["treat", *(f"--{name}={value}" for name, value in options.items())]) == 0
     assert json.loads((tmp_path / "out" / "treat.json").read_text())["history"][0]["offline_loss"] > 0
+    assert sorted(opened[:4]) == ["a.webp", "b.webp", "broken.mp4", "short.webp"]
+    assert sorted(opened[4:]) == ["a.webp", "b.webp"]  # for the page of the ranking
+
+
+def test_folders_of_videos_are_told_apart_without_decoding(tmp_path, monkeypatch):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    frames = moving_square(7, 16, 16)[0]
+    write_animation(folder / "a.webp", frames)
+    (folder / "a.txt").write_text(PROMPTS[0])
+    monkeypatch.setattr(video, "open_video", None)
+
+    def digest(frames=FRAMES):
+        config = TreatConfig(method="weighted", num_frames=frames)
+        return checked_pairs(OfflineFolder(str(folder), frames), config).digest()
+
+    first = digest()
+    assert digest() == first != digest(FRAMES + 1)
+    (folder / "a.txt").write_text(PROMPTS[1])
+    assert digest() != first
+    (folder / "a.txt").write_text(PROMPTS[0])
+    assert digest() == first
+    write_animation(folder / "a.webp", frames[::-1])
+    assert digest() != first
 
 
 def test_guide_moves_and_rewinds_videos():
