@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.studies.signs.measures import repair_figures
 from diffdoctor.runs.files import atomic_write_json
 
 # The pictures are as small as what the detector marks on them: the whole is context, and flagged is what it doubts.
@@ -98,26 +99,15 @@ class Study:
         done = repair(arrays, load_pipeline("pipeline", self.pipeline_folder), detector, options, prompts=prompts)
         seconds = time.process_time() - started
         after = torch.from_numpy(np.stack([each.pixels for each in done])).permute(0, 3, 1, 2)
-        outside = sum(
-            int((new != old.numpy()).any(0)[~each.mask].sum())
-            for each, new, old in zip(done, after.numpy(), pictures, strict=True)
-        )
-        seams = np.array([each.seam() for each in done if each.changed]).reshape(-1, 3)
-        regions = [region for each in done for region in each.regions]
         return {
             "way": kind,
             "set": name,
             "pictures": len(done),
             "judge": artifact_rates(self.is_flagged(pictures), self.is_flagged(after)),
             "digit_accuracy": [self.shows_digit(pictures, digits), self.shows_digit(after, digits)],
-            "changed_outside": outside,
-            "seam_ratio": float(seams[:, 1] @ seams[:, 2] / (seams[:, 0] @ seams[:, 2])) if len(seams) else None,
-            "regions": len(regions),
-            "kept": sum(region.kept for region in regions),
-            "tries": sum(len(region.tries) for region in regions),
-            "changed_share": float(np.mean([each.mask.mean() for each in done])),
+            **repair_figures(done, arrays),
             "cpu_seconds": seconds,
-        }  # fmt: skip
+        }
 
 
 def misses(rows: list[dict]) -> list[str]:
@@ -133,8 +123,8 @@ def misses(rows: list[dict]) -> list[str]:
             continue
         if row["set"] == "damaged" and row["judge"]["after"] > row["judge"]["before"] / 4:
             found.append(f"{name}: the judge's rate fell to {row['judge']['after']:.3f} only")
-        if row["seam_ratio"] is not None and row["seam_ratio"] > 1.1:
-            found.append(f"{name}: the seam's energy is {row['seam_ratio']:.2f} of that before")
+        if row["seam"] is not None and row["seam"] > 1.1:
+            found.append(f"{name}: the seam's energy is {row['seam']:.2f} of that before")
     return found
 
 
@@ -156,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         rate, digit = row["judge"], row["digit_accuracy"]
-        seam = "–" if row["seam_ratio"] is None else f"{row['seam_ratio']:.2f}"
+        seam = "–" if row["seam"] is None else f"{row['seam']:.2f}"
         print(
             f"| {ROWS[row['way']]} | {row['pictures']} {row['set']} | {rate['before']:.1%} → {rate['after']:.1%} "
             f"| {digit[0]:.1%} → {digit[1]:.1%} | {row['changed_outside']} | {seam} "

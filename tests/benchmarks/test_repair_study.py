@@ -8,12 +8,12 @@ from diffdoctor import cli
 
 def test_what_falls_short_is_said():
     judge = {"before": 1.0, "after": 0.1}
-    good = {"way": "resume", "set": "damaged", "judge": judge, "changed_outside": 0, "seam_ratio": 1.0, "kept": 9}
-    assert misses([good, good | {"way": "lie", "kept": 0, "seam_ratio": None}]) == []
+    good = {"way": "resume", "set": "damaged", "judge": judge, "changed_outside": 0, "seam": 1.0, "kept": 9}
+    assert misses([good, good | {"way": "lie", "kept": 0, "seam": None}]) == []
     bad = [
         good | {"changed_outside": 1},
         good | {"judge": {"before": 1.0, "after": 0.3}},
-        good | {"seam_ratio": 1.2},
+        good | {"seam": 1.2},
         good | {"way": "lie", "kept": 1},
     ]
     assert [len(misses([row])) for row in bad] == [1, 1, 1, 1]
