@@ -256,6 +256,21 @@ def test_clean_asks_again_where_something_was_drawn(rater):
     assert [row["verdict"] for row in answers(someone.project)] == ["clean"]
 
 
+def test_a_token_that_is_not_known_is_asked_for_again(rater):
+    someone = rater()
+    token = someone.js("sessionStorage.getItem('diffdoctor-token')")
+    someone.js("sessionStorage.setItem('diffdoctor-token', 'wrong')")
+    someone.page.reload()
+    someone.until("body[data-ready='error']")
+    assert "This token is not known here" in someone.page.inner_text("#message")
+    someone.page.fill("#message input", "  ")
+    someone.press("Enter")  # nothing was given
+    assert someone.page.locator("#message input").is_visible()
+    someone.page.fill("#message input", f" {token} ")
+    someone.press("Enter")
+    assert someone.ready(1) == "1"
+
+
 def test_the_last_picture_can_be_corrected(rater):
     someone = rater(tasks=2)
     someone.press("d")

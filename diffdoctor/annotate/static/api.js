@@ -2,7 +2,7 @@
 
 import { json, request } from "./request.js";
 
-export { ApiError, Offline, takeToken, useToken } from "./request.js";
+export { ApiError, Offline, retryAfter, takeToken, useToken } from "./request.js";
 
 /** A raw plane; null for 204. */
 async function plane(path, length, method = "GET", options = {}) {

@@ -4,7 +4,6 @@
 import * as api from "./api.js";
 
 const PUT_AFTER_MS = 1000,
-  RETRY_MS = [1000, 2000, 4000, 8000, 15000],
   KEPT_DAYS = 30;
 
 function openStore() {
@@ -245,7 +244,7 @@ export class Keeper {
       if (error instanceof api.Offline) {
         this.host.onState("offline");
         this.sending = false;
-        return this.#soon(RETRY_MS[Math.min(this.attempts++, RETRY_MS.length - 1)]);
+        return this.#soon(api.retryAfter(this.attempts++));
       }
       this.dirty = false;
       if (error.status === 409) {

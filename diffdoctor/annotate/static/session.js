@@ -2,12 +2,11 @@
 
 import * as api from "./api.js";
 import { Clock } from "./clock.js";
-import { $, make, message, noMessage, toast } from "./page.js";
+import { $, askToken, make, message, noMessage, toast } from "./page.js";
 import { askReason, banner } from "./panels.js";
 
 const AGAIN_MS = 15000,
-  RENEW_MS = 240000,
-  RETRY_MS = [1000, 2000, 4000, 8000, 15000];
+  RENEW_MS = 240000;
 const REASONS = ["I am not sure", "It would take too long", "Not my subject", "The page has a problem with it"];
 
 /** Needs `editor`, `keeper`, `review`, `me` and `guidelines`, which the application sets. */
@@ -238,7 +237,7 @@ export class Session {
           "No connection. Your answer is kept in this browser and sent as soon as the server is there.",
         );
         await new Promise((resolve) => {
-          setTimeout(resolve, RETRY_MS[Math.min(attempt, RETRY_MS.length - 1)]);
+          setTimeout(resolve, api.retryAfter(attempt));
           addEventListener("online", resolve, { once: true });
         });
       }
@@ -342,18 +341,10 @@ export class Session {
   }
 
   askToken(text) {
-    const input = make("input", { type: "password", placeholder: "Token", autocomplete: "off" });
-    const go = () => {
-      if (input.value.trim()) {
-        api.useToken(input.value.trim());
-        noMessage();
-        this.start();
-      }
-    };
-    input.addEventListener("keydown", (event) => {
-      if (event.key === "Enter") go();
+    askToken(text, (token) => {
+      api.useToken(token);
+      this.start();
     });
-    message("Who are you?", text, [{ text: "Go", primary: true, act: go }], input);
   }
 
   failed(error, again) {

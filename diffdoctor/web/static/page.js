@@ -33,6 +33,22 @@ export function noMessage() {
   $("message").hidden = true;
 }
 
+/** Asks who is there, and gives the token to `take`. */
+export function askToken(text, take) {
+  const input = make("input", { type: "password", placeholder: "Token", autocomplete: "off" });
+  const go = () => {
+    const token = input.value.trim();
+    if (!token) return;
+    noMessage();
+    take(token);
+  };
+  input.addEventListener("keydown", (event) => {
+    if (event.key === "Enter") go();
+  });
+  document.body.dataset.ready = "error";
+  message("Who are you?", text, [{ text: "Go", primary: true, act: go }], input);
+}
+
 let fading;
 export function toast(text, ms = 2600) {
   $("toast").textContent = text;

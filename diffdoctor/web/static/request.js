@@ -26,6 +26,11 @@ export function useToken(token) {
   sessionStorage.setItem(TOKEN, token);
 }
 
+const RETRY_MS = [1000, 2000, 4000, 8000, 15000];
+
+/** Milliseconds to wait where so many attempts have had no answer. */
+export const retryAfter = (attempts) => RETRY_MS[Math.min(attempts, RETRY_MS.length - 1)];
+
 export async function request(method, path, { json, body, headers = {} } = {}) {
   const sent = { Authorization: `Bearer ${sessionStorage.getItem(TOKEN) ?? ""}`, ...headers };
   if (json !== undefined) {

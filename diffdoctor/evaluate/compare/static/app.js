@@ -1,10 +1,9 @@
 // Pairs, one after another: both pictures appear at once, and an answer is kept until the server has it.
 
-import { $, message, noMessage, make, setUpDialogs, setUpTheme, toast } from "./page.js";
-import { ApiError, Offline, json, request, takeToken, useToken } from "./request.js";
+import { $, askToken, message, noMessage, setUpDialogs, setUpTheme, toast } from "./page.js";
+import { ApiError, Offline, json, request, retryAfter, takeToken, useToken } from "./request.js";
 
-const RETRY_MS = [1000, 2000, 4000, 8000, 15000],
-  PENDING = "diffdoctor-compare-pending",
+const PENDING = "diffdoctor-compare-pending",
   TAB = "diffdoctor-compare-tab";
 const KEYS = [
   [
@@ -152,8 +151,7 @@ class App {
       } catch (error) {
         if (error instanceof Offline) {
           $("saved").textContent = "No connection; your answer is kept";
-          const wait = RETRY_MS[Math.min(this.attempts++, RETRY_MS.length - 1)];
-          await new Promise((done) => setTimeout(done, wait));
+          await new Promise((done) => setTimeout(done, retryAfter(this.attempts++)));
           continue;
         }
         if (error.status === 401) return this.failed(error, () => this.start());
@@ -210,17 +208,10 @@ class App {
   }
 
   askToken(text) {
-    const input = make("input", { type: "password", placeholder: "Token", autocomplete: "off" });
-    const go = () => {
-      useToken(input.value.trim());
-      noMessage();
+    askToken(text, (token) => {
+      useToken(token);
       this.start();
-    };
-    input.addEventListener("keydown", (event) => {
-      if (event.key === "Enter") go();
     });
-    document.body.dataset.ready = "error";
-    message("Who are you?", text, [{ text: "Go", primary: true, act: go }], input);
   }
 
   failed(error, again) {
