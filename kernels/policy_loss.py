@@ -52,11 +52,6 @@ def _residual(pred, latents_ptr, next_ptr, latents_tile, next_tile, latents_stri
 
 
 @triton.jit
-def _finite(x):
-    return tl.abs(x) < float("inf")
-
-
-@triton.jit
 def _store_gradient(grad_ptr, grad_tile, free, present, sizes, grad_strides, slope, d, kl_slope, away,
                     KL: tl.constexpr, UNIT: tl.constexpr, ROUND_BF16: tl.constexpr):  # fmt: skip
     grad = tl.where(slope == 0, 0.0, slope * d)

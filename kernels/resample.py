@@ -11,7 +11,6 @@ from .common import as_scalar, divide, rounded_product
 
 ABSENT = tl.constexpr(0)
 SAME = tl.constexpr(1)
-RESAMPLED = tl.constexpr(2)
 AREA = tl.constexpr(2)
 BILINEAR = tl.constexpr(3)
 NEAREST = tl.constexpr(4)

@@ -26,7 +26,6 @@ CONFIG = f"""<View>
 # Bits of a run's length, by the two bits that choose among them.
 _SIZES = (3, 4, 8, 16)
 _LONGEST = 2**16
-_HEAD_BITS = 32 + 5 + 4 * len(_SIZES)
 _MOST_JSON = 2**31
 
 

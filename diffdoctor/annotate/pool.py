@@ -67,7 +67,11 @@ class Diagnosis:
         return self._names.get(path, [])
 
     def map(self, name: str) -> np.ndarray | None:
-        """The map (H, W) uint8 of a picture, from its file or the label set; None where there is none."""
+        """The map (H, W) uint8 of a picture, from its file or the label set; None where there is none.
+
+        Raises:
+            UserError: its file is broken.
+        """
         path, record = self.folder / "maps" / file_name(name, ".png"), self.records.get(name, {})
         try:
             if not path.is_file() and "unit" in record:

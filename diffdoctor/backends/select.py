@@ -74,7 +74,12 @@ def overridden() -> bool:
 
 
 def requested(backend: str | None) -> str | None:
-    """The backend asked for by the argument, else by DIFFDOCTOR_BACKEND, else None."""
+    """The backend asked for by the argument, else by DIFFDOCTOR_BACKEND, else None.
+
+    Raises:
+        TypeError: the argument is no text.
+        ValueError: there is no backend of this name.
+    """
     if backend is None and not overridden():
         return None
     name = backend if backend is not None else os.environ["DIFFDOCTOR_BACKEND"]

@@ -117,11 +117,12 @@ def names_of(files: list[Path], folder: Path) -> list[str]:
     """
     full = [readable(path.relative_to(folder).as_posix()) for path in files]
     names = [readable(path.relative_to(folder).with_suffix("").as_posix()) for path in files]
-    alike: dict[str, set[str]] = {}
-    for short, whole in zip(names, full, strict=True):
-        alike.setdefault(without_case(short), set()).add(without_case(whole))
-    # Their files would be one where a file system takes no notice of letter case.
-    names = [whole if len(alike[without_case(short)]) > 1 else short for short, whole in zip(names, full, strict=True)]
+    # Of one folder, the files that a file system could take for one if they had no suffix.
+    alike = [(path.parent, without_case(path.stem)) for path in files]
+    whole: dict[tuple[Path, str], set[str]] = {}
+    for key, path in zip(alike, files, strict=True):
+        whole.setdefault(key, set()).add(without_case(path.name))
+    names = [full[i] if len(whole[key]) > 1 else name for i, (key, name) in enumerate(zip(alike, names, strict=True))]
     while True:
         count = collections.Counter(names)
         # Pictures in a shard are called SHARD/KEY, and the maps of a video lie in VIDEO/.

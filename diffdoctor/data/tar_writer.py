@@ -40,6 +40,9 @@ class TarWriter:
 
         Returns:
             (offset, size) of the content in the file, in bytes.
+
+        Raises:
+            ValueError: a longer name, or one that is not ASCII (a `UnicodeEncodeError`).
         """
         encoded = name.encode("ascii")
         if len(encoded) > _NAME_BYTES:

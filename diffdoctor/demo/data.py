@@ -205,7 +205,11 @@ def write_demo_data(data: DemoData, folder: str | Path) -> None:
 
 
 def read_demo_data(folder: str | Path) -> DemoData:
-    """Read what `write_demo_data` wrote; masks come back to 8 bits of precision."""
+    """Read what `write_demo_data` wrote; masks come back to 8 bits of precision.
+
+    Raises:
+        UserError: there are no pictures, or a broken one.
+    """
     from diffdoctor.data.shards import read_shards
 
     samples = list(read_shards(folder, strict=True))

@@ -58,6 +58,9 @@ def build_flow_pipeline(prompts: Sequence[str], vae, *, seed: int = 0, width: in
         width: of the transformer's tokens, a multiple of 32.
         layers: how many double-stream blocks.
         single: how many single-stream blocks.
+
+    Raises:
+        ValueError: another width.
     """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import T5Config, T5EncoderModel

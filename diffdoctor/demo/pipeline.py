@@ -86,6 +86,9 @@ def build_pipeline(prompts: Sequence[str], *, picture_size: int | tuple[int, int
         prompts: every prompt that the pipeline will be trained on; the tokenizer learns its words from them.
         picture_size: (height, width) in pixels, multiples of 4, or one side of a square.
         seed: of the initial weights; the global random state is left as it was.
+
+    Raises:
+        ValueError: another picture_size.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
@@ -266,6 +269,9 @@ def encode_pairs(
 
     Returns:
         (latents (N, 4, h, w), the distinct prompts, (N,) the row of each picture's prompt among them).
+
+    Raises:
+        ValueError: not as many prompts as pictures.
     """
     if len(pictures) != len(prompts):
         raise ValueError(expected("prompts", f"one per picture ({len(pictures)})", len(prompts)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from diffdoctor.runs.errors import expected
+
 
 def causal_frames(maps: torch.Tensor, stride: int = 4) -> torch.Tensor:
     """A video's maps with the first frame repeated, so that each latent frame gets the frames it encodes.
@@ -13,12 +15,22 @@ def causal_frames(maps: torch.Tensor, stride: int = 4) -> torch.Tensor:
     every latent one, which is what `weighted_loss`, `modulate_gradient` and `policy_loss` average (area).
 
     Args:
-        maps: (..., T, H, W).
+        maps: (..., T, H, W), of any dtype.
         stride: frames in a latent frame.
 
     Returns:
-        (..., T + stride - 1, H, W); one frame as it is.
+        (..., T + stride - 1, H, W), of the same dtype; one frame as it is.
+
+    Raises:
+        TypeError: maps that are not a tensor.
+        ValueError: maps without frames, or a stride below 1.
     """
+    if not isinstance(maps, torch.Tensor):
+        raise TypeError(expected("maps", "a tensor", type(maps).__name__))
+    if maps.ndim < 3 or not maps.shape[-3]:
+        raise ValueError(expected("maps", "shape (..., T, H, W) of at least one frame", tuple(maps.shape)))
+    if stride < 1:
+        raise ValueError(expected("stride", "at least 1 frame", stride))
     if maps.shape[-3] == 1:
         return maps
     first = maps[..., :1, :, :]

@@ -57,7 +57,8 @@ def flagged_share(confidence: Array) -> Array:
     """Share of a picture's pixels at confidence >= 0.5.
 
     Args:
-        confidence: (B, 1, H, W) or (B, H, W) in [0, 1], tensor or array.
+        confidence: (B, 1, H, W) or (B, H, W) of floats in [0, 1], tensor or array; a map of uint8 is to be divided by
+            255 first.
 
     Returns:
         (B,) of the same library (fp32 tensor on the same device, or float64 array).

@@ -1,4 +1,5 @@
-"""Checks of the public functions' arguments: each names the argument, what was expected and what came."""
+"""Checks of the public functions' arguments: each raises a TypeError for an argument of the wrong kind and a ValueError
+for one that cannot be, and names the argument, what was expected and what came."""
 
 from __future__ import annotations
 

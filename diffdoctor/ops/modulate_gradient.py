@@ -77,7 +77,7 @@ class GradientModulator:
     backward. A function under torch.compile may call one that was made outside it.
 
     Args:
-        artifact_grad: as `modulate_gradient` has it, and so are the others.
+        artifact_grad: factor where confidence is 1.
         clean_grad: factor where confidence is 0.
         threshold: confidence below it counts as 0; in [0, 1].
         gamma: exponent of the confidence; positive.
@@ -132,9 +132,15 @@ class GradientModulator:
         self._register()
 
     def set(self, confidence: Tensor | None) -> None:
-        """The map that the next backward uses; None takes it away, so that a forgotten `set` raises.
+        """The map that the next backward uses.
 
-        Its shapes and dtypes are those of `weighted_loss`; a gradient it carries is cut off.
+        Args:
+            confidence: (B, H', W'), (B, 1, H', W') or (B, 1, T', H', W') of any size, (B, N) for tokens without a
+                layout; floats in [0, 1], uint8 or bool. A gradient that it carries is cut off. None takes the map away,
+                so that a forgotten `set` raises.
+
+        Raises:
+            TypeError: it is not a tensor, or of another dtype. Its shape is checked in backward.
         """
         if confidence is not None:
             if not isinstance(confidence, Tensor):

@@ -26,7 +26,12 @@ def _check_positive(name: str, value, finite: bool) -> None:
 
 
 def gather(table: Tensor, index: Tensor, names: tuple[str, str] = ("alphas_cumprod", "timesteps")) -> Tensor:
-    """A table's values at an index, as arithmetic on them is done; errors call both by `names`."""
+    """The values of a table (steps,) at an index, in its shape, as arithmetic on them is done.
+
+    Raises:
+        TypeError: one of the two is no tensor, or the index is not of integers; the error calls both by `names`.
+        ValueError: a table of another shape.
+    """
     for name, value in reversed(list(zip(names, (table, index), strict=True))):
         if not isinstance(value, Tensor):
             raise kind_error(name, "a tensor", value)

@@ -65,12 +65,20 @@ class Target(metaclass=_Constructors):
 
     @classmethod
     def epsilon(cls, noise: Tensor) -> Target:
-        """The noise that was added."""
+        """The noise that was added.
+
+        Args:
+            noise: of model_pred's shape; fp32, bf16, fp16 or fp64.
+        """
         return cls((noise,), (1.0,))
 
     @classmethod
     def sample(cls, latents: Tensor) -> Target:
-        """The clean latents (x0)."""
+        """The clean latents (x0).
+
+        Args:
+            latents: of model_pred's shape; fp32, bf16, fp16 or fp64.
+        """
         return cls((latents,), (1.0,))
 
     @classmethod
@@ -78,9 +86,13 @@ class Target(metaclass=_Constructors):
         """v = sqrt(a) * noise - sqrt(1 - a) * latents (Salimans & Ho, 2022).
 
         Args:
-            latents: the clean latents.
-            noise: the noise that was added.
+            latents: the clean latents, of model_pred's shape; fp32, bf16, fp16 or fp64.
+            noise: the noise that was added, likewise.
             alphas_cumprod: a, gathered at the timesteps: a (B,) tensor on latents' device, or a float.
+
+        Raises:
+            TypeError: an alphas_cumprod that is neither a number nor a floating-point tensor.
+            ValueError: an alphas_cumprod of more than one dim.
         """
         _check_factor("alphas_cumprod", alphas_cumprod)
         if isinstance(alphas_cumprod, Tensor):
@@ -90,7 +102,13 @@ class Target(metaclass=_Constructors):
 
     @classmethod
     def flow(cls, latents: Tensor, noise: Tensor, reversed: bool = False) -> Target:
-        """Rectified flow: noise - latents, or latents - noise where `reversed` (Lumina 2, Z-Image, HiDream)."""
+        """Rectified flow: noise - latents, or latents - noise where `reversed`.
+
+        Args:
+            latents: the clean latents, of model_pred's shape; fp32, bf16, fp16 or fp64.
+            noise: the noise that was added, likewise.
+            reversed: as Lumina 2, Z-Image and HiDream have it.
+        """
         sign = -1.0 if reversed else 1.0
         return cls((noise, latents), (sign, -sign))
 
@@ -99,7 +117,17 @@ class Target(metaclass=_Constructors):
         """d = scale * model_pred + skip * noisy_latents - latents: the x0 loss of a preconditioned model.
 
         SD3 and flow models: scale = -sigma, skip = 1. EDM with an epsilon model: the same; with a v model:
-        scale = -sigma / sqrt(sigma^2 + 1), skip = 1 / (sigma^2 + 1). Each a float or a (B,) tensor.
+        scale = -sigma / sqrt(sigma^2 + 1), skip = 1 / (sigma^2 + 1).
+
+        Args:
+            latents: the clean latents, of model_pred's shape; fp32, bf16, fp16 or fp64.
+            noisy_latents: what the model was given, likewise.
+            scale: factor of model_pred, a float or a (B,) tensor.
+            skip: factor of noisy_latents, likewise.
+
+        Raises:
+            TypeError: a factor that is neither a number nor a floating-point tensor.
+            ValueError: a factor of more than one dim.
         """
         _check_factor("scale", scale)
         _check_factor("skip", skip)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of all arithmetic on a prediction of this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

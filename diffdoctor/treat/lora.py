@@ -160,7 +160,11 @@ def lora_state(family: Family, adapter: str = ADAPTER) -> dict[str, torch.Tensor
 
 
 def load_lora_state(family: Family, state: dict[str, torch.Tensor], adapter: str = ADAPTER) -> None:
-    """Put weights from `lora_state` into the adapter that is already there."""
+    """Put weights from `lora_state` into the adapter that is already there.
+
+    Raises:
+        UserError: they are of another adapter.
+    """
     from peft import set_peft_model_state_dict
 
     outcome = set_peft_model_state_dict(family.denoiser, state, adapter_name=adapter)

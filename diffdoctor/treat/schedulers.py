@@ -46,7 +46,8 @@ _STATE = (
 class Sampler:
     """The sampling steps of one pipeline's scheduler, as pure a function of (state, step) as the scheduler allows.
 
-    The pipeline's own scheduler is never touched. `clip_sample` and `thresholding` are switched off with a notice: they
+    Latents, predictions and noise are (B, C, h, w), of videos (B, C, t, h, w), and step is a number from 0. The
+    pipeline's own scheduler is never touched. `clip_sample` and `thresholding` are switched off with a notice: they
     zero the gradient where they clip.
 
     Args:

@@ -118,6 +118,7 @@ def test_names_tell_all_pictures_apart(tmp_path):
     assert names("v.mp4", "v/x.png", "w.mov") == ["v.mp4", "v/x", "w"]
     # Where letter case does not count, their maps would be one file; a suffix alone does not help the last two.
     assert names("A.jpg", "a.png", "B.png", "b.png") == ["A.jpg", "a.png", "B", "b"]
+    assert names("D/a.jpg", "d/a.png") == ["D/a", "d/a"]  # which no folder by itself would say
     assert names("e\u0301.jpg", "\u00e9.png") == ["e\u0301.jpg", "\u00e9.png"]
 
 

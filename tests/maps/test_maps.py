@@ -263,3 +263,21 @@ def test_a_videos_map_meets_the_frames_that_a_latent_frame_encodes(stride):
     loss = diffdoctor.weighted_loss(pred, target, mask=causal_frames(confidence, stride))
     torch.testing.assert_close(loss, (weight * (pred - target).square()).mean())
     assert causal_frames(confidence[:, :, :1]).shape == (2, 1, 1, 8, 12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ((np.zeros((5, 4, 4)),), TypeError, "maps: expected a tensor, got ndarray"),
+        (
+            (torch.zeros(4, 4),),
+            ValueError,
+            r"maps: expected shape .* of at least one frame, got \(4, 4\)",
+        ),
+        ((torch.zeros(0, 4, 4),), ValueError, "maps: expected shape"),
+        ((torch.zeros(5, 4, 4), 0), ValueError, "stride: expected at least 1 frame, got 0"),
+    ],
+)
+def test_what_has_no_frames_is_refused(arguments, error, words):
+    with pytest.raises(error, match=words):
+        causal_frames(*arguments)

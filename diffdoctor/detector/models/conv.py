@@ -77,6 +77,9 @@ class ConvDetector(Detector):
         Args:
             size: "conv", the only one.
             **options: of the class.
+
+        Raises:
+            ValueError: another size.
         """
         if size != "conv":
             raise ValueError(expected("size", "conv", repr(size)))
