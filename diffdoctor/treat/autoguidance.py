@@ -40,8 +40,8 @@ def autoguide(
     untreated model's through the treated one's: without + scale * (with - without). This is autoguidance (Karras et
     al., arXiv 2406.02507, equation 3), with the model before the treatment as the inferior one, in a limited interval
     (Kynkäänniemi et al., arXiv 2404.07724). It needs no detector, and half as much time again. `diffdoctor.guide` may
-    be used inside. What a LoRA changes in text encoders stays. `repair` refuses the pipeline meanwhile: it does not
-    call it, and the pipeline's scheduler says which steps are in the interval.
+    be used inside. What a LoRA changes in text encoders stays. `repair` and `treat` refuse the pipeline meanwhile:
+    they do not call it, and its scheduler says which steps are in the interval.
 
         pipeline.load_lora_weights("runs/treated/lora")
         with diffdoctor.autoguide(pipeline):
@@ -193,7 +193,7 @@ class _Interval:
         # in low precision the time is not quite one of them
         step = min(range(len(times)), key=lambda step: abs(times[step] - time))
         if abs(times[step] - time) > _ROUNDING * max(abs(time), 1):
-            what = f"predictions at the times of the pipeline's last call (`repair` makes others; {_OWN_FAMILIES})"
+            what = f"predictions at the times of the pipeline's last call ({_OWN_FAMILIES})"
             raise UserError(expected("autoguide", what, f"one at {time:g}"))
         return self.start <= step / len(times) < self.stop
 

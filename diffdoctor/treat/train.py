@@ -92,8 +92,9 @@ def treat(
             (B, 1, h, w) in [0, 1].
         prompts: what to draw during the treatment.
         config: options; defaults when None.
-        offline: (pictures uint8 (N, H, W, 3), prompts), or a sequence of dicts with "picture" and "prompt"; needed
-            unless offline_weight is 0 or left open with method nft or grpo, and always with method weighted.
+        offline: the pipeline's own training pairs: (pictures uint8 (N, H, W, 3), prompts), or a sequence of dicts with
+            "picture", uint8 (H, W, 3), and "prompt"; of videos (T, H, W, 3) of one length. Needed unless
+            offline_weight is 0 or left open with method nft or grpo, and always with method weighted.
         monitor: a second detector, never the one that judges the result: when it finds more artifacts than before while
             `detector` finds fewer, the treatment stops.
         output_dir: for `lora/`, `treat.json`, `config.yaml`, `samples/`, `logs/`, checkpoints, `ranking.parquet` and
@@ -118,10 +119,10 @@ def treat(
 
     Raises:
         UserError: a pipeline or scheduler that is not served, no prompts, missing offline pairs, a detector or monitor
-            that gives NaN, a monitor that is the detector, a VAE that gives NaN, checkpoints of a treatment with other
-            options, weights, prompts or pairs, an output folder that cannot be written, holds a `lora` of another
-            origin or where another process is at work, or `max_skipped` steps in a row whose loss or gradient was not
-            finite.
+            that gives NaN, a monitor that is the detector, a VAE that gives NaN, a pipeline inside `with
+            autoguide(...)`, checkpoints of a treatment with other options, weights, prompts or pairs, an output folder
+            that cannot be written, holds a `lora` of another origin or where another process is at work, or
+            `max_skipped` steps in a row whose loss or gradient was not finite.
     """
     treatment = Treatment(
         pipeline,

@@ -21,6 +21,7 @@ from diffdoctor.runs.progress import progress as show_progress
 from diffdoctor.runs.signals import deferred_signals
 from diffdoctor.training.processes import Processes, seed_of
 from diffdoctor.treat.adapters import check_adapters
+from diffdoctor.treat.autoguidance import refuse_autoguided
 from diffdoctor.treat.checks import (
     check_detectors,
     check_even_batches,
@@ -88,6 +89,7 @@ class Treatment:
     ):
         self.started, self.seconds_before = time.perf_counter(), 0.0
         self.method = METHODS[config.method]
+        refuse_autoguided(pipeline, "treat")
         family = family_of(pipeline)
         check_pipeline(family)
         family.choose_denoiser(config.denoiser)

@@ -65,6 +65,15 @@ def test_repair_is_refused_inside(method):
     assert diffdoctor.repair([], pipeline, random_detector(), options) == []
 
 
+def test_a_treatment_is_refused_inside():
+    pipeline = with_lora("sd")
+    with (
+        diffdoctor.autoguide(pipeline),
+        pytest.raises(UserError, match="treat: expected a pipeline that is not autoguided, got one inside"),
+    ):
+        diffdoctor.treat.treat(pipeline, random_detector(), list(PROMPTS[:1]))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_prediction_is_extrapolated(name):
     pipeline = with_lora(name)
