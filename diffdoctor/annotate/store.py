@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,8 @@ from diffdoctor.web.guard import token_hash
 
 DATABASE = "annotate.db"
 _NO_CHAIN = b"\0" * 32
+# What SQLite says of the disk.
+_DISK_ERRORS = {"disk is full": errno.ENOSPC, "disk I/O error": errno.EIO, "readonly database": errno.EROFS}
 # Writers of one process take turns at these, by the database's path. SQLite's own writers wait by trying again, and of
 # eight that write without a pause one was left out for 30 seconds.
 _turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
@@ -53,11 +56,16 @@ class Store:
         if not create and not self.path.is_file():
             what = f"a project with {DATABASE}, as `diffdoctor annotate add` makes it"
             raise UserError(expected(self.project, what, "none"))
-        version = self._version()
-        if version == 0 and create:
-            with contextlib.suppress(sqlite3.OperationalError):  # another process made it a moment ago
-                self.connection.executescript(SCHEMA)
+        with self._on_disk():
             version = self._version()
+            if version == 0 and create:
+                try:
+                    self.connection.executescript(SCHEMA)
+                except sqlite3.OperationalError:
+                    self._roll_back()
+                    if self._version() == 0:  # else another process made it a moment ago
+                        raise
+                version = self._version()
         if version != VERSION:
             raise UserError(expected(self.path, f"a project of version {VERSION}", version))
 
@@ -91,25 +99,42 @@ class Store:
             del self._local.connection
 
     @contextlib.contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        """Inside, an error of the disk is the system's, and names the file."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            for said, number in _DISK_ERRORS.items():
+                if said in str(error):
+                    raise OSError(number, str(error), str(self.path)) from error
+            raise
+
+    @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """A transaction that no other writer interleaves; undone where the block raises."""
         connection = self.connection
-        with _turns[os.path.realpath(self.path)]:
+        with _turns[os.path.realpath(self.path)], self._on_disk():
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
+                connection.execute("COMMIT")
             except BaseException:
-                connection.execute("ROLLBACK")
+                self._roll_back()
                 raise
-            connection.execute("COMMIT")
+
+    def _roll_back(self) -> None:
+        if self.connection.in_transaction:  # of a full disk SQLite has undone it already
+            self.connection.execute("ROLLBACK")
 
     def one(self, sql: str, *values: Any) -> sqlite3.Row | None:
         """The first row of a query; None: there is none."""
-        return self.connection.execute(sql, values).fetchone()
+        with self._on_disk():
+            return self.connection.execute(sql, values).fetchone()
 
     def all(self, sql: str, *values: Any) -> list[sqlite3.Row]:
         """The rows of a query."""
-        return self.connection.execute(sql, values).fetchall()
+        with self._on_disk():
+            return self.connection.execute(sql, values).fetchall()
 
     def put_mask(self, pixels: np.ndarray, bits: int = 1) -> str:
         """Keep a mask (H, W) uint8, of 0 and 255 alone for one bit; returns its name. Inside `writing`."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from diffdoctor.data.captions import caption_file, captions_of, read_caption
@@ -57,6 +58,20 @@ class Source:
         if self.caption is not None:
             stamps.append(f"{zlib.crc32(self.caption.encode()):08x}")
         return " ".join(stamps)
+
+
+def refuse_output_among(output: str | os.PathLike | None, sources: Iterable[Source]) -> None:
+    """Refuse an output folder that holds pictures of the input: it would be no folder of pictures from then on.
+
+    Raises:
+        UserError: a source lies in it, though not in a folder below.
+    """
+    if output is None:
+        return
+    folder = os.path.realpath(output)
+    for place in {os.path.dirname(str(source.path)) for source in sources}:
+        if os.path.realpath(place) == folder:
+            raise UserError(expected("output", "a folder that holds no picture of the input", output))
 
 
 def find_sources(

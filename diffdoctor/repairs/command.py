@@ -19,7 +19,7 @@ from diffdoctor.data.source_index import (
     absolute_path,
     gather_counts,
 )
-from diffdoctor.data.sources import Source, find_sources, read_source
+from diffdoctor.data.sources import Source, find_sources, read_source, refuse_output_among
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.confidence import check_detector
 from diffdoctor.detector.models.load import open_detector
@@ -64,6 +64,7 @@ def run_repair(config: RepairConfig) -> dict:
     state = process_state()
     left_out = SkipCounts()
     sources = find_sources(config.pictures, left_out)
+    refuse_output_among(config.output, sources)
     quiet_loaders()
     detector = open_detector(config.detector)
     check_detector(detector)

@@ -118,7 +118,7 @@ def run_treat(config: TreatCommandConfig) -> int:
     replace_scheduler(pipeline, config.scheduler)
     offline = None
     if config.offline is not None:
-        offline = OfflineFolder(config.offline, family_of(pipeline).frame_count(config.num_frames))
+        offline = OfflineFolder(config.offline, family_of(pipeline).frame_count(config.num_frames), config.output)
     options = {f.name: getattr(config, f.name) for f in fields(TreatConfig)}
     result = treat(
         pipeline,
@@ -162,14 +162,16 @@ class OfflineFolder:
     Args:
         folder: of shards, or of pictures with captions, or of videos with captions.
         frames: of a video that are taken, its first ones; 1: there are pictures alone.
+        output: folder of the treatment, which must be another; None: not known.
     """
 
-    def __init__(self, folder: str, frames: int = 1):
-        from diffdoctor.data.sources import find_sources
+    def __init__(self, folder: str, frames: int = 1, output: str | None = None):
+        from diffdoctor.data.sources import find_sources, refuse_output_among
         from diffdoctor.data.tar import SkipCounts
 
         self.folder, self.frames, self._counts = folder, frames, SkipCounts()
         self._sources = find_sources([folder], self._counts, videos=frames > 1)
+        refuse_output_among(output, self._sources)
         self._is_known = False
 
     def __iter__(self) -> Iterator[dict]:

@@ -1,5 +1,6 @@
 """Leases, drafts, answers, gold, review and the record, by the functions that the server calls."""
 
+import errno
 import sqlite3
 import threading
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffdoctor.annotate import gold, review
+from diffdoctor.annotate import store as store_module
 from diffdoctor.annotate.project import Project
 from diffdoctor.annotate.queue import Queue, Refused, Submission
 from diffdoctor.annotate.status import status_of
@@ -275,6 +277,27 @@ def test_what_is_no_project_is_refused(tmp_path):
     other.store.connection.execute("PRAGMA user_version = 1")
     with pytest.raises(UserError, match="treshold"):
         Project(other.folder)
+
+
+def test_a_full_disk_is_named_and_what_was_written_stays(tmp_path, monkeypatch):
+    store = make_project(tmp_path, 1).store
+    store.connection.execute("PRAGMA max_page_count = 1")  # as many as there are
+    noise = np.random.default_rng(0).integers(0, 2, (500, 500), np.uint8) * np.uint8(255)
+    with pytest.raises(OSError, match="disk is full") as error, store.writing():
+        store.log("note")
+        store.put_mask(noise)
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(store.path))
+    store.connection.execute("PRAGMA max_page_count = 1000000")
+    with store.writing():
+        name = store.put_mask(noise)
+    assert np.array_equal(store.mask(name), noise)
+    assert store.verify() == []
+    assert store.one("SELECT 1 FROM event WHERE kind = 'note'") is None
+    (tmp_path / "other").mkdir()
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="disk is full"):
+        patched.setattr(store_module, "SCHEMA", f"PRAGMA max_page_count = 2;{store_module.SCHEMA}")
+        Store(tmp_path / "other", create=True)
+    assert Store(tmp_path / "other", create=True).verify() == []
 
 
 def test_a_disk_without_write_ahead_logs_is_refused(tmp_path, monkeypatch):

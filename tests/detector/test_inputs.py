@@ -18,9 +18,12 @@ from diffdoctor.detector.commands.diagnose import DiagnoseConfig, run_diagnose
 from diffdoctor.detector.commands.inject import InjectConfig, run_inject
 from diffdoctor.detector.commands.train import TrainDetectorConfig, run_train_detector
 from diffdoctor.evaluate.detector.command import EvaluateDetectorConfig, run_evaluate_detector
+from diffdoctor.repairs.command import run_repair
+from diffdoctor.repairs.config import RepairConfig
 from diffdoctor.runs.checkpoints import Checkpoints
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.lock import locked_folder
+from diffdoctor.treat.command import OfflineFolder
 from support.pictures import picture, tree, write_pictures
 
 Image = pytest.importorskip("PIL.Image")
@@ -338,3 +341,23 @@ def test_a_folder_where_another_process_is_at_work_is_left_alone(tmp_path, detec
     assert not any((tmp_path / "out").iterdir())
     with locked_folder(tmp_path / ".other.partial"), pytest.raises(UserError, match="another process is at work"):
         run_inject(InjectConfig(pictures, str(tmp_path / "other"), kinds=["tint"]))
+
+
+def test_pictures_do_not_become_an_output_folder(tmp_path, detector, monkeypatch):
+    """It would be refused as a folder of pictures from then on."""
+    write_pictures(tmp_path / "pictures", 4)
+    run_inject(InjectConfig([str(tmp_path / "pictures")], str(tmp_path / "set"), kinds=["tint"]))
+    before = tree(tmp_path)
+    monkeypatch.chdir(tmp_path / "pictures")
+    for given, output in (("../pictures", "."), ("*.png", "../pictures"), ("00.png", str(tmp_path / "pictures"))):
+        with pytest.raises(UserError, match="output: expected a folder that holds no picture of the input, got "):
+            run_diagnose(DiagnoseConfig([given], detector, output))
+        with pytest.raises(UserError, match="output: expected a folder that holds no picture"):
+            run_repair(RepairConfig([given], "no pipeline", detector, output))
+    with pytest.raises(UserError, match="output: expected a folder that holds no picture"):
+        OfflineFolder("../pictures", output="../pictures")
+    with pytest.raises(UserError, match="output: expected another folder than a set's"):
+        run_evaluate_detector(EvaluateDetectorConfig(detector, ["../set"], str(tmp_path / "set")))
+    assert tree(tmp_path) == before
+    run_diagnose(DiagnoseConfig(["."], detector, "found"))  # below is fine: it is known as an output folder
+    assert len(find_sources(["."])) == 4

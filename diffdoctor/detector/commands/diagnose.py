@@ -11,7 +11,7 @@ from diffdoctor.data.source_index import (
     absolute_path,
     gather_counts,
 )
-from diffdoctor.data.sources import Source, find_sources, listed_sources
+from diffdoctor.data.sources import Source, find_sources, listed_sources, refuse_output_among
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.commands.diagnose_batches import confidences, diagnosis_batches
 from diffdoctor.detector.commands.diagnose_config import DiagnoseConfig
@@ -56,6 +56,7 @@ def run_diagnose(config: DiagnoseConfig) -> dict:
         sources = find_sources(config.pictures, left_out, videos=True)
     else:
         sources = listed_sources(config.files, videos=True)
+    refuse_output_among(config.output, sources)
     if config.write == "shards":
         if (video := next((source for source in sources if source.is_video), None)) is not None:
             raise UserError(expected("--write", f"maps with a video such as {video.path}", "shards"))

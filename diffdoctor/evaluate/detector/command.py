@@ -1,6 +1,7 @@
 """`diffdoctor evaluate detector`: all measures, curves, and the worst misses and false positives, in one report."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 from diffdoctor.data.store_path import absolute
@@ -74,6 +75,8 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
     refuse_url(config.output)
     state = process_state()
     output = Path(config.output)
+    if any(os.path.realpath(folder) == os.path.realpath(output) for folder in config.data):
+        raise UserError(expected("output", "another folder than a set's", config.output))
     sets = [ShardData(folder) for folder in config.data]
     if not sum(map(len, sets)):
         raise UserError(expected("data", "labelled pictures", "none"))

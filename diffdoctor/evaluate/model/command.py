@@ -15,6 +15,7 @@ import torch
 from diffdoctor.data.columns import pyarrow_modules
 from diffdoctor.data.pictures import as_batch
 from diffdoctor.data.prompts import Prompt, read_prompt_file
+from diffdoctor.data.sources import refuse_output_among
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.confidence import check_detector
 from diffdoctor.detector.models.load import open_detector
@@ -105,6 +106,8 @@ class Evaluation:
         self.not_read = SkipCounts()
         self.real = measuring.real_units(config.real, self.not_read) if config.real else []
         self.damaged = measuring.real_units(config.damaged, self.not_read) if config.damaged else []
+        for unit in (*self.real, *self.damaged):
+            refuse_output_among(config.output, unit.sources)
         self._too_few_for_fid(measuring.count_real(self.real))
         identity = pipelines.picture_identity(
             config, [prompt.text for prompt in prompts], weights_digest(self.measurer.detector)
