@@ -14,14 +14,13 @@ import numpy as np
 from diffdoctor.annotate.config import AnnotateAddConfig
 from diffdoctor.annotate.intake import NewTask, add_task
 from diffdoctor.annotate.masks import MAX_SIDE
-from diffdoctor.annotate.pool import Diagnosis, Measures, find_candidates, place_of
+from diffdoctor.annotate.pool import Diagnosis, Measures, find_candidates, place_of, place_text
 from diffdoctor.annotate.project import Project, read_place
 from diffdoctor.annotate.select import STRATEGIES, Candidate, Caps, composition, new_generators, ranked
 from diffdoctor.data.codec import UnreadablePicture
 from diffdoctor.data.identity import picture_hash
 from diffdoctor.data.store_path import absolute
 from diffdoctor.data.tar import SkipCounts
-from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.progress import progress
 from diffdoctor.runs.summary import print_summary
@@ -173,7 +172,7 @@ class Adder:
                 "SELECT place FROM picture JOIN task ON picture = picture.id WHERE round < ?", self.config.round
             )
         }
-        left = [each for each in candidates if each.name not in self.taken and _place_text(each) not in labelled]
+        left = [each for each in candidates if each.name not in self.taken and place_text(each) not in labelled]
         order = ranked(left, self.config.strategy, count, self._rng(4), measure)
         tasks = self._tasks(order, count, "normal", self.config.strategy, self._caps(count))
         yield from (("selected", task) for task in tasks)
@@ -238,10 +237,6 @@ class Adder:
             weights="" if self.diagnosis is None else self.diagnosis.weights,
             meta=meta,
         )
-
-
-def _place_text(candidate: Candidate) -> str:
-    return strict_json.dumps(place_of(candidate.path, candidate.key))
 
 
 def tiles_of(task: NewTask, side: int = MAX_SIDE) -> list[NewTask]:

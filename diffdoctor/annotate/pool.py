@@ -22,6 +22,7 @@ from diffdoctor.data.store_path import absolute, at
 from diffdoctor.data.tar import IGNORE, MASK, SkipCounts
 from diffdoctor.data.video import is_video
 from diffdoctor.engine.sets import read_sample
+from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import file_name, reading
 from diffdoctor.runs.record import RUN, read_json
@@ -189,6 +190,15 @@ def place_of(path: str, key: str = "") -> dict[str, Any]:
             offset, size = members[extension]
             return {"file": path, "offset": offset, "size": size, "key": key}
     raise UserError(expected(path, f"a picture {key}", "none"))
+
+
+def place_text(candidate: Candidate) -> str:
+    """Where a candidate's picture lies, as the store keeps it.
+
+    Raises:
+        UserError: see `place_of`.
+    """
+    return strict_json.dumps(place_of(candidate.path, candidate.key))
 
 
 def undecided_share(confidence: np.ndarray) -> float:

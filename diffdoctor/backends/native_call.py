@@ -65,14 +65,14 @@ def call_arguments(problem: Problem) -> tuple[tuple, tuple]:
     terms, coefs, count = problem.terms, problem.coefs, len(problem.terms)
     pointers: tuple = (
         problem.pred.data_ptr(),
-        _pointer(problem.grad),
+        address(problem.grad),
         terms[0].data_ptr() if count else 0,
         terms[1].data_ptr() if count > 1 else 0,
-        _pointer(problem.weighting),
-        _pointer(problem.confidence),
-        _pointer(problem.mask),
-        _pointer(problem.loss),
-        _pointer(problem.sums),
+        address(problem.weighting),
+        address(problem.confidence),
+        address(problem.mask),
+        address(problem.loss),
+        address(problem.sums),
     )
     numbers: tuple = (
         _number(problem.pred_scale),
@@ -169,7 +169,8 @@ class FastCall:
         raise NotImplementedError
 
 
-def _pointer(tensor) -> int:
+def address(tensor: Tensor | None) -> int:
+    """A tensor's address; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -245,9 +246,9 @@ def artifact_arguments(problem: ArtifactProblem, maxima: Tensor | None = None) -
         ARTIFACT_METHODS[problem.method],
         REDUCTIONS[problem.reduction],
         problem.loss.data_ptr(),
-        _pointer(problem.unit_grad),
-        _pointer(problem.factor) if problem.unit_grad is not None else 0,
-        _pointer(maxima),
+        address(problem.unit_grad),
+        address(problem.factor) if problem.unit_grad is not None else 0,
+        address(maxima),
     )
 
 
@@ -357,5 +358,5 @@ def policy_arguments(problem: PolicyProblem) -> PolicyArguments:
         *(_number(entry) for entry in (problem.a, problem.b, problem.sigma)),
         None if problem.old_mean is None else _number(problem.old_mean),
         _number(problem.grad_output),
-        *map(_pointer, tensors),
+        *map(address, tensors),
     )

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from diffdoctor.data.codec import SizeCheck
 from diffdoctor.data.pictures import as_mask, resize_pair, to_images
 from diffdoctor.data.shards import BrokenSample
 from diffdoctor.data.tar import SkipCounts
@@ -162,6 +163,11 @@ def in_batches(samples: Iterable[dict], batch_size: int) -> Iterator[list[dict]]
 def takes(detector: nn.Module, height: int, width: int, tile: int | None = None) -> bool:
     """Whether a detector takes pictures of this size; one that is no `Detector` takes what it is given."""
     return getattr(detector, "takes", lambda *_: True)(height, width, tile)
+
+
+def size_check(detector: nn.Module, tile: int | None = None) -> SizeCheck:
+    """What refuses pictures that are too large for a detector before they are decoded, see `codec.decode`."""
+    return lambda height, width: None if takes(detector, height, width, tile) else TOO_LARGE
 
 
 def is_taken(detector: nn.Module, sample: dict, where: str, strict: bool, counts: SkipCounts) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from diffdoctor.annotate.labels import Label, labels_of
-from diffdoctor.annotate.pool import BAND, Diagnosis, place_of
+from diffdoctor.annotate.pool import BAND, Diagnosis, place_of, place_text
 from diffdoctor.annotate.project import Project, picture_uid, read_place
 from diffdoctor.annotate.select import Candidate
 from diffdoctor.data.codec import UnreadablePicture
@@ -86,7 +86,7 @@ def precisions(project: Project, diagnosis: Diagnosis, candidates: list[Candidat
         One of each category of the candidates, by name.
     """
     found = {name: Precision(name) for name in sorted({each.category for each in candidates})}
-    by_place = {_place_text(each): each for each in candidates}
+    by_place = {place_text(each): each for each in candidates}
     for label in audit_labels(project, merge):
         place = json.loads(project.store.one("SELECT place FROM picture WHERE id = ?", label.picture)["place"])
         crop = place.pop("crop", None)
@@ -142,7 +142,7 @@ def pseudo_labels(
         if left <= 0:
             return
         is_damaged = bool(diagnosis.records[candidate.name]["components"])
-        if not by_name[candidate.category].accepts(is_damaged, least) or _place_text(candidate) in asked:
+        if not by_name[candidate.category].accepts(is_damaged, least) or place_text(candidate) in asked:
             continue
         confidence = diagnosis.map(candidate.name)
         try:
@@ -165,10 +165,6 @@ def pseudo_labels(
             "round": round,
             **{name: getattr(candidate, name) for name in ("category", "generator", "prompt")},
         }
-
-
-def _place_text(candidate: Candidate) -> str:
-    return strict_json.dumps(place_of(candidate.path, candidate.key))
 
 
 def _whole(place: str) -> str:

@@ -20,7 +20,7 @@ from diffdoctor.ops.modulate_gradient import GradientModulator
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.training.processes import seed_of
 from diffdoctor.treat.families import family_of
-from diffdoctor.treat.offline import as_batch
+from diffdoctor.treat.offline import resized_images
 from diffdoctor.treat.picture_loss import StraightThroughClamp, loss_of_logits, resized
 from diffdoctor.treat.prediction_replay import Predictor
 from diffdoctor.treat.rollout import redraw_inside
@@ -205,7 +205,7 @@ def clean_confidence(
         raise ValueError(expected("clean", "at least one picture", "none"))
     device, peaks = next(sampling.family.vae.parameters()).device, []
     for start in range(0, len(pictures), _CHUNK):
-        batch = as_batch(pictures[start : start + _CHUNK], *size).to(device)
+        batch = resized_images(pictures[start : start + _CHUNK], *size).to(device)
         confidence = sampling.diagnose(sampling.family.encode(batch).float())[1].flatten(1)
         peaks.append(confidence.topk(max(1, math.ceil(area * confidence.shape[1]))).values[:, -1])
     return float(torch.cat(peaks).quantile(1 - share))

@@ -219,7 +219,7 @@ def prepare_offline(
         pictures = [picture for picture, _ in part]
         if pictures[0].ndim == 4:
             family.frame_count(len(pictures[0]))
-        batch = as_batch(pictures, height, width).to(device)
+        batch = resized_images(pictures, height, width).to(device)
         latents = family.encode(batch).float().cpu()
         check_finite(family, latents, "encodes the offline pictures")
         return {"latents": latents, "keep": keep_mask(sampling, batch, config).to("cpu", torch.uint8)}
@@ -297,7 +297,7 @@ def keep_mask(sampling: Sampling, pictures: torch.Tensor, config: TreatConfig) -
     return 1 - flagged
 
 
-def as_batch(pictures: Sequence[np.ndarray], height: int, width: int) -> torch.Tensor:
+def resized_images(pictures: Sequence[np.ndarray], height: int, width: int) -> torch.Tensor:
     """Pictures uint8 (H, W, 3) as (B, 3, height, width) in [0, 1], resized where they are of another size.
 
     Videos (T, H, W, 3) as (B, 3, T, height, width).

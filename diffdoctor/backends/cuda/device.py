@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffdoctor.backends import native as _loader
+from diffdoctor.backends.native_call import address
 
 native = _loader.load()
 _MIN_WORKSPACE = 1 << 16
@@ -66,8 +67,3 @@ def workspace_for(device: torch.device, stream: int, size: int, keep: bool) -> T
         workspace = torch.zeros(max(_MIN_WORKSPACE, 2 * size), dtype=torch.uint8, device=device)
         _workspaces[key] = workspace
     return workspace
-
-
-def address(tensor: Tensor | None) -> int:
-    """A tensor's address; 0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffdoctor.backends import native_call
 from diffdoctor.backends.cuda import device
-from diffdoctor.backends.native_call import call_arguments, native_plan, scale_arguments
+from diffdoctor.backends.native_call import address, call_arguments, native_plan, scale_arguments
 from diffdoctor.lowering.plan import Plan, Problem
 
 
@@ -65,7 +65,7 @@ class FastCall(native_call.FastCall):
 
 def weight_mean(problem: Problem, out: Tensor) -> None:
     """The mean spatial weight into `out`: (B,) per sample, (1,) over the batch."""
-    maps = device.address(problem.confidence), device.address(problem.mask)
+    maps = address(problem.confidence), address(problem.mask)
     arguments = (native_plan(problem.plan, device.native), *maps, out.data_ptr(), out.shape[0] > 1)
     _launch_mean(problem.plan, arguments, problem.pred.device, problem.keeps_workspace)
 

@@ -13,7 +13,7 @@ from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.commands.diagnose_config import DiagnoseConfig
 from diffdoctor.detector.confidence import confidence_of
 from diffdoctor.detector.models.base import Detector
-from diffdoctor.detector.predict import TOO_LARGE, in_batches, takes
+from diffdoctor.detector.predict import in_batches, size_check
 from diffdoctor.runs.errors import first_line
 from diffdoctor.training.devices import device_of
 
@@ -22,10 +22,7 @@ def diagnosis_batches(
     unit: list[Source], config: DiagnoseConfig, detector: Detector, counts: SkipCounts, stamps: dict
 ) -> Iterator[list[dict]]:
     """The pictures of a unit that the detector takes, in batches of one size."""
-
-    def check(height: int, width: int) -> str | None:
-        return None if takes(detector, height, width, config.tile) else TOO_LARGE
-
+    check = size_check(detector, config.tile)
     options = {"strict": config.strict, "counts": counts, "masks": "ignored", "check": check, "placed": True}
 
     def samples() -> Iterator[dict]:

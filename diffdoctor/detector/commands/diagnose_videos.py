@@ -21,7 +21,7 @@ from diffdoctor.data.video import frame_name, open_video
 from diffdoctor.detector.commands.diagnose_batches import picture_maps
 from diffdoctor.detector.commands.diagnose_config import DiagnoseConfig
 from diffdoctor.detector.models.base import Detector
-from diffdoctor.detector.predict import TOO_LARGE, describe_map, takes
+from diffdoctor.detector.predict import describe_map, size_check
 from diffdoctor.measures.pixels import is_flagged
 from diffdoctor.runs.errors import first_line
 from diffdoctor.runs.files import NO_SUCH_NAME, atomic_dir, atomic_write_bytes, file_name
@@ -46,10 +46,7 @@ def diagnose_video(detector: Detector, source: Source, config: DiagnoseConfig, c
         mean of each frame. None where it is left out.
     """
     output, name = Path(config.output), source.name
-
-    def check(height: int, width: int) -> str | None:
-        return None if takes(detector, height, width, config.tile) else TOO_LARGE
-
+    check = size_check(detector, config.tile)
     rows, shown = [], Thumbnails()
     try:
         with open_video(source.path, check=check) as video, atomic_dir(output / "maps" / file_name(name, "")) as maps:
