@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from diffdoctor.ops.checks import FLOATS, check_choice, check_dtype, check_number, kind_error, value_error
+from diffdoctor.ops.observed import is_observed, is_plain
 from diffdoctor.ops.schedules import gather, result_dtype
 from diffdoctor.ops.target import widest
 from diffdoctor.runs.errors import expected
@@ -41,14 +42,15 @@ def flow_sde_coefs(
 
     Raises:
         TypeError: a table that is not a floating-point tensor, a step that is no integer, an eta that is no number.
-        ValueError: a table that is not 1-D of two values or more, a step outside of it, a negative eta, another form
-            or dtype.
+        ValueError: a table that is not 1-D of two values or more, or of other values than noise levels in [0, 1] that
+            do not rise (seen on the CPU alone), a step outside of it, a negative eta, another form or dtype.
     """
     if not isinstance(sigmas, Tensor):
         raise kind_error("sigmas", "a tensor", sigmas)
     check_dtype("sigmas", sigmas, FLOATS)
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise value_error("sigmas", "shape (steps + 1,) with at least one step", tuple(sigmas.shape))
+    _check_sigmas(sigmas)
     check_number("eta", eta, 0.0)
     check_choice("form", form, _FORMS)
     if isinstance(step, int) and not isinstance(step, bool):
@@ -71,6 +73,15 @@ def flow_sde_coefs(
     b = (1 + variance * (1 - t) / (2 * t)) * dt
     result = result_dtype(dtype, sigmas)
     return a.to(result), b.to(result), (rate * (-dt).sqrt()).to(result)
+
+
+def _check_sigmas(sigmas: Tensor) -> None:
+    """Refuse another table, such as the scheduler's timesteps; one on a device is not looked at, which would wait."""
+    if sigmas.device.type != "cpu" or is_observed() or not is_plain(sigmas):
+        return
+    if not bool(((sigmas >= 0) & (sigmas <= 1)).all()) or bool((sigmas.diff() > 0).any()):
+        what = "noise levels in [0, 1] that do not rise (a scheduler's sigmas, not its timesteps)"
+        raise value_error("sigmas", what, f"{float(sigmas[0]):g} to {float(sigmas[-1]):g}")
 
 
 def ddim_coefs(

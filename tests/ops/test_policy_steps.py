@@ -105,6 +105,8 @@ REFUSED = {
     "a step of a fraction": (lambda: diffdoctor.flow_sde_coefs(TABLE, 1.5), TypeError, "step: expected an int"),
     "steps of fractions": (lambda: diffdoctor.flow_sde_coefs(TABLE, TABLE), TypeError, "step: expected integers"),
     "a short table": (lambda: diffdoctor.flow_sde_coefs(TABLE[:1], 0), ValueError, "sigmas: expected shape"),
+    "timesteps": (lambda: diffdoctor.flow_sde_coefs(1000 * TABLE, 0), ValueError, "sigmas: expected noise levels"),
+    "a rising table": (lambda: diffdoctor.flow_sde_coefs(TABLE.flip(0), 0), ValueError, "that do not rise"),
     "a form": (lambda: diffdoctor.flow_sde_coefs(TABLE, 0, form="ode"), ValueError, "form: expected one of"),
     "a negative eta": (lambda: diffdoctor.flow_sde_coefs(TABLE, 0, eta=-1), ValueError, "eta: expected"),
     "an eta above 1": (
