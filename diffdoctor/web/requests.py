@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from diffdoctor.runs.errors import UserError, expected
@@ -57,6 +58,8 @@ def endpoint(
             return JSONResponse({"error": str(error), **error.fields}, error.status)
         except UserError as error:
             return JSONResponse({"error": str(error)}, 400)
+        except (ClientDisconnect, asyncio.CancelledError):  # gone before it had sent all, or the server ends
+            return Response(status_code=400)
 
     return serve
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from diffdoctor.runs.errors import UserError, expected, missing_extra
 
+# So long a server that is to end waits for requests that are still sent.
+END_SECONDS = 5
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -70,6 +72,7 @@ def make_server(app, *, certificate: str | None = None, key: str | None = None):
             proxy_headers=False,
             limit_concurrency=256,
             timeout_keep_alive=15,
+            timeout_graceful_shutdown=END_SECONDS,
             h11_max_incomplete_event_size=2**15,
             ssl_certfile=certificate,
             ssl_keyfile=key,

@@ -1,6 +1,8 @@
 """The server over HTTP: tasks, masks and reviews, as the page asks for them."""
 
 import json
+import socket
+import time
 
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ import pytest
 from diffdoctor.annotate.command import _assist
 from diffdoctor.data.codec import decode
 from diffdoctor.runs.errors import UserError
+from diffdoctor.web import serve
+from diffdoctor.web.guard import Guard
 from support.annotation import PEOPLE, Client, make_project, picture, proposal, serving, sha256, spot
 
 
@@ -146,3 +150,31 @@ def test_a_program_of_ones_own_marks_a_point(tmp_path):
     for source, words in ((str(file), "no such file"), (f"{file}:far", "expected the name of a function")):
         with pytest.raises(UserError, match=words):
             _assist(source)
+
+
+def test_a_client_that_does_not_send_all_neither_holds_the_server_nor_prints(monkeypatch, capfd):
+    from starlette.applications import Starlette
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    from diffdoctor.web.requests import endpoint
+
+    monkeypatch.setattr(serve, "END_SECONDS", 0.2)
+
+    def build(hosts):
+        route = Route("/", endpoint(lambda ask: Response("all")), methods=["POST"])
+        return Guard(Starlette(routes=[route]), lambda token: token, hosts, ())
+
+    started = time.monotonic()
+    with serve.running(build) as url:
+        host = url.removeprefix("http://")
+        lines = f"POST / HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer x\r\nContent-Type: application/json\r\n"
+        clients = [socket.create_connection(host.split(":")) for _ in range(2)]
+        for client in clients:
+            client.sendall(f"{lines}Content-Length: 9\r\n\r\n{{".encode())
+        time.sleep(0.2)
+        clients[0].close()
+        time.sleep(0.2)
+    assert time.monotonic() - started < 9  # 10 s later the thread is left alone
+    clients[1].close()
+    assert "Traceback" not in capfd.readouterr().err
