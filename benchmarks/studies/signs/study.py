@@ -228,6 +228,9 @@ class Study:
         options["sampling_steps"] = options.pop("num_inference_steps")
         options |= {"seed": self.settings.seed, "checkpoint_every": 0, "log_with": "none", "sample_pictures": 0}
         options |= (recipe.treat or {}) | self.settings.treat
+        if recipe.after is not None:
+            # of the LoRA that is tuned on
+            options.pop("rank", None)
         return {"evaluate_every": max(1, options["steps"] // 4), **options}
 
     def _trained_on(self, kind, recipe) -> Path:
