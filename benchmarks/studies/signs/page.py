@@ -23,8 +23,9 @@ _COLUMNS_SAY = (
     "1 the detector that steers the treatment tells the truth, far above it was fooled."
 )
 _ROWS_SAY = (
-    "Rows: draft_k, drtune, leap, nft, grpo and weighted are methods of diffdoctor treat, which train a LoRA; guide "
-    "and repair redraw what the detector flags; autoguided is drawn with what the LoRA changed taken further. "
+    "Rows: draft_k, draft_lv, drtune, full, leap, nft, grpo and weighted are methods of diffdoctor treat, which train "
+    "a LoRA; guide and repair redraw what the detector flags; autoguided is drawn with what the LoRA changed taken "
+    "further. "
     "docs/treat.md explains them."
 )
 

@@ -70,7 +70,9 @@ def _rows() -> dict[str, Recipe]:
     longer = {f"{name}, {LONGER} steps": _longer(recipe) for name, recipe in rows.items()}
     return rows | longer | {
         "draft_k, strong": Recipe(DRAFT | {"steps": 40, "grad_steps": 5, "learning_rate": 2e-3}),
+        "draft_lv": Recipe({"method": "draft_lv", "steps": 50}),
         "drtune": Recipe({"method": "drtune", "steps": 50}),
+        "full": Recipe({"method": "full", "steps": 50}),
         "leap": Recipe({"method": "leap", "steps": 50}),
         "grpo": Recipe({"method": "grpo", "steps": 100}),
         "weighted": Recipe({"method": "weighted", "steps": 200}),
