@@ -74,7 +74,7 @@ def test_a_full_disk_is_one_line_and_the_pictures_stay(files, tmp_path, monkeypa
         ({"device": "cuda:99"}, "device: 'cuda:99' cannot be used"),
         ({"guide_options": '{"strength": 1}'}, "--guide_options: expected --guide true with it, got --guide false"),
         ({"guide": "true", "guide_options": '{"power": 1}'}, ", got power"),
-        ({"output": "{files}/real"}, "holds something else"),
+        ({"output": "{files}/real"}, "expected a folder that holds no picture of the input"),
         ({"output": "{files}/means.pt"}, "expected a folder or nothing, got a file"),
     ],
     ids=lambda value: re.sub(r"\W+", "-", str(value))[:45],
