@@ -15,7 +15,6 @@ import torch
 from diffdoctor.data.columns import pyarrow_modules
 from diffdoctor.data.pictures import as_batch
 from diffdoctor.data.prompts import Prompt, read_prompt_file
-from diffdoctor.data.sources import refuse_output_among
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.confidence import check_detector
 from diffdoctor.detector.models.load import open_detector
@@ -104,10 +103,8 @@ class Evaluation:
         self.measurer = _networks(config, [prompt.text for prompt in prompts])
         self.plan = PromptPlan(prompts, _class_indices(self.measurer.classifier, prompts))
         self.not_read = SkipCounts()
-        self.real = measuring.real_units(config.real, self.not_read) if config.real else []
-        self.damaged = measuring.real_units(config.damaged, self.not_read) if config.damaged else []
-        for unit in (*self.real, *self.damaged):
-            refuse_output_among(config.output, unit.sources)
+        self.real = measuring.real_units(config.real, self.not_read, config.output)
+        self.damaged = measuring.real_units(config.damaged, self.not_read, config.output)
         self._too_few_for_fid(measuring.count_real(self.real))
         identity = pipelines.picture_identity(
             config, [prompt.text for prompt in prompts], weights_digest(self.measurer.detector)

@@ -10,7 +10,7 @@ import torch
 
 from diffdoctor.data.manifest import MANIFEST, read_manifest
 from diffdoctor.data.pictures import cover_crop, to_images
-from diffdoctor.data.sources import Source, find_sources, read_source
+from diffdoctor.data.sources import Source, find_sources, read_source, refuse_output_among
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.detector.damage.injection import MIN_SIDE, NoVisibleDamage, inject
 from diffdoctor.detector.predict import diagnose_pictures
@@ -122,17 +122,19 @@ class RealUnit:
     sources: tuple[Source, ...]
 
 
-def real_units(paths: Sequence[str], counts: SkipCounts | None = None) -> list[RealUnit]:
+def real_units(paths: Sequence[str], counts: SkipCounts | None = None, output: str | None = None) -> list[RealUnit]:
     """Real pictures in units: a shard each, and files in groups of `UNIT`.
 
     Args:
-        paths: files, folders, patterns and shards.
+        paths: files, folders, patterns and shards; none: no units.
         counts: filled with what was left out.
+        output: folder of the results, which may hold none of them; None: not known.
 
     Raises:
-        UserError: see `data.sources.find_sources`.
+        UserError: see `data.sources.find_sources` and `data.sources.refuse_output_among`.
     """
-    sources = find_sources(paths, counts)
+    sources = find_sources(paths, counts) if paths else []
+    refuse_output_among(output, sources)
     files = [source for source in sources if not source.is_shard]
     groups = [tuple(files[start : start + UNIT]) for start in range(0, len(files), UNIT)]
     groups += [(source,) for source in sources if source.is_shard]
