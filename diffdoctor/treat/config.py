@@ -22,7 +22,8 @@ class TreatConfig:
             other, what each step's rate was depends on how many there are.
         batch_size: pictures sampled per step, over all processes.
         sampling_steps: denoising steps of a roll-out.
-        grad_steps: denoising steps that carry a gradient in draft_k and drtune; None: a quarter of sampling_steps.
+        grad_steps: denoising steps that carry a gradient in draft_k and drtune, at most all there are; None: a quarter of
+            sampling_steps.
         guidance_scale: of classifier-free guidance (or FLUX's embedded guidance); the same here as in evaluation.
         negative_prompt: what the negative prediction of classifier-free guidance is told; None: nothing.
         leap_discount: leap: how much of the gradient passes through the second step's prediction to the first, in

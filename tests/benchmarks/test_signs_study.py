@@ -257,7 +257,7 @@ def test_seeds_of_which_one_had_nothing_to_repair_are_pooled():
 
 @pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="needs a checkout")
 def test_the_docs_name_rows_that_there_are():
-    pages = (ROOT / "docs" / name for name in ("treat.md", "detector.md"))
+    pages = (ROOT / "docs" / name for name in ("signs.md", "detector.md"))
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages).replace("\\\n", " ")
     lines = re.findall(r"^python -m benchmarks\.studies\.signs (.*)", text, re.MULTILINE)
     assert len(lines) >= 2

@@ -261,5 +261,11 @@ def test_the_report_and_what_is_refused(folders, tmp_path, capsys):
             EvaluateCompareConfig("a", "b", "c", **options)
 
 
+def test_an_output_folder_among_the_pictures_is_refused(folders):
+    with pytest.raises(UserError, match="output: expected a folder that holds no picture"):
+        run_evaluate_compare(EvaluateCompareConfig(*map(str, folders), str(folders[1]), serve=False))
+    assert {path.suffix for path in folders[1].iterdir()} == {".png"}
+
+
 def test_the_page_has_no_markup_from_texts():
     assert "innerHTML" not in (ROOT / "diffdoctor/evaluate/compare/static/app.js").read_text()

@@ -51,7 +51,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--pictures", type=int, default=2000, help="of each row (2000)")
     command.add_argument("--quick", action="store_true", help="the U-Net alone, shorter, three rows: ten minutes")
     command.add_argument("--settings", type=json.loads, default={}, help="JSON: other fields of study.Settings")
-    command.add_argument("--docs", help="page whose table is replaced as well, such as docs/treat.md")
+    command.add_argument("--docs", help="page whose table is replaced as well, such as docs/signs.md")
+    command.add_argument("--table", default="seeds", help="name of that table, in the lines around it (seeds)")
     command.add_argument(
         "--strict", action="store_true", help="exit code 1 where no treatment does better than training on"
     )
@@ -92,7 +93,7 @@ def run(options) -> dict:
         _pictures(options.output, studies[0], kind)
     write_page(options.output / "signs.html", studies, kinds, found, together)
     if options.docs:
-        put_into(options.docs, f"{text}\n\n{_caption(record, options)}", START, END)
+        put_into(options.docs, f"{text}\n\n{_caption(record, options)}", START.format(options.table), END)
     print(text)
     return record
 

@@ -26,7 +26,7 @@ _ROWS_SAY = (
     "Rows: draft_k, draft_lv, drtune, full, leap, nft, grpo and weighted are methods of diffdoctor treat, which train "
     "a LoRA; guide and repair redraw what the detector flags; autoguided is drawn with what the LoRA changed taken "
     "further. "
-    "docs/treat.md explains them."
+    "docs/signs.md explains them."
 )
 
 

@@ -40,7 +40,7 @@ class Recipe:
         return by_itself and self.treat is not None and "map_source" not in self.treat
 
 
-# Chosen on the development seeds: what was tried stands in docs/treat.md.
+# Chosen on the development seeds: what was tried stands in docs/signs.md.
 NFT = {
     "method": "nft", "steps": 120, "batch_size": 64, "learning_rate": 1e-3, "rank": 32, "ema_decay": 0.9,
     "offline_weight": 0.13,

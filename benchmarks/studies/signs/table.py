@@ -8,7 +8,7 @@ from benchmarks.studies.signs.measures import hacking, measure, rate_of
 from benchmarks.studies.signs.oracle import TAU, TAUS
 from benchmarks.studies.signs.pipelines import prompts_of
 
-START, END = "<!-- table of python -m benchmarks.studies.signs -->", "<!-- end of table -->"
+START, END = "<!-- table of python -m benchmarks.studies.signs: {} -->", "<!-- end of table -->"
 # What the mean of several seeds is taken of.
 _MEANS = (
     "letters_broken", "mended", "broke", "kept", "colour", "colour_distance", "entropy", "distinct_words",

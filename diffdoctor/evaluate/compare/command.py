@@ -35,7 +35,7 @@ def run_evaluate_compare(config: EvaluateCompareConfig) -> dict:
             listened at.
     """
     build = _build() if config.serve else None
-    found = find_pairs(config.a, config.b, config.scores)
+    found = find_pairs(config.a, config.b, config.scores, config.output)
     pairs = chosen_pairs(found, config.pairs, config.seed)
     measure = _measures(config)
     identity = {"pictures": _digest(found), "question": config.question, "seed": config.seed}

@@ -15,7 +15,7 @@ from diffdoctor.data.codec import UnreadablePicture, decode
 from diffdoctor.data.columns import ParquetColumns
 from diffdoctor.data.manifest import MANIFEST, read_columns
 from diffdoctor.data.shards import picture_ranges
-from diffdoctor.data.sources import Source, find_sources, listed_sources, read_caption
+from diffdoctor.data.sources import Source, find_sources, listed_sources, read_caption, refuse_output_among
 from diffdoctor.evaluate.model.store import TABLE
 from diffdoctor.runs.errors import UserError, expected
 
@@ -78,18 +78,19 @@ class _Found:
     category: str
 
 
-def find_pairs(a: str, b: str, scores: str | None = None) -> list[Pair]:
+def find_pairs(a: str, b: str, scores: str | None = None, output: str | None = None) -> list[Pair]:
     """All pairs, sorted by name.
 
     Args:
         a, b: folders, patterns, or Parquet files that list pictures, see `EvaluateCompareConfig`.
         scores: see there.
+        output: folder of the results, which may hold none of the pictures; None: not known.
 
     Raises:
-        UserError: one of the two holds no pictures, there is no name that both have, or two of one name have different
-            prompts.
+        UserError: one of the two holds no pictures, there is no name that both have, two of one name have different
+            prompts, or pictures lie in the output folder.
     """
-    sides = [_pictures(a), _pictures(b)]
+    sides = [_pictures(given, output) for given in (a, b)]
     names = sorted({*sides[0]} & {*sides[1]})
     if not names:
         got = f"{min(sides[0])!r} and {min(sides[1])!r}, …"
@@ -121,10 +122,12 @@ def lot(seed: int, *words: str) -> int:
     return int.from_bytes(hashlib.sha256("\0".join([str(seed), *words]).encode("utf-8", "surrogatepass")).digest()[:8])
 
 
-def _pictures(given: str) -> dict[str, _Found]:
+def _pictures(given: str, output: str | None) -> dict[str, _Found]:
     listed = Path(given).suffix.lower() == ".parquet"
+    sources = listed_sources(given) if listed else find_sources([given])
+    refuse_output_among(output, sources)
     found: dict[str, _Found] = {}
-    for source in listed_sources(given) if listed else find_sources([given]):
+    for source in sources:
         for name, picture in _in_shard(source) if source.is_shard else _in_file(source, listed):
             if name in found:
                 raise UserError(expected(given, "pictures of different names", f"two that are called {name!r}"))
