@@ -22,7 +22,7 @@ class TreatConfig:
             other, what each step's rate was depends on how many there are.
         batch_size: pictures sampled per step, over all processes.
         sampling_steps: denoising steps of a roll-out.
-        grad_steps: denoising steps that carry a gradient in draft_k and drtune, at most all there are; None: a quarter of
+        grad_steps: denoising steps that carry a gradient in draft_k and drtune, at most all of them; None: a quarter of
             sampling_steps.
         guidance_scale: of classifier-free guidance (or FLUX's embedded guidance); the same here as in evaluation.
         negative_prompt: what the negative prediction of classifier-free guidance is told; None: nothing.
