@@ -8,12 +8,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.studies.signs import world
+from benchmarks.studies.signs.oracle import read_signs
 from benchmarks.studies.signs.parts import Parts, cpu_seconds, record_of
 from diffdoctor.runs.progress import progress
 
 KINDS = ("sd", "flux")
 SAMPLING_STEPS = 10
 BATCH = {"sd": 32, "flux": 64}
+TRIED, TRIED_SEED = 300, 6_000_000
+"""Signs by which it is decided whether a pipeline has learnt enough, and the first one's seed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +28,12 @@ class BaseSettings:
         signs: clean ones to train on.
         autoencoder_steps: of 16 signs; both pipelines share the autoencoder.
         sd_legs: (steps, peak learning rate) of each leg of the U-Net's training, at 32 signs a step. Chosen so that
-            half of what it draws is broken.
+            half of what the first seed's draws is broken.
         flux_legs: of the transformer's, at 64 signs a step. Chosen likewise.
+        further_leg: of either, taken as often as more than `until` of `TRIED` signs that it draws are broken, since
+            seeds differ in how soon they have learnt letters.
+        until: see there.
+        most_further: how often at most.
     """
 
     seed: int = 0
@@ -34,6 +41,9 @@ class BaseSettings:
     autoencoder_steps: int = 1200
     sd_legs: tuple[tuple[int, float], ...] = ((2000, 2e-3), (400, 1e-3))
     flux_legs: tuple[tuple[int, float], ...] = ((3000, 2e-3),)
+    further_leg: tuple[int, float] = (500, 1e-3)
+    until: float = 0.65
+    most_further: int = 12
 
     def clean(self) -> world.Signs:
         """What the pipelines are trained on, and the pairs of a treatment."""
@@ -60,9 +70,22 @@ def autoencoder(parts: Parts, settings: BaseSettings) -> Path:
 def base_pipeline(parts: Parts, settings: BaseSettings, kind: str) -> Path:
     """The folder of a trained pipeline, one of `KINDS`."""
     vae, folder = autoencoder(parts, settings), None
-    for number, (steps, rate) in enumerate(getattr(settings, f"{kind}_legs")):
+    legs = getattr(settings, f"{kind}_legs")
+    for number, (steps, rate) in enumerate((*legs, *[settings.further_leg] * settings.most_further)):
+        if number >= len(legs) and _broken(parts, kind, folder) <= settings.until:
+            break
         folder = _leg(parts, settings, kind, vae, folder, steps, rate, settings.seed + 1000 * number)
     return folder
+
+
+def _broken(parts, kind, folder) -> float:
+    """The share of broken ones of `TRIED` signs that a pipeline draws, of seeds that serve nothing else."""
+
+    def make(_):
+        return {"broken": read_signs(draw(loaded(folder), kind, TRIED, TRIED_SEED, f"{kind} tried")).rate()}
+
+    needs = {"pipeline": folder.parent.name, "count": TRIED, "first": TRIED_SEED}
+    return record_of(parts.made(f"{kind}-tried", needs, make))["broken"]
 
 
 def _leg(parts, settings, kind, vae, before, steps, rate, seed) -> Path:
