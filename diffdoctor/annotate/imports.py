@@ -175,10 +175,14 @@ def _masks(config: AnnotateImportConfig, tasks: _Tasks, counts: SkipCounts) -> I
         if row is None:
             continue
         try:
-            mask = (decode(path, "L") >= 128) * np.uint8(255)
+            levels = decode(path, "L")
         except UnreadablePicture as error:
             counts.add(error.reason, path.name, detail=error.detail)
             continue
+        if levels.max() == 1:
+            counts.add("a mask of 0 and 1, where 255 is marked", path.name)
+            continue
+        mask = (levels >= 128) * np.uint8(255)
         yield Imported(row["id"], config.rater or config.format, _fitting(mask, row, path.name))
 
 

@@ -44,14 +44,15 @@ def write_shards(
         The number of pictures written.
 
     Raises:
-        ValueError: a sample's picture, mask, key or label is not as described.
+        ValueError: a sample's picture, mask, key or label is not as described; or no mask has a value above 1/255,
+            although some are not empty, as where masks of 0 and 1 are given as uint8 or were read from files.
         UserError: `folder` is a file, or holds anything but a set.
     """
     check_options(shard_size, picture_type)
     # Leftover files of a writer that was killed.
     clear_leftovers(Path(folder).parent, Path(folder).name)
     refuse_no_set(folder)
-    keys, count = _UniqueKeys(), 0
+    keys, count, largest = _UniqueKeys(), 0, 0.0
     with atomic_dir(folder) as temporary:
         manifest = ManifestWriter(temporary / MANIFEST, min(shard_size, 1000))
         try:
@@ -62,8 +63,13 @@ def write_shards(
                         keys.add(row["key"])
                         manifest.add(row)
                         count += 1
+                        # a detector that is sure of nothing gives such maps
+                        largest = max(largest, 0.0 if row["label"] == "pseudo" else row["mask_max"])
         finally:
             manifest.close()
+        if 0 < largest <= 1 / 255:
+            what = "255 where a picture is broken in masks of uint8 and of files, or bool"
+            raise ValueError(expected("mask", what, f"nothing above 1 in {count} masks"))
         # Something may have been put there meanwhile.
         refuse_no_set(folder)
     return count

@@ -49,7 +49,8 @@ class ArrayData:
         **fields: further columns of length N, such as category=[...], prompt=[...].
 
     Raises:
-        ValueError: a column has another length; at `data[i]`, a picture or mask of another shape or dtype.
+        ValueError: a column has another length; masks of uint8 that are 0 and 1, which would be 0 and 1/255; at
+            `data[i]`, a picture or mask of another shape or dtype.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class ArrayData:
         for name, column in {"masks": masks, **fields}.items():
             if column is not None and len(column) != len(pictures):
                 raise ValueError(expected(name, f"one entry for each of {len(pictures)} pictures", len(column)))
+        if isinstance(masks, np.ndarray) and masks.dtype == np.uint8 and masks.max(initial=0) == 1:
+            raise ValueError(expected("masks", "255 where a picture is broken in uint8, or bool", "uint8 0 and 1"))
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -186,11 +189,11 @@ def augment(
         raise UserError(expected("data", what, f"one of {mask.shape[0]} x {mask.shape[1]}; see training.size"))
     if not (mask > 0).any():
         if rng.uniform() < config.shrink_share:
-            picture = shrink_and_pad(picture, rng)
+            picture, mask = shrink_and_pad(picture, mask, rng)
         if rng.uniform() < config.inject_share:
             try:
                 damaged = inject(picture, rng, config.kinds, config.strength, config.area, visible=config.visible)
-                picture, mask = damaged.picture, damaged.mask
+                picture, mask = damaged.picture, np.where((mask < 0) & (damaged.mask == 0), mask, damaged.mask)
             except NoVisibleDamage:
                 pass
         elif rng.uniform() < config.benign_share:
@@ -209,8 +212,17 @@ def augment(
     return picture, mask
 
 
-def shrink_and_pad(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Shrink a picture to 40..90 % and pad it back to its size at a random position with its mean border colour."""
+def shrink_and_pad(picture: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Shrink a picture to 40..90 % and pad it back to its size at a random position with its mean border colour.
+
+    Args:
+        picture: (H, W, 3) uint8, clean.
+        mask: (H, W) float32, 0, or negative where it is not decided.
+        rng: of size and position.
+
+    Returns:
+        Picture and mask, of the same shapes; the padding is decided.
+    """
     from PIL import Image
 
     height, width = picture.shape[:2]
@@ -222,7 +234,11 @@ def shrink_and_pad(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     result[:] = np.rint(border.mean(axis=0)).astype(np.uint8)
     y, x = rng.integers(height - h + 1), rng.integers(width - w + 1)
     result[y : y + h, x : x + w] = small
-    return result
+    if (undecided := mask < 0).any():
+        mask = np.zeros_like(mask)
+        inside = np.asarray(Image.fromarray(undecided * np.float32(1)).resize((w, h), Image.Resampling.BOX)) > 0
+        mask[y : y + h, x : x + w][inside] = NOT_DECIDED
+    return result, mask
 
 
 def _shift(picture: np.ndarray, mask: np.ndarray, share: float, rng: np.random.Generator):

@@ -68,7 +68,8 @@ def check_maps(maps: Iterable[MapLike | None] | torch.Tensor) -> MapReport:
 
     The report warns when every map is all zero (the loss is then the plain one), when maps are all one or otherwise
     constant, when most of the area of most maps is broken (an inverted map: confidence is 1 where the picture is
-    *broken*), when many pictures have the same map, and when pictures have none.
+    *broken*), when no value is above 1/255 (masks of 0 and 1 in files or uint8, in which 255 is broken), when many
+    pictures have the same map, and when pictures have none.
 
     Args:
         maps: maps as `read_map` takes them (files, arrays), None for a picture without one, or a tensor (B, 1, H, W)
@@ -83,13 +84,14 @@ def check_maps(maps: Iterable[MapLike | None] | torch.Tensor) -> MapReport:
     if isinstance(maps, torch.Tensor):
         maps = _rows(maps)
     report = MapReport()
-    means, areas, shares, contents = [], [], [], Counter()
+    means, areas, shares, contents, largest = [], [], [], Counter(), 0.0
     for each in maps:
         if each is None:
             report.missing += 1
             continue
         values = read_map(each)
         low, high = float(values.min()), float(values.max())
+        largest = max(largest, high)
         means.append(float(values.mean()))
         share = float((values >= 0.5).mean())
         areas.append(share)
@@ -105,7 +107,7 @@ def check_maps(maps: Iterable[MapLike | None] | torch.Tensor) -> MapReport:
             contents[hashlib.sha1(np.ascontiguousarray(values).tobytes()).digest()] += 1
     if report.count:
         report.mean, report.broken_share = float(np.mean(means)), float(np.mean(areas))
-    report.warnings = _sentences(report, shares, contents)
+    report.warnings = _sentences(report, shares, contents, largest)
     return report
 
 
@@ -117,7 +119,7 @@ def _rows(maps: torch.Tensor) -> list[np.ndarray]:
     return list(maps.reshape(len(maps), *maps.shape[-2:]).numpy())
 
 
-def _sentences(report: MapReport, shares: list[float], contents: Counter) -> list[str]:
+def _sentences(report: MapReport, shares: list[float], contents: Counter, largest: float) -> list[str]:
     count, found = report.count, []
     if report.missing:
         found.append(f"{report.missing} of {report.missing + count} pictures have no map: they count as clean")
@@ -125,6 +127,10 @@ def _sentences(report: MapReport, shares: list[float], contents: Counter) -> lis
         return found
     if report.zero == count:
         found.append(f"all {count} maps are zero everywhere: the loss will be the one without maps")
+    elif largest < 3 * _HALF_STEP:
+        found.append(
+            f"none of {count} maps has a value above 1/255: masks of 0 and 1? (255 is broken in files and in uint8)"
+        )
     if report.one:
         found.append(f"{report.one} of {count} maps are one everywhere: the whole picture counts as broken")
     if report.constant:

@@ -84,19 +84,18 @@ class PictureRanking:
 
     def _flush(self) -> None:
         pending, self._pending = self._pending, []
-        if not pending:
-            return
-        read = [np.concatenate([_numbers(each[column], len(each[0])) for each in pending]) for column in (1, 2, 3)]
-        losses, shares, levels = read
-        keys = [key for each in pending for key in each[0]]
-        for number in np.flatnonzero(np.isfinite(losses)):
-            bin_ = int(np.clip(np.nan_to_num(levels[number]) * BINS, 0, BINS - 1))
-            self._levels[bin_] += 1, losses[number]
-            row = self._row(keys[number])
-            count, total = self._levels[bin_]
-            relative = losses[number] * count / total if total else 1.0
-            has_share = np.isfinite(shares[number])
-            row += 1, losses[number], relative, has_share, shares[number] if has_share else 0.0
+        for keys, *values in pending:
+            losses, shares, levels = (_numbers(value, len(keys)) for value in values)
+            bins = np.clip(np.nan_to_num(levels) * BINS, 0, BINS - 1).astype(int)
+            finite = np.flatnonzero(np.isfinite(losses))
+            # all of an update first: what a loss is compared with must not depend on its place in a batch
+            np.add.at(self._levels, bins[finite], np.stack([np.ones(len(finite)), losses[finite]], axis=1))
+            for number in finite:
+                row = self._row(keys[number])
+                count, total = self._levels[bins[number]]
+                relative = losses[number] * count / total if total else 1.0
+                has_share = np.isfinite(shares[number])
+                row += 1, losses[number], relative, has_share, shares[number] if has_share else 0.0
 
     def _row(self, key: str) -> np.ndarray:
         number = self._index.setdefault(key, len(self._index))
@@ -140,8 +139,8 @@ class PictureRanking:
 
         Returns:
             Dicts of `key`, `visits`, `loss` (mean over the visits), `relative_loss` (mean of each loss over the mean of
-            all losses at about its noise level so far; 1 for the average picture) and `artifact_share` (mean; None
-            where no share was given), sorted by `relative_loss`.
+            all losses at about its noise level so far, those of its own update included; 1 for the average picture) and
+            `artifact_share` (mean; None where no share was given), sorted by `relative_loss`.
         """
         self._flush()
         found = []

@@ -167,6 +167,26 @@ def check_resident_blocks(family: Family, config: TreatConfig, sharded: bool) ->
         raise UserError(expected("resident_blocks", "None with a denoiser that is quantized", config.resident_blocks))
 
 
+def check_partners(config: TreatConfig, processes: Processes, chunk: int) -> None:
+    """With shuffled maps, no picture may be worked on alone: it would keep its own map.
+
+    Args:
+        config: of the treatment.
+        processes: that share a batch.
+        chunk: pictures that a process works on at a time.
+
+    Raises:
+        UserError: some process has one picture left over.
+    """
+    if config.map_source != "shuffled" or METHODS[config.method].run is None:
+        return
+    shares = [len(range(rank, config.batch_size, processes.count)) for rank in range(processes.count)]
+    if any(share and (chunk == 1 or share % chunk == 1) for share in shares):
+        name = "batch_size" if config.micro_batch_size is None else "micro_batch_size"
+        what = "with shuffled maps no picture alone at a time, which would keep its own map"
+        raise UserError(expected(name, what, f"{chunk} at a time of {min(shares)} on a process"))
+
+
 def check_even_batches(family: Family, config: TreatConfig, processes: Processes) -> None:
     """With a sharded denoiser every process must have equally many pictures.
 

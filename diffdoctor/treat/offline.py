@@ -243,8 +243,14 @@ def prepare_offline(
     )
     order = None
     if config.map_source == "shuffled":
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
+        order = _other_rows(len(rows), config.seed)
     return OfflinePairs(encoded, torch.tensor(rows), prompts, order)
+
+
+def _other_rows(count: int, seed: int) -> torch.Tensor:
+    """(count,) for each row a random other one, each once: one cycle through all of them."""
+    cycle = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return torch.empty_like(cycle).scatter_(0, cycle, cycle.roll(1))
 
 
 def offline_term(

@@ -27,6 +27,7 @@ from diffdoctor.treat.checks import (
     check_even_batches,
     check_negative_prompt,
     check_own_steps,
+    check_partners,
     check_pipeline,
     check_resident_blocks,
     check_reward,
@@ -127,6 +128,7 @@ class Treatment:
         self.sampling = Sampling(family, sampler, guidance, detector, config.frames_per_call)
         check_own_steps(self.sampling, config)
         self.drawing = Drawing(self.sampling, prompts, config, self.processes, size)
+        check_partners(config, self.processes, self.drawing.chunk)
         self.fixed = FixedPictures(self.drawing, config, monitor_detector, quality_reward)
         self.early_stopping = EarlyStopping(config)
         self.history: list[dict] = []

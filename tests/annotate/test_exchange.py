@@ -258,6 +258,9 @@ def test_masks_are_taken_from_a_folder(tmp_path, capsys):
     first, second = labels_of(project)
     np.testing.assert_array_equal(first.mask, spot(0) > 0)
     assert not second.mask.any()
+    (folder / "0002.png").write_bytes(encode_mask((spot(0) > 0).astype(np.uint8)))
+    run_annotate_import(config)
+    assert "a mask of 0 and 1, where 255 is marked (first: 0002.png)" in capsys.readouterr().err
     (folder / "0002.png").write_bytes(encode_mask(spot(0)[:10]))
     with pytest.raises(UserError, match="a mask of 64 x 48, got 64 x 10"):
         run_annotate_import(config)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from diffdoctor.detector import coco_pictures, masked_pictures, read_shards, write_coco, write_shards
+from diffdoctor.detector import ArrayData, coco_pictures, masked_pictures, read_shards, write_coco, write_shards
 from diffdoctor.runs.errors import UserError
 
 Image = pytest.importorskip("PIL.Image")
@@ -49,6 +49,23 @@ def test_masks_become_a_set_and_the_set_becomes_coco(painted):
     for one, other in zip((cat, dog), again, strict=True):
         assert np.array_equal(one["picture"], other["picture"])
         assert np.array_equal(one["mask"] > 0.5, other["mask"] > 0.5)
+
+
+def test_masks_of_0_and_1_are_refused(painted):
+    path = painted / "masks" / "dog 1.png"
+    mask = (np.asarray(Image.open(path)) > 0).astype(np.uint8)
+    Image.fromarray(mask).save(path)
+    pictures = np.zeros((1, 24, 32, 3), np.uint8)
+    for samples in (
+        masked_pictures(painted / "pictures", painted / "masks", unmasked="clean"),
+        [{"picture": pictures[0], "mask": mask}],
+    ):
+        with pytest.raises(ValueError, match="mask: expected 255 where a picture is broken"):
+            write_shards(samples, painted / "set")
+        assert not (painted / "set").exists()
+    with pytest.raises(ValueError, match="masks: expected 255 where a picture is broken"):
+        ArrayData(pictures, mask[None])
+    assert write_shards([{"picture": pictures[0], "mask": mask / 255, "label": "pseudo"}], painted / "set") == 1
 
 
 def test_polygons_of_other_tools_are_read(painted):

@@ -1,5 +1,7 @@
 """Pixels that a person could not decide: kept in shards, read by every reader, and without a say in the loss."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,22 @@ def test_they_have_no_say_in_the_loss(weights):
         sharp = torch.where(undecided, -40.0, logits.detach())
         summed = detector_loss(sharp, mask[None].clamp(min=0), **weights)
         assert float(loss.detach()) == pytest.approx(float(summed), rel=1e-12)
+
+
+@pytest.mark.parametrize("label", ["human", "pseudo"])
+def test_they_follow_a_picture_that_is_shrunk_and_damaged(label):
+    picture, ignore = np.zeros((32, 48, 3), np.uint8), np.zeros((32, 48), bool)
+    picture[8:20, 10:30], ignore[8:20, 10:30] = (200, 0, 0), True
+    sample = {"picture": picture, "mask": np.zeros((32, 48), np.float32), "ignore": ignore, "label": label}
+    config = replace(NOTHING, shrink_share=1.0, inject_share=0.5, kinds=("tint",), exposure=0, noise=0)
+    damaged = 0
+    for seed in range(12):
+        changed, mask = training_pair(sample, None, config, np.random.default_rng(seed))
+        red, found = (changed[0] > 2 * changed[1] + 100).numpy(), mask[0].numpy()
+        damaged += bool((found > 0).any())
+        if not (found > 0).any():
+            assert (found[red] < 0).all() and 0 < (found < 0).sum() <= ignore.sum() * 0.9
+    assert (damaged > 0) == (label == "pseudo")
 
 
 def test_they_follow_a_resize():

@@ -216,13 +216,14 @@ GOOD = [blob(seed) for seed in range(8)] + [np.zeros((32, 32), np.float32)] * 8
         ([np.zeros((4, 4), np.float32)] * 3, "all 3 maps are zero everywhere"),
         ([*GOOD, np.ones((4, 4), np.float32)], "1 of 17 maps are one everywhere"),
         ([np.full((4, 4), 255, np.uint8)] * 2, "2 of 2 maps are one everywhere"),
+        ([*(level.astype(np.uint8) for level in GOOD), None], "none of 16 maps has a value above 1/255"),
         ([1 - level for level in GOOD], "inverted"),
         ([0.55 + 0.45 * (1 - level) for level in GOOD[:4]], "inverted"),
         ([np.full((4, 4), 0.5, np.float32)] * 2, "same value everywhere"),
         ([blob(0)] * 9 + [blob(1)], "9 of 10 maps are the same"),
         ([*GOOD, None], "1 of 17 pictures have no map"),
     ],
-    ids=["zero", "one one", "uint8 ones", "inverted", "soft inverted", "constant", "same", "missing"],
+    ids=["zero", "one one", "uint8 ones", "uint8 0 and 1", "inverted", "soft inverted", "constant", "same", "missing"],
 )
 def test_what_cannot_be_right_is_said(maps, words):
     report = check_maps(maps)

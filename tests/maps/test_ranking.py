@@ -43,15 +43,22 @@ def test_means_are_those_of_the_visits_and_the_odd_picture_comes_first():
         assert row["visits"] == own.sum() and row["loss"] == pytest.approx(losses[own].mean())
         assert row["artifact_share"] == pytest.approx(shares[own].mean())
     assert next(iter(found)) == "7.png"  # by the loss itself chance would decide
-    # by the definition, in the order of the visits
-    sums, relative = np.zeros((BINS, 2)), {key: [] for key in found}
-    for key, loss, level in zip(keys, losses, levels, strict=True):
-        sums[int(level * BINS)] += 1, loss
-        count, total = sums[int(level * BINS)]
-        relative[key].append(loss / (total / count))
+    # by the definition: the mean of all losses of the level up to the end of the loss's own update
+    bins, relative = (levels * BINS).astype(int), {key: [] for key in found}
+    for number, (key, loss) in enumerate(zip(keys, losses, strict=True)):
+        seen = slice(0, number // 8 * 8 + 8)
+        relative[key].append(loss / losses[seen][bins[seen] == bins[number]].mean())
     assert {key: row["relative_loss"] for key, row in found.items()} == pytest.approx(
         {key: np.mean(values) for key, values in relative.items()}
     )
+
+
+def test_the_order_in_a_batch_says_nothing():
+    for keys, losses in ((["cat", "dog"], [0.1, 0.3]), (["dog", "cat"], [0.3, 0.1])):
+        found = PictureRanking()
+        found.update(keys, losses)
+        relative = {row["key"]: row["relative_loss"] for row in found.rows()}
+        assert relative == pytest.approx({"dog": 1.5, "cat": 0.5})
 
 
 def test_names_and_folders_need_not_be_unicode(tmp_path):

@@ -38,6 +38,9 @@ def test_a_pipeline_that_places_its_own_parts_is_refused():
         ({"height": 2, "width": 2}, "height, width: expected multiples of 2 pixels, 4 at least, got 2 x 2"),
         ({"sampling_steps": 2000}, "sampling_steps: DDPMScheduler does not take them"),
         ({"lora_targets": ("everything",)}, "lora_targets"),
+        ({"map_source": "shuffled", "micro_batch_size": 1}, "micro_batch_size: expected with shuffled maps"),
+        ({"map_source": "shuffled", "micro_batch_size": 2}, "got 2 at a time of 3 on a process"),
+        ({"map_source": "shuffled", "batch_size": 1, "method": "nft"}, "batch_size: expected with shuffled maps"),
     ],
 )
 def test_what_cannot_be_treated_is_refused(options, message):

@@ -248,6 +248,9 @@ def test_offline_pairs_teach_nothing_where_flagged():
     uniform = prepare_offline(sampling, source, small(map_source="uniform"), **options)
     everywhere = float(offline_term(sampling, uniform, draws=[1, 2, 3], total=3).detach())
     assert with_flagged < everywhere
+    shuffled = prepare_offline(sampling, source, small(map_source="shuffled"), **options)
+    assert sorted(shuffled.mask_rows.tolist()) == list(range(6))
+    assert not (shuffled.mask_rows == torch.arange(6)).any()
     # the residual in the flagged latents does not count: 4 x 4 latent pixels, less their partly flagged rim
     prepared = prepare_offline(sampling, source, small(offline_confidence=0.0), **options)
     assert float(loss().detach()) == 0.0

@@ -151,7 +151,7 @@ def _small(output: Path, seed: int) -> dict:
             for index in np.flatnonzero(data.mask_max == 0):
                 sample = data[int(index)]
                 rng = np.random.default_rng([seed, 22, part, int(index)])
-                picture = shrink_and_pad(sample["picture"], rng)
+                picture, _ = shrink_and_pad(sample["picture"], sample["mask"], rng)
                 # Shards are read back by their keys, which must differ over both groups.
                 yield sample | {"key": f"{part}-{sample['key']}", "picture": picture}
 
