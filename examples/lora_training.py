@@ -185,10 +185,14 @@ def gather_captions(encoded, captions, device, dtype) -> dict[str, torch.Tensor]
     return {name: torch.cat([row[name] for row in rows]).to(device, dtype) for name in rows[0]}
 
 
-def rank(ranking: PictureRanking, batch, stats, levels: torch.Tensor) -> None:
-    """Add a micro-batch: each picture's mean loss where it may teach, and the flagged share of its crop."""
+def rank(ranking: PictureRanking, batch, stats, levels: torch.Tensor, weighting: torch.Tensor | None) -> None:
+    """Add a micro-batch: each picture's mean loss where it may teach, and the flagged share of its crop.
+
+    The loss is the one before `weighting` (B,): a prior picture would else differ from the others by its weight.
+    """
     shares = (batch["confidence"] >= 0.5).float().flatten(1).mean(1)
-    ranking.update(batch["name"], stats.numerator / stats.weight_sum.clamp_min(1), shares, levels)
+    losses = stats.numerator / stats.weight_sum.clamp_min(1)
+    ranking.update(batch["name"], losses if weighting is None else losses / weighting, shares, levels)
 
 
 def gather_ranking(ranking: PictureRanking) -> PictureRanking:

@@ -144,7 +144,7 @@ def flow_loss(transformer, pipeline, batch, encoded, config: FlowConfig, acceler
         layout=layout,
         return_stats=True,
     )
-    rank(ranking, batch, stats, sigmas)
+    rank(ranking, batch, stats, sigmas, weighting)
     return loss, stats
 
 

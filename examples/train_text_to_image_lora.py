@@ -108,7 +108,7 @@ def denoising_loss(unet, vae, scheduler, batch, encoded, config, accelerator, ge
         normalize=config.normalize,
         return_stats=True,
     )
-    rank(ranking, batch, stats, timesteps / len(scheduler))
+    rank(ranking, batch, stats, timesteps / len(scheduler), weighting)
     return loss, stats
 
 

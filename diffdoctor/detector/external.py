@@ -177,13 +177,18 @@ def regions_to_map(regions: Iterable[Region], size: tuple[int, int], *, edge: fl
         edge: see `from_boxes`.
 
     Raises:
-        UserError: a region that is neither a box nor a polygon, a score outside [0, 1].
+        UserError: a region that is neither a box nor a polygon, or within the first pixel, as shares of the sides in
+            place of pixels are; a score outside [0, 1].
     """
     result = np.zeros(size, np.float32)
     for region, score in regions:
         points, score = _points(region), float(score)
         if not 0 <= score <= 1:
             raise UserError(expected("score", "a number in [0, 1]", score))
+        low, high = points.min(axis=0), points.max(axis=0)
+        if low.min() >= 0 and high.max() <= 1 and (high > low).all() and max(size) > 1:
+            what = "pixels, such as shares of the sides times width and height"
+            raise UserError(expected("region", what, f"coordinates in [0, 1]: {points.tolist()}"))
         inside = _inside(points, size)
         level = inside.astype(np.float32)
         if edge and inside.any():

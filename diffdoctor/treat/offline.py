@@ -205,7 +205,8 @@ def prepare_offline(
         pairs: from `checked_pairs`.
         config: of the masks.
         store: makes an empty store of a name.
-        height: of the pictures, in pixels; those of another size are resized.
+        height: of the pictures, in pixels; those of another size are resized, after a crop at the centre to its
+            proportions.
         width: as height.
         device: where the networks are.
         chunk: pictures at a time.
@@ -306,13 +307,23 @@ def keep_mask(sampling: Sampling, pictures: torch.Tensor, config: TreatConfig) -
 def resized_images(pictures: Sequence[np.ndarray], height: int, width: int) -> torch.Tensor:
     """Pictures uint8 (H, W, 3) as (B, 3, height, width) in [0, 1], resized where they are of another size.
 
-    Videos (T, H, W, 3) as (B, 3, T, height, width).
+    Those of other proportions are cropped at their centre: squeezed ones would teach the model to squeeze. Videos
+    (T, H, W, 3) as (B, 3, T, height, width).
     """
     batch = []
     for picture in pictures:
         is_video = np.ndim(picture) == 4
         image = to_images(np.asarray(picture) if is_video else [np.asarray(picture)])
         if image.shape[2:] != (height, width):
+            image = _cropped(image, height, width)
             image = F.interpolate(image, (height, width), mode="bilinear", align_corners=False, antialias=True)
         batch.append(image.transpose(0, 1)[None] if is_video else image)
     return torch.cat(batch)
+
+
+def _cropped(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The largest part (B, C, h, w) of images, about their centre, in the proportions of height and width."""
+    h, w = image.shape[2:]
+    rows, columns = min(h, max(1, round(w * height / width))), min(w, max(1, round(h * width / height)))
+    top, left = (h - rows) // 2, (w - columns) // 2
+    return image[:, :, top : top + rows, left : left + columns]

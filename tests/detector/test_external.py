@@ -117,6 +117,9 @@ def test_from_boxes_is_a_detector():
         from_boxes(lambda pictures: [[]]).confidence(images)
     with pytest.raises(UserError, match="region: expected a box"):
         from_boxes(lambda pictures: [[((0, 0, 4), 1.0)]] * 2).confidence(images)
+    with pytest.raises(UserError, match=r"region: expected pixels, .*, got coordinates in \[0, 1\]"):
+        from_boxes(lambda pictures: [[((0.1, 0.2, 0.5, 0.9), 1.0)]] * 2).confidence(images)
+    assert not from_boxes(lambda pictures: [[((0, 0, 0, 0), 1.0)]] * 2).confidence(images).any()
     with pytest.raises(UserError, match=r"score: expected a number in \[0, 1\], got 1.5"):
         from_boxes(lambda pictures: [[((0, 0, 4, 4), 1.5)]] * 2).confidence(images)
 

@@ -10,7 +10,7 @@ from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import lora_state
 from diffdoctor.treat.methods import METHODS
 from diffdoctor.treat.monitor import EarlyStopping, Measurement
-from diffdoctor.treat.offline import offline_term, prepare_offline
+from diffdoctor.treat.offline import offline_term, prepare_offline, resized_images
 from diffdoctor.treat.rows import RowStore
 from diffdoctor.treat.sampling import Sampling
 from diffdoctor.treat.schedulers import Sampler
@@ -254,6 +254,15 @@ def test_offline_pairs_teach_nothing_where_flagged():
     # the residual in the flagged latents does not count: 4 x 4 latent pixels, less their partly flagged rim
     prepared = prepare_offline(sampling, source, small(offline_confidence=0.0), **options)
     assert float(loss().detach()) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20), (40, 40), (48, 32)])
+def test_offline_pictures_of_other_proportions_are_cropped_at_their_centre(shape):
+    rows, columns = (np.arange(side) - (side - 1) / 2 for side in shape)
+    disc = np.hypot(rows[:, None], columns) < min(shape[0] / 24, shape[1] / 16) * 6
+    found = resized_images([np.repeat(disc[..., None] * np.uint8(255), 3, 2)], 24, 16)
+    rows, columns = (np.arange(side) - (side - 1) / 2 for side in (24, 16))
+    assert np.abs(found[0, 0].numpy() - (np.hypot(rows[:, None], columns) < 6)).mean() < 0.05
 
 
 def test_offline_pairs_as_samples():
