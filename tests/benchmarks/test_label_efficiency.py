@@ -63,7 +63,7 @@ def test_signs_are_labelled_and_their_pipeline_is_treated(tmp_path, monkeypatch,
     pytest.importorskip("diffusers")
     monkeypatch.setattr(signs, "POOL", 20)
     monkeypatch.setitem(study.DESIGNS, "signs", dataclasses.replace(SIGNS, budgets=dict.fromkeys(STRATEGIES, (4, 8))))
-    base = {"signs": 24, "autoencoder_steps": 2, "sd_legs": [[2, 1e-3]]}
+    base = {"signs": 24, "autoencoder_steps": 2, "sd_legs": [[2, 1e-3]], "most_further": 0}
     treat = {"steps": 2, "batch_size": 4, "evaluate_pictures": 4}
     options = {"pictures": 12, "held_out": 12, "clean_signs": 12, "base": base, "treat": treat}
     words = ["--world", "signs", "--output", str(tmp_path / "out"), "--signs", str(tmp_path / "signs"), "--seeds", "0"]

@@ -1,5 +1,6 @@
 """The signs: the oracle on what is clean and on what is broken by construction, the rater, and a row's figures."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -265,6 +266,24 @@ def test_the_docs_name_rows_that_there_are():
         assert parser().parse_args(shlex.split(line, comments=True)).rows
 
 
+def test_a_pipeline_is_trained_on_until_half_of_what_it_draws_is_broken(tmp_path, monkeypatch):
+    legs, rates = [], [0.9, 0.7, 0.65]
+
+    def leg(parts, settings, kind, vae, before, steps, rate, seed):
+        legs.append((steps, rate, seed))
+        return tmp_path / f"pipeline-{len(legs)}" / "pipeline"
+
+    monkeypatch.setattr(pipelines, "autoencoder", lambda parts, settings: tmp_path)
+    monkeypatch.setattr(pipelines, "_leg", leg)
+    monkeypatch.setattr(pipelines, "_broken", lambda parts, kind, folder: rates[len(legs) - 1])
+    settings = pipelines.BaseSettings(seed=3, flux_legs=((9, 2e-3),), further_leg=(4, 1e-3))
+    assert pipelines.base_pipeline(Parts(tmp_path), settings, "flux").parent.name == "pipeline-3"
+    assert legs == [(9, 2e-3, 3), (4, 1e-3, 1003), (4, 1e-3, 2003)]
+    del legs[:]
+    pipelines.base_pipeline(Parts(tmp_path), dataclasses.replace(settings, most_further=1), "flux")
+    assert len(legs) == 2
+
+
 TOY = {
     "labels": 4,
     "further_labels": 4,
@@ -272,7 +291,7 @@ TOY = {
     "calibration": 3,
     "clean_signs": 4,
     "detector_steps": 2,
-    "base": {"signs": 8, "autoencoder_steps": 2, "sd_legs": [[1, 2e-3], [1, 1e-3]], "flux_legs": [[2, 2e-3]]},
+    "base": {"signs": 8, "autoencoder_steps": 2, "sd_legs": [[1, 2e-3]], "further_leg": [1, 1e-3], "most_further": 1},
     "treat": {"steps": 1, "batch_size": 2, "evaluate_pictures": 2, "min_sharpness": 0.0, "min_diversity": 0.0},
 }
 
@@ -298,6 +317,7 @@ def test_the_road_from_drawing_to_the_page(tmp_path):
     page = (tmp_path / "signs.html").read_text()
     assert "the 24 worst of 4 signs of “before”" in page and "the 24 worst of 4 signs of “before, 30 steps”" in page
     assert {path.name for path in tmp_path.glob("*.png")} == {"signs-sd.png", "signs-sd-30-steps.png"}
+    assert len([*(tmp_path / "parts").glob("sd-pipeline-*")]) == 2  # two steps teach nothing: one leg more, the last
     # the labels of the second round are of what the treated pipeline draws, and marked as a person's
     folders = sorted(tmp_path.glob("parts/sd-labels-*/shards"))
     samples = [sample for folder in folders for sample in read_shards(folder)]
