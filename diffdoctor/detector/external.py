@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffdoctor.data.codec import UnreadablePicture, open_picture
+from diffdoctor.detector.models.inputs import check_range
 from diffdoctor.maps.files import read_map
 from diffdoctor.runs.errors import UserError, expected, first_line
 from diffdoctor.runs.functions import function_from_file, identity_of, name_of
@@ -43,6 +44,7 @@ class FunctionDetector(nn.Module):
     """
 
     has_gradient = False
+    _range_is_known = False
 
     def __init__(
         self, function: Callable[[torch.Tensor], Any], *, name: str | None = None, identity: str | None = None
@@ -91,9 +93,13 @@ class FunctionDetector(nn.Module):
 
         Raises:
             UserError: a `tile`; an answer that is not one map a picture.
+            ValueError: the first pictures are plainly in another range than `value_range`.
         """
         if tile is not None and max(images.shape[2:]) > tile:
             raise UserError(expected("tile", f"none with detector {self.name}, which sees pictures whole", tile))
+        if not self._range_is_known:
+            check_range(images, value_range)
+            self._range_is_known = True
         low, high = value_range
         pictures = ((images.float() - low) / (high - low)).clamp(0, 1)
         found = self.function(pictures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffdoctor.maps.check import MapWarning
 from diffdoctor.maps.files import MapLike, PictureLike, read_map, read_picture, size_of_picture
 from diffdoctor.runs.errors import expected
 
@@ -313,7 +315,7 @@ def detach_map(pixels: Tensor, value_range: tuple[float, float] = (-1.0, 1.0)) -
 
     Raises:
         TypeError: `pixels` is no tensor.
-        ValueError: it does not have four bands.
+        ValueError: it does not have four bands; or on the CPU, its values are not in `value_range`.
     """
     if not isinstance(pixels, Tensor):
         raise TypeError(expected("pixels", "a torch.Tensor", type(pixels).__name__))
@@ -322,4 +324,22 @@ def detach_map(pixels: Tensor, value_range: tuple[float, float] = (-1.0, 1.0)) -
         raise ValueError(expected("pixels", "(4, H, W) or (B, 4, H, W)", got))
     low, high = value_range
     picture, band = pixels.split([3, 1], dim=-3)
+    if pixels.device.type == "cpu" and pixels.numel():
+        _check_bands(picture, band, low, high)
     return picture, ((band - low) / (high - low)).clamp(0.0, 1.0)
+
+
+def _check_bands(picture: Tensor, band: Tensor, low: float, high: float) -> None:
+    least, most = (float(value) for value in band.aminmax())
+    rounding = 0.02 * (high - low)
+    if least < low - rounding or most > high + rounding:
+        what = f"values in the value_range [{low:g}, {high:g}]"
+        raise ValueError(expected("pixels", what, f"{least:.3g} to {most:.3g} in the map's band"))
+    # Of values in [0, 1] taken for [-1, 1] every map would be at least 0.5 everywhere.
+    if low < 0 <= min(least, float(picture.min())) and high == 1:
+        warnings.warn(
+            "pixels: nothing is below 0, so they may be in [0, 1], and the whole picture then counts as broken: pass "
+            "value_range=(0, 1)",
+            MapWarning,
+            stacklevel=3,
+        )

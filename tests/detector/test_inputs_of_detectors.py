@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffdoctor.detector import ConvDetector, load_detector
+from diffdoctor.detector import ConvDetector, FunctionDetector, load_detector
 from diffdoctor.detector.models.load import open_detector
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.hub import is_hub_id
@@ -114,3 +114,15 @@ def test_pictures_of_any_kind_give_the_map_of_the_same_tensor(folder):
 def test_other_things_are_no_pictures(images, error, message):
     with pytest.raises(error, match=message):
         ConvDetector((8, 8)).confidence(images)
+
+
+@pytest.mark.parametrize("make", [lambda: ConvDetector((8, 8)), lambda: FunctionDetector(lambda p: p.mean(1))])
+def test_another_range_than_the_one_given_is_noticed_at_the_first_call(make):
+    pictures = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"values in \[0, 1\], got -.* to .*; for .* pass value_range=\(-1, 1\)"):
+        make().confidence(2 * pictures - 1)
+    with pytest.raises(ValueError, match=r"images: expected values in \[0, 1\], got .* to 255"):
+        make().confidence(255 * pictures)
+    detector = make()
+    # what a VAE decodes is a little outside of its range
+    detector.confidence(2.6 * pictures - 1.3, value_range=(-1, 1))

@@ -191,7 +191,7 @@ def names(folder):
         "Packed(*model_input": {"model_pred": torch.randn(2, 16, 16, generator=g, requires_grad=True)},
         "offline=(pictures": {"pictures": training_pictures},
         "flow_sde_coefs(scheduler": {
-            "decode": lambda latents: images, "group_size": 2, "scheduler": flow, "steps": range(1, 3),
+            "decode": lambda latents: images, "group_size": 2, "scheduler": flow, "window": range(1, 3),
             "timesteps": flow.timesteps, "transformer": lambda latents, timestep, prompt_embeds: layer(latents),
         },
         "shares=(1, 1)": {

@@ -136,6 +136,18 @@ def test_attached_map_leaves_the_picture_alone():
     assert (with_map[:, :, :3] == alone).all()  # RGBA would differ here: its colours are multiplied by alpha
 
 
+def test_detach_notices_another_range():
+    picture, level = np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.float32)
+    level[2:4, 2:4] = 1
+    values = torch.from_numpy(np.array(attach_map(picture, level))).permute(2, 0, 1) / 255
+    with pytest.warns(MapWarning, match=r"pass value_range=\(0, 1\)"):
+        detach_map(values)
+    assert torch.equal(detach_map(values, (0, 1))[1][0], torch.from_numpy(level))
+    for wrong, value_range in ((2 * values - 1, (0, 1)), (255 * values, (-1, 1))):
+        with pytest.raises(ValueError, match="pixels: expected values in the value_range"):
+            detach_map(wrong, value_range)
+
+
 def test_detach_refuses_a_picture_that_lost_its_map():
     with pytest.raises(ValueError, match="converted to RGB"):
         detach_map(torch.zeros(2, 3, 8, 8))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffdoctor.detector.models.files import CONFIG_NAME, WEIGHTS_NAME, read_detector
-from diffdoctor.detector.models.inputs import as_images
+from diffdoctor.detector.models.inputs import as_images, check_range
 from diffdoctor.detector.models.preprocess import MAX_NETWORK_PIXELS, PreprocessConfig
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
@@ -40,6 +40,8 @@ class Detector(nn.Module):
     """
 
     kind: str = ""
+    # The first tensor that `confidence` gets is looked at: a wrong range is a mistake of the program, not of a picture.
+    _range_is_known = False
 
     def __init__(self, preprocess: PreprocessConfig):
         super().__init__()
@@ -166,11 +168,15 @@ class Detector(nn.Module):
 
         Raises:
             TypeError: see `preprocess`.
-            ValueError: `tile` or `overlap` is out of range, or pictures differ in size; see also `preprocess`.
+            ValueError: `tile` or `overlap` is out of range, pictures differ in size, or the first tensor is plainly in
+                another range than `value_range`; see also `preprocess`.
             UserError: a file is no picture that can be read.
         """
         if not isinstance(images, torch.Tensor):
             images, value_range = as_images(images, self.image_mean.device), (0.0, 1.0)
+        elif not self._range_is_known:
+            check_range(images, value_range)
+            self._range_is_known = True
         if tile is not None and max(images.shape[2:]) > tile:
             return self._tiled_confidence(images, value_range, tile, overlap)
         logits = self(images, value_range=value_range)
