@@ -23,7 +23,7 @@ def causal_frames(maps: torch.Tensor, stride: int = 4) -> torch.Tensor:
 
     Raises:
         TypeError: maps that are not a tensor.
-        ValueError: maps without frames, or a stride below 1.
+        ValueError: maps without frames, another number of frames than such an autoencoder encodes, or a stride below 1.
     """
     if not isinstance(maps, torch.Tensor):
         raise TypeError(expected("maps", "a tensor", type(maps).__name__))
@@ -33,5 +33,7 @@ def causal_frames(maps: torch.Tensor, stride: int = 4) -> torch.Tensor:
         raise ValueError(expected("stride", "at least 1 frame", stride))
     if maps.shape[-3] == 1:
         return maps
+    if (maps.shape[-3] - 1) % stride:
+        raise ValueError(expected("maps", f"1 frame more than a multiple of {stride}", f"{maps.shape[-3]} frames"))
     first = maps[..., :1, :, :]
     return torch.cat([first.expand(*first.shape[:-3], stride - 1, *first.shape[-2:]), maps], -3)

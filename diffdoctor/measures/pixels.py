@@ -18,15 +18,28 @@ FLAG_CONFIDENCE = 0.5
 FLAG_SHARE = 0.02
 
 
+def refuse_zero_one(mask: np.ndarray) -> None:
+    """Refuse uint8 masks of 0 and 1, in which nothing would be broken: 255 is.
+
+    Raises:
+        ValueError: the largest value is 1.
+    """
+    if mask.dtype == np.uint8 and mask.max(initial=0) == 1:
+        raise ValueError(expected("mask", "255 where a picture is broken in uint8, or bool", "uint8 0 and 1"))
+
+
 def _checked_maps(name: str, maps: np.ndarray | torch.Tensor) -> np.ndarray:
     """(N, H, W), (N, 1, H, W) arrays or tensors to (N, H, W) float64; refuses what is not in [0, 1]."""
     if hasattr(maps, "detach"):
-        maps = maps.detach().float().cpu().numpy()
+        maps = maps.detach().cpu()
+        maps = (maps.float() if maps.is_floating_point() else maps).numpy()
     maps = np.asarray(maps)
     if maps.ndim == 4 and maps.shape[1] == 1:
         maps = maps[:, 0]
     if maps.ndim != 3:
         raise ValueError(expected(name, "shape (N, H, W) or (N, 1, H, W)", maps.shape))
+    if name == "mask":
+        refuse_zero_one(maps)
     maps = maps.astype(np.float64) / (255.0 if maps.dtype == np.uint8 else 1.0)
     # Written so that NaN fails too.
     if not np.all((maps >= 0) & (maps <= 1)):

@@ -19,6 +19,7 @@ from diffdoctor.measures.pixels import (
     maps_pair,
     mean_without_nan,
     picture_counts,
+    refuse_zero_one,
 )
 from diffdoctor.runs.errors import expected
 
@@ -60,8 +61,9 @@ class PictureStatistics:
             ignore: (N, H, W) bool, where it is not decided, which mAP alone heeds; None: nowhere.
 
         Raises:
-            ValueError: they differ in shape, or a value is outside [0, 1].
+            ValueError: they differ in shape, a value is outside [0, 1], or masks are uint8 0 and 1.
         """
+        refuse_zero_one(np.asarray(mask))
         confidence, mask = _floats(confidence), _floats(mask)
         if confidence.shape != mask.shape or confidence.ndim != 3:
             maps_pair(confidence, mask)

@@ -107,6 +107,7 @@ def test_crop_numbers_describe_the_crop():
         assert not sample["has_map"]
 
 
+@pytest.mark.filterwarnings("ignore:pixels. nothing is below 0")
 @settings(max_examples=60, deadline=None)
 @given(pair=pairs(), seed=st.integers(0, 2**31), flip=st.booleans())
 def test_attached_map_rides_through_foreign_transforms(pair, seed, flip):
@@ -289,8 +290,9 @@ def test_a_videos_map_meets_the_frames_that_a_latent_frame_encodes(stride):
         ),
         ((torch.zeros(0, 4, 4),), ValueError, "maps: expected shape"),
         ((torch.zeros(5, 4, 4), 0), ValueError, "stride: expected at least 1 frame, got 0"),
+        ((torch.zeros(16, 4, 4),), ValueError, "maps: expected 1 frame more than a multiple of 4, got 16 frames"),
     ],
 )
-def test_what_has_no_frames_is_refused(arguments, error, words):
+def test_frames_that_cannot_be_are_refused(arguments, error, words):
     with pytest.raises(error, match=words):
         causal_frames(*arguments)

@@ -295,4 +295,14 @@ def test_bad_maps_are_refused(confidence, mask, match):
 def test_uint8_maps_are_read_as_255ths():
     maps, masks = random_maps()
     as_bytes = np.rint(maps * 255).astype(np.uint8)
-    assert pixel_measures(as_bytes, masks)["mse"] == pytest.approx(pixel_measures(as_bytes / 255, masks)["mse"])
+    expected = pytest.approx(pixel_measures(as_bytes / 255, masks)["mse"])
+    assert pixel_measures(as_bytes, masks)["mse"] == expected
+    assert pixel_measures(torch.from_numpy(as_bytes), torch.from_numpy(masks))["mse"] == expected
+
+
+@pytest.mark.parametrize("measure", [pixel_measures, mean_average_precision, evaluate_maps])
+def test_uint8_masks_of_0_and_1_are_refused(measure):
+    maps, masks = random_maps()
+    with pytest.raises(ValueError, match="mask: expected 255 where a picture is broken"):
+        measure(maps, (masks > 0.5).astype(np.uint8))
+    assert measure(maps, masks > 0.5)
