@@ -16,7 +16,7 @@ from diffdoctor.data.codec import UnreadablePicture
 from diffdoctor.data.folders import find_files, names_of
 from diffdoctor.data.tar import SkipCounts
 from diffdoctor.data.video import ANIMATION_SUFFIXES, VIDEO_SUFFIXES, is_video, open_video, sampled
-from diffdoctor.maps.files import MapLike, Record, read_array, read_map
+from diffdoctor.maps.files import MapLike, Record, read_array, read_map, require_maps
 from diffdoctor.maps.geometry import PairedTransform, check_proportions, placed_map, placed_picture
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import file_name
@@ -143,8 +143,13 @@ def find_clip_map(
     Returns:
         The first that exists of `cat` (a folder, in a folder of maps alone) and `cat.mask` with nothing, `.npy`, `.png`
         or a video's suffix behind it.
+
+    Raises:
+        UserError: there is no such folder of maps.
     """
     clip = Path(clip)
+    if maps is not None:
+        require_maps(maps)
     name = clip.stem if name is None else name
     folder, endings = (clip.parent, _MAP_ENDINGS) if maps is None else (Path(maps), ("", *_MAP_ENDINGS))
     found = (folder / file_name(name, ending) for ending in endings)

@@ -73,11 +73,26 @@ def find_map(
     Returns:
         The first that exists of `cat.mask.png`, and in a folder of maps also of `cat.png` and `cat.npy`. Where there
         are `cat.jpg` and `cat.png`, the picture's own, such as `cat.jpg.mask.png`, goes first.
+
+    Raises:
+        UserError: there is no such folder of maps.
     """
     picture = Path(picture)
+    if maps is not None:
+        require_maps(maps)
     root = picture.parent if root is None else Path(root)
     stamp = os.stat(picture.parent).st_mtime_ns if picture.parent.is_dir() else 0
     return _finder(picture.parent, root, None if maps is None else Path(maps), stamp).of(picture)
+
+
+def require_maps(maps: str | os.PathLike) -> None:
+    """Refuse a folder of maps that is not there: without it every picture would count as clean.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not Path(maps).is_dir():
+        raise UserError(expected(maps, "a folder of maps", "none"))
 
 
 @functools.lru_cache(maxsize=8)
@@ -292,8 +307,8 @@ def read_folder(folder: str | os.PathLike, maps: str | os.PathLike | None = None
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(expected(folder, "a folder of pictures", "none"))
-    if maps is not None and not Path(maps).is_dir():
-        raise UserError(expected(maps, "a folder of maps", "none"))
+    if maps is not None:
+        require_maps(maps)
     if kind := kind_of_run(folder):
         got = f"an output folder of {kind}" + (" (see ShardRecords)" if kind == "inject" else "")
         raise UserError(expected(folder, "a folder of pictures", got))

@@ -127,8 +127,8 @@ def policy_loss(
             (B, C, H, W)).
         next_latents: what it drew, likewise.
         old_log_prob: what `policy_log_prob` gave at roll-out: fp32 (B, 1, H, W), for video (B, 1, T, H, W), for tokens
-            without a layout (B, N); at level "sample" also its means (B,). None: the policy that is trained drew
-            the step, so that the ratio is 1.
+            without a layout (B, N); at level "sample" also its means (B,), with a mask those weighted by it. None: the
+            policy that is trained drew the step, so that the ratio is 1.
         advantage: (B,), or a map of any size in the shapes of `weighted_loss`'s confidence; signed, floating point. A
             NaN counts as 0; where it is 0 the policy's term is left out.
         coefs: (a, b, sigma), each a number or a (B,) tensor: `flow_sde_coefs`, `ddim_coefs`. A sample whose sigma is 0
@@ -300,7 +300,8 @@ def policy_log_prob(
     """Each pixel's log-probability of a drawn step, as `policy_loss` takes it for old_log_prob; without a gradient.
 
     The mean over channels of -(next_latents - mu)^2 / (2 sigma^2). The constants of a normal density are left out: they
-    cancel in a ratio. A trainer that stores one number per sample takes its mean over the pixels.
+    cancel in a ratio. A trainer that stores one number per sample takes its mean over the pixels, weighted by the mask
+    where the loss has one.
 
     Args:
         model_pred: as `policy_loss`'s.

@@ -21,6 +21,7 @@ from diffdoctor.maps import (
     StepBatches,
     collate,
     edit_map,
+    find_clip_map,
     find_map,
     map_stamp,
     read_folder,
@@ -137,6 +138,10 @@ def test_folder_errors_name_the_path(tmp_path):
         read_folder(tmp_path)
     with pytest.raises(UserError, match="expected a folder of pictures"):
         read_folder(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nowhere: expected a folder of maps, got none"):
+        find_map(tmp_path / "a.png", tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nowhere: expected a folder of maps, got none"):
+        find_clip_map(tmp_path / "a.mp4", tmp_path / "nowhere")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n{"text": 1}\n', encoding="utf-8")
     with pytest.raises(UserError, match="line 2: expected a JSON object with a file_name"):
         read_folder(tmp_path)
