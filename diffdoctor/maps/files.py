@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import posixpath
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -341,6 +342,8 @@ def write_metadata(folder: str | os.PathLike, maps: str | os.PathLike) -> int:
     """Write `folder/metadata.jsonl`, from which Hugging Face's `imagefolder` reads the columns image, text, confidence.
 
     Existing rows keep their order and their other columns, a `text` included; pictures without a row come after them.
+    A picture that a row names in another column, such as the `cond_image_file_name` of an editing model's set, gets
+    no row and needs no map.
 
     Args:
         folder: of pictures with captions, as `read_folder` reads them.
@@ -359,16 +362,20 @@ def write_metadata(folder: str | os.PathLike, maps: str | os.PathLike) -> int:
     if unread := _unread_metadata(folder):
         what = f"all captions in {folder / METADATA_NAME}"
         raise UserError(expected(unread[0], what, "further metadata; move the captions there"))
+    named = read_metadata(folder)
+    known = {name for name, _ in named}
+    other_columns = _named_in_other_columns(row for _, row in named) - known
     records = {}
     for record in read_folder(folder, maps):
+        name = record.picture.relative_to(folder).as_posix()
+        if name in other_columns:
+            continue
         if record.confidence is None:
             raise UserError(expected(record.picture, f"a map in {maps}", "none"))
-        records[record.picture.relative_to(folder).as_posix()] = record
-    named = read_metadata(folder)
+        records[name] = record
     for name, _ in named:
         if name not in records:
             raise UserError(expected(folder / METADATA_NAME, "a picture for each row", f"none for {name}"))
-    known = {name for name, _ in named}
     named += [(name, {"file_name": name}) for name in records if name not in known]
     for name, row in named:
         row["confidence_file_name"] = records[name].confidence.relative_to(folder).as_posix()
@@ -376,6 +383,17 @@ def write_metadata(folder: str | os.PathLike, maps: str | os.PathLike) -> int:
             row["text"] = records[name].caption
     atomic_write_text(folder / METADATA_NAME, "".join(_as_line(row) for _, row in named))
     return len(records)
+
+
+def _named_in_other_columns(rows: Iterable[dict]) -> set[str]:
+    """The files that rows name beside their picture: `<column>_file_name`, or a list in `<column>_file_names`."""
+    files = set()
+    for row in rows:
+        for column, value in row.items():
+            if column.endswith(("_file_name", "_file_names")):
+                values = value if isinstance(value, list) else [value]
+                files.update(posixpath.normpath(each) for each in values if isinstance(each, str))
+    return files
 
 
 def _as_line(row: dict) -> str:

@@ -117,6 +117,28 @@ def test_metadata_keeps_the_rows_that_stand_there(tmp_path):
     assert metadata.read_bytes() == before
 
 
+def test_pictures_that_rows_name_in_other_columns_need_no_map(tmp_path):
+    pictures_with_maps(tmp_path, ["a", "b"])
+    (tmp_path / "before").mkdir()
+    for name in "abc":
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "before" / f"{name}.png")
+    rows = [
+        {"file_name": "a.png", "cond_image_file_name": "./before/a.png"},
+        # a training picture itself, and named by another row
+        {"file_name": "b.png", "reference_file_names": ["before/b.png", "before/c.png", "a.png"]},
+    ]
+    metadata = tmp_path / "metadata.jsonl"
+    metadata.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for _ in range(2):
+        assert write_metadata(tmp_path, tmp_path / "maps") == 2
+        written = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines()]
+        maps = [{"confidence_file_name": f"maps/{name}.png", "text": ""} for name in "ab"]
+        assert written == [{**row, **columns} for row, columns in zip(rows, maps, strict=True)]
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "before" / "d.png")
+    with pytest.raises(UserError, match=r"d\.png: expected a map"):
+        write_metadata(tmp_path, tmp_path / "maps")
+
+
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.parquet", "b/metadata.jsonl", "b/metadata.csv"])
 def test_metadata_that_is_not_read_is_named(tmp_path, name):
     pictures_with_maps(tmp_path, ["a", "b/c"])
