@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import diffdoctor
 from support.maps import marked_pair
@@ -92,6 +93,8 @@ def folder(tmp_path_factory):
     ConvDetector((8, 8)).save_pretrained(root / "runs" / "my-detector")
     shutil.copytree(root / "runs" / "my-detector", root / "detector")
     shutil.move(root / "detector", root / "runs" / "my-detector" / "detector")
+    (root / "cache").mkdir()
+    save_file({"latents_1x8x8_float32": torch.zeros(4, 1, 8, 8)}, root / "cache" / "0_0064x0064_qi.safetensors")
     tiny_pipeline("sd").save_pretrained(root / "runs" / "my-pipeline")
     save_lora("sd", root / "runs" / "treatment" / "lora")
     shares = torch.linspace(0, 1, 3)
@@ -125,6 +128,7 @@ def names(folder):
     return {
         "SMALL": SMALL,
         "accelerator": SimpleNamespace(reduce=lambda x, reduction: x, num_processes=1),
+        "apply_conditioning_mask": True,
         "args": SimpleNamespace(
             snr_gamma=5.0, with_prior_preservation=True, prior_loss_weight=0.5, loss_type="huber"
         ),
@@ -140,6 +144,7 @@ def names(folder):
         "confidence": maps,
         "config": SimpleNamespace(**config, huber_delta=1.0, normalize_masked_area_loss=True),
         "data": {"predicted": model_pred, "target": target},
+        "dataset": {"train": {"image": [image], "confidence": [find_map(image.filename, folder / "diagnosis/maps")]}},
         "damaged_latents": target,
         "decoded": 2 * images - 1,
         "detach_map": detach_map,
@@ -170,14 +175,15 @@ def names(folder):
         "pixel_values": torch.tensor(np.stack(attached)).permute(0, 3, 1, 2) / 127.5 - 1,
         "pred": model_pred,
         "prepared_batch": {
-            "conditioning_pixel_values": 2 * images - 1, "timesteps": torch.tensor([10.0, 500.0]),
+            "conditioning_pixel_values": 2 * images - 1, "conditioning_type": "mask",
+            "timesteps": torch.tensor([10.0, 500.0]),
         },
         "prompt_embeds": None,
         "rank": 0,
         "reference_unet": unet,
         "region": maps,
         "scheduler": scheduler,
-        "self": SimpleNamespace(compute_scheduled_huber_c=lambda timesteps: timesteps / 1000),
+        "self": SimpleNamespace(compute_scheduled_huber_c=lambda timesteps: timesteps / 1000, confidence=maps),
         "small_pipeline": lambda prompt: pipeline(prompt, height=16, width=16, num_inference_steps=2),
         "target": target,
         "timesteps": torch.tensor([10, 500]),
@@ -229,6 +235,10 @@ def test_the_block_runs(mark, code, folder, monkeypatch, registries):
     made = functions["block"](**world)
     if not isinstance(made, dict):
         made = {"loss": made[0] if isinstance(made, tuple) else made}
+    if "save_file(tensors, cache" in code:
+        confidence = load_file("cache/0_0064x0064_qi.safetensors")["confidence_float32"]
+        assert confidence.shape == (1, 8, 8)
+        assert confidence.max() == 1
     if made.get("loss") is not None:
         assert made["loss"].isfinite().all()
         assert made["loss"].requires_grad

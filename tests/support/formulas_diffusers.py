@@ -75,6 +75,45 @@ def diffusers_flux_weighted_flow_on_packed_tokens(batch, backend, reversed):
 
 
 @formula()
+def diffusers_flux2_patched_latents_with_a_map(batch, backend):
+    # a latent of the script has the 2 x 2 pixels of a patch as channels "c ph pw"; the map acts on the pixels
+    latents, noise = (F.pixel_unshuffle(batch[name], 2) for name in ("latents", "noise"))
+    patches = Packed(H // 2, W // 2, patch_size=1)
+    keep = 1 - F.interpolate(batch["mask"], size=(H, W), mode="area")
+
+    def formula(x):
+        loss = (patches.unpack(x) - (noise - latents)) ** 2
+        return (F.pixel_unshuffle(keep.expand(B, C, H, W), 2) * loss).mean()
+
+    target = Target.flow(F.pixel_shuffle(latents, 2), F.pixel_shuffle(noise, 2))
+    check(
+        patches.pack(torch.randn_like(latents)),
+        formula,
+        lambda x: diffdoctor.weighted_loss(
+            x, target, batch["mask"], artifact_weight=0.0, layout=Packed(H, W), backend=backend
+        ),
+    )
+
+
+@formula()
+def diffusers_qwen_image_one_frame_with_a_map(batch, backend):
+    pred, target = batch["pred"].unsqueeze(2), batch["target"].unsqueeze(2)
+    keep = 1 - F.interpolate(batch["mask"], size=(H, W), mode="area")
+    weighting = batch["sigmas"] ** -2.0
+
+    def formula(x):
+        return (weighting.view(-1, 1, 1, 1, 1) * keep.unsqueeze(2) * (x - target) ** 2).mean()
+
+    check(
+        pred,
+        formula,
+        lambda x: diffdoctor.weighted_loss(
+            x, target, batch["mask"], artifact_weight=0.0, weighting=weighting, backend=backend
+        ),
+    )
+
+
+@formula()
 def diffusers_z_image_negated_output(batch, backend):
     def formula(x):
         return F.mse_loss(-x, batch["noise"] - batch["latents"])
