@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from diffdoctor.treat.families import Family
 from diffdoctor.treat.methods import METHODS
 from diffdoctor.treat.quantization import has_quantized
 from diffdoctor.treat.sampling import Sampling
+
+logger = logging.getLogger(__name__)
 
 
 def check_pipeline(family: Family) -> None:
@@ -76,6 +79,30 @@ def check_reward(reward, config: TreatConfig) -> None:
     """
     if reward is not None and not METHODS[config.method].draws_groups:
         raise UserError(expected("reward", f"none with method {config.method}, since grpo alone has one", "a function"))
+
+
+_REPLAYING = ("draft_k", "draft_lv", "drtune", "full", "leap")
+# The methods with which an option acts, where these are not all.
+_ACTING = {
+    "grad_steps": ("draft_k", "drtune"),
+    "leap_discount": ("leap",),
+    **dict.fromkeys(("artifact_grad", "clean_grad", "modulate", "artifact_threshold", "artifact_method"), _REPLAYING),
+    **dict.fromkeys(("old_decay", "nft_clean", "nft_artifact", "nft_repeats", "anchor_weight"), ("nft",)),
+    **dict.fromkeys(("group_size", "grpo_window", "grpo_eta", "grpo_updates", "grpo_clip", "grpo_level"), ("grpo",)),
+    **dict.fromkeys(("kl_weight", "reward_weight"), ("grpo",)),
+}
+
+
+def warn_of_idle_options(config: TreatConfig) -> None:
+    """Warn of options that were given and do not act with the method, such as a `kl_weight` that holds nothing.
+
+    Args:
+        config: as it was asked for.
+    """
+    defaults = {field.name: field.default for field in fields(config)}
+    given = [name for name in _ACTING if getattr(config, name) != defaults[name]]
+    if idle := [name for name in given if config.method not in _ACTING[name]]:
+        logger.warning("options without effect with method %s: %s", config.method, ", ".join(idle))
 
 
 def check_negative_prompt(family: Family, prompt: str | None, guidance_scale: float) -> None:

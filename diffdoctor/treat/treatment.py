@@ -33,6 +33,7 @@ from diffdoctor.treat.checks import (
     check_reward,
     check_second_scale,
     check_start,
+    warn_of_idle_options,
 )
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.drawing import Drawing, Purpose
@@ -102,6 +103,7 @@ class Treatment:
         check_second_scale(family, config.guidance_scale_2)
         check_start(lora, config)
         check_reward(reward, config)
+        warn_of_idle_options(config)
         self.offline = checked_pairs(offline, config)
         # what was asked: config.yaml, given again with other pairs, leaves open what was left open
         self.settings = {**asdict(config), **(settings or {})}

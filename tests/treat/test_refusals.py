@@ -1,12 +1,16 @@
 """What cannot be treated is refused, and prompts that are too long are counted."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
 
 from diffdoctor.runs.errors import UserError
 from diffdoctor.treat import TreatConfig, treat
+from diffdoctor.treat.checks import _ACTING, warn_of_idle_options
 from diffdoctor.treat.loading import replace_scheduler
+from diffdoctor.treat.methods import METHODS
 from diffdoctor.treat.prompts import check_prompts
 from diffdoctor.treat.schedulers import Sampler
 from support.tiny_pipelines import PROMPTS, tiny_pipeline
@@ -119,3 +123,18 @@ def test_long_prompts_are_counted_cut_or_refused(caplog):
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         TreatConfig(**options)
+
+
+def test_options_without_effect_are_named(caplog):
+    for method, options, idle in (
+        ("nft", {"kl_weight": 0.1, "grad_steps": 2, "anchor_weight": 0.2}, "grad_steps, kl_weight"),
+        ("draft_k", {"anchor_weight": 0.4, "clean_grad": 0.0}, "anchor_weight"),
+        ("grpo", {"artifact_method": "mean", "kl_weight": 0.1}, "artifact_method"),
+        ("drtune", {"grad_steps": 2, "modulate": "none"}, None),
+    ):
+        caplog.clear()
+        warn_of_idle_options(TreatConfig(method=method, **options))
+        said = [f"options without effect with method {method}: {idle}"] if idle else []
+        assert [record.getMessage() for record in caplog.records] == said
+    assert {field.name for field in fields(TreatConfig)} >= _ACTING.keys()
+    assert {method for methods in _ACTING.values() for method in methods} <= METHODS.keys()
