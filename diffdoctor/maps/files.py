@@ -272,7 +272,8 @@ class ShardRecords(Sequence):
     """The pictures of shards with a manifest as records, each read when it is indexed.
 
     Args:
-        folder: what `diffdoctor.data.shard_writer.write_shards` wrote; the masks are the confidence maps.
+        folder: what `diffdoctor.data.shard_writer.write_shards` wrote; the masks are the confidence maps, in which what
+            is not decided (`ignore`) counts as clean.
     """
 
     def __init__(self, folder: str | os.PathLike):

@@ -1,6 +1,7 @@
 """Pixels that a person could not decide: kept in shards, read by every reader, and without a say in the loss."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,14 @@ import torch
 from diffdoctor.data.manifest import IGNORE_OFFSETS
 from diffdoctor.data.shard_writer import write_shards
 from diffdoctor.data.shards import ShardData, read_shards
+from diffdoctor.data.sources import find_sources
+from diffdoctor.data.tar import SkipCounts
+from diffdoctor.detector.commands.inject_pictures import why_unused
 from diffdoctor.detector.config import AugmentConfig
 from diffdoctor.detector.losses import detector_loss
 from diffdoctor.detector.samples import training_pair
 from diffdoctor.evaluate.detector.measure import evaluate_detector
+from diffdoctor.evaluate.model.measure import read_unit
 
 NOTHING = AugmentConfig(inject_share=0, benign_share=0, shrink_share=0, flip_share=0, shift=0, blur=0)
 
@@ -141,3 +146,13 @@ def test_ignore_of_another_shape_is_refused(tmp_path):
     bad = {**labelled()[0], "ignore": np.zeros((3, 3), bool)}
     with pytest.raises(ValueError, match=r"ignore: expected \(16, 24\) bool, got \(3, 3\) bool"):
         write_shards([bad], tmp_path / "set")
+
+
+def test_a_picture_with_them_is_not_taken_for_a_clean_one(tmp_path):
+    undecided, sound = ({**each, "mask": np.zeros((16, 24), np.float32)} for each in labelled())
+    assert why_unused(undecided["picture"], undecided) == "a picture of which a part is not decided"
+    assert why_unused(sound["picture"], sound) is None
+    write_shards([undecided, sound], tmp_path / "set")
+    unit = SimpleNamespace(sources=find_sources([str(tmp_path / "set")]))
+    (found,) = read_unit(unit, (16, 24), SkipCounts(), damaged=False)
+    np.testing.assert_array_equal(found, sound["picture"])

@@ -31,7 +31,9 @@ def why_unused(picture: np.ndarray, sample: dict) -> str | None:
     """Why a picture (H, W, 3) is left out, given the sample it is of; None: it is used."""
     if min(picture.shape[:2]) < MIN_SIDE:
         return f"a picture of less than {MIN_SIDE} pixels"
-    return "a picture that is damaged already" if np.any(sample.get("mask", 0)) else None
+    if np.any(sample.get("mask", 0)):
+        return "a picture that is damaged already"
+    return "a picture of which a part is not decided" if np.any(sample.get("ignore", 0)) else None
 
 
 def versions_of(job: tuple[VersionOptions, Origin, dict]) -> tuple[list[dict], int] | None:

@@ -176,7 +176,8 @@ def read_unit(
         unit: the pictures.
         size: (H, W) in pixels.
         counts: filled with what could not be read.
-        damaged: of labelled pictures, those with a mask; else those without one, and without a benign change either.
+        damaged: of labelled pictures, those with a mask; else those without one, without a benign change, and without a
+            part that is not decided.
         strict: raise at a broken picture instead of skipping and counting it.
 
     Yields:
@@ -186,7 +187,7 @@ def read_unit(
         for sample in read_source(source, strict=strict, counts=counts):
             if source.is_shard:
                 has_damage = bool(np.any(sample["mask"]))
-                if has_damage != damaged or (not damaged and sample.get("kind")):
+                if has_damage != damaged or (not damaged and (sample.get("kind") or np.any(sample.get("ignore", 0)))):
                     continue
             yield cover_crop(sample["picture"], size)
 
