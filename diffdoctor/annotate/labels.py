@@ -82,10 +82,13 @@ def _label(project: Project, row, merge: str) -> Label | str:
     sources, how = ([review], "reviewed") if review is not None else (usable, merge)
     if (review is not None and review["verdict"] == "unusable") or not sources:
         return "a picture that cannot be judged"
-    if all(each["verdict"] == "damaged" and each["mask"] is None for each in sources):
+    # one who finds damage and does not say where has not said that the rest is sound
+    placed = [each for each in sources if each["verdict"] != "damaged" or each["mask"] is not None]
+    if len(placed) < len(sources) and all(each["mask"] is None for each in placed):
         return "a damaged picture of which nothing is marked"
     if len(sources) > 1 and merge == "reviewed":
         return "a picture of several answers that nobody reviewed"
+    sources = placed
     how = "single" if review is None and len(sources) == 1 else how
     masks = [_plane(store, each["mask"], shape) for each in sources]
     decided = [~_plane(store, each["ignore"], shape) for each in sources]

@@ -85,6 +85,18 @@ def answer(project, task, rater, mask, ignore=None):
     return me
 
 
+def test_who_finds_damage_and_does_not_say_where_does_not_call_the_rest_sound(tmp_path):
+    project = make_project(tmp_path, 2, needed=lambda seed: 2)
+    for task, mask in ((1, spot(0)), (2, None)):
+        answer(project, task, "ann", mask)
+        project.store.add_person("ben", "annotator")
+        ben = project.store.one("SELECT id FROM annotator WHERE name = 'ben'")[0]
+        assert Queue(project).take_answer(task, ben, Submission(1, "damaged", tags=("hands",), active_ms=1, wall_ms=1))
+    first, second = labels_of(project, conflicts=True)
+    np.testing.assert_array_equal(first.mask, spot(0) > 0)
+    assert second == "a damaged picture of which nothing is marked"
+
+
 @pytest.fixture
 def project(tmp_path):
     """Five tasks: one answer; clean; two alike; two that differ and were reviewed; open."""
