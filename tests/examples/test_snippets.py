@@ -235,7 +235,7 @@ def test_the_block_runs(mark, code, folder, monkeypatch, registries):
     made = functions["block"](**world)
     if not isinstance(made, dict):
         made = {"loss": made[0] if isinstance(made, tuple) else made}
-    if "save_file(tensors, cache" in code:
+    if "save_file(tensors" in code:
         confidence = load_file("cache/0_0064x0064_qi.safetensors")["confidence_float32"]
         assert confidence.shape == (1, 8, 8)
         assert confidence.max() == 1
