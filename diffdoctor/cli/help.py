@@ -32,6 +32,10 @@ GROUPS = {
             *("width", "max_sequence_length", "merge_rollout"),
         ),
         "the method nft": ("old_decay", "nft_clean", "nft_artifact", "nft_repeats", "anchor_weight"),
+        "the method grpo": (
+            *("group_size", "grpo_window", "grpo_eta", "grpo_updates", "grpo_clip", "grpo_level", "kl_weight"),
+            "reward_weight",
+        ),
         "optimisation": (
             *("steps", "batch_size", "learning_rate", "warmup_steps", "final_learning_rate", "weight_decay"),
             *("adam_epsilon", "max_grad_norm", "ema_decay", "max_skipped", "seed"),

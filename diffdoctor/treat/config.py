@@ -73,7 +73,8 @@ class TreatConfig:
         grpo_updates: grpo: optimisation steps taken with the pictures of one step.
         grpo_clip: grpo: how far from 1 a ratio of probabilities counts, where there are several updates.
         grpo_level: grpo: pixel (a ratio for each pixel) or sample (one for each picture).
-        kl_weight: grpo: weight of the KL divergence from the model before the treatment; 0: none.
+        kl_weight: grpo: weight of the KL divergence from the model before the treatment; 0: none; None: 0.04
+            (Flow-GRPO's) if no offline pairs hold the model to what it could do, else 0.
         reward_weight: grpo: of the reward given to `treat`, relative to the maps.
         offline_weight: of the denoising loss on the pipeline's own training pairs; 0: none; None: 2, for nft and grpo
             0.1 if there are pairs.
@@ -164,7 +165,7 @@ class TreatConfig:
     grpo_updates: int = 1
     grpo_clip: float = 0.2
     grpo_level: str = "pixel"
-    kl_weight: float = 0.0
+    kl_weight: float | None = None
     reward_weight: float = 1.0
     offline_weight: float | None = None
     offline_batch_size: int | None = None
@@ -259,6 +260,7 @@ _NOT_GIVEN = {
     "max_sequence_length": "the pipeline's own",
     "alpha": "the rank",
     "anchor_weight": "the method's own",
+    "kl_weight": "the method's own",
     "offline_weight": "the method's own",
     "offline_batch_size": "batch_size",
     "micro_batch_size": "all of a process's share",

@@ -258,6 +258,7 @@ class Method:
         offline_weight: of the offline term, where the options do not say.
         needs_pairs: whether there must be offline pairs, where the options do not say.
         anchor_weight: where there are no offline pairs and the options do not say.
+        kl_weight: likewise.
     """
 
     run: Callable[[Replay], float] | None
@@ -268,6 +269,7 @@ class Method:
     offline_weight: float = 2.0
     needs_pairs: bool = True
     anchor_weight: float = 0.0
+    kl_weight: float = 0.0
 
     @property
     def samples(self) -> bool:
@@ -287,6 +289,7 @@ METHODS = {
         needs_gradient=False,
         offline_weight=0.1,
         needs_pairs=False,
+        kl_weight=0.04,
     ),
     "leap": Method(leap, lambda config, own, generator: leap_steps(own, generator)),
     "nft": Method(

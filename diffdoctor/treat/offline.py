@@ -61,7 +61,7 @@ def offline_weight(config: TreatConfig) -> float:
 
 
 def with_anchor(config: TreatConfig, offline: PairSource | None) -> TreatConfig:
-    """The options with an anchor to the model before the treatment, where they leave it open.
+    """The options with `anchor_weight` and `kl_weight`, where they leave them open.
 
     Without pairs nothing else holds the method to what its model could do before.
 
@@ -69,10 +69,9 @@ def with_anchor(config: TreatConfig, offline: PairSource | None) -> TreatConfig:
         config: of the treatment.
         offline: its pairs; None: none.
     """
-    if config.anchor_weight is not None:
-        return config
-    weight = METHODS[config.method].anchor_weight if offline is None else 0.0
-    return replace(config, anchor_weight=weight)
+    left_open = [name for name in ("anchor_weight", "kl_weight") if getattr(config, name) is None]
+    method = METHODS[config.method]
+    return replace(config, **{name: getattr(method, name) if offline is None else 0.0 for name in left_open})
 
 
 class PairSource:

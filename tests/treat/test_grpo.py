@@ -39,14 +39,14 @@ class Bench:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
         self.config = TreatConfig(
             method="grpo", batch_size=4, group_size=GROUP, sampling_steps=STEPS, guidance_scale=scale, grpo_window=2,
-            replay_area=0.0, height=SIZE, width=SIZE, merge_rollout=False, **options,
+            replay_area=0.0, height=SIZE, width=SIZE, merge_rollout=False, **{"kl_weight": 0.0, **options},
         )  # fmt: skip
         sampler = Sampler(scheduler, device=torch.device("cpu"), timestep_options={"num_inference_steps": STEPS})
         self.sampling = Sampling(family, sampler, Guidance(scale), random_detector())
         self.processes = Processes("cpu")
         self.drawing = Drawing(self.sampling, PROMPTS, self.config, self.processes, (SIZE, SIZE))
         self.drawing.encode(RowStore("prompts", 2**20))
-        self.initial = RunningAverage(self.parameters, float(self.config.kl_weight > 0))
+        self.initial = RunningAverage(self.parameters, float(bool(self.config.kl_weight)))
         for value in self.initial.values:
             value += 0.05 * torch.randn(value.shape, generator=generator)
 

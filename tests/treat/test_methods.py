@@ -270,6 +270,14 @@ def test_nft_is_anchored_where_it_has_no_pairs():
     assert with_anchor(TreatConfig(method="draft_k"), None).anchor_weight == 0
 
 
+def test_grpo_is_held_by_its_divergence_where_it_has_no_pairs():
+    config, pair = TreatConfig(method="grpo"), (np.zeros((1, 8, 8, 3), np.uint8), ["a digit"])
+    assert with_anchor(config, None).kl_weight == 0.04
+    assert with_anchor(config, checked_pairs(pair, config)).kl_weight == 0
+    assert with_anchor(TreatConfig(method="grpo", kl_weight=0.0), None).kl_weight == 0
+    assert with_anchor(TreatConfig(method="nft"), None).kl_weight == 0
+
+
 def test_guidance_gradient_through_the_prompt_alone():
     bench = Bench(5.0)
     _, ours, _ = bench.ours("draft_k", 1, cfg_grad="cond", modulate="none")
