@@ -36,6 +36,8 @@ ALONE["long"] = {"steps": 500}
 # rate; a step of the denoising loss alone costs a third of one that samples.
 BY_PIPELINE: dict[str, dict] = {"flux": {"learning_rate": 2e-3}}
 BY_METHOD: dict[str, dict] = {"weighted": {"steps": 200}}
+# Of one method on one pipeline, as on the signs: at the default rate it needs longer.
+BY_BOTH: dict[str, dict] = {"flux/nft": {"learning_rate": 1e-3, "ema_decay": 0.9}}
 # Pictures at a time while sampling; small, so that memory says something of the method.
 BATCH = 50
 
@@ -80,7 +82,7 @@ class Study:
     def __init__(self, output, settings: Settings, *, demo=None, overwrite: bool = False, alone: bool = True):
         self.output, self.settings = Path(output), settings
         stored = {"diffdoctor": __version__, **dataclasses.asdict(settings)}
-        stored |= {"by_pipeline": BY_PIPELINE, "by_method": BY_METHOD}
+        stored |= {"by_pipeline": BY_PIPELINE, "by_method": BY_METHOD, "by_both": BY_BOTH}
         self.stages = Stages(output, stored, kind="treatment study", overwrite=overwrite, alone=alone)
         folder = Path(demo) if demo else self.output / "demo"
         config = DemoConfig(output=str(folder), seed=settings.seed, overwrite=overwrite, **settings.demo)
@@ -306,6 +308,7 @@ def treat_options(kind: str, method: str, settings: Settings) -> dict:
     """The options of `TreatConfig` for a method on a pipeline: its defaults where they can be."""
     options = call_options(kind)
     options["sampling_steps"] = options.pop("num_inference_steps")
+    own = BY_BOTH.get(f"{kind}/{method}", {})
     method, _, variant = method.partition("-")
     options |= {
         "method": method,
@@ -315,7 +318,7 @@ def treat_options(kind: str, method: str, settings: Settings) -> dict:
     }
     if method not in ("nft", "grpo"):
         options |= BY_PIPELINE.get(kind, {})
-    options |= BY_METHOD.get(method, {}) | ALONE.get(variant, {})
+    options |= BY_METHOD.get(method, {}) | ALONE.get(variant, {}) | own
     steps = {**options, **settings.treat}.get("steps", 100)
     return options | {"evaluate_every": max(1, steps // 4)} | settings.treat
 
