@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffdoctor.data.codec import UnreadablePicture, open_picture
-from diffdoctor.detector.models.inputs import check_range
+from diffdoctor.detector.pixel_range import check_pixel_range
 from diffdoctor.maps.files import read_map
 from diffdoctor.runs.errors import UserError, expected, first_line
 from diffdoctor.runs.functions import function_from_file, identity_of, name_of
@@ -98,7 +98,7 @@ class FunctionDetector(nn.Module):
         if tile is not None and max(images.shape[2:]) > tile:
             raise UserError(expected("tile", f"none with detector {self.name}, which sees pictures whole", tile))
         if not self._range_is_known:
-            check_range(images, value_range)
+            check_pixel_range(images, value_range)
             self._range_is_known = True
         low, high = value_range
         pictures = ((images.float() - low) / (high - low)).clamp(0, 1)

@@ -341,16 +341,21 @@ def test_simpletuner_lines_give_its_losses(kind, schedule):
 
     names = {"diffdoctor": SimpleNamespace(weighted_loss=as_a_mask)}
     lines = printed_lines("trainers.md", "### SimpleTuner")
-    exec("def loss(self, prepared_batch, model_pred, target, loss_type):\n" + textwrap.indent(lines, "    "), names)
+    given = "self, prepared_batch, model_pred, target, loss_type, apply_conditioning_mask"
+    exec(f"def loss({given}):\n" + textwrap.indent(lines, "    "), names)
     trainer = SimpleNamespace(compute_scheduled_huber_c=lambda given: c if given is timesteps else None)
-    batch = {"timesteps": timesteps, "conditioning_pixel_values": picture}
+    batch = {"timesteps": timesteps, "conditioning_pixel_values": picture, "loss_mask_type": "mask"}
 
     x, y = model_pred.clone().requires_grad_(), model_pred.clone().requires_grad_()
-    ours, theirs = names["loss"](trainer, batch, x, target, kind), formula(y)
+    ours, theirs = names["loss"](trainer, batch, x, target, kind, True), formula(y)
     ours.backward()
     theirs.backward()
     torch.testing.assert_close(ours, theirs, rtol=3e-6, atol=0)
     torch.testing.assert_close(x.grad, y.grad, rtol=0, atol=3e-5 * y.grad.abs().max().item())
+    # a condition picture is no map, and a map counts only where masks are on
+    whole = names["loss"](trainer, batch, model_pred, target, kind, False)
+    condition = batch | {"loss_mask_type": None, "conditioning_type": "controlnet"}
+    assert whole == names["loss"](trainer, condition, model_pred, target, kind, True) != ours
 
 
 def test_the_page_names_tests_that_exist_and_shows_code_that_parses():

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffdoctor.detector.models.files import CONFIG_NAME, WEIGHTS_NAME, read_detector
-from diffdoctor.detector.models.inputs import as_images, check_range
+from diffdoctor.detector.models.inputs import as_images
 from diffdoctor.detector.models.preprocess import MAX_NETWORK_PIXELS, PreprocessConfig
+from diffdoctor.detector.pixel_range import check_pixel_range
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_dir
@@ -175,7 +176,7 @@ class Detector(nn.Module):
         if not isinstance(images, torch.Tensor):
             images, value_range = as_images(images, self.image_mean.device), (0.0, 1.0)
         elif not self._range_is_known:
-            check_range(images, value_range)
+            check_pixel_range(images, value_range)
             self._range_is_known = True
         if tile is not None and max(images.shape[2:]) > tile:
             return self._tiled_confidence(images, value_range, tile, overlap)
