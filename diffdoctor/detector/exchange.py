@@ -14,7 +14,8 @@ import numpy as np
 
 from diffdoctor.data.shards import read_shards
 from diffdoctor.data.text import read_text
-from diffdoctor.maps.files import read_folder, read_map, read_picture
+from diffdoctor.maps.files import read_map, read_picture
+from diffdoctor.maps.sets import read_folder
 from diffdoctor.measures.components import components, run_length
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra

@@ -9,19 +9,11 @@ from diffdoctor.maps.check import MapReport, MapWarning, check_maps
 from diffdoctor.maps.clips import ClipTransform, clip_size, find_clip_map, read_clip, read_clip_map, read_clips
 from diffdoctor.maps.dataset import MapDataset, StepBatches, collate
 from diffdoctor.maps.derived import edit_map, map_stamp
-from diffdoctor.maps.files import (
-    Record,
-    ShardRecords,
-    find_map,
-    read_folder,
-    read_map,
-    read_picture,
-    write_map,
-    write_metadata,
-)
+from diffdoctor.maps.files import Record, find_map, read_map, read_picture, write_map
 from diffdoctor.maps.frames import causal_frames
 from diffdoctor.maps.geometry import PairedTransform, Placement, aspect_buckets, attach_map, detach_map
 from diffdoctor.maps.ranking import PictureRanking, write_ranking
+from diffdoctor.maps.sets import ShardRecords, read_folder, write_metadata
 
 __all__ = [
     "ClipTransform",
