@@ -16,6 +16,7 @@ from diffdoctor.detector.config import AugmentConfig
 from diffdoctor.detector.damage.benign import benign
 from diffdoctor.detector.damage.drawing import blur
 from diffdoctor.detector.damage.injection import MIN_SIDE, NoVisibleDamage, inject
+from diffdoctor.measures.pixels import refuse_zero_one
 from diffdoctor.runs.errors import UserError, expected
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ class ArrayData:
         for name, column in {"masks": masks, **fields}.items():
             if column is not None and len(column) != len(pictures):
                 raise ValueError(expected(name, f"one entry for each of {len(pictures)} pictures", len(column)))
-        if isinstance(masks, np.ndarray) and masks.dtype == np.uint8 and masks.max(initial=0) == 1:
-            raise ValueError(expected("masks", "255 where a picture is broken in uint8, or bool", "uint8 0 and 1"))
+        if isinstance(masks, np.ndarray):
+            refuse_zero_one(masks, "masks")
 
     def __len__(self) -> int:
         return len(self.pictures)

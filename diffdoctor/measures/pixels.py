@@ -18,14 +18,18 @@ FLAG_CONFIDENCE = 0.5
 FLAG_SHARE = 0.02
 
 
-def refuse_zero_one(mask: np.ndarray) -> None:
+def refuse_zero_one(mask: np.ndarray, name: str = "mask") -> None:
     """Refuse uint8 masks of 0 and 1, in which nothing would be broken: 255 is.
+
+    Args:
+        mask: of any shape and dtype.
+        name: of the argument, for the error.
 
     Raises:
         ValueError: the largest value is 1.
     """
     if mask.dtype == np.uint8 and mask.max(initial=0) == 1:
-        raise ValueError(expected("mask", "255 where a picture is broken in uint8, or bool", "uint8 0 and 1"))
+        raise ValueError(expected(name, "255 where a picture is broken in uint8, or bool", "uint8 0 and 1"))
 
 
 def _checked_maps(name: str, maps: np.ndarray | torch.Tensor) -> np.ndarray:

@@ -141,7 +141,7 @@ class GroupPolicy:
                 loss = policy_loss(
                     prediction, latents, following, old, advantage, coefs=coefs, level=config.grpo_level,
                     clip_range=(config.grpo_clip, config.grpo_clip), ref_pred=reference,
-                    kl_weight=config.kl_weight or 0.0, reduction="sample",
+                    kl_weight=config.kl_weight, reduction="sample",
                 ).sum() / (config.batch_size * len(self.window))  # fmt: skip
                 loss.backward()
                 value += float(loss.detach())

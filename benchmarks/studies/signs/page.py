@@ -25,8 +25,7 @@ _COLUMNS_SAY = (
 _ROWS_SAY = (
     "Rows: draft_k, draft_lv, drtune, full, leap, nft, grpo and weighted are methods of diffdoctor treat, which train "
     "a LoRA; guide and repair redraw what the detector flags; autoguided is drawn with what the LoRA changed taken "
-    "further. "
-    "docs/signs.md explains them."
+    "further. docs/signs.md explains them."
 )
 
 
