@@ -30,7 +30,7 @@ from diffdoctor.runs.progress import progress as progress_bar
 from diffdoctor.runs.signals import deferred_signals, leave_signals_to_the_parent
 from diffdoctor.training.devices import open_device
 from diffdoctor.training.ema import RunningAverage
-from diffdoctor.training.processes import largest
+from diffdoctor.training.processes import largest, process_state
 from diffdoctor.training.schedule import warmup_cosine
 
 if TYPE_CHECKING:
@@ -129,8 +129,8 @@ def prepared_run(
         from accelerate import Accelerator
     except ImportError:
         raise missing_extra("accelerate", "stages") from None
-    # Without cpu=True, Accelerate takes several processes on a machine without accelerators for single ones.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    # The processes' state, which is one for all, says whether they use the CPU.
+    accelerator = Accelerator(cpu=process_state(device).device.type == "cpu")
     micro_batches = accelerator.num_processes * config.accumulate
     if config.batch_size % micro_batches:
         what = f"a multiple of processes x accumulate = {micro_batches}"

@@ -56,9 +56,9 @@ def run(tally: Tally, spec: WorkerSpec, options: EngineConfig) -> None:
 
 
 def _default_count() -> int:
-    import torch
+    from diffdoctor.training.devices import accelerator_count
 
-    return (torch.accelerator.device_count() if torch.accelerator.is_available() else 0) or 2
+    return accelerator_count() or 2
 
 
 def _listen(workers: list[_Process], limit: float | None) -> None:

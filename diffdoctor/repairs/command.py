@@ -61,7 +61,7 @@ def run_repair(config: RepairConfig) -> dict:
     Raises:
         UserError: an option or a file does not fit or cannot be read.
     """
-    state = process_state()
+    state = process_state(config.device)
     left_out = SkipCounts()
     sources = find_sources(config.pictures, left_out)
     refuse_output_among(config.output, sources)

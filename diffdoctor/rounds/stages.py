@@ -176,7 +176,7 @@ def evaluate(this: Round) -> dict[str, Any]:
     """Both detectors on the test set and on the audit tasks, and a page on the new one."""
     config, new = this.config, str(this.path(DETECTOR) / "detector")
     sets = {"test": list(config.test), "audit": [str(this.path("audit"))] if this.outputs("export")["audit"] else []}
-    device = open_device(config.device, process_state().device)
+    device = open_device(config.device, process_state(config.device).device)
     detectors = [open_detector(source).to(device) for source in (this.detector, new)]
     options = {"size": config.training.size, "bootstrap": config.bootstrap, "seed": config.seed}
     found = {

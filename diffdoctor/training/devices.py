@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from diffdoctor.runs.errors import UserError, first_line
+
+
+def accelerator_count() -> int:
+    """How many accelerators torch finds on this machine; 0 where Accelerate's variable ACCELERATE_USE_CPU is true."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "t", "yes", "y", "on"):
+        return 0
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 
 def open_device(name: str | None, default) -> torch.device:
@@ -29,7 +38,7 @@ def open_device_at(name: str | None, number: int) -> torch.device:
     Raises:
         UserError: it is not there.
     """
-    if name is None and torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator()
-        return torch.device(kind.type, number % torch.accelerator.device_count())
+    count = accelerator_count()
+    if name is None and count:
+        return torch.device(torch.accelerator.current_accelerator().type, number % count)
     return open_device(name, "cpu")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from diffdoctor.runs.errors import UserError, missing_extra
-from diffdoctor.training.devices import open_device
+from diffdoctor.runs.errors import UserError, expected, missing_extra
+from diffdoctor.training.devices import accelerator_count, open_device
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -22,18 +22,27 @@ def seed_of(*parts: int) -> int:
     return int(np.random.SeedSequence([int(part) for part in parts]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def process_state() -> PartialState:
+def process_state(device: str | None = None) -> PartialState:
     """Accelerate's state of the processes that `accelerate launch` or torchrun started; of one where nothing did.
 
+    Args:
+        device: of the command's option; several processes whose device is the CPU talk over it.
+
     Raises:
-        UserError: Accelerate is not installed.
+        UserError: Accelerate is not installed, or this machine has accelerators, but fewer than processes.
     """
     try:
         from accelerate import PartialState
     except ImportError:
         raise missing_extra("accelerate", "stages") from None
+    count, local = accelerator_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # One process may use the CPU now and a GPU later: it has no partners, and the state outlives this call.
+    on_cpu = not count or (int(os.environ.get("WORLD_SIZE", 1)) > 1 and (device or "").split(":")[0] == "cpu")
+    if not on_cpu and local > count:
+        what = f"at most as many as this machine has accelerators, {count} (or ACCELERATE_USE_CPU=true)"
+        raise UserError(expected("processes", what, local))
     # Without cpu=True, Accelerate takes several processes on a machine without accelerators for single ones.
-    return PartialState(cpu=not torch.accelerator.is_available())
+    return PartialState(cpu=on_cpu)
 
 
 def largest(value: int, device: torch.device) -> int:
@@ -58,7 +67,7 @@ class Processes:
     """
 
     def __init__(self, device: str | None = None):
-        state = process_state()
+        state = process_state(device)
         self.rank, self.count = state.process_index, state.num_processes
         self.device = open_device(device, state.device)
 

@@ -71,13 +71,14 @@ class GroupPolicy:
         rollouts, pictures, maps, prompts = zip(*drawn, strict=True) if drawn else ((), (), (), ())
         advantages, counts = self._judge(pictures, maps, [p for part in prompts for p in part], reward, generator)
         self.replayed = int(counts.sum())
+        counted = advantages * _per_picture(counts.to(advantages.device), advantages)
         self.parts, first = [], 0
         for rollout in rollouts:
             rows = slice(first, first + len(rollout.final))
             first = rows.stop
             # every process calls a sharded denoiser equally often: pictures that count for nothing go along
             index = torch.nonzero(counts[rows] | sampling.family.is_sharded).flatten()
-            self.parts.append(_Part(rollout, (advantages * _per_picture(counts, advantages))[rows], index))
+            self.parts.append(_Part(rollout, counted[rows], index))
         self.old_log_probs: dict[tuple[int, int], torch.Tensor] = {}
 
     def _draw(self, drawing: Drawing, step: int, numbers: Sequence[int]):

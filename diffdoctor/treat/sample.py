@@ -112,7 +112,7 @@ def run_sample(config: SampleConfig) -> dict:
     Raises:
         UserError: an option or a file does not fit or cannot be read, or a picture is not finite.
     """
-    state = process_state()
+    state = process_state(config.device)
     prompts = read_prompt_file(config.prompts)
     plan, spec = _plan(config, len(prompts)), SampleWorkerSpec(config, _digest(prompts))
     identity, results = _identity(spec, plan), dict.fromkeys(RESULTS)

@@ -12,6 +12,7 @@ import torch
 
 from diffdoctor.runs.errors import UserError, first_line, missing_extra
 from diffdoctor.runs.files import atomic_write_bytes, atomic_write_text
+from diffdoctor.training.devices import accelerator_count
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.files import writing
 
@@ -49,9 +50,7 @@ class Tracking:
             raise UserError(f"log_with: {kind} is not installed: run `pip install {kind}`, or use another tracker")
         from accelerate import Accelerator
 
-        self.accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(), log_with=kind, project_dir=str(output_dir)
-        )
+        self.accelerator = Accelerator(cpu=not accelerator_count(), log_with=kind, project_dir=str(output_dir))
         try:
             if kind == "tensorboard":
                 self.accelerator.init_trackers("logs", init_kwargs={kind: {"purge_step": step + 1}})

@@ -50,7 +50,7 @@ def run_diagnose(config: DiagnoseConfig) -> dict:
     """
     if not config.pictures and config.files is None:
         raise UserError(expected("pictures", "files, folders, patterns or shards (or --files)", "none"))
-    state = process_state()
+    state = process_state(config.device)
     left_out = SkipCounts()
     if config.files is None:
         sources = find_sources(config.pictures, left_out, videos=True)

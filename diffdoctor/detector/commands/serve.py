@@ -211,7 +211,7 @@ def run_serve_detector(config: ServeDetectorConfig) -> int:
     from diffdoctor.training.devices import open_device
     from diffdoctor.training.processes import process_state
 
-    detector = open_detector(config.detector).to(open_device(config.device, process_state().device)).eval()
+    detector = open_detector(config.detector).to(open_device(config.device, process_state(config.device).device)).eval()
     check_detector(detector)
     try:
         server = DetectorServer(detector, config)

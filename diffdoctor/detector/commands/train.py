@@ -92,7 +92,7 @@ def run_train_detector(config: TrainDetectorConfig) -> dict:
     output = Path(config.output)
     data, validation = _data(config)
     detector = _network(config)
-    state = process_state()
+    state = process_state(config.device)
     options = {"detector": detector, "validation": validation, "output_dir": output, "device": config.device}
     with prepared_run(config.training, data, **options, identity={"weights": weights_digest(detector)}) as run:
         if state.is_main_process:

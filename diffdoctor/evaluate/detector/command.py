@@ -73,7 +73,7 @@ def run_evaluate_detector(config: EvaluateDetectorConfig) -> dict:
     from diffdoctor.training.devices import open_device
 
     refuse_url(config.output)
-    state = process_state()
+    state = process_state(config.device)
     output = Path(config.output)
     if any(os.path.realpath(folder) == os.path.realpath(output) for folder in config.data):
         raise UserError(expected("output", "another folder than a set's", config.output))

@@ -109,7 +109,7 @@ class Evaluation:
         identity = pipelines.picture_identity(
             config, [prompt.text for prompt in prompts], weights_digest(self.measurer.detector)
         )
-        self.state = process_state()
+        self.state = process_state(config.device)
         main = self.state.is_main_process
         self.folder = EvaluationFolder(Path(config.output), identity, config.picture_type, main=main)
         self.folder.check(overwrite=config.overwrite)
