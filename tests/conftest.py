@@ -1,4 +1,8 @@
-"""What all tests share: their order, and the backends of a GPU."""
+"""What all tests share: their device, their order, and the backends of a GPU.
+
+Stages run on the CPU, also where there is a GPU, since there alone the same seed gives the same bits. With
+DIFFDOCTOR_TEST_DEVICE=cuda they run on the GPU, and the tests marked `cpu` are skipped.
+"""
 
 import os
 
@@ -8,6 +12,10 @@ if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported, here and by
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
+ON_GPU = os.environ.get("DIFFDOCTOR_TEST_DEVICE", "cpu") != "cpu"
+if not ON_GPU:
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+
 # Folders whose files take some ten seconds each.
 LONG = ("treat", "demo", "evaluate", "detector")
 
@@ -15,6 +23,10 @@ LONG = ("treat", "demo", "evaluate", "detector")
 def pytest_collection_modifyitems(items):
     """Files with slow tests first, short files last, so that several processes end together."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
+    if ON_GPU:
+        for item in items:
+            if item.get_closest_marker("cpu"):
+                item.add_marker(pytest.mark.skip(reason="of the CPU alone"))
     items.sort(key=lambda item: (item.path not in slow, item.path.parent.name not in LONG))
 
 

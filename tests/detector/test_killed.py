@@ -47,6 +47,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.cpu
 @pytest.mark.slow
 @pytest.mark.timeout(2400)  # dozens of attempts, one after another
 @pytest.mark.parametrize(

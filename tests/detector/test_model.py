@@ -145,6 +145,7 @@ def test_torch_compile_takes_it_as_one_graph(name):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.cpu
 def test_files_bring_back_the_same_bits_and_class(detector, tmp_path):
     images = torch.rand(2, 3, 16, 16)
     detector.preprocess_config.min_side = 32

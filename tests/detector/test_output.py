@@ -49,6 +49,7 @@ def test_a_run_in_a_folder_named_like_its_results_is_not_replaced(sets, capsys):
     assert tree(sets / "runs") == before
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("data", "options", "named", "every"),
     [
@@ -99,6 +100,7 @@ def test_results_of_which_nobody_knows_the_run_are_refused(tmp_path):
         assert tree(tmp_path / name) == before
 
 
+@pytest.mark.cpu
 def test_a_run_stopped_between_its_best_and_its_first_checkpoint_goes_on(tmp_path):
     config = quick(checkpoint_every=10, validate_every=2)
     options = {"validation": held_out(), "progress": False}

@@ -25,6 +25,7 @@ def undisturbed(kind):
     return train_detector(CONFIG, shapes(), detector=fresh(kind=kind), validation=held_out(), progress=False)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("reads", "kind"),
     [(0, "conv"), (20, "segformer"), (35, "conv"), (35, "segformer"), (50, "conv"), (90, "segformer")],
@@ -73,6 +74,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 2
 
 
+@pytest.mark.cpu
 @pytest.mark.slow
 def test_one_and_two_processes_give_the_same_losses(commands, tmp_path):
     out = tmp_path / "losses.json"
@@ -89,6 +91,7 @@ def test_one_and_two_processes_give_the_same_losses(commands, tmp_path):
         np.testing.assert_allclose(shared, one, rtol=0, atol=2e-4 * (one[0] - one[-1]))
 
 
+@pytest.mark.cpu
 @pytest.mark.slow
 def test_the_command_in_two_processes_trains_the_same_detector(commands, tmp_path):
     data = shapes(24)

@@ -300,6 +300,7 @@ def test_curves_of_a_calibrated_detector_lie_on_the_diagonal():
     )
 
 
+@pytest.mark.cpu
 @pytest.mark.slow
 def test_two_processes_share_the_diagnosis(pictures, tmp_path, detector):
     whole, shared = tmp_path / "whole", tmp_path / "shared"

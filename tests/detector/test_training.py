@@ -40,6 +40,7 @@ def test_any_module_from_images_to_logits_can_be_trained():
     assert np.mean(losses[-8:]) < 0.9 * np.mean(losses[:8])
 
 
+@pytest.mark.cpu
 def test_the_same_seed_gives_the_same_bits_and_leaves_the_caller_s_random_state():
     torch.manual_seed(11)
     state = torch.random.get_rng_state()
@@ -72,6 +73,7 @@ def test_bf16_learns_as_fp32_does():
     assert runs[0].history != runs[1].history
 
 
+@pytest.mark.cpu
 def test_the_averaged_weights_are_the_result():
     config = quick(ema_decay=0.0)
     plain = train_detector(config, shapes(), detector=fresh(), progress=False)

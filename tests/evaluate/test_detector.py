@@ -92,6 +92,7 @@ def assert_close(got, expected, path=""):
         assert got == expected, path
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("small", [False, True], ids=["one run", "many runs"])
 def test_in_parts_every_figure_is_that_of_all_maps_at_once(tmp_path, detector, monkeypatch, small):
     if small:

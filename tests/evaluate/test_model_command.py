@@ -25,6 +25,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("family", ["sd", "flux"])
 def test_the_figures_are_those_of_the_same_pictures_in_memory(files, evaluated, tmp_path, family):
     output, metrics = evaluated if family == "sd" else (tmp_path / family, evaluate(files, tmp_path / family, family))
@@ -165,6 +166,7 @@ def test_a_treatments_folder_answers_for_its_options(files, evaluated, tmp_path)
     assert main(options(files, tmp_path / "other", **arguments)) == 2
 
 
+@pytest.mark.cpu
 def test_another_pipeline_and_guidance_as_treatments(files, tmp_path, monkeypatch):
     monkeypatch.setattr(networks, "inception_weights", lambda: None)
     pipeline = tiny_pipeline("sd", seed=5)

@@ -88,6 +88,7 @@ RUNS = {
 }
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("family", RUNS)
 def test_example_trains_logs_draws_saves_and_resumes(family, folder, tmp_path):
     name, options = RUNS[family]

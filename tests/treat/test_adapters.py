@@ -48,6 +48,7 @@ def state_of(layer_owner, adapter):
     return {n: p.detach().clone() for n, p in layer_owner.named_parameters() if adapter in n.split(".")}
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("name", ["sd", "flux"])
 def test_a_carried_lora_is_drawn_with_during_a_treatment_and_afterwards(tmp_path, name):
     plain = draw(tiny_pipeline(name), name)
@@ -69,6 +70,7 @@ def test_a_carried_lora_is_drawn_with_during_a_treatment_and_afterwards(tmp_path
     assert not any("style" in key for key in saved)
 
 
+@pytest.mark.cpu
 def test_what_is_learnt_beside_a_carried_lora_belongs_to_the_treatment_alone(tmp_path):
     pipeline = styled(tmp_path)
     style = state_of(pipeline.unet, "style")
@@ -108,6 +110,7 @@ def test_the_modules_that_are_targeted_do_not_depend_on_a_carried_lora(tmp_path)
     assert target_modules(family_of(styled(tmp_path, adapter="conv")), GROUPS["sd"]) == plain
 
 
+@pytest.mark.cpu
 def test_a_lora_that_is_switched_off_stays_out(tmp_path):
     pipeline = styled(tmp_path)
     pipeline.disable_lora()
@@ -117,6 +120,7 @@ def test_a_lora_that_is_switched_off_stays_out(tmp_path):
     assert active_adapters(pipeline.unet) == ["diffdoctor"]
 
 
+@pytest.mark.cpu
 def test_a_fused_lora_is_refused_until_it_is_unloaded(tmp_path):
     pipeline = styled(tmp_path)
     pipeline.fuse_lora()
@@ -160,6 +164,7 @@ def begun(tmp_path, lora, pipeline=None, **options):
     )  # fmt: skip
 
 
+@pytest.mark.cpu
 def test_a_treatment_begins_with_a_lora_and_its_file_contains_it(tmp_path):
     source = write_style(tmp_path / "style")
     expected = tiny_pipeline("sd")
@@ -235,6 +240,7 @@ def treated(folder, steps, **options):
     )  # fmt: skip
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("every", [0, 2, 3])
 def test_more_steps_continue_a_finished_treatment_as_if_asked_for_at_first(tmp_path, every):
     whole = treated(tmp_path / "whole", 4, evaluate_every=every)

@@ -97,6 +97,7 @@ def test_writes_a_lora_that_loads(files, tmp_path, capsys):
     tiny_pipeline("sd").load_lora_weights(output / "lora")
 
 
+@pytest.mark.cpu
 def test_two_processes_equal_one(files, commands, tmp_path):
     options = {"steps": 2, "batch_size": 4, "replay_area": 0.0, "learning_rate": 1e-2, "log_with": "none"}
     # as `evaluate model` reads them
@@ -254,6 +255,7 @@ def names(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.cpu
 def test_a_full_disk_keeps_the_last_checkpoint(files, tmp_path, capsys, monkeypatch):
     options = {"steps": 3, "checkpoint_every": 1, "log_with": "none", "sample_pictures": 0}
     assert main(arguments(files, tmp_path / "whole", **options)) == 0

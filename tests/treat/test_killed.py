@@ -10,6 +10,7 @@ import pytest
 from support.paths import PROGRAMS
 
 
+@pytest.mark.cpu
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_killed_treatments_end_with_the_same_lora(commands, tmp_path):

@@ -23,6 +23,7 @@ FSDP = {
 }
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("family", "method", "replay_area", "environment"),
     [

@@ -29,6 +29,7 @@ def saved(folder):
     return load_file(folder / "lora" / WEIGHTS_NAME)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     "method",
     [

@@ -78,6 +78,7 @@ def run(pipeline, folder=None, **options):
     return treat(pipeline, random_detector(), MANY, config, offline=pairs(), output_dir=folder, progress=False)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("family", ["sd", "sd3"])
 def test_files_change_no_bit(tmp_path, family):
     losses = [

@@ -64,6 +64,7 @@ def test_a_negative_prompt_where_guidance_is_counted_from_0(tmp_path, name, scal
         open_pipeline("pipeline", str(tmp_path / name), config)
 
 
+@pytest.mark.cpu
 def test_a_set_of_prompts_and_seeds(files, tmp_path, capsys):
     output = tmp_path / "set"
     assert sample(files, output, "--seeds", 5, 7) == 0

@@ -66,6 +66,7 @@ def test_offline_term_alone_learns_the_pairs():
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 
+@pytest.mark.cpu
 def test_same_seed_same_lora_and_another_seed_another():
     states = [lora_state(family_of(run(seed=seed, max_skipped=3).pipeline)) for seed in (0, 0, 1)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -100,6 +101,7 @@ def test_too_many_skipped_steps_end_the_treatment():
         run(detector=BrokenDetector(2, 100), steps=9, max_skipped=4)
 
 
+@pytest.mark.cpu
 def test_collapse_is_noticed_and_good_weights_kept():
     result = run(
         detector=BrightDetector(), steps=60, learning_rate=3.0, evaluate_every=2, max_grad_norm=0.0,
