@@ -17,6 +17,7 @@ class Kept:
     """
 
     def __init__(self, modules):
+        self.modules = modules  # an address is only theirs as long as they live
         tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
         self.parameters = {_address(tensor) for tensor in tensors}
         self.users: dict[int, int] = {}

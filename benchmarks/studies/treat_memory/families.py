@@ -1,4 +1,4 @@
-"""What a step of `nft` keeps for each family's denoiser at its own size: shapes alone, `--families`."""
+"""What a step of `nft` keeps for each family's denoiser at its own size, `--families`."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ CASES = {
 }  # fmt: skip
 
 
-def family_row(name: str) -> dict:
-    """Parameters, and what `real_step` counts of a step of `nft` whose denoiser is checkpointed, in bf16."""
+def family_row(name: str, device: str = "meta", repeats: int = 3) -> dict:
+    """Parameters, and `real_step`'s row of a step of `nft` whose denoiser is checkpointed, in bf16."""
     case, count = CASES[name], []
 
     def build(dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.Module, Callable, tuple, tuple]:
@@ -84,13 +84,15 @@ def family_row(name: str) -> dict:
         family = case.family(SimpleNamespace(transformer=denoiser, patch_size=2, scheduler=scheduler, config=config))
 
         def predict(latents):
-            inputs = {name: torch.zeros(*shape, dtype=dtype) for name, shape in case.inputs.items()}
+            # a bias of 0 hides no word
+            values = {name: torch.zeros if name == "text_bias" else torch.randn for name in case.inputs}
+            inputs = {name: values[name](*shape, dtype=dtype) for name, shape in case.inputs.items()}
             return family.denoise(latents, torch.full((1,), 500.0), inputs)
 
         targets = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj")
         return denoiser, torch.nn.Identity(), predict, case.latents, targets
 
-    found = real_step(build, torch.bfloat16, 1, "nft", True, False)
+    found = real_step(build, torch.bfloat16, 1, "nft", True, False, device=device, repeats=repeats)
     return {"family": case.title, "parameters": count[0], "linear": count[1], **found}
 
 

@@ -1,14 +1,17 @@
-"""Networks of a real size without their weights: shapes alone go through them (meta tensors)."""
+"""Networks of a real size without their weights: shapes alone go through them (meta tensors), or random weights."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import statistics
 import sys
 import time
+from collections.abc import Iterator
 from unittest import mock
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.studies.treat_memory.counting import Alive, Kept
 from diffdoctor.detector import ArtifactDetector
@@ -43,7 +46,7 @@ def _stable_diffusion(dtype):
 
     def predict(latents):
         timesteps = torch.full((len(latents),), 500)
-        hidden = torch.zeros(len(latents), 77, 768, dtype=latents.dtype)
+        hidden = torch.randn(len(latents), 77, 768, dtype=latents.dtype)
         return denoiser(latents, timesteps, hidden, return_dict=False)[0]
 
     return denoiser, vae, predict, (4, 64, 64), ("to_q", "to_k", "to_v", "to_out.0")
@@ -68,8 +71,8 @@ def _flux(dtype):
         layout = Packed(*latents.shape[2:])
         tokens = denoiser(
             hidden_states=layout.pack(latents),
-            encoder_hidden_states=torch.zeros(len(latents), 512, 4096, dtype=latents.dtype),
-            pooled_projections=torch.zeros(len(latents), 768, dtype=latents.dtype),
+            encoder_hidden_states=torch.randn(len(latents), 512, 4096, dtype=latents.dtype),
+            pooled_projections=torch.randn(len(latents), 768, dtype=latents.dtype),
             timestep=torch.full((len(latents),), 0.5, dtype=latents.dtype),
             txt_ids=torch.zeros(512, 3),
             img_ids=torch.zeros(layout.tokens, 3),
@@ -87,8 +90,8 @@ REAL = {
 """Name -> (title, function that builds it, dtype of the denoiser, sampling steps, steps with a gradient)."""
 
 
-def real_rows(name: str) -> list[dict]:
-    """Bytes and operations of one replay of one picture through a network of `REAL`, for each way to save."""
+def real_rows(name: str, device: str = "meta", repeats: int = 3) -> Iterator[dict]:
+    """One replay of one picture through a network of `REAL`, for each way to save: `real_step`'s row of each."""
     title, build, dtype, steps, grad_steps = REAL[name]
     cases = {
         "full": (steps, "kl", False, False),
@@ -104,16 +107,24 @@ def real_rows(name: str) -> list[dict]:
         "nft, denoiser checkpointed": (1, "nft", True, False),
         "grpo, denoiser checkpointed": (1, "grpo", True, False),
     }
-    rows = []
     for case, options in cases.items():
         started = time.perf_counter()
-        rows.append({"network": title, "case": case, **real_step(build, dtype, *options)})
-        print(f"{title}: {case}: counted in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    return rows
+        row = {"network": title, "case": case, **real_step(build, dtype, *options, device=device, repeats=repeats)}
+        print(f"{title}: {case}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        yield row
 
 
 def real_step(
-    build, dtype, count, decoder, denoiser_checkpointed, vae_checkpointed, detector_checkpointed=False
+    build,
+    dtype,
+    count,
+    decoder,
+    denoiser_checkpointed,
+    vae_checkpointed,
+    detector_checkpointed=False,
+    *,
+    device: str = "meta",
+    repeats: int = 3,
 ) -> dict:
     """count denoiser passes, decoder (fp32) and detector (SegFormer-b5, fp32) of one picture, with their backward.
 
@@ -121,65 +132,100 @@ def real_step(
     prediction, for both one with a graph, and the loss.
 
     Returns:
-        `kept` (bytes for backward by place, at the worst moment), `peak` (bytes of new tensors alive at once) and
-        `operations` (floating-point operations).
+        `peak` (bytes of new tensors alive at once) and `operations` (floating-point operations). Of shapes alone also
+        `kept` (bytes for backward by place, at the worst moment); on a CUDA device, whose `peak` is what torch's
+        allocator handed out beyond the weights, `seconds`, the median of the repeats. Where the GPU's memory is too
+        small, `error` alone.
     """
+    options = (count, decoder, denoiser_checkpointed, vae_checkpointed, detector_checkpointed)
+    with torch.device(device):
+        if device == "meta":
+            return _counted(*_prepared(build, dtype, *options))
+        try:
+            return _measured(*_prepared(build, dtype, *options), repeats)
+        except torch.OutOfMemoryError as error:
+            return {"error": str(error).split(". ")[0]}
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def _prepared(build, dtype, count, decoder, denoiser_checkpointed, vae_checkpointed, detector_checkpointed):
+    """The denoiser, what counts the bytes kept, and the step."""
     from diffusers import AutoencoderTiny
     from peft import LoraConfig
-    from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.device("meta"):
-        denoiser, vae, predict, shape, targets = build(dtype)
-        if decoder == "tiny":
-            vae = AutoencoderTiny(latent_channels=shape[0])
-        detector = ArtifactDetector.of_size("b5").eval().requires_grad_(False)
-        vae.requires_grad_(False)
-        denoiser.requires_grad_(False)
-        denoiser.add_adapter(LoraConfig(r=16, target_modules=list(targets)))
-        if denoiser_checkpointed:
-            denoiser.enable_gradient_checkpointing()
-        if vae_checkpointed:
-            vae.enable_gradient_checkpointing()
-        if detector_checkpointed:
-            for part in detector.recomputable():
-                recompute(part)
-        if decoder in ("tiles", "flagged"):
-            _in_tiles(vae, 256, flagged=0.25 if decoder == "flagged" else 1.0)
-        kept = Kept((denoiser, vae, detector))
+    denoiser, vae, predict, shape, targets = build(dtype)
+    if decoder == "tiny":
+        vae = AutoencoderTiny(latent_channels=shape[0])
+    detector = ArtifactDetector.of_size("b5").eval().requires_grad_(False)
+    vae.requires_grad_(False)
+    denoiser.requires_grad_(False)
+    denoiser.add_adapter(LoraConfig(r=16, target_modules=list(targets)))
+    if denoiser_checkpointed:
+        denoiser.enable_gradient_checkpointing()
+    if vae_checkpointed:
+        vae.enable_gradient_checkpointing()
+    if detector_checkpointed:
+        for part in detector.recomputable():
+            recompute(part)
+    if decoder in ("tiles", "flagged"):
+        _in_tiles(vae, 256, flagged=0.25 if decoder == "flagged" else 1.0)
+    kept = Kept((denoiser, vae, detector))
 
-        def nft_step():
-            noisy, clean, noise = (torch.zeros(1, *shape, dtype=dtype) for _ in range(3))
-            with torch.no_grad():
-                old = predict(noisy)
-            prediction = kept.at("denoiser", predict)(noisy)
-            target = Target.contrastive(Target.flow(clean, noise), old)
-            weighted_loss(prediction, target, torch.zeros(1, 1, *shape[1:]), artifact_weight=1.0).backward()
+    def nft_step():
+        noisy, clean, noise = (torch.randn(1, *shape, dtype=dtype) for _ in range(3))
+        with torch.no_grad():
+            old = predict(noisy)
+        prediction = kept.at("denoiser", predict)(noisy)
+        target = Target.contrastive(Target.flow(clean, noise), old)
+        weighted_loss(prediction, target, torch.zeros(1, 1, *shape[1:]), artifact_weight=1.0).backward()
 
-        def grpo_step():
-            before, after = (torch.zeros(1, *shape, dtype=dtype) for _ in range(2))
-            prediction = kept.at("denoiser", predict)(before)
-            advantage = torch.zeros(1, 1, *shape[1:])
-            policy_loss(prediction, before, after, None, advantage, coefs=(1.0, -0.1, 0.2)).backward()
+    def grpo_step():
+        before, after = (torch.randn(1, *shape, dtype=dtype) for _ in range(2))
+        prediction = kept.at("denoiser", predict)(before)
+        advantage = torch.zeros(1, 1, *shape[1:])
+        policy_loss(prediction, before, after, None, advantage, coefs=(1.0, -0.1, 0.2)).backward()
 
-        def replay_step():
-            latents = torch.zeros(1, *shape, dtype=dtype)
-            for _ in range(count):
-                latents = latents - 0.1 * kept.at("denoiser", predict)(latents)
-            ends = latents.detach().float().requires_grad_()
-            pictures = kept.at("vae", vae.decode)(ends, return_dict=False)[0]
-            logits = kept.at("detector", detector)(pictures / 2 + 0.5)
-            logits.sigmoid().mean().backward()
-            latents.backward(ends.grad.to(dtype))
+    def replay_step():
+        latents = torch.randn(1, *shape, dtype=dtype)
+        for _ in range(count):
+            latents = latents - 0.1 * kept.at("denoiser", predict)(latents)
+        ends = latents.detach().float().requires_grad_()
+        pictures = kept.at("vae", vae.decode)(ends, return_dict=False)[0]
+        logits = kept.at("detector", detector)(pictures / 2 + 0.5)
+        logits.sigmoid().mean().backward()
+        latents.backward(ends.grad.to(dtype))
 
-        step = {"nft": nft_step, "grpo": grpo_step}.get(decoder, replay_step)
-        # One after the other: the counter of operations leaves tensors in cycles, alive until the collector comes by.
-        with _fused_attention(), FlopCounterMode(display=False) as operations:
-            step()
+    return denoiser, kept, {"nft": nft_step, "grpo": grpo_step}.get(decoder, replay_step)
+
+
+def _counted(denoiser, kept, step) -> dict:
+    # One after the other: the counter of operations leaves tensors in cycles, alive until the collector comes by.
+    with _fused_attention(), FlopCounterMode(display=False) as operations:
+        step()
+    denoiser.zero_grad()
+    gc.collect()
+    with _fused_attention(), Alive() as alive, kept.hooks():
+        step()
+    return {"kept": kept.worst, "peak": alive.peak, "operations": operations.get_total_flops()}
+
+
+def _measured(denoiser, _, step, repeats) -> dict:
+    with FlopCounterMode(display=False) as operations:
+        step()
+    peaks, taken = [], []
+    for _ in range(repeats):
         denoiser.zero_grad()
         gc.collect()
-        with _fused_attention(), Alive() as alive, kept.hooks():
-            step()
-        return {"kept": kept.worst, "peak": alive.peak, "operations": operations.get_total_flops()}
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, began = torch.cuda.memory_allocated(), time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        taken.append(time.perf_counter() - began)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    return {"peak": max(peaks), "operations": operations.get_total_flops(), "seconds": statistics.median(taken)}
 
 
 @contextlib.contextmanager

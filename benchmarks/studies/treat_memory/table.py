@@ -55,6 +55,21 @@ def real_markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def measured_markdown(rows: list[dict], headed: bool = True) -> str:
+    """Rows of `real_rows` and `family_row` that were measured on a GPU, as lines of a Markdown table."""
+    lines = head("one picture, or as said", "case", "peak beside the weights", "operations", "time", "per second")
+    lines = lines if headed else []
+    for each in rows:
+        name, case = (each["network"], each["case"]) if "case" in each else (each["family"], "nft, checkpointed")
+        if "error" in each:
+            lines.append(row(name, case, each["error"], "", "", ""))
+            continue
+        seconds, operations = each["seconds"], each["operations"] / 1e12
+        cells = size(each["peak"]), f"{operations:,.0f} T", f"{seconds:.3f} s", f"{operations / seconds:.0f} T"
+        lines.append(row(name, case, *cells))
+    return "\n".join(lines)
+
+
 def judged(demo: list[dict]) -> dict[str, float]:
     """draft_k's shares of full, by the names of `BOUNDS`, and how far 40 sampling steps are from 10."""
     rows = {each["case"]: each for each in demo}
