@@ -35,9 +35,9 @@ def run(case: Case, tensors: Tensors, impl):
 
 
 def cotangent(result):
-    """What backward starts from where the result is a tensor: the same values for every implementation."""
-    generator = torch.Generator(device=result.device).manual_seed(11)
-    return torch.randn(result.shape, generator=generator, device=result.device, dtype=torch.float32).to(result.dtype)
+    """What backward starts from where the result is a tensor: the same values for every implementation and device."""
+    generator = torch.Generator().manual_seed(11)
+    return torch.randn(result.shape, generator=generator).to(result.device, result.dtype)
 
 
 def relative(got, want) -> float:

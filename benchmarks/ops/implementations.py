@@ -1,6 +1,5 @@
 """The implementations that a case is timed with, and the parts of a call: forward and backward through autograd."""
 
-import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,24 +78,25 @@ def backend_module(name: str, op: str = "weighted_loss"):
 
 
 def kernel_of(call: Call) -> Callable[[], None]:
-    """The one kernel call of a weighted_loss forward into outputs that stay: no checks, no allocation, no autograd.
+    """The kernel of a weighted_loss forward alone: no checks, no allocation, no autograd.
 
-    Raises ValueError where the forward made no such call or more than one.
+    On a CPU the one native call, again into the same outputs; on a GPU replays of the forward as a CUDA graph. Raises
+    ValueError where a CPU's forward made no such call or more than one.
     """
+    if call.x.is_cuda:
+        return captured(call.forward)
     module = backend_module(call.implementation.name)
-    name = "launch" if hasattr(module, "launch") else "weighted_loss"
-    launch, made = getattr(module, name), []
+    launch, made = module.launch, []
 
     def recorded(*arguments):
-        # A problem's fields change after the call; copied, they keep their tensors alive.
-        made.append([dataclasses.replace(x) if dataclasses.is_dataclass(x) else x for x in arguments])
+        made.append(arguments)
         launch(*arguments)
 
-    setattr(module, name, recorded)
+    module.launch = recorded
     try:
         result = call.forward()
     finally:
-        setattr(module, name, launch)
+        module.launch = launch
     if len(made) != 1:
         raise ValueError(f"one kernel call was expected in a forward, got {len(made)}")
 
@@ -106,7 +106,7 @@ def kernel_of(call: Call) -> Callable[[], None]:
     return kernel
 
 
-def captured(call: Call) -> Callable[[], None]:
+def captured(call: Callable) -> Callable[[], None]:
     """Replays of the call as a CUDA graph. Raises what capturing raises where a formula waits for the device."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

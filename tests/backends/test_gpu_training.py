@@ -193,20 +193,26 @@ def test_the_registered_operators_pass_opcheck(gpu_backend, dtype):
         return torch.rand(*shape, device="cuda")
 
     pred = normal(2, 4, 8, 8).to(dtype).transpose(-1, -2).requires_grad_()
+    artifact_coefs = [0.5, -0.5] if dtype == F16 else []
     arguments = (
         [normal(2, 4, 8, 8), normal(2, 4, 8, 8)], uniform(2, 16, 16), None, uniform(2),
-        [None, uniform(2), None, uniform(2), None], [1.0, 1.0, -1.0, 0.1, 0.0], [2.0, 1.0, 1.0, 0.5, 0.25, 1.0],
-        [1.0, 0.0, 0.5, 0.0, 0.0, 0.0], "area", "sample", "mean", [], gpu_backend,
+        [uniform(2), uniform(2)], [1, 4], [1.0, 1.0, -1.0, 1.0, 0.1, 0.0, *artifact_coefs],
+        [2.0, 1.0, 1.0, 0.5, 0.25, 1.0], [1.0, 0.0, 0.5, 0.0, 0.0, 0.0], "area", "sample", "mean", [], gpu_backend,
     )  # fmt: skip
-    want_grad, want_sums = dtype != F16, True
+    g, want_grad, want_sums = torch.tensor(2.0, device="cuda"), dtype != F16, True
     torch.library.opcheck(torch.ops.diffdoctor.weighted_loss.default, (pred, *arguments, want_grad, want_sums))
-    torch.library.opcheck(
-        torch.ops.diffdoctor.weighted_loss_grad.default, (torch.tensor(2.0, device="cuda"), pred.detach(), *arguments)
-    )
+    torch.library.opcheck(torch.ops.diffdoctor.weighted_loss_grad.default, (g, pred.detach(), *arguments))
     logits = normal(2, 1, 8, 6).requires_grad_()
     torch.library.opcheck(
         torch.ops.diffdoctor.artifact_loss.default, (logits, 16, 12, 0.1, "threshold", "mean", gpu_backend, True)
     )
+    step = normal(2, 4, 8, 8)
+    drawn = (pred, step, step.flip(0), [uniform(2) + 0.5], [2], [1.0, -0.5, 0.0], [], gpu_backend)
+    options = (None, normal(2, 16, 16), None, step, [0.1, 0.2, float("inf"), 0.5], "area", "pixel", "mean")
+    torch.library.opcheck(torch.ops.diffdoctor.policy_loss.default, (*drawn, *options, want_grad, want_sums))
+    drawn = (pred.detach(), *drawn[1:])
+    torch.library.opcheck(torch.ops.diffdoctor.policy_log_prob.default, drawn)
+    torch.library.opcheck(torch.ops.diffdoctor.policy_loss_grad.default, (g, *drawn, *options))
 
 
 # ---- streams, threads, devices

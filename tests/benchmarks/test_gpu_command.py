@@ -188,9 +188,9 @@ def test_launches_counted_before_are_taken_over(tmp_path, monkeypatch):
     monkeypatch.setattr(launches, "_known", {})
     counts = {"cuda": {"launches": 2, "waits": 0}, "eager": {"error": "x"}}
     answer = json.dumps({"case": "sd15/bf16", "implementations": counts})
-    context = Scripted(tmp_path, *((f"{k}/4", answer) for k in range(4)))
+    context = Scripted(tmp_path, *((f"{k}/8", answer) for k in range(8)))
     found = gpu.part_warm(context)
-    assert found == {"cases": 4, "failures": {"sd15/bf16 eager": "x"}}
+    assert found == {"cases": 8, "failures": {"sd15/bf16 eager": "x"}}
     launches.load(gpu._launch_counts(context))
     case = registry.shrunken(next(case for case in registry.cases("cuda") if case.key == "sd15/bf16"))
     call = implementations.Call(

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -29,6 +30,8 @@ ROOT = machine.ROOT
 DEFAULT_MINUTES = 8.75
 PROBE = [sys.executable, "-m", "tools.gpu.probe"]
 Part = Callable[[Context], dict]
+#: What ncu looks at: bound by memory, without and with a map, a contrastive target, both forms of policy_loss.
+COUNTED = "pixel-2048/bf16,pixel-2048-map/bf16,contrastive/bf16,policy/bf16,policy-flux-tokens/bf16"
 
 
 def part_machine(context: Context) -> dict:
@@ -133,7 +136,7 @@ def part_small(context: Context) -> dict:
 def part_warm(context: Context) -> dict:
     """Every implementation of every case once: its launches counted, what it compiles left in the disk caches, so that
     the benchmarks spend their minutes on timing and the profiler is never loaded where something is timed."""
-    jobs = context.jobs(4, 4)
+    jobs = context.jobs(2, 8)
     commands = [[*PROBE, "warm", f"{k}/{jobs}"] for k in range(jobs)]
     answers = context.run_all(commands, 170, OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="4")
     rows = [row for text, _ in answers for row in json_lines(text) if row.get("implementations")]
@@ -214,7 +217,7 @@ def part_sanitizer_triton(context: Context) -> dict:
 
 
 def part_ncu(context: Context) -> dict:
-    """Hardware counters of one bandwidth-bound call: throughput as a share of the peak, registers, occupancy."""
+    """Hardware counters of `COUNTED`: throughput as a share of the peak, registers, occupancy."""
     context.gpu()
     if shutil.which("ncu") is None:
         raise PartError("ncu is not on PATH")
@@ -228,13 +231,34 @@ def part_ncu(context: Context) -> dict:
     for backend in ("cuda", "triton"):
         command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--metrics", metrics]
         try:
-            text = context.run([*command, *PROBE, "once", "pixel-2048/bf16", backend], 45)
+            text = context.run([*command, *PROBE, "once", COUNTED, backend], 45)
             found[backend] = [line for line in text.splitlines() if line.startswith('"')] or text[-400:]
         except PartError as error:
             found[backend] = f"no counters: {error}"
     if all(isinstance(lines, str) for lines in found.values()):
         raise PartError("; ".join(f"{backend}: {words}" for backend, words in found.items()))
     return found
+
+
+def part_stages(context: Context) -> dict:
+    """The tests of detector, treatment and evaluation with everything on the GPU; needs the packages of `stages`."""
+    context.gpu()
+    needed = ("pytest", "xdist", "diffusers", "peft", "jsonargparse")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise PartError(f"not installed: {', '.join(missing)}")
+    folders = [f"tests/{name}" for name in ("treat", "training", "detector", "evaluate", "repairs", "rounds", "demo")]
+    command = [
+        sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-rfE", "-p", "no:cacheprovider",
+        "-n", str(context.jobs(1, 14)), "--dist", "worksteal", *folders,
+    ]  # fmt: skip
+    environment = {
+        "DIFFDOCTOR_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": "1",
+        # The tests' programs fork; CUDA started by a mere question would be lost to the children.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }  # fmt: skip
+    return _tested(context.run_all([command], 300, **environment), folders)
 
 
 def _matching(text: str, pattern: str) -> str:
@@ -251,6 +275,7 @@ STAGES: tuple[dict[str, Part], ...] = (
     {"benchmarks": part_benchmarks},
     {"ncu": part_ncu},
     {"sanitizer-triton": part_sanitizer_triton},
+    {"stages": part_stages},
 )
 PARTS = tuple(name for stage in STAGES for name in stage)
 

@@ -2,7 +2,7 @@
 
 `describe`: the GPU by name. `limits`: copy bandwidth and launch costs. `small [BACKEND]`: every case at a tiny size,
 checked; for compute-sanitizer. `warm K/N`: every implementation of every Nth case once, a line of JSON for each.
-`once CASE/DTYPE BACKEND`: one forward and backward between cudaProfilerStart and Stop; for ncu.
+`once CASE/DTYPE,… BACKEND`: a forward and backward of each between cudaProfilerStart and Stop; for ncu.
 """
 
 import json
@@ -89,19 +89,22 @@ def warm(shard: str = "0/1") -> dict:
     return {"cases": len(mine)}
 
 
-def once(key: str, backend: str) -> dict:
-    """The named case, warm, one time under the profiler's eye."""
-    case = next(case for case in cases("cuda") if case.key == key)
-    impl = Implementation(backend, lambda **tensors: case.fused(tensors, backend), True)
-    call = Call(case, case.inputs(case, DEVICE), impl)
-    for _ in range(3):
+def once(keys: str, backend: str) -> dict:
+    """The named cases, each warm and then one time under the profiler's eye."""
+    by_key = {case.key: case for case in cases("cuda")}
+    for case in (by_key[key] for key in keys.split(",")):
+        impl = Implementation(backend, lambda case=case, **tensors: case.fused(tensors, backend), True)
+        call = Call(case, case.inputs(case, DEVICE), impl)
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStart()
         call()
-    torch.cuda.synchronize()
-    torch.cuda.cudart().cudaProfilerStart()
-    call()
-    torch.cuda.synchronize()
-    torch.cuda.cudart().cudaProfilerStop()
-    return {"case": key, "backend": backend}
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStop()
+        del call
+        torch.cuda.empty_cache()
+    return {"cases": keys, "backend": backend}
 
 
 def main() -> int:
