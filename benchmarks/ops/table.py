@@ -102,6 +102,28 @@ def detailed_lines(rows: list[dict]) -> list[tuple[str, ...]]:
     return found
 
 
+def device_lines(rows: list[dict]) -> list[tuple[str, ...]]:
+    """What a GPU alone takes, by replays of CUDA graphs: both of our backends, the formula, `torch.compile` of it."""
+    found = [("case", "dtype", "shape", "map", "eager µs", "compile µs", "cuda µs", "triton µs", "× eager", "of copy")]
+    for (_, case, dtype), group in grouped(rows).items():
+        replayed = {name.removesuffix("+graph"): row for name, row in group.items() if name.endswith("+graph")}
+        ours = [row for row in replayed.values() if row["ours"] and row.get("p20_us") is not None]
+        if not ours:
+            continue
+        best, eager = min(ours, key=lambda row: row["p20_us"]), replayed.get("eager", {}).get("p20_us")
+        sides = (replayed.get(name, {}).get("p20_us") for name in ("eager", "compile", "cuda", "triton"))
+        found.append((
+            case,
+            dtype,
+            "×".join(map(str, best["shape"])),
+            best["map"],
+            *map(_number, sides),
+            _number(None if eager is None else eager / best["p20_us"], 1),
+            f"{best['copy_share']:.0%}",
+        ))  # fmt: skip
+    return found
+
+
 def refused(rows: list[dict]) -> list[str]:
     """One line for every implementation that has no speed, with the reason."""
     return [f"{row['case']} {row['dtype']} {row['backend']}: {row['reason']}" for row in rows if row.get("reason")]
@@ -147,6 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = argparse.ArgumentParser(prog="python -m benchmarks.ops.table", description=__doc__)
     command.add_argument("results", nargs="?", help="a JSON-lines file, a commit or a run id (default: all results)")
     command.add_argument("--markdown", action="store_true", help="as a GitHub table")
+    command.add_argument("--graphs", action="store_true", help="what a GPU alone takes: replays of CUDA graphs")
     command.add_argument("--all", action="store_true", help="one line for every implementation, the copy included")
     options = command.parse_args(arguments)
     try:
@@ -155,7 +178,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     rows = [row for row in history.latest(rows).values() if row["op"] != STEP]
-    if options.markdown:
+    if options.graphs:
+        found = device_lines(rows)
+        print(markdown(found) if options.markdown else aligned(found, left=4))
+    elif options.markdown:
         print(markdown(detailed_lines(rows), 3) if options.all else markdown(lines(rows)))
     else:
         print(text(rows, options.all))
