@@ -161,6 +161,30 @@ def test_only_test_files_with_the_gpu_mark_are_run_there(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+def test_stages_are_tested_on_the_gpu_where_their_packages_are(tmp_path, monkeypatch):
+    context = Scripted(tmp_path, ("pytest", "61 failed, 1588 passed, 8 skipped, 47 errors in 129.12s (0:02:09)"))
+    with pytest.raises(gpu.PartError, match="108 of 1696 failed") as caught:
+        gpu.part_stages(context)
+    assert caught.value.found["passed"] == 1588
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name == "peft" else name)
+    for part in (gpu.part_stages, gpu.part_treatments):
+        with pytest.raises(gpu.PartError, match=r"not installed: peft$"):
+            part(context)
+
+
+def test_treatments_keep_the_rows_of_a_study_that_did_not_end(tmp_path):
+    class Studies(Scripted):
+        def run(self, command, limit, **environment):
+            output = pathlib.Path(command[-1])
+            output.write_text(json.dumps({"rows": [{"step": 1.5}]}))
+            if "treat_memory" in command[2]:
+                raise gpu.PartError("ran past its 50 s")
+
+    with pytest.raises(gpu.PartError, match=r"^treat-memory: ran past its 50 s$") as caught:
+        gpu.part_treatments(Studies(tmp_path))
+    assert caught.value.found == {"treat-speed": [{"step": 1.5}], "treat-memory": [{"step": 1.5}]}
+
+
 def test_failed_gpu_tests_are_named_and_the_others_counted(tmp_path):
     text = """
 =========================== short test summary info ============================

@@ -168,8 +168,8 @@ def part_benchmarks(context: Context) -> dict:
     """The registry on this GPU, graphs too; rows go to gpu.jsonl as they come."""
     context.gpu()
     rows = context.output / "gpu.jsonl"
-    # What comes after it gets a minute and a half.
-    minutes = max(0.5, min(4.0, context.seconds_left(reserve=110) / 60))
+    # What comes after it gets two minutes and a half.
+    minutes = max(0.5, min(4.0, context.seconds_left(reserve=150) / 60))
     command = [
         sys.executable, "-m", "benchmarks.ops.run", "--device", "cuda", "--graphs", "--seconds", "1.0",
         "--minutes", f"{minutes:.2f}", "--output", str(rows), "--plots", str(context.output), "--all",
@@ -183,6 +183,36 @@ def part_benchmarks(context: Context) -> dict:
     except PartError as error:
         raise PartError(str(error), found={"rows": len(history.read(rows)) if rows.exists() else 0}) from None
     return {"rows": len(history.read(rows))}
+
+
+def part_treatments(context: Context) -> dict:
+    """Seconds and memory of treatment steps of networks of a real size, random weights; needs diffusers and peft."""
+    context.gpu()
+    missing = [name for name in ("diffusers", "peft", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise PartError(f"not installed: {', '.join(missing)}")
+    speed, memory = context.output / "treat-speed.json", context.output / "treat-memory.json"
+    study = [sys.executable, "-m"]
+    commands = {
+        speed: [*study, "benchmarks.studies.treat_speed", "--networks", "sd", "sdxl", "--steps", "3"],
+        memory: [
+            *study, "benchmarks.studies.treat_memory", "--device", "cuda", "--repeats", "2", "--networks", "flux", "sd",
+            "--families", "qwen_image", "z_image", "flux2", "sana",
+        ],
+    }  # fmt: skip
+    found, wrong = {}, []
+    for path, command in commands.items():
+        path.unlink(missing_ok=True)
+        try:
+            context.run([*command, "--output", str(path)], 50)
+        except PartError as error:
+            # Each row is written as it comes.
+            wrong.append(f"{path.stem}: {error}")
+        if path.exists():
+            found[path.stem] = json.loads(path.read_text())["rows"]
+    if wrong:
+        raise PartError("; ".join(wrong), found=found)
+    return found
 
 
 def sanitize(context: Context, backend: str, seconds: int) -> dict:
@@ -273,6 +303,7 @@ STAGES: tuple[dict[str, Part], ...] = (
     {"tests": part_tests, "small": part_small, "warm": part_warm, "sanitizer-cuda": part_sanitizer_cuda},
     {"limits": part_limits},
     {"benchmarks": part_benchmarks},
+    {"treatments": part_treatments},
     {"ncu": part_ncu},
     {"sanitizer-triton": part_sanitizer_triton},
     {"stages": part_stages},
