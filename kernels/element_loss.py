@@ -70,34 +70,33 @@ def log_cosh(d, ACC: tl.constexpr):
 
 
 @triton.jit
-def element_loss(d, c, strength, PLAIN: tl.constexpr, ACC: tl.constexpr):
-    """ℓ(d) and ℓ′(d) of the mixture; PLAIN is l2 alone at any strength. A kind whose strength is 0 is not evaluated.
+def element_loss(d, c, strength, ACC: tl.constexpr):
+    """ℓ(d) and ℓ′(d) of the mixture. A kind whose strength is 0 is not evaluated.
 
     strength: of each kind in the order of diffdoctor/reference/losses.py, in ACC; the kernels have room for STRENGTHS.
     """
-    loss = strength[0] * (d * d)
-    slope = strength[0] * 2.0 * d
-    if not PLAIN:
-        if strength[0] == 0:
-            loss = tl.zeros_like(d)
-            slope = tl.zeros_like(d)
-        if strength[1] != 0:
-            loss += strength[1] * tl.abs(d)
-            slope += strength[1] * sign(d)
-        if strength[2] != 0:
-            value, derivative = huber(d, c)
-            loss += strength[2] * value
-            slope += strength[2] * derivative
-        if strength[3] != 0:
-            value, derivative = smooth_l1(d, c)
-            loss += strength[3] * value
-            slope += strength[3] * derivative
-        if strength[4] != 0:
-            value, derivative = pseudo_huber(d, c)
-            loss += strength[4] * value
-            slope += strength[4] * derivative
-        if strength[5] != 0:
-            value, derivative = log_cosh(d, ACC)
-            loss += strength[5] * value
-            slope += strength[5] * derivative
+    loss = tl.zeros_like(d)
+    slope = tl.zeros_like(d)
+    if strength[0] != 0:
+        loss = strength[0] * (d * d)
+        slope = strength[0] * 2.0 * d
+    if strength[1] != 0:
+        loss += strength[1] * tl.abs(d)
+        slope += strength[1] * sign(d)
+    if strength[2] != 0:
+        value, derivative = huber(d, c)
+        loss += strength[2] * value
+        slope += strength[2] * derivative
+    if strength[3] != 0:
+        value, derivative = smooth_l1(d, c)
+        loss += strength[3] * value
+        slope += strength[3] * derivative
+    if strength[4] != 0:
+        value, derivative = pseudo_huber(d, c)
+        loss += strength[4] * value
+        slope += strength[4] * derivative
+    if strength[5] != 0:
+        value, derivative = log_cosh(d, ACC)
+        loss += strength[5] * value
+        slope += strength[5] * derivative
     return loss, slope

@@ -1,13 +1,14 @@
 """weighted_loss in one pass: loss, gradient of model_pred and statistics, with the maps resampled in the kernel.
 
 A sample's elements form a box of three axes: *outer* and *inner* dims, along which the maps vary, and *free* dims
-between them, along which they do not (channels). A program owns a tile of outer × inner positions, works out their
-weights once and goes over the free dims; without maps everything is free. Which dims those are, and in which order,
-follows model_pred's memory, so that neighbouring lanes read neighbouring elements in every layout.
+between them, along which they do not (channels). A program owns one tile of outer × inner positions, or several in
+turn, works out their weights once and goes over the free dims; without maps everything is free. Which dims those are,
+and in which order, follows model_pred's memory, so that neighbouring lanes read neighbouring elements in every layout.
 
-Compiled per: dtypes, which operands are there and whether each map has the grid's size, plain l2 or a mixture, what is
-written, tile shape. Sizes, strides, options, the interpolation and the losses of a mixture are run-time values.
-Sums are per program, then per sample in program order, then over samples: the same bits for the same call.
+Compiled per: dtypes, which operands are there and whether each map has the grid's size, plain l2 or a mixture, whether
+the gradient is modulated, what is written, tile shape, one tile or several. Sizes, strides, options, the interpolation
+and the losses of a mixture are run-time values. Sums are per program, then per sample in program order, then over
+samples: the same bits for the same call.
 """
 
 import triton
@@ -66,12 +67,22 @@ def number_of(pointers, tensor_bits, batched_bits, value, b, K: tl.constexpr, AC
 
 
 @triton.jit
-def _coef(pointers, tensor_bits, batched_bits, clean, artifact, b, u, K: tl.constexpr, ARTIFACT_K: tl.constexpr,
-          SPATIAL: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """A term's coefficient: number K of sample b, which becomes number ARTIFACT_K as u goes from 0 to 1 if SPATIAL."""
-    coef = number_of(pointers, tensor_bits, batched_bits, clean, b, K, ACC)
+def _coefs(pointers, tensor_bits, batched_bits, clean, artifact, b, K: tl.constexpr, ARTIFACT_K: tl.constexpr,
+           SPATIAL: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """A term's coefficients where u is 0 and 1: numbers K and ARTIFACT_K of sample b, the second one if SPATIAL."""
+    clean_coef = number_of(pointers, tensor_bits, batched_bits, clean, b, K, ACC)
+    artifact_coef = clean_coef
     if SPATIAL:
-        coef = coef + u * (number_of(pointers, tensor_bits, batched_bits, artifact, b, ARTIFACT_K, ACC) - coef)
+        artifact_coef = number_of(pointers, tensor_bits, batched_bits, artifact, b, ARTIFACT_K, ACC)
+    return clean_coef, artifact_coef
+
+
+@triton.jit
+def _coef_at(clean, artifact, u, SPATIAL: tl.constexpr):
+    """A term's coefficient: `clean`, which becomes `artifact` as u goes from 0 to 1 if SPATIAL."""
+    coef = clean
+    if SPATIAL:
+        coef = clean + u * (artifact - clean)
     return coef
 
 
@@ -173,6 +184,7 @@ def weighted_loss_kernel(
     counter_ptr,  # (batch + 1) int32 zeros
     number_ptrs,  # per-sample numbers in ACC, in the order of PRED_SCALE ...
     batch, outer_count, free_count, inner_count, programs, splits, steps, inner_blocks,
+    turns,  # tiles of a program, None for one
     sizes, pred_strides, grad_strides, term0_strides, term1_strides, term2_strides,  # (outer, free, inner)
     weighting_strides, confidence_strides, mask_strides, coords,
     batch_strides,  # pred, grad, term0, term1, term2, weighting, confidence, mask
@@ -187,6 +199,7 @@ def weighted_loss_kernel(
     threshold: tl.float64, gamma: tl.float64,
     LOSS: tl.constexpr, GRAD: tl.constexpr, SUMS: tl.constexpr, PLAIN: tl.constexpr,
     CONFIDENCE: tl.constexpr, MASK: tl.constexpr,
+    MODULATED: tl.constexpr,  # the gradient has a factor m, which may be 0
     SPATIAL: tl.constexpr,  # coefficients go from coef to artifact_coef as u goes from 0 to 1
     BLOCK_OUTER: tl.constexpr, BLOCK_FREE: tl.constexpr, BLOCK_INNER: tl.constexpr, BLOCK_PARTIAL: tl.constexpr,
     COUNT_UNITS: tl.constexpr,  # powers of two that divide the counts, so that masks split no vector
@@ -196,106 +209,165 @@ def weighted_loss_kernel(
 ):  # fmt: skip
     b = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
-    tile = program // splits
     n_outer = count_of(outer_count, COUNT_UNITS[0], IDX)
     n_free = count_of(free_count, COUNT_UNITS[1], IDX)
     n_inner = count_of(inner_count, COUNT_UNITS[2], IDX)
-    outer = ((tile // inner_blocks).to(IDX) * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER))[:, None, None]
-    inner = ((tile % inner_blocks).to(IDX) * BLOCK_INNER + tl.arange(0, BLOCK_INNER))[None, None, :]
-    inside = (outer < n_outer) & (inner < n_inner)
+    first = (program % splits).to(IDX) * steps * BLOCK_FREE
+    blocks = tl.minimum(steps, tl.cdiv(n_free - first, BLOCK_FREE))
+    WHOLE: tl.constexpr = COUNT_UNITS[1] % BLOCK_FREE == 0  # no block is cut: masks know nothing of free positions
+    # Elements are selected out through d = 0, one selection for the loss and, unless MODULATED, the gradient.
+    THROUGH_D: tl.constexpr = PLAIN and not SUMS and weighting_ptr is None
 
-    u, omega, nan, outside = _spatial(
-        confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mask_strides, confidence_axes, mask_axes, mode,
-        as_scalar(as_scalar(threshold, tl.float32), ACC), as_scalar(gamma, ACC), as_scalar(clean_weight, ACC),
-        as_scalar(artifact_weight, ACC), outer, inner, inside, sizes, coords, map_grid,
-        CONFIDENCE, MASK, ACC)  # fmt: skip
     s = number_of(number_ptrs, tensor_bits, batched_bits, pred_scale, b, PRED_SCALE, ACC)
     c = number_of(number_ptrs, tensor_bits, batched_bits, huber_c, b, HUBER_C, ACC)
-    # Tiles, not scalars: the interpreter cannot spread the result of a scalar comparison over a tile.
-    v = tl.zeros_like(omega) + number_of(number_ptrs, tensor_bits, batched_bits, weight, b, WEIGHT, ACC)
+    v = number_of(number_ptrs, tensor_bits, batched_bits, weight, b, WEIGHT, ACC)
     divisor = number_of(number_ptrs, tensor_bits, batched_bits, z, b, Z, ACC)
     strength = (
         as_scalar(strength0, ACC), as_scalar(strength1, ACC), as_scalar(strength2, ACC), as_scalar(strength3, ACC),
         as_scalar(strength4, ACC), as_scalar(strength5, ACC), as_scalar(strength6, ACC), as_scalar(strength7, ACC),
     )  # fmt: skip
     n = as_scalar(n_outer, ACC) * as_scalar(n_free, ACC) * as_scalar(n_inner, ACC)
-    chosen = inside & (omega != 0) & (v != 0)
-    v_omega = v * omega
     if GRAD:
         g = number_of(number_ptrs, tensor_bits, batched_bits, grad_output, b, GRAD_OUTPUT, ACC) * v * s / divisor
         if reduction == MEAN:
             g = g / (n * batch)
         elif reduction == SAMPLE:
             g = g / n
-        m = as_scalar(clean_grad, ACC) + (as_scalar(artifact_grad, ACC) - as_scalar(clean_grad, ACC)) * u
-        moved = chosen & (m != 0) & (tl.zeros_like(omega) + divisor != 0)
-        slope_factor = omega * m * g
-        grad_tile = tile_offset(outer, inner, sizes, grad_strides, GRAD_UNITS[0], GRAD_UNITS[2])
-
-    pred_tile = tile_offset(outer, inner, sizes, pred_strides, PRED_UNITS[0], PRED_UNITS[2])
+    v_strength = v
+    if PLAIN:
+        v_strength = v * strength[0]
+        if GRAD:
+            g = g * (2.0 * strength[0])
     if term0_ptr is not None:
-        coef0_b = _coef(
-            number_ptrs, tensor_bits, batched_bits, coef0, artifact_coef0, b, u, COEF0, ARTIFACT_COEF0, SPATIAL,
+        clean0, artifact0 = _coefs(
+            number_ptrs, tensor_bits, batched_bits, coef0, artifact_coef0, b, COEF0, ARTIFACT_COEF0, SPATIAL,
             ACC)  # fmt: skip
-        term0_tile = tile_offset(outer, inner, sizes, term0_strides, TERM0_UNITS[0], TERM0_UNITS[2])
     if term1_ptr is not None:
-        coef1_b = _coef(
-            number_ptrs, tensor_bits, batched_bits, coef1, artifact_coef1, b, u, COEF1, ARTIFACT_COEF1, SPATIAL,
+        clean1, artifact1 = _coefs(
+            number_ptrs, tensor_bits, batched_bits, coef1, artifact_coef1, b, COEF1, ARTIFACT_COEF1, SPATIAL,
             ACC)  # fmt: skip
-        term1_tile = tile_offset(outer, inner, sizes, term1_strides, TERM1_UNITS[0], TERM1_UNITS[2])
     if term2_ptr is not None:
-        coef2_b = _coef(
-            number_ptrs, tensor_bits, batched_bits, coef2, artifact_coef2, b, u, COEF2, ARTIFACT_COEF2, SPATIAL,
+        clean2, artifact2 = _coefs(
+            number_ptrs, tensor_bits, batched_bits, coef2, artifact_coef2, b, COEF2, ARTIFACT_COEF2, SPATIAL,
             ACC)  # fmt: skip
-        term2_tile = tile_offset(outer, inner, sizes, term2_strides, TERM2_UNITS[0], TERM2_UNITS[2])
-    if weighting_ptr is not None:
-        weighting_tile = tile_offset(outer, inner, sizes, weighting_strides, 1, 1)
 
     total = tl.zeros([BLOCK_OUTER, BLOCK_FREE, BLOCK_INNER], ACC)
     if SUMS:
         artifact_loss, artifact_share = tl.zeros_like(total), tl.zeros_like(total)
         clean_loss, clean_share, nonfinite = tl.zeros_like(total), tl.zeros_like(total), tl.zeros_like(total)
-    first = (program % splits).to(IDX) * steps * BLOCK_FREE
-    for step in range(steps):
-        free = (first + step * BLOCK_FREE + tl.arange(0, BLOCK_FREE))[None, :, None]
-        present = inside & (free < n_free)
-        d = s * read_operand(
-            pred_ptr + b * batch_strides[0], pred_tile, free, present, sizes, pred_strides, ACC,
-            PRED_UNITS[1])  # fmt: skip
-        if term0_ptr is not None:
-            d -= coef0_b * read_operand(
-                term0_ptr + b * batch_strides[2], term0_tile, free, present, sizes, term0_strides, ACC,
-                TERM0_UNITS[1])  # fmt: skip
-        if term1_ptr is not None:
-            d -= coef1_b * read_operand(
-                term1_ptr + b * batch_strides[3], term1_tile, free, present, sizes, term1_strides, ACC,
-                TERM1_UNITS[1])  # fmt: skip
-        if term2_ptr is not None:
-            d -= coef2_b * read_operand(
-                term2_ptr + b * batch_strides[4], term2_tile, free, present, sizes, term2_strides, ACC,
-                TERM2_UNITS[1])  # fmt: skip
-        loss, slope = element_loss(d, c, strength, PLAIN, ACC)
-        selected = chosen & present
-        weighted = v_omega * loss
-        if weighting_ptr is not None:
-            factor = read_operand(weighting_ptr + b * batch_strides[5], weighting_tile, free, present, sizes,
-                           weighting_strides, ACC, 1)  # fmt: skip
-            selected = selected & (factor != 0)
-            weighted *= factor
-            slope *= factor
+        omega_total = tl.zeros([BLOCK_OUTER, 1, BLOCK_INNER], ACC)
+        u_total, nan_total = tl.zeros_like(omega_total), tl.zeros_like(omega_total)
+        outside_total = tl.zeros_like(omega_total)
+    # Tiles, not scalars: the interpreter cannot spread the result of a scalar comparison over a tile.
+    zero = tl.zeros([1, 1, 1], ACC)
+    counts, divides = zero + v != 0, zero + divisor != 0
+    if THROUGH_D:
+        counts = counts & divides  # where the divisor is 0, the numerator is not asked for
+    tile = program // splits
+    if turns is not None:
+        tile = tile * turns
+    outer_block, inner_block = tile // inner_blocks, tile % inner_blocks
+    for _ in range(1 if turns is None else turns):
+        outer = (outer_block.to(IDX) * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER))[:, None, None]
+        inner = (inner_block.to(IDX) * BLOCK_INNER + tl.arange(0, BLOCK_INNER))[None, None, :]
+        inside = (outer < n_outer) & (inner < n_inner)
+        u, omega, nan, outside = _spatial(
+            confidence_ptr, mask_ptr, b, batch_strides, confidence_strides, mask_strides, confidence_axes, mask_axes,
+            mode, as_scalar(as_scalar(threshold, tl.float32), ACC), as_scalar(gamma, ACC),
+            as_scalar(clean_weight, ACC), as_scalar(artifact_weight, ACC), outer, inner, inside, sizes, coords,
+            map_grid, CONFIDENCE, MASK, ACC)  # fmt: skip
+        chosen = inside & counts & (omega != 0)
+        loss_factor = v_strength * omega
+        if THROUGH_D:
+            loss_factor = tl.where(chosen, loss_factor, 0.0)
         if GRAD:
-            grad = tl.where(moved & selected, slope_factor * slope, 0.0)
-            grad = to_storage(grad, grad_ptr.dtype.element_ty, ROUND_BF16)
-            offset = grad_tile + decode(free, sizes[1], grad_strides[1], GRAD_UNITS[1])
-            tl.store(grad_ptr + b * batch_strides[1] + offset, grad, mask=present)
-        weighted = tl.where(selected, weighted, 0.0)
-        total += weighted
+            moved = chosen & divides
+            slope_factor = omega * g
+            if MODULATED:
+                m = as_scalar(clean_grad, ACC) + (as_scalar(artifact_grad, ACC) - as_scalar(clean_grad, ACC)) * u
+                moved = moved & (m != 0)
+                slope_factor = omega * m * g
+            slope_factor = tl.where(moved, slope_factor, 0.0)
+            grad_tile = tile_offset(outer, inner, sizes, grad_strides, GRAD_UNITS[0], GRAD_UNITS[2])
+        pred_tile = tile_offset(outer, inner, sizes, pred_strides, PRED_UNITS[0], PRED_UNITS[2])
+        if term0_ptr is not None:
+            term0_coef = _coef_at(clean0, artifact0, u, SPATIAL)
+            term0_tile = tile_offset(outer, inner, sizes, term0_strides, TERM0_UNITS[0], TERM0_UNITS[2])
+        if term1_ptr is not None:
+            term1_coef = _coef_at(clean1, artifact1, u, SPATIAL)
+            term1_tile = tile_offset(outer, inner, sizes, term1_strides, TERM1_UNITS[0], TERM1_UNITS[2])
+        if term2_ptr is not None:
+            term2_coef = _coef_at(clean2, artifact2, u, SPATIAL)
+            term2_tile = tile_offset(outer, inner, sizes, term2_strides, TERM2_UNITS[0], TERM2_UNITS[2])
+        if weighting_ptr is not None:
+            weighting_tile = tile_offset(outer, inner, sizes, weighting_strides, 1, 1)
+
+        for step in range(blocks):
+            free = (first + step * BLOCK_FREE + tl.arange(0, BLOCK_FREE))[None, :, None]
+            present = inside
+            if not WHOLE:
+                present = inside & (free < n_free)
+            d = s * read_operand(
+                pred_ptr + b * batch_strides[0], pred_tile, free, present, sizes, pred_strides, ACC,
+                PRED_UNITS[1])  # fmt: skip
+            if term0_ptr is not None:
+                d -= term0_coef * read_operand(
+                    term0_ptr + b * batch_strides[2], term0_tile, free, present, sizes, term0_strides, ACC,
+                    TERM0_UNITS[1])  # fmt: skip
+            if term1_ptr is not None:
+                d -= term1_coef * read_operand(
+                    term1_ptr + b * batch_strides[3], term1_tile, free, present, sizes, term1_strides, ACC,
+                    TERM1_UNITS[1])  # fmt: skip
+            if term2_ptr is not None:
+                d -= term2_coef * read_operand(
+                    term2_ptr + b * batch_strides[4], term2_tile, free, present, sizes, term2_strides, ACC,
+                    TERM2_UNITS[1])  # fmt: skip
+            if THROUGH_D:
+                kept = tl.where(chosen, d, 0.0)
+                if WHOLE:
+                    total += loss_factor * (kept * kept)
+                else:
+                    total = tl.where(present, total + loss_factor * (kept * kept), total)
+                if GRAD:
+                    grad = tl.where(moved, slope_factor * d, 0.0) if MODULATED else slope_factor * kept
+            else:
+                if PLAIN:
+                    loss, grad = d * d, d
+                else:
+                    loss, grad = element_loss(d, c, strength, ACC)
+                selected = chosen & present
+                weighted = loss_factor * loss
+                if weighting_ptr is not None:
+                    factor = read_operand(weighting_ptr + b * batch_strides[5], weighting_tile, free, present, sizes,
+                                          weighting_strides, ACC, 1)  # fmt: skip
+                    selected = selected & (factor != 0)
+                    weighted *= factor
+                    grad *= factor
+                if GRAD:
+                    grad = tl.where(moved & selected, slope_factor * grad, 0.0)
+                weighted = tl.where(selected, weighted, 0.0)
+                total += weighted
+                if SUMS:
+                    if PLAIN:
+                        loss *= strength[0]
+                    artifact_loss += tl.where(selected & (u != 0), u * loss, 0.0)
+                    artifact_share += tl.where(selected, u, 0.0)
+                    clean_loss += tl.where(selected & (u != 1), (1.0 - u) * loss, 0.0)
+                    clean_share += tl.where(selected, 1.0 - u, 0.0)
+                    nonfinite += tl.where(tl.abs(weighted) < float("inf"), 0.0, 1.0)
+            if GRAD:
+                grad = to_storage(grad, grad_ptr.dtype.element_ty, ROUND_BF16)
+                offset = grad_tile + decode(free, sizes[1], grad_strides[1], GRAD_UNITS[1])
+                tl.store(grad_ptr + b * batch_strides[1] + offset, grad, mask=present)
         if SUMS:
-            artifact_loss += tl.where(selected & (u != 0), u * loss, 0.0)
-            artifact_share += tl.where(selected, u, 0.0)
-            clean_loss += tl.where(selected & (u != 1), (1.0 - u) * loss, 0.0)
-            clean_share += tl.where(selected, 1.0 - u, 0.0)
-            nonfinite += tl.where(tl.abs(weighted) < float("inf"), 0.0, 1.0)
+            omega_total += tl.where(inside, omega, 0.0)
+            u_total += tl.where(inside, u, 0.0)
+            nan_total += tl.where(inside & nan, 1.0, 0.0)
+            outside_total += tl.where(inside & outside, 1.0, 0.0)
+        if turns is not None:
+            inner_block += 1
+            outer_block += (inner_block == inner_blocks).to(outer_block.dtype)
+            inner_block = tl.where(inner_block == inner_blocks, 0, inner_block)
 
     if LOSS or SUMS:
         COLUMNS: tl.constexpr = SUM_COLUMNS if SUMS else 1
@@ -304,15 +376,15 @@ def weighted_loss_kernel(
         tl.store(own_ptr, tile_sum(total))
         if SUMS:
             seen = tl.minimum(n_free - first, steps * BLOCK_FREE).to(ACC)
-            tl.store(own_ptr + 1, tile_sum(tl.where(inside, omega, 0.0)) * seen)
+            tl.store(own_ptr + 1, tile_sum(omega_total) * seen)
             tl.store(own_ptr + 2, tile_sum(artifact_loss))
             tl.store(own_ptr + 3, tile_sum(artifact_share))
             tl.store(own_ptr + 4, tile_sum(clean_loss))
             tl.store(own_ptr + 5, tile_sum(clean_share))
-            tl.store(own_ptr + 6, tile_sum(tl.where(inside, u, 0.0)) * seen)
+            tl.store(own_ptr + 6, tile_sum(u_total) * seen)
             tl.store(own_ptr + 7, tile_sum(nonfinite))
-            tl.store(own_ptr + 8, tile_sum(tl.where(inside & nan, 1.0, 0.0).to(ACC)) * seen)
-            tl.store(own_ptr + 9, tile_sum(tl.where(inside & outside, 1.0, 0.0).to(ACC)) * seen)
+            tl.store(own_ptr + 8, tile_sum(nan_total) * seen)
+            tl.store(own_ptr + 9, tile_sum(outside_total) * seen)
         if arrives_last(counter_ptr + b, programs):
             if SUMS:
                 for column in tl.static_range(SUM_COLUMNS):

@@ -13,6 +13,7 @@ from diffdoctor.kernels.element_loss import STRENGTHS
 from diffdoctor.lowering.plan import LOSS_KINDS, MAP_MODES, MAX_DIMS, MAX_TERMS, REDUCTIONS, MapPlan, OperandPlan, Plan
 
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
+FEW_PROGRAMS, MANY_PROGRAMS = 1024, 8192  # to occupy a GPU, and to keep it busy until the last ones end
 # Fusion is set explicitly because Triton 3.10 changes the default; where a rounding must not depend on it there is fma.
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
 _ABSENT, _SAME, _RESAMPLED = 0, 1, 2  # kernels/resample.py
@@ -29,14 +30,19 @@ class Box:
     tiles: int  # of outer × inner positions
     splits: int  # programs that share one tile's free positions ...
     steps: int  # ... and the blocks of them that each visits
+    turns: int = 1  # tiles that a program visits one after another
 
     @property
     def programs(self) -> int:
-        return self.tiles * self.splits
+        return -(-self.tiles // self.turns) * self.splits
 
 
-def make_box(plan: Plan) -> Box:
-    """Free are the plan's free dims; without maps all dims but the last of several."""
+def make_box(plan: Plan, sums: bool = False) -> Box:
+    """Free are the plan's free dims; without maps all dims but the last of several.
+
+    Args:
+        sums: whether LossStats are asked for, which take the registers that going on to another tile needs.
+    """
     dims = range(MAX_DIMS - plan.ndim, MAX_DIMS)
     maps = plan.confidence is not None or plan.mask is not None
     begin, end = plan.free_dims
@@ -52,9 +58,21 @@ def make_box(plan: Plan) -> Box:
     inner_blocks = -(-n_inner // inner)
     tiles = -(-n_outer // outer) * inner_blocks
     free_blocks = -(-n_free // free)
-    splits = min(free_blocks, max(1, (1024 if maps else 8192) // (tiles * plan.batch)))
+    every = tiles * plan.batch
+    splits = MANY_PROGRAMS // every
+    if maps:  # Each split works out the tile's weights anew. That pays from 8 blocks on, or to have enough programs.
+        splits = max(min(splits, free_blocks // 8), FEW_PROGRAMS // every)
+    splits = max(1, min(splits, free_blocks))
     steps = -(-free_blocks // splits)
-    return Box(groups, count, (outer, free, inner), inner_blocks, tiles, -(-free_blocks // steps), steps)
+    turns = 1
+    if _is_plain(plan) and plan.weighting is None and not sums:
+        turns = max(1, min(every // MANY_PROGRAMS, 8))
+    return Box(groups, count, (outer, free, inner), inner_blocks, tiles, -(-free_blocks // steps), steps, turns)
+
+
+def _is_plain(plan: Plan) -> bool:
+    """Whether the loss is l2 alone."""
+    return not any(plan.options.strength[1:])
 
 
 def _block(n: int, limit: int) -> int:
@@ -157,7 +175,7 @@ def map_arguments(plan: Plan, box: Box) -> dict:
 def loss_arguments(plan: Plan, box: Box) -> dict:
     """What launches of weighted_loss_kernel on one plan share."""
     options = plan.options
-    plain = not any(options.strength[1:])
+    plain = _is_plain(plan)
     strengths = (*options.strength, *(0.0 for _ in range(STRENGTHS - len(LOSS_KINDS))))
     counts, count_units = _in_units(tuple((n,) for n in box.count))
     arguments = {
@@ -171,11 +189,13 @@ def loss_arguments(plan: Plan, box: Box) -> dict:
         "programs": box.programs,
         "splits": box.splits,
         "steps": box.steps,
+        "turns": None if box.turns == 1 else box.turns,
         "inner_blocks": box.inner_blocks,
         "reduction": REDUCTIONS[options.reduction],
         "clean_grad": options.clean_grad,
         "artifact_grad": options.artifact_grad,
         "PLAIN": plain,
+        "MODULATED": (options.clean_grad, options.artifact_grad) != (1.0, 1.0),
         "SPATIAL": plan.spatial_coefs,
         "num_warps": 4 if plain else 8,  # a mixture's branches need registers: with 4 warps a few are spilled
         "BLOCK_OUTER": box.block[0],

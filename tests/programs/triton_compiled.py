@@ -8,12 +8,14 @@ import json
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from diffdoctor import Packed
+from diffdoctor.backends import triton_tiles
 from diffdoctor.backends.triton import artifact_loss as triton_artifact
 from diffdoctor.backends.triton import policy_loss as triton_policy
 from diffdoctor.backends.triton import weighted_loss as _triton
@@ -40,6 +42,7 @@ def describe(cubin, name, threads):
         "inner": triton_budget.count_inner(listing, inner) if has else None,
         "pass": triton_budget.count_pass(listing, elements / threads) if elements is not None else None,
         "loop": triton_budget.count_loop(listing, 4 if "fp32" in name else 8) if name in triton_budget.LOOP else None,
+        "tile": triton_budget.count_tile(listing) if name in triton_budget.TILE else None,
         "registers": found["registers"],
         "stack": found["stack"],
         "local": sum(count for name, count in access.items() if name.startswith(("LDL", "STL"))),
@@ -54,6 +57,12 @@ def weighted(case, work=TRAIN):
     _triton.weighted_loss(cases.lower(inputs, work, weight_mean=_triton.weight_mean))
 
 
+def weighted_in_turn(case):
+    """The launches of one call whose programs visit several tiles, as they do in tensors too large for a test."""
+    with mock.patch.object(triton_tiles, "MANY_PROGRAMS", 4):
+        weighted(case)
+
+
 def losses(few):
     """{name: call} of the weighted losses that are compiled."""
     shape, latents, tokens = (2, 16, 128, 128), (2, 4, 64, 64), (2, 1024, 64)
@@ -62,6 +71,9 @@ def losses(few):
     mixture = {kind: 1.0 if kind == "l2" else 0.5 for kind in LOSS_KINDS}
     calls = {
         "plain-bf16": lambda: weighted(cases.Case("", shape=shape, dtype=BF16, target_dtype=BF16)),
+        "map-bf16": lambda: weighted_in_turn(
+            cases.Case("", shape=shape, dtype=BF16, target_dtype=BF16, confidence=big)
+        ),
         "map-fp32": lambda: weighted(cases.Case("", shape=shape, confidence=big), TRAIN | WRITE_SUMS),
         "tokens-bf16": lambda: weighted(
             cases.Case("", shape=tokens, dtype=BF16, target_dtype=BF16, confidence=((2, 64, 64), F32), options=flux)

@@ -25,12 +25,16 @@ from diffdoctor.kernels import weighted_loss as weighted
 from diffdoctor.lowering.plan import MAX_TERMS, SUMS, WRITE_GRAD, WRITE_LOSS, WRITE_SUMS, PerSample, Plan, Problem
 
 
-def _prepared(plan: Plan, arguments) -> dict:
-    """What launches on one plan share, made once by loss_arguments or mean_arguments and kept with the plan."""
-    key = ("triton", arguments.__name__)
+def _prepared(plan: Plan, arguments, sums: int = 0) -> dict:
+    """What launches on one plan share, made once by loss_arguments or mean_arguments and kept with the plan.
+
+    Args:
+        sums: not 0 where the launches write them.
+    """
+    key = ("triton", arguments.__name__, sums)
     kept = plan.cache.get(key)
     if kept is None:
-        kept = plan.cache[key] = arguments(plan, make_box(plan))
+        kept = plan.cache[key] = arguments(plan, make_box(plan, sums != 0))
     return kept
 
 
@@ -85,7 +89,7 @@ def _launch(plan: Plan, outputs: int, tensors: tuple, entries: tuple, keep: bool
         keep: as `counters` has it.
     """
     _need_inputs(tensors, entries)
-    shared = _prepared(plan, loss_arguments)
+    shared = _prepared(plan, loss_arguments, outputs & WRITE_SUMS)
     device = tensors[0].device
     with on_device(device):
         partial, zeros = _scratch(plan, outputs, device, keep)
@@ -108,7 +112,7 @@ def _scratch(plan: Plan, outputs: int, device: torch.device, keep: bool) -> tupl
     if not outputs & (WRITE_LOSS | WRITE_SUMS):
         return torch.empty(1, dtype=plan.acc_dtype, device=device), None
     columns = SUMS if outputs & WRITE_SUMS else 1
-    size = plan.batch * (_prepared(plan, loss_arguments)["programs"] * columns + 1)
+    size = plan.batch * (_prepared(plan, loss_arguments, outputs & WRITE_SUMS)["programs"] * columns + 1)
     return torch.empty(size, dtype=plan.acc_dtype, device=device), counters(device, plan.batch + 1, keep)
 
 

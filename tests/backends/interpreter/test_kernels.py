@@ -10,6 +10,7 @@ import triton.language as tl
 from hypothesis import given, settings
 
 import diffdoctor
+from diffdoctor.backends import triton_tiles
 from diffdoctor.backends.triton import artifact_loss as triton_artifact
 from diffdoctor.backends.triton import policy_loss as triton_policy
 from diffdoctor.backends.triton import weighted_loss as _triton
@@ -35,7 +36,7 @@ def losses_of(d_ptr, loss_ptr, slope_ptr, c: tl.float64, KIND: tl.constexpr, ACC
     strength = (one if KIND == 0 else none, one if KIND == 1 else none, one if KIND == 2 else none,
                 one if KIND == 3 else none, one if KIND == 4 else none, one if KIND == 5 else none,
                 one if KIND == 6 else none, one if KIND == 7 else none)  # fmt: skip
-    loss, slope = element_loss(tl.load(d_ptr + offs), tl.full([], c, ACC), strength, False, ACC)
+    loss, slope = element_loss(tl.load(d_ptr + offs), tl.full([], c, ACC), strength, ACC)
     tl.store(loss_ptr + offs, loss)
     tl.store(slope_ptr + offs, slope)
 
@@ -72,6 +73,35 @@ def test_weighted_loss_equals_the_reference(case):
         problem = cases.lower(inputs, part, weight_mean=_triton.weight_mean)
         _triton.weighted_loss(problem)
         cases.check(problem, want)
+
+
+F32, BF16, BOOL = torch.float32, torch.bfloat16, torch.bool
+SELECTED = (
+    cases.Case("same-map", shape=(2, 3, 33, 31), confidence=((2, 33, 31), F32), normalizer="tensor"),
+    cases.Case("area-bf16", shape=(2, 2, 33, 16), dtype=BF16, target="contrastive", confidence=((2, 66, 48), F32)),
+    cases.Case("held-still", shape=(2, 2, 33, 16), confidence=((1, 33, 16), F32), mask=((2, 33, 16), BOOL),
+               options={"clean_grad": 0.0, "artifact_grad": 2.0, "threshold": 0.4, "reduction": "sample"}),
+    cases.Case("video-cut", shape=(2, 3, 7, 5, 6), dtype=BF16, target="flow", confidence=((2, 5, 6), F32)),
+    cases.Case("channels-last", shape=(2, 3, 17, 16), pred_view="channels_last", target_view="channels_last",
+               mask=((2, 17, 16), F32), options={"loss_type": {"l2": 0.3}}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("programs", [2, 8192])
+@pytest.mark.parametrize("case", SELECTED, ids=lambda case: case.id)
+def test_without_statistics_as_with_them_however_many_tiles_a_program_visits(case, programs, monkeypatch):
+    monkeypatch.setattr(triton_tiles, "MANY_PROGRAMS", programs)
+    inputs = cases.build(case)
+    grads = []
+    for outputs in (WRITE_LOSS | WRITE_GRAD, WRITE_LOSS | WRITE_GRAD | WRITE_SUMS):
+        problem = cases.lower(inputs, outputs)
+        problem.plan = dataclasses.replace(problem.plan, cache={})
+        box = make_box(problem.plan)
+        assert (box.turns > 1) == (box.tiles * problem.plan.batch >= 2 * programs)
+        _triton.weighted_loss(problem)
+        cases.check(problem, cases.expected(inputs))
+        grads.append(problem.grad)
+    assert torch.equal(*grads)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True, database=None)
@@ -198,7 +228,7 @@ def test_later_calls_equal_the_reference(served):
     later_calls.check("everything")
 
 
-@pytest.mark.parametrize("zero", ["mask", "weighting", "clean_weight", "element_weighting"])
+@pytest.mark.parametrize("zero", ["mask", "weighting", "clean_weight", "element_weighting", "normalizer"])
 def test_nan_under_zero_weight_reaches_nothing(served, zero):
     pred = torch.randn(2, 3, 4, 5)
     target = torch.randn(2, 3, 4, 5)
@@ -209,8 +239,8 @@ def test_nan_under_zero_weight_reaches_nothing(served, zero):
     clean[1] = 0
     if zero == "mask":
         options = {"mask": ~broken}
-    elif zero == "weighting":
-        options = {"weighting": torch.tensor([1.0, 0.0])}
+    elif zero in ("weighting", "normalizer"):
+        options = {zero: torch.tensor([1.0, 0.0])}
     elif zero == "clean_weight":
         options = {"confidence": (~broken).float(), "artifact_weight": 2.0, "clean_weight": 0.0}
     else:
@@ -221,6 +251,19 @@ def test_nan_under_zero_weight_reaches_nothing(served, zero):
     torch.testing.assert_close(loss, diffdoctor.weighted_loss(clean, target, **options), rtol=1e-6, atol=0)
     assert torch.isfinite(pred.grad).all()
     assert not pred.grad[1].any()
+
+
+def test_nan_where_the_gradient_is_held_still_reaches_the_loss_alone(served):
+    pred, confidence = torch.randn(2, 3, 4, 5), torch.zeros(2, 4, 5)
+    confidence[0] = 1
+    pred[1, 0, 0, 0] = float("nan")
+    pred.requires_grad_()
+    options = {"artifact_weight": 2.0, "artifact_grad": 3.0, "clean_grad": 0.0, "reduction": "sample"}
+    loss = diffdoctor.weighted_loss(pred, torch.randn(2, 3, 4, 5), confidence, **options)
+    loss.sum().backward()
+    assert loss.isnan().tolist() == [False, True]
+    assert not pred.grad[1].any()
+    assert pred.grad[0].all()
 
 
 def test_an_empty_mask_gives_zero(served):
@@ -321,6 +364,20 @@ def test_counts_beyond_two_to_the_31(count):
     out = torch.empty(1, dtype=torch.int64)
     count_to_memory[(1,)](out, count // unit, UNIT=unit, IDX=tl.int64)
     assert out.item() == count
+
+
+def test_large_tensors_have_programs_enough_and_not_too_many():
+    def box_of(shape, size, batch):
+        plan = cases.lower(cases.build(cases.Case("small", shape=shape, confidence=((2, *shape[-2:]), F32)))).plan
+        size = (*(1 for _ in range(len(plan.size) - len(size))), *size)
+        return make_box(dataclasses.replace(plan, size=size, batch=batch, count=math.prod(size)))
+
+    picture = box_of((2, 3, 4, 6), (3, 2048 * 2048), 6)
+    assert (picture.turns, picture.steps, picture.programs) == (3, 3, 1366)
+    video = box_of((2, 3, 5, 4, 6), (16 * 21, 90 * 160), 14)
+    assert (video.turns, video.steps, video.programs) == (1, 9, 15 * 38)
+    latents = box_of((2, 3, 4, 6), (16, 128 * 128), 8)
+    assert (latents.turns, latents.steps, latents.programs) == (1, 2, 16 * 8)
 
 
 def test_the_index_type_follows_the_reach():
