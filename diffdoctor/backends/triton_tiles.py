@@ -41,7 +41,8 @@ def make_box(plan: Plan, sums: bool = False) -> Box:
     """Free are the plan's free dims; without maps all dims but the last of several.
 
     Args:
-        sums: whether LossStats are asked for, which take the registers that going on to another tile needs.
+        sums: whether LossStats are asked for. They, mixtures, resampled maps and weighting need the registers that a
+            second tile would take.
     """
     dims = range(MAX_DIMS - plan.ndim, MAX_DIMS)
     maps = plan.confidence is not None or plan.mask is not None
@@ -65,7 +66,8 @@ def make_box(plan: Plan, sums: bool = False) -> Box:
     splits = max(1, min(splits, free_blocks))
     steps = -(-free_blocks // splits)
     turns = 1
-    if _is_plain(plan) and plan.weighting is None and not sums:
+    resampled = _RESAMPLED in (_kind(plan.confidence), _kind(plan.mask))
+    if _is_plain(plan) and plan.weighting is None and not resampled and not sums:
         turns = max(1, min(every // MANY_PROGRAMS, 8))
     return Box(groups, count, (outer, free, inner), inner_blocks, tiles, -(-free_blocks // steps), steps, turns)
 
