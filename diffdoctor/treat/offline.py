@@ -274,7 +274,8 @@ def offline_term(
             its picture that is masked out, and its noise level in [0, 1].
     """
     family = sampling.family
-    device = next(family.denoiser.parameters()).device
+    # not the denoiser's: FSDP may keep its weights on the CPU
+    device = pairs.prompts.device
     generators = [torch.Generator().manual_seed(seed) for seed in draws]
     index = torch.stack([torch.randint(len(pairs), (), generator=generator) for generator in generators])
     latents, mask = pairs.take(index)
