@@ -20,6 +20,7 @@ from diffdoctor.detector.pixel_range import check_pixel_range
 from diffdoctor.maps.files import read_map
 from diffdoctor.runs.errors import UserError, expected, first_line
 from diffdoctor.runs.functions import function_from_file, identity_of, name_of
+from diffdoctor.training.devices import as_numbers
 from diffdoctor.training.weights import weights_digest
 
 Region = tuple[Sequence, float]
@@ -298,8 +299,8 @@ def _inside(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.cumsum(toggles, 1)[:, :width] % 2 == 1
 
 
-def _points(region: Sequence) -> np.ndarray:
-    values = np.asarray(region, dtype=np.float64)
+def _points(region: Sequence | torch.Tensor) -> np.ndarray:
+    values = np.asarray(as_numbers(region), dtype=np.float64)
     if values.shape == (4,):
         x0, y0, x1, y1 = values
         values = np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])

@@ -32,6 +32,7 @@ from diffdoctor.training.devices import open_device
 from diffdoctor.training.ema import RunningAverage
 from diffdoctor.training.processes import largest, process_state
 from diffdoctor.training.schedule import warmup_cosine
+from diffdoctor.training.seeds import seed_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -143,7 +144,7 @@ def prepared_run(
         raise UserError(expected("detector", what, type(detector).__name__))
     # Nothing here may depend on, or disturb, the caller's random state.
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
-        torch.manual_seed(config.seed)
+        seed_device(config.seed, place)
         if detector is None:
             detector = new_detector("tiny")
         run = TrainingRun(config, data, detector, validation, accelerator, place)
@@ -207,7 +208,7 @@ class TrainingRun:
         self.checkpoints = Checkpoints(output_dir / "checkpoints", keep=self.config.keep_checkpoints)
         self.folder.open()
         self.folder.check()
-        if (state := self.checkpoints.load(self.device)) is not None:
+        if (state := self.checkpoints.load()) is not None:
             self._resume(state)
         # All processes have looked before anything changes.
         accelerator.wait_for_everyone()
@@ -299,7 +300,7 @@ class TrainingRun:
             group["lr"] = rate
         # Dropout draws from the step's own seed, so that a resumed run draws the same.
         key = np.random.SeedSequence([config.seed, 4, self.step, accelerator.process_index])
-        torch.manual_seed(int(key.generate_state(1)[0]))
+        seed_device(int(key.generate_state(1)[0]), device)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device)
         for index, (pictures, masks) in enumerate(micro_batches):

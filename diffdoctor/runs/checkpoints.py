@@ -44,6 +44,8 @@ class Checkpoints:
         with atomic_dir(self.folder / f"step-{step:08d}") as temporary:
             try:
                 torch.save(state, temporary / "state.pt")
+            except torch.AcceleratorError:
+                raise
             except RuntimeError as error:
                 # What torch makes of an error of the file system.
                 raise OSError(f"{self.folder}: a checkpoint could not be written; is the disk full?") from error
@@ -57,8 +59,11 @@ class Checkpoints:
         for old in self.all()[: -self.keep]:
             delete_dir(old)
 
-    def load(self, device="cpu") -> dict[str, Any] | None:
-        """State and record of the last complete checkpoint in one, tensors on `device`; None where there is none.
+    def load(self) -> dict[str, Any] | None:
+        """State and record of the last complete checkpoint in one, tensors on the CPU; None where there is none.
+
+        An optimizer takes its moments from there to its parameters' device and leaves the number of its steps, which
+        it would read from a GPU at every step, for every parameter.
 
         Raises:
             UserError: the checkpoint is damaged.
@@ -68,7 +73,7 @@ class Checkpoints:
             return None
         path, record = found[-1], found[-1] / "record.json"
         with reading(path, "remove this folder to resume from the one before, or to start again"):
-            state = torch.load(path / "state.pt", map_location=device, weights_only=True)
+            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
             return state | json.loads(record.read_text(encoding="utf-8")) if record.is_file() else state
 
     def keep_last(self) -> None:

@@ -32,6 +32,13 @@ def device_of(module: torch.nn.Module) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
+def as_numbers(value):
+    """Lists and tuples with numbers in place of the tensors in them: NumPy takes no tensor from a GPU."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return [as_numbers(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
 def open_device_at(name: str | None, number: int) -> torch.device:
     """The device of the number-th worker of this machine: the one of this name, or for None, accelerators in turn.
 

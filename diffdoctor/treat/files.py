@@ -132,6 +132,8 @@ def writing(folder: Path) -> Iterator[None]:
 
     try:
         yield
+    except torch.AcceleratorError:
+        raise  # of the GPU that tensors were to be read from
     # torch.save reports a full disk as a RuntimeError
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)

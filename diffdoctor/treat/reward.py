@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from diffdoctor.runs.errors import UserError, expected
+from diffdoctor.training.devices import as_numbers
 
 Reward = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
 
@@ -30,8 +31,9 @@ def checked_reward(function: Callable[[torch.Tensor, Sequence[str]], Any], name:
     @torch.no_grad()
     def reward(pictures: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         found = function(pictures, list(prompts))
-        values = found if isinstance(found, torch.Tensor) else torch.as_tensor(np.asarray(found, np.float32))
-        values = values.detach().to("cpu", torch.float32)
+        if not isinstance(found, torch.Tensor):
+            found = torch.as_tensor(np.asarray(as_numbers(found), np.float32))
+        values = found.detach().to("cpu", torch.float32)
         if values.shape != (len(pictures),):
             raise UserError(expected(name, f"{len(pictures)} numbers, one a picture", tuple(values.shape)))
         if not bool(torch.isfinite(values).all()):

@@ -23,6 +23,8 @@ from diffdoctor.detector.external import as_detector, regions_to_map, same_detec
 from diffdoctor.detector.models.load import open_detector
 from diffdoctor.runs.errors import UserError
 from diffdoctor.treat import treat
+from support.gpu import on_gpu
+from support.pictures import write_shapes
 from support.tiny_pipelines import PROMPTS, tiny_pipeline
 from support.treatment import pairs, random_detector, small
 
@@ -107,6 +109,15 @@ def test_regions_become_the_largest_score_that_holds_a_pixel():
     np.testing.assert_allclose(soft[2], [0, 0.4, 0.8, 0.8, 0.4, 0, 0, 0], atol=1e-6)
 
 
+def test_boxes_and_scores_may_be_on_a_gpu():
+    box, score = on_gpu([0.0, 0.0, 4.0, 8.0]), on_gpu(0.5)
+    corners = [(on_gpu(4.0), on_gpu(0.0)), (on_gpu(8.0), on_gpu(0.0)), (on_gpu(8.0), on_gpu(8.0))]
+    for region in (box, list(box), corners):
+        found = regions_to_map([(region, score)], (8, 10))
+        plain = [[float(value) for value in point] if isinstance(point, tuple) else float(point) for point in region]
+        np.testing.assert_array_equal(found, regions_to_map([(plain, 0.5)], (8, 10)))
+
+
 def test_from_boxes_is_a_detector():
     detector = from_boxes(lambda pictures: [[((0, 0, 4, 8), float(p.mean()))] for p in pictures])
     images = torch.stack([torch.full((3, 8, 8), 0.25), torch.full((3, 8, 8), 0.75)])
@@ -166,6 +177,16 @@ def test_a_file_and_a_function_on_the_command_line(tmp_path):
     (tmp_path / "broken.py").write_text("raise SystemExit(3)\n")
     with pytest.raises(UserError, match="cannot be run"):
         open_detector(f"{tmp_path}/broken.py:dark")
+
+
+def test_a_lost_gpu_is_no_fault_of_a_picture(tmp_path):
+    write_shapes(tmp_path / "pictures")
+    file = tmp_path / "lost.py"
+    file.write_text(
+        "import torch\ndef lost(pictures):\n    raise torch.AcceleratorError('lost')\n"
+    )
+    with pytest.raises(torch.AcceleratorError):
+        run_diagnose(DiagnoseConfig([str(tmp_path / "pictures")], f"{file}:lost", str(tmp_path / "out")))
 
 
 def test_our_server_gives_the_detectors_map_to_our_client(serve):

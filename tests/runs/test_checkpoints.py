@@ -7,6 +7,7 @@ import torch
 
 from diffdoctor.runs.checkpoints import Checkpoints
 from diffdoctor.runs.errors import UserError
+from diffdoctor.treat.files import writing
 
 
 def test_the_last_few_are_kept_and_the_last_is_loaded(tmp_path):
@@ -83,3 +84,14 @@ class Payload:
 
     def __reduce__(self):
         return os.mkdir, (str(self.mark),)
+
+
+def test_a_lost_gpu_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    def lost(*_):
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch, "save", lost)
+    with pytest.raises(torch.AcceleratorError):
+        Checkpoints(tmp_path / "checkpoints").save(1, {})
+    with pytest.raises(torch.AcceleratorError), writing(tmp_path):
+        lost()

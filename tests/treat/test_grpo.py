@@ -16,6 +16,7 @@ from diffdoctor.treat.reward import checked_reward
 from diffdoctor.treat.rows import RowStore
 from diffdoctor.treat.sampling import Guidance, Sampling
 from diffdoctor.treat.schedulers import Sampler
+from support.gpu import on_gpu
 from support.tiny_pipelines import PROMPTS, tiny_pipeline
 from support.treatment import random_detector
 
@@ -241,6 +242,11 @@ def test_same_pictures_whatever_the_part_of_the_batch():
 def test_options_that_cannot_be(options, names):
     with pytest.raises(UserError, match=names):
         TreatConfig(method="grpo", **options)
+
+
+def test_rewards_may_be_numbers_on_a_gpu():
+    found = checked_reward(lambda pictures, prompts: [on_gpu(0.5), on_gpu(0.25)])(torch.rand(2, 3, 4, 4), ["a", "b"])
+    assert found.tolist() == [0.5, 0.25]
 
 
 def test_a_reward_that_is_none():

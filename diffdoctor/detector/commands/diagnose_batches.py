@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from diffdoctor.data.pictures import to_images
 from diffdoctor.data.source_index import absolute_path
@@ -43,6 +44,8 @@ def confidences(
     """
     try:
         maps, disagreements = picture_maps(detector, [sample["picture"] for sample in batch], config)
+    except torch.AcceleratorError:
+        raise  # what this process has on the GPU is lost, with any picture
     except (MemoryError, RuntimeError) as error:
         if len(batch) == 1:
             reason = "a picture on which the detector failed"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from diffdoctor.data.codec import UnreadablePicture
 from diffdoctor.data.pictures import shrink_to
@@ -61,6 +62,8 @@ def diagnose_video(detector: Detector, source: Source, config: DiagnoseConfig, c
     except UnreadablePicture as error:
         counts.add(error.reason, str(source.path), config.strict, error.detail)
         return None
+    except torch.AcceleratorError:
+        raise  # what this process has on the GPU is lost, with any video
     except (MemoryError, RuntimeError) as error:
         counts.add(FAILED, name, config.strict, first_line(error))
         return None
