@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from diffdoctor.data.pictures import to_images
+from diffdoctor.training.seeds import seeded
 
 
 class DigitClassifier(nn.Module):
@@ -74,8 +75,7 @@ def train_classifier(pictures, labels, *, steps=800, batch_size=64, learning_rat
         The classifier in evaluation mode.
     """
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         classifier = DigitClassifier()
     images = to_images(pictures)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=learning_rate, weight_decay=1e-2)

@@ -185,13 +185,11 @@ def train_demo_detector(data: DemoData, config, *, progress: bool = True, device
 
 def train_demo_judge(data: DemoData, config, *, progress: bool = True, device: str | None = None):
     """Train the demo's judge, another architecture on another 40 %, by `judge_training_config()`."""
-    import torch
-
     from diffdoctor.detector.models.conv import ConvDetector
     from diffdoctor.detector.train import train_detector
+    from diffdoctor.training.seeds import seeded
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         judge = ConvDetector((16, 32, 64))
     options = {"detector": judge, "progress": progress, "name": "judge", "device": device}
     return train_detector(config, data.split("judge"), **options)

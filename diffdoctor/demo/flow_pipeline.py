@@ -22,6 +22,7 @@ from diffdoctor.demo.pipeline import (
 from diffdoctor.ops.target import Target
 from diffdoctor.ops.weighted_loss import weighted_loss
 from diffdoctor.runs.errors import expected
+from diffdoctor.training.seeds import seeded
 from diffdoctor.treat.families import family_of
 
 MAX_SEQUENCE_LENGTH = 8
@@ -68,8 +69,7 @@ def build_flow_pipeline(prompts: Sequence[str], vae, *, seed: int = 0, width: in
     if width % 32:
         raise ValueError(expected("width", "a multiple of 32", width))
     clip, t5 = build_tokenizer(prompts, max_length=MAX_SEQUENCE_LENGTH), build_t5_tokenizer(prompts)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         # FluxPipeline asks for a shift, StableDiffusionPipeline has none
         own_vae = AutoencoderKL.from_config(vae.config, shift_factor=0.0)
         own_vae.load_state_dict(vae.state_dict())

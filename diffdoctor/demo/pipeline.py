@@ -21,6 +21,7 @@ from diffdoctor.ops.weighted_loss import weighted_loss
 from diffdoctor.runs.errors import expected
 from diffdoctor.training.ema import RunningAverage
 from diffdoctor.training.schedule import warmup_cosine
+from diffdoctor.training.seeds import seeded
 
 _BYTE_COUNT = 256
 
@@ -96,8 +97,7 @@ def build_pipeline(prompts: Sequence[str], *, picture_size: int | tuple[int, int
     if min(size) < 8 or height % 4 or width % 4:
         raise ValueError(expected("picture_size", "multiples of 4, at least 8", picture_size))
     tokenizer = build_tokenizer(prompts)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         text_encoder = build_text_encoder(tokenizer)
         unet = UNet2DConditionModel(
             sample_size=height // 2 if height == width else (height // 2, width // 2),

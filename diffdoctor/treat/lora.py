@@ -16,6 +16,7 @@ import torch
 from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError, expected
 from diffdoctor.runs.files import atomic_dir
+from diffdoctor.training.seeds import seeded
 from diffdoctor.treat.adapters import activate, active_adapters, adapter_layers, check_adapters
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family
@@ -77,8 +78,7 @@ def add_lora(
     carried = active_adapters(denoiser)
     _freeze(family)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_modules(family, groups))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         denoiser.add_adapter(config, adapter_name=adapter)
     return activate(denoiser, carried, adapter)
 

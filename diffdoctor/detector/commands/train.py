@@ -20,6 +20,7 @@ from diffdoctor.runs.record import METRICS, versions, write_config
 from diffdoctor.runs.strict_json import nan_to_none
 from diffdoctor.runs.summary import print_doubts, print_summary
 from diffdoctor.training.processes import process_state
+from diffdoctor.training.seeds import seeded
 from diffdoctor.training.weights import weights_digest
 
 
@@ -191,8 +192,6 @@ def _stream(config: TrainDetectorConfig, validation: JoinedData | None) -> Shard
 
 
 def _network(config: TrainDetectorConfig) -> Detector:
-    import torch
-
     if config.encoder is not None and config.initial is not None:
         raise UserError(expected("encoder", "none with initial", repr(config.encoder)))
     if config.initial is not None:
@@ -201,8 +200,7 @@ def _network(config: TrainDetectorConfig) -> Detector:
             if field.name in ("architecture", "min_side") and value != field.default:
                 raise UserError(expected(field.name, "none with initial, whose own is kept", repr(value)))
         return open_detector(config.initial)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
+    with seeded(config.training.seed):
         detector = new_detector(config.architecture, min_side=config.min_side)
         if config.encoder is not None:
             if not hasattr(detector, "load_encoder"):
