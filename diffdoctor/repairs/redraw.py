@@ -96,8 +96,8 @@ class ResumeRedrawer:
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is."""
-        return next(self.family.denoiser.parameters()).device
+        """Where the pipeline computes."""
+        return self.family.device
 
     def to(self, device: torch.device) -> None:
         """Move the pipeline."""

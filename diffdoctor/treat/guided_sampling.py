@@ -107,7 +107,7 @@ def guide(
     Args:
         pipeline: a pipeline and scheduler that `treat` serves.
         detector: pictures (B, 3, H, W) in [0, 1] to logits (B, 1, h, w), with `.confidence`; or, with strength 0, any
-            function from pictures to maps (B, 1, h, w) in [0, 1].
+            function from pictures to maps (B, 1, h, w) in [0, 1]. It is moved to the device where the pipeline draws.
         strength: largest move of a latent per iteration, in the latents' own units (their deviation is about 1); 0: no
             moves.
         iterations: moves per step, each diagnosed anew; 0: no moves.
@@ -203,7 +203,8 @@ def clean_confidence(
     """
     if not len(pictures):
         raise ValueError(expected("clean", "at least one picture", "none"))
-    device, peaks = next(sampling.family.vae.parameters()).device, []
+    device, peaks = sampling.family.device, []
+    sampling.detector.to(device)
     for start in range(0, len(pictures), _CHUNK):
         batch = resized_images(pictures[start : start + _CHUNK], *size).to(device)
         confidence = sampling.diagnose(sampling.family.encode(batch).float())[1].flatten(1)
@@ -222,6 +223,8 @@ class _Run:
 
     def before_step(self, step: int, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """The prediction that the scheduler is to receive in place of model_output."""
+        if step == 0:
+            self.sampling.detector.to(sample.device)
         if self.predictor is not None:
             if step == 0:
                 self.predictor.forget()

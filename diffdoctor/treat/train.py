@@ -106,11 +106,11 @@ def treat(
             the result contains it. None: a new one, which changes nothing at first. (A LoRA that the pipeline carries
             and that is active stays so, frozen, and is no part of the result.)
         reward: for method grpo a further reward of whole pictures, which counts `reward_weight` times beside the maps:
-            a function from pictures (B, 3, H, W) in [0, 1] and their prompts to B numbers, higher for better pictures.
-            None: the maps alone.
+            a function from pictures (B, 3, H, W) in [0, 1], on the treatment's device, and their prompts to B numbers,
+            higher for better pictures. None: the maps alone.
         quality: a measure beside the detector, by which the best weights and patience are decided instead of by its
-            maps: labels of a person, a rule, a classifier; a function as `reward`, asked about the fixed pictures at
-            each measurement. None: the detector's maps decide.
+            maps: labels of a person, a rule, a classifier; a function as `reward`, asked at each measurement about the
+            fixed pictures, which are on the CPU. None: the detector's maps decide.
         webui: write the LoRA for ComfyUI and A1111 too, to `lora-webui.safetensors` in the output folder.
         device: such as cpu or cuda:1; None: the fastest there is.
 

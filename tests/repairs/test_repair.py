@@ -96,6 +96,13 @@ def test_auto_resumes_where_diffusers_inpainting_takes_no_such_model():
         open_redrawer(pipeline, options(method="inpaint"))
 
 
+def test_an_offloaded_pipeline_resumes_where_it_computes(monkeypatch):
+    pipeline = tiny_pipeline("sd")
+    redrawer = ResumeRedrawer(pipeline, options(method="resume"))
+    monkeypatch.setattr(type(pipeline), "_execution_device", property(lambda self: torch.device("meta")))
+    assert redrawer.device.type == "meta"
+
+
 class Liar:
     """Says that whatever is not the first picture it saw is worse, or better."""
 

@@ -8,6 +8,7 @@ import torch
 import diffdoctor
 from diffdoctor.runs.errors import UserError
 from diffdoctor.treat.families import family_of
+from diffdoctor.treat.families.base import _as_for
 from diffdoctor.treat.prediction_replay import Predictor
 from diffdoctor.treat.schedulers import Sampler
 from support.tiny_pipelines import FAMILIES, PROMPTS, call_options, drawn, tiny_pipeline
@@ -219,3 +220,23 @@ def test_refusals():
     pipeline.scheduler = diffusers.PNDMScheduler()
     with pytest.raises(UserError, match="DDIM"), diffdoctor.guide(pipeline, BrightDetector()):
         pass
+
+
+def test_the_detector_is_moved_to_where_the_pipeline_draws(monkeypatch):
+    detector, moved = BrightDetector(), []
+    monkeypatch.setattr(detector, "to", moved.append)
+    pipeline = tiny_pipeline("sd")
+    clean = np.zeros((2, 16, 16, 3), np.uint8)
+    with diffdoctor.guide(pipeline, detector, clean=clean, height=16, width=16):
+        assert moved == [pipeline._execution_device]
+        draw(pipeline, "sd")
+    assert moved == [pipeline._execution_device] * 2
+
+
+def test_an_offloaded_autoencoders_statistics_follow_the_latents():
+    statistics = torch.full((1, 4, 1, 1), 2.0)
+    scale, shift = _as_for(torch.empty(1, 4, 2, 8, 8, device="meta"), (statistics, 0.5))
+    assert scale.device.type == "meta"
+    assert scale.shape == (1, 4, 1, 1, 1)
+    assert shift == 0.5
+    assert _as_for(torch.zeros(1, 4, 8, 8), (statistics, statistics))[1] is statistics

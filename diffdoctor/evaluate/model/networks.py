@@ -14,6 +14,7 @@ import torch
 
 from diffdoctor.data.pictures import to_images
 from diffdoctor.runs.errors import UserError, expected, first_line
+from diffdoctor.training.devices import device_of
 from diffdoctor.training.pretrained import load_from_transformers, load_processor, load_script
 
 INCEPTION_SIZES = (64, 192, 768, 2048)
@@ -47,6 +48,8 @@ class FeatureNetwork:
     @torch.no_grad()
     def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
         """Features (B, D), float32 on the CPU, of uint8 pictures (B, 3, H, W)."""
+        if self.module is not None:
+            pictures = pictures.to(device_of(self.module))
         return self.extract(pictures).float().cpu()
 
 

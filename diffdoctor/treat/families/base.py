@@ -92,6 +92,11 @@ class Family:
         return True
 
     @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes; its weights may wait elsewhere, for offloading hooks to bring them."""
+        return self.pipeline._execution_device
+
+    @property
     def denoiser_dtype(self) -> torch.dtype:
         """The dtype in which the denoiser takes latents."""
         # not the first weight's: a few stay in fp32 by diffusers' will, and quantized ones are no numbers
@@ -315,14 +320,14 @@ class Family:
 
         Videos (B, 3, T, H, W) of latents (B, C, t, h, w).
         """
-        scale, shift = _with_frames(self.latent_affine(), latents.ndim == 5)
+        scale, shift = _as_for(latents, self.latent_affine())
         dtype = next(self.vae.parameters()).dtype
         return self.vae_decode((latents / scale + shift).to(dtype)) / 2 + 0.5
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1], of videos likewise: the posterior's mode."""
-        scale, shift = _with_frames(self.latent_affine(), pictures.ndim == 5)
+        scale, shift = _as_for(pictures, self.latent_affine())
         dtype = next(self.vae.parameters()).dtype
         return (self.vae_encode((pictures * 2 - 1).to(dtype)) - shift) * scale
 
@@ -335,9 +340,11 @@ class Family:
         return self.vae.encode(pictures).latent_dist.mode()
 
 
-def _with_frames(affine: tuple, takes_frames: bool) -> tuple:
-    """(scale, shift), those of them that are (1, C, 1, 1) as (1, C, 1, 1, 1) where there are frames."""
-    return tuple(v.unsqueeze(2) if takes_frames and isinstance(v, torch.Tensor) else v for v in affine)
+def _as_for(values: torch.Tensor, affine: tuple) -> tuple:
+    """(scale, shift), those of them that are (1, C, 1, 1) on the values' device, (1, C, 1, 1, 1) for frames."""
+    # the autoencoder that they were read from may wait on the CPU for an offloading hook
+    on_device = (v.to(values.device) if isinstance(v, torch.Tensor) else v for v in affine)
+    return tuple(v.unsqueeze(2) if values.ndim == 5 and isinstance(v, torch.Tensor) else v for v in on_device)
 
 
 def least_squares(value: torch.Tensor, along: torch.Tensor) -> torch.Tensor:
