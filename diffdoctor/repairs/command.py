@@ -74,12 +74,13 @@ def run_repair(config: RepairConfig) -> dict:
         index.refuse_one_file(run.path)
         journal = Journal(run.path / RECORDS, state.process_index)
         completed = Completed(index, journal)
-        pipeline = load_pipeline("pipeline", config.pipeline, dtype=config.dtype, quantize=config.quantize)
+        device = open_device(config.device, state.device)
+        options = {"dtype": config.dtype, "quantize": config.quantize, "device": device}
+        pipeline = load_pipeline("pipeline", config.pipeline, **options)
         replace_scheduler(pipeline, config.scheduler)
         if config.lora:
             load_lora(pipeline, config.lora)
         repairer = Repairer(open_redrawer(pipeline, config.options()), detector, config.options())
-        device = open_device(config.device, state.device)
         repairer.redrawer.to(device)
         detector.to(device)
         state.wait_for_everyone()

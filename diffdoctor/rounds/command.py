@@ -28,8 +28,8 @@ def run_round(config: RoundConfig) -> int:
     Raises:
         UserError: an option or a file does not fit or cannot be read.
     """
-    if process_state().num_processes > 1:
-        raise UserError(expected("round run", "one process", f"{process_state().num_processes}"))
+    if (processes := process_state("cpu").num_processes) > 1:
+        raise UserError(expected("round run", "one process", processes))
     rounds = Rounds(config)
     identity = {"detector": config.detector, "seed": config.seed}
     with RunFolder(config.output, "round", identity, {LEDGER: None, DETECTOR: None}) as folder:

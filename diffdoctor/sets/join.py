@@ -38,7 +38,7 @@ def run_set_join(config: SetJoinConfig) -> dict:
     Raises:
         UserError: a set cannot be read, or two pictures have one key.
     """
-    state = process_state()
+    state = process_state("cpu")
     chosen = choose(config)
     plan = Plan.of_ranges(len(chosen), config.shard_size)
     spec = JoinWorkerSpec(config, chosen.digest())

@@ -64,12 +64,18 @@ class Processes:
         rank: of this process, from 0.
         count: of all processes.
         device: of this process.
+
+    Raises:
+        UserError: the device is not there, or is one GPU for several processes.
     """
 
     def __init__(self, device: str | None = None):
         state = process_state(device)
         self.rank, self.count = state.process_index, state.num_processes
         self.device = open_device(device, state.device)
+        if self.count > 1 and device and self.device.type != "cpu" and self.device.index is not None:
+            what = "none or cpu with several processes, each of which has a GPU of its own"
+            raise UserError(expected("device", what, repr(device)))
 
     @property
     def is_main(self) -> bool:
@@ -97,8 +103,9 @@ class Processes:
         """(total, ...) on the CPU, in order, from what every process has for its `even_share` (n, ...)."""
         if self.count == 1:
             return part.cpu()
+        part = part.contiguous()  # what is received must have the strides of what is sent
         parts = [torch.empty_like(part) for _ in range(self.count)]
-        torch.distributed.all_gather(parts, part.contiguous())
+        torch.distributed.all_gather(parts, part)
         return torch.stack([other.cpu() for other in parts], 1).flatten(0, 1)[:total]
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:

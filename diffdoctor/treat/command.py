@@ -113,8 +113,10 @@ def run_treat(config: TreatCommandConfig) -> int:
     detector = open_detector(config.detector)
     monitor = None if config.monitor is None else open_detector(config.monitor)
     reward = None if config.reward is None else function_from_file(config.reward)[0]
+    processes = Processes(config.device)
     # a VAE in half precision overflows in some families
-    pipeline = load_pipeline("pipeline", config.pipeline, dtype=config.dtype, vae="fp32", quantize=config.quantize)
+    loading = {"dtype": config.dtype, "vae": "fp32", "quantize": config.quantize, "device": processes.device}
+    pipeline = load_pipeline("pipeline", config.pipeline, **loading)
     replace_scheduler(pipeline, config.scheduler)
     offline = None
     if config.offline is not None:
@@ -134,7 +136,7 @@ def run_treat(config: TreatCommandConfig) -> int:
         webui=config.webui,
         device=config.device,
     )
-    if not Processes().is_main:
+    if not processes.is_main:
         return 0
     first, best = result.measurements[0], next(m for m in result.measurements if m.step == result.best_step)
     if result.stopped:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -26,7 +27,13 @@ _FLOW = "FlowMatch"
 
 
 def load_pipeline(
-    option: str, source: str, *, dtype: str = "fp32", vae: str | None = None, quantize: str | None = None
+    option: str,
+    source: str,
+    *,
+    dtype: str = "fp32",
+    vae: str | None = None,
+    quantize: str | None = None,
+    device: torch.device | None = None,
 ):
     """A diffusers pipeline from a folder or a hub id, on the CPU.
 
@@ -36,6 +43,7 @@ def load_pipeline(
         dtype: of `DTYPES`, what its parts are loaded in.
         vae: likewise, of the VAE; None: as the rest.
         quantize: of `QUANTIZED`, how the denoiser's linear layers are held; None: in dtype.
+        device: the GPU to which the pipeline is to go, on which bitsandbytes makes its weights; None: the current one.
 
     Raises:
         UserError: if there is none or it cannot be loaded, or not so quantized here.
@@ -57,7 +65,9 @@ def load_pipeline(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
             options = {"trust_remote_code": False, "local_files_only": folder.is_dir(), name: wanted}
-            with unicode_path(folder if folder.is_dir() else source) as origin:
+            is_gpu = quantize is not None and device is not None and device.type == "cuda"
+            current = torch.cuda.device(device) if is_gpu else nullcontext()
+            with current, unicode_path(folder if folder.is_dir() else source) as origin:
                 if quantize is not None:
                     found = diffusers.DiffusionPipeline.load_config(str(origin), local_files_only=folder.is_dir())
                     options["quantization_config"] = quantization_config(quantize, found, DTYPES[dtype])

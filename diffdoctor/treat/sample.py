@@ -181,12 +181,13 @@ class SampleWorkerSpec:
         quiet_loaders()
         config, prompts = self.config, read_prompt_file(self.config.prompts)
         check_unchanged(f"--prompts {config.prompts}: other prompts", _digest(prompts), self.prompts)
-        pipeline = open_pipeline("pipeline", config.pipeline, config)
+        device = open_device_at(config.device, place.number)
+        pipeline = open_pipeline("pipeline", config.pipeline, config, device)
         texts = [prompt.text for prompt in prompts]
         check_prompts(pipeline, texts, strict=config.strict, max_sequence_length=config.max_sequence_length)
         if config.lora:
             load_lora(pipeline, config.lora)
-        pipeline.to(open_device_at(config.device, place.number))
+        pipeline.to(device)
         return _SampleWorker(config, prompts, pipeline)
 
 

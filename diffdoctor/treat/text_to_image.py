@@ -37,13 +37,16 @@ class DrawingConfig(Protocol):
     max_sequence_length: int | None
 
 
-def open_pipeline(option: str, source: str, config: DrawingConfig) -> DiffusionPipeline:
+def open_pipeline(
+    option: str, source: str, config: DrawingConfig, device: torch.device | None = None
+) -> DiffusionPipeline:
     """Load a text-to-image pipeline of diffusers, with the scheduler of the options.
 
     Args:
         option: that gives the pipeline, for errors.
         source: a folder or a hub id.
         config: the options.
+        device: see `load_pipeline`.
 
     Returns:
         The pipeline, on the CPU.
@@ -51,7 +54,7 @@ def open_pipeline(option: str, source: str, config: DrawingConfig) -> DiffusionP
     Raises:
         UserError: there is none, it cannot be loaded, or it does not take the options.
     """
-    pipeline = load_pipeline(option, source, dtype=config.dtype, quantize=config.quantize)
+    pipeline = load_pipeline(option, source, dtype=config.dtype, quantize=config.quantize, device=device)
     parameters = inspect.signature(type(pipeline).__call__).parameters
     if "prompt" not in parameters or "generator" not in parameters:
         raise UserError(expected(f"--{option} {source}", "a text-to-image pipeline", type(pipeline).__name__))

@@ -15,6 +15,7 @@ from diffdoctor.cli import main
 from diffdoctor.detector import ConvDetector, write_shards
 from diffdoctor.maps import PictureRanking
 from diffdoctor.runs.lock import locked_folder
+from diffdoctor.training import processes
 from diffdoctor.treat.loading import load_pipeline
 from diffdoctor.treat.lora import WEIGHTS_NAME
 from diffdoctor.treat.treatment import Treatment
@@ -196,11 +197,14 @@ def test_a_treatment_that_flagged_nothing_says_so_and_is_kept(files, tmp_path, c
     assert (tmp_path / "strict" / "lora" / WEIGHTS_NAME).is_file()
 
 
-def test_a_treatment_that_flagged_something_has_no_doubt(files, tmp_path, capsys):
-    words = arguments(files, tmp_path / "run", log_with="none")
+def test_a_treatment_that_flagged_something_has_no_doubt(files, tmp_path, capsys, monkeypatch):
+    asked, process_state = [], processes.process_state
+    monkeypatch.setattr(processes, "process_state", lambda device=None: asked.append(device) or process_state(device))
+    words = arguments(files, tmp_path / "run", log_with="none", device="cpu")
     assert main([words[0], "--strict", *words[1:]]) == 0
     assert json.loads((tmp_path / "run" / "treat.json").read_text())["doubts"] == []
     assert "nothing was flagged" not in capsys.readouterr().err
+    assert {*asked} == {"cpu"}  # of other processes this machine may have more than GPUs
 
 
 def test_an_output_that_cannot_be(files, tmp_path, capsys):

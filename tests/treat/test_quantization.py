@@ -1,8 +1,10 @@
 """Treatments of denoisers in fewer bits: the LoRA is as without, and what cannot be made here is refused."""
 
+import contextlib
 import importlib.util
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from safetensors import safe_open
@@ -12,6 +14,7 @@ from diffdoctor.evaluate.model.config import EvaluateModelConfig
 from diffdoctor.repairs.config import RepairConfig
 from diffdoctor.runs.errors import UserError
 from diffdoctor.training.weights import weights_digest
+from diffdoctor.treat import loading
 from diffdoctor.treat.adapters import merged_adapters
 from diffdoctor.treat.checks import check_even_batches, check_resident_blocks
 from diffdoctor.treat.command import TreatCommandConfig
@@ -132,3 +135,23 @@ def test_a_lora_of_a_quantized_denoiser_is_one_of_the_denoiser(how, name, dtype,
         with guide(pipeline, BrightDetector(), height=16, width=16, rewinds=1) as log:
             draw(pipeline)
         assert log.flagged_area
+
+
+def test_weights_are_quantized_on_the_gpu_that_the_pipeline_is_for(tmp_path, monkeypatch):
+    (tmp_path / "model_index.json").write_text("{}")
+    current, on = [], []
+
+    @contextlib.contextmanager
+    def device(place):
+        current.append(place)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(loading, "check_available", lambda how: None)
+    monkeypatch.setattr(loading, "quantization_config", lambda *_: None)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", lambda *_, **__: {})
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *_, **__: on.extend(current))
+    for place in (torch.device("cuda", 1), torch.device("cpu"), None):
+        load_pipeline("pipeline", str(tmp_path), quantize="bnb4", device=place)
+    assert on == [torch.device("cuda", 1)]

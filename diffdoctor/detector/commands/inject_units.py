@@ -61,7 +61,7 @@ def inject_in_units(
     """
     if not is_url(config.output) and (path := source_inside(Path(config.output), sources)) is not None:
         raise UserError(f"{config.output}: contains the input {path}; choose another folder")
-    state = process_state()
+    state = process_state("cpu")
     plan = plan_of_sources(sources, max(1, config.shard_size // config.versions))
     identity = config.identity(plugins) | {"engine": "in units", "plan": plan.digest()}
     results = dict.fromkeys((*RESULTS, SHEET))

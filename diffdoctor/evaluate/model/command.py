@@ -113,8 +113,8 @@ class Evaluation:
         main = self.state.is_main_process
         self.folder = EvaluationFolder(Path(config.output), identity, config.picture_type, main=main)
         self.folder.check(overwrite=config.overwrite)
-        self.pipeline = self._checked_pipeline()
         self.device = open_device(config.device, self.state.device)
+        self.pipeline = self._checked_pipeline()
 
     def _too_few_for_fid(self, real_count: int | None) -> str:
         """Why there is no FID: the sets are too small for a covariance of full rank; empty: nothing is against it.
@@ -144,8 +144,8 @@ class Evaluation:
         config = self.config
         if config.treated:
             # Checked only, and loaded again when it is needed: two pipelines at a time may not fit into memory.
-            open_pipeline("treated", config.treated, config)
-        pipeline = open_pipeline("pipeline", config.pipeline, config)
+            open_pipeline("treated", config.treated, config, self.device)
+        pipeline = open_pipeline("pipeline", config.pipeline, config, self.device)
         texts = [prompt.text for prompt in self.plan.prompts]
         check_prompts(pipeline, texts, max_sequence_length=config.max_sequence_length)
         if config.lora:
@@ -262,7 +262,7 @@ class Evaluation:
         """The pipeline of a side; "after" must come last, since it changes the loaded pipeline."""
         if side == "after" and self.config.treated:
             self.pipeline = None
-            self.pipeline = open_pipeline("treated", self.config.treated, self.config)
+            self.pipeline = open_pipeline("treated", self.config.treated, self.config, self.device)
         elif side == "after" and self.config.lora:
             load_lora(self.pipeline, self.config.lora)
         return self.pipeline

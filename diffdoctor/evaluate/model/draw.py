@@ -136,10 +136,10 @@ class DrawWorkerSpec:
         texts = [prompt.text for prompt in read_prompt_file(config.prompts)]
         check_unchanged(f"--prompts {config.prompts}: other prompts", prompts_digest(texts), self.prompts)
         name = "treated" if treated and config.treated else "pipeline"
-        pipeline = open_pipeline(name, getattr(config, name), config)
+        device = open_device_at(config.device, place.number)
+        pipeline = open_pipeline(name, getattr(config, name), config, device)
         if treated and config.lora:
             load_lora(pipeline, config.lora)
-        device = open_device_at(config.device, place.number)
         pipeline.to(device)
         detector = open_detector(config.detector).to(device) if config.guide and treated else None
         files = PictureFiles(Path(self.folder), config.picture_type)
