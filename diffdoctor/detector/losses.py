@@ -26,9 +26,9 @@ def detector_loss(
     mask = mask.to(logits.dtype)
     if logits.shape[2:] != mask.shape[2:]:
         logits = F.interpolate(logits, size=mask.shape[2:], mode="bilinear", align_corners=False)
-    decided = mask >= 0
+    undecided = ~(mask >= 0)
     # Selected, not multiplied, and equal to the bit where all is decided.
-    logits, mask = logits.where(decided, logits.new_tensor(-40.0)), mask.where(decided, mask.new_zeros(()))
+    logits, mask = logits.masked_fill(undecided, -40.0), mask.masked_fill(undecided, 0.0)
     confidence = logits.sigmoid()
     loss = logits.new_zeros(logits.shape[0])
     if mse:

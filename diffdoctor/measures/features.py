@@ -87,7 +87,7 @@ def frechet_distance_of_blocks(real: Iterable[torch.Tensor], generated: Iterable
                 # What it is fed is everything: gathering over processes would wait for them in vain.
                 metric = FrechetInceptionDistance(feature=_Precomputed(block.shape[1]), sync_on_compute=False)
                 metric.set_dtype(torch.float64)
-            metric.update(block.double(), real=is_real)
+            metric.update(block.double().cpu(), real=is_real)
     return float(metric.compute())
 
 

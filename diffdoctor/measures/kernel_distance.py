@@ -172,7 +172,7 @@ def _within(x: torch.Tensor, kernel: Kernel) -> torch.Tensor:
 
 
 def _row_sums(x: torch.Tensor, y: torch.Tensor, kernel: Kernel) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, columns = [], torch.zeros(len(y), dtype=y.dtype)
+    rows, columns = [], torch.zeros(len(y), dtype=y.dtype, device=y.device)
     for part in x.split(_ROWS):
         values = kernel(part, y)
         rows.append(values.sum(1))

@@ -49,5 +49,6 @@ class RunningAverage:
 @torch.no_grad()
 def put(values: Sequence[torch.Tensor], parameters: Sequence[torch.nn.Parameter]) -> None:
     """Copy values into the parameters; no values leave them as they are."""
-    for parameter, value in zip(parameters, values, strict=bool(values)):
-        parameter.copy_(value)
+    if values:
+        # a few launches on a GPU in place of one for each tensor
+        torch._foreach_copy_(list(parameters), list(values))

@@ -120,7 +120,7 @@ class GroupPolicy:
         The first call takes the model to be the one that drew; later ones compare it with what it was then.
         """
         config, sampling = self.config, self.sampling
-        value = 0.0
+        losses = []
         for number, part in enumerate(self.parts):
             if not len(part.index):
                 continue
@@ -145,8 +145,9 @@ class GroupPolicy:
                     kl_weight=config.kl_weight, reduction="sample",
                 ).sum() / (config.batch_size * len(self.window))  # fmt: skip
                 loss.backward()
-                value += float(loss.detach())
-        return value
+                losses.append(loss.detach())
+        # read at the end: until then nothing waits for a GPU
+        return float(sum(map(float, losses)))
 
 
 def _per_picture(values: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:

@@ -214,7 +214,7 @@ def nft(batch: Replay) -> float:
         guidance = sampling.guidance
         return sampling.family.predict(model_input, timesteps, conditioning, guidance.scale, guidance.cfg_grad)
 
-    value = 0.0
+    losses = []
     for repeat in range(config.nft_repeats):
         noise, uniform = [], []
         for seed in batch.seeds:
@@ -238,8 +238,9 @@ def nft(batch: Replay) -> float:
             loss = loss + config.anchor_weight * held
         loss = loss / (batch.divisor * config.nft_repeats)
         loss.backward()
-        value += float(loss.detach())
-    return value
+        losses.append(loss.detach())
+    # read at the end: until then nothing waits for a GPU
+    return float(sum(map(float, losses)))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from scipy.linalg import sqrtm
 
 from diffdoctor.evaluate.model.networks import extract_features
 from diffdoctor.measures.features import frechet_distance, within_class_variance
-from diffdoctor.measures.kernel_distance import cubic, gaussian, kernel_distance, kernel_distances
+from diffdoctor.measures.kernel_distance import _row_sums, cubic, gaussian, kernel_distance, kernel_distances
 from diffdoctor.measures.manifold import Manifold
 
 
@@ -125,3 +125,8 @@ def test_manifolds_are_balls_around_every_row():
     assert not Manifold(real).contains(generated + 100).any()
     with pytest.raises(ValueError, match="features: expected more than 3 rows, got 3"):
         Manifold(real[:3])
+
+
+def test_features_may_be_on_another_device():
+    x, y = torch.empty(3, 2, device="meta"), torch.empty(4, 2, device="meta")
+    assert [sums.device.type for sums in _row_sums(x, y, cubic)] == ["meta", "meta"]
