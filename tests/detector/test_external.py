@@ -182,9 +182,7 @@ def test_a_file_and_a_function_on_the_command_line(tmp_path):
 def test_a_lost_gpu_is_no_fault_of_a_picture(tmp_path):
     write_shapes(tmp_path / "pictures")
     file = tmp_path / "lost.py"
-    file.write_text(
-        "import torch\ndef lost(pictures):\n    raise torch.AcceleratorError('lost')\n"
-    )
+    file.write_text("import torch\ndef lost(pictures):\n    raise torch.AcceleratorError('lost')\n")
     with pytest.raises(torch.AcceleratorError):
         run_diagnose(DiagnoseConfig([str(tmp_path / "pictures")], f"{file}:lost", str(tmp_path / "out")))
 
