@@ -30,24 +30,36 @@ inline int64_t last_step(const Tiling& t, int64_t item) { return (item % t.group
 // The start of the next block into the cache while this one is computed: the hardware's own prefetcher starts anew with
 // each run of memory, and there the page may have to be looked up first.
 template <typename acc_t>
-void prefetch_start(const Call<acc_t>& call, const Block& at) {
-  const WeightedLossParams& p = call.p;
+void prefetch_start(const Call<acc_t>& call, const Starts& next) {
   constexpr int kLines = 8;
-  const auto start = [&](const Operand& x) {
-    return static_cast<const char*>(x.data) +
-           element_size(x.dtype) * block_offset(call.tiling, at, x.batch_stride, x.stride);
-  };
-  const auto read = [&](const Operand& x) {
-    const char* from = start(x);
+  const auto read = [](const char* from) {
     for (int line = 0; line < kLines; ++line) prefetch(from + 64 * line);
   };
-  if (call.pred_run) read(p.pred);
-  for (int k = 0; k < p.num_terms; ++k)
-    if (call.term_run[k]) read(p.terms[k]);
+  if (call.pred_run) read(next.pred);
+  for (int k = 0; k < call.p.num_terms; ++k)
+    if (call.term_run[k]) read(next.term[k]);
   if (!call.grad_run) return;
-  const char* to = start(p.grad);
-  for (int line = 0; line < kLines; ++line) prefetch_to_write(to + 64 * line);
+  for (int line = 0; line < kLines; ++line) prefetch_to_write(next.grad + 64 * line);
 }
+
+// The lines of a map that a sample's next range will read, some of them at each of a range's blocks: nothing else of the
+// call reads memory so far ahead that it could wait for them.
+struct MapAhead {
+  const char* next;
+  int64_t lines;  // at each block
+
+  MapAhead(const WeightedLossParams& p, const Tiling& t, const Block& at, const Map& map, int64_t blocks)
+      : next(nullptr), lines(0) {
+    if (map.mode != kSame || !block_is_run(p, t, map.stride)) return;
+    const int64_t offset = block_offset(t, at, map.batch_stride, map.stride) + at.count;
+    next = static_cast<const char*>(address(map.data, map.dtype, offset));
+    lines = (at.count * element_size(map.dtype) / 64 + blocks - 1) / blocks;
+  }
+
+  void fetch() {
+    for (int64_t line = 0; line < lines; ++line, next += 64) prefetch(next);
+  }
+};
 
 // A work item: one range of blocks that share their maps. Adds to sums[0], or to all sums where they are wanted.
 template <typename acc_t>
@@ -61,36 +73,41 @@ void process_item(const Call<acc_t>& call, const Sample<acc_t>& s, Block& at, in
   const bool stats = (p.outputs & kWriteSums) != 0, write_grad = (p.outputs & kWriteGrad) != 0;
   const bool left_out = s.weight == 0 || (!call.has_maps && call.clean_weight == 0);
   const bool no_gradient = write_grad && (s.gradient_scale == 0 || (!call.has_maps && call.clean_grad == 0));
-  const bool l2_sums = stats && call.l2_only && !p.weighting.present;
+  const bool l2_sums = stats && call.l2 && !p.weighting.present;
   int64_t blocks = 0;
   const int64_t first = first_step(t, item), last = last_step(t, item);
   Block next = at;
   set_index(p, t.free_dims, t.free_count, first, next.index);
+  Starts next_starts = starts_of(call, next);
+  MapAhead confidence(p, t, at, p.confidence, last - first), mask(p, t, at, p.mask, last - first);
   for (int64_t step = first; step < last; ++step) {
     at = next;
+    const Starts starts = next_starts;
     if (step + 1 < last) {
-      next_index(p, t.free_dims, t.free_count, next.index);
-      prefetch_start(call, next);
+      advance(call, next, next_starts);
+      prefetch_start(call, next_starts);
     }
+    confidence.fetch();
+    mask.fetch();
     if (left_out) {
-      process_unselected(call, at, buf, stats ? sums : nullptr);
+      process_unselected(call, at, starts, buf, stats ? sums : nullptr);
       continue;
     }
     const BlockWeights<acc_t> w = block_weights(call, at, buf);
     if (no_gradient) {
       // A sample whose Z is 0, or a gradient switched off: exact zeros, whatever the residual holds.
-      const double total = process_general(call, at, s, buf, w, stats ? sums : nullptr, false);
+      const double total = process_general(call, at, starts, s, buf, w, stats ? sums : nullptr, false);
       if (!stats) sums[0] += total;
-      process_unselected(call, at, buf, nullptr);
+      process_unselected(call, at, starts, buf, nullptr);
     } else if (l2_sums) {
-      process_l2_sums(call, at, s, buf, w, sums);
+      process_l2_sums(call, at, starts, s, buf, w, sums);
       ++blocks;
     } else if (stats) {
-      process_general(call, at, s, buf, w, sums, write_grad);
-    } else if (call.l2_only) {
-      sums[0] += process_l2(call, at, s, buf, w);
+      process_general(call, at, starts, s, buf, w, sums, write_grad);
+    } else if (call.l2) {
+      sums[0] += process_l2(call, at, starts, s, buf, w);
     } else {
-      sums[0] += process_general(call, at, s, buf, w, nullptr, write_grad);
+      sums[0] += process_general(call, at, starts, s, buf, w, nullptr, write_grad);
     }
   }
   if (stats && call.has_maps) {

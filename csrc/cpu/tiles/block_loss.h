@@ -20,27 +20,59 @@ struct alignas(64) Buffers {  // all of it whole lines: a vector across two take
 };
 static_assert(sizeof(Buffers<double>) <= 384 * 1024, "macOS gives a thread 512 KiB of stack");
 
+// Where a block begins in each operand.
+struct Starts {
+  const char *pred, *term[kMaxTerms];
+  char* grad;
+};
+
+template <typename acc_t>
+struct Call;
+
+// Over a block: the sum of omega * d^2, and with a gradient grad_scale * omega * m * d.
+template <typename acc_t>
+using L2Block = double(const Call<acc_t>& call, const Block& at, const Starts& starts, const Sample<acc_t>& s,
+                       Buffers<acc_t>& buf, const BlockWeights<acc_t>& w, acc_t grad_scale);
+
 template <typename acc_t>
 struct Call {
   const WeightedLossParams& p;
   Tiling tiling;
   bool has_maps, modulated, pred_run, grad_run, term_run[kMaxTerms];
-  bool l2_only;  // and as many terms as the pass of l2.h is compiled for
   acc_t clean_weight, clean_grad;
+  int64_t pred_step, grad_step, term_step[kMaxTerms];  // bytes from a block to the next along the innermost free dim
+  L2Block<acc_t>* l2;  // null where there is another loss, or more terms than the pass of l2.h is compiled for
 
-  explicit Call(const WeightedLossParams& params) : p(params), tiling(make_tiling(params)) {
-    has_maps = p.confidence.mode != kAbsent || p.mask.mode != kAbsent;
-    modulated = modulates(p);
-    l2_only = true;
-    for (int k = 0; k < kLossKinds; ++k) l2_only = l2_only && (k == kL2 || p.strength[k] == 0);
-    l2_only = l2_only && (p.spatial_coefs ? p.num_terms >= 2 : p.num_terms <= 2);
-    pred_run = block_is_run(p, tiling, p.pred.stride);
-    grad_run = (p.outputs & kWriteGrad) && block_is_run(p, tiling, p.grad.stride);
-    for (int k = 0; k < p.num_terms; ++k) term_run[k] = block_is_run(p, tiling, p.terms[k].stride);
-    clean_weight = acc_t(p.clean_weight);
-    clean_grad = acc_t(p.clean_grad);
-  }
+  explicit Call(const WeightedLossParams& params);
 };
+
+template <typename acc_t>
+Starts starts_of(const Call<acc_t>& call, const Block& at) {
+  const WeightedLossParams& p = call.p;
+  const auto start = [&](const Operand& x) {
+    const int64_t offset = block_offset(call.tiling, at, x.batch_stride, x.stride);
+    return static_cast<char*>(const_cast<void*>(address(x.data, x.dtype, offset)));
+  };
+  Starts starts = {};
+  starts.pred = start(p.pred);
+  for (int k = 0; k < p.num_terms; ++k) starts.term[k] = start(p.terms[k]);
+  if (p.outputs & kWriteGrad) starts.grad = start(p.grad);
+  return starts;
+}
+
+// On to the next free step.
+template <typename acc_t>
+void advance(const Call<acc_t>& call, Block& at, Starts& starts) {
+  const Tiling& t = call.tiling;
+  next_index(call.p, t.free_dims, t.free_count, at.index);
+  if (at.index[t.free_dims[t.free_count - 1]] == 0) {
+    starts = starts_of(call, at);
+    return;
+  }
+  starts.pred += call.pred_step;
+  for (int k = 0; k < kMaxTerms; ++k) starts.term[k] += call.term_step[k];
+  starts.grad += call.grad_step;
+}
 
 // A block as one run: in place, or gathered into a buffer.
 struct Run {
@@ -49,10 +81,9 @@ struct Run {
 };
 
 template <typename acc_t>
-Run run_of(const Call<acc_t>& call, const Block& at, const Operand& x, bool run, acc_t* buffer) {
-  const int64_t offset = block_offset(call.tiling, at, x.batch_stride, x.stride);
-  if (run) return {address(x.data, x.dtype, offset), x.dtype};
-  gather(call.p, call.tiling, at, x.data, x.dtype, x.stride, offset, buffer);
+Run run_of(const Call<acc_t>& call, const Block& at, const Operand& x, const void* start, bool run, acc_t* buffer) {
+  if (run) return {start, x.dtype};
+  gather(call.p, call.tiling, at, start, x.dtype, x.stride, 0, buffer);
   return {buffer, kAccDtype<acc_t>};
 }
 
@@ -72,29 +103,27 @@ struct Runs {
 };
 
 template <typename acc_t>
-Runs<acc_t> runs_of(const Call<acc_t>& call, const Block& at, Buffers<acc_t>& buf, bool write_grad) {
+Runs<acc_t> runs_of(const Call<acc_t>& call, const Block& at, const Starts& starts, Buffers<acc_t>& buf,
+                    bool write_grad) {
   const WeightedLossParams& p = call.p;
   Runs<acc_t> runs = {};
-  runs.pred = run_of(call, at, p.pred, call.pred_run, buf.pred);
-  for (int k = 0; k < p.num_terms; ++k) runs.term[k] = run_of(call, at, p.terms[k], call.term_run[k], buf.term[k]);
+  runs.pred = run_of(call, at, p.pred, starts.pred, call.pred_run, buf.pred);
+  for (int k = 0; k < p.num_terms; ++k)
+    runs.term[k] = run_of(call, at, p.terms[k], starts.term[k], call.term_run[k], buf.term[k]);
   if (!write_grad) return runs;
   runs.scatter_grad = !call.grad_run;
   runs.grad = {buf.grad, kAccDtype<acc_t>};
-  if (call.grad_run) {
-    const int64_t offset = block_offset(call.tiling, at, p.grad.batch_stride, p.grad.stride);
-    runs.grad = {address(p.grad.data, p.grad.dtype, offset), p.grad.dtype};
-  }
+  if (call.grad_run) runs.grad = {starts.grad, p.grad.dtype};
   return runs;
 }
 
 template <typename acc_t>
-void store_block(const Call<acc_t>& call, const Block& at, const acc_t* values) {
+void store_block(const Call<acc_t>& call, const Block& at, const Starts& starts, const acc_t* values) {
   const Operand& x = call.p.grad;
-  const int64_t offset = block_offset(call.tiling, at, x.batch_stride, x.stride);
   if (call.grad_run)
-    store_run<acc_t>(x.data, x.dtype, offset, 1, at.count, values);
+    store_run<acc_t>(starts.grad, x.dtype, 0, 1, at.count, values);
   else
-    scatter(call.p, call.tiling, at, x.data, x.dtype, x.stride, offset, call.tiling.split, values);
+    scatter(call.p, call.tiling, at, starts.grad, x.dtype, x.stride, 0, call.tiling.split, values);
 }
 
 template <typename acc_t>
@@ -147,8 +176,8 @@ acc_t l2_piece(const Operands<pred_t, term_t>& x, const Sample<acc_t>& s, const 
 }
 
 template <typename pred_t, typename term_t, typename acc_t>
-acc_t l2_piece(const WeightedLossParams& p, const Operands<pred_t, term_t>& x, const Sample<acc_t>& s,
-               const BlockWeights<acc_t>& w, acc_t grad_scale, int64_t n) {
+DD_NOINLINE acc_t l2_piece(const WeightedLossParams& p, const Operands<pred_t, term_t>& x, const Sample<acc_t>& s,
+                           const BlockWeights<acc_t>& w, acc_t grad_scale, int64_t n) {
   if (p.spatial_coefs)
     return p.num_terms == 2 ? l2_piece<TermShape<2, true>>(x, s, w, grad_scale, n)
                             : l2_piece<TermShape<3, true>>(x, s, w, grad_scale, n);
@@ -162,12 +191,24 @@ acc_t l2_piece(const WeightedLossParams& p, const Operands<pred_t, term_t>& x, c
   }
 }
 
-// How a block's pieces are read: without conversion where prediction and terms are runs of acc_t or bf16, else through
-// buffers.
+// A block's operands lie where they are read as pred_t and term_t, and so does its gradient.
 template <typename pred_t, typename term_t, typename acc_t>
-double l2_block(const Call<acc_t>& call, const Block& at, const Sample<acc_t>& s, Buffers<acc_t>& buf,
-                const BlockWeights<acc_t>& w, const Runs<acc_t>& runs, acc_t grad_scale) {
+double l2_in_place(const Call<acc_t>& call, const Block& at, const Starts& starts, const Sample<acc_t>& s,
+                   Buffers<acc_t>&, const BlockWeights<acc_t>& w, acc_t grad_scale) {
+  Operands<pred_t, term_t> x;
+  x.pred = reinterpret_cast<const pred_t*>(starts.pred);
+  for (int k = 0; k < kMaxTerms; ++k) x.term[k] = reinterpret_cast<const term_t*>(starts.term[k]);
+  x.grad = reinterpret_cast<pred_t*>(starts.grad);
+  return l2_piece<pred_t, term_t, acc_t>(call.p, x, s, w, grad_scale, at.count);
+}
+
+// A block in pieces, of which some operands go through buffers: those that are read as acc_t and are not, and any that
+// are no runs of memory.
+template <typename pred_t, typename term_t, typename acc_t>
+double l2_in_pieces(const Call<acc_t>& call, const Block& at, const Starts& starts, const Sample<acc_t>& s,
+                    Buffers<acc_t>& buf, const BlockWeights<acc_t>& w, acc_t grad_scale) {
   constexpr bool buffered = sizeof(pred_t) == sizeof(acc_t), term_buffered = sizeof(term_t) == sizeof(acc_t);
+  const Runs<acc_t> runs = runs_of(call, at, starts, buf, (call.p.outputs & kWriteGrad) != 0);
   const bool own_grad = runs.grad.data && (!buffered || runs.grad.dtype == kAccDtype<acc_t>);
   bool direct = own_grad || !runs.grad.data;
   if (buffered) direct = direct && runs.pred.dtype == kAccDtype<acc_t>;
@@ -196,47 +237,80 @@ double l2_block(const Call<acc_t>& call, const Block& at, const Sample<acc_t>& s
         store_run<acc_t>(const_cast<void*>(runs.grad.data), runs.grad.dtype, begin, 1, n, buf.grad_piece);
     }
   }
+  if (runs.scatter_grad) store_block(call, at, starts, buf.grad);
   return total;
 }
 
-inline double dispatch_l2(const Call<float>& call, const Block& at, const Sample<float>& s, Buffers<float>& buf,
-                          const BlockWeights<float>& w, const Runs<float>& runs, float grad_scale) {
-  const auto all = [&](int32_t dtype) {
-    bool same = call.p.num_terms > 0;
-    for (int k = 0; k < call.p.num_terms; ++k) same = same && runs.term[k].dtype == dtype;
+// The types as which a call's blocks are read: without conversion where prediction and terms are runs of acc_t or bf16.
+template <typename acc_t>
+L2Block<acc_t>* choose_l2(const Call<acc_t>& call) {
+  const WeightedLossParams& p = call.p;
+  const bool write_grad = (p.outputs & kWriteGrad) != 0;
+  const auto pred = [&](int32_t dtype) {
+    return (call.pred_run ? p.pred.dtype : kAccDtype<acc_t>) == dtype &&
+           (!write_grad || (call.grad_run ? p.grad.dtype : kAccDtype<acc_t>) == dtype);
+  };
+  bool runs = call.pred_run && (call.grad_run || !write_grad);
+  for (int k = 0; k < p.num_terms; ++k) runs = runs && call.term_run[k];
+  const auto terms = [&](int32_t dtype) {
+    bool same = true;
+    for (int k = 0; k < p.num_terms; ++k)
+      same = same && (call.term_run[k] ? p.terms[k].dtype : kAccDtype<acc_t>) == dtype;
     return same;
   };
-  const auto pred = [&](int32_t dtype) {
-    return runs.pred.dtype == dtype && (!runs.grad.data || runs.grad.dtype == dtype);
+  const auto read_as = [&](auto pred_type, int32_t pred_dtype, auto term_type, int32_t term_dtype) {
+    using pred_t = decltype(pred_type);
+    using term_t = decltype(term_type);
+    return runs && pred(pred_dtype) && terms(term_dtype) ? l2_in_place<pred_t, term_t, acc_t>
+                                                         : l2_in_pieces<pred_t, term_t, acc_t>;
   };
-  const auto run = [&](auto pred_type, auto term_type) {
-    return l2_block<decltype(pred_type), decltype(term_type)>(call, at, s, buf, w, runs, grad_scale);
-  };
-  if (pred(kBFloat16)) return all(kBFloat16) ? run(bfloat16(), bfloat16()) : run(bfloat16(), float());
+  const acc_t number = 0;
+  if constexpr (sizeof(acc_t) == sizeof(float)) {
+    const bool low = p.num_terms > 0 && terms(kBFloat16);
+    if (pred(kBFloat16))
+      return low ? read_as(bfloat16(), kBFloat16, bfloat16(), kBFloat16)
+                 : read_as(bfloat16(), kBFloat16, number, kFloat32);
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-  // l2_finite widens fp16 as it reads; elsewhere a buffer is faster.
-  if (pred(kFloat16)) return all(kFloat16) ? run(float16(), float16()) : run(float16(), float());
+    // l2_finite widens fp16 as it reads; elsewhere a buffer is faster.
+    if (pred(kFloat16))
+      return p.num_terms > 0 && terms(kFloat16) ? read_as(float16(), kFloat16, float16(), kFloat16)
+                                                : read_as(float16(), kFloat16, number, kFloat32);
 #endif
-  return all(kBFloat16) ? run(float(), bfloat16()) : run(float(), float());
-}
-
-inline double dispatch_l2(const Call<double>& call, const Block& at, const Sample<double>& s, Buffers<double>& buf,
-                          const BlockWeights<double>& w, const Runs<double>& runs, double grad_scale) {
-  return l2_block<double, double>(call, at, s, buf, w, runs, grad_scale);
+    if (low) return read_as(number, kFloat32, bfloat16(), kBFloat16);
+  }
+  return read_as(number, kAccDtype<acc_t>, number, kAccDtype<acc_t>);
 }
 
 template <typename acc_t>
-double process_l2(const Call<acc_t>& call, const Block& at, const Sample<acc_t>& s, Buffers<acc_t>& buf,
-                  const BlockWeights<acc_t>& w) {
-  const WeightedLossParams& p = call.p;
-  const acc_t strength = acc_t(p.strength[kL2]);
+Call<acc_t>::Call(const WeightedLossParams& params) : p(params), tiling(make_tiling(params)) {
+  has_maps = p.confidence.mode != kAbsent || p.mask.mode != kAbsent;
+  modulated = modulates(p);
+  clean_weight = acc_t(p.clean_weight);
+  clean_grad = acc_t(p.clean_grad);
+  const bool write_grad = (p.outputs & kWriteGrad) != 0;
+  pred_run = block_is_run(p, tiling, p.pred.stride);
+  grad_run = write_grad && block_is_run(p, tiling, p.grad.stride);
+  for (int k = 0; k < p.num_terms; ++k) term_run[k] = block_is_run(p, tiling, p.terms[k].stride);
+  const auto step = [&](const Operand& x, bool present) {
+    if (!present || tiling.free_count == 0) return int64_t{0};
+    return x.stride[tiling.free_dims[tiling.free_count - 1]] * element_size(x.dtype);
+  };
+  pred_step = step(p.pred, true);
+  grad_step = step(p.grad, write_grad);
+  for (int k = 0; k < kMaxTerms; ++k) term_step[k] = step(p.terms[k], k < p.num_terms);
+  bool l2_only = p.spatial_coefs ? p.num_terms >= 2 : p.num_terms <= 2;
+  for (int k = 0; k < kLossKinds; ++k) l2_only = l2_only && (k == kL2 || p.strength[k] == 0);
+  l2 = l2_only ? choose_l2(*this) : nullptr;
+}
+
+template <typename acc_t>
+double process_l2(const Call<acc_t>& call, const Block& at, const Starts& starts, const Sample<acc_t>& s,
+                  Buffers<acc_t>& buf, const BlockWeights<acc_t>& w) {
+  const acc_t strength = acc_t(call.p.strength[kL2]);
   const acc_t loss_scale = strength * s.weight * (w.weight ? acc_t(1) : call.clean_weight);
   const acc_t grad_scale =
       2 * strength * s.gradient_scale * (w.weight ? acc_t(1) : call.clean_weight * call.clean_grad);
-  const Runs<acc_t> runs = runs_of(call, at, buf, (p.outputs & kWriteGrad) != 0);
-  const double total = dispatch_l2(call, at, s, buf, w, runs, grad_scale);
-  if (runs.scatter_grad) store_block(call, at, buf.grad);
-  return total * double(loss_scale);
+  return call.l2(call, at, starts, s, buf, w, grad_scale) * double(loss_scale);
 }
 
 // weight, level: of the piece; weight is null where all are selected, level where the coefficients do not change.
@@ -271,10 +345,10 @@ void residuals(const Call<acc_t>& call, const Sample<acc_t>& s, const Runs<acc_t
 
 // Any losses, and the sums where they are wanted.
 template <typename acc_t>
-double process_general(const Call<acc_t>& call, const Block& at, const Sample<acc_t>& s, Buffers<acc_t>& buf,
-                       const BlockWeights<acc_t>& w, double* sums, bool write_grad) {
+double process_general(const Call<acc_t>& call, const Block& at, const Starts& starts, const Sample<acc_t>& s,
+                       Buffers<acc_t>& buf, const BlockWeights<acc_t>& w, double* sums, bool write_grad) {
   const WeightedLossParams& p = call.p;
-  const Runs<acc_t> runs = runs_of(call, at, buf, write_grad);
+  const Runs<acc_t> runs = runs_of(call, at, starts, buf, write_grad);
   if (!w.weight) {
     const bool none = call.clean_weight == 0 || call.clean_grad == 0;
     for (int64_t i = 0; i < kPiece; ++i) {
@@ -304,7 +378,7 @@ double process_general(const Call<acc_t>& call, const Block& at, const Sample<ac
     else
       add_plain_sums(call.clean_weight, buf.d, buf.loss, n, sums);
   }
-  if (runs.scatter_grad) store_block(call, at, buf.grad);
+  if (runs.scatter_grad) store_block(call, at, starts, buf.grad);
   return total * double(s.weight);
 }
 
@@ -322,10 +396,10 @@ void with_maps(const Call<acc_t>& call, const Buffers<acc_t>& buf, const body_t&
 // l2 with its sums but for those of the maps, where v is one number for the sample: the call without sums, then another
 // pass over the block, which the cache still holds.
 template <typename acc_t>
-void process_l2_sums(const Call<acc_t>& call, const Block& at, const Sample<acc_t>& s, Buffers<acc_t>& buf,
-                     const BlockWeights<acc_t>& w, double* sums) {
-  sums[kSumNumerator] += process_l2(call, at, s, buf, w);
-  const Runs<acc_t> runs = runs_of(call, at, buf, false);
+void process_l2_sums(const Call<acc_t>& call, const Block& at, const Starts& starts, const Sample<acc_t>& s,
+                     Buffers<acc_t>& buf, const BlockWeights<acc_t>& w, double* sums) {
+  sums[kSumNumerator] += process_l2(call, at, starts, s, buf, w);
+  const Runs<acc_t> runs = runs_of(call, at, starts, buf, false);
   const acc_t strength = acc_t(call.p.strength[kL2]);
   with_maps(call, buf, [&](auto u, auto omega) {
     for (int64_t begin = 0; begin < at.count; begin += kPiece) {
@@ -340,10 +414,11 @@ void process_l2_sums(const Call<acc_t>& call, const Block& at, const Sample<acc_
 
 // What a block leaves when its whole sample, or every element, is left out: a zero gradient, and omega in the sums.
 template <typename acc_t>
-void process_unselected(const Call<acc_t>& call, const Block& at, Buffers<acc_t>& buf, double* sums) {
+void process_unselected(const Call<acc_t>& call, const Block& at, const Starts& starts, Buffers<acc_t>& buf,
+                        double* sums) {
   if (call.p.outputs & kWriteGrad) {
     for (int64_t i = 0; i < at.count; ++i) buf.grad[i] = 0;
-    store_block(call, at, buf.grad);
+    store_block(call, at, starts, buf.grad);
   }
   if (!sums) return;
   for (int64_t i = 0; i < at.count; ++i) {

@@ -83,7 +83,8 @@ inline void next_index(const WeightedLossParams& p, const int* dims, int count, 
 
 inline int64_t block_offset(const Tiling& t, const Block& at, int64_t batch_stride, const int64_t* stride) {
   int64_t offset = at.b * batch_stride + at.lo * stride[t.split];
-  for (int d = 0; d < t.split; ++d) offset += at.index[d] * stride[d];
+  for (int k = 0; k < t.map_count; ++k) offset += at.index[t.map_dims[k]] * stride[t.map_dims[k]];
+  for (int k = 0; k < t.free_count; ++k) offset += at.index[t.free_dims[k]] * stride[t.free_dims[k]];
   return offset;
 }
 

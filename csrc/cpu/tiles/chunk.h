@@ -21,9 +21,8 @@ struct alignas(64) Weights {
 
 inline bool modulates(const WeightedLossParams& p) { return p.artifact_grad != 1 || p.clean_grad != 1; }
 
-template <bool kMask, bool kModulated, typename acc_t>
-void combine_weights(const WeightedLossParams& p, const acc_t* c, acc_t threshold, int64_t n, bool keep_level,
-                     Weights<acc_t>& w) {
+template <bool kMask, bool kModulated, bool kKeepLevel, typename acc_t>
+void combine_weights(const WeightedLossParams& p, const acc_t* c, acc_t threshold, int64_t n, Weights<acc_t>& w) {
   const Line<acc_t> weight_of = spatial_weight<acc_t>(p), m_of = gradient_weight<acc_t>(p);
   DD_SIMD
   for (int64_t i = 0; i < n; ++i) {
@@ -31,13 +30,12 @@ void combine_weights(const WeightedLossParams& p, const acc_t* c, acc_t threshol
     const acc_t weight = at_level(weight_of, u);
     const acc_t omega = kMask ? vector_region(w.mask[i]) * weight : weight;
     w.omega[i] = omega;
+    if (kKeepLevel) w.u[i] = u;
     if (kModulated) {
       const acc_t m = at_level(m_of, u);
       w.modulated[i] = omega == 0 || m == 0 ? acc_t(0) : omega * m;
     }
   }
-  if (keep_level)
-    for (int64_t i = 0; i < n; ++i) w.u[i] = c[i] >= threshold ? at_most_one(c[i]) : acc_t(0);
 }
 
 // c, mask: null where absent.
@@ -68,19 +66,20 @@ void fill_weights(const WeightedLossParams& p, const Tiling& t, const Block& at,
   const bool keep_level = (p.outputs & kWriteSums) != 0 || p.spatial_coefs != 0;
   const bool mask = p.mask.mode != kAbsent, modulated = modulates(p);
   if (mask) gather_map(p, t, at, p.mask, w.scratch, w.mask);
-  if (keep_level) count_values(p.confidence.mode == kAbsent ? nullptr : c, mask ? w.mask : nullptr, n, w);
+  if (p.outputs & kWriteSums) count_values(p.confidence.mode == kAbsent ? nullptr : c, mask ? w.mask : nullptr, n, w);
   if (p.confidence.mode != kAbsent && p.gamma != 1) {
     for (int64_t i = 0; i < n; ++i) w.u[i] = artifact_level<acc_t>(p, w.u[i]);
     threshold = 0;  // it compares with c, not with c^gamma
   }
-  if (mask && modulated)
-    combine_weights<true, true>(p, c, threshold, n, keep_level, w);
-  else if (mask)
-    combine_weights<true, false>(p, c, threshold, n, keep_level, w);
-  else if (modulated)
-    combine_weights<false, true>(p, c, threshold, n, keep_level, w);
+  const auto combine = [&](auto with_mask, auto with_modulated) {
+    constexpr bool kMask = decltype(with_mask)::value, kModulated = decltype(with_modulated)::value;
+    keep_level ? combine_weights<kMask, kModulated, true>(p, c, threshold, n, w)
+               : combine_weights<kMask, kModulated, false>(p, c, threshold, n, w);
+  };
+  if (mask)
+    modulated ? combine(std::true_type(), std::true_type()) : combine(std::true_type(), std::false_type());
   else
-    combine_weights<false, false>(p, c, threshold, n, keep_level, w);
+    modulated ? combine(std::false_type(), std::true_type()) : combine(std::false_type(), std::false_type());
 }
 
 // Numbers of one sample.
