@@ -16,24 +16,77 @@ struct StepOperands {
   const term_t *latents, *next_latents, *ref_pred;  // ref_pred: null where there is none
 };
 
-// d: next_latents - mu. away: model_pred - ref_pred, where there is one.
-template <typename acc_t, typename pred_t, typename term_t>
-DD_NOINLINE void fill_residuals(const StepOperands<pred_t, term_t> x, acc_t a, acc_t b, int64_t n, acc_t* d,
-                                acc_t* away) {
-  DD_SIMD
-  for (int64_t i = 0; i < n; ++i)
-    d[i] =
-        as<acc_t, term_t>(x.next_latents[i]) - a * as<acc_t, term_t>(x.latents[i]) - b * as<acc_t, pred_t>(x.pred[i]);
-  if (!x.ref_pred) return;
-  DD_SIMD
-  for (int64_t i = 0; i < n; ++i) away[i] = as<acc_t, pred_t>(x.pred[i]) - as<acc_t, term_t>(x.ref_pred[i]);
+// Elements between prefetches, and how far ahead these are: the hardware's prefetcher starts anew at each page, which is
+// a channel's run of bf16. Past its end lies what the next block reads of the same channel.
+constexpr int64_t kStrip = 32;
+constexpr int64_t kAheadBytes = 1536;
+
+template <typename storage_t>
+const char* ahead_of(const storage_t* place) {
+  return reinterpret_cast<const char*>(place) + kAheadBytes;
 }
+
+// ask(i) before every kStrip elements, body(i) for each of n.
+template <typename ask_t, typename body_t>
+inline void for_strips(int64_t n, const ask_t& ask, const body_t& body) {
+  int64_t i = 0;
+  for (; i + kStrip <= n; i += kStrip) {
+    ask(i);
+    DD_SIMD
+    for (int64_t k = 0; k < kStrip; ++k) body(i + k);
+  }
+  for (; i < n; ++i) body(i);
+}
+
+// Whether elements of a type are taken in strips: fp32, whose runs are twice as long, takes as long either way.
+template <typename storage_t>
+constexpr bool kInStrips = sizeof(storage_t) == sizeof(bfloat16);
 
 // Adds the squares of a channel of n pixels to their sums.
 template <typename acc_t>
 DD_NOINLINE void add_channel(const acc_t* values, int64_t n, acc_t* sum) {
   DD_SIMD
   for (int64_t i = 0; i < n; ++i) sum[i] += values[i] * values[i];
+}
+
+// out: of a channel, f(i), whose squares are added to sum[] where there is one.
+template <bool kStrips, typename acc_t, typename ask_t, typename body_t>
+inline void fill_channel(int64_t n, const ask_t& ask, const body_t& f, acc_t* out, acc_t* sum) {
+  if constexpr (!kStrips) {
+    DD_SIMD
+    for (int64_t i = 0; i < n; ++i) out[i] = f(i);
+    if (sum) add_channel(out, n, sum);
+  } else if (sum) {
+    for_strips(n, ask, [=](int64_t i) {
+      const acc_t value = f(i);
+      out[i] = value;
+      sum[i] += value * value;
+    });
+  } else {
+    for_strips(n, ask, [=](int64_t i) { out[i] = f(i); });
+  }
+}
+
+// d: next_latents - mu. away: model_pred - ref_pred, where there is one. Their squares are added to sum and kl, by
+// pixel, unless those are null.
+template <typename acc_t, typename pred_t, typename term_t>
+DD_NOINLINE void fill_residuals(const StepOperands<pred_t, term_t> x, acc_t a, acc_t b, int64_t n, acc_t* d,
+                                acc_t* away, acc_t* sum, acc_t* kl) {
+  constexpr bool kStrips = kInStrips<pred_t>;
+  const auto ask = [=](int64_t i) {
+    prefetch(ahead_of(x.pred + i));
+    prefetch(ahead_of(x.latents + i));
+    prefetch(ahead_of(x.next_latents + i));
+  };
+  const auto residual = [=](int64_t i) {
+    return as<acc_t, term_t>(x.next_latents[i]) - a * as<acc_t, term_t>(x.latents[i]) -
+           b * as<acc_t, pred_t>(x.pred[i]);
+  };
+  fill_channel<kStrips>(n, ask, residual, d, sum);
+  if (!x.ref_pred) return;
+  const auto ask_ref = [=](int64_t i) { prefetch(ahead_of(x.ref_pred + i)); };
+  const auto difference = [=](int64_t i) { return as<acc_t, pred_t>(x.pred[i]) - as<acc_t, term_t>(x.ref_pred[i]); };
+  fill_channel<kStrips>(n, ask_ref, difference, away, kl);
 }
 
 // Lanes in which a row of channels is gone through where the pixels of a row divide them.
@@ -73,14 +126,20 @@ acc_t selected_product(acc_t factor, acc_t value) {
 template <typename acc_t, typename out_t>
 DD_NOINLINE void write_channel(const acc_t* d, const acc_t* away, const acc_t* slope, const acc_t* kl_slope, int64_t n,
                                out_t* out) {
-  if (!away) {
-    DD_SIMD
-    for (int64_t i = 0; i < n; ++i) from_acc(selected_product(slope[i], d[i]), out + i);
-    return;
-  }
-  DD_SIMD
-  for (int64_t i = 0; i < n; ++i)
-    from_acc(selected_product(slope[i], d[i]) + selected_product(kl_slope[i], away[i]), out + i);
+  const auto run = [=](const auto& body) {
+    if constexpr (kInStrips<out_t>) {
+      for_strips(n, [=](int64_t i) { prefetch_to_write(ahead_of(out + i)); }, body);
+    } else {
+      DD_SIMD
+      for (int64_t i = 0; i < n; ++i) body(i);
+    }
+  };
+  if (!away)
+    run([=](int64_t i) { from_acc(selected_product(slope[i], d[i]), out + i); });
+  else
+    run([=](int64_t i) {
+      from_acc(selected_product(slope[i], d[i]) + selected_product(kl_slope[i], away[i]), out + i);
+    });
 }
 
 template <typename acc_t, typename out_t>

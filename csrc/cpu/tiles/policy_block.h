@@ -144,10 +144,8 @@ void fill_block(const Call<acc_t>& call, const PolicyStep<acc_t>& s, const Block
     place(kLatents, buf.latents, x.latents);
     place(kNextLatents, buf.next_latents, x.next_latents);
     if (call.p.has_ref()) place(kRefPred, buf.ref_pred, x.ref_pred);
-    fill_residuals(x, s.a, s.b, segment.count, buf.d + segment.begin, buf.away + segment.begin);
-    if (call.rows) return;
-    add_channel(buf.d + segment.begin, segment.count, buf.sum);
-    if (call.p.has_ref()) add_channel(buf.away + segment.begin, segment.count, buf.kl);
+    acc_t *const sum = call.rows ? nullptr : buf.sum, *const kl = call.rows ? nullptr : buf.kl;
+    fill_residuals(x, s.a, s.b, segment.count, buf.d + segment.begin, buf.away + segment.begin, sum, kl);
   });
 }
 
