@@ -42,15 +42,15 @@ void prefetch_start(const Call<acc_t>& call, const Starts& next) {
   for (int line = 0; line < kLines; ++line) prefetch_to_write(next.grad + 64 * line);
 }
 
-// The lines of a map that a sample's next range will read, some of them at each of a range's blocks: nothing else of the
-// call reads memory so far ahead that it could wait for them.
+// What the next range reads of a map, into the cache while this one is computed: a share at each of its blocks. A range
+// begins with its maps, and nothing else could be computed while the memory is waited for.
 struct MapAhead {
   const char* next;
   int64_t lines;  // at each block
 
   MapAhead(const WeightedLossParams& p, const Tiling& t, const Block& at, const Map& map, int64_t blocks)
       : next(nullptr), lines(0) {
-    if (map.mode != kSame || !block_is_run(p, t, map.stride)) return;
+    if (map.mode != kSame || t.groups > 1 || !block_is_run(p, t, map.stride)) return;
     const int64_t offset = block_offset(t, at, map.batch_stride, map.stride) + at.count;
     next = static_cast<const char*>(address(map.data, map.dtype, offset));
     lines = (at.count * element_size(map.dtype) / 64 + blocks - 1) / blocks;
@@ -68,7 +68,9 @@ void process_item(const Call<acc_t>& call, const Sample<acc_t>& s, Block& at, in
   const WeightedLossParams& p = call.p;
   const Tiling& t = call.tiling;
   locate_item(p, t, item, at);
-  if (call.has_maps) fill_weights(p, t, at, buf.maps);
+  const int64_t range = at.b * (t.items / t.groups) + item / t.groups;
+  if (call.has_maps && buf.filled != range) fill_weights(p, t, at, buf.maps);
+  buf.filled = range;
 
   const bool stats = (p.outputs & kWriteSums) != 0, write_grad = (p.outputs & kWriteGrad) != 0;
   const bool left_out = s.weight == 0 || (!call.has_maps && call.clean_weight == 0);

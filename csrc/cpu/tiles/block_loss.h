@@ -17,6 +17,7 @@ struct alignas(64) Buffers {  // all of it whole lines: a vector across two take
   acc_t pred[kChunk], term[kMaxTerms][kChunk], grad[kChunk];  // of operands that are not runs of memory
   acc_t pred_piece[kPiece], term_piece[kMaxTerms][kPiece], grad_piece[kPiece];
   acc_t d[kPiece], loss[kPiece], slope[kPiece], plain[kPiece], plain_modulated[kPiece];
+  int64_t filled = -1;  // the range whose maps are in `maps`, counted over the call
 };
 static_assert(sizeof(Buffers<double>) <= 384 * 1024, "macOS gives a thread 512 KiB of stack");
 

@@ -16,8 +16,8 @@ struct StepOperands {
   const term_t *latents, *next_latents, *ref_pred;  // ref_pred: null where there is none
 };
 
-// Elements between prefetches, and how far ahead these are: the hardware's prefetcher starts anew at each page, which is
-// a channel's run of bf16. Past its end lies what the next block reads of the same channel.
+// Elements between prefetches, and how far ahead these are: the hardware's prefetcher starts anew at each page, which
+// is a channel's run of bf16. Past its end lies what the next block reads of the same channel.
 constexpr int64_t kStrip = 32;
 constexpr int64_t kAheadBytes = 1536;
 
