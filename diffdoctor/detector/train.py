@@ -142,8 +142,12 @@ def prepared_run(
     if output_dir is not None and detector is not None and not hasattr(detector, "save_pretrained"):
         what = "a network with save_pretrained, which an output folder needs"
         raise UserError(expected("detector", what, type(detector).__name__))
-    # Nothing here may depend on, or disturb, the caller's random state.
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+    is_gpu = place.type == "cuda"
+    # A loader pins memory for the current GPU. Nothing here may depend on, or disturb, the caller's random state.
+    with (
+        torch.cuda.device(place) if is_gpu else contextlib.nullcontext(),
+        torch.random.fork_rng(devices=[place] if is_gpu else []),
+    ):
         seed_device(config.seed, place)
         if detector is None:
             detector = new_detector("tiny")

@@ -74,6 +74,9 @@ class Sampler:
         except (TypeError, AssertionError) as error:
             what = f"one that takes the noise levels of this pipeline ({', '.join(timestep_options)})"
             raise UserError(expected("scheduler", what, self.kind)) from error
+        self._timesteps = self.scheduler.timesteps
+        # its own copy is an index into tables on the CPU, for which each step would wait for a GPU
+        self.scheduler.timesteps = self._timesteps.cpu()
         self.stochastic = self.kind in _STOCHASTIC
         self._mu = timestep_options.get("mu")
         self._fresh = self.state()
@@ -88,14 +91,14 @@ class Sampler:
         sampler = cls.__new__(cls)
         sampler.kind = type(scheduler).__name__
         _check_supported(scheduler)
-        sampler.scheduler = scheduler
+        sampler.scheduler, sampler._timesteps = scheduler, None
         sampler.stochastic = sampler.kind in _STOCHASTIC
         return sampler
 
     @property
     def timesteps(self) -> torch.Tensor:
         """The times (steps,) that the denoiser is told."""
-        return self.scheduler.timesteps
+        return self.scheduler.timesteps if self._timesteps is None else self._timesteps
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -126,7 +129,7 @@ class Sampler:
         if not hasattr(self.scheduler, "scale_model_input"):
             return latents
         self._at(step)
-        return self.scheduler.scale_model_input(latents, self.timesteps[step])
+        return self.scheduler.scale_model_input(latents, self.scheduler.timesteps[step])
 
     def step(
         self,
@@ -140,7 +143,7 @@ class Sampler:
         options = {"generator": list(generators)} if self.stochastic else {}
         if self.kind == "TCDScheduler":
             options["eta"] = 0.0
-        return self.scheduler.step(prediction, self.timesteps[step], latents, return_dict=False, **options)[0]
+        return self.scheduler.step(prediction, self.scheduler.timesteps[step], latents, return_dict=False, **options)[0]
 
     def denoised(self, prediction: torch.Tensor, step: int, latents: torch.Tensor) -> torch.Tensor:
         """The clean latents that the prediction at this step implies."""
@@ -219,7 +222,7 @@ class Sampler:
 
     def _alphas_cumprod(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Of each step, before and after it, fp64."""
-        scheduler, timesteps = self.scheduler, self.timesteps.tolist()
+        scheduler, timesteps = self.scheduler, self.scheduler.timesteps.tolist()
         if self.kind not in _DISCRETE:
             levels = 1 / (1 + scheduler.sigmas.cpu().double() ** 2)
             return list(pairwise(levels))
@@ -277,7 +280,7 @@ class Sampler:
 
     def _alpha_sigma(self, step: int) -> tuple[float, float]:
         if self.kind in _DISCRETE:
-            alpha_cumprod = float(self.scheduler.alphas_cumprod[int(self.timesteps[step])])
+            alpha_cumprod = float(self.scheduler.alphas_cumprod[int(self.scheduler.timesteps[step])])
             return alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
         sigma = float(self.scheduler.sigmas[step])
         if self.is_flow:
