@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -33,7 +34,8 @@ def build_app(project: Project, hosts: Iterable[str], *, scheme: str = "http", a
         project: the project.
         hosts: values of the Host header that are served, with their port.
         scheme: http or https.
-        assist: from a picture (H, W, 3) uint8 and a point (x, y) to a mask (H, W) bool; None: not offered.
+        assist: from a picture (H, W, 3) uint8 and a point (x, y) to a mask (H, W) bool, an array or a tensor; it is
+            called for one point at a time. None: not offered.
     """
     routes = Endpoints(project, assist).routes()
     person_of = project.store.person_of
@@ -50,6 +52,8 @@ class Endpoints:
 
     def __init__(self, project: Project, assist: Assist | None = None):
         self.project, self.store, self.queue, self.assist = project, project.store, Queue(project), assist
+        # One click at a time: programs that run a network keep the picture they are at, and share a GPU.
+        self._assist_lock = threading.Lock()
         # Whoever opens a task asks for its picture more than once.
         self._png = functools.lru_cache(maxsize=16)(lambda picture: png(project.picture(picture)))
 
@@ -231,7 +235,11 @@ class Endpoints:
         if self.assist is None:
             raise Refused(404, "assistance is off")
         x, y = count_of(fields, "x", 0, row["width"] - 1), count_of(fields, "y", 0, row["height"] - 1)
-        mask = np.asarray(self.assist(self.project.picture(row["picture"]), x, y))
+        picture = self.project.picture(row["picture"])
+        with self._assist_lock:
+            mask = self.assist(picture, x, y)
+        # NumPy takes no tensor from a GPU
+        mask = np.asarray(mask.detach().cpu() if hasattr(mask, "detach") else mask)
         if mask.shape != self._shape(row):
             raise UserError(expected("assist", f"a mask {self._shape(row)}", mask.shape))
         return raw((mask > 0) * np.uint8(255))

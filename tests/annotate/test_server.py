@@ -1,8 +1,10 @@
 """The server over HTTP: tasks, masks and reviews, as the page asks for them."""
 
+import functools
 import json
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from diffdoctor.runs.errors import UserError
 from diffdoctor.web import serve
 from diffdoctor.web.guard import Guard
 from support.annotation import PEOPLE, Client, make_project, picture, proposal, serving, sha256, spot
+from support.gpu import on_gpu
 
 
 def test_a_task_from_the_first_look_to_the_answer(served):
@@ -150,6 +153,28 @@ def test_a_program_of_ones_own_marks_a_point(tmp_path):
     for source, words in ((str(file), "no such file"), (f"{file}:far", "expected the name of a function")):
         with pytest.raises(UserError, match=words):
             _assist(source)
+
+
+def test_a_program_on_a_gpu_is_asked_for_one_point_at_a_time(tmp_path):
+    asked, at_once = [], []
+
+    def assist(picture, x, y):
+        asked.append(x)
+        time.sleep(0.05)
+        at_once.append(len(asked))
+        asked.pop()
+        return on_gpu(picture.max(-1) >= 0)
+
+    project = make_project(tmp_path, 1)
+    with serving(project, assist) as url:
+        client = Client(url, project.store.add_person("ann", "annotator"))
+        client.next_task()
+        with ThreadPoolExecutor(4) as clicks:
+            options = b'{"x": 1, "y": 1}', {"Content-Type": "application/json"}
+            call = functools.partial(client.call, "POST", "/api/tasks/1/assist", *options)
+            answers = [click.result() for click in [clicks.submit(call) for _ in range(4)]]
+    assert [(status, set(plane)) for status, _, plane in answers] == [(200, {255})] * 4
+    assert at_once == [1] * 4
 
 
 def test_a_client_that_does_not_send_all_neither_holds_the_server_nor_prints(monkeypatch, capfd):
