@@ -103,23 +103,24 @@ def detailed_lines(rows: list[dict]) -> list[tuple[str, ...]]:
 
 
 def device_lines(rows: list[dict]) -> list[tuple[str, ...]]:
-    """What a GPU alone takes, by replays of CUDA graphs: both of our backends, the formula, `torch.compile` of it."""
-    found = [("case", "dtype", "shape", "map", "eager µs", "compile µs", "cuda µs", "triton µs", "× eager", "of copy")]
+    """What a GPU alone takes, by replays of CUDA graphs: the formula, `torch.compile` of it, both of our backends."""
+    groups = {}
     for (_, case, dtype), group in grouped(rows).items():
         replayed = {name.removesuffix("+graph"): row for name, row in group.items() if name.endswith("+graph")}
-        ours = [row for row in replayed.values() if row["ours"] and row.get("p20_us") is not None]
-        if not ours:
-            continue
-        best, eager = min(ours, key=lambda row: row["p20_us"]), replayed.get("eager", {}).get("p20_us")
-        sides = (replayed.get(name, {}).get("p20_us") for name in ("eager", "compile", "cuda", "triton"))
+        timed = {name: row for name, row in replayed.items() if row.get("p20_us") is not None}
+        if any(row["ours"] for row in timed.values()):
+            groups[f"{case} {dtype}"] = timed
+    sides = [s for s in ("eager", "compile", "cuda", "triton") if any(s in timed for timed in groups.values())]
+    found = [("case", "shape", *(f"{side} µs" for side in sides), "× eager", "of copy")]
+    for case, timed in groups.items():
+        best = min((row for row in timed.values() if row["ours"]), key=lambda row: row["p20_us"])
+        times = {side: timed.get(side, {}).get("p20_us") for side in sides}
         found.append((
             case,
-            dtype,
             "×".join(map(str, best["shape"])),
-            best["map"],
-            *map(_number, sides),
-            _number(None if eager is None else eager / best["p20_us"], 1),
-            f"{best['copy_share']:.0%}",
+            *map(_number, times.values()),
+            _number(times["eager"] / best["p20_us"] if times.get("eager") else None),
+            f"{best.get('copy_share_of_passes', best['copy_share']):.0%}",
         ))  # fmt: skip
     return found
 
@@ -180,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [row for row in history.latest(rows).values() if row["op"] != STEP]
     if options.graphs:
         found = device_lines(rows)
-        print(markdown(found) if options.markdown else aligned(found, left=4))
+        print(markdown(found, 2) if options.markdown else aligned(found, left=2))
     elif options.markdown:
         print(markdown(detailed_lines(rows), 3) if options.all else markdown(lines(rows)))
     else:

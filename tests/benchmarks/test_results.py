@@ -110,3 +110,12 @@ def test_the_table_has_both_sides_and_every_refusal():
     assert "5.00" in text
     assert "latents fp32 triton: wrong result: x" in text
     assert table.markdown(table.lines(rows)).count("\n") == 3
+
+
+def test_what_a_gpu_alone_takes_is_listed_by_replays_of_graphs():
+    times = {"eager": 90.0, "eager+graph": 50.0, "cuda": 80.0, "cuda+graph": 10.0, "triton+graph": 20.0, "copy": 8.0}
+    rows = [row(backend=name, p20_us=time, ours=name[:4] in ("cuda", "trit")) for name, time in times.items()]
+    broken = row(backend="compile+graph", p20_us=None, ours=False, reason="it waits for the device")
+    head, line = table.device_lines([*rows, broken, row(case="elsewhere")])
+    assert head == ("case", "shape", "eager µs", "cuda µs", "triton µs", "× eager", "of copy")
+    assert line == ("latents fp32", "2×3", "50.0", "10.0", "20.0", "5.0", "80%")
