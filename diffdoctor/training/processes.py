@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -15,6 +16,10 @@ from diffdoctor.training.devices import accelerator_count, open_device
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+# That a process waits for the others, of which one may read all pictures or write a report for all. NCCL's own ten
+# minutes would end the run; where one has died, its launcher ends the others.
+_PATIENCE = datetime.timedelta(days=1)
 
 
 def seed_of(*parts: int) -> int:
@@ -42,7 +47,7 @@ def process_state(device: str | None = None) -> PartialState:
         what = f"at most as many as this machine has accelerators, {count} (or ACCELERATE_USE_CPU=true)"
         raise UserError(expected("processes", what, local))
     # Without cpu=True, Accelerate takes several processes on a machine without accelerators for single ones.
-    return PartialState(cpu=on_cpu)
+    return PartialState(cpu=on_cpu, timeout=_PATIENCE)
 
 
 def largest(value: int, device: torch.device) -> int:

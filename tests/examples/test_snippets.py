@@ -196,7 +196,7 @@ def names(folder):
         # Where a block that holds these words needs something else by one of the names.
         "Packed(*model_input": {"model_pred": torch.randn(2, 16, 16, generator=g, requires_grad=True)},
         "offline=(pictures": {"pictures": training_pictures},
-        "flow_sde_coefs(scheduler": {
+        "flow_sde_coefs(sigmas": {
             "decode": lambda latents: images, "group_size": 2, "scheduler": flow, "window": range(1, 3),
             "timesteps": flow.timesteps, "transformer": lambda latents, timestep, prompt_embeds: layer(latents),
         },

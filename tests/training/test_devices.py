@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 
@@ -99,3 +100,10 @@ def test_features_are_taken_where_their_network_is():
 
     FeatureNetwork("", extract, torch.nn.Linear(1, 1, device="meta"))(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
     assert seen == ["meta"]
+
+
+def test_processes_wait_for_one_that_works_for_all(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(accelerate, "PartialState", lambda **options: asked.update(options))
+    process_state()
+    assert asked["timeout"].total_seconds() > 3600
