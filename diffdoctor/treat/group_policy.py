@@ -67,7 +67,8 @@ class GroupPolicy:
         self.coefs = sampling.sampler.policy_coefs(config.grpo_eta, self.window)
         groups, size = config.batch_size // config.group_size, config.group_size
         numbers = [group * size + i for group in processes.share(groups) for i in range(size)]
-        drawn = [self._draw(drawing, step, part) for part in chunks(numbers, drawing.chunk)]
+        # decoded videos of a whole step may not fit beside one another
+        drawn = [self._draw(drawing, step, part, reward is not None) for part in chunks(numbers, drawing.chunk)]
         rollouts, pictures, maps, prompts = zip(*drawn, strict=True) if drawn else ((), (), (), ())
         advantages, counts = self._judge(pictures, maps, [p for part in prompts for p in part], reward, generator)
         self.replayed = int(counts.sum())
@@ -81,7 +82,7 @@ class GroupPolicy:
             self.parts.append(_Part(rollout, counted[rows], index))
         self.old_log_probs: dict[tuple[int, int], torch.Tensor] = {}
 
-    def _draw(self, drawing: Drawing, step: int, numbers: Sequence[int]):
+    def _draw(self, drawing: Drawing, step: int, numbers: Sequence[int], keeps_pictures: bool):
         config = self.config
         per_step, groups = config.batch_size // config.group_size, [n // config.group_size for n in numbers]
         rows = [drawing.prompt_row(step * per_step + group) for group in groups]
@@ -90,7 +91,7 @@ class GroupPolicy:
         keep = (*self.window, self.window.stop)
         rollout = drawing.roll_out_from(rows, generators, keep, coefs=self.coefs, noise=noise)
         pictures, confidence = drawing.diagnose(rollout)
-        return rollout, pictures, confidence, [drawing.prompts[row] for row in rows]
+        return rollout, pictures if keeps_pictures else None, confidence, [drawing.prompts[row] for row in rows]
 
     def _judge(self, pictures, maps, prompts, reward, generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Advantages (B, 1, H, W) of this process's pictures, those of videos with frames, and which count (B,)."""

@@ -26,11 +26,12 @@ def resident_blocks(denoiser: torch.nn.Module, count: int, device: torch.device)
     What has a gradient stays there too. Afterwards all of the denoiser is on the CPU.
 
     Args:
-        denoiser: on the CPU, not quantized (see `checks.check_resident_blocks`), and checkpointed where there is a
-            gradient: else autograd keeps matrices of every block, on the device, until its backward pass.
+        denoiser: not quantized (see `checks.check_resident_blocks`), and checkpointed where there is a gradient: else
+            autograd keeps matrices of every block, on the device, until its backward pass.
         count: of blocks.
         device: of the computation.
     """
+    denoiser.to("cpu")  # from where alone memory can be pinned
     blocks = ResidentBlocks(blocks_of(denoiser), count, device)
     try:
         denoiser.to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,6 +15,8 @@ from diffdoctor.detector.models.base import Detector
 from diffdoctor.runs.errors import UserError, expected, first_line, missing_extra
 from diffdoctor.treat.config import TreatConfig
 from diffdoctor.treat.families import Family
+
+logger = logging.getLogger(__name__)
 
 
 def move_modules(pipeline, device: torch.device, *, without: Sequence[torch.nn.Module] = ()) -> None:
@@ -41,9 +44,17 @@ def release_text_encoders(family: Family, how: str) -> None:
 
 
 def restore_text_encoders(family: Family, device: torch.device) -> None:
-    """Bring those that are still there back to the device."""
-    for encoder in family.text_encoders:
-        encoder.to(device)
+    """Bring those that are still there back to the device, or leave them on the CPU where they do not fit."""
+    try:
+        for encoder in family.text_encoders:
+            encoder.to(device)
+    except torch.OutOfMemoryError:
+        for encoder in family.text_encoders:
+            encoder.to("cpu")
+        logger.warning(
+            "the text encoders stay on the CPU: there is no room for them beside the denoiser; "
+            "pipeline.enable_model_cpu_offload() draws with both"
+        )
 
 
 @contextmanager

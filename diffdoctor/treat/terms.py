@@ -104,7 +104,7 @@ def sampled_term(drawing: Drawing, training: LoraTraining, step: int) -> tuple[f
         seeds = [seed_of(config.seed, Purpose.PICTURES, step, i) for i in numbers]
         rows = [drawing.prompt_row(step * config.batch_size + i) for i in numbers]
         rollout = drawing.roll_out(rows, seeds, keep)
-        _, confidence = drawing.diagnose(rollout)
+        confidence = drawing.diagnose(rollout)[1]  # the pictures are not kept during the replay
         part, count = artifact_term(
             sampling,
             rollout,

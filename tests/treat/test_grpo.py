@@ -1,5 +1,8 @@
 """The method `grpo`: its gradient against the same computation written out, its steps against the schedulers' own."""
 
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,7 @@ import torch.nn.functional as F
 from diffdoctor.runs.errors import UserError
 from diffdoctor.training.ema import RunningAverage
 from diffdoctor.training.processes import Processes, seed_of
-from diffdoctor.treat import TreatConfig
+from diffdoctor.treat import TreatConfig, terms
 from diffdoctor.treat.drawing import Drawing, Purpose
 from diffdoctor.treat.families import family_of
 from diffdoctor.treat.group_policy import GroupPolicy, window_of
@@ -242,6 +245,31 @@ def test_same_pictures_whatever_the_part_of_the_batch():
 def test_options_that_cannot_be(options, names):
     with pytest.raises(UserError, match=names):
         TreatConfig(method="grpo", **options)
+
+
+@pytest.mark.parametrize("method", ["grpo", "nft"])
+def test_pictures_are_not_kept_when_they_are_diagnosed(method, monkeypatch):
+    bench, drawn, kept = Bench(1.0, micro_batch_size=2), [], []
+    diagnose = bench.drawing.diagnose
+
+    def watched(rollout):
+        kept.append(sum(picture() is not None for picture in drawn))
+        pictures, confidence = diagnose(rollout)
+        drawn.append(weakref.ref(pictures))
+        return pictures, confidence
+
+    def replayed(*_, **__):
+        kept.append(sum(picture() is not None for picture in drawn))
+        return 0.0, 0
+
+    monkeypatch.setattr(bench.drawing, "diagnose", watched)
+    monkeypatch.setattr(terms, "artifact_term", replayed)
+    if method == "grpo":
+        bench.policy()
+    else:
+        terms.sampled_term(bench.drawing, SimpleNamespace(old=None, initial=None), STEP)
+    assert len(drawn) == 2
+    assert not any(kept)
 
 
 def test_rewards_may_be_numbers_on_a_gpu():

@@ -20,7 +20,7 @@ from diffdoctor.treat.families import family_of
 from diffdoctor.treat.lora import add_lora
 from diffdoctor.treat.methods import METHODS
 from diffdoctor.treat.offload import ResidentBlocks, resident_blocks
-from diffdoctor.treat.prepare import memory_options, release_text_encoders
+from diffdoctor.treat.prepare import memory_options, release_text_encoders, restore_text_encoders
 from diffdoctor.treat.rollout import initial_latents, picture_generators, roll_out
 from diffdoctor.treat.sampling import Guidance, Sampling
 from diffdoctor.treat.schedulers import Sampler
@@ -232,3 +232,29 @@ def test_text_encoders_are_really_gone_or_come_back():
     gc.collect()
     assert [encoder() for encoder in encoders] == [None, None]
     assert family.pipeline.text_encoder is None
+
+
+def test_text_encoders_that_no_longer_fit_stay_on_the_cpu(monkeypatch, caplog):
+    family = family_of(tiny_pipeline("sdxl"))
+    moved = []
+
+    def full(self, device):
+        moved.append((self, device))
+        if device == "gpu" and self is family.text_encoders[1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for encoder in family.text_encoders:
+        monkeypatch.setattr(type(encoder), "to", full)
+    restore_text_encoders(family, "gpu")
+    first, second = family.text_encoders
+    assert moved == [(first, "gpu"), (second, "gpu"), (first, "cpu"), (second, "cpu")]
+    assert "the text encoders stay on the CPU" in caplog.text
+
+
+def test_a_denoiser_from_a_gpu_waits_on_the_cpu(monkeypatch):
+    denoiser, moved = family_of(tiny_pipeline("flux")).denoiser, []
+    monkeypatch.setattr(denoiser, "to", lambda place: moved.append(str(place)))
+    monkeypatch.setattr(ResidentBlocks, "_put_away", lambda self, block: moved.append("put away"))
+    with resident_blocks(denoiser, 1, torch.device("cpu", 0)):
+        pass
+    assert moved[:2] == ["cpu", "put away"]
