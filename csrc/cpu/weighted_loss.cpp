@@ -42,24 +42,12 @@ void prefetch_start(const Call<acc_t>& call, const Starts& next) {
   for (int line = 0; line < kLines; ++line) prefetch_to_write(next.grad + 64 * line);
 }
 
-// What the next range reads of a map, into the cache while this one is computed: a share at each of its blocks. A range
-// begins with its maps, and nothing else could be computed while the memory is waited for.
-struct MapAhead {
-  const char* next;
-  int64_t lines;  // at each block
-
-  MapAhead(const WeightedLossParams& p, const Tiling& t, const Block& at, const Map& map, int64_t blocks)
-      : next(nullptr), lines(0) {
-    if (map.mode != kSame || t.groups > 1 || !block_is_run(p, t, map.stride)) return;
-    const int64_t offset = block_offset(t, at, map.batch_stride, map.stride) + at.count;
-    next = static_cast<const char*>(address(map.data, map.dtype, offset));
-    lines = (at.count * element_size(map.dtype) / 64 + blocks - 1) / blocks;
-  }
-
-  void fetch() {
-    for (int64_t line = 0; line < lines; ++line, next += 64) prefetch(next);
-  }
-};
+// A map where it is read as it lies; nothing where a range's blocks are several work items, which read the same.
+inline RunAhead map_ahead(const WeightedLossParams& p, const Tiling& t, const Block& at, const Map& map,
+                          int64_t blocks) {
+  if (map.mode != kSame || t.groups > 1 || !block_is_run(p, t, map.stride)) return {};
+  return RunAhead(map.data, map.dtype, block_offset(t, at, map.batch_stride, map.stride), at.count, blocks);
+}
 
 // A work item: one range of blocks that share their maps. Adds to sums[0], or to all sums where they are wanted.
 template <typename acc_t>
@@ -81,7 +69,8 @@ void process_item(const Call<acc_t>& call, const Sample<acc_t>& s, Block& at, in
   Block next = at;
   set_index(p, t.free_dims, t.free_count, first, next.index);
   Starts next_starts = starts_of(call, next);
-  MapAhead confidence(p, t, at, p.confidence, last - first), mask(p, t, at, p.mask, last - first);
+  RunAhead confidence = map_ahead(p, t, at, p.confidence, last - first);
+  RunAhead mask = map_ahead(p, t, at, p.mask, last - first);
   for (int64_t step = first; step < last; ++step) {
     at = next;
     const Starts starts = next_starts;

@@ -98,6 +98,23 @@ inline bool block_is_run(const WeightedLossParams& p, const Tiling& t, const int
   return true;
 }
 
+// What the next range reads of a map, into the cache while this one is computed, in equal shares. A range begins with
+// its maps, and nothing else could be computed while the memory is waited for.
+struct RunAhead {
+  const char* next = nullptr;
+  int64_t lines = 0;  // of a share
+
+  RunAhead() = default;
+  // offset, count: of this range in the map, elements.
+  RunAhead(const void* data, int32_t dtype, int64_t offset, int64_t count, int64_t shares)
+      : next(static_cast<const char*>(address(data, dtype, offset + count))),
+        lines((count * element_size(dtype) / 64 + shares - 1) / shares) {}
+
+  void fetch() {
+    for (int64_t line = 0; line < lines; ++line, next += 64) prefetch(next);
+  }
+};
+
 inline int64_t block_steps(const WeightedLossParams& p, const Tiling& t, const Block& at, int d) {
   return d == t.split ? at.steps : p.size[d];
 }

@@ -128,7 +128,17 @@ void prefetch_segment(const Call<acc_t>& call, const Block& at, int kind, Segmen
 
 template <typename pred_t, typename term_t, typename acc_t>
 void fill_block(const Call<acc_t>& call, const PolicyStep<acc_t>& s, const Block& at, Buffers<acc_t>& buf) {
+  const Map& map = call.pixels.confidence;
+  const Operand& old_log_prob = call.pixels.weighting;
+  RunAhead advantage, old;
+  if (!call.rows && map.mode == kSame && block_is_run(call.pixels, call.tiling, map.stride))
+    advantage = RunAhead(map.data, map.dtype, block_offset(call.tiling, at, map.batch_stride, map.stride), at.count,
+                         call.channels);
+  if (!call.rows && call.p.old == kOldPerPixel && call.log_prob_run)
+    old = RunAhead(old_log_prob.data, old_log_prob.dtype, call.offset(at, old_log_prob), at.count, call.channels);
   for_segments(call, at, [&](const Segment& segment) {
+    advantage.fetch();
+    old.fetch();
     StepOperands<pred_t, term_t> x = {};
     const auto place = [&](int kind, auto* buffer, auto*& to) {
       prefetch_segment(call, at, kind, segment);
