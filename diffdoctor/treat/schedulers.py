@@ -77,6 +77,7 @@ class Sampler:
         self._timesteps = self.scheduler.timesteps
         # its own copy is an index into tables on the CPU, for which each step would wait for a GPU
         self.scheduler.timesteps = self._timesteps.cpu()
+        self._sigmas = self.scheduler.sigmas.tolist() if hasattr(self.scheduler, "sigmas") else None
         self.stochastic = self.kind in _STOCHASTIC
         self._mu = timestep_options.get("mu")
         self._fresh = self.state()
@@ -91,7 +92,7 @@ class Sampler:
         sampler = cls.__new__(cls)
         sampler.kind = type(scheduler).__name__
         _check_supported(scheduler)
-        sampler.scheduler, sampler._timesteps = scheduler, None
+        sampler.scheduler, sampler._timesteps, sampler._sigmas = scheduler, None, None
         sampler.stochastic = sampler.kind in _STOCHASTIC
         return sampler
 
@@ -282,11 +283,14 @@ class Sampler:
         if self.kind in _DISCRETE:
             alpha_cumprod = float(self.scheduler.alphas_cumprod[int(self.scheduler.timesteps[step])])
             return alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
-        sigma = float(self.scheduler.sigmas[step])
+        sigma = self._sigma(step)
         if self.is_flow:
             return 1 - sigma, sigma
         alpha = (1 + sigma**2) ** -0.5
         return alpha, sigma * alpha
+
+    def _sigma(self, step: int) -> float:
+        return float(self.scheduler.sigmas[step]) if self._sigmas is None else self._sigmas[step]
 
     def part_of_times(self, trains_at: Callable[[float], bool]) -> tuple[float, float]:
         """The part of the distribution of times, from and to a place in [0, 1], whose times take part.
@@ -328,7 +332,7 @@ class Sampler:
         if count < 2:
             return 1.0
         # sigmas before the shift are evenly spaced from 1 to 1 / count; the last one is far from both ends of the map
-        last = float(self.scheduler.sigmas[count - 1])
+        last = self._sigma(count - 1)
         before = 1 / count
         return last * (1 - before) / (before * (1 - last))
 

@@ -71,7 +71,7 @@ def test_guidance_takes_a_detector_from_the_cpu():
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("kind", ["DDIMScheduler", "DDPMScheduler", "LCMScheduler", "TCDScheduler"])
+@pytest.mark.parametrize("kind", ["DDIM", "DDPM", "LCM", "TCD", "EulerDiscrete", "FlowMatchEulerDiscrete"])
 def test_a_step_does_not_wait_for_the_device(monkeypatch, kind):
     called, dispatch = [], support.other_device._dispatch
 
@@ -83,13 +83,15 @@ def test_a_step_does_not_wait_for_the_device(monkeypatch, kind):
     monkeypatch.setattr(support.other_device, "_dispatch", recorded)
     with other_device() as device:
         options = {"timestep_options": {"num_inference_steps": 3}}
-        sampler = Sampler(getattr(diffusers, kind)(clip_sample=False), device=device, **options)
+        sampler = Sampler(getattr(diffusers, f"{kind}Scheduler")(), device=device, **options)
         assert isinstance(sampler.timesteps, There)
         called.clear()
         latents = torch.ones(1, 4, 4, 4).to(device)
         for step in range(3):
             generators = [torch.Generator().manual_seed(step)]
             latents = sampler.step(sampler.scale_input(latents, step), step, latents, generators)
+            clean = sampler.denoised(latents, step, latents)
+            latents = sampler.renoised(clean, sampler.noise_of(clean, latents, step), step)
     assert isinstance(latents, There)
     assert torch.ops.aten.mul.Tensor in called
     assert torch.ops.aten._local_scalar_dense.default not in called
