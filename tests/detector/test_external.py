@@ -179,6 +179,22 @@ def test_a_file_and_a_function_on_the_command_line(tmp_path):
         open_detector(f"{tmp_path}/broken.py:dark")
 
 
+def test_a_batch_that_does_not_fit_is_diagnosed_one_by_one_and_that_is_said_once(tmp_path, caplog):
+    write_shapes(tmp_path / "pictures")
+    file = tmp_path / "large.py"
+    file.write_text(
+        "import torch\n"
+        "def large(pictures):\n"
+        "    if len(pictures) > 1:\n"
+        "        raise torch.OutOfMemoryError('CUDA out of memory')\n"
+        "    return pictures.mean(1)\n"
+    )
+    config = DiagnoseConfig([str(tmp_path / "pictures")], f"{file}:large", str(tmp_path / "out"), batch_size=3)
+    metrics = run_diagnose(config)
+    assert (metrics["pictures"], metrics["skipped"]) == (8, {})
+    assert caplog.text.count("out of memory for 3 pictures at a time") == 1
+
+
 def test_a_lost_gpu_is_no_fault_of_a_picture(tmp_path):
     write_shapes(tmp_path / "pictures")
     file = tmp_path / "lost.py"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +19,8 @@ from diffdoctor.detector.models.base import Detector
 from diffdoctor.detector.predict import in_batches, size_check
 from diffdoctor.runs.errors import first_line
 from diffdoctor.training.devices import device_of
+
+logger = logging.getLogger(__name__)
 
 
 def diagnosis_batches(
@@ -51,12 +55,19 @@ def confidences(
             reason = "a picture on which the detector failed"
             counts.add(reason, batch[0]["name"], config.strict, first_line(error))
             return
+        if isinstance(error, torch.OutOfMemoryError):
+            _warn_of_memory(len(batch))
         maps = None
     if maps is None:
         for sample in batch:
             yield from confidences(detector, [sample], config, counts)
         return
     yield from zip(batch, maps, disagreements, strict=True)
+
+
+@functools.cache  # once for each size
+def _warn_of_memory(size: int) -> None:
+    logger.warning("out of memory for %d pictures at a time, now one by one: a smaller --batch_size is faster", size)
 
 
 def picture_maps(
