@@ -19,8 +19,9 @@ class EngineConfig:
         address: of the Ray cluster, such as HOST:6379; auto: the one of this machine; local: start one here, for a try.
             `--address` is short for it.
         actors: worker processes; null: one for each accelerator, or two without (processes), as many as find room
-            (ray).
-        gpus: GPUs that Ray reserves for a worker, a part of one allowed; null: 1 where the cluster has any, else 0.
+            (ray); of work that uses no accelerator one for each core, at most 16 (processes).
+        gpus: GPUs that Ray reserves for a worker, a part of one allowed; null: 1 where the cluster has any and the work
+            uses them, else 0.
         cpus: cores of a worker: what Ray reserves, and threads of torch; null: this machine's cores divided among the
             workers (processes), 1 (ray).
         retries: deaths of a worker while it does a unit, after which the unit is given up and named.

@@ -22,6 +22,8 @@ from diffdoctor.runs.errors import UserError, first_line
 from diffdoctor.runs.workers import begin_worker, worker_context
 
 _LOG_LINES = 20
+# Workers that use no accelerator, one for each core: each loads torch and holds a unit's pictures.
+_MOST_ON_CPU = 16
 
 
 def run(tally: Tally, spec: WorkerSpec, options: EngineConfig) -> None:
@@ -30,8 +32,8 @@ def run(tally: Tally, spec: WorkerSpec, options: EngineConfig) -> None:
     Raises:
         UserError: a worker cannot be built, or says that the work cannot be done.
     """
-    count = options.actors or _default_count()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = options.actors or _default_count(spec.uses_accelerator, cores)
     threads = options.cpus or max(1, cores // count)
     workers: list[_Process] = []
     try:
@@ -55,10 +57,10 @@ def run(tally: Tally, spec: WorkerSpec, options: EngineConfig) -> None:
             worker.close()
 
 
-def _default_count() -> int:
+def _default_count(uses_accelerator: bool, cores: int) -> int:
     from diffdoctor.training.devices import accelerator_count
 
-    return accelerator_count() or 2
+    return (accelerator_count() or 2) if uses_accelerator else min(cores, _MOST_ON_CPU)
 
 
 def _listen(workers: list[_Process], limit: float | None) -> None:

@@ -84,7 +84,8 @@ class _Crew:
     def __init__(self, ray, tally: Tally, spec: WorkerSpec, options: EngineConfig):
         self.ray, self.tally, self.options, self.hands = ray, tally, options, []
         self.cpus = options.cpus or 1
-        self.gpus = float("GPU" in ray.cluster_resources()) if options.gpus is None else options.gpus
+        has_gpus = spec.uses_accelerator and "GPU" in ray.cluster_resources()
+        self.gpus = float(has_gpus) if options.gpus is None else options.gpus
         make = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=0, max_task_retries=0)
         self.actor_class, self.arguments = make(_Actor), (absolute(tally.commits.output), spec)
         self.numbers, self.last_ready, self.told = 0, time.monotonic(), False

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 from diffdoctor.data.columns import ParquetColumns, pyarrow_modules, write_parquet
 from diffdoctor.runs import strict_json
@@ -131,7 +131,13 @@ def check_unchanged(what: str, now: str, begun: str) -> None:
 
 
 class WorkerSpec(Protocol):
-    """How a worker is made: a dataclass that can be sent to another process or machine, and is small."""
+    """How a worker is made: a dataclass that can be sent to another process or machine, and is small.
+
+    Attributes:
+        uses_accelerator: whether its workers compute on a GPU where there is one.
+    """
+
+    uses_accelerator: ClassVar[bool]
 
     def build(self, place: Place) -> Worker:
         """Load what the work needs, once in each process.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -135,6 +135,8 @@ class JoinWorkerSpec:
         config: the command's options.
         digest: of what was chosen when the run began.
     """
+
+    uses_accelerator: ClassVar[bool] = False
 
     config: SetJoinConfig
     digest: str

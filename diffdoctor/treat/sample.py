@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -168,6 +168,8 @@ class SampleWorkerSpec:
         config: the command's options.
         prompts: digest of the prompts with which the run began.
     """
+
+    uses_accelerator: ClassVar[bool] = True
 
     config: SampleConfig
     prompts: str

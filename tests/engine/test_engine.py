@@ -9,15 +9,19 @@ import time
 
 import pytest
 
+from diffdoctor.detector.commands.inject_units import InjectWorkerSpec
 from diffdoctor.engine import ranks
 from diffdoctor.engine.attempt import Attempt
 from diffdoctor.engine.commits import Commits
 from diffdoctor.engine.options import EngineConfig
+from diffdoctor.engine.processes import _default_count
 from diffdoctor.engine.running import run, settle
 from diffdoctor.engine.tally import Tally
 from diffdoctor.engine.units import Plan, Unit
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.progress import progress
+from diffdoctor.sets.join import JoinWorkerSpec
+from diffdoctor.training import devices
 from support.engine import Spec, check, plan_of
 from support.launch import environment
 from support.pictures import tree
@@ -261,3 +265,13 @@ def _of(pid):
 def _command(pid):
     with open(f"/proc/{pid}/cmdline") as file:
         return file.read()
+
+
+def test_work_that_uses_no_accelerator_takes_the_cores(monkeypatch):
+    for accelerators, with_them in ((0, 2), (1, 1), (4, 4)):
+        monkeypatch.setattr(devices, "accelerator_count", lambda count=accelerators: count)
+        assert _default_count(True, cores=8) == with_them
+        assert _default_count(False, cores=8) == 8
+    assert _default_count(False, cores=96) == 16
+    assert not InjectWorkerSpec.uses_accelerator
+    assert not JoinWorkerSpec.uses_accelerator

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import ClassVar
 
 from diffdoctor.engine.units import Plan, Unit, unit_name
 from diffdoctor.runs.errors import UserError
@@ -21,6 +22,8 @@ def plan_of(count, **faults):
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """Of a worker that writes one file for each unit, and appends a line to `folder`/tried for each attempt."""
+
+    uses_accelerator: ClassVar[bool] = True
 
     folder: str
     seconds: float = 0.0

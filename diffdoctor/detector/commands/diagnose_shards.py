@@ -10,7 +10,7 @@ import os
 import posixpath
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -83,6 +83,8 @@ class LabelWorkerSpec:
         config: the command's options.
         weights: digest of the detector with which the run began.
     """
+
+    uses_accelerator: ClassVar[bool] = True
 
     config: DiagnoseConfig
     weights: str

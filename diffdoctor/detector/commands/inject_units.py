@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from diffdoctor.data.manifest import MANIFEST
 from diffdoctor.data.pictures import shrink_to
@@ -123,6 +123,8 @@ class InjectWorkerSpec:
         begun: digest of the options, kinds of damage and versions with which the run began.
         units: of the plan.
     """
+
+    uses_accelerator: ClassVar[bool] = False
 
     config: InjectConfig
     begun: str

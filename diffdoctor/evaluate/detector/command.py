@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import ClassVar
 
 from diffdoctor.data.store_path import absolute
 from diffdoctor.detector.predict import diagnose_data
@@ -141,6 +142,8 @@ class EvaluateWorkerSpec:
         config: the command's options.
         weights: digest of the detector with which the command began.
     """
+
+    uses_accelerator: ClassVar[bool] = True
 
     config: EvaluateDetectorConfig
     weights: str

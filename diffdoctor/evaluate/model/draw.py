@@ -9,7 +9,7 @@ import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -119,6 +119,8 @@ class DrawWorkerSpec:
         folder: of the pictures.
         prompts: digest of the prompts with which the command began.
     """
+
+    uses_accelerator: ClassVar[bool] = True
 
     config: EvaluateModelConfig
     side: str
