@@ -2,6 +2,8 @@
 // order.
 #pragma once
 
+#include <type_traits>
+
 #include "common/losses.h"
 #include "cpu/tiles/map_rows.h"
 #include "cpu/vector_math.h"

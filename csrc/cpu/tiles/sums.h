@@ -24,7 +24,7 @@ DD_NOINLINE void add_sums_of(const level_t u, const omega_t omega, const acc_t* 
     artifact_weight += counts ? level : acc_t(0);
     clean_weight += counts ? 1 - level : acc_t(0);
     // A loss that is not finite does not count where its share is 0.
-    artifact_loss += counts & (level != 0) ? level * l : acc_t(0);
+    artifact_loss += (counts & (level != 0)) ? level * l : acc_t(0);
     clean_loss += counts & (level != 1) ? (1 - level) * l : acc_t(0);
     nonfinite += counts & !(weighted - weighted == 0) ? acc_t(1) : acc_t(0);
   }
@@ -81,7 +81,7 @@ DD_NOINLINE void add_l2_sums(const level_t u, const omega_t omega, const acc_t* 
   for (int64_t i = 0; i < n; ++i) {
     const acc_t level = u(i), l = strength * d[i] * d[i], weighted = omega(i) * v * l;
     const bool counts = omega(i) != 0;
-    artifact_loss += counts & (level != 0) ? level * l : acc_t(0);
+    artifact_loss += (counts & (level != 0)) ? level * l : acc_t(0);
     clean_loss += counts & (level != 1) ? (1 - level) * l : acc_t(0);
     nonfinite += counts & !(weighted - weighted == 0) ? acc_t(1) : acc_t(0);
   }
