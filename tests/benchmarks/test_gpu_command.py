@@ -14,6 +14,7 @@ import torch
 from benchmarks.ops import formulas, implementations, launches, registry
 from tools.gpu import __main__ as gpu
 from tools.gpu import build as gpu_build
+from tools.gpu import parts as gpu_parts
 from tools.gpu import probe as gpu_probe
 from tools.gpu import sass, static_report
 
@@ -103,7 +104,7 @@ gpu.STAGES = ({{"machine": lambda context: {{"gpu": "none"}}}},
               {{"build": lambda context: context.run(["bash", "-c", "echo $$ > {tmp_path}/pid; sleep 99; true"], 99)}})
 sys.exit(gpu.main(["--output", "{tmp_path}", "--parts", "machine,build"]))
 """
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=gpu.ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=gpu_parts.ROOT, stderr=subprocess.DEVNULL)
     pid = tmp_path / "pid"
     while not (pid.exists() and pid.read_text().strip()):
         assert process.poll() is None
@@ -136,21 +137,21 @@ class Scripted(gpu.Context):
 def test_the_gpu_build_falls_back_to_nvcc_alone(tmp_path):
     broken = gpu.PartError("exit code 1: no pyproject")
     context = Scripted(tmp_path, ("setup.py", broken), ("tools.gpu.build", ""), ("-c", '{"cuda": null}'))
-    found = gpu.part_build(context)
+    found = gpu_parts.part_build(context)
     assert found["how"] == "nvcc alone"
     assert context.said[-2][-2:] == ["tools.gpu.build", "90"]
     unusable = Scripted(tmp_path, ("setup.py", broken), ("tools.gpu.build", ""), ("-c", '{"cuda": "old driver"}'))
     with pytest.raises(gpu.PartError, match="old driver"):
-        gpu.part_build(unusable)
+        gpu_parts.part_build(unusable)
 
 
 def test_only_test_files_with_the_gpu_mark_are_run_there(tmp_path, monkeypatch):
     (tmp_path / "tests" / "backends").mkdir(parents=True)
     (tmp_path / "tests" / "backends" / "test_marked.py").write_text("@pytest.mark.gpu\ndef test(): pass\n")
     (tmp_path / "tests" / "backends" / "test_other.py").write_text("import diffusers\n")
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_parts, "ROOT", tmp_path)
     context = Scripted(tmp_path, ("pytest", "==== 3 passed, 1 skipped in 2.0s ===="))
-    found = gpu.part_tests(context)
+    found = gpu_parts.part_tests(context)
     assert found["files"] == ["test_marked.py"]
     assert len(context.said) == found["processes"] == 5
     assert (found["passed"], found["failed"], found["skipped"]) == (15, 0, 5)
@@ -164,10 +165,10 @@ def test_only_test_files_with_the_gpu_mark_are_run_there(tmp_path, monkeypatch):
 def test_stages_are_tested_on_the_gpu_where_their_packages_are(tmp_path, monkeypatch):
     context = Scripted(tmp_path, ("pytest", "61 failed, 1588 passed, 8 skipped, 47 errors in 129.12s (0:02:09)"))
     with pytest.raises(gpu.PartError, match="108 of 1696 failed") as caught:
-        gpu.part_stages(context)
+        gpu_parts.part_stages(context)
     assert caught.value.found["passed"] == 1588
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name == "peft" else name)
-    for part in (gpu.part_stages, gpu.part_treatments):
+    monkeypatch.setattr(gpu_parts.importlib.util, "find_spec", lambda name: None if name == "peft" else name)
+    for part in (gpu_parts.part_stages, gpu_parts.part_treatments):
         with pytest.raises(gpu.PartError, match=r"not installed: peft$"):
             part(context)
 
@@ -181,7 +182,7 @@ def test_treatments_keep_the_rows_of_a_study_that_did_not_end(tmp_path):
                 raise gpu.PartError("ran past its 50 s")
 
     with pytest.raises(gpu.PartError, match=r"^treat-memory: ran past its 50 s$") as caught:
-        gpu.part_treatments(Studies(tmp_path))
+        gpu_parts.part_treatments(Studies(tmp_path))
     assert caught.value.found == {"treat-speed": [{"step": 1.5}], "treat-memory": [{"step": 1.5}]}
 
 
@@ -192,7 +193,7 @@ FAILED tests/backends/test_gpu.py::test_graph[cuda-bf16] - AssertionError
 ========================= 1 failed, 7 passed in 8.52s ==========================
 """
     with pytest.raises(gpu.PartError, match=r"1 of 12 failed; ran past its 170 s.*test_graph\[cuda-bf16\]") as caught:
-        gpu._tested([(text, "exit code 1: ..."), ("4 passed in 1s", None), ("tests/…", "ran past its 170 s")], [])
+        gpu_parts._tested([(text, "exit code 1: ..."), ("4 passed in 1s", None), ("tests/…", "ran past its 170 s")], [])
     assert caught.value.found["passed"] == 11
 
 
@@ -203,7 +204,7 @@ def test_every_shard_together_is_every_test(tmp_path):
     found = []
     for shard in ("0/2", "1/2"):
         done = subprocess.run([*command, "--collect-only", "--shard", shard, f"--rootdir={tmp_path}", tests],
-                              cwd=gpu.ROOT, capture_output=True, text=True)  # fmt: skip
+                              cwd=gpu_parts.ROOT, capture_output=True, text=True)  # fmt: skip
         found.append([line.split("::")[1] for line in done.stdout.splitlines() if "::" in line])
     assert found == [["test[0]", "test[2]", "test[4]"], ["test[1]", "test[3]"]]
 
@@ -213,9 +214,9 @@ def test_launches_counted_before_are_taken_over(tmp_path, monkeypatch):
     counts = {"cuda": {"launches": 2, "waits": 0}, "eager": {"error": "x"}}
     answer = json.dumps({"case": "sd15/bf16", "implementations": counts})
     context = Scripted(tmp_path, *((f"{k}/8", answer) for k in range(8)))
-    found = gpu.part_warm(context)
+    found = gpu_parts.part_warm(context)
     assert found == {"cases": 8, "failures": {"sd15/bf16 eager": "x"}}
-    launches.load(gpu._launch_counts(context))
+    launches.load(gpu_parts._launch_counts(context))
     case = registry.shrunken(next(case for case in registry.cases("cuda") if case.key == "sd15/bf16"))
     call = implementations.Call(
         case,
@@ -230,11 +231,11 @@ def test_launches_counted_before_are_taken_over(tmp_path, monkeypatch):
 
 
 def test_the_sanitizer_names_the_tool_that_found_something(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
+    monkeypatch.setattr(gpu_parts.shutil, "which", lambda name: name)
     clean = '{"checked": 27, "wrong": []}\n========= ERROR SUMMARY: 0 errors\n'
     context = Scripted(tmp_path, ("memcheck", clean), ("racecheck", gpu.PartError("exit code 99: it", "= hazard at x")))
     with pytest.raises(gpu.PartError, match="racecheck: exit code 99: it; = hazard at x") as caught:
-        gpu.part_sanitizer_cuda(context)
+        gpu_parts.part_sanitizer_cuda(context)
     assert caught.value.found["memcheck"] == {
         "checked": 27,
         "wrong": [],
@@ -243,9 +244,9 @@ def test_the_sanitizer_names_the_tool_that_found_something(tmp_path, monkeypatch
 
 
 def test_one_backend_without_counters_leaves_the_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
+    monkeypatch.setattr(gpu_parts.shutil, "which", lambda name: name)
     context = Scripted(tmp_path, ("cuda", gpu.PartError("exit code 9")), ("triton", '"ID","Metric"\nnoise\n'))
-    assert gpu.part_ncu(context) == {"cuda": "no counters: exit code 9", "triton": ['"ID","Metric"']}
+    assert gpu_parts.part_ncu(context) == {"cuda": "no counters: exit code 9", "triton": ['"ID","Metric"']}
 
 
 @pytest.mark.parametrize("wrong", [False, True])
