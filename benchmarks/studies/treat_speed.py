@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks.ops import machine
-from benchmarks.studies.treat_memory.real import made_in
-from benchmarks.studies.treat_memory.table import head, row
+from benchmarks.studies.treat_memory.real import VAE, made_in
+from benchmarks.studies.treat_memory.table import head, row, size
+from diffdoctor.demo.flow_pipeline import build_t5_tokenizer
 from diffdoctor.demo.pipeline import build_tokenizer
 from diffdoctor.detector import ArtifactDetector
 from diffdoctor.runs.files import atomic_write_json
@@ -35,12 +36,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 PROMPTS = [f"a photograph of {what}" for what in ("two hands", "a shop's sign", "a street", "a face")]
-_VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-}
 _SMALL_VAE = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
 
 
@@ -62,16 +57,9 @@ def _clip(tokenizer, width: int, projection: bool = False):
 
 
 def _t5(width: int):
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+    from transformers import T5Config, T5EncoderModel
 
-    learner = Tokenizer(models.Unigram())
-    learner.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=96, special_tokens=special, unk_token="<unk>", show_progress=False)
-    learner.train_from_iterator(PROMPTS * 4, trainer)
-    pieces = [(piece, -float(rank)) for rank, piece in enumerate(dict.fromkeys([*special, *learner.get_vocab()]))]
-    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+    tokenizer = build_t5_tokenizer(PROMPTS, max_length=512)
     config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
     return tokenizer, T5EncoderModel(config)
 
@@ -90,7 +78,7 @@ def _sd(small: bool):
     less = {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "layers_per_block": 1} if small else {}
     tokenizer = build_tokenizer(PROMPTS, max_length=77)
     return StableDiffusionPipeline(
-        vae=AutoencoderKL(**_VAE | (_SMALL_VAE if small else {})),
+        vae=AutoencoderKL(**VAE | (_SMALL_VAE if small else {})),
         text_encoder=_clip(tokenizer, 768),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel(
@@ -115,7 +103,7 @@ def _sdxl(small: bool):
     }
     tokenizer = build_tokenizer(PROMPTS, max_length=77)
     return StableDiffusionXLPipeline(
-        vae=AutoencoderKL(scaling_factor=0.13025, **_VAE | (_SMALL_VAE if small else {})),
+        vae=AutoencoderKL(scaling_factor=0.13025, **VAE | (_SMALL_VAE if small else {})),
         text_encoder=_clip(tokenizer, 768),
         text_encoder_2=_clip(tokenizer, 1280, projection=True),
         tokenizer=tokenizer,
@@ -147,7 +135,7 @@ def _flux(small: bool):
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=AutoencoderKL(
             latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
-            use_post_quant_conv=False, **_VAE | (_SMALL_VAE if small else {}),
+            use_post_quant_conv=False, **VAE | (_SMALL_VAE if small else {}),
         ),
         text_encoder=_clip(tokenizer, 768),
         tokenizer=tokenizer,
@@ -246,11 +234,9 @@ def markdown(rows: list[dict], headed: bool = True) -> str:
     """The rows as lines of a Markdown table."""
     lines = head("pipeline", "method", "pictures a step", "sampling steps", "a step", "peak memory") if headed else []
     for each in rows:
-        peak = "" if each.get("peak") is None else f"{each['peak'] / 2**30:.1f} GiB"
-        words = each.get("error") or f"{each['step']:.2f} s"
-        lines.append(
-            row(each["network"], each["method"], f"{each['pictures']}", f"{each['sampling_steps']}", words, peak)
-        )
+        peak = "" if each["peak"] is None else size(each["peak"])
+        counts = f"{each['pictures']}", f"{each['sampling_steps']}"
+        lines.append(row(each["network"], each["method"], *counts, f"{each['step']:.2f} s", peak))
     return "\n".join(lines)
 
 

@@ -20,6 +20,14 @@ from diffdoctor.ops.target import Target
 from diffdoctor.ops.weighted_loss import weighted_loss
 from diffdoctor.treat.prepare import recompute
 
+VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+}
+"""What the autoencoders of Stable Diffusion, SDXL and FLUX.1 have in common."""
+
 
 @contextlib.contextmanager
 def made_in(dtype):
@@ -37,12 +45,7 @@ def _stable_diffusion(dtype):
 
     with made_in(dtype):
         denoiser = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-    )
+    vae = AutoencoderKL(**VAE)
 
     def predict(latents):
         timesteps = torch.full((len(latents),), 500)
@@ -59,13 +62,7 @@ def _flux(dtype):
 
     with made_in(dtype):
         denoiser = FluxTransformer2DModel()
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=16,
-    )
+    vae = AutoencoderKL(latent_channels=16, **VAE)
 
     def predict(latents):
         layout = Packed(*latents.shape[2:])
