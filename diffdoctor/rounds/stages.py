@@ -29,8 +29,7 @@ from diffdoctor.runs import strict_json
 from diffdoctor.runs.errors import UserError
 from diffdoctor.runs.files import atomic_dir, atomic_write_text, clear_leftovers, delete_dir
 from diffdoctor.runs.strict_json import nan_to_none
-from diffdoctor.training.devices import open_device
-from diffdoctor.training.processes import process_state
+from diffdoctor.training.processes import Processes
 
 PROMPTS = "prompts-wanted.jsonl"
 
@@ -176,7 +175,7 @@ def evaluate(this: Round) -> dict[str, Any]:
     """Both detectors on the test set and on the audit tasks, and a page on the new one."""
     config, new = this.config, str(this.path(DETECTOR) / "detector")
     sets = {"test": list(config.test), "audit": [str(this.path("audit"))] if this.outputs("export")["audit"] else []}
-    device = open_device(config.device, process_state(config.device).device)
+    device = Processes(config.device).device
     detectors = [open_detector(source).to(device) for source in (this.detector, new)]
     options = {"size": config.training.size, "bootstrap": config.bootstrap, "seed": config.seed}
     found = {

@@ -208,10 +208,9 @@ def run_serve_detector(config: ServeDetectorConfig) -> int:
     """
     from diffdoctor.detector.confidence import check_detector
     from diffdoctor.detector.models.load import open_detector
-    from diffdoctor.training.devices import open_device
-    from diffdoctor.training.processes import process_state
+    from diffdoctor.training.processes import Processes
 
-    detector = open_detector(config.detector).to(open_device(config.device, process_state(config.device).device)).eval()
+    detector = open_detector(config.detector).to(Processes(config.device).device).eval()
     check_detector(detector)
     try:
         server = DetectorServer(detector, config)
